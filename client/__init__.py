@@ -1,0 +1,1 @@
+"""Clients of a served adaptive ViT: gRPC, HTTP and asyncio gRPC."""

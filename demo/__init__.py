@@ -1,0 +1,1 @@
+"""The whole road once, on shipped photographs: what `make demo` runs."""

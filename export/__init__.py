@@ -1,0 +1,1 @@
+"""Export: torch backbone to ONNX rungs, and the assembled Triton model repository."""

@@ -1,0 +1,13 @@
+"""Image bytes to image tensor: the one implementation, online and offline.
+
+Depends on numpy and Pillow only (Python 3.10+), because `export repository` copies this folder
+into the `preprocess` model, where Triton's own Python runs it. Calibration and the linear probe
+import the same code, so the tensor a rung was calibrated on is the tensor it is served.
+
+Import it relatively inside a deployed model (`from .imaging import ...`).
+"""
+
+from .decode import FORMATS, ImageError, Limits, decode
+from .preprocessing import Preprocessing
+
+__all__ = ["FORMATS", "ImageError", "Limits", "Preprocessing", "decode"]

@@ -1,0 +1,1 @@
+"""Measure a served adaptive ViT with perf_analyzer."""

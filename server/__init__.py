@@ -1,0 +1,1 @@
+"""Find, prepare, run and stop a tritonserver."""
