@@ -1,0 +1,43 @@
+# Two commands do everything: `make demo` and `make test`. `make help` lists the rest.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install demo test test-slow lint format clean
+.DEFAULT_GOAL := help
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+install: $(INSTALLED)  ## create .venv with everything, Triton and perf_analyzer included
+
+$(INSTALLED): requirements.txt requirements-wheels.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 12) \
+	  else "error: Python %d.%d found, 3.10 to 3.12 needed; run make PYTHON=python3.11" % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	$(VENV)/bin/pip install --disable-pip-version-check --no-deps -r requirements-wheels.txt
+	$(PY) -m perf install
+	@touch $@
+
+demo: $(INSTALLED)  ## export, calibrate, serve, query and measure on shipped photographs
+	$(PY) -m demo
+
+test: $(INSTALLED)  ## unit tests, then tests against a real tritonserver
+	$(PY) -m pytest tests/unit tests/triton
+
+test-slow: $(INSTALLED)  ## minutes: real weights, the whole demo
+	$(PY) -m pytest tests/slow
+
+lint: $(INSTALLED)  ## ruff and mypy, as pre-commit and CI run them
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(INSTALLED)  ## rewrite the files as lint wants them
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:  ## remove build/ and .venv/
+	rm -rf build $(VENV)

@@ -1,0 +1,118 @@
+"""Assemble a deployable model repository from code, rungs and artifact.
+
+    build/onnx/{vit_low,vit_high}.onnx, rungs.json ─┐
+    build/calibration/calibration.json ─────────────┼─► build/model_repository/ + MANIFEST.json
+    model_repository/, routing/, imaging/ ──────────┘
+
+Assembling twice from the same inputs gives identical bytes. The new repository is built beside the
+old one and takes its place only when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from imaging import Preprocessing
+from routing import RUNGS, Calibration, CalibrationError, RungSet, manifest
+
+ROOT = Path(__file__).resolve().parent.parent
+# Batch sizes the rungs run before they report ready: a lone request, and a batch as it forms
+# under load. Larger ones cost seconds of start-up on a CPU.
+WARMUP_BATCHES = (1, 8)
+
+
+class RepositoryError(ValueError):
+    """The repository cannot be assembled. One line that says what to do."""
+
+
+def assemble(
+    rung_set: RungSet, calibration_file: Path, out: Path, intra_op_threads: int = 1
+) -> Path:
+    """Assemble the repository.
+
+    Args:
+        rung_set: the exported rungs.
+        calibration_file: the artifact made with exactly these rungs.
+        out: folder to write; replaced if it is an assembled repository.
+        intra_op_threads: CPU threads of each rung.
+
+    Returns:
+        `out`.
+
+    Raises:
+        RepositoryError: `out` is something else, or a bad thread count.
+        CalibrationError: the artifact is invalid or was made with other ONNX files.
+    """
+    if intra_op_threads < 1:
+        raise RepositoryError(f"--intra-op-threads {intra_op_threads} must be 1 or more")
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not _is_assembled(out))):
+        raise RepositoryError(f"{out} exists and is no assembled repository; choose another --out")
+    calibration = Calibration.load(calibration_file)
+    calibration.check_rungs(rung_set.files)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
+        # A child, because a temporary directory itself is closed to other users.
+        fresh = Path(folder) / "repository"
+        _fill(fresh, rung_set, calibration, intra_op_threads)
+        if out.exists():
+            out.rename(Path(folder) / "replaced")
+        fresh.rename(out)
+    return out
+
+
+def _is_assembled(folder: Path) -> bool:
+    return (folder / manifest.NAME).is_file()
+
+
+def _fill(
+    repository: Path, rung_set: RungSet, calibration: Calibration, intra_op_threads: int
+) -> None:
+    ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
+    shutil.copytree(ROOT / "model_repository", repository, ignore=ignore)
+    shutil.copytree(ROOT / "routing", repository / "router/1/routing", ignore=ignore)
+    shutil.copytree(ROOT / "imaging", repository / "preprocess/1/imaging", ignore=ignore)
+    calibration.save(repository / "router/1/calibration.json")
+    preprocessing = Preprocessing.from_dict(rung_set.preprocessing).to_dict()
+    path = repository / "preprocess/1/preprocessing.json"
+    path.write_text(json.dumps(preprocessing, indent=2) + "\n")
+    if rung_set.labels:
+        (repository / "labels.txt").write_text("\n".join(rung_set.labels) + "\n")
+    for name in RUNGS:
+        shutil.copyfile(rung_set.files[name], repository / name / "1" / "model.onnx")
+        config = repository / name / "config.pbtxt"
+        text = _with_threads(config.read_text(), intra_op_threads)
+        config.write_text(text + _warmup(rung_set.image_shape))
+    if rung_set.classes is None:
+        config = repository / "adaptive_vit/config.pbtxt"
+        config.write_text(_without_logits(config.read_text()))
+    manifest.write(repository)
+
+
+def _with_threads(config: str, intra_op_threads: int) -> str:
+    pattern = r'(key: "intra_op_thread_count" value: \{ string_value: ")\d+'
+    text, count = re.subn(pattern, rf"\g<1>{intra_op_threads}", config)
+    if count != 1:
+        raise RepositoryError("a rung's config.pbtxt no longer sets intra_op_thread_count once")
+    return text
+
+
+def _warmup(image_shape: tuple[int, int, int]) -> str:
+    dims = ", ".join(str(size) for size in image_shape)
+    samples = ",\n".join(
+        f'  {{ name: "batch of {batch}" batch_size: {batch} inputs {{ key: "image" value: '
+        f"{{ data_type: TYPE_FP32 dims: [ {dims} ] zero_data: true }} }} }}"
+        for batch in WARMUP_BATCHES
+    )
+    return f"\nmodel_warmup [\n{samples}\n]\n"
+
+
+def _without_logits(config: str) -> str:
+    lines = config.splitlines(keepends=True)
+    return "".join(line for line in lines if '"logits"' not in line)
+
+
+__all__ = ["CalibrationError", "RepositoryError", "assemble"]

@@ -1,0 +1,61 @@
+"""Triton adapter around `imaging`: JPEG, PNG or WebP bytes to the `image` tensor.
+
+Input `image_bytes` BYTES [B, 1]; output `image` FP32 [B, 3, H, W]. A request with an image that
+cannot be decoded gets INVALID_ARG and a one-line reason; the others of its batch are answered.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from .imaging import ImageError, Limits, Preprocessing, decode
+
+
+def _version_dir():
+    return Path(pb_utils.get_model_dir())
+
+
+def _load_preprocessing():
+    path = _version_dir() / "preprocessing.json"
+    return Preprocessing.from_dict(json.loads(path.read_text()))
+
+
+class TritonPythonModel:
+    """One instance of `preprocess`."""
+
+    @staticmethod
+    def auto_complete_config(config):
+        """Complete the output's height and width."""
+        preprocessing = _load_preprocessing()
+        dims = [3, preprocessing.height, preprocessing.width]
+        config.add_output({"name": "image", "data_type": "TYPE_FP32", "dims": dims})
+        return config
+
+    def initialize(self, args):
+        """Read the preprocessing and the limits."""
+        parameters = json.loads(args["model_config"])["parameters"]
+        self.preprocessing = _load_preprocessing()
+        self.limits = Limits(
+            max_bytes=int(parameters["max_bytes"]["string_value"]),
+            max_pixels=int(parameters["max_pixels"]["string_value"]),
+        )
+
+    def execute(self, requests):
+        """Answer each request by itself."""
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request):
+        encoded = pb_utils.get_input_tensor_by_name(request, "image_bytes").as_numpy()  # (B, 1)
+        images = []
+        for row, (data,) in enumerate(encoded):
+            try:
+                images.append(self.preprocessing(decode(data, self.limits)))
+            except ImageError as error:
+                place = f"image {row + 1} of {len(encoded)}: " if len(encoded) > 1 else ""
+                return pb_utils.InferenceResponse(
+                    error=pb_utils.TritonError(f"{place}{error}", pb_utils.TritonError.INVALID_ARG)
+                )
+        image = images[0][np.newaxis] if len(images) == 1 else np.stack(images)  # (B, 3, H, W)
+        return pb_utils.InferenceResponse([pb_utils.Tensor("image", image)])

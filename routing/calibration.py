@@ -1,0 +1,185 @@
+"""`calibration.json`: everything the router needs to decide, and what was measured about it.
+
+Human-readable and schema-versioned. The artifact names the SHA-256 of both ONNX files it was made
+with; `check_rungs` refuses any others.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .manifest import sha256_file
+from .outputs import RungOutputs
+from .scoremap import ScoreMap
+from .signals import SIGNALS
+
+SCHEMA_VERSION = 1
+RUNGS = ("vit_low", "vit_high")
+
+
+class CalibrationError(ValueError):
+    """The artifact is unreadable, invalid or does not fit the ONNX files. One line."""
+
+
+@dataclass(frozen=True)
+class RungRecord:
+    """One rung as it was calibrated: its resolution in px, its recipe, its file's SHA-256."""
+
+    px: int
+    recipe: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The calibration artifact.
+
+    Attributes:
+        backbone: name of the model.
+        rungs: `vit_low` and `vit_high`.
+        image_shape: (3, H, W) of the `image` tensor that both rungs take.
+        embedding_dim: D.
+        layers: L, the number of transformer blocks.
+        classes: C, or None for a model without a head.
+        signal: name, a key of `signals.SIGNALS`.
+        coefficients: the signal's fitted arrays.
+        score_map: raw signal to oracle units.
+        threshold: images with a score above it escalate; oracle units. None: all escalate.
+        chosen_by: how the threshold was chosen, e.g. `{"escalation_rate": 0.1}`.
+        certificate: what was proved about the risk; None: nothing was.
+        metrics: measured on images that were not used to choose anything.
+        data: number, source and fingerprint of the images, and the splits.
+    """
+
+    backbone: str
+    rungs: Mapping[str, RungRecord]
+    image_shape: tuple[int, int, int]
+    embedding_dim: int
+    layers: int
+    classes: int | None
+    signal: str
+    score_map: ScoreMap
+    threshold: float | None
+    chosen_by: Mapping[str, float]
+    coefficients: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    certificate: Mapping[str, Any] | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            CalibrationError: naming the field.
+        """
+        if set(self.rungs) != set(RUNGS):
+            raise CalibrationError(f"rungs must be {' and '.join(RUNGS)}, not {sorted(self.rungs)}")
+        if self.signal not in SIGNALS:
+            raise CalibrationError(
+                f"signal {self.signal!r} is unknown; known: {', '.join(SIGNALS)}"
+            )
+        signal = SIGNALS[self.signal]
+        if signal.needs_logits and self.classes is None:
+            raise CalibrationError(f"signal {self.signal!r} needs logits and the model has no head")
+        if set(self.coefficients) != set(signal.coefficients):
+            raise CalibrationError(
+                f"signal {self.signal!r} takes coefficients {sorted(signal.coefficients)}, "
+                f"not {sorted(self.coefficients)}"
+            )
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise CalibrationError("threshold must be finite, or null for always-high")
+
+    def score(self, outputs: RungOutputs) -> NDArray[np.float32]:
+        """Scores of B images in oracle units, FP32 (B,), from the cheap rung's outputs."""
+        return self.score_map(SIGNALS[self.signal].compute(outputs, self.coefficients))
+
+    def check_rungs(self, files: Mapping[str, Path]) -> None:
+        """Compare ONNX files with the hashes they had at calibration.
+
+        Args:
+            files: the file of each rung, by name.
+
+        Raises:
+            CalibrationError: a file is missing, or it is not the one that was calibrated.
+        """
+        for name, record in self.rungs.items():
+            if not files[name].is_file():
+                raise CalibrationError(
+                    f"{name}: no ONNX file at {files[name]}; run python -m export"
+                )
+            if sha256_file(files[name]) != record.sha256:
+                raise CalibrationError(
+                    f"{name}: {files[name].name} is not the file that was calibrated (SHA-256 "
+                    "differs); run python -m calibration again, or restore the file"
+                )
+
+    def save(self, path: Path) -> None:
+        """Write the artifact; equal artifacts give equal bytes."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The artifact as JSON types, `schema_version` first."""
+        content: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            **{name: getattr(self, name) for name in self.__dataclass_fields__},
+        }
+        content["rungs"] = {name: asdict(self.rungs[name]) for name in RUNGS}
+        content["image_shape"] = list(self.image_shape)
+        content["score_map"] = asdict(self.score_map)
+        content["coefficients"] = {k: v.tolist() for k, v in self.coefficients.items()}
+        return content
+
+    @classmethod
+    def load(cls, path: Path) -> Calibration:
+        """Read an artifact.
+
+        Raises:
+            CalibrationError: missing, not JSON, another schema version, or an invalid field.
+        """
+        try:
+            content = json.loads(path.read_text())
+        except OSError as error:
+            raise CalibrationError(
+                f"{path}: {error.strerror}; run python -m calibration fit first"
+            ) from None
+        except ValueError as error:
+            raise CalibrationError(f"{path} is not JSON: {error}") from None
+        try:
+            return cls.from_dict(content)
+        except CalibrationError as error:
+            raise CalibrationError(f"{path}: {error}") from None
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CalibrationError(
+                f"{path}: invalid field: {type(error).__name__} {error}"
+            ) from None
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Calibration:
+        """Build an artifact from what `to_dict` gave."""
+        fields = dict(content)
+        version = fields.pop("schema_version", None)
+        if version != SCHEMA_VERSION:
+            raise CalibrationError(
+                f"schema version {version}, this code reads {SCHEMA_VERSION}; calibrate again"
+            )
+        score_map = fields["score_map"]
+        fields["score_map"] = ScoreMap(
+            score_map["sign"], tuple(score_map["knots"]), tuple(score_map["values"])
+        )
+        fields["rungs"] = {name: RungRecord(**rung) for name, rung in fields["rungs"].items()}
+        channels, height, width = fields["image_shape"]
+        fields["image_shape"] = (channels, height, width)
+        fields["coefficients"] = {
+            name: np.asarray(value, dtype=np.float64)
+            for name, value in fields["coefficients"].items()
+        }
+        return cls(**fields)

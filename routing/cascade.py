@@ -1,0 +1,182 @@
+"""The cascade's control flow, without Triton: one cheap call, one score, at most one full call.
+
+The router gives it the requests of one `execute` and two callables; tests give it fakes and count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .calibration import Calibration
+from .outputs import FloatArray, RungOutputs
+from .policy import Overrides, always_high, escalation_mask
+
+Rung = Callable[[FloatArray], RungOutputs]
+
+
+class RequestError(Exception):
+    """A request that cannot be answered because of what it contains."""
+
+
+class RungError(Exception):
+    """A rung that did not answer; raised by the callables given to `run_cascade`."""
+
+
+@dataclass(frozen=True)
+class CascadeRequest:
+    """One client's request: `image` FP32 (b, 3, H, W) and its checked parameters."""
+
+    image: FloatArray
+    overrides: Overrides
+
+
+@dataclass(frozen=True)
+class CascadeAnswer:
+    """One request's answer for its b images.
+
+    Attributes:
+        embedding: FP32 (b, D).
+        logits: FP32 (b, C), or None for a model without a head.
+        escalated: BOOL (b,), answered by the full rung.
+        score: FP32 (b,), oracle units; NaN where the cheap rung was not asked.
+        degraded: BOOL (b,), escalation was wanted but the low answer is returned.
+    """
+
+    embedding: FloatArray
+    logits: FloatArray | None
+    escalated: NDArray[np.bool_]
+    score: FloatArray
+    degraded: NDArray[np.bool_]
+
+
+@dataclass
+class _Case:
+    """One request on its way through the cascade."""
+
+    request: CascadeRequest
+    error: RequestError | RungError | None = None
+    low: RungOutputs | None = None
+    high: RungOutputs | None = None  # only the wanted rows, in order
+    score: FloatArray = field(init=False)
+    wanted: NDArray[np.bool_] = field(init=False)
+
+    def __post_init__(self) -> None:
+        rows = len(self.request.image)
+        self.score = np.full(rows, np.nan, dtype=np.float32)
+        self.wanted = np.ones(rows, dtype=np.bool_)
+        self.error = _not_finite(self.request.image)
+
+
+def run_cascade(
+    requests: Sequence[CascadeRequest],
+    calibration: Calibration,
+    low: Rung,
+    high: Rung,
+    *,
+    degrade_on_high_failure: bool = False,
+) -> list[CascadeAnswer | RequestError | RungError]:
+    """Answer several requests with at most one call of each rung.
+
+    Args:
+        requests: in the order of the answers.
+        calibration: signal, score map and threshold.
+        low: the cheap rung, called once with every image that needs a score or a low answer, or
+            not at all.
+        high: the full rung, called once with every image that escalates, or not at all.
+        degrade_on_high_failure: when the full rung fails, return the low answers marked
+            `degraded`, where there are any, instead of an error.
+
+    Returns:
+        For each request its answer or its own error; a bad request never fails its neighbours.
+    """
+    cases = [_Case(request) for request in requests]
+    sound = [case for case in cases if case.error is None]
+    scored = [c for c in sound if not always_high(calibration.threshold, c.request.overrides)]
+    _ask_low(scored, calibration, low)
+    _ask_high([case for case in sound if case.error is None and case.wanted.any()], high)
+    return [_answer(case, degrade_on_high_failure) for case in cases]
+
+
+def _ask_low(cases: list[_Case], calibration: Calibration, low: Rung) -> None:
+    if not cases:
+        return
+    try:
+        outputs = low(_concatenate([case.request.image for case in cases]))
+    except RungError as error:
+        for case in cases:
+            case.error = error
+        return
+    scores = calibration.score(outputs)  # (rows of all cases,)
+    start = 0
+    for case in cases:
+        rows = slice(start, start + len(case.request.image))
+        start = rows.stop
+        case.low = outputs.rows(rows)
+        case.score = scores[rows]
+        case.wanted = escalation_mask(case.score, calibration.threshold, case.request.overrides)
+
+
+def _ask_high(cases: list[_Case], high: Rung) -> None:
+    if not cases:
+        return
+    images = [
+        case.request.image if case.wanted.all() else case.request.image[case.wanted]
+        for case in cases
+    ]
+    try:
+        outputs = high(_concatenate(images))
+    except RungError as error:
+        for case in cases:
+            case.error = error
+        return
+    start = 0
+    for case, image in zip(cases, images, strict=True):
+        case.high = outputs.rows(slice(start, start + len(image)))
+        start += len(image)
+
+
+def _answer(case: _Case, degrade: bool) -> CascadeAnswer | RequestError | RungError:
+    nobody = np.zeros_like(case.wanted)
+    if case.error is not None:
+        if isinstance(case.error, RungError) and degrade and case.low is not None:
+            return CascadeAnswer(
+                case.low.embedding, case.low.logits, nobody, case.score, degraded=case.wanted
+            )
+        return case.error
+    if case.low is None:
+        chosen = case.high
+    elif case.high is None:
+        chosen = case.low
+    else:
+        chosen = _merge(case.low, case.high, case.wanted)
+    assert chosen is not None  # a sound case was answered by at least one rung
+    return CascadeAnswer(chosen.embedding, chosen.logits, case.wanted, case.score, nobody)
+
+
+def _merge(low: RungOutputs, high: RungOutputs, wanted: NDArray[np.bool_]) -> RungOutputs:
+    embedding = low.embedding.copy()
+    embedding[wanted] = high.embedding
+    logits = None if low.logits is None else low.logits.copy()
+    if logits is not None:
+        logits[wanted] = high.logits
+    return RungOutputs(embedding, None, logits)
+
+
+def _concatenate(images: Sequence[FloatArray]) -> FloatArray:
+    # A lone request keeps its very array, which the router can hand on without a copy.
+    return images[0] if len(images) == 1 else np.concatenate(images)
+
+
+def _not_finite(image: FloatArray) -> RequestError | None:
+    # A finite sum proves every pixel finite in one cheap pass; an overflowing one proves nothing.
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(image.sum()):
+            return None
+    bad = np.flatnonzero(~np.isfinite(image).all(axis=(1, 2, 3)))
+    if bad.size == 0:
+        return None
+    return RequestError(f"image holds NaN or Inf (row {bad[0]} of {len(image)})")

@@ -1,0 +1,39 @@
+"""What one rung returns for a batch of images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class RungOutputs:
+    """A rung's outputs for B images, FP32.
+
+    Attributes:
+        embedding: (B, D), the final normalised CLS token.
+        cls_layers: (B, L + 1, D), the CLS token after the embedding layer and after each of the
+            L blocks. None where it was not asked for: only the cheap rung's is ever read.
+        logits: (B, C), or None for a model without a head.
+    """
+
+    embedding: FloatArray
+    cls_layers: FloatArray | None
+    logits: FloatArray | None
+
+    def __len__(self) -> int:
+        """The number of images B."""
+        return int(self.embedding.shape[0])
+
+    def rows(self, index: slice | Sequence[int] | NDArray[np.intp]) -> RungOutputs:
+        """The outputs of some of the images, in the order of `index`; a slice copies nothing."""
+        return RungOutputs(
+            embedding=self.embedding[index],
+            cls_layers=None if self.cls_layers is None else self.cls_layers[index],
+            logits=None if self.logits is None else self.logits[index],
+        )

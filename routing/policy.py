@@ -1,0 +1,92 @@
+"""What a request may ask of the router, and which images escalate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Policy(str, Enum):
+    """Who answers: the calibrated threshold, or one rung for every image."""
+
+    AUTO = "auto"
+    LOW = "low"
+    HIGH = "high"
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """A request's parameters, checked.
+
+    Attributes:
+        policy: `auto` unless the request names another.
+        threshold: replaces the calibrated threshold, in oracle units; only with `auto`.
+    """
+
+    policy: Policy = Policy.AUTO
+    threshold: float | None = None
+
+
+def parse_overrides(parameters: Mapping[str, object]) -> Overrides:
+    """Check a request's parameters.
+
+    Args:
+        parameters: as decoded from Triton's JSON: str, bool, int or float values.
+
+    Raises:
+        ValueError: an unknown parameter or policy, a threshold that is not a number, or a
+            threshold beside a policy that ignores it. One line, fit for a client.
+    """
+    unknown = sorted(set(parameters) - {"policy", "threshold"})
+    if unknown:
+        raise ValueError(f"unknown parameter {unknown[0]!r}; known are policy and threshold")
+    policy = parameters.get("policy", Policy.AUTO.value)
+    try:
+        chosen = Policy(policy)
+    except ValueError:
+        raise ValueError(f"policy {policy!r} is none of auto, low, high") from None
+    threshold = parameters.get("threshold")
+    if threshold is None:
+        return Overrides(chosen)
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+        raise ValueError(f"threshold {threshold!r} is not a number; send a float in oracle units")
+    if math.isnan(threshold):
+        raise ValueError("threshold is NaN; send a float in oracle units")
+    if chosen is not Policy.AUTO:
+        raise ValueError(f"threshold has no meaning with policy={chosen.value}; send one of them")
+    return Overrides(chosen, float(threshold))
+
+
+def escalation_mask(
+    scores: NDArray[np.float32], calibrated_threshold: float | None, overrides: Overrides
+) -> NDArray[np.bool_]:
+    """Which images the full rung must answer: those whose score is above the threshold.
+
+    Args:
+        scores: FP32 (B,), oracle units.
+        calibrated_threshold: None stands for "no threshold was certified": all escalate.
+        overrides: the request's parameters.
+
+    Returns:
+        BOOL (B,).
+    """
+    if overrides.policy is Policy.LOW:
+        return np.zeros(scores.shape, dtype=np.bool_)
+    if always_high(calibrated_threshold, overrides):
+        return np.ones(scores.shape, dtype=np.bool_)
+    threshold = calibrated_threshold if overrides.threshold is None else overrides.threshold
+    # FP64: numpy would otherwise round the threshold to the scores' FP32 before comparing.
+    return np.asarray(scores.astype(np.float64) > np.float64(threshold))
+
+
+def always_high(calibrated_threshold: float | None, overrides: Overrides) -> bool:
+    """Whether the request goes to the full rung without a look at the cheap one."""
+    if overrides.policy is Policy.HIGH:
+        return True
+    no_threshold = calibrated_threshold is None and overrides.threshold is None
+    return overrides.policy is Policy.AUTO and no_threshold

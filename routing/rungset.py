@@ -1,0 +1,84 @@
+"""`rungs.json`: what `export rungs` wrote, read by calibration and by `export repository`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .calibration import RUNGS, RungRecord
+
+NAME = "rungs.json"
+SCHEMA_VERSION = 1
+
+
+class RungSetError(ValueError):
+    """The folder holds no usable pair of rungs. One line that says what to run."""
+
+
+@dataclass(frozen=True)
+class RungSet:
+    """A pair of exported rungs.
+
+    Attributes:
+        backbone: name of the model.
+        image_shape: (3, H, W) of the `image` tensor that both rungs take.
+        embedding_dim: D.
+        layers: L, the number of transformer blocks.
+        classes: C, or None for a model without a head.
+        labels: the C class names, or None.
+        preprocessing: fields of `imaging.Preprocessing`.
+        rungs: `vit_low` and `vit_high`, with the SHA-256 of their files.
+        files: where each rung's ONNX file lies.
+    """
+
+    backbone: str
+    image_shape: tuple[int, int, int]
+    embedding_dim: int
+    layers: int
+    classes: int | None
+    labels: tuple[str, ...] | None
+    preprocessing: Mapping[str, Any]
+    rungs: Mapping[str, RungRecord]
+    files: Mapping[str, Path]
+
+    @classmethod
+    def load(cls, folder: Path) -> RungSet:
+        """Read `rungs.json`; the ONNX files are looked for, not hashed.
+
+        Raises:
+            RungSetError: a missing or invalid file.
+        """
+        path = folder / NAME
+        try:
+            content = json.loads(path.read_text())
+            if content["schema_version"] != SCHEMA_VERSION:
+                raise ValueError(f"schema version {content['schema_version']}")
+            entries = {name: content["rungs"][name] for name in RUNGS}
+            channels, height, width = content["image"]["shape"]
+            rung_set = cls(
+                backbone=content["backbone"],
+                image_shape=(channels, height, width),
+                embedding_dim=content["embedding_dim"],
+                layers=content["layers"],
+                classes=content["classes"],
+                labels=tuple(content["labels"]) if content["labels"] else None,
+                preprocessing=content["preprocessing"],
+                rungs={
+                    name: RungRecord(entry["px"], entry["recipe"], entry["sha256"])
+                    for name, entry in entries.items()
+                },
+                files={name: folder / entry["file"] for name, entry in entries.items()},
+            )
+        except OSError:
+            raise RungSetError(f"no {NAME} in {folder}; run python -m export rungs first") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise RungSetError(
+                f"{path} is not readable ({type(error).__name__} {error}); export again"
+            ) from None
+        for file in rung_set.files.values():
+            if not file.is_file():
+                raise RungSetError(f"no ONNX file at {file}; run python -m export rungs again")
+        return rung_set

@@ -1,0 +1,133 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from routing import (
+    CascadeAnswer,
+    CascadeRequest,
+    Overrides,
+    Policy,
+    RequestError,
+    RungError,
+    run_cascade,
+)
+from tests.unit.fakes import FakeRung, images, make_calibration
+
+LOW, HIGH = 100.0, 200.0
+
+
+def ask(image, **overrides):
+    return CascadeRequest(image, Overrides(**overrides))
+
+
+def run(requests, low=None, high=None, threshold=0.5, classes=5, **options):
+    low, high = low or FakeRung(LOW, classes), high or FakeRung(HIGH, classes)
+    calibration = make_calibration(threshold, classes)
+    return run_cascade(requests, calibration, low, high, **options), low, high
+
+
+def test_an_easy_batch_makes_no_high_call():
+    answers, low, high = run([ask(images(0.1, 0.2)), ask(images(0.3))])
+    assert len(low.batches) == 1 and len(low.batches[0]) == 3
+    assert high.batches == []
+    assert [a.escalated.tolist() for a in answers] == [[False, False], [False]]
+    np.testing.assert_allclose(answers[0].embedding[:, 0], [LOW + 0.1, LOW + 0.2])
+
+
+def test_a_mixed_batch_makes_one_high_call_with_the_hard_rows_of_all_requests():
+    answers, low, high = run([ask(images(0.1, 0.9)), ask(images(0.8)), ask(images(0.2))])
+    assert len(low.batches) == 1
+    assert len(high.batches) == 1
+    np.testing.assert_allclose(high.batches[0][:, 0, 0, 0], [0.9, 0.8])
+    np.testing.assert_allclose(answers[0].embedding[:, 0], [LOW + 0.1, HIGH + 0.9])
+    np.testing.assert_allclose(answers[0].logits[:, 0], [LOW, HIGH])
+    np.testing.assert_allclose(answers[0].score, [0.1, 0.9])
+    assert [a.escalated.tolist() for a in answers] == [[False, True], [True], [False]]
+    assert not any(a.degraded.any() for a in answers)
+
+
+def test_policies_mix_in_one_batch():
+    requests = [
+        ask(images(0.9), policy=Policy.LOW),
+        ask(images(0.1), policy=Policy.HIGH),
+        ask(images(0.9), threshold=2.0),
+        ask(images(0.1), threshold=0.0),
+    ]
+    answers, low, high = run(requests)
+    assert [a.escalated.tolist() for a in answers] == [[False], [True], [False], [True]]
+    assert len(low.batches[0]) == 3  # policy=high does not pay for the cheap rung
+    assert len(high.batches) == 1
+    assert np.isnan(answers[1].score).all()
+    assert not np.isnan(answers[0].score).any()
+
+
+def test_without_a_certified_threshold_the_cheap_rung_is_not_asked():
+    answers, low, high = run([ask(images(0.1, 0.9))], threshold=None)
+    assert low.batches == []
+    assert len(high.batches) == 1
+    assert answers[0].escalated.all()
+
+
+def test_a_lone_request_reaches_the_rungs_as_the_very_same_array():
+    image = images(0.9, 0.8)
+    _, low, high = run([ask(image)])
+    assert low.batches[0] is image
+    assert high.batches[0] is image
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_bad_request_does_not_fail_its_neighbours(bad):
+    broken = images(0.1, 0.1)
+    broken[1, 2, 3, 3] = bad
+    answers, low, _ = run([ask(images(0.1)), ask(broken), ask(images(0.9))])
+    assert isinstance(answers[0], CascadeAnswer) and isinstance(answers[2], CascadeAnswer)
+    assert isinstance(answers[1], RequestError)
+    assert str(answers[1]) == "image holds NaN or Inf (row 1 of 2)"
+    assert len(low.batches[0]) == 2
+
+
+def test_pixels_whose_sum_overflows_are_accepted():
+    image = np.full((1, 3, 4, 4), 3e38, np.float32)
+    image[:, 0, 0, 0] = 0.0  # the pixel the fake rung computes with
+    answers, *_ = run([ask(image, policy=Policy.LOW)])
+    assert isinstance(answers[0], CascadeAnswer)
+
+
+def test_a_failing_low_rung_fails_only_those_that_need_it():
+    requests = [ask(images(0.1)), ask(images(0.1), policy=Policy.HIGH)]
+    answers, *_ = run(requests, low=FakeRung(LOW, fail=True))
+    assert isinstance(answers[0], RungError)
+    assert isinstance(answers[1], CascadeAnswer)
+
+
+def test_a_failing_high_rung_fails_only_those_that_escalate():
+    requests = [ask(images(0.1)), ask(images(0.1, 0.9))]
+    answers, *_ = run(requests, high=FakeRung(HIGH, fail=True))
+    assert isinstance(answers[0], CascadeAnswer)
+    assert isinstance(answers[1], RungError)
+
+
+def test_a_failing_high_rung_can_degrade_to_the_low_answer():
+    requests = [ask(images(0.1, 0.9)), ask(images(0.1), policy=Policy.HIGH)]
+    answers, *_ = run(requests, high=FakeRung(HIGH, fail=True), degrade_on_high_failure=True)
+    assert answers[0].degraded.tolist() == [False, True]
+    assert answers[0].escalated.tolist() == [False, False]
+    np.testing.assert_allclose(answers[0].embedding[:, 0], [LOW + 0.1, LOW + 0.9])
+    assert isinstance(answers[1], RungError)  # policy=high has no low answer to fall back on
+
+
+def test_a_headless_model_has_no_logits():
+    answers, *_ = run([ask(images(0.1, 0.9))], classes=None)
+    assert answers[0].logits is None
+
+
+@given(st.lists(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=4), max_size=5))
+def test_grouping_into_requests_changes_nothing(groups):
+    grouped, *_ = run([ask(images(*scores)) for scores in groups])
+    for scores, answer in zip(groups, grouped, strict=True):
+        for row, score in enumerate(scores):
+            (alone,), *_ = run([ask(images(score))])
+            assert alone.escalated[0] == answer.escalated[row]
+            assert alone.score[0] == answer.score[row]
+            np.testing.assert_array_equal(alone.embedding[0], answer.embedding[row])

@@ -1,0 +1,111 @@
+import json
+
+import numpy as np
+import pytest
+
+from routing import Calibration, CalibrationError, ManifestError, RungSet, RungSetError, manifest
+from tests.unit.fakes import make_calibration
+
+
+def test_the_artifact_round_trips_bit_exactly(tmp_path):
+    calibration = make_calibration(threshold=0.1 + 0.2, metrics={"agreement_with_high": 1 / 3})
+    calibration.save(tmp_path / "a.json")
+    loaded = Calibration.load(tmp_path / "a.json")
+    assert loaded == calibration
+    loaded.save(tmp_path / "b.json")
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+
+
+def test_always_high_is_written_as_null(tmp_path):
+    make_calibration(threshold=None).save(tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_text())["threshold"] is None
+    assert Calibration.load(tmp_path / "a.json").threshold is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema_version": 99}, "schema version 99"),
+        ({"signal": "tea_leaves"}, "signal 'tea_leaves' is unknown"),
+        ({"signal": "margin", "classes": None}, "needs logits"),
+        ({"coefficients": {"w": [1.0]}}, "takes coefficients"),
+        ({"rungs": {}}, "rungs must be vit_low and vit_high"),
+        ({"score_map": {"sign": 1, "knots": [0, 0], "values": [0, 1]}}, "strictly increasing"),
+        ({"surprise": 1}, "surprise"),
+        ({"image_shape": [3, 4]}, "invalid field"),
+    ],
+)
+def test_an_invalid_artifact_is_refused_in_one_line(tmp_path, change, message):
+    path = tmp_path / "calibration.json"
+    path.write_text(json.dumps({**make_calibration().to_dict(), **change}))
+    with pytest.raises(CalibrationError, match=message) as error:
+        Calibration.load(path)
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_a_half_written_artifact_is_refused(tmp_path, content):
+    path = tmp_path / "calibration.json"
+    path.write_text(content)
+    with pytest.raises(CalibrationError):
+        Calibration.load(path)
+
+
+def test_a_missing_artifact_says_what_to_run(tmp_path):
+    with pytest.raises(CalibrationError, match="calibration fit"):
+        Calibration.load(tmp_path / "calibration.json")
+
+
+def test_check_rungs_names_the_file_that_differs(tmp_path):
+    files = {name: tmp_path / f"{name}.onnx" for name in ("vit_low", "vit_high")}
+    for name, file in files.items():
+        file.write_text(name)
+    rungs = make_calibration().rungs
+    right = {
+        name: type(rung)(rung.px, rung.recipe, manifest.sha256_file(files[name]))
+        for name, rung in rungs.items()
+    }
+    calibration = make_calibration(rungs=right)
+    calibration.check_rungs(files)
+    files["vit_high"].write_text("another")
+    with pytest.raises(CalibrationError, match=r"vit_high: vit_high\.onnx is not the file"):
+        calibration.check_rungs(files)
+    files["vit_high"].unlink()
+    with pytest.raises(CalibrationError, match="vit_high: no ONNX file at"):
+        calibration.check_rungs(files)
+
+
+def test_the_manifest_names_what_changed(tmp_path):
+    (tmp_path / "router").mkdir()
+    file = tmp_path / "router" / "config.pbtxt"
+    file.write_text("a")
+    manifest.write(tmp_path)
+    manifest.verify(tmp_path)
+    (tmp_path / "another_model").mkdir()  # the user's own models may stand beside ours
+    manifest.verify(tmp_path)
+    file.write_text("b")
+    with pytest.raises(ManifestError, match=r"router/config\.pbtxt differs"):
+        manifest.verify(tmp_path)
+    file.unlink()
+    with pytest.raises(ManifestError, match=r"router/config\.pbtxt is listed .* but missing"):
+        manifest.verify(tmp_path)
+    (tmp_path / "MANIFEST.json").unlink()
+    with pytest.raises(ManifestError, match="missing or unreadable"):
+        manifest.verify(tmp_path)
+
+
+def test_a_folder_without_rungs_says_what_to_run(tmp_path):
+    with pytest.raises(RungSetError, match="export rungs"):
+        RungSet.load(tmp_path)
+    (tmp_path / "rungs.json").write_text("{}")
+    with pytest.raises(RungSetError, match="export again"):
+        RungSet.load(tmp_path)
+
+
+def test_scores_are_fp32_in_oracle_units():
+    from tests.unit.fakes import FakeRung, images
+
+    scores = make_calibration().score(FakeRung(0.0)(images(0.25, 0.5)))
+    assert scores.dtype == np.float32
+    np.testing.assert_array_equal(scores, np.float32([0.25, 0.5]))

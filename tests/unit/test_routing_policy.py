@@ -1,0 +1,62 @@
+import numpy as np
+import pytest
+
+from routing import Overrides, Policy, escalation_mask, parse_overrides
+
+SCORES = np.array([0.1, 0.5, 0.9], np.float32)
+
+
+def test_no_parameters_mean_auto():
+    assert parse_overrides({}) == Overrides(Policy.AUTO, None)
+
+
+def test_known_parameters():
+    assert parse_overrides({"policy": "low"}) == Overrides(Policy.LOW)
+    assert parse_overrides({"policy": "auto", "threshold": 2}) == Overrides(Policy.AUTO, 2.0)
+    assert parse_overrides({"threshold": float("inf")}).threshold == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"policy": "medium"}, "policy 'medium' is none of auto, low, high"),
+        ({"policy": 1}, "policy 1 is none of"),
+        ({"threshold": "0.5"}, "threshold '0.5' is not a number"),
+        ({"threshold": True}, "threshold True is not a number"),
+        ({"threshold": float("nan")}, "NaN"),
+        ({"treshold": 0.5}, "unknown parameter 'treshold'"),
+        ({"policy": "high", "threshold": 0.5}, "no meaning with policy=high"),
+    ],
+)
+def test_bad_parameters_are_one_clear_line(parameters, message):
+    with pytest.raises(ValueError, match=message) as error:
+        parse_overrides(parameters)
+    assert "\n" not in str(error.value)
+
+
+def test_only_scores_above_the_threshold_escalate():
+    np.testing.assert_array_equal(
+        escalation_mask(SCORES, float(SCORES[1]), Overrides()), [False, False, True]
+    )
+
+
+def test_the_threshold_is_not_rounded_to_fp32():
+    just_below = np.nextafter(np.float64(SCORES[1]), -np.inf)
+    assert np.float32(just_below) == SCORES[1]
+    np.testing.assert_array_equal(
+        escalation_mask(SCORES, just_below, Overrides()), [False, True, True]
+    )
+
+
+def test_overrides_replace_the_calibrated_threshold():
+    assert not escalation_mask(SCORES, 0.0, Overrides(Policy.LOW)).any()
+    assert escalation_mask(SCORES, 1.0, Overrides(Policy.HIGH)).all()
+    np.testing.assert_array_equal(
+        escalation_mask(SCORES, 1.0, Overrides(threshold=0.2)), [False, True, True]
+    )
+
+
+def test_no_certified_threshold_means_always_high():
+    assert escalation_mask(SCORES, None, Overrides()).all()
+    assert not escalation_mask(SCORES, None, Overrides(Policy.LOW)).any()
+    assert not escalation_mask(SCORES, None, Overrides(threshold=1.0)).any()
