@@ -18,13 +18,13 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from imaging import ImageError, Preprocessing, decode
 from routing import RUNGS, RungOutputs, RungSet
 
 from .images import ImagesError, SourceImage
+from .sessions import open_session, run_session
 
 BATCH = 16
 MAX_UNREADABLE = 0.05  # above this share something is wrong with the folder, not with a file
@@ -101,28 +101,6 @@ def _rung_outputs(arrays: dict[str, Any], rung: str) -> RungOutputs:
     return RungOutputs(
         arrays[f"embedding_{rung}"], arrays.get(f"cls_layers_{rung}"), arrays.get(f"logits_{rung}")
     )
-
-
-def open_session(file: Path) -> ort.InferenceSession:
-    """An ONNX Runtime session on the GPU where there is one, else on every core."""
-    if hasattr(ort, "preload_dlls") and "CUDAExecutionProvider" in ort.get_available_providers():
-        ort.preload_dlls()
-    return ort.InferenceSession(str(file), providers=_providers())
-
-
-def _providers() -> list[str]:
-    wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
-    return [name for name in wanted if name in ort.get_available_providers()]
-
-
-def run_session(
-    session: ort.InferenceSession, image: NDArray[np.float32], layers: bool
-) -> RungOutputs:
-    """Run a rung on `image` (B, 3, H, W); without `layers` the CLS layers are not computed out."""
-    names = [output.name for output in session.get_outputs()]
-    names = [name for name in names if layers or name != "cls_layers"]
-    values = dict(zip(names, session.run(names, {"image": image}), strict=True))
-    return RungOutputs(values["embedding"], values.get("cls_layers"), values.get("logits"))
 
 
 def collect(

@@ -94,8 +94,8 @@ def fit_score_map(
     The sign makes larger scores mean more need to escalate: judged by the fidelity loss where
     there is one, because a small change that moves the answer matters more than a large one that
     does not; by the oracle itself otherwise. The map is isotonic regression (Barlow et al. 1972)
-    over equal-count bins. Stretches that isotonic regression makes flat get a slope of their own,
-    small enough to mean nothing and large enough to keep the signal's order.
+    over equal-count bins, drawn through the centres of its flat blocks: it predicts the same
+    change on average, and it keeps the signal's order within a block.
     """
     if loss is not None and 0 < loss.sum() < len(loss):
         sign = 1 if roc_auc_score(loss, raw) >= 0.5 else -1
@@ -110,8 +110,13 @@ def fit_score_map(
     if len(knots) < 2:
         knots, means = np.array([knots[0] - 1, knots[0] + 1]), np.repeat(oracle.mean(), 2)
     values = IsotonicRegression().fit_transform(knots, means)
-    tilt = 1e-3 * max(float(oracle.std()), 1e-6)
-    values = values + tilt * np.linspace(0, 1, len(values))
+    blocks = np.unique(values, return_inverse=True)[1]
+    if blocks[-1] == 0:  # the signal says nothing about the oracle: keep its order, barely tilted
+        tilt = 1e-3 * max(float(oracle.std()), 1e-6)
+        values = values + tilt * np.linspace(0, 1, len(values))
+    else:
+        knots = np.array([knots[blocks == block].mean() for block in range(blocks[-1] + 1)])
+        values = np.unique(values)
     return ScoreMap(sign, tuple(knots.tolist()), tuple(values.tolist()))
 
 

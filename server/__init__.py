@@ -1,1 +1,24 @@
-"""Find, prepare, run and stop a tritonserver."""
+"""Find, prepare, run and stop a tritonserver.
+
+```python
+from server import TritonServer
+
+with TritonServer("build/model_repository", free_ports=True) as server:
+    print(server.http_url, server.grpc_url, server.metrics_url, server.memory_mib())
+```
+"""
+
+from .errors import ServerError, ServerStartError, ServerUsageError
+from .finding import Tritonserver, Wheel, find_tritonserver, find_wheel
+from .launcher import TritonServer
+
+__all__ = [
+    "ServerError",
+    "ServerStartError",
+    "ServerUsageError",
+    "TritonServer",
+    "Tritonserver",
+    "Wheel",
+    "find_tritonserver",
+    "find_wheel",
+]

@@ -27,7 +27,7 @@ class TritonPythonModel:
 
     @staticmethod
     def auto_complete_config(config):
-        """Complete the output's height and width."""
+        """Declare the image tensor of this backbone."""
         preprocessing = _load_preprocessing()
         dims = [3, preprocessing.height, preprocessing.width]
         config.add_output({"name": "image", "data_type": "TYPE_FP32", "dims": dims})

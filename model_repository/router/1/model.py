@@ -22,10 +22,6 @@ from .routing import (
     run_cascade,
 )
 
-_ERROR_CODES = {
-    RequestError: pb_utils.TritonError.INVALID_ARG,
-    RungError: pb_utils.TritonError.INTERNAL,
-}
 _ON_HIGH_FAILURE = ("error", "low")
 
 
@@ -121,7 +117,8 @@ def _infer(model_name, image, output_names):
 
 def _response(result):
     if isinstance(result, Exception):
-        code = _ERROR_CODES[type(result)]
+        codes = pb_utils.TritonError  # not there yet when Triton imports this for auto-complete
+        code = codes.INVALID_ARG if isinstance(result, RequestError) else codes.INTERNAL
         return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(result), code))
     tensors = [pb_utils.Tensor("embedding", result.embedding)]
     if result.logits is not None:

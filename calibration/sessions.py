@@ -1,0 +1,40 @@
+"""ONNX Runtime sessions of the rungs, offline."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from routing import RungOutputs
+
+
+def open_session(file: Path) -> ort.InferenceSession:
+    """A session on the GPU where there is one, else on every CPU core."""
+    providers = ["CPUExecutionProvider"]
+    if _has_gpu():
+        ort.preload_dlls()
+        providers.insert(0, "CUDAExecutionProvider")
+    return ort.InferenceSession(str(file), providers=providers)
+
+
+def _has_gpu() -> bool:
+    # onnxruntime-gpu offers CUDA on every machine and complains at length where none is.
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return "CUDAExecutionProvider" in ort.get_available_providers()
+
+
+def run_session(
+    session: ort.InferenceSession, image: NDArray[np.float32], layers: bool
+) -> RungOutputs:
+    """Run a rung on `image` (B, 3, H, W); without `layers`, `cls_layers` is not asked for."""
+    names = [output.name for output in session.get_outputs()]
+    names = [name for name in names if layers or name != "cls_layers"]
+    values = dict(zip(names, session.run(names, {"image": image}), strict=True))
+    return RungOutputs(values["embedding"], values.get("cls_layers"), values.get("logits"))

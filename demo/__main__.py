@@ -1,0 +1,216 @@
+"""`python -m demo`: export, calibrate, assemble, serve, query, measure, show."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from calibration.sample import crops as sample_crops
+from client import ClientError
+from imaging import Preprocessing
+from perf.analyzer import PerfAnalyzerError
+from routing import Calibration, RungSet
+from server import ServerError, TritonServer
+
+from .page import write_page
+from .serve import DemoError, measure, query
+from .summary import summarise
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = Path("build/demo")
+BACKBONE, LOW_PX, HIGH_PX = "dinov2-small", 112, 224
+ESCALATION_RATE = 0.1
+# Separate draws of the same stream of crops.
+HEAD_CROPS, HEAD_SEED = 600, 11
+CALIBRATION_CROPS, CALIBRATION_SEED = 600, 12
+TEST_CROPS, TEST_SEED = 200, 13
+
+console = Console(stderr=True)
+
+
+class Step(NamedTuple):
+    """One command of the demo, and the file or folder it makes."""
+
+    title: str
+    makes: Path
+    arguments: tuple[object, ...]
+
+
+HEAD, ONNX, OUTPUTS = OUT / "head", OUT / "onnx", OUT / "outputs.npz"
+ARTIFACT, REPOSITORY = OUT / "calibration.json", OUT / "model_repository"
+STEPS = (
+    Step(
+        "1/6 Cut training crops for the classification head",
+        HEAD,
+        ("calibration", "sample", "--out", HEAD, "--count", HEAD_CROPS, "--seed", HEAD_SEED),
+    ),
+    Step(
+        "2/6 Export the cheap and the full rung",
+        ONNX,
+        (
+            *("export", "rungs", "--model", BACKBONE, "--low-px", LOW_PX, "--high-px", HIGH_PX),
+            *("--head", "linear", "--images", HEAD, "--out", ONNX),
+        ),
+    ),
+    Step(
+        "3/6 Run both rungs over fresh crops",
+        OUTPUTS,
+        (
+            *("calibration", "collect", "--images", "sample", "--limit", CALIBRATION_CROPS),
+            *("--seed", CALIBRATION_SEED, "--onnx", ONNX, "--out", OUTPUTS),
+        ),
+    ),
+    Step(
+        "4/6 Choose the threshold",
+        ARTIFACT,
+        (
+            *("calibration", "fit", "--escalation-rate", ESCALATION_RATE, "--onnx", ONNX),
+            *("--outputs", OUTPUTS, "--out", ARTIFACT),
+        ),
+    ),
+    Step(
+        "5/6 Assemble the model repository",
+        REPOSITORY,
+        (
+            *("export", "repository", "--onnx", ONNX, "--calibration", ARTIFACT),
+            *("--out", REPOSITORY),
+        ),
+    ),
+)
+
+
+def prepare() -> None:
+    """From nothing to an assembled model repository; a step already done is not done again.
+
+    Each finished step leaves a stamp: a hash over its command, the steps before it and the code.
+    From the first step whose stamp is missing or differs, everything is made anew.
+
+    Raises:
+        DemoError: a command failed; what it printed is on the terminal.
+    """
+    stamps = OUT / "stamps"
+    stamps.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(_code())
+    fresh = True
+    for step in STEPS:
+        line = ["python", "-m", *map(str, step.arguments)]
+        digest.update("\0".join(line).encode())
+        stamp = stamps / step.makes.name
+        fresh = fresh and stamp.is_file() and stamp.read_text() == digest.hexdigest()
+        console.rule(f"[bold]{step.title}", align="left")
+        console.print(f"$ {' '.join(line)}", style="dim", markup=False, highlight=False)
+        if fresh and step.makes.exists():
+            console.print("done before, nothing has changed")
+            continue
+        fresh = False
+        stamp.unlink(missing_ok=True)
+        if step.makes.is_dir():
+            shutil.rmtree(step.makes)
+        done = subprocess.run([sys.executable, *line[1:]])
+        if done.returncode != 0:
+            raise DemoError(f"`{' '.join(line)}` failed with exit code {done.returncode}")
+        stamp.write_text(digest.hexdigest())
+
+
+def _code() -> bytes:
+    """Everything that the steps' results depend on besides their commands."""
+    folders = ("calibration", "export", "imaging", "model_repository", "routing")
+    files = [path for folder in folders for path in Path(folder).rglob("*") if path.is_file()]
+    files = [path for path in files if "__pycache__" not in path.parts]
+    files += Path().glob("requirements*.txt")
+    return b"".join(str(path).encode() + path.read_bytes() for path in sorted(files))
+
+
+def serve_and_measure() -> dict[str, Any]:
+    """Serve the repository, ask it about unseen crops, measure it, write the results."""
+    console.rule("[bold]6/6 Serve, query and measure", align="left")
+    rung_set = RungSet.load(ONNX)
+    calibration = Calibration.load(ARTIFACT)
+    labels = rung_set.labels
+    crops = list(sample_crops(TEST_CROPS, TEST_SEED))
+    with console.status("starting tritonserver"):
+        server = TritonServer(REPOSITORY, free_ports=True)
+        server.start()
+    try:
+        served = query(server, crops, labels)
+        preprocessing = Preprocessing.from_dict(rung_set.preprocessing)
+        passes = measure(server, crops, preprocessing, OUT / "perf")
+        environment = {"triton_version": server.version, **describe_machine()}
+    finally:
+        server.stop()
+    summary = summarise(BACKBONE, (LOW_PX, HIGH_PX), served, passes, environment)
+    (OUT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    data = [crop.data for crop in crops]
+    write_page(OUT / "index.html", summary, served, calibration.threshold, data, labels)
+    return summary
+
+
+def describe_machine() -> dict[str, object]:
+    """What the figures depend on."""
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].split(":", 1)[1].strip() if names else cpu
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "onnxruntime": version("onnxruntime-gpu"),
+    }
+
+
+def print_table(summary: dict[str, Any]) -> None:
+    """The result on stdout."""
+    table = Table(title=f"{summary['images']} unseen crops, {BACKBONE} at {LOW_PX}/{HIGH_PX} px")
+    table.add_column("")
+    for column in ("accuracy", "p50 latency", "images/s"):
+        table.add_column(column, justify="right")
+    names = {"low": "cheap rung always", "high": "full rung always", "adaptive": "adaptive"}
+    for key, name in names.items():
+        table.add_row(
+            name,
+            f"{summary['accuracy'][key]:.1%}",
+            f"{summary['latency_ms_p50'][key]:.1f} ms",
+            f"{summary['throughput_per_s'][key]:.1f}",
+        )
+    Console().print(table)
+    print(
+        f"{summary['speedup_vs_high']:.2f}x as fast as the full rung (bound "
+        f"{summary['cascade_bound']:.2f}x, efficiency {summary['cascade_efficiency']:.2f}); "
+        f"{summary['escalation_rate']:.1%} escalated; {summary['agreement_with_high']:.1%} "
+        f"answered as the full rung; router overhead {summary['router_overhead']:.2f}"
+    )
+
+
+def main() -> None:
+    """Run the demo; a foreseeable error is one line and exit code 1."""
+    started = time.monotonic()
+    os.chdir(ROOT)
+    try:
+        prepare()
+        summary = serve_and_measure()
+    except (DemoError, ServerError, ClientError, PerfAnalyzerError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped; what was made so far is in build/demo", file=sys.stderr)
+        sys.exit(130)
+    print_table(summary)
+    print(f"took {time.monotonic() - started:.0f} s; open {OUT / 'index.html'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Draw `index.html`: what stayed cheap, what escalated, what it saved. One self-contained file."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image
+
+from .summary import Served
+
+THUMBNAIL_PX = 96
+LOW_COLOUR, HIGH_COLOUR = "#2a7f62", "#c8553d"
+
+
+def write_page(
+    path: Path,
+    summary: dict[str, Any],
+    served: Served,
+    threshold: float,
+    crops: Sequence[bytes],
+    labels: Sequence[str],
+) -> None:
+    """Write the page.
+
+    Args:
+        path: file to write.
+        summary: content of summary.json.
+        served: the server's answers for the crops.
+        threshold: in oracle units.
+        crops: the N encoded test crops.
+        labels: class names.
+    """
+    cards = [
+        {
+            "image": _thumbnail(crops[i]),
+            "label": labels[served.adaptive[i]],
+            "high": labels[served.high[i]],
+            "agrees": bool(served.adaptive[i] == served.high[i]),
+            "low": labels[served.low[i]],
+            "low_agrees": bool(served.low[i] == served.high[i]),
+            "score": float(served.score[i]),
+            "escalated": bool(served.escalated[i]),
+        }
+        for i in np.argsort(served.score)
+    ]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True
+    )
+    html = environment.get_template("page.html.j2").render(
+        summary=summary,
+        threshold=threshold,
+        kept=[card for card in cards if not card["escalated"]],
+        escalated=[card for card in reversed(cards) if card["escalated"]],
+        histogram=_histogram(served, threshold),
+        low_colour=LOW_COLOUR,
+        high_colour=HIGH_COLOUR,
+    )
+    path.write_text(html)
+
+
+def _thumbnail(data: bytes) -> str:
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    image = image.resize((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=80)
+    return _data_uri("image/jpeg", buffer.getvalue())
+
+
+def _histogram(served: Served, threshold: float) -> str:
+    figure, axes = plt.subplots(figsize=(8, 2.8))
+    bins = np.histogram_bin_edges(served.score, 40)
+    right = served.low == served.high
+    axes.hist(
+        [served.score[right], served.score[~right]],
+        bins=bins,
+        stacked=True,
+        color=[LOW_COLOUR, HIGH_COLOUR],
+        label=["cheap answer equals full answer", "cheap answer differs"],
+    )
+    axes.axvline(threshold, color="black", linestyle="--", label="threshold: escalate to the right")
+    axes.set_xlabel("score: predicted change by the full rung (L2)")
+    axes.set_ylabel("crops")
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    return _data_uri("image/svg+xml", buffer.getvalue())
+
+
+def _data_uri(media_type: str, data: bytes) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"

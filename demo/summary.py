@@ -1,0 +1,112 @@
+"""From what the demo measured to the figures it reports. Pure functions, no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# What perf_analyzer measures; `adaptive_0` is the router told never to escalate.
+SYSTEMS = ("low", "high", "adaptive", "adaptive_0")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One perf_analyzer pass over all test crops.
+
+    Attributes:
+        latency_ms_p50: median request latency.
+        throughput_per_s: images per second at one request in flight.
+    """
+
+    latency_ms_p50: float
+    throughput_per_s: float
+
+
+@dataclass(frozen=True)
+class Served:
+    """The server's answers for the N test crops.
+
+    Attributes:
+        low: top-1 class with policy=low, (N,).
+        high: top-1 class with policy=high, (N,): static high.
+        adaptive: top-1 class with policy=auto, (N,).
+        escalated: (N,).
+        score: oracle units, (N,).
+        truth: class index of the photograph each crop was cut from, (N,).
+    """
+
+    low: NDArray[np.int64]
+    high: NDArray[np.int64]
+    adaptive: NDArray[np.int64]
+    escalated: NDArray[np.bool_]
+    score: NDArray[np.float32]
+    truth: NDArray[np.int64]
+
+
+def cascade_bound(cost_ratio: float, escalation_rate: float) -> float:
+    """Best possible speed-up over static high, 1 / (1/r + p).
+
+    Args:
+        cost_ratio: r = cost(high) / cost(low).
+        escalation_rate: p.
+    """
+    return 1.0 / (1.0 / cost_ratio + escalation_rate)
+
+
+def summarise(
+    backbone: str,
+    resolutions_px: tuple[int, int],
+    served: Served,
+    passes: Mapping[str, Sequence[Pass]],
+    environment: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The content of summary.json.
+
+    Throughputs are medians over the interleaved rounds; each ratio is the median of the rounds'
+    own ratios, so that a round in which the machine was slow compares with itself.
+
+    Args:
+        backbone: name of the model.
+        resolutions_px: (low, high).
+        served: the server's answers.
+        passes: for each of `SYSTEMS`, one pass per round, in the order they ran.
+        environment: `triton_version` and whatever else describes the machine.
+    """
+    escalation_rate = float(served.escalated.mean())
+    rounds = [
+        {system: passes[system][i].throughput_per_s for system in SYSTEMS}
+        for i in range(len(passes["high"]))
+    ]
+    bounds = [cascade_bound(r["low"] / r["high"], escalation_rate) for r in rounds]
+    speedups = [r["adaptive"] / r["high"] for r in rounds]
+    reported = ("low", "high", "adaptive")
+    others = {name: value for name, value in environment.items() if name != "triton_version"}
+    return {
+        "backbone": backbone,
+        "low_px": resolutions_px[0],
+        "high_px": resolutions_px[1],
+        "images": len(served.truth),
+        "escalation_rate": escalation_rate,
+        "agreement_with_high": float((served.adaptive == served.high).mean()),
+        "accuracy": {
+            system: float((getattr(served, system) == served.truth).mean()) for system in reported
+        },
+        "latency_ms_p50": {
+            system: median(p.latency_ms_p50 for p in passes[system]) for system in reported
+        },
+        "throughput_per_s": {
+            system: median(p.throughput_per_s for p in passes[system]) for system in reported
+        },
+        "speedup_vs_high": median(speedups),
+        "cascade_bound": median(bounds),
+        "cascade_efficiency": median(s / b for s, b in zip(speedups, bounds, strict=True)),
+        "router_overhead": median(r["low"] / r["adaptive_0"] for r in rounds),
+        "protocols": ["grpc", "http"],
+        "triton_version": environment["triton_version"],
+        "environment": others,
+    }

@@ -1,0 +1,158 @@
+"""`python -m export rungs`: torch backbone to checked ONNX rungs."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from export.rungs import RungsRequest
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+class Head(str, Enum):
+    """Heads that can be fitted here."""
+
+    LINEAR = "linear"
+
+
+@app.callback()
+def main() -> None:
+    """Turn a Vision Transformer into what Triton serves."""
+
+
+@app.command()
+def rungs(
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|PATH|ID",
+            help="static-vit, dinov2-small, a directory that save_pretrained wrote, or a hub id "
+            "of a ViT, DeiT or DINOv2.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Directory to write to.")] = Path("build/onnx"),
+    low_px: Annotated[
+        int | None, typer.Option(help="Resolution of the cheap rung [default: the model's].")
+    ] = None,
+    high_px: Annotated[
+        int | None, typer.Option(help="Resolution of the full rung [default: the model's].")
+    ] = None,
+    head: Annotated[
+        Head | None, typer.Option(help="Fit this head on --images and bake it into both rungs.")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Images to fit the head on, one folder per class.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights of static-vit: safetensors or a torch state dict.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Initial weights of static-vit.")] = 0,
+    opset: Annotated[int, typer.Option(help="ONNX opset, 18 to 21.")] = 18,
+    rtol: Annotated[float, typer.Option(help="Parity tolerance, relative.")] = 1e-4,
+    atol: Annotated[float, typer.Option(help="Parity tolerance, absolute.")] = 1e-4,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
+) -> None:
+    """Export the cheap and the full rung of a model to ONNX, checked against torch.
+
+    Writes vit_low.onnx, vit_high.onnx, rungs.json and, where there are labels, labels.txt.
+    """
+    if (head is None) != (images is None):
+        _fail("--head linear and --images DIR go together", code=2)
+    # torch and transformers take seconds to import; --help and the check above do not need them.
+    from export.rungs import RungsRequest
+
+    request = RungsRequest(
+        model=model,
+        out=out,
+        low_px=low_px,
+        high_px=high_px,
+        probe_images=images,
+        checkpoint=checkpoint,
+        seed=seed,
+        opset=opset,
+        rtol=rtol,
+        atol=atol,
+    )
+    record = _export(request)
+    if as_json:
+        typer.echo(json.dumps(record, indent=2, ensure_ascii=False))
+    else:
+        _print_summary(record, out)
+
+
+@app.command()
+def repository(
+    onnx: Annotated[Path, typer.Option(help="Folder that `rungs` wrote.")] = Path("build/onnx"),
+    calibration: Annotated[
+        Path, typer.Option(help="Artifact that `python -m calibration fit` wrote.")
+    ] = Path("build/calibration/calibration.json"),
+    out: Annotated[Path, typer.Option(help="Directory to write to.")] = Path(
+        "build/model_repository"
+    ),
+    intra_op_threads: Annotated[
+        int, typer.Option(min=1, help="CPU threads of each rung; both rungs within the cores.")
+    ] = 1,
+) -> None:
+    """Assemble the model repository that Triton serves.
+
+    An assembled repository at --out is replaced; anything else there is left alone.
+    """
+    from routing import CalibrationError, RungSet, RungSetError
+
+    from .repository import RepositoryError, assemble
+
+    try:
+        assemble(RungSet.load(onnx), calibration, out, intra_op_threads)
+    except (CalibrationError, RepositoryError, RungSetError) as error:
+        _fail(str(error), code=2)
+    typer.echo(f"wrote {out}; serve it with python -m server --repository {out}")
+
+
+def _export(request: RungsRequest) -> dict[str, Any]:
+    from export.errors import ExportError, UsageError
+    from export.progress import Steps
+    from export.rungs import export_rungs
+
+    try:
+        return export_rungs(request, Steps(Console(stderr=True)))
+    except UsageError as error:
+        _fail(str(error), code=2)
+    except ExportError as error:
+        _fail(str(error), code=1)
+    raise AssertionError("unreachable: _fail exits")
+
+
+def _fail(message: str, code: int) -> None:
+    typer.echo(f"export: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def _print_summary(record: dict[str, Any], out: Path) -> None:
+    classes = f", {record['classes']} classes" if record["classes"] else ", no head"
+    table = Table(title=f"{record['backbone']}{classes}", caption=f"in {out}")
+    for heading in ("rung", "px", "MiB", "worst difference to torch", "file"):
+        table.add_column(heading)
+    for name, rung in record["rungs"].items():
+        checks = [check for check in record["parity"]["checks"] if check["rung"] == name]
+        worst = max(checks, key=lambda check: check["max_abs_diff"])
+        size_mib = (out / rung["file"]).stat().st_size / 2**20
+        table.add_row(
+            name,
+            str(rung["px"]),
+            f"{size_mib:.1f}",
+            f"{worst['max_abs_diff']:.1e} ({worst['output']})",
+            rung["file"],
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m export")

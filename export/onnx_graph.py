@@ -1,0 +1,131 @@
+"""A rung's torch module to an ONNX file that is small, clean and the same every time."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import nn
+
+from export.errors import ExportError, UsageError, first_line
+
+INPUT_NAME = "image"
+BATCH_AXIS = "batch"
+DEFAULT_OPSET = 18
+MIN_OPSET = 18  # the first whose Resize antialiases
+MAX_OPSET = 21  # older Triton images load no newer one
+MAX_IR_VERSION = 10
+# Only a bound for the exporter's shape reasoning; the graph itself accepts any batch.
+MAX_TRACED_BATCH = 1024
+
+
+def check_opset(opset: int) -> None:
+    """Refuse an opset outside the supported range.
+
+    Raises:
+        UsageError: below 18 or above 21.
+    """
+    if not MIN_OPSET <= opset <= MAX_OPSET:
+        raise UsageError(f"--opset {opset} is not supported; use {MIN_OPSET} to {MAX_OPSET}")
+
+
+def export_onnx(
+    module: nn.Module, image_px: int, output_names: list[str], file: Path, opset: int
+) -> onnx.ModelProto:
+    """Export with a dynamic batch axis, clean the graph and write it.
+
+    Args:
+        module: takes `image` FP32 (B, 3, H, W), returns one tensor per output name.
+        image_px: H = W, the full rung's resolution.
+        output_names: in the order the module returns them.
+        file: where to write.
+        opset: 18 to 21.
+
+    Returns:
+        The model as written.
+
+    Raises:
+        ExportError: the exporter failed, or opset or IR version came out too new.
+    """
+    # Batch 2: a traced 1 would be taken for a constant.
+    example = torch.zeros(2, 3, image_px, image_px)
+    batch = torch.export.Dim(BATCH_AXIS, min=1, max=MAX_TRACED_BATCH)
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                module.eval(),
+                (example,),
+                input_names=[INPUT_NAME],
+                output_names=output_names,
+                dynamic_shapes={INPUT_NAME: {0: batch}},
+                opset_version=opset,
+                dynamo=True,
+                verbose=False,
+            )
+    except Exception as error:  # the exporter wraps whatever its stages raise
+        raise ExportError(f"torch could not export {file.stem}: {first_line(error)}") from error
+    model = program.model_proto
+    strip_provenance(model)
+    check_versions(model)
+    onnx.checker.check_model(model)
+    file.write_bytes(model.SerializeToString(deterministic=True))
+    return model
+
+
+def strip_provenance(model: onnx.ModelProto) -> None:
+    """Remove source paths, stack traces and comments, which differ from machine to machine."""
+    model.doc_string = ""
+    del model.metadata_props[:]
+    for holder in (model.graph, *model.functions):
+        _strip(holder)
+        for node in holder.node:
+            _strip(node)
+            # Subgraphs of If, Loop and Scan would need the same; a ViT has none.
+    graph = model.graph
+    for item in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        _strip(item)
+
+
+def check_versions(model: onnx.ModelProto) -> None:
+    """Hold the graph to what older Triton images load.
+
+    Raises:
+        ExportError: opset above 21, IR version above 10, or a custom operator domain.
+    """
+    opsets = {entry.domain: entry.version for entry in model.opset_import}
+    foreign = sorted(domain for domain in opsets if domain not in ("", "ai.onnx"))
+    newest = max(opsets.values())
+    if foreign or newest > MAX_OPSET or model.ir_version > MAX_IR_VERSION:
+        raise ExportError(
+            f"the graph has opset {newest}, IR version {model.ir_version}"
+            + (f" and domains {', '.join(foreign)}" if foreign else "")
+            + f"; the ceiling is opset {MAX_OPSET}, IR version {MAX_IR_VERSION}, no custom domain"
+        )
+
+
+def _strip(item: Any) -> None:
+    item.doc_string = ""
+    del item.metadata_props[:]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's progress, deprecations and remarks on torchvision; not its errors."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,237 @@
+"""Is the ONNX file the model? Names, types, shapes and values against the library, or an error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+
+from export.errors import ExportError
+from export.onnx_graph import INPUT_NAME, check_versions
+
+# Other sizes than the traced batch of 2, and odd ones, so that a batch baked into a shape shows.
+BATCHES = (1, 3, 8)
+# FP32 rounding through a dozen blocks, summed in another order: about 3e-5 at worst
+# on outputs near 20 (static-vit), 1.5e-5 for DINOv2 ViT-S.
+DEFAULT_RTOL = 1e-4
+DEFAULT_ATOL = 1e-4
+
+# (image (B, 3, H, W)) -> output name -> tensor
+Reference = Callable[[torch.Tensor], Mapping[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One output compared at one batch size.
+
+    Attributes:
+        rung: `vit_low` or `vit_high`.
+        batch: images in the batch.
+        output: ONNX output name.
+        max_abs_diff: largest absolute difference to the library.
+        max_rel_diff: largest difference relative to the library's value, over values that are not
+            below atol themselves.
+    """
+
+    rung: str
+    batch: int
+    output: str
+    max_abs_diff: float
+    max_rel_diff: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why one tensor of one rung is not what it should be.
+
+    Attributes:
+        rung: `vit_low` or `vit_high`.
+        tensor: ONNX input or output name.
+        reason: what is wrong, with the worst difference where values differ.
+        max_abs_diff: the worst difference; None where structure differs.
+    """
+
+    rung: str
+    tensor: str
+    reason: str
+    max_abs_diff: float | None = None
+
+
+class ParityError(ExportError):
+    """The exported graph differs from the model. Names every failing tensor.
+
+    Attributes:
+        failures: one per failing tensor, the worst batch of each.
+    """
+
+    def __init__(self, failures: list[Failure]) -> None:
+        self.failures = failures
+        found = "; ".join(f"{f.rung} {f.tensor}: {f.reason}" for f in failures)
+        super().__init__(f"the ONNX graph differs from the model: {found}")
+
+
+def check_parity(
+    rung: str,
+    file: Path,
+    image_px: int,
+    output_shapes: Mapping[str, tuple[int, ...]],
+    reference: Reference,
+    rtol: float = DEFAULT_RTOL,
+    atol: float = DEFAULT_ATOL,
+    seed: int = 0,
+) -> list[Check]:
+    """Compare a rung's ONNX file with the library's own answers.
+
+    Args:
+        rung: name, for messages.
+        file: the ONNX file.
+        image_px: H = W of its input.
+        output_shapes: name -> shape after the batch axis, in the expected order.
+        reference: the library's outputs for a batch of images.
+        rtol: accepted difference relative to the library's value.
+        atol: accepted absolute difference, added to the relative one.
+        seed: of the images.
+
+    Returns:
+        One record per output and batch size.
+
+    Raises:
+        ParityError: anything differs. Values are compared only if the structure is right.
+        ExportError: opset or IR version above the ceiling, or ONNX Runtime refuses the file.
+    """
+    model = onnx.load(file, load_external_data=False)
+    check_versions(model)
+    failures = structure_failures(rung, model, image_px, output_shapes)
+    if failures:
+        raise ParityError(failures)
+    try:
+        session = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions share no base class
+        raise ExportError(f"ONNX Runtime does not load {file.name}: {error}") from error
+    images = sample_images(max(BATCHES), image_px, seed)
+    checks: list[Check] = []
+    worst: dict[str, Failure] = {}
+    for batch in BATCHES:
+        expected = reference(torch.from_numpy(images[:batch]))
+        answers = _run(session, list(output_shapes), images[:batch])
+        for name in output_shapes:
+            truth = expected[name].numpy()
+            check, reason = _compare(rung, name, answers[name], truth, rtol, atol)
+            checks.append(check)
+            before = worst.get(name)
+            if reason and (before is None or check.max_abs_diff > (before.max_abs_diff or 0.0)):
+                worst[name] = Failure(rung, name, reason, check.max_abs_diff)
+    if worst:
+        raise ParityError([worst[name] for name in output_shapes if name in worst])
+    return checks
+
+
+def structure_failures(
+    rung: str, model: onnx.ModelProto, image_px: int, output_shapes: Mapping[str, tuple[int, ...]]
+) -> list[Failure]:
+    """Compare names, types, the dynamic batch axis and the shapes with what the contract says."""
+    failures = _tensor_failures(
+        rung, "input", list(model.graph.input), {INPUT_NAME: (3, image_px, image_px)}
+    )
+    return failures + _tensor_failures(rung, "output", list(model.graph.output), output_shapes)
+
+
+def sample_images(count: int, px: int, seed: int) -> NDArray[np.float32]:
+    """Seeded stand-ins for normalised photographs, (count, 3, px, px): coarse blobs plus noise.
+
+    Noise alone would average out in the low rung's downsampling and check it on nearly flat images.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(count, 3, 7, 7, generator=generator)
+    blobs = torch.nn.functional.interpolate(coarse, size=(px, px), mode="bicubic")
+    noise = torch.randn(count, 3, px, px, generator=generator)
+    return (blobs + 0.5 * noise).numpy()
+
+
+def _tensor_failures(
+    rung: str,
+    role: str,
+    found: list[onnx.ValueInfoProto],
+    expected: Mapping[str, tuple[int, ...]],
+) -> list[Failure]:
+    names = [value.name for value in found]
+    failures = [
+        Failure(rung, name, f"{role} is missing (the graph has {', '.join(names) or 'none'})")
+        for name in expected
+        if name not in names
+    ]
+    failures += [
+        Failure(rung, name, f"unexpected {role} (expected are {', '.join(expected)})")
+        for name in names
+        if name not in expected
+    ]
+    if not failures and names != list(expected):
+        failures.append(Failure(rung, names[0], f"{role}s are in the order {', '.join(names)}"))
+    for value in found:
+        if value.name not in expected:
+            continue
+        tensor = value.type.tensor_type
+        if tensor.elem_type != onnx.TensorProto.FLOAT:
+            kind = onnx.TensorProto.DataType.Name(tensor.elem_type)
+            failures.append(Failure(rung, value.name, f"type is {kind}, expected FLOAT"))
+        batch, *shape = (d.dim_param or d.dim_value for d in tensor.shape.dim) or (None,)
+        if not isinstance(batch, str):
+            failures.append(Failure(rung, value.name, f"batch axis is fixed at {batch}"))
+        if tuple(shape) != expected[value.name]:
+            reason = (
+                f"shape after the batch axis is {tuple(shape)}, expected {expected[value.name]}"
+            )
+            failures.append(Failure(rung, value.name, reason))
+    return failures
+
+
+def _run(
+    session: ort.InferenceSession, names: list[str], images: NDArray[np.float32]
+) -> dict[str, NDArray[Any] | None]:
+    try:
+        answers = session.run(names, {INPUT_NAME: images})
+    except Exception:  # a graph that fails at this batch size fails in every output
+        return dict.fromkeys(names)
+    return dict(zip(names, answers, strict=True))
+
+
+def _compare(
+    rung: str,
+    name: str,
+    answer: NDArray[Any] | None,
+    truth: NDArray[Any],
+    rtol: float,
+    atol: float,
+) -> tuple[Check, str | None]:
+    """The record, and what is wrong or None."""
+    batch = len(truth)
+    broken = Check(rung, batch, name, float("inf"), float("inf"))
+    if answer is None:
+        return broken, f"ONNX Runtime fails at batch {batch}"
+    if answer.shape != truth.shape:
+        return broken, f"shape {answer.shape} at batch {batch}, expected {truth.shape}"
+    if answer.dtype != truth.dtype:
+        return broken, f"type {answer.dtype} at batch {batch}, expected {truth.dtype}"
+    if not np.isfinite(answer).all():
+        return broken, f"NaN or Inf at batch {batch}"
+    difference = np.abs(answer.astype(np.float64) - truth)
+    size = np.abs(truth.astype(np.float64))
+    relative = difference[size > atol] / size[size > atol]
+    check = Check(rung, batch, name, float(difference.max()), float(relative.max(initial=0.0)))
+    if (difference <= atol + rtol * size).all():
+        return check, None
+    reason = (
+        f"differs by up to {check.max_abs_diff:.3g} at batch {batch} (rtol {rtol:g}, atol {atol:g})"
+    )
+    return check, reason

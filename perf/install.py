@@ -1,0 +1,178 @@
+"""Find perf_analyzer, or install it into a folder of its own.
+
+No package index has one perf_analyzer for every Linux: PyPI's `perf-analyzer` is built against
+glibc 2.38, and below that its name resolves to an empty placeholder. `tritonclient` 2.50.0 was
+the last to carry one for older systems. It is never imported: the clients use their own version.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+NEW_GLIBC = (2, 38)
+NEW_REQUIREMENT = "perf-analyzer==2.60.0"
+OLD_REQUIREMENT = "tritonclient==2.50.0"
+# What the old binary links to, and the pattern of the copy that nvidia-pytriton carries.
+LIBRARIES = {"libb64.so.0d": "libb64-*.so.0d", "libcudart.so.12": "libcudart-*.so.12*"}
+
+
+class PerfAnalyzerError(Exception):
+    """perf_analyzer is missing or failed. The message is one line."""
+
+
+@dataclass(frozen=True)
+class Analyzer:
+    """A perf_analyzer that can be started.
+
+    Attributes:
+        path: the binary.
+        libraries: folder of the shared libraries it needs besides the system's, if any.
+    """
+
+    path: Path
+    libraries: Path | None = field(default=None)
+
+    def environment(self) -> dict[str, str]:
+        """Environment variables to start it with."""
+        environment = dict(os.environ)
+        if self.libraries is not None:
+            others = environment.get("LD_LIBRARY_PATH")
+            environment["LD_LIBRARY_PATH"] = os.pathsep.join(
+                [str(self.libraries), *([others] if others else [])]
+            )
+        return environment
+
+
+def default_folder() -> Path:
+    """Where `install` puts it: inside the virtual environment, away from its packages."""
+    return Path(sys.prefix) / "perf_analyzer"
+
+
+def glibc_version() -> tuple[int, ...]:
+    """The C library's version, such as (2, 36); () where it is not glibc."""
+    name, version = platform.libc_ver()
+    return tuple(int(part) for part in version.split(".")) if name == "glibc" else ()
+
+
+def _in_folder(folder: Path) -> Analyzer | None:
+    for path in (folder / "bin" / "perf_analyzer", folder / "perf_analyzer/bin/perf_analyzer"):
+        # The new wheel has both: a Python launcher in bin/ that needs the folder on its path, and
+        # the program, which is told apart by what every Linux program starts with.
+        if path.is_file() and path.open("rb").read(4) == b"\x7fELF":
+            libraries = folder / "lib"
+            return Analyzer(path, libraries if libraries.is_dir() else None)
+    return None
+
+
+def _why_not(analyzer: Analyzer) -> str | None:
+    """Why it does not start; None if it does."""
+    try:
+        ran = subprocess.run(
+            [str(analyzer.path), "--version"],
+            env=analyzer.environment(),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return " ".join(str(error).split())
+    if ran.returncode == 0:
+        return None
+    lines = (ran.stderr + ran.stdout).strip().splitlines()
+    return lines[0] if lines else f"exit code {ran.returncode}"
+
+
+def find_analyzer(folder: Path | None = None) -> Analyzer:
+    """The perf_analyzer to use: one on PATH, else the installed one.
+
+    Args:
+        folder: where it was installed; `default_folder()` if not given.
+
+    Raises:
+        PerfAnalyzerError: there is none.
+    """
+    if on_path := shutil.which("perf_analyzer"):
+        return Analyzer(Path(on_path))
+    if analyzer := _in_folder(folder or default_folder()):
+        return analyzer
+    raise PerfAnalyzerError("perf_analyzer is not installed; run python -m perf install")
+
+
+def install(folder: Path | None = None) -> Analyzer:
+    """Install perf_analyzer unless one that starts is there already.
+
+    Args:
+        folder: where to; `default_folder()` if not given. Replaced as a whole.
+
+    Returns:
+        A perf_analyzer that has been started once.
+
+    Raises:
+        PerfAnalyzerError: it could not be downloaded, or does not start here.
+    """
+    folder = folder or default_folder()
+    try:
+        present = find_analyzer(folder)
+    except PerfAnalyzerError:
+        present = None
+    if present is not None and _why_not(present) is None:
+        return present
+
+    # Built beside its place and moved there, so that an interrupted install leaves nothing behind
+    # that looks like an installation.
+    building = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(building, ignore_errors=True)
+    if glibc_version() >= NEW_GLIBC:
+        _pip_install(NEW_REQUIREMENT, building)
+    else:
+        _pip_install(OLD_REQUIREMENT, building)
+        _link_libraries(building / "lib")
+    shutil.rmtree(folder, ignore_errors=True)
+    building.rename(folder)
+
+    analyzer = _in_folder(folder)
+    if analyzer is None:
+        raise PerfAnalyzerError("the wheel holds no perf_analyzer for this system")
+    if reason := _why_not(analyzer):
+        raise PerfAnalyzerError(f"perf_analyzer was installed but does not start: {reason}")
+    return analyzer
+
+
+def _pip_install(requirement: str, target: Path) -> None:
+    options = ["--no-deps", "--quiet", "--disable-pip-version-check", "--target", str(target)]
+    command = [sys.executable, "-m", "pip", "install", *options, requirement]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ran.returncode != 0:
+        lines = [line for line in ran.stderr.splitlines() if line.startswith("ERROR")]
+        reason = lines[-1] if lines else f"pip exited with {ran.returncode}"
+        raise PerfAnalyzerError(f"could not install {requirement}: {reason}")
+
+
+def _carried_libraries() -> Path:
+    spec = importlib.util.find_spec("pytriton")
+    if spec is None or spec.origin is None:
+        raise PerfAnalyzerError(
+            "perf_analyzer needs libraries from the nvidia-pytriton wheel; "
+            "pip install --no-deps -r requirements-wheels.txt first"
+        )
+    return Path(spec.origin).parent.parent / "nvidia_pytriton.libs"
+
+
+def _link_libraries(target: Path) -> None:
+    carried = _carried_libraries()
+    target.mkdir()
+    for name, pattern in LIBRARIES.items():
+        copies = sorted(carried.glob(pattern))
+        if not copies:
+            raise PerfAnalyzerError(f"the nvidia-pytriton wheel carries no {pattern}")
+        # Relative, so that the virtual environment may be moved; resolves from the final place,
+        # which has the same depth.
+        (target / name).symlink_to(os.path.relpath(copies[-1], target))

@@ -1,0 +1,100 @@
+"""What a Triton model configuration asks of an ONNX Runtime session.
+
+The keys are those of Triton's C++ onnxruntime backend. Like `onnx_model_config`, this module is
+imported by its bare name from `model.py` beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from onnx_model_config import ConfigError
+
+_THREAD_KEYS = ("intra_op_thread_count", "inter_op_thread_count")
+_KNOWN_KEYS = (*_THREAD_KEYS, "execution_mode")
+# optimization.graph.level -> onnxruntime.GraphOptimizationLevel, as the C++ backend maps it.
+_GRAPH_LEVELS = {-1: "ORT_ENABLE_BASIC", 1: "ORT_ENABLE_EXTENDED", 2: "ORT_DISABLE_ALL"}
+
+
+@dataclass
+class SessionSettings:
+    """Settings of a session, read from a model configuration.
+
+    Attributes:
+        intra_op_threads: threads inside an operator; 0 leaves ONNX Runtime's own, all cores.
+        inter_op_threads: threads across operators; 0 leaves ONNX Runtime's own.
+        parallel: whether independent operators may run at the same time.
+        graph_level: name in `onnxruntime.GraphOptimizationLevel`.
+        cuda_options: provider options for CUDA.
+        warnings: lines worth a warning in the log.
+    """
+
+    intra_op_threads: int = 0
+    inter_op_threads: int = 0
+    parallel: bool = False
+    graph_level: str = "ORT_ENABLE_ALL"
+    cuda_options: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+def session_settings(config: dict[str, Any]) -> SessionSettings:
+    """Read the settings out of a model configuration.
+
+    Args:
+        config: the model configuration.
+
+    Raises:
+        ConfigError: a value that is no integer, an execution mode other than 0 and 1, or an
+            execution accelerator that the C++ backend does not know.
+    """
+    model, parameters = config["name"], config.get("parameters", {})
+    intra, inter = (_integer(model, parameters, key) for key in _THREAD_KEYS)
+    mode = _integer(model, parameters, "execution_mode")
+    if mode not in (0, 1):
+        raise ConfigError(
+            f"unable to load model '{model}', parameter 'execution_mode' must be 0 (sequential) "
+            f"or 1 (parallel), got {mode}"
+        )
+    optimization = config.get("optimization", {})
+    settings = SessionSettings(intra, inter, parallel=mode == 1)
+    level = int(optimization.get("graph", {}).get("level", 0))
+    settings.graph_level = _GRAPH_LEVELS.get(level, settings.graph_level)
+    _read_accelerators(model, optimization.get("execution_accelerators", {}), settings)
+    settings.warnings += [
+        f"model '{model}': parameter '{key}' is unknown to the stand-in onnxruntime backend and "
+        f"ignored; it honours {', '.join(_KNOWN_KEYS)}"
+        for key in sorted(set(parameters) - set(_KNOWN_KEYS))
+    ]
+    return settings
+
+
+def _integer(model: str, parameters: dict[str, Any], key: str) -> int:
+    text = parameters.get(key, {}).get("string_value", "0")
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(
+            f"unable to load model '{model}', parameter '{key}' must be an integer, got '{text}'"
+        ) from None
+
+
+def _read_accelerators(model: str, accelerators: dict[str, Any], settings: SessionSettings) -> None:
+    for known, asked in (
+        (("cuda", "tensorrt"), accelerators.get("gpu_execution_accelerator", [])),
+        (("openvino",), accelerators.get("cpu_execution_accelerator", [])),
+    ):
+        for accelerator in asked:
+            name = accelerator["name"]
+            if name not in known:
+                raise ConfigError(
+                    f"unable to load model '{model}', unknown Execution Accelerator '{name}' is "
+                    f"requested, known here: {', '.join(known)}"
+                )
+            if name == "cuda":
+                settings.cuda_options.update(accelerator.get("parameters", {}))
+            else:
+                settings.warnings.append(
+                    f"model '{model}': execution accelerator '{name}' is not available in the "
+                    "stand-in onnxruntime backend and ignored"
+                )

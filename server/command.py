@@ -1,0 +1,51 @@
+"""The command line that tritonserver is started with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from .ports import Ports
+
+# Per model instance. Holds a batch of 8 images of 3x224x224 FP32 (4.6 MiB) without growing, and
+# five instances fit the 64 MB of /dev/shm that a container gets by default.
+_SHM_BYTES = 8 * 2**20
+
+
+def triton_command(
+    binary: Path,
+    server_id: str,
+    repository: Path,
+    backends: Path,
+    host: str,
+    ports: Ports,
+    extra_args: Sequence[str] = (),
+) -> list[str]:
+    """Build the command.
+
+    Triton's own strictness stays on: a model that does not load ends the server.
+
+    Args:
+        binary: the tritonserver.
+        server_id: name that the server reports, and begins its shared-memory segments with.
+        repository: the model repository.
+        backends: the backend directory.
+        host: address to bind, for all three ports; Triton's own default is every address.
+        ports: the ports.
+        extra_args: arguments that come last and so win.
+    """
+    command = [
+        str(binary),
+        f"--id={server_id}",
+        f"--model-repository={repository}",
+        f"--backend-directory={backends}",
+    ]
+    for name, port in (("http", ports.http), ("grpc", ports.grpc), ("metrics", ports.metrics)):
+        command += [f"--{name}-address={host}", f"--{name}-port={port}"]
+    for setting in (
+        f"shm-region-prefix-name={server_id}_",
+        f"shm-default-byte-size={_SHM_BYTES}",
+        f"shm-growth-byte-size={_SHM_BYTES}",
+    ):
+        command.append(f"--backend-config=python,{setting}")
+    return [*command, *extra_args]

@@ -1,0 +1,104 @@
+"""Ports for a server: check the ones asked for, or pick free ones."""
+
+from __future__ import annotations
+
+import random
+import socket
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import ServerUsageError
+
+_EPHEMERAL_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_LOWEST_PORT = 20000
+_ATTEMPTS = 200
+
+
+@dataclass(frozen=True)
+class Ports:
+    """The three ports that a server listens on."""
+
+    http: int = 8000
+    grpc: int = 8001
+    metrics: int = 8002
+
+    @property
+    def all(self) -> tuple[int, int, int]:
+        """The three of them."""
+        return self.http, self.grpc, self.metrics
+
+
+def check_ports(host: str, ports: Ports) -> None:
+    """Refuse ports that cannot be bound, before a server is started for nothing.
+
+    Raises:
+        ServerUsageError: naming the port and what is wrong with it.
+    """
+    named = {"HTTP": ports.http, "gRPC": ports.grpc, "metrics": ports.metrics}
+    for name, port in named.items():
+        if not 0 < port < 65536:
+            raise ServerUsageError(f"{name} port {port} is not between 1 and 65535")
+    if len(set(named.values())) < len(named):
+        listed = ", ".join(f"{name} {port}" for name, port in named.items())
+        raise ServerUsageError(f"the three ports must differ: {listed}")
+    with ExitStack() as held:
+        for name, port in named.items():
+            try:
+                held.enter_context(_bound(host, port))
+            except OSError as error:
+                flag = f"--{name.lower()}-port"
+                raise ServerUsageError(
+                    f"{name} port {port} on {host} cannot be used ({error.strerror or error}); "
+                    f"give another {flag} or --free-ports"
+                ) from error
+
+
+def pick_free_ports(host: str) -> Ports:
+    """Pick three ports that are free now.
+
+    They lie below the range that the kernel hands out to outgoing connections, so that none of
+    those takes one while the server loads its models. Another server may still be quicker: start
+    again with new ones then.
+
+    Raises:
+        ServerUsageError: none can be bound on this host.
+    """
+    highest = max(_first_ephemeral_port() - 1, _LOWEST_PORT + 1000)
+    with ExitStack() as held:
+        ports: list[int] = []
+        problem: OSError | None = None
+        for _ in range(_ATTEMPTS):
+            port = random.randint(_LOWEST_PORT, highest)
+            try:
+                held.enter_context(_bound(host, port))
+            except OSError as error:
+                problem = error
+                continue
+            ports.append(port)
+            if len(ports) == 3:
+                return Ports(*ports)
+    reason = problem.strerror if problem is not None else "all taken"
+    raise ServerUsageError(f"no free port on {host} ({reason}); give --host an address of yours")
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    bound = socket.socket(family, kind, protocol)
+    try:
+        # As Triton binds: a closed connection in TIME_WAIT is no obstacle.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError:
+        bound.close()
+        raise
+    return bound
+
+
+def _first_ephemeral_port() -> int:
+    try:
+        return int(_EPHEMERAL_RANGE.read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 32768  # Linux's default.

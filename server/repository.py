@@ -1,0 +1,43 @@
+"""A model repository as the server sees it: the models in it, and what Python leaves there."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from .errors import ServerUsageError
+
+
+def models_in(repository: Path) -> list[str]:
+    """Names of the models: every folder is one, Triton accepts no other.
+
+    Raises:
+        ServerUsageError: the repository does not exist or holds no model.
+    """
+    if not repository.is_dir():
+        raise ServerUsageError(
+            f"no model repository at {repository}; build it with `python -m export repository`, "
+            "or give another --repository"
+        )
+    names = sorted(path.name for path in repository.iterdir() if path.is_dir())
+    if not names:
+        raise ServerUsageError(
+            f"the model repository {repository} holds no model; build it with "
+            "`python -m export repository`"
+        )
+    return names
+
+
+def bytecode_folders(repository: Path) -> set[Path]:
+    """The `__pycache__` folders below a repository."""
+    return set(repository.rglob("__pycache__"))
+
+
+def remove_new_bytecode(repository: Path, before: set[Path]) -> None:
+    """Remove `__pycache__` folders that were not there before the server ran.
+
+    Triton's stub for Python 3.11 and later ignores PYTHONDONTWRITEBYTECODE, and a repository with
+    a manifest should be the same after serving as before it.
+    """
+    for folder in bytecode_folders(repository) - before:
+        shutil.rmtree(folder, ignore_errors=True)

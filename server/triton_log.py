@@ -1,0 +1,84 @@
+"""Read out of Triton's log why models failed to load."""
+
+from __future__ import annotations
+
+import re
+
+# E1121 11:40:12.388730 6959 model_lifecycle.cc:642] "failed to load 'p' version 1: Internal: ..."
+_ENTRY = re.compile(r'^(?P<level>[IWEF])\d{4} [\d:.]+ \d+ [\w.]+:\d+\] "?(?P<text>.*?)"?$')
+_REASONS = (
+    re.compile(r"failed to load '(?P<model>[^']+)' version \d+: (?P<reason>.+)"),
+    re.compile(r"Poll failed for model directory '(?P<model>[^']+)': (?P<reason>.+)"),
+    re.compile(r"(?P<reason>ensemble '?(?P<model>\w+)'? (?:depends on|contains) .+)"),
+)
+_LOADED = re.compile(r"successfully loaded '([^']+)'")
+# "Internal: " is Triton's status, "ValueError: " the class of a Python model's exception.
+_NOISE = re.compile(
+    r"^(?:(?:Internal|Invalid argument|Unavailable|Unknown|Unsupported|Not found)(?: -|:) "
+    r"|(?:[a-z_]\w*\.)*[A-Z]\w*(?:Error|Exception): )"
+)
+# "error: creating server: ..." ends a failed start, "tritonserver: unrecognized option" a bad call.
+_ENDING = re.compile(
+    r"^(?:error: (?:creating server: )?(?!.*failed to load all models)|\S*tritonserver: )(.+)$",
+    re.M,
+)
+_HARMLESS = "CudaDriverHelper"  # Logged as an error on every machine without a GPU.
+# Protobuf's own line says what is wrong in a configuration, Triton's only which one it is.
+_CONFIG_UNREADABLE = "failed to read text proto from"
+_CONFIG_ERROR = re.compile(r"Error parsing text-format inference\.ModelConfig: (.+)")
+_PORT_TAKEN = re.compile(r"Socket '[^']*' already in use")
+
+
+def failure_reasons(log: str) -> dict[str, str]:
+    """Map each model that failed to load to one line saying why, in the log's order.
+
+    Args:
+        log: text of Triton's log.
+    """
+    reasons: dict[str, str] = {}
+    config_errors = iter(_CONFIG_ERROR.findall(log))
+    for level, text in _entries(log):
+        if level != "E":
+            continue
+        for pattern in _REASONS:
+            match = pattern.search(text)
+            if match:
+                reason = first_line(match["reason"])
+                if reason.startswith(_CONFIG_UNREADABLE):
+                    reason = f"{reason}: {next(config_errors, 'see the log')}"
+                reasons.setdefault(match["model"], reason)
+                break
+    return reasons
+
+
+def last_error(log: str) -> str:
+    """The line in which Triton says why it ended, or an empty string."""
+    endings = _ENDING.findall(log)
+    if endings:
+        return first_line(endings[-1])
+    errors = [text for level, text in _entries(log) if level == "E" and _HARMLESS not in text]
+    return first_line(errors[-1]) if errors else ""
+
+
+def loaded_models(log: str) -> set[str]:
+    """Names of the models that the log reports as loaded."""
+    return set(_LOADED.findall(log))
+
+
+def is_port_taken(log: str) -> bool:
+    """Whether the server ended because a port was taken."""
+    return bool(_PORT_TAKEN.search(log))
+
+
+def first_line(reason: str) -> str:
+    """The first line of a reason, without Triton's status and Python's exception class."""
+    # Inside an entry Triton writes line breaks and quotes as escapes.
+    line = reason.replace("\\n", "\n").replace('\\"', '"').strip().split("\n")[0].strip()
+    while (stripped := _NOISE.sub("", line)) != line:
+        line = stripped
+    return line
+
+
+def _entries(log: str) -> list[tuple[str, str]]:
+    matches = (_ENTRY.match(line) for line in log.splitlines())
+    return [(match["level"], match["text"]) for match in matches if match]

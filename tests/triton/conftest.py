@@ -1,0 +1,76 @@
+"""One real tritonserver for the whole session, serving `static-vit` assembled as a user would."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from calibration.sample import crops as sample_crops
+from imaging import Preprocessing, decode
+from routing import Calibration, RungSet
+from server import TritonServer
+
+ROOT = Path(__file__).resolve().parents[2]
+ESCALATION_RATE = 0.3  # high enough that every batch of a few crops mixes easy and hard
+
+
+def run_command(*arguments):
+    """Run `python -m ...` as README does; a failure shows what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory):
+    """onnx/, calibration.json and model_repository/ of static-vit at 32/64 px."""
+    folder = tmp_path_factory.mktemp("build")
+    onnx, outputs = folder / "onnx", folder / "outputs.npz"
+    artifact = folder / "calibration.json"
+    run_command("export", "rungs", "--model", "static-vit", "--out", onnx)
+    run_command(
+        *("calibration", "collect", "--images", "sample", "--limit", 400),
+        *("--onnx", onnx, "--out", outputs),
+    )
+    run_command(
+        *("calibration", "fit", "--escalation-rate", ESCALATION_RATE, "--onnx", onnx),
+        *("--outputs", outputs, "--out", artifact),
+    )
+    run_command(
+        *("export", "repository", "--onnx", onnx, "--calibration", artifact),
+        *("--out", folder / "model_repository"),
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rung_set(build):
+    return RungSet.load(build / "onnx")
+
+
+@pytest.fixture(scope="session")
+def calibration(build):
+    return Calibration.load(build / "calibration.json")
+
+
+@pytest.fixture(scope="session")
+def server(build):
+    with TritonServer(build / "model_repository", free_ports=True) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def crops():
+    """JPEG bytes that calibration has not seen."""
+    return [crop.data for crop in sample_crops(48, seed=77)]
+
+
+@pytest.fixture(scope="session")
+def images(crops, rung_set):
+    """The crops as the `image` tensor, FP32 (48, 3, 64, 64)."""
+    preprocessing = Preprocessing.from_dict(rung_set.preprocessing)
+    return np.stack([preprocessing(decode(data)) for data in crops])

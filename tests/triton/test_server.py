@@ -1,0 +1,278 @@
+"""Starting and stopping a real tritonserver, as a context manager and from the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import tritonclient.grpc as triton
+import tritonclient.http as triton_http
+
+from server import ServerStartError, TritonServer, find_wheel
+from server.shared_memory import SHM_DIRECTORY
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = """backend: "python"
+input [ { name: "x" data_type: TYPE_FP32 dims: [ 1 ] } ]
+output [ { name: "y" data_type: TYPE_FP32 dims: [ 1 ] } ]
+instance_group [ { kind: KIND_CPU count: 1 } ]
+"""
+MODEL = """import os
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        BODY
+
+    def execute(self, requests):
+        raise RuntimeError("not called here")
+"""
+
+
+def add_model(repository: Path, name: str, body: str = "pass", config: str = CONFIG) -> Path:
+    folder = repository / name / "1"
+    folder.mkdir(parents=True)
+    (folder / "model.py").write_text(MODEL.replace("BODY", body))
+    (folder.parent / "config.pbtxt").write_text(config)
+    return repository
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    return add_model(tmp_path / "repository", "echo")
+
+
+def segments(pid: int) -> list[str]:
+    """Shared-memory segments of servers that this process, or the command line `pid`, started."""
+    return [path.name for path in SHM_DIRECTORY.glob(f"triton_{pid}_*")]
+
+
+def is_alive(process: psutil.Process) -> bool:
+    # An orphan that nobody has reaped yet is dead.
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+def test_a_server_starts_answers_and_leaves_nothing_behind(repository: Path):
+    asked: list[str] = []
+    lines: list[str] = []
+    with TritonServer(
+        repository, free_ports=True, canary=asked.append, on_progress=lines.append
+    ) as server:
+        assert asked == [server.grpc_url]
+        assert "1 of 1 models loaded" in lines
+        assert server.version.count(".") == 2
+        assert len(set(server.ports.all)) == 3
+        with triton.InferenceServerClient(server.grpc_url) as client:
+            assert client.is_model_ready("echo")
+        with triton_http.InferenceServerClient(server.http_url) as client:
+            assert client.is_model_ready("echo")
+        with urllib.request.urlopen(server.metrics_url, timeout=10) as response:
+            assert b"nv_inference_request_success" in response.read()
+        tree = psutil.Process(server.pid).children(recursive=True)
+        assert any("stub" in process.name() for process in tree)
+        alone = psutil.Process(server.pid).memory_full_info().pss / 2**20
+        assert alone < server.memory_mib() < 4096
+        assert len(segments(os.getpid())) == 1
+        # gRPC's socket is a dual-stack one.
+        assert {
+            (connection.laddr.ip.removeprefix("::ffff:"), connection.laddr.port)
+            for connection in psutil.Process(server.pid).net_connections(kind="tcp")
+            if connection.status == psutil.CONN_LISTEN
+        } == {("127.0.0.1", port) for port in server.ports.all}
+        work, processes = server.log_path.parent, [psutil.Process(server.pid), *tree]
+    assert not server.is_running()
+    assert wait_for(lambda: not any(is_alive(process) for process in processes), 5)
+    assert segments(os.getpid()) == []
+    assert not work.exists()
+    assert not list(repository.rglob("__pycache__"))
+
+
+def test_models_do_not_see_the_launchers_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # Python models have the working directory first on sys.path.
+    monkeypatch.chdir(ROOT)
+    repository = add_model(tmp_path, "echo", "import server")
+    with pytest.raises(ServerStartError, match="No module named 'server'"):
+        TritonServer(repository, free_ports=True).start()
+
+
+def test_a_killed_server_is_noticed_and_cleared_away(repository: Path):
+    server = TritonServer(repository, free_ports=True)
+    server.start()
+    try:
+        os.kill(server.pid, signal.SIGKILL)
+        with pytest.raises(ServerStartError, match=r"ended by itself \(exit code -9\)"):
+            server.wait()
+        assert not server.is_running()
+    finally:
+        server.stop()
+    assert segments(os.getpid()) == []
+
+
+def test_a_failing_model_is_named_with_its_reason(repository: Path):
+    reason = "calibration.json does not match vit_low/1/model.onnx"
+    add_model(repository, "router", f'raise ValueError("{reason}")')
+    server = TritonServer(repository, free_ports=True)
+    with pytest.raises(ServerStartError) as caught:
+        server.start()
+    assert str(caught.value) == f"model 'router' failed to load: {reason}"
+    assert caught.value.not_ready == {"router": reason}
+    assert reason in caught.value.log_tail
+    assert not server.is_running()
+    assert segments(os.getpid()) == []
+
+
+def test_a_model_that_silently_vanishes_is_named(repository: Path):
+    # With a field that this Triton does not know, and leniency, the server itself reports ready.
+    add_model(repository, "newer", config=CONFIG + "field_of_tomorrow: 1\n")
+    server = TritonServer(
+        repository, free_ports=True, timeout_s=6, extra_args=["--exit-on-error=false"]
+    )
+    with pytest.raises(ServerStartError, match="model 'newer' failed.*field_of_tomorrow"):
+        server.start()
+
+
+def test_a_silent_canary_fails_the_start(repository: Path):
+    def canary(grpc_url: str) -> None:
+        raise TimeoutError("no answer")
+
+    with pytest.raises(ServerStartError, match="every model is ready, but .*: no answer"):
+        TritonServer(repository, free_ports=True, canary=canary).start()
+
+
+@pytest.mark.parametrize("kind", ["wrapper", "link"])
+def test_tritonserver_from_path(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+):
+    wheel = find_wheel()
+    assert wheel is not None
+    on_path = tmp_path / "bin" / "tritonserver"
+    on_path.parent.mkdir()
+    if kind == "link":
+        on_path.symlink_to(wheel.binary)
+    else:  # Without exec: the shell stays as the server's parent and passes no signal on.
+        on_path.write_text(f'#!/bin/sh\n"{wheel.binary}" "$@"\nexit $?\n')
+        on_path.chmod(0o755)
+    monkeypatch.setenv("PATH", str(on_path.parent), prepend=os.pathsep)
+    with TritonServer(repository, free_ports=True) as server:
+        assert server.server is not None
+        assert (server.server.origin, server.server.binary) == ("path", on_path)
+        tree = psutil.Process(server.pid).children(recursive=True)
+        with triton.InferenceServerClient(server.grpc_url) as client:
+            assert client.is_model_ready("echo")
+    assert wait_for(lambda: not any(is_alive(process) for process in tree), 5)
+
+
+def command(*arguments: object, **options: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "server", *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def refused(*arguments: object, **options: object) -> tuple[int, str]:
+    process = command(*arguments, **options)
+    out, error = process.communicate(timeout=60)
+    assert out == ""
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1, error
+    return process.returncode, error
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_command_line_cleanly(repository: Path, number: signal.Signals):
+    process = command("--repository", repository, "--free-ports", "--json")
+    assert process.stdout is not None
+    facts = json.loads(process.stdout.readline())
+    tree = psutil.Process(process.pid).children(recursive=True)
+    assert facts["pid"] in [child.pid for child in tree]
+    with triton.InferenceServerClient(facts["grpc_url"]) as client:
+        assert client.is_model_ready("echo")
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    assert "Traceback" not in error
+    assert not any(is_alive(child) for child in tree)
+    assert segments(process.pid) == []
+
+
+def test_a_signal_while_starting_ends_it_cleanly(tmp_path: Path):
+    slow = add_model(tmp_path, "slow", "import time; time.sleep(60)")
+    process = command("--repository", slow, "--free-ports")
+    assert wait_for(lambda: segments(process.pid) != [])
+    tree = psutil.Process(process.pid).children(recursive=True)
+    assert tree
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)  # Without waiting for the model.
+    assert process.returncode == 0, error
+    assert not any(is_alive(child) for child in tree)
+    assert segments(process.pid) == []
+
+
+def test_a_failed_start_shows_the_log_and_names_the_model(repository: Path):
+    shutil.rmtree(repository / "echo")
+    add_model(repository, "router", 'raise ValueError("calibration.json is not there")')
+    process = command("--repository", repository, "--free-ports")
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert out == ""
+    *log, last = error.strip().splitlines()
+    assert last == "error: model 'router' failed to load: calibration.json is not there"
+    assert any("failed to load all models" in line for line in log)
+
+
+def test_a_port_in_use_is_refused_before_anything_starts(repository: Path):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        code, error = refused("--repository", repository, "--grpc-port", port)
+    assert code == 2
+    assert f"gRPC port {port} on 127.0.0.1 cannot be used" in error
+    assert "--free-ports" in error
+
+
+def test_misuse_is_one_line_and_exit_code_two(repository: Path, tmp_path: Path):
+    code, error = refused("--repository", tmp_path / "nowhere")
+    assert code == 2 and "no model repository at" in error and "python -m export" in error
+    code, error = refused("--repository", repository, "--tritonserver", "/nowhere/tritonserver")
+    assert code == 2 and "/nowhere/tritonserver is not an executable file" in error
+    code, error = refused("--http-port", "many")
+    assert code == 2 and "--http-port" in error and "--help" in error
+
+
+def test_servers_live_side_by_side(repository: Path):
+    with TritonServer(repository, free_ports=True) as first:
+        threads = threading.active_count()
+        with TritonServer(repository, free_ports=True) as second:
+            assert not set(first.ports.all) & set(second.ports.all)
+            assert len(segments(os.getpid())) == 2
+        assert threading.active_count() <= threads
+        assert len(segments(os.getpid())) == 1
+        with triton.InferenceServerClient(first.grpc_url) as client:
+            assert client.is_model_ready("echo")

@@ -1,0 +1,207 @@
+"""`python -m client infer`: misuse, rows, summary, JSON. No server."""
+
+import io
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+import client.__main__ as command_line
+import client.many as many
+from client import InvalidRequestError, Prediction
+from client.files import UsageError, find_images, read_labels
+from client.many import Outcome, Question, ask_grpc, ask_http, summarise
+from client.render import as_dict, summary_line, table
+
+
+def prediction(escalated=False, score=0.5, head=True, degraded=False):
+    logits = np.log(np.array([0.1, 0.7, 0.2], np.float32)) if head else None
+    return Prediction(np.array([3, 4], np.float32), logits, escalated, score, degraded)
+
+
+def rendered(outcomes, top=5, labels=None):
+    console = Console(file=io.StringIO(), width=120)
+    console.print(table(outcomes, top, labels))
+    return console.file.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("b.JPG", "a.png", "deep/c.webp", "notes.txt"):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+    return tmp_path / "images"
+
+
+# --- which files -------------------------------------------------------------------------------
+
+
+def test_folders_are_searched_and_files_taken_as_they_are(folder):
+    names = [path.name for path in find_images([folder / "notes.txt", folder, folder / "a.png"])]
+    assert names == ["notes.txt", "a.png", "b.JPG", "c.webp"]  # a.png once
+
+
+def test_labels_need_a_text_file_with_lines(tmp_path):
+    path = tmp_path / "labels.txt"
+    path.write_text("cat\ndog\n")
+    assert read_labels(path) == ["cat", "dog"]
+    for content in (b"", b"\xff\xfe\x00"):
+        path.write_bytes(content)
+        with pytest.raises(UsageError, match=r"labels\.txt"):
+            read_labels(path)
+
+
+# --- many files --------------------------------------------------------------------------------
+
+
+class FakeHttpClient:
+    """Answers by content; refuses what is not an image."""
+
+    def __init__(self, url):
+        self.url = url
+
+    def infer(self, images, *, policy, threshold, timeout_s):
+        if images[0] == b"a.png":
+            raise InvalidRequestError("not an image")
+        return [prediction(escalated=images[0] == b"b.JPG")]
+
+
+class FakeAsyncClient(FakeHttpClient):
+    async def infer(self, images, **options):
+        return super().infer(images, **options)
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *_):
+        pass
+
+
+def ask(protocol, monkeypatch, files, concurrency, done):
+    import asyncio
+
+    if protocol == "http":
+        monkeypatch.setattr(many, "HttpClient", FakeHttpClient)
+        return ask_http("h:1", files, Question(), concurrency, done)
+    monkeypatch.setattr(many, "AsyncGrpcClient", FakeAsyncClient)
+    return asyncio.run(ask_grpc("h:1", files, Question(), concurrency, done))
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+@pytest.mark.parametrize("concurrency", [1, 2, 9])
+def test_a_refused_or_unreadable_file_does_not_stop_the_rest(
+    protocol, concurrency, folder, monkeypatch
+):
+    files = [*find_images([folder]), folder / "gone.jpg"]
+    ticks = []
+    outcomes = ask(protocol, monkeypatch, files, concurrency, lambda: ticks.append(1))
+    assert [o.file for o in outcomes] == files
+    assert [o.error for o in outcomes] == [
+        "not an image",
+        None,
+        None,
+        "cannot read it: No such file or directory",
+    ]
+    assert [o.prediction.escalated for o in outcomes[1:3]] == [True, False]
+    assert len(ticks) == len(files)
+
+
+# --- what is shown -----------------------------------------------------------------------------
+
+OUTCOMES = [
+    Outcome(Path("[red]easy.jpg"), prediction(), None, 10.0),
+    Outcome(Path("hard.jpg"), prediction(escalated=True, score=math.nan), None, 30.0),
+    Outcome(Path("text.jpg"), None, "not an image", 1.0),
+]
+
+
+def test_the_table_shows_answers_scores_paths_and_errors():
+    text = rendered(OUTCOMES, top=2, labels=["ant", "bee"])
+    lines = text.splitlines()
+    easy = next(line for line in lines if "[red]easy.jpg" in line)  # not taken for markup
+    assert "bee 70.0%" in easy
+    assert "0.5" in easy and " no " in easy and "10.0" in easy
+    assert "class 2 20.0%" in text  # beyond the labels
+    assert "10.0%" not in text  # the third class was not asked for
+    assert " yes " in next(line for line in lines if "hard.jpg" in line)
+    assert "not an image" in next(line for line in lines if "text.jpg" in line)
+
+
+def test_without_a_head_the_embeddings_norm_is_shown():
+    text = rendered([Outcome(Path("x.jpg"), prediction(head=False), None, 1.0)])
+    assert "|embedding| 5.000" in text
+
+
+def test_a_degraded_answer_is_told():
+    text = rendered([Outcome(Path("x.jpg"), prediction(degraded=True), None, 1.0)])
+    assert "full rung down" in text
+
+
+def test_the_summary_counts_answers_only():
+    summary = summarise(OUTCOMES, wall_s=4.0)
+    assert (summary.images, summary.errors, summary.escalated) == (3, 1, 1)
+    assert summary.escalation_rate == 0.5
+    assert summary.latency_ms_p50 == 20.0
+    assert summary.latency_ms_p95 == pytest.approx(29.0)
+    assert summary.images_per_s == 0.5
+    assert summary_line(summary) == (
+        "3 images, 1 errors, 1 escalated (50.0%), latency p50 20.0 ms p95 29.0 ms, 0.5 images/s"
+    )
+
+
+def test_a_summary_of_nothing_but_errors_has_no_figures():
+    summary = summarise(OUTCOMES[2:], wall_s=1.0)
+    assert summary.escalation_rate is None
+    assert summary_line(summary) == "1 images, 1 errors"
+
+
+def test_json_is_strict_json():
+    found = as_dict(OUTCOMES, summarise(OUTCOMES, 1.0), 1, ["ant", "bee", "cow"])
+    text = json.dumps(found, allow_nan=False)
+    easy, hard, refused = json.loads(text)["images"]
+    assert easy["top"] == [{"class": 1, "label": "bee", "probability": pytest.approx(0.7)}]
+    assert easy["embedding_norm"] == 5.0
+    assert hard["score"] is None and hard["escalated"] is True
+    assert refused == {"file": "text.jpg", "error": "not an image"}
+
+
+# --- misuse ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere"], "nowhere does not exist"),
+        (["."], "holds no image"),
+        (["a.png", "--policy", "medium"], "--policy must be auto, low or high"),
+        (["a.png", "--protocol", "smtp"], "--protocol must be grpc or http"),
+        (["a.png", "--threshold", "much"], "--threshold"),
+        (["a.png", "--threshold", "nan"], "--threshold"),
+        (["a.png", "--threshold", "1", "--policy", "low"], "no meaning with --policy low"),
+        (["a.png", "--concurrency", "0"], "--concurrency"),
+        (["a.png", "--labels", "none.txt"], "none.txt"),
+        (["a.png", "--url", "http://127.0.0.1:1"], "HOST:PORT"),
+        (["a.png", "--url", "127.0.0.1:1"], "no server answers at 127.0.0.1:1; start one with"),
+        (["a.png", "--url", "127.0.0.1:1", "--protocol", "http"], "no server answers at"),
+        (["a.png", "--colour"], "--colour"),
+        ([], "paths"),
+    ],
+)
+def test_misuse_is_one_line_and_exit_code_2(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    if "a.png" in arguments:
+        (tmp_path / "a.png").write_bytes(b"x")
+    monkeypatch.setattr(sys, "argv", ["client", "infer", *arguments])
+    with pytest.raises(SystemExit) as left:
+        command_line.main()
+    printed = capsys.readouterr()
+    assert left.value.code == 2
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert printed.err.startswith("error: ")
+    assert said in printed.err

@@ -1,0 +1,111 @@
+"""tritonclient's exceptions become ours, in one line."""
+
+import pytest
+from tritonclient.utils import InferenceServerException
+
+from client import (
+    AsyncGrpcClient,
+    ClientError,
+    DeadlineError,
+    GrpcClient,
+    HttpClient,
+    InvalidRequestError,
+    ServerError,
+    UnavailableError,
+)
+from client.errors import one_line, server_errors, translate
+
+URL = "127.0.0.1:8001"
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        ("StatusCode.INVALID_ARGUMENT", InvalidRequestError),
+        ("400", InvalidRequestError),
+        (None, InvalidRequestError),  # tritonclient's own refusal, before sending
+        ("StatusCode.UNAVAILABLE", UnavailableError),
+        ("StatusCode.NOT_FOUND", UnavailableError),
+        ("404", UnavailableError),
+        ("503", UnavailableError),
+        ("StatusCode.DEADLINE_EXCEEDED", DeadlineError),
+        ("504", DeadlineError),
+        ("StatusCode.INTERNAL", ServerError),
+        ("500", ServerError),
+    ],
+)
+def test_the_status_decides_the_class(status, kind):
+    assert type(translate(InferenceServerException("it broke", status), URL)) is kind
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ("the image is empty (0 bytes)", "the image is empty (0 bytes)"),
+        (
+            "[request id: <id_unknown>] inference request batch-size must be <= 32 for 'm'",
+            "inference request batch-size must be <= 32 for 'm'",
+        ),
+        (
+            "in ensemble 'adaptive_vit', Failed to process the request(s) for model 'router_0', "
+            "message: ValueError: no\nsuch thing\n\nAt:\n  /models/router/1/model.py(9): execute\n",
+            "ValueError: no such thing",
+        ),
+        (
+            "unexpected shape. Expected [-1,3], got [2,4]. NOTE: Setting a non-zero max_batch_size "
+            "in the model config requires a batch dimension ... info on max_batch_size.",
+            "unexpected shape. Expected [-1,3], got [2,4].",
+        ),
+        ("", "the server gave no reason"),
+    ],
+)
+def test_only_the_servers_sentence_is_kept(said, kept):
+    assert one_line(said) == kept
+
+
+def test_a_refused_connection_says_how_to_start_a_server():
+    grpc_text = (
+        "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:8001: Failed to "
+        "connect to remote host: Connection refused"
+    )
+    error = translate(InferenceServerException(grpc_text, "StatusCode.UNAVAILABLE"), URL)
+    expected = f"no server answers at {URL}; start one with python -m server"
+    assert str(error) == expected
+    with pytest.raises(UnavailableError) as caught, server_errors(URL):
+        raise ConnectionRefusedError(111, "Connection refused")
+    assert str(caught.value) == expected
+
+
+def test_the_other_protocols_port_is_recognised():
+    grpc_text = (
+        "failed to connect to all addresses; last error: UNAVAILABLE: ipv4:127.0.0.1:8000: "
+        "Socket closed"
+    )
+    error = translate(InferenceServerException(grpc_text, "StatusCode.UNAVAILABLE"), URL)
+    assert "does not speak this protocol" in str(error)
+
+
+def test_a_deadline_names_the_limit():
+    text = InferenceServerException("Deadline Exceeded", "StatusCode.DEADLINE_EXCEEDED")
+    assert "within 0.5 s" in str(translate(text, URL, 0.5))
+    with pytest.raises(DeadlineError, match="within 2 s"), server_errors(URL, 2.0):
+        raise TimeoutError
+
+
+def test_a_dropped_connection_is_unavailable():
+    with pytest.raises(UnavailableError, match="reset by peer"), server_errors(URL):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+
+def test_our_own_errors_pass_through():
+    with pytest.raises(ServerError, match="as it was"), server_errors(URL):
+        raise ServerError("as it was")
+
+
+@pytest.mark.parametrize("client", [GrpcClient, HttpClient, AsyncGrpcClient])
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8000", "127.0.0.1", "", ":8001", "a b:1"])
+def test_an_address_that_is_none_is_refused_before_connecting(client, url):
+    with pytest.raises(InvalidRequestError, match="HOST:PORT") as caught:
+        client(url)
+    assert isinstance(caught.value, ClientError)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,123 @@
+"""What the clients put on the wire and read from it."""
+
+import math
+
+import numpy as np
+import pytest
+import tritonclient.grpc as grpc_protocol
+import tritonclient.http as http_protocol
+
+from client import Prediction, ServerError
+from client.messages import (
+    as_batch,
+    build_input,
+    encode_images,
+    number_or_none,
+    predictions,
+    request_parameters,
+    split,
+)
+
+
+class FakeResult:
+    """The part of tritonclient's results that is used."""
+
+    def __init__(self, **outputs):
+        self.outputs = outputs
+
+    def as_numpy(self, name):
+        return self.outputs.get(name)
+
+
+def outputs(count, **changes):
+    arrays = {
+        "embedding": np.arange(count * 4, dtype=np.float32).reshape(count, 4),
+        "logits": np.arange(count * 3, dtype=np.float32).reshape(count, 3),
+        "escalated": np.arange(count).reshape(count, 1) % 2 == 1,
+        "score": np.linspace(0, 1, count, dtype=np.float32).reshape(count, 1),
+        "degraded": np.zeros((count, 1), dtype=bool),
+    }
+    return FakeResult(**{**arrays, **changes})
+
+
+def test_each_image_gets_its_own_row_in_order():
+    found = predictions(outputs(3), 3)
+    assert [p.embedding.tolist() for p in found] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert [p.logits.tolist() for p in found] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert [p.escalated for p in found] == [False, True, False]
+    assert [p.score for p in found] == [0.0, 0.5, 1.0]
+    assert all(type(p.degraded) is bool and type(p.score) is float for p in found)
+
+
+def test_a_model_without_head_has_no_logits_and_no_classes():
+    (found,) = predictions(outputs(1, logits=None), 1)
+    assert found.logits is None
+    with pytest.raises(ValueError, match="no head"):
+        found.top(1)
+
+
+@pytest.mark.parametrize("name", ["embedding", "escalated", "score", "degraded"])
+def test_a_missing_output_is_named(name):
+    with pytest.raises(ServerError, match=name):
+        predictions(outputs(2, **{name: None}), 2)
+
+
+def test_an_answer_for_another_number_of_images_is_refused():
+    with pytest.raises(ServerError, match="2 rows for 3 images"):
+        predictions(outputs(2), 3)
+
+
+def test_top_gives_softmax_probabilities_likeliest_first():
+    logits = np.log(np.array([0.2, 0.5, 0.3], dtype=np.float32)) + 1000  # overflows a naive exp
+    found = Prediction(np.zeros(4, np.float32), logits, False, 0.1, False)
+    assert [index for index, _ in found.top(2)] == [1, 2]
+    assert [p for _, p in found.top(9)] == pytest.approx([0.5, 0.3, 0.2], abs=1e-4)
+
+
+def test_images_become_one_bytes_element_each_whatever_they_end_in():
+    images = [b"a\x00\x00", b"", b"\xff\xd8" * 3]  # numpy's own bytes dtype would cut the zeros
+    rows = encode_images(images)
+    assert rows.shape == (3, 1)
+    assert rows.dtype == np.object_
+    assert rows[:, 0].tolist() == images
+    assert encode_images([]).shape == (0, 1)
+
+
+@pytest.mark.parametrize("protocol", [grpc_protocol, http_protocol])
+def test_inputs_carry_shape_and_datatype_in_both_protocols(protocol):
+    bytes_input = build_input(protocol, "image_bytes", encode_images([b"x", b"yz"]))
+    assert (bytes_input.shape(), bytes_input.datatype()) == ([2, 1], "BYTES")
+    tensor_input = build_input(protocol, "image", np.zeros((2, 3, 4, 4), np.float32))
+    assert (tensor_input.shape(), tensor_input.datatype()) == ([2, 3, 4, 4], "FP32")
+
+
+def test_a_single_image_tensor_gets_a_batch_axis_and_keeps_its_dtype():
+    assert as_batch(np.zeros((3, 8, 8), np.float64)).shape == (1, 3, 8, 8)
+    assert as_batch(np.zeros((2, 3, 8, 8))).shape == (2, 3, 8, 8)
+    assert as_batch(np.zeros((3, 8, 8), np.float64)).dtype == np.float64
+
+
+def test_a_calibrated_threshold_is_not_sent():
+    assert request_parameters("auto", None) == {"policy": "auto"}
+
+
+@pytest.mark.parametrize("threshold", [1, 1.0, np.float32(1), np.int64(1)])
+def test_every_number_is_sent_as_a_float(threshold):
+    sent = request_parameters("low", threshold)["threshold"]
+    assert sent == 1.0
+    assert type(sent) is float
+
+
+@pytest.mark.parametrize("threshold", ["much", True])
+def test_what_is_no_number_is_left_for_the_server_to_refuse(threshold):
+    assert request_parameters("auto", threshold)["threshold"] is threshold
+
+
+def test_batches_are_cut_in_order_with_the_rest_last():
+    pieces = [piece.tolist() for piece in split(np.arange(7), 3)]
+    assert pieces == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+def test_json_gets_null_for_nan():
+    assert number_or_none(math.nan) is None
+    assert number_or_none(0.5) == 0.5

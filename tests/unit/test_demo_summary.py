@@ -1,0 +1,60 @@
+import numpy as np
+import pytest
+
+from demo.summary import Pass, Served, cascade_bound, summarise
+
+
+def served(adaptive, escalated):
+    return Served(
+        low=np.array([0, 1, 0, 3]),
+        high=np.array([0, 1, 2, 3]),
+        adaptive=np.array(adaptive),
+        escalated=np.array(escalated),
+        score=np.zeros(4, np.float32),
+        truth=np.array([0, 1, 2, 2]),
+    )
+
+
+def passes(low, high, adaptive, adaptive_0):
+    systems = {"low": low, "high": high, "adaptive": adaptive, "adaptive_0": adaptive_0}
+    return {name: [Pass(1000 / rate, rate) for rate in rates] for name, rates in systems.items()}
+
+
+def test_bound_by_hand():
+    # r = 4, a quarter escalates: a low pass for all (1/4) plus a high pass for a quarter (1/4).
+    assert cascade_bound(4.0, 0.25) == 2.0
+    assert cascade_bound(4.0, 0.0) == 4.0
+    assert cascade_bound(4.0, 1.0) == 0.8
+
+
+def test_figures_by_hand():
+    summary = summarise(
+        "tiny",
+        (32, 64),
+        served([0, 1, 2, 3], [False, False, True, False]),
+        passes([40, 80, 40], [10, 20, 10], [18, 36, 18], [36, 72, 36]),
+        {"triton_version": "2.51.0", "cpu": "one"},
+    )
+    assert summary["escalation_rate"] == 0.25
+    assert summary["agreement_with_high"] == 1.0
+    assert summary["accuracy"] == {"low": 0.5, "high": 0.75, "adaptive": 0.75}
+    assert summary["throughput_per_s"] == {"low": 40, "high": 10, "adaptive": 18}
+    assert summary["speedup_vs_high"] == pytest.approx(1.8)
+    assert summary["cascade_bound"] == pytest.approx(2.0)
+    assert summary["cascade_efficiency"] == pytest.approx(0.9)
+    assert summary["router_overhead"] == pytest.approx(40 / 36)
+    assert summary["triton_version"] == "2.51.0" and summary["environment"] == {"cpu": "one"}
+
+
+def test_a_slow_round_compares_with_itself():
+    # The machine halves its speed in the middle of nothing: every ratio stays what it was.
+    summary = summarise(
+        "tiny",
+        (32, 64),
+        served([0, 1, 0, 3], [False] * 4),
+        passes([40, 4, 40], [10, 1, 10], [40, 4, 40], [40, 4, 40]),
+        {"triton_version": "x"},
+    )
+    assert summary["cascade_efficiency"] == pytest.approx(1.0)
+    assert summary["router_overhead"] == pytest.approx(1.0)
+    assert summary["agreement_with_high"] == 0.75

@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+import transformers
+
+from export.backbones import downsample
+from export.errors import UsageError
+from export.onnx_graph import export_onnx
+from export.pretrained import pretrained
+from export.processor import Processor
+from tests.unit.export_tiny import LAYERS, PX, WIDTH, save_tiny, saved_library_model
+
+LOW_PX = 8
+
+WITH_HEAD = (
+    "ViTForImageClassification",
+    "DeiTForImageClassification",
+    "DeiTForImageClassificationWithTeacher",
+    "Dinov2ForImageClassification",
+)
+WITHOUT_HEAD = ("DeiTModel", "Dinov2Model")  # ViTModel: test_export_rungs.py
+
+
+def run_onnx(file: Path, image: torch.Tensor) -> dict[str, np.ndarray]:
+    session = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(None, {"image": image.numpy()}), strict=True))
+
+
+@pytest.mark.parametrize("class_name", WITH_HEAD + WITHOUT_HEAD)
+def test_rungs_answer_as_the_library_does(class_name, tmp_path):
+    folder = save_tiny(tmp_path, class_name)
+    backbone = pretrained(str(folder))
+    assert backbone.classes == (3 if class_name in WITH_HEAD else None)
+    assert backbone.labels == (
+        ("LABEL_0", "LABEL_1", "LABEL_2") if class_name in WITH_HEAD else None
+    )
+    library = saved_library_model(folder, class_name)
+    options = {} if class_name.startswith("Dinov2") else {"interpolate_pos_encoding": True}
+    image = torch.randn(5, 3, PX, PX, generator=torch.Generator().manual_seed(3))
+
+    names = list(backbone.output_shapes())
+    with torch.no_grad():
+        high = dict(zip(names, backbone.rung(PX)(image), strict=True))
+        high_truth = library(image, output_hidden_states=True, **options)
+        low_truth = library(downsample(image, LOW_PX), output_hidden_states=True, **options)
+    # The low rung as ONNX: it has everything that the high one has, and Resize and a fitted table.
+    export_onnx(backbone.rung(LOW_PX), PX, names, tmp_path / "vit_low.onnx", 18)
+    low = run_onnx(tmp_path / "vit_low.onnx", image)
+
+    for answer, truth in ((high, high_truth), (low, low_truth)):
+        cls_layers = np.stack([hidden[:, 0] for hidden in truth.hidden_states], axis=1)
+        assert answer["cls_layers"].shape == (5, LAYERS + 1, WIDTH)
+        np.testing.assert_allclose(answer["cls_layers"], cls_layers, rtol=1e-4, atol=1e-4)
+        if class_name in WITH_HEAD:
+            np.testing.assert_allclose(answer["logits"], truth.logits, rtol=1e-4, atol=1e-4)
+        else:
+            embedding = truth.last_hidden_state[:, 0]
+            np.testing.assert_allclose(answer["embedding"], embedding, rtol=1e-4, atol=1e-4)
+
+
+def test_labels_and_source_come_from_the_checkpoint(tmp_path):
+    folder = save_tiny(tmp_path / "pets", "ViTForImageClassification")
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"] = {"0": "cat", "1": "dog,\nhound", "2": "emu"}
+    config["label2id"] = {"cat": 0, "dog": 1, "emu": 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    backbone = pretrained(str(folder))
+    assert backbone.labels == ("cat", "dog, hound", "emu")
+    assert backbone.name == "pets"
+    assert backbone.default_px == (8, 16)
+    assert list(backbone.source["files"]) == ["model.safetensors"]
+    assert str(tmp_path) not in json.dumps(backbone.source)
+
+
+def test_unsupported_architectures_are_named_with_the_supported_ones(tmp_path):
+    config = transformers.SwinConfig(architectures=["SwinForImageClassification"])
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="is a SwinForImageClassification.*Dinov2Model") as caught:
+        pretrained(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_weights_are_not_made_up(tmp_path):
+    folder = save_tiny(tmp_path, "ViTModel")
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = ["ViTForImageClassification"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="lacks 2 weights.*classifier.bias"):
+        pretrained(str(folder))
+
+
+@pytest.mark.parametrize("damage", ["delete", "truncate"])
+def test_damaged_checkpoints(damage, tmp_path):
+    folder = save_tiny(tmp_path, "ViTModel")
+    weights = folder / "model.safetensors"
+    if damage == "delete":
+        weights.unlink()
+    else:
+        weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(UsageError, match="weights cannot be loaded") as caught:
+        pretrained(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_directory_without_a_model(tmp_path):
+    with pytest.raises(UsageError, match="cannot be loaded") as caught:
+        pretrained(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["no-such-model", "./no/such/dir", "a/b/c"])
+def test_names_that_are_nothing(name):
+    with pytest.raises(UsageError, match="is no directory; give static-vit, dinov2-small"):
+        pretrained(name)
+
+
+def test_an_unreachable_hub_is_one_line(monkeypatch, capfd):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UsageError, match="--model owner/not-cached cannot be loaded") as caught:
+        pretrained("owner/not-cached")
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""
+
+
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+
+
+def processor_of(tmp_path: Path, fields: dict | None, model_type: str = "vit") -> Processor:
+    if fields is not None:
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(fields))
+    config = {
+        "vit": transformers.ViTConfig,
+        "deit": transformers.DeiTConfig,
+        "dinov2": transformers.Dinov2Config,
+    }[model_type](image_size=16, patch_size=4)
+    config.save_pretrained(tmp_path)
+    return Processor.load(str(tmp_path), config)
+
+
+def test_processor_of_vit_stretches(tmp_path):
+    fields = {"size": {"height": 32, "width": 32}, "resample": 2, "image_mean": [0.5] * 3}
+    made = processor_of(tmp_path, fields).preprocessing(16)
+    assert (made.height, made.width, made.resize_shortest_edge) == (16, 16, None)
+    assert (made.resample, made.mean, made.std) == ("bilinear", (0.5,) * 3, (0.5,) * 3)
+
+
+def test_processor_of_dinov2_crops_in_proportion(tmp_path):
+    fields = {
+        "size": {"shortest_edge": 256},
+        "crop_size": {"height": 224, "width": 224},
+        "do_center_crop": True,
+        "resample": 3,
+        **IMAGENET,
+    }
+    processor = processor_of(tmp_path, fields, "dinov2")
+    assert processor.native_px == 224
+    assert processor.preprocessing(224).resize_shortest_edge == 256
+    assert processor.preprocessing(112).resize_shortest_edge == 128
+    assert processor.preprocessing(112).mean == (0.485, 0.456, 0.406)
+    assert processor.notices == ()
+
+
+def test_processor_of_deit_keeps_the_aspect_ratio_and_says_so(tmp_path):
+    fields = {
+        "size": {"height": 256, "width": 256},
+        "crop_size": {"height": 224, "width": 224},
+        "do_center_crop": True,
+    }
+    processor = processor_of(tmp_path, fields, "deit")
+    assert processor.preprocessing(224).resize_shortest_edge == 256
+    assert "keeps the aspect ratio" in processor.notices[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "edge"),
+    [
+        ({"size": 32, "do_center_crop": False}, None),
+        ({"size": 36, "crop_size": 32, "do_center_crop": True}, 36),
+    ],
+)
+def test_processor_files_of_2021(fields, edge, tmp_path):
+    processor = processor_of(tmp_path, fields)
+    assert (processor.native_px, processor.shortest_edge) == (32, edge)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "edge"), [("vit", None), ("deit", round(16 * 256 / 224)), ("dinov2", 18)]
+)
+def test_processor_defaults_come_with_a_notice(model_type, edge, tmp_path):
+    processor = processor_of(tmp_path, None, model_type)
+    assert (processor.native_px, processor.shortest_edge) == (16, edge)
+    assert "no preprocessor_config.json" in processor.notices[0]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"do_resize": False},
+        {"rescale_factor": 1.0},
+        {"resample": 99},
+        {"image_std": [0, 0, 0]},
+        {"image_mean": [0.5]},
+        {"size": {"height": 32, "width": 16}},
+        {"size": {"longest_edge": 32}, "do_center_crop": True, "crop_size": 32},
+        {"size": {"shortest_edge": 16}, "do_center_crop": True, "crop_size": 32},
+        {"size": {"shortest_edge": 32}},
+    ],
+)
+def test_processors_that_imaging_cannot_follow(fields, tmp_path):
+    with pytest.raises(UsageError, match="not supported") as caught:
+        processor_of(tmp_path, fields)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_normalisation(tmp_path):
+    made = processor_of(tmp_path, {"do_normalize": False}).preprocessing(16)
+    assert (made.mean, made.std) == ((0.0,) * 3, (1.0,) * 3)

@@ -1,0 +1,123 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from export.__main__ import app
+from export.repository import RepositoryError, assemble
+from routing import Calibration, CalibrationError, RungSet, manifest
+from tests.unit.fakes import make_calibration
+from tests.unit.onnx_files import CLASSES, LAYERS, SIZE, D, write_rung_set
+
+
+def write_inputs(folder, classes=CLASSES):
+    rung_set = RungSet.load(write_rung_set(folder / "onnx", classes))
+    calibration = make_calibration(
+        rungs=rung_set.rungs,
+        image_shape=(3, SIZE, SIZE),
+        embedding_dim=D,
+        layers=LAYERS,
+        classes=classes,
+    )
+    calibration.save(folder / "calibration.json")
+    return rung_set, folder / "calibration.json"
+
+
+def contents(folder):
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+    }
+
+
+def test_assembling_twice_gives_identical_bytes(tmp_path):
+    rung_set, artifact = write_inputs(tmp_path)
+    first = contents(assemble(rung_set, artifact, tmp_path / "one"))
+    second = contents(assemble(rung_set, artifact, tmp_path / "two"))
+    again = contents(assemble(rung_set, artifact, tmp_path / "one"))
+    assert first == second == again
+    assert sorted(tmp_path.glob(".*")) == []  # no left-over temporary folder
+
+
+def test_everything_a_server_needs_is_there_and_listed(tmp_path):
+    rung_set, artifact = write_inputs(tmp_path)
+    out = assemble(rung_set, artifact, tmp_path / "repository")
+    files = contents(out)
+    assert Calibration.load(out / "router/1/calibration.json") == Calibration.load(artifact)
+    for name in ("vit_low", "vit_high"):
+        assert files[f"{name}/1/model.onnx"] == rung_set.files[name].read_bytes()
+        assert "dims: [ 3, 8, 8 ]" in files[f"{name}/config.pbtxt"].decode()
+    assert set(json.loads(files["MANIFEST.json"])["files"]) == set(files) - {"MANIFEST.json"}
+    manifest.verify(out)
+    # Any folder in the root that is no model makes Triton exit.
+    assert {p.name for p in out.iterdir() if p.is_dir()} == {
+        p.name for p in Path("model_repository").iterdir()
+    }
+    for package, place in (("routing", "router/1"), ("imaging", "preprocess/1")):
+        for source in Path(package).glob("*.py"):
+            assert files[f"{place}/{package}/{source.name}"] == source.read_bytes()
+
+
+def test_threads_are_set_on_both_rungs(tmp_path):
+    rung_set, artifact = write_inputs(tmp_path)
+    out = assemble(rung_set, artifact, tmp_path / "repository", intra_op_threads=6)
+    for name in ("vit_low", "vit_high"):
+        config = (out / name / "config.pbtxt").read_text()
+        assert re.search(r'"intra_op_thread_count" value: \{ string_value: "6" \}', config)
+        assert re.search(r'"inter_op_thread_count" value: \{ string_value: "1" \}', config)
+
+
+def test_a_headless_ensemble_has_no_logits(tmp_path):
+    rung_set, artifact = write_inputs(tmp_path, classes=None)
+    out = assemble(rung_set, artifact, tmp_path / "repository")
+    config = (out / "adaptive_vit/config.pbtxt").read_text()
+    assert "logits" not in re.sub("#.*", "", config)
+    assert config.count("output_map") == 5  # image, embedding, escalated, score, degraded
+    assert not (out / "labels.txt").exists()
+
+
+def test_other_onnx_files_than_the_calibrated_are_refused(tmp_path):
+    _, artifact = write_inputs(tmp_path)
+    others = RungSet.load(write_rung_set(tmp_path / "others", seeds=(8, 9)))
+    with pytest.raises(CalibrationError, match="vit_low.* is not the file that was calibrated"):
+        assemble(others, artifact, tmp_path / "repository")
+    assert not (tmp_path / "repository").exists()
+
+
+def test_a_foreign_folder_is_left_alone(tmp_path):
+    rung_set, artifact = write_inputs(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("precious")
+    with pytest.raises(RepositoryError, match="no assembled repository"):
+        assemble(rung_set, artifact, tmp_path / "mine")
+    assert (tmp_path / "mine/thesis.txt").read_text() == "precious"
+
+
+def test_a_failed_assembly_keeps_the_old_repository(tmp_path):
+    rung_set, artifact = write_inputs(tmp_path)
+    out = assemble(rung_set, artifact, tmp_path / "repository")
+    before = contents(out)
+    artifact.write_text("{")
+    with pytest.raises(CalibrationError):
+        assemble(rung_set, artifact, out)
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda f: (f / "onnx/vit_high.onnx").unlink(), "no ONNX file at"),
+        (lambda f: (f / "onnx/rungs.json").unlink(), "export rungs first"),
+        (lambda f: (f / "calibration.json").unlink(), "calibration fit first"),
+        (lambda f: (f / "onnx/vit_low.onnx").write_bytes(b"x"), "not the file that was calibrated"),
+    ],
+)
+def test_the_command_says_in_one_line_what_is_missing(tmp_path, break_it, message):
+    write_inputs(tmp_path)
+    break_it(tmp_path)
+    options = ["--onnx", tmp_path / "onnx", "--calibration", tmp_path / "calibration.json"]
+    options += ["--out", tmp_path / "repository"]
+    result = CliRunner().invoke(app, ["repository", *map(str, options)])
+    assert result.exit_code == 2
+    assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1

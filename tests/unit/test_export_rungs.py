@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+from typer.testing import CliRunner
+
+from export.__main__ import app
+from export.parity import ParityError
+from export.rungs import RungsRequest, export_rungs
+from imaging import Preprocessing
+from tests.unit.export_tiny import LAYERS, PX, QUIET, WIDTH, save_tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    processor = {"size": {"height": PX, "width": PX}}
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    return save_tiny(folder, "ViTForImageClassification", processor)
+
+
+@pytest.fixture(scope="module")
+def exported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """(output directory, what the command printed)."""
+    out = tmp_path_factory.mktemp("exported") / "onnx"
+    result = CliRunner().invoke(app, ["rungs", "--model", str(model), "--out", str(out), "--json"])
+    assert result.exit_code == 0, result.output
+    return out, result.stdout
+
+
+def listing(folder: Path) -> dict[str, str]:
+    return {
+        file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+
+
+def test_files_and_record(exported):
+    out, printed = exported
+    files = listing(out.parent)
+    assert sorted(files) == [
+        "onnx/labels.txt",
+        "onnx/rungs.json",
+        "onnx/vit_high.onnx",
+        "onnx/vit_low.onnx",
+    ]
+    record = json.loads((out / "rungs.json").read_text())
+    assert json.loads(printed) == record
+    assert record["schema_version"] == 1
+    assert record["backbone"] == "tiny"
+    assert record["image"] == {"shape": [3, PX, PX]}
+    assert (record["embedding_dim"], record["layers"], record["classes"]) == (WIDTH, LAYERS, 3)
+    assert record["labels"] == (out / "labels.txt").read_text().splitlines()
+    assert record["head"] == {"kind": "own"}
+    assert Preprocessing.from_dict(record["preprocessing"]).height == PX
+    assert record["opset"] == 18
+    assert record["ir_version"] <= 10
+    for name, px in (("vit_low", PX // 2), ("vit_high", PX)):
+        assert record["rungs"][name] == {
+            "px": px,
+            "recipe": f"px={px}",
+            "file": f"{name}.onnx",
+            "sha256": files[f"onnx/{name}.onnx"],
+        }
+    parity = record["parity"]
+    assert parity["batches"] == [1, 3, 8]
+    assert len(parity["checks"]) == 2 * 3 * 3  # rungs, batches, outputs
+    assert {check["rung"] for check in parity["checks"]} == {"vit_low", "vit_high"}
+
+
+def test_both_rungs_take_the_full_image_at_any_batch(exported):
+    out, _ = exported
+    for name in ("vit_low", "vit_high"):
+        graph = onnx.load(out / f"{name}.onnx").graph
+        shapes = {
+            value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+            for value in (*graph.input, *graph.output)
+        }
+        assert shapes == {
+            "image": ["batch", 3, PX, PX],
+            "embedding": ["batch", WIDTH],
+            "cls_layers": ["batch", LAYERS + 1, WIDTH],
+            "logits": ["batch", 3],
+        }
+    assert "Resize" in {node.op_type for node in onnx.load(out / "vit_low.onnx").graph.node}
+
+
+def test_the_same_request_gives_the_same_bytes_without_paths(exported, model, tmp_path):
+    out, _ = exported
+    export_rungs(RungsRequest(str(model), tmp_path / "again"), QUIET)
+    assert listing(tmp_path / "again") == listing(out)
+    for file in out.iterdir():
+        data = file.read_bytes()
+        assert str(model.parent).encode() not in data
+        assert b"site-packages" not in data
+
+
+def test_a_parity_failure_leaves_nothing_behind(model, tmp_path):
+    with pytest.raises(ParityError):
+        export_rungs(RungsRequest(str(model), tmp_path / "onnx", rtol=0.0, atol=0.0), QUIET)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_parity_failure_keeps_an_earlier_export_and_is_exit_code_1(model, tmp_path):
+    out = tmp_path / "onnx"
+    out.mkdir()
+    (out / "rungs.json").write_text("{}")
+    (out / "vit_low.onnx").write_bytes(b"earlier")
+    files = listing(tmp_path)
+    arguments = ["--model", str(model), "--out", str(out), "--rtol=0", "--atol=0"]
+    result = CliRunner().invoke(app, ["rungs", *arguments])
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("export: the ONNX graph differs from the model: vit_low embedding:")
+    assert "cls_layers" in last
+    assert listing(tmp_path) == files
+
+
+def test_without_a_head_an_earlier_exports_labels_go(tmp_path):
+    folder = save_tiny(tmp_path / "headless", "ViTModel")
+    out = tmp_path / "onnx"
+    out.mkdir()
+    (out / "labels.txt").write_text("cat\n")
+    record = export_rungs(RungsRequest(str(folder), out, opset=21), QUIET)
+    assert sorted(listing(out)) == ["rungs.json", "vit_high.onnx", "vit_low.onnx"]
+    assert (record["classes"], record["labels"], record["head"]) == (None, None, None)
+    graph = onnx.load(out / "vit_low.onnx")
+    assert [output.name for output in graph.graph.output] == ["embedding", "cls_layers"]
+    assert [entry.version for entry in graph.opset_import] == [21]
+    assert graph.ir_version <= 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--low-px", "10"],
+            "--low-px 10 is no positive multiple of the patch size 4; use 8 or 12",
+        ),
+        (["--low-px", "0"], "--low-px 0 is no positive multiple of the patch size 4; use 4"),
+        (["--high-px", "-8"], "--high-px -8 is no positive multiple of the patch size 4; use 4"),
+        (["--low-px", "16"], "--low-px 16 must be below --high-px 16"),
+        (["--low-px", "16", "--high-px", "8"], "--low-px 16 must be below --high-px 8"),
+        (["--high-px", "99999"], "--high-px 99999 is too large; 256 px is the most"),
+        (["--opset", "17"], "--opset 17 is not supported; use 18 to 21"),
+        (["--opset", "22"], "--opset 22 is not supported; use 18 to 21"),
+        (["--rtol", "-1"], "--rtol -1.0 must be a number of at least 0"),
+        (["--atol", "nan"], "--atol nan must be a number of at least 0"),
+        (["--head", "linear"], "--head linear and --images DIR go together"),
+        (["--images", "x"], "--head linear and --images DIR go together"),
+        (["--head", "linear", "--images", "no-such"], "--images no-such: no such directory"),
+        (["--checkpoint", "x.pt"], "--checkpoint is for static-vit"),
+        (["--model", "static-vit", "--checkpoint", "x.pt"], "--checkpoint x.pt: no such file"),
+        (["--model", "no-such-model"], "--model no-such-model is no directory"),
+    ],
+)
+def test_misuse_is_one_line_and_exit_code_2(arguments, message, model, tmp_path):
+    out = tmp_path / "onnx"
+    result = CliRunner().invoke(
+        app, ["rungs", "--model", str(model), "--out", str(out), *arguments]
+    )
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    # Lines with a tick report steps that went well.
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("✓")]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"export: {message}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_out_that_is_a_file(model, tmp_path):
+    out = tmp_path / "file"
+    out.write_text("mine")
+    result = CliRunner().invoke(app, ["rungs", "--model", str(model), "--out", str(out)])
+    assert result.exit_code == 2
+    assert "is a file; give a directory" in result.stderr
+    assert out.read_text() == "mine"
+
+
+def test_out_below_a_file(model, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    out = tmp_path / "file" / "onnx"
+    result = CliRunner().invoke(app, ["rungs", "--model", str(model), "--out", str(out)])
+    assert result.exit_code == 2
+    assert "cannot be written" in result.stderr

@@ -1,0 +1,126 @@
+"""The rules of the house that no linter knows."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+# What each folder may import of ours.
+ARROWS = {
+    "routing": set(),
+    "imaging": set(),
+    "export": {"routing", "imaging"},
+    "calibration": {"routing", "imaging"},
+    "server": set(),
+    "client": set(),
+    "perf": {"client", "server", "routing", "imaging"},
+    "demo": {"calibration", "client", "imaging", "perf", "routing", "server"},
+}
+IN_TRITON = sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder in ("routing", "imaging", "model_repository", "server/backends")
+    for path in (ROOT / folder).rglob("*.py")
+)
+
+
+def imports(path):
+    """Top-level names that a file imports absolutely."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("folder", ARROWS)
+def test_arrows_point_one_way(folder):
+    for path in (ROOT / folder).rglob("*.py"):
+        ours = set(imports(path)) & set(ARROWS) - {folder}
+        assert ours <= ARROWS[folder], f"{path} imports {ours - ARROWS[folder]}"
+
+
+def test_every_folder_has_its_arrows_written_down():
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert packages == set(ARROWS)
+
+
+@pytest.mark.parametrize("folder", ["routing", "imaging"])
+def test_the_cores_need_little(folder):
+    allowed = {"numpy", "PIL"} if folder == "imaging" else {"numpy"}
+    for path in (ROOT / folder).rglob("*.py"):
+        foreign = set(imports(path)) - set(sys.stdlib_module_names)
+        assert foreign <= allowed, f"{path} imports {foreign}"
+
+
+@pytest.mark.parametrize("path", IN_TRITON)
+def test_what_runs_inside_triton_is_python_3_10(path):
+    ast.parse((ROOT / path).read_text(), feature_version=(3, 10))
+
+
+def test_the_image_installs_what_preprocess_and_router_import():
+    needed = set()
+    for model in ("preprocess", "router"):
+        needed |= set(imports(ROOT / "model_repository" / model / "1/model.py"))
+    needed |= {name for folder in ("routing", "imaging") for name in folder_imports(folder)}
+    needed -= set(sys.stdlib_module_names) | {"triton_python_backend_utils"}
+    lines = (ROOT / "deploy/requirements.txt").read_text().splitlines()
+    installed = {re.split("[<>=]", line)[0].lower() for line in lines if line[:1] not in ("#", "")}
+    assert {{"PIL": "pillow"}.get(name, name) for name in needed} == installed
+    assert "COPY deploy/requirements.txt" in (ROOT / "deploy/Dockerfile").read_text()
+
+
+def folder_imports(folder):
+    return {name for path in (ROOT / folder).rglob("*.py") for name in imports(path)}
+
+
+def test_the_dockerfile_does_not_run_as_root():
+    lines = (ROOT / "deploy/Dockerfile").read_text().splitlines()
+    users = [line.split()[1] for line in lines if line.startswith("USER")]
+    assert users and users[-1] == "triton-server"
+    assert lines.index(f"USER {users[-1]}") > max(
+        i for i, line in enumerate(lines) if line.startswith("RUN")
+    )
+
+
+def test_compose_is_read_only_on_loopback_with_enough_shared_memory():
+    compose = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())
+    triton = compose["services"]["triton"]
+    assert triton["shm_size"] == "1gb"
+    assert all(volume.endswith(":ro") for volume in triton["volumes"])
+    assert all(port.startswith("127.0.0.1:") for port in triton["ports"])
+    dockerfile = ROOT / "deploy" / triton["build"]["context"] / triton["build"]["dockerfile"]
+    assert dockerfile.is_file()
+
+
+def configs():
+    return {
+        path.parent.name: text_format.Parse(path.read_text(), ModelConfig())
+        for path in (ROOT / "model_repository").glob("*/config.pbtxt")
+    }
+
+
+def test_the_configs_in_git_are_complete_and_agree():
+    models = configs()
+    assert set(models) == {"preprocess", "vit_low", "vit_high", "router", "adaptive_vit"}
+    # The requests of one router execute become one batch of a rung.
+    assert len({model.max_batch_size for model in models.values()}) == 1
+    for name in ("vit_low", "vit_high"):
+        assert models[name].backend == "onnxruntime"
+        assert len(models[name].instance_group) == 1
+        assert models[name].HasField("dynamic_batching")
+        assert "intra_op_thread_count" in models[name].parameters
+    for name in ("preprocess", "router"):
+        assert models[name].backend == "python" and len(models[name].instance_group) == 1
+
+
+def test_every_committed_test_is_run_nowhere_skipped():
+    words = re.compile(r"pytest\.skip|mark\.skip|mark\.xfail|importorskip")
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        if path.name != "test_house.py":
+            assert not words.search(path.read_text()), path

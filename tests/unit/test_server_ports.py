@@ -1,0 +1,71 @@
+"""Ports asked for, and ports picked."""
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from server import ServerUsageError
+from server.ports import Ports, check_ports, pick_free_ports
+
+HOST = "127.0.0.1"
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    with socket.socket() as listener:
+        listener.bind((HOST, 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+def test_picked_ports_differ_and_pass_the_check():
+    ports = pick_free_ports(HOST)
+    assert len(set(ports.all)) == 3
+    check_ports(HOST, ports)
+
+
+@pytest.mark.parametrize(
+    ("index", "name", "flag"),
+    [(0, "HTTP", "--http-port"), (1, "gRPC", "--grpc-port"), (2, "metrics", "--metrics-port")],
+)
+def test_a_port_in_use_is_named(taken: int, index: int, name: str, flag: str):
+    ports = list(pick_free_ports(HOST).all)
+    ports[index] = taken
+    with pytest.raises(ServerUsageError) as caught:
+        check_ports(HOST, Ports(*ports))
+    message = str(caught.value)
+    assert f"{name} port {taken} on {HOST}" in message
+    assert flag in message
+    assert "in use" in message
+    assert "\n" not in message
+
+
+def test_a_recently_closed_connection_is_no_obstacle():
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((HOST, 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        client = socket.create_connection((HOST, port))
+        server, _ = listener.accept()
+        server.close()  # The side that closes first keeps the port in TIME_WAIT.
+        client.close()
+    free = pick_free_ports(HOST)
+    check_ports(HOST, Ports(port, free.grpc, free.metrics))
+
+
+@pytest.mark.parametrize("port", [0, -1, 65536])
+def test_an_impossible_port_is_refused(port: int):
+    with pytest.raises(ServerUsageError, match="not between 1 and 65535"):
+        check_ports(HOST, Ports(http=port))
+
+
+def test_equal_ports_are_refused():
+    with pytest.raises(ServerUsageError, match="must differ: HTTP 9000, gRPC 9000"):
+        check_ports(HOST, Ports(9000, 9000, 9001))
+
+
+def test_an_address_of_somebody_else_is_refused():
+    with pytest.raises(ServerUsageError, match=r"no free port on 192\.0\.2\.1"):
+        pick_free_ports("192.0.2.1")  # TEST-NET-1, never a local address.
