@@ -119,10 +119,17 @@ def _print_fit(calibration: Calibration, out: Path) -> None:
 def main() -> None:
     """Run the command line; a foreseeable error is one line and exit code 2."""
     try:
-        app()
+        code = app(standalone_mode=False)
+    except typer.TyperException as error:
+        message = " ".join(error.format_message().split())
     except (ImagesError, OutputsError, FitError, RungSetError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        message = str(error)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+    else:
+        sys.exit(code)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Fit the score and choose the threshold.
 
-Three disjoint splits by group: the score map is fitted on the first, the threshold is chosen on
-the second, and what both are worth is measured on the third.
+Two disjoint splits by group: the score map and the threshold are fitted on the first, and what
+both are worth is measured on the second.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .collect import Outputs
 
 FloatVector = NDArray[np.float64]
 
-SPLITS = {"fit": 0.4, "threshold": 0.3, "test": 0.3}
-MIN_IMAGES = 30  # below this a split holds fewer than ten images
+SPLITS = {"fit": 0.7, "test": 0.3}
+MIN_IMAGES = 30  # below this the held-out split has fewer than ten images
 MAX_KNOTS = 32
 
 
@@ -163,7 +163,7 @@ def fit(
 
     splits = split_by_group(outputs.groups, seed)
     if not all(len(index) for index in splits.values()):
-        raise FitError("too few groups to make three splits; collect images from more sources")
+        raise FitError("too few groups to make two splits; collect images from more sources")
     raw = SIGNALS[name].compute(outputs.low, {})
     oracle, loss = oracle_l2(outputs), disagrees(outputs)
     rows = splits["fit"]
@@ -171,7 +171,7 @@ def fit(
     scores = score_map(raw)
     if target.threshold is None:
         assert target.escalation_rate is not None  # Target holds exactly one
-        threshold = threshold_for_rate(scores[splits["threshold"]], target.escalation_rate)
+        threshold = threshold_for_rate(scores[rows], target.escalation_rate)
         chosen_by = {"escalation_rate": target.escalation_rate}
     else:
         threshold = target.threshold

@@ -16,13 +16,15 @@ SYSTEMS = ("low", "high", "adaptive", "adaptive_0")
 
 @dataclass(frozen=True)
 class Pass:
-    """One perf_analyzer pass over all test crops.
+    """One perf_analyzer pass of one system over one share of the test crops.
 
     Attributes:
+        requests: how many crops were sent, one at a time.
         latency_ms_p50: median request latency.
-        throughput_per_s: images per second at one request in flight.
+        throughput_per_s: images per second.
     """
 
+    requests: int
     latency_ms_p50: float
     throughput_per_s: float
 
@@ -67,23 +69,25 @@ def summarise(
 ) -> dict[str, Any]:
     """The content of summary.json.
 
-    Throughputs are medians over the interleaved rounds; each ratio is the median of the rounds'
-    own ratios, so that a round in which the machine was slow compares with itself.
+    Every system has sent every crop once, a share of them at a time and in turn with the others,
+    so that a machine whose speed drifts slows all of them alike. Throughput is all requests over
+    all time; the median latency is the median of the shares' medians.
 
     Args:
         backbone: name of the model.
         resolutions_px: (low, high).
         served: the server's answers.
-        passes: for each of `SYSTEMS`, one pass per round, in the order they ran.
+        passes: for each of `SYSTEMS`, one pass per share.
         environment: `triton_version` and whatever else describes the machine.
     """
     escalation_rate = float(served.escalated.mean())
-    rounds = [
-        {system: passes[system][i].throughput_per_s for system in SYSTEMS}
-        for i in range(len(passes["high"]))
-    ]
-    bounds = [cascade_bound(r["low"] / r["high"], escalation_rate) for r in rounds]
-    speedups = [r["adaptive"] / r["high"] for r in rounds]
+    throughput = {
+        system: sum(p.requests for p in passes[system])
+        / sum(p.requests / p.throughput_per_s for p in passes[system])
+        for system in SYSTEMS
+    }
+    speedup = throughput["adaptive"] / throughput["high"]
+    bound = cascade_bound(throughput["low"] / throughput["high"], escalation_rate)
     reported = ("low", "high", "adaptive")
     others = {name: value for name, value in environment.items() if name != "triton_version"}
     return {
@@ -99,13 +103,11 @@ def summarise(
         "latency_ms_p50": {
             system: median(p.latency_ms_p50 for p in passes[system]) for system in reported
         },
-        "throughput_per_s": {
-            system: median(p.throughput_per_s for p in passes[system]) for system in reported
-        },
-        "speedup_vs_high": median(speedups),
-        "cascade_bound": median(bounds),
-        "cascade_efficiency": median(s / b for s, b in zip(speedups, bounds, strict=True)),
-        "router_overhead": median(r["low"] / r["adaptive_0"] for r in rounds),
+        "throughput_per_s": {system: throughput[system] for system in reported},
+        "speedup_vs_high": speedup,
+        "cascade_bound": bound,
+        "cascade_efficiency": speedup / bound,
+        "router_overhead": throughput["low"] / throughput["adaptive_0"],
         "protocols": ["grpc", "http"],
         "triton_version": environment["triton_version"],
         "environment": others,

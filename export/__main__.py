@@ -40,10 +40,10 @@ def rungs(
     ],
     out: Annotated[Path, typer.Option(help="Directory to write to.")] = Path("build/onnx"),
     low_px: Annotated[
-        int | None, typer.Option(help="Resolution of the cheap rung [default: the model's].")
+        int | None, typer.Option(help="Resolution of the cheap rung (default: the model's).")
     ] = None,
     high_px: Annotated[
-        int | None, typer.Option(help="Resolution of the full rung [default: the model's].")
+        int | None, typer.Option(help="Resolution of the full rung (default: the model's).")
     ] = None,
     head: Annotated[
         Head | None, typer.Option(help="Fit this head on --images and bake it into both rungs.")

@@ -16,7 +16,7 @@ import transformers
 from export import onnx_graph, parity
 from export.backbones import Backbone, RungSpec
 from export.dinov2_small import dinov2_small
-from export.errors import ExportError, UsageError
+from export.errors import UsageError
 from export.pretrained import pretrained
 from export.probe import LabelledImages, Probe, fit_probe
 from export.progress import Steps
@@ -210,6 +210,3 @@ def _publish(staging: Path, out: Path) -> None:
     files = sorted(staging.iterdir(), key=lambda file: file.name == RECORD)
     for file in files:
         os.replace(file, out / file.name)
-
-
-__all__ = ["ExportError", "RungsRequest", "UsageError", "export_rungs", "load_backbone"]

@@ -17,7 +17,9 @@ def served(adaptive, escalated):
 
 def passes(low, high, adaptive, adaptive_0):
     systems = {"low": low, "high": high, "adaptive": adaptive, "adaptive_0": adaptive_0}
-    return {name: [Pass(1000 / rate, rate) for rate in rates] for name, rates in systems.items()}
+    return {
+        name: [Pass(40, 1000 / rate, rate) for rate in rates] for name, rates in systems.items()
+    }
 
 
 def test_bound_by_hand():
@@ -32,7 +34,7 @@ def test_figures_by_hand():
         "tiny",
         (32, 64),
         served([0, 1, 2, 3], [False, False, True, False]),
-        passes([40, 80, 40], [10, 20, 10], [18, 36, 18], [36, 72, 36]),
+        passes([40], [10], [18], [36]),
         {"triton_version": "2.51.0", "cpu": "one"},
     )
     assert summary["escalation_rate"] == 0.25
@@ -46,15 +48,17 @@ def test_figures_by_hand():
     assert summary["triton_version"] == "2.51.0" and summary["environment"] == {"cpu": "one"}
 
 
-def test_a_slow_round_compares_with_itself():
-    # The machine halves its speed in the middle of nothing: every ratio stays what it was.
+def test_throughput_is_all_requests_over_all_time():
+    # 40 requests at 40/s take 1 s, 40 at 10/s take 4 s: 80 requests in 5 s.
     summary = summarise(
         "tiny",
         (32, 64),
         served([0, 1, 0, 3], [False] * 4),
-        passes([40, 4, 40], [10, 1, 10], [40, 4, 40], [40, 4, 40]),
+        passes([40, 10], [10, 2.5], [40, 10], [20, 5]),
         {"triton_version": "x"},
     )
+    assert summary["throughput_per_s"] == pytest.approx({"low": 16, "high": 4, "adaptive": 16})
+    assert summary["latency_ms_p50"]["low"] == (25 + 100) / 2
     assert summary["cascade_efficiency"] == pytest.approx(1.0)
-    assert summary["router_overhead"] == pytest.approx(1.0)
+    assert summary["router_overhead"] == pytest.approx(2.0)
     assert summary["agreement_with_high"] == 0.75
