@@ -25,7 +25,7 @@ from routing import Calibration, RungSet
 from server import ServerError, TritonServer
 
 from .page import write_page
-from .serve import DemoError, measure, query
+from .serve import DemoError, image_tensors, measure, measure_overhead, query
 from .summary import summarise
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,12 +145,13 @@ def serve_and_measure() -> dict[str, Any]:
         server.start()
     try:
         served = query(server, crops, labels)
-        preprocessing = Preprocessing.from_dict(rung_set.preprocessing)
-        passes = measure(server, crops, preprocessing, OUT / "perf")
+        tensors = image_tensors(crops, Preprocessing.from_dict(rung_set.preprocessing))
+        passes = measure(server, tensors, OUT / "perf")
+        overhead = measure_overhead(server, tensors)
         environment = {"triton_version": server.version, **describe_machine()}
     finally:
         server.stop()
-    summary = summarise(BACKBONE, (LOW_PX, HIGH_PX), served, passes, environment)
+    summary = summarise(BACKBONE, (LOW_PX, HIGH_PX), served, passes, overhead, environment)
     (OUT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     data = [crop.data for crop in crops]
     write_page(OUT / "index.html", summary, served, calibration.threshold, data, labels)

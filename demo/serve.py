@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import tritonclient.grpc as triton
+from numpy.typing import NDArray
 from rich.progress import Progress
 
 from calibration.images import SourceImage
@@ -18,8 +21,8 @@ from server import TritonServer
 from .summary import SYSTEMS, Pass, Served
 
 SHARES = 5
-NEVER_ESCALATE = 1_000_000_000  # far above any distance between embeddings
-_MODELS = {"low": "vit_low", "high": "vit_high", "adaptive": "router", "adaptive_0": "router"}
+NEVER_ESCALATE = 1e9  # far above any distance between embeddings
+_MODELS = {"low": "vit_low", "high": "vit_high", "adaptive": "router"}
 
 
 class DemoError(RuntimeError):
@@ -66,18 +69,50 @@ def query(server: TritonServer, crops: Sequence[SourceImage], labels: Sequence[s
     )
 
 
+def image_tensors(
+    crops: Sequence[SourceImage], preprocessing: Preprocessing
+) -> list[NDArray[np.float32]]:
+    """The crops as image tensors, each FP32 (3, H, W)."""
+    return [preprocessing(decode(crop.data)) for crop in crops]
+
+
+def measure_overhead(
+    server: TritonServer, tensors: Sequence[NDArray[np.float32]]
+) -> list[tuple[float, float]]:
+    """Latency in ms of static low and of the router told never to escalate, crop by crop.
+
+    The two requests of a pair follow each other at once, so that what a shared machine does to
+    one it does to the other; passes of seconds differ by more than the router costs.
+    """
+    pairs = []
+    outputs = [triton.InferRequestedOutput(name) for name in ("embedding", "logits")]
+    with triton.InferenceServerClient(server.grpc_url) as client, Progress() as progress:
+        for index, tensor in enumerate(progress.track(tensors, description="overhead ")):
+            image = triton.InferInput("image", [1, *tensor.shape], "FP32")
+            image.set_data_from_numpy(tensor[np.newaxis])
+
+            def latency_ms(model: str, image: triton.InferInput = image) -> float:
+                never = {"threshold": NEVER_ESCALATE} if model == "router" else None
+                start = time.perf_counter()
+                client.infer(model, [image], outputs=outputs, parameters=never)
+                return 1e3 * (time.perf_counter() - start)
+
+            if index % 2:  # nobody is always first
+                router, low = latency_ms("router"), latency_ms("vit_low")
+            else:
+                low, router = latency_ms("vit_low"), latency_ms("router")
+            pairs.append((low, router))
+    return pairs
+
+
 def measure(
-    server: TritonServer,
-    crops: Sequence[SourceImage],
-    preprocessing: Preprocessing,
-    folder: Path,
+    server: TritonServer, tensors: Sequence[NDArray[np.float32]], folder: Path
 ) -> dict[str, list[Pass]]:
-    """Measure each of `SYSTEMS` on the crops' tensors, in shares, taking turns.
+    """Measure each of `SYSTEMS` with perf_analyzer on the crops, in shares, taking turns.
 
     No request warms up: the server has answered hundreds, and a connection's first request costs
     every system the same.
     """
-    tensors = [preprocessing(decode(crop.data)) for crop in crops]
     passes: dict[str, list[Pass]] = {system: [] for system in SYSTEMS}
     with Progress() as progress:
         task = progress.add_task("perf_analyzer", total=SHARES * len(SYSTEMS))
@@ -86,13 +121,11 @@ def measure(
             turn = share % len(SYSTEMS)  # nobody is always first
             for system in SYSTEMS[turn:] + SYSTEMS[:turn]:
                 progress.update(task, description=f"share {share + 1}: {system:10}")
-                never = {"threshold": NEVER_ESCALATE} if system == "adaptive_0" else {}
                 load = Load(
                     _MODELS[system],
                     server.grpc_url,
                     inputs,
                     warmup_requests=0,
-                    parameters=never,
                     records=False,  # they would hold every image as text
                 )
                 figures = run(load, csv_path=folder / f"{share + 1}-{system}.csv").figures

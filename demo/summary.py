@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# What perf_analyzer measures; `adaptive_0` is the router told never to escalate.
-SYSTEMS = ("low", "high", "adaptive", "adaptive_0")
+SYSTEMS = ("low", "high", "adaptive")
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,7 @@ def summarise(
     resolutions_px: tuple[int, int],
     served: Served,
     passes: Mapping[str, Sequence[Pass]],
+    overhead: Sequence[tuple[float, float]],
     environment: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The content of summary.json.
@@ -78,6 +78,8 @@ def summarise(
         resolutions_px: (low, high).
         served: the server's answers.
         passes: for each of `SYSTEMS`, one pass per share.
+        overhead: for each crop the latency of static low and, right beside it, of the router told
+            never to escalate, in ms.
         environment: `triton_version` and whatever else describes the machine.
     """
     escalation_rate = float(served.escalated.mean())
@@ -88,7 +90,6 @@ def summarise(
     }
     speedup = throughput["adaptive"] / throughput["high"]
     bound = cascade_bound(throughput["low"] / throughput["high"], escalation_rate)
-    reported = ("low", "high", "adaptive")
     others = {name: value for name, value in environment.items() if name != "triton_version"}
     return {
         "backbone": backbone,
@@ -98,16 +99,16 @@ def summarise(
         "escalation_rate": escalation_rate,
         "agreement_with_high": float((served.adaptive == served.high).mean()),
         "accuracy": {
-            system: float((getattr(served, system) == served.truth).mean()) for system in reported
+            system: float((getattr(served, system) == served.truth).mean()) for system in SYSTEMS
         },
         "latency_ms_p50": {
-            system: median(p.latency_ms_p50 for p in passes[system]) for system in reported
+            system: median(p.latency_ms_p50 for p in passes[system]) for system in SYSTEMS
         },
-        "throughput_per_s": {system: throughput[system] for system in reported},
+        "throughput_per_s": throughput,
         "speedup_vs_high": speedup,
         "cascade_bound": bound,
         "cascade_efficiency": speedup / bound,
-        "router_overhead": throughput["low"] / throughput["adaptive_0"],
+        "router_overhead": median(router / low for low, router in overhead),
         "protocols": ["grpc", "http"],
         "triton_version": environment["triton_version"],
         "environment": others,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -131,7 +132,7 @@ def _export(request: RungsRequest) -> dict[str, Any]:
 
 
 def _fail(message: str, code: int) -> None:
-    typer.echo(f"export: {message}", err=True)
+    typer.echo(f"error: {message}", err=True)
     raise typer.Exit(code)
 
 
@@ -154,5 +155,17 @@ def _print_summary(record: dict[str, Any], out: Path) -> None:
     Console().print(table)
 
 
+def run() -> None:
+    """Run the command line; bad usage is one line and exit code 2."""
+    try:
+        code = app(prog_name="python -m export", standalone_mode=False)
+    except typer.TyperException as error:
+        print(f"error: {' '.join(error.format_message().split())}", file=sys.stderr)
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    app(prog_name="python -m export")
+    run()

@@ -54,9 +54,15 @@ def repository(tmp_path: Path) -> Path:
     return add_model(tmp_path / "repository", "echo")
 
 
-def segments(pid: int) -> list[str]:
+def segments(pid: int) -> set[str]:
     """Shared-memory segments of servers that this process, or the command line `pid`, started."""
-    return [path.name for path in SHM_DIRECTORY.glob(f"triton_{pid}_*")]
+    return {path.name for path in SHM_DIRECTORY.glob(f"triton_{pid}_*")}
+
+
+@pytest.fixture
+def others() -> set[str]:
+    """Segments of servers that other tests' fixtures keep running in this process."""
+    return segments(os.getpid())
 
 
 def is_alive(process: psutil.Process) -> bool:
@@ -74,7 +80,7 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> bool:
     return condition()
 
 
-def test_a_server_starts_answers_and_leaves_nothing_behind(repository: Path):
+def test_a_server_starts_answers_and_leaves_nothing_behind(repository: Path, others: set[str]):
     asked: list[str] = []
     lines: list[str] = []
     with TritonServer(
@@ -94,7 +100,7 @@ def test_a_server_starts_answers_and_leaves_nothing_behind(repository: Path):
         assert any("stub" in process.name() for process in tree)
         alone = psutil.Process(server.pid).memory_full_info().pss / 2**20
         assert alone < server.memory_mib() < 4096
-        assert len(segments(os.getpid())) == 1
+        assert len(segments(os.getpid()) - others) == 1
         # gRPC's socket is a dual-stack one.
         assert {
             (connection.laddr.ip.removeprefix("::ffff:"), connection.laddr.port)
@@ -104,7 +110,7 @@ def test_a_server_starts_answers_and_leaves_nothing_behind(repository: Path):
         work, processes = server.log_path.parent, [psutil.Process(server.pid), *tree]
     assert not server.is_running()
     assert wait_for(lambda: not any(is_alive(process) for process in processes), 5)
-    assert segments(os.getpid()) == []
+    assert segments(os.getpid()) == others
     assert not work.exists()
     assert not list(repository.rglob("__pycache__"))
 
@@ -117,7 +123,7 @@ def test_models_do_not_see_the_launchers_packages(tmp_path: Path, monkeypatch: p
         TritonServer(repository, free_ports=True).start()
 
 
-def test_a_killed_server_is_noticed_and_cleared_away(repository: Path):
+def test_a_killed_server_is_noticed_and_cleared_away(repository: Path, others: set[str]):
     server = TritonServer(repository, free_ports=True)
     server.start()
     try:
@@ -127,10 +133,10 @@ def test_a_killed_server_is_noticed_and_cleared_away(repository: Path):
         assert not server.is_running()
     finally:
         server.stop()
-    assert segments(os.getpid()) == []
+    assert segments(os.getpid()) == others
 
 
-def test_a_failing_model_is_named_with_its_reason(repository: Path):
+def test_a_failing_model_is_named_with_its_reason(repository: Path, others: set[str]):
     reason = "calibration.json does not match vit_low/1/model.onnx"
     add_model(repository, "router", f'raise ValueError("{reason}")')
     server = TritonServer(repository, free_ports=True)
@@ -140,7 +146,7 @@ def test_a_failing_model_is_named_with_its_reason(repository: Path):
     assert caught.value.not_ready == {"router": reason}
     assert reason in caught.value.log_tail
     assert not server.is_running()
-    assert segments(os.getpid()) == []
+    assert segments(os.getpid()) == others
 
 
 def test_a_model_that_silently_vanishes_is_named(repository: Path):
@@ -218,20 +224,20 @@ def test_a_signal_ends_the_command_line_cleanly(repository: Path, number: signal
     assert process.returncode == 0, error
     assert "Traceback" not in error
     assert not any(is_alive(child) for child in tree)
-    assert segments(process.pid) == []
+    assert segments(process.pid) == set()
 
 
 def test_a_signal_while_starting_ends_it_cleanly(tmp_path: Path):
     slow = add_model(tmp_path, "slow", "import time; time.sleep(60)")
     process = command("--repository", slow, "--free-ports")
-    assert wait_for(lambda: segments(process.pid) != [])
+    assert wait_for(lambda: segments(process.pid))
     tree = psutil.Process(process.pid).children(recursive=True)
     assert tree
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=30)  # Without waiting for the model.
     assert process.returncode == 0, error
     assert not any(is_alive(child) for child in tree)
-    assert segments(process.pid) == []
+    assert segments(process.pid) == set()
 
 
 def test_a_failed_start_shows_the_log_and_names_the_model(repository: Path):
@@ -266,13 +272,13 @@ def test_misuse_is_one_line_and_exit_code_two(repository: Path, tmp_path: Path):
     assert code == 2 and "--http-port" in error and "--help" in error
 
 
-def test_servers_live_side_by_side(repository: Path):
+def test_servers_live_side_by_side(repository: Path, others: set[str]):
     with TritonServer(repository, free_ports=True) as first:
         threads = threading.active_count()
         with TritonServer(repository, free_ports=True) as second:
             assert not set(first.ports.all) & set(second.ports.all)
-            assert len(segments(os.getpid())) == 2
+            assert len(segments(os.getpid()) - others) == 2
         assert threading.active_count() <= threads
-        assert len(segments(os.getpid())) == 1
+        assert len(segments(os.getpid()) - others) == 1
         with triton.InferenceServerClient(first.grpc_url) as client:
             assert client.is_model_ready("echo")

@@ -109,7 +109,7 @@ def test_a_parity_failure_keeps_an_earlier_export_and_is_exit_code_1(model, tmp_
     assert result.exit_code == 1
     assert result.stdout == ""
     last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("export: the ONNX graph differs from the model: vit_low embedding:")
+    assert last.startswith("error: the ONNX graph differs from the model: vit_low embedding:")
     assert "cls_layers" in last
     assert listing(tmp_path) == files
     assert list(tmp_path.iterdir()) == [out]  # the staging folder is gone too
@@ -163,7 +163,7 @@ def test_misuse_is_one_line_and_exit_code_2(arguments, message, model, tmp_path)
     # Lines with a tick report steps that went well.
     lines = [line for line in result.stderr.splitlines() if not line.startswith("✓")]
     assert len(lines) == 1
-    assert lines[0].startswith(f"export: {message}")
+    assert lines[0].startswith(f"error: {message}")
     assert list(tmp_path.iterdir()) == []
 
 
