@@ -8,6 +8,6 @@ Import it relatively inside a deployed model (`from .imaging import ...`).
 """
 
 from .decode import FORMATS, ImageError, Limits, decode
-from .preprocessing import Preprocessing
+from .preprocessing import Preprocessing, PreprocessingError
 
-__all__ = ["FORMATS", "ImageError", "Limits", "Preprocessing", "decode"]
+__all__ = ["FORMATS", "ImageError", "Limits", "Preprocessing", "PreprocessingError", "decode"]

@@ -6,6 +6,7 @@ import io
 import warnings
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -23,10 +24,13 @@ class Limits:
         max_bytes: largest accepted encoded size.
         max_pixels: largest accepted width x height, read from the header before decoding. The
             default holds any phone photograph and about 150 MB of RGB.
+        max_side: largest accepted width or height. The default is the most a JPEG can have; a PNG
+            one pixel wide may have millions, and resizing it takes a gigabyte of filter weights.
     """
 
     max_bytes: int = 20 * 1024 * 1024
     max_pixels: int = 50_000_000
+    max_side: int = 65_535
 
 
 def decode(data: bytes, limits: Limits | None = None) -> Image.Image:
@@ -37,13 +41,13 @@ def decode(data: bytes, limits: Limits | None = None) -> Image.Image:
 
     Args:
         data: the encoded image.
-        limits: byte and pixel limits; `Limits()` if not given.
+        limits: of bytes, pixels and sides; `Limits()` if not given.
 
     Returns:
         A loaded RGB image.
 
     Raises:
-        ImageError: empty, too many bytes, unknown format, too many pixels, or damaged.
+        ImageError: empty, too many bytes, unknown format, too large, or damaged.
     """
     limits = limits or Limits()
     if not data:
@@ -71,8 +75,15 @@ def decode(data: bytes, limits: Limits | None = None) -> Image.Image:
                 f"the image has {width} x {height} pixels, the limit is {limits.max_pixels:,} "
                 "in all; send a smaller image"
             )
+        if max(width, height) > limits.max_side:
+            raise ImageError(
+                f"the image has {width} x {height} pixels, the limit is {limits.max_side:,} "
+                "a side; send a smaller image"
+            )
         try:
             image.load()
-            return image.convert("RGB")
+            if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow would clip to white
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+            return image if image.mode == "RGB" else image.convert("RGB")
         except Exception as error:  # as above: struct.error, SyntaxError, OSError, ValueError ...
             raise ImageError(f"the image is damaged or truncated: {error}") from None

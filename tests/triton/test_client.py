@@ -1,6 +1,7 @@
 """The clients and their command line against the real server."""
 
 import asyncio
+import io
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as grpc_protocol
 import tritonclient.http as http_protocol
+from PIL import Image
 
 from client import (
     AsyncGrpcClient,
@@ -139,17 +141,44 @@ def test_one_http_client_serves_many_threads(server, crops):
 # --- refusals ----------------------------------------------------------------------------------
 
 
+def png(width, height):
+    """A blank PNG: a few kilobytes, whatever its size."""
+    buffer = io.BytesIO()
+    Image.new("1", (width, height)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+OVER_PIXELS = png(9000, 9000)
+OVER_A_SIDE = png(1, 100_000)
+NARROW = png(1, 60_000)  # within both limits; its shortest edge resized it is not
+
+
+def preprocess_batches(server):
+    """How many executes of `preprocess` had more than one image so far."""
+    with grpc_protocol.InferenceServerClient(server.grpc_url) as connection:
+        found = connection.get_inference_statistics("preprocess", as_json=True)
+    batches = found["model_stats"][0].get("batch_stats", [])
+    return sum(int(b["compute_infer"]["count"]) for b in batches if int(b["batch_size"]) > 1)
+
+
 @pytest.mark.parametrize(
     ("make", "options"),
     [
         (lambda crop: b"this is not an image", {}),
         (lambda crop: crop[: len(crop) // 2], {}),
         (lambda crop: b"", {}),
+        (lambda crop: bytes(20 * 1024 * 1024 + 1), {}),
+        (lambda crop: OVER_PIXELS, {}),
+        (lambda crop: OVER_A_SIDE, {}),
+        (lambda crop: NARROW, {}),
         (lambda crop: crop, {"policy": "medium"}),
         (lambda crop: crop, {"threshold": "much"}),
         (lambda crop: crop, {"threshold": float("nan")}),
     ],
-    ids=["not an image", "truncated", "empty", "policy", "threshold", "nan"],
+    ids=[
+        *("not an image", "truncated", "empty", "over bytes", "over pixels", "over a side"),
+        *("narrow", "policy", "threshold", "nan"),
+    ],
 )
 def test_a_bad_request_gets_one_line_and_the_server_goes_on(client, crops, make, options):
     with pytest.raises(InvalidRequestError) as caught:
@@ -158,6 +187,30 @@ def test_a_bad_request_gets_one_line_and_the_server_goes_on(client, crops, make,
     assert message and "\n" not in message
     assert "Traceback" not in message and "request id" not in message
     assert len(client.infer(crops[:2])) == 2
+
+
+def test_a_bad_image_fails_alone_among_requests_of_one_batch(server, crops):
+    expected = GrpcClient(server.grpc_url).infer(crops[:20])
+    bad = [NARROW, OVER_PIXELS, OVER_A_SIDE, b"this is not an image"]
+    # The two instances of `preprocess` decode one of these each; what comes meanwhile is batched.
+    slow = [png(7000, 7000)] * 2
+    before = preprocess_batches(server)
+
+    async def ask():
+        async with AsyncGrpcClient(server.grpc_url) as client:
+            held = [asyncio.create_task(client.infer([image])) for image in slow]
+            await asyncio.sleep(0.1)
+            queued = [client.infer([image]) for image in (*crops[:10], *bad, *crops[10:20])]
+            answers = await asyncio.gather(*queued, return_exceptions=True)
+            await asyncio.gather(*held)
+            return answers
+
+    answers = asyncio.run(ask())
+    assert [isinstance(a, InvalidRequestError) for a in answers] == [False] * 10 + [True] * 4 + [
+        False
+    ] * 10
+    assert_equal([a[0] for a in (*answers[:10], *answers[14:])], expected)
+    assert preprocess_batches(server) > before
 
 
 @pytest.mark.parametrize(
@@ -179,7 +232,7 @@ def test_a_bad_tensor_is_refused(client, images, change):
 def test_a_deadline_is_kept_and_the_next_answer_is_its_own(client, crops):
     expected = client.infer(crops[:1])
     with pytest.raises(DeadlineError, match="within"):
-        client.infer(crops[:32], timeout_s=0.0005)
+        client.infer(crops[1:2], timeout_s=0.0005)
     assert_equal(client.infer(crops[:1]), expected)
 
 

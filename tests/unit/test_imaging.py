@@ -1,4 +1,6 @@
+import dataclasses
 import io
+import json
 import struct
 import zlib
 
@@ -6,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imaging import ImageError, Limits, Preprocessing, decode
+from imaging import ImageError, Limits, Preprocessing, PreprocessingError, decode
 
 SPEC = Preprocessing(8, 8, 10, "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -63,6 +65,8 @@ BAD = {
     "damaged": (JPEG[:200] + bytes(len(JPEG) - 200), "damaged|not a JPEG"),
     "bomb": (bomb_png(), "too many pixels|60000 x 60000 pixels"),
     "large header": (bomb_png(9000, 9000), "9000 x 9000 pixels, the limit is 50,000,000"),
+    "long": (encode(Image.new("L", (1, 100_000)), "PNG"), "1 x 100000 pixels.* 65,535 a side"),
+    "longest": (bomb_png(40_000_000, 1), "40000000 x 1 pixels.* 65,535 a side"),
 }
 
 
@@ -85,7 +89,10 @@ def test_limits_are_those_given():
         decode(JPEG, Limits(max_bytes=100))
     with pytest.raises(ImageError, match="40 x 30 pixels, the limit is 1,199"):
         decode(JPEG, Limits(max_pixels=1199))
-    assert decode(JPEG, Limits(max_bytes=len(JPEG), max_pixels=1200)).size == (40, 30)
+    with pytest.raises(ImageError, match="40 x 30 pixels, the limit is 39 a side"):
+        decode(JPEG, Limits(max_side=39))
+    limits = Limits(max_bytes=len(JPEG), max_pixels=1200, max_side=40)
+    assert decode(JPEG, limits).size == (40, 30)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -127,14 +134,88 @@ def test_without_a_shortest_edge_the_whole_image_is_squeezed():
     np.testing.assert_allclose(spec(image)[0].mean(axis=0)[[0, 3, 6, 9]], [1, 1, 0, 0], atol=0.05)
 
 
-def test_the_specification_round_trips():
-    assert Preprocessing.from_dict(SPEC.to_dict()) == SPEC
+def test_stretching_comes_before_the_crop():
+    image = Image.new("RGB", (200, 50))
+    image.paste((255, 255, 255), (0, 0, 50, 50))  # the left quarter; the crop drops a fifth of it
+    spec = Preprocessing(12, 12, None, "bilinear", (0, 0, 0), (1, 1, 1), stretch_to=(20, 20))
+    profile = spec(image)[0].mean(axis=0)
+    np.testing.assert_allclose(profile, [1] + [0] * 11, atol=0.15)
+    assert spec(image)[0].std(axis=0).max() < 0.01
+
+
+@pytest.mark.parametrize("resample", ["nearest", "bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize("size", [(97, 41), (41, 97), (33, 33), (9, 300), (300, 9)])
+@pytest.mark.parametrize("stretch_to", [None, (23, 29)])
+def test_the_crop_is_bit_for_bit_that_of_the_resized_image(resample, size, stretch_to):
+    spec = Preprocessing(
+        20, 18, None if stretch_to else 24, resample, (0, 0, 0), (1 / 255,) * 3, stretch_to
+    )
+    image = photo(*size)
+    if stretch_to:
+        resized = (29, 23)
+    else:
+        shorter = min(size)
+        resized = tuple(24 * side // shorter for side in size)
+    whole = np.asarray(image.resize(resized, getattr(Image.Resampling, resample.upper())))
+    left, top = (resized[0] - 18) // 2, (resized[1] - 20) // 2
+    expected = whole[top : top + 20, left : left + 18].transpose(2, 0, 1)
+    np.testing.assert_array_equal(spec(image), expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1), (2, 65_535)])
+def test_an_image_whose_resized_self_would_fill_the_memory_is_refused(size):
+    # 60,000 x 1 px at a shortest edge of 256 is 15,360,000 x 256: 16 GB as Pillow stores it.
+    spec = Preprocessing(224, 224, 256, "bicubic", (0, 0, 0), (1, 1, 1))
+    image = decode(encode(Image.new("RGB", size), "PNG"))
+    with pytest.raises(ImageError, match="too long and narrow: .* limit of 50,000,000") as error:
+        spec(image)
+    assert "\n" not in str(error.value)
+    stretched = Preprocessing(224, 224, None, "bicubic", (0, 0, 0), (1, 1, 1), (256, 256))
+    assert stretched(image).shape == (3, 224, 224)
+
+
+@pytest.mark.parametrize(
+    "spec", [SPEC, dataclasses.replace(SPEC, resize_shortest_edge=None, stretch_to=(9, 10))]
+)
+def test_the_specification_round_trips(spec):
+    assert Preprocessing.from_dict(spec.to_dict()) == spec
+    assert Preprocessing.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"resample": "magic"}, {"resize_shortest_edge": 7}, {"height": 0}, {"std": (0.0, 1.0, 1.0)}],
+    [
+        {"resample": "magic"},
+        {"resample": ["bicubic"]},
+        {"resize_shortest_edge": 7},
+        {"resize_shortest_edge": 10.5},
+        {"resize_shortest_edge": None, "stretch_to": [8, 7]},
+        {"resize_shortest_edge": None, "stretch_to": [8]},
+        {"resize_shortest_edge": 10, "stretch_to": [10, 10]},
+        {"height": 0},
+        {"height": "8"},
+        {"std": (0.0, 1.0, 1.0)},
+        {"std": (1.0, 1.0)},
+        {"mean": 0.5},
+        {"mean": (0.0, float("nan"), 0.0)},
+        {"contrast": 2},
+    ],
 )
 def test_a_specification_that_cannot_be_carried_out_is_refused(change):
-    with pytest.raises(ValueError):
+    with pytest.raises(PreprocessingError) as error:
         Preprocessing.from_dict({**SPEC.to_dict(), **change})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("fields", [{}, {"height": 8}, [1, 2], None, "bicubic"])
+def test_what_is_no_specification_is_refused(fields):
+    with pytest.raises(PreprocessingError, match="invalid preprocessing: "):
+        Preprocessing.from_dict(fields)
+
+
+def test_a_16_bit_greyscale_png_keeps_its_greys():
+    ramp = np.linspace(0, 65535, 256).round().astype(np.uint16)
+    buffer = io.BytesIO()
+    Image.fromarray(ramp[np.newaxis]).save(buffer, "PNG")
+    decoded = np.asarray(decode(buffer.getvalue()))
+    np.testing.assert_array_equal(decoded[0], np.repeat(np.arange(256)[:, np.newaxis], 3, axis=1))

@@ -1,7 +1,8 @@
 """Triton adapter around `imaging`: JPEG, PNG or WebP bytes to the `image` tensor.
 
 Input `image_bytes` BYTES [B, 1]; output `image` FP32 [B, 3, H, W]. A request with an image that
-cannot be decoded gets INVALID_ARG and a one-line reason; the others of its batch are answered.
+cannot be decoded gets INVALID_ARG and a one-line reason; whatever goes wrong with one request, the
+others of its batch are answered.
 """
 
 import json
@@ -47,15 +48,29 @@ class TritonPythonModel:
         return [self._answer(request) for request in requests]
 
     def _answer(self, request):
+        try:
+            image = self._images(request)
+        except ImageError as error:
+            return _refusal(str(error), pb_utils.TritonError.INVALID_ARG)
+        except Exception as error:  # raised out of execute it would fail every request of the batch
+            message = f"the image could not be preprocessed: {type(error).__name__}: {error}"
+            pb_utils.Logger.log_error(message)
+            return _refusal(message, pb_utils.TritonError.INTERNAL)
+        return pb_utils.InferenceResponse([pb_utils.Tensor("image", image)])
+
+    def _images(self, request):
         encoded = pb_utils.get_input_tensor_by_name(request, "image_bytes").as_numpy()  # (B, 1)
         images = []
         for row, (data,) in enumerate(encoded):
             try:
                 images.append(self.preprocessing(decode(data, self.limits)))
             except ImageError as error:
-                place = f"image {row + 1} of {len(encoded)}: " if len(encoded) > 1 else ""
-                return pb_utils.InferenceResponse(
-                    error=pb_utils.TritonError(f"{place}{error}", pb_utils.TritonError.INVALID_ARG)
-                )
-        image = images[0][np.newaxis] if len(images) == 1 else np.stack(images)  # (B, 3, H, W)
-        return pb_utils.InferenceResponse([pb_utils.Tensor("image", image)])
+                if len(encoded) == 1:
+                    raise
+                raise ImageError(f"image {row + 1} of {len(encoded)}: {error}") from None
+        return images[0][np.newaxis] if len(images) == 1 else np.stack(images)  # (B, 3, H, W)
+
+
+def _refusal(message, code):
+    one_line = " ".join(message.split())
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(one_line, code))
