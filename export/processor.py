@@ -1,46 +1,30 @@
-"""A checkpoint's `preprocessor_config.json`, read as an `imaging.Preprocessing`."""
+"""A checkpoint's image processor, as `transformers` loads it, read as an `imaging.Preprocessing`.
+
+The library says what its file means: the size of old files, and the fields that a file leaves out,
+differ from class to class.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from transformers import PretrainedConfig
-from transformers.image_processing_base import ImageProcessingMixin
+from transformers import AutoImageProcessor, PretrainedConfig
+from transformers.image_processing_backends import PilBackend
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from export.errors import UsageError
-from imaging import Preprocessing
+from export.errors import UsageError, first_line
+from export.static_vit import IMAGENET_MEAN, IMAGENET_STD
+from imaging import Preprocessing, PreprocessingError
 
+FILE = "preprocessor_config.json"
 RESCALE_FACTOR = 1 / 255
-
-# What transformers' own processor class does where the file leaves a field out. DINOv2 uses
-# BitImageProcessor; these are the values that all published DINOv2 files hold.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "vit": {
-        "size": {"height": 224, "width": 224},
-        "resample": Image.Resampling.BILINEAR,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-    },
-    "deit": {
-        "size": {"shortest_edge": 256},
-        "do_center_crop": True,
-        "crop_size": {"height": 224, "width": 224},
-        "resample": Image.Resampling.BICUBIC,
-        "image_mean": [0.485, 0.456, 0.406],
-        "image_std": [0.229, 0.224, 0.225],
-    },
-    "dinov2": {
-        "size": {"shortest_edge": 256},
-        "do_center_crop": True,
-        "crop_size": {"height": 224, "width": 224},
-        "resample": Image.Resampling.BICUBIC,
-        "image_mean": [0.485, 0.456, 0.406],
-        "image_std": [0.229, 0.224, 0.225],
-    },
-}
+# A processor class that replaces one of these does something that `imaging` does not.
+STEPS = ("_preprocess", "resize", "center_crop", "rescale", "normalize")
 
 
 @dataclass(frozen=True)
@@ -49,8 +33,8 @@ class Processor:
 
     Attributes:
         native_px: side of the image it was trained on, in pixels.
-        shortest_edge: of the resized image before the centre crop of `native_px`; None to stretch
-            the image to the square.
+        resized_px: edge of the resized image before the centre crop of `native_px`.
+        stretches: both edges are resized to `resized_px`; else the shorter one is.
         resample: as in `Preprocessing`.
         mean: per channel, in units of 0..1.
         std: per channel, in units of 0..1.
@@ -58,7 +42,8 @@ class Processor:
     """
 
     native_px: int
-    shortest_edge: int | None
+    resized_px: int
+    stretches: bool
     resample: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -66,107 +51,112 @@ class Processor:
 
     @classmethod
     def load(cls, model: str, config: PretrainedConfig) -> Processor:
-        """Read the processor's file next to a model, or take its family's defaults.
+        """Read the processor's file next to a model, or take its family's usual one.
 
         Args:
             model: directory or hub id.
             config: the model's own configuration.
 
         Raises:
-            UsageError: the file asks for something `imaging` does not do.
+            UsageError: the file is damaged, or asks for something `imaging` does not do.
         """
-        defaults = DEFAULTS[config.model_type]
         try:
-            fields, _ = ImageProcessingMixin.get_image_processor_dict(model)
-        except OSError:
-            notice = (
-                f"{model} has no preprocessor_config.json: using {config.model_type}'s usual "
-                f"preprocessing at {config.image_size} px"
+            found = AutoImageProcessor.from_pretrained(
+                model, backend="pil", trust_remote_code=False
             )
-            return _parse(_at_native_px(defaults, config.image_size), defaults, (notice,))
-        return _parse(fields, defaults, ())
+        except OSError as error:
+            if Path(model, FILE).is_file():
+                raise UsageError(f"--model {model}: {first_line(error)}") from None
+            notice = (
+                f"{model} has no {FILE}: using {config.model_type}'s usual preprocessing at "
+                f"{config.image_size} px"
+            )
+            return _read(_usual(config.model_type, config.image_size), (notice,))
+        except Exception as error:  # the library raises many types on foreign files
+            raise UsageError(
+                f"--model {model}: its {FILE} is not supported ({first_line(error)})"
+            ) from None
+        return _read(found, ())
 
     def preprocessing(self, px: int) -> Preprocessing:
-        """The same preprocessing for another resolution, the crop margin kept in proportion."""
-        edge = self.shortest_edge
+        """The same preprocessing for another resolution, the crop margin kept in proportion.
+
+        Raises:
+            PreprocessingError: the crop is larger than the resized image, or a bad mean or std.
+        """
+        resized_px = round(px * self.resized_px / self.native_px)
         return Preprocessing(
             height=px,
             width=px,
-            resize_shortest_edge=None if edge is None else round(px * edge / self.native_px),
+            resize_shortest_edge=None if self.stretches else resized_px,
             resample=self.resample,
             mean=self.mean,
             std=self.std,
+            stretch_to=(resized_px, resized_px) if self.stretches else None,
         )
 
 
-def _at_native_px(defaults: Mapping[str, Any], px: int) -> dict[str, Any]:
-    if "crop_size" not in defaults:
-        return {"size": {"height": px, "width": px}}
-    edge = round(px * defaults["size"]["shortest_edge"] / defaults["crop_size"]["height"])
-    return {"size": {"shortest_edge": edge}, "crop_size": {"height": px, "width": px}}
+def _usual(model_type: str, px: int) -> PilBackend:
+    """What the published checkpoints of a family use, at another resolution."""
+    crop = {
+        "crop_size": {"height": px, "width": px},
+        "image_mean": IMAGENET_MEAN,
+        "image_std": IMAGENET_STD,
+    }
+    resized_px = round(px * 256 / 224)
+    if model_type == "deit":
+        return DeiTImageProcessorPil(size={"height": resized_px, "width": resized_px}, **crop)
+    if model_type == "dinov2":
+        return BitImageProcessorPil(size={"shortest_edge": resized_px}, **crop)
+    return ViTImageProcessorPil(size={"height": px, "width": px})
 
 
-def _parse(
-    fields: Mapping[str, Any], defaults: Mapping[str, Any], notices: tuple[str, ...]
-) -> Processor:
-    given = {**defaults, **{name: value for name, value in fields.items() if value is not None}}
-    if not given.get("do_resize", True) or not given.get("do_rescale", True):
-        raise UsageError("the processor neither resizes nor rescales; that is not supported")
-    if abs(given.get("rescale_factor", RESCALE_FACTOR) - RESCALE_FACTOR) > 1e-6:
-        raise UsageError(f"rescale_factor {given['rescale_factor']} is not supported; 1/255 is")
-    native_px, edge, notice = _geometry(given)
-    normalised = given.get("do_normalize", True)
-    mean, std = (given["image_mean"], given["image_std"]) if normalised else ([0.0] * 3, [1.0] * 3)
+def _read(found: PilBackend, notices: tuple[str, ...]) -> Processor:
+    kind = type(found)
+    if any(getattr(kind, step, None) is not getattr(PilBackend, step) for step in STEPS):
+        raise UsageError(
+            f"the image processor {kind.__name__} is not supported; ViT, DeiT, BiT are"
+        )
+    if not found.do_resize or not found.do_rescale or found.do_pad:
+        raise UsageError("a processor that pads, or does not resize and rescale, is not supported")
+    if abs(found.rescale_factor - RESCALE_FACTOR) > 1e-6:
+        raise UsageError(f"rescale_factor {found.rescale_factor} is not supported; 1/255 is")
+    native_px, resized_px, stretches = _geometry(found)
+    mean, std = (
+        (found.image_mean, found.image_std) if found.do_normalize else ([0.0] * 3, [1.0] * 3)
+    )
     try:
-        resample = Image.Resampling(given["resample"]).name.lower()
+        resample = Image.Resampling(found.resample).name.lower()
         processor = Processor(
-            native_px,
-            edge,
-            resample,
-            _rgb(mean),
-            _rgb(std),
-            notices + ((notice,) if notice else ()),
+            native_px, resized_px, stretches, resample, _rgb(mean), _rgb(std), notices
         )
         processor.preprocessing(native_px)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, PreprocessingError) as error:
         raise UsageError(f"the processor's preprocessing is not supported: {error}") from None
     return processor
 
 
-def _geometry(given: Mapping[str, Any]) -> tuple[int, int | None, str | None]:
-    """(native px, shortest edge or None to stretch, notice)."""
-    size = given["size"]
-    if isinstance(size, int):  # files of 2021 to 2022
-        size = {"shortest_edge": size} if given.get("do_center_crop") else _square(size)
-    stretched = _square_px(size)
-    if not given.get("do_center_crop"):
-        if stretched is None:
+def _geometry(found: PilBackend) -> tuple[int, int, bool]:
+    """(native px, resized px, whether both edges are resized to it)."""
+    size, crop = dict(found.size or ()), dict(found.crop_size or ())
+    square_px = _square_px(size)
+    if not found.do_center_crop:
+        if square_px is None:
             raise UsageError(f"size {size} without a centre crop is not supported; a square is")
-        return stretched, None, None
-    crop = given["crop_size"]
-    native_px = _square_px(_square(crop) if isinstance(crop, int) else crop)
+        return square_px, square_px, True
+    native_px = _square_px(crop)
     if native_px is None:
         raise UsageError(f"crop_size {crop} is not supported; a square is")
-    if "shortest_edge" in size:
-        return native_px, int(size["shortest_edge"]), None
-    if stretched is None:
+    if square_px is not None:
+        return native_px, square_px, True
+    if set(size) != {"shortest_edge"}:
         raise UsageError(f"size {size} is not supported; shortest_edge or a square is")
-    # DeiT's file since 2022. Its training resized the shortest edge (Touvron et al. 2020, the
-    # paper's code), and for a square image the two are the same.
-    notice = (
-        f"the processor stretches to {stretched} x {stretched} px before its centre crop; resizing "
-        f"the shortest edge to {stretched} px instead, which keeps the aspect ratio"
-    )
-    return native_px, stretched, notice
+    return native_px, size["shortest_edge"], False
 
 
-def _square(px: int) -> dict[str, int]:
-    return {"height": px, "width": px}
-
-
-def _square_px(size: Mapping[str, int]) -> int | None:
-    height, width = size.get("height"), size.get("width")
-    return int(height) if height and height == width else None
+def _square_px(size: dict[str, int]) -> int | None:
+    height = size.get("height")
+    return height if size == {"height": height, "width": height} else None
 
 
 def _rgb(values: Any) -> tuple[float, float, float]:

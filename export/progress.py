@@ -1,4 +1,4 @@
-"""Progress on stderr: a spinner for each step, a bar where the number of items is known."""
+"""Progress on stderr: one bar over the steps, and one over the items of a step that has many."""
 
 from __future__ import annotations
 
@@ -9,13 +9,31 @@ from typing import TypeVar
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 Item = TypeVar("Item")
 
 
+class _ItemsTimeRemaining(TimeRemainingColumn):
+    """Time left for items, which are alike; the steps are not."""
+
+    def render(self, task: Task) -> Text:
+        return Text() if task.fields.get("steps") else super().render(task)
+
+
 class Steps:
     """Tells the user what is going on.
+
+    A bar counts finished steps, not time: one step may take longer than all others together.
 
     Attributes:
         console: where to; a quiet one silences everything.
@@ -23,25 +41,41 @@ class Steps:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-
-    @contextlib.contextmanager
-    def step(self, text: str) -> Iterator[None]:
-        """Show a spinner while the step runs and a line with its duration afterwards."""
-        start = time.perf_counter()
-        with self.console.status(escape(text)):
-            yield
-        self.console.print(f"[green]✓[/] {escape(text)}  {time.perf_counter() - start:.1f} s")
-
-    def track(self, items: Iterable[Item], text: str, total: int) -> Iterator[Item]:
-        """Show a bar while the caller goes through the items."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TimeRemainingColumn(),
+            TimeElapsedColumn(),
+            _ItemsTimeRemaining(),
         )
-        with Progress(*columns, console=self.console) as progress:
-            yield from progress.track(items, total=total, description=escape(text))
+        self._progress = Progress(*columns, console=console, transient=True)
+        self._overall = self._progress.add_task("", total=None, visible=False, steps=True)
+
+    @contextlib.contextmanager
+    def expect(self, count: int) -> Iterator[None]:
+        """Show the bar while the block goes through so many steps."""
+        self._progress.reset(self._overall, total=count, description="", visible=True)
+        # Where nothing can move, rich would leave an empty line.
+        with self._progress if self.console.is_interactive else contextlib.nullcontext():
+            yield
+
+    @contextlib.contextmanager
+    def step(self, text: str) -> Iterator[None]:
+        """Name the step on the bar while it runs; advance and print its duration afterwards."""
+        start = time.perf_counter()
+        self._progress.update(self._overall, description=escape(text))
+        yield
+        self._progress.advance(self._overall)
+        self.console.print(f"[green]✓[/] {escape(text)}  {time.perf_counter() - start:.1f} s")
+
+    def track(self, items: Iterable[Item], text: str, total: int) -> Iterator[Item]:
+        """A step with a bar of its own, which the caller moves by going through the items."""
+        with self.step(text):
+            task = self._progress.add_task("", total=total)
+            try:
+                yield from self._progress.track(items, total, task_id=task)
+            finally:
+                self._progress.remove_task(task)
 
     def note(self, text: str) -> None:
         """Print one line that the user should read."""

@@ -13,11 +13,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import tempfile
 from pathlib import Path
 
-from imaging import Preprocessing
-from routing import RUNGS, Calibration, CalibrationError, RungSet, manifest
+from export.staging import folder_beside
+from imaging import Preprocessing, PreprocessingError
+from routing import RUNGS, Calibration, RungSet, manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 # Batch sizes the rungs run before they report ready: a lone request, and a batch as it forms
@@ -44,8 +44,10 @@ def assemble(
         `out`.
 
     Raises:
-        RepositoryError: `out` is something else, or a bad thread count.
+        RepositoryError: `out` is something else, a bad thread count, or a preprocessing that is
+            invalid or not the one of the artifact.
         CalibrationError: the artifact is invalid or was made with other ONNX files.
+        OSError: a file cannot be read or written.
     """
     if intra_op_threads < 1:
         raise RepositoryError(f"--intra-op-threads {intra_op_threads} must be 1 or more")
@@ -53,13 +55,13 @@ def assemble(
         raise RepositoryError(f"{out} exists and is no assembled repository; choose another --out")
     calibration = Calibration.load(calibration_file)
     calibration.check_rungs(rung_set.files)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
+    preprocessing = _preprocessing(rung_set, calibration)
+    with folder_beside(out) as folder:
         # A child, because a temporary directory itself is closed to other users.
-        fresh = Path(folder) / "repository"
-        _fill(fresh, rung_set, calibration, intra_op_threads)
+        fresh = folder / "repository"
+        _fill(fresh, rung_set, calibration, preprocessing, intra_op_threads)
         if out.exists():
-            out.rename(Path(folder) / "replaced")
+            out.rename(folder / "replaced")
         fresh.rename(out)
     return out
 
@@ -68,17 +70,37 @@ def _is_assembled(folder: Path) -> bool:
     return (folder / manifest.NAME).is_file()
 
 
+def _preprocessing(rung_set: RungSet, calibration: Calibration) -> Preprocessing:
+    try:
+        preprocessing = Preprocessing.from_dict(rung_set.preprocessing)
+    except PreprocessingError as error:
+        raise RepositoryError(
+            f"the preprocessing in rungs.json cannot be carried out ({error}); run "
+            "python -m export rungs again"
+        ) from None
+    if rung_set.preprocessing_sha256() != calibration.preprocessing_sha256:
+        raise RepositoryError(
+            "the preprocessing in rungs.json is not the one that was calibrated; run "
+            "python -m calibration again, or restore rungs.json"
+        )
+    return preprocessing
+
+
 def _fill(
-    repository: Path, rung_set: RungSet, calibration: Calibration, intra_op_threads: int
+    repository: Path,
+    rung_set: RungSet,
+    calibration: Calibration,
+    preprocessing: Preprocessing,
+    intra_op_threads: int,
 ) -> None:
-    ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
+    # .gitkeep holds the version directories in git, which keeps no empty ones.
+    ignore = shutil.ignore_patterns("__pycache__", "*.pyc", ".gitkeep")
     shutil.copytree(ROOT / "model_repository", repository, ignore=ignore)
     shutil.copytree(ROOT / "routing", repository / "router/1/routing", ignore=ignore)
     shutil.copytree(ROOT / "imaging", repository / "preprocess/1/imaging", ignore=ignore)
     calibration.save(repository / "router/1/calibration.json")
-    preprocessing = Preprocessing.from_dict(rung_set.preprocessing).to_dict()
     path = repository / "preprocess/1/preprocessing.json"
-    path.write_text(json.dumps(preprocessing, indent=2) + "\n")
+    path.write_text(json.dumps(preprocessing.to_dict(), indent=2) + "\n")
     if rung_set.labels:
         (repository / "labels.txt").write_text("\n".join(rung_set.labels) + "\n")
     for name in RUNGS:
@@ -113,6 +135,3 @@ def _warmup(image_shape: tuple[int, int, int]) -> str:
 def _without_logits(config: str) -> str:
     lines = config.splitlines(keepends=True)
     return "".join(line for line in lines if '"logits"' not in line)
-
-
-__all__ = ["CalibrationError", "RepositoryError", "assemble"]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,12 @@ from export.errors import UsageError
 from export.pretrained import pretrained
 from export.probe import LabelledImages, Probe, fit_probe
 from export.progress import Steps
+from export.staging import folder_beside
 from export.static_vit import static_vit
+from routing import RUNGS, manifest
+from routing.rungset import NAME as RECORD
+from routing.rungset import SCHEMA_VERSION
 
-SCHEMA_VERSION = 1
-RECORD = "rungs.json"
 LABELS = "labels.txt"
 
 
@@ -69,31 +69,13 @@ def export_rungs(request: RungsRequest, steps: Steps) -> dict[str, Any]:
         UsageError: the request cannot be carried out.
         ParityError: a graph differs from the model.
         ExportError: anything else that is not a defect of this code.
+        OSError: `out` cannot be written.
     """
     _check_request(request)
     images = LabelledImages.scan(request.probe_images) if request.probe_images else None
-    with steps.step(f"load {request.model}"):
-        backbone = load_backbone(request.model, request.seed, request.checkpoint)
-    for notice in backbone.notices:
-        steps.note(notice)
-    low_px = request.low_px if request.low_px is not None else backbone.default_px[0]
-    high_px = request.high_px if request.high_px is not None else backbone.default_px[1]
-    backbone.check_px(low_px, high_px)
-    head: dict[str, Any] | None = {"kind": "own"} if backbone.classes else None
-    if images is not None:
-        probe = fit_probe(backbone, high_px, images, steps)
-        _tell_probe(probe, backbone, steps)
-        backbone, head = backbone.with_probe(probe.linear, probe.labels), probe.record
-    specs = (RungSpec("vit_low", low_px), RungSpec("vit_high", high_px))
-    try:
-        request.out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".rungs-", dir=request.out.parent) as folder:
-            staging = Path(folder)
-            record = _write_rungs(staging, backbone, head, specs, request, steps)
-            _publish(staging, request.out)
-    except OSError as error:
-        raise UsageError(f"--out {request.out} cannot be written: {error}") from error
-    return record
+    # Loading; embedding and fitting; exporting and comparing each rung.
+    with steps.expect(1 + (2 if images else 0) + 2 * len(RUNGS)):
+        return _export(request, images, steps)
 
 
 def load_backbone(model: str, seed: int = 0, checkpoint: Path | None = None) -> Backbone:
@@ -126,6 +108,26 @@ def _check_request(request: RungsRequest) -> None:
         raise UsageError(f"--out {request.out} is a file; give a directory")
 
 
+def _export(request: RungsRequest, images: LabelledImages | None, steps: Steps) -> dict[str, Any]:
+    with steps.step(f"load {request.model}"):
+        backbone = load_backbone(request.model, request.seed, request.checkpoint)
+    for notice in backbone.notices:
+        steps.note(notice)
+    low_px = request.low_px if request.low_px is not None else backbone.default_px[0]
+    high_px = request.high_px if request.high_px is not None else backbone.default_px[1]
+    backbone.check_px(low_px, high_px)
+    head: dict[str, Any] | None = {"kind": "own"} if backbone.classes else None
+    if images is not None:
+        probe = fit_probe(backbone, high_px, images, steps)
+        _tell_probe(probe, backbone, steps)
+        backbone, head = backbone.with_probe(probe.linear, probe.labels), probe.record
+    specs = [RungSpec(name, px) for name, px in zip(RUNGS, (low_px, high_px), strict=True)]
+    with folder_beside(request.out) as staging:
+        record = _write_rungs(staging, backbone, head, specs, request, steps)
+        _publish(staging, request.out)
+    return record
+
+
 def _tell_probe(probe: Probe, backbone: Backbone, steps: Steps) -> None:
     if backbone.classes is not None:
         steps.note(f"the linear head takes the place of the model's own {backbone.classes} classes")
@@ -141,7 +143,7 @@ def _write_rungs(
     folder: Path,
     backbone: Backbone,
     head: dict[str, Any] | None,
-    specs: tuple[RungSpec, RungSpec],
+    specs: list[RungSpec],
     request: RungsRequest,
     steps: Steps,
 ) -> dict[str, Any]:
@@ -150,6 +152,7 @@ def _write_rungs(
     shapes = backbone.output_shapes()
     rungs: dict[str, Any] = {}
     checks: list[parity.Check] = []
+    failures: list[parity.Failure] = []
     ir_version = 0
     for spec in specs:
         file = folder / f"{spec.name}.onnx"
@@ -158,22 +161,27 @@ def _write_rungs(
                 backbone.rung(spec.px), image_px, list(shapes), file, request.opset
             )
         ir_version = max(ir_version, graph.ir_version)
-        with steps.step(f"compare {spec.name} with torch at batch 1, 3 and 8"):
-            checks += parity.check_parity(
-                spec.name,
-                file,
-                image_px,
-                shapes,
-                lambda image, px=spec.px: backbone.reference(image, px),
-                request.rtol,
-                request.atol,
-            )
+        try:
+            with steps.step(f"compare {spec.name} with torch at batch 1, 3 and 8"):
+                checks += parity.check_parity(
+                    spec.name,
+                    file,
+                    image_px,
+                    shapes,
+                    lambda image, px=spec.px: backbone.reference(image, px),
+                    request.rtol,
+                    request.atol,
+                )
+        except parity.ParityError as error:  # raised below, with what the other rung fails in
+            failures += error.failures
         rungs[spec.name] = {
             "px": spec.px,
             "recipe": spec.recipe,
             "file": file.name,
-            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+            "sha256": manifest.sha256_file(file),
         }
+    if failures:
+        raise parity.ParityError(failures)
     record = {
         "schema_version": SCHEMA_VERSION,
         "backbone": backbone.name,

@@ -8,7 +8,6 @@ times at batch 16.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 from export.backbones import Backbone
 from export.errors import UsageError, first_line
 from imaging import Preprocessing
+from routing import manifest
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -55,7 +55,7 @@ def static_vit(seed: int = 0, checkpoint: Path | None = None) -> Backbone:
         source: dict[str, Any] = {"kind": "seed", "seed": seed, "init_gain": INIT_GAIN}
     else:
         model = _from_checkpoint(config, checkpoint)
-        sha256 = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+        sha256 = manifest.sha256_file(checkpoint)
         source = {"kind": "checkpoint", "file": checkpoint.name, "sha256": sha256}
     return Backbone(
         name="static-vit",

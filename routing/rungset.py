@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -82,3 +83,8 @@ class RungSet:
             if not file.is_file():
                 raise RungSetError(f"no ONNX file at {file}; run python -m export rungs again")
         return rung_set
+
+    def preprocessing_sha256(self) -> str:
+        """Hex SHA-256 of the preprocessing, whatever the order and spacing of its JSON."""
+        canonical = json.dumps(self.preprocessing, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()

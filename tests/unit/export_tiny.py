@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
 from rich.console import Console
 
+from export.__main__ import main
 from export.progress import Steps
 
 QUIET = Steps(Console(quiet=True))
@@ -30,6 +34,22 @@ _CONFIGS = {
     "DeiT": lambda: transformers.DeiTConfig(intermediate_size=32, **_COMMON),
     "Dinov2": lambda: transformers.Dinov2Config(mlp_ratio=2, **_COMMON),
 }
+
+
+class Ran(NamedTuple):
+    """What a command did."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+def run_export(*arguments: object) -> Ran:
+    """`python -m export ...`, here."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        exit_code = main([str(argument) for argument in arguments])
+    return Ran(exit_code, stdout.getvalue(), stderr.getvalue())
 
 
 def save_tiny(folder: Path, class_name: str, processor: dict | None = None) -> Path:

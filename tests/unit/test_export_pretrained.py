@@ -9,6 +9,11 @@ import onnxruntime as ort
 import pytest
 import torch
 import transformers
+from PIL import Image
+from sklearn.datasets import load_sample_image
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from export.backbones import downsample
 from export.errors import UsageError
@@ -145,58 +150,76 @@ def processor_of(tmp_path: Path, fields: dict | None, model_type: str = "vit") -
     return Processor.load(str(tmp_path), config)
 
 
-def test_processor_of_vit_stretches(tmp_path):
-    fields = {"size": {"height": 32, "width": 32}, "resample": 2, "image_mean": [0.5] * 3}
-    made = processor_of(tmp_path, fields).preprocessing(16)
-    assert (made.height, made.width, made.resize_shortest_edge) == (16, 16, None)
-    assert (made.resample, made.mean, made.std) == ("bilinear", (0.5,) * 3, (0.5,) * 3)
+SQUARE_256, SQUARE_224 = {"height": 256, "width": 256}, {"height": 224, "width": 224}
+CROPPED = {"do_center_crop": True, "crop_size": SQUARE_224, "resample": 3, **IMAGENET}
+# As checkpoints on the hub have them: google/vit-base-patch16-224, facebook/deit-* before and since
+# 2022, facebook/dinov2-*; and files that leave everything to the class.
+PUBLISHED = {
+    "vit": ("vit", {"size": SQUARE_224, "resample": 2, "image_mean": [0.5] * 3}),
+    "vit, cropped": ("vit", {"size": 256, **CROPPED}),
+    "deit": ("deit", {"size": SQUARE_256, **CROPPED}),
+    "deit of 2021": (
+        "deit",
+        {
+            "feature_extractor_type": "DeiTFeatureExtractor",
+            **CROPPED,
+            "size": 256,
+            "crop_size": 224,
+        },
+    ),
+    "dinov2": (
+        "dinov2",
+        {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 256}, **CROPPED},
+    ),
+    "dinov2, no margin": ("dinov2", {"size": 224, **CROPPED}),
+    "vit, empty": ("vit", {}),
+    "deit, empty": ("deit", {}),
+    "dinov2, empty": ("dinov2", {}),
+}
+PIL_PROCESSORS = {
+    "vit": ViTImageProcessorPil,
+    "deit": DeiTImageProcessorPil,
+    "dinov2": BitImageProcessorPil,
+}
 
 
-def test_processor_of_dinov2_crops_in_proportion(tmp_path):
-    fields = {
-        "size": {"shortest_edge": 256},
-        "crop_size": {"height": 224, "width": 224},
-        "do_center_crop": True,
-        "resample": 3,
-        **IMAGENET,
-    }
-    processor = processor_of(tmp_path, fields, "dinov2")
-    assert processor.native_px == 224
-    assert processor.preprocessing(224).resize_shortest_edge == 256
-    assert processor.preprocessing(112).resize_shortest_edge == 128
-    assert processor.preprocessing(112).mean == (0.485, 0.456, 0.406)
+@pytest.mark.parametrize("turned", [False, True], ids=["landscape", "portrait"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_photographs_are_preprocessed_as_the_library_does(name, turned, tmp_path):
+    model_type, fields = PUBLISHED[name]
+    photo = Image.fromarray(load_sample_image("china.jpg"))  # 640 x 427
+    if turned:
+        photo = photo.transpose(Image.Transpose.ROTATE_90)
+    given = {key: value for key, value in fields.items() if not key.endswith("_type")}
+    library = PIL_PROCESSORS[model_type](**given)
+    expected = library(photo, return_tensors="np")["pixel_values"][0]  # (3, 224, 224)
+    processor = processor_of(tmp_path, fields, model_type)
     assert processor.notices == ()
+    found = processor.preprocessing(processor.native_px)(photo)
+    # A grey level is 1 / 255 / 0.225 = 0.017 here; only the order of the arithmetic differs.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
-def test_processor_of_deit_keeps_the_aspect_ratio_and_says_so(tmp_path):
-    fields = {
-        "size": {"height": 256, "width": 256},
-        "crop_size": {"height": 224, "width": 224},
-        "do_center_crop": True,
-    }
-    processor = processor_of(tmp_path, fields, "deit")
-    assert processor.preprocessing(224).resize_shortest_edge == 256
-    assert "keeps the aspect ratio" in processor.notices[0]
-
-
-@pytest.mark.parametrize(
-    ("fields", "edge"),
-    [
-        ({"size": 32, "do_center_crop": False}, None),
-        ({"size": 36, "crop_size": 32, "do_center_crop": True}, 36),
-    ],
-)
-def test_processor_files_of_2021(fields, edge, tmp_path):
-    processor = processor_of(tmp_path, fields)
-    assert (processor.native_px, processor.shortest_edge) == (32, edge)
+def test_other_resolutions_keep_the_margin_in_proportion(tmp_path):
+    dinov2 = processor_of(tmp_path, PUBLISHED["dinov2"][1], "dinov2")
+    assert dinov2.preprocessing(112).resize_shortest_edge == 128
+    assert dinov2.preprocessing(112).mean == (0.485, 0.456, 0.406)
+    deit = processor_of(tmp_path, PUBLISHED["deit"][1], "deit").preprocessing(112)
+    assert (deit.resize_shortest_edge, deit.stretch_to) == (None, (128, 128))
+    vit = processor_of(tmp_path, PUBLISHED["vit"][1]).preprocessing(112)
+    assert (vit.height, vit.width, vit.stretch_to) == (112, 112, (112, 112))
 
 
 @pytest.mark.parametrize(
-    ("model_type", "edge"), [("vit", None), ("deit", round(16 * 256 / 224)), ("dinov2", 18)]
+    ("model_type", "resized_px", "stretches"),
+    [("vit", 16, True), ("deit", 18, True), ("dinov2", 18, False)],
 )
-def test_processor_defaults_come_with_a_notice(model_type, edge, tmp_path):
+def test_a_model_without_a_processor_gets_its_familys_and_a_notice(
+    model_type, resized_px, stretches, tmp_path
+):
     processor = processor_of(tmp_path, None, model_type)
-    assert (processor.native_px, processor.shortest_edge) == (16, edge)
+    assert (processor.native_px, processor.resized_px) == (16, resized_px)
+    assert processor.stretches == stretches
     assert "no preprocessor_config.json" in processor.notices[0]
 
 
@@ -212,11 +235,23 @@ def test_processor_defaults_come_with_a_notice(model_type, edge, tmp_path):
         {"size": {"longest_edge": 32}, "do_center_crop": True, "crop_size": 32},
         {"size": {"shortest_edge": 16}, "do_center_crop": True, "crop_size": 32},
         {"size": {"shortest_edge": 32}},
+        {"size": "large"},
+        {"do_pad": True, "pad_size": {"height": 256, "width": 256}},
+        {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 32}},
+        {"image_processor_type": "NoSuchImageProcessor"},
     ],
 )
 def test_processors_that_imaging_cannot_follow(fields, tmp_path):
     with pytest.raises(UsageError, match="not supported") as caught:
         processor_of(tmp_path, fields)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_processor_file_is_not_taken_for_a_missing_one(tmp_path):
+    save_tiny(tmp_path, "ViTModel")
+    (tmp_path / "preprocessor_config.json").write_text("{")
+    with pytest.raises(UsageError, match="is not a valid JSON file") as caught:
+        pretrained(str(tmp_path))
     assert "\n" not in str(caught.value)
 
 

@@ -3,11 +3,10 @@ import re
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from export.__main__ import app
 from export.repository import RepositoryError, assemble
 from routing import Calibration, CalibrationError, RungSet, manifest
+from tests.unit.export_tiny import run_export
 from tests.unit.fakes import make_calibration
 from tests.unit.onnx_files import CLASSES, LAYERS, SIZE, D, write_rung_set
 
@@ -17,6 +16,7 @@ def write_inputs(folder, classes=CLASSES):
     calibration = make_calibration(
         rungs=rung_set.rungs,
         image_shape=(3, SIZE, SIZE),
+        preprocessing_sha256=rung_set.preprocessing_sha256(),
         embedding_dim=D,
         layers=LAYERS,
         classes=classes,
@@ -50,6 +50,8 @@ def test_everything_a_server_needs_is_there_and_listed(tmp_path):
         assert "dims: [ 3, 8, 8 ]" in files[f"{name}/config.pbtxt"].decode()
     assert set(json.loads(files["MANIFEST.json"])["files"]) == set(files) - {"MANIFEST.json"}
     manifest.verify(out)
+    assert not [name for name in files if ".gitkeep" in name]
+    assert (out / "adaptive_vit/1").is_dir()  # Triton wants a version, even an empty one
     # Any folder in the root that is no model makes Triton exit.
     assert {p.name for p in out.iterdir() if p.is_dir()} == {
         p.name for p in Path("model_repository").iterdir()
@@ -85,6 +87,24 @@ def test_other_onnx_files_than_the_calibrated_are_refused(tmp_path):
     assert not (tmp_path / "repository").exists()
 
 
+def change_preprocessing(folder, **fields):
+    """Edit rungs.json by hand."""
+    path = folder / "onnx/rungs.json"
+    content = json.loads(path.read_text())
+    content["preprocessing"].update(fields)
+    path.write_text(json.dumps(content, indent=3, sort_keys=True))
+
+
+def test_another_preprocessing_than_the_calibrated_is_refused(tmp_path):
+    _, artifact = write_inputs(tmp_path)
+    change_preprocessing(tmp_path, mean=[0.5, 0.5, 0.4])
+    with pytest.raises(RepositoryError, match="preprocessing in rungs.json is not the one that"):
+        assemble(RungSet.load(tmp_path / "onnx"), artifact, tmp_path / "repository")
+    assert not (tmp_path / "repository").exists()
+    change_preprocessing(tmp_path, mean=[0.5, 0.5, 0.5])  # laid out otherwise, but the same
+    assemble(RungSet.load(tmp_path / "onnx"), artifact, tmp_path / "repository")
+
+
 def test_a_foreign_folder_is_left_alone(tmp_path):
     rung_set, artifact = write_inputs(tmp_path)
     (tmp_path / "mine").mkdir()
@@ -111,13 +131,38 @@ def test_a_failed_assembly_keeps_the_old_repository(tmp_path):
         (lambda f: (f / "onnx/rungs.json").unlink(), "export rungs first"),
         (lambda f: (f / "calibration.json").unlink(), "calibration fit first"),
         (lambda f: (f / "onnx/vit_low.onnx").write_bytes(b"x"), "not the file that was calibrated"),
+        (lambda f: change_preprocessing(f, resample="lanczos"), "is not the one that was"),
+        (lambda f: change_preprocessing(f, resample="magic"), "rungs.json cannot be carried out"),
+        (lambda f: change_preprocessing(f, contrast=2), "rungs.json cannot be carried out"),
+        (lambda f: change_preprocessing(f, std=None), "rungs.json cannot be carried out"),
     ],
 )
 def test_the_command_says_in_one_line_what_is_missing(tmp_path, break_it, message):
     write_inputs(tmp_path)
     break_it(tmp_path)
-    options = ["--onnx", tmp_path / "onnx", "--calibration", tmp_path / "calibration.json"]
-    options += ["--out", tmp_path / "repository"]
-    result = CliRunner().invoke(app, ["repository", *map(str, options)])
+    result = run_repository(tmp_path, tmp_path / "repository")
     assert result.exit_code == 2
     assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    assert result.stderr.startswith("error: ") and result.stdout == ""
+
+
+@pytest.mark.parametrize("below", ["repository", "deeper/repository"])
+def test_out_below_a_file_is_one_line(tmp_path, below):
+    write_inputs(tmp_path)
+    result = run_repository(tmp_path, tmp_path / "calibration.json" / below)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {tmp_path / 'calibration.json'}")
+    assert result.stderr.endswith(": Not a directory\n")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_the_command_assembles(tmp_path):
+    write_inputs(tmp_path)
+    result = run_repository(tmp_path, tmp_path / "repository")
+    assert (result.exit_code, result.stderr) == (0, "")
+    manifest.verify(tmp_path / "repository")
+
+
+def run_repository(folder, out):
+    options = ("--onnx", folder / "onnx", "--calibration", folder / "calibration.json")
+    return run_export("repository", *options, "--out", out)

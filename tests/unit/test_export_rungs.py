@@ -1,17 +1,19 @@
 from __future__ import annotations
 
-import hashlib
+import io
 import json
 from pathlib import Path
 
 import onnx
 import pytest
-from typer.testing import CliRunner
+from rich.console import Console
 
-from export.__main__ import app
+from export.progress import Steps
 from export.rungs import RungsRequest, export_rungs
 from imaging import Preprocessing
-from tests.unit.export_tiny import LAYERS, PX, QUIET, WIDTH, save_tiny
+from routing import RungSet
+from routing.manifest import sha256_file
+from tests.unit.export_tiny import LAYERS, PX, QUIET, WIDTH, run_export, save_tiny
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +27,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """(output directory, what the command printed)."""
     out = tmp_path_factory.mktemp("exported") / "onnx"
-    result = CliRunner().invoke(app, ["rungs", "--model", str(model), "--out", str(out), "--json"])
-    assert result.exit_code == 0, result.output
+    result = run_export("rungs", "--model", model, "--out", out, "--json")
+    assert result.exit_code == 0, result.stderr
     return out, result.stdout
 
 
 def listing(folder: Path) -> dict[str, str]:
     return {
-        file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        file.relative_to(folder).as_posix(): sha256_file(file)
         for file in folder.rglob("*")
         if file.is_file()
     }
@@ -56,6 +58,7 @@ def test_files_and_record(exported):
     assert record["labels"] == (out / "labels.txt").read_text().splitlines()
     assert record["head"] == {"kind": "own"}
     assert Preprocessing.from_dict(record["preprocessing"]).height == PX
+    assert RungSet.load(out).image_shape == (3, PX, PX)
     assert record["opset"] == 18
     assert record["ir_version"] <= 10
     for name, px in (("vit_low", PX // 2), ("vit_high", PX)):
@@ -104,15 +107,26 @@ def test_a_parity_failure_keeps_an_earlier_export_and_is_exit_code_1(model, tmp_
     (out / "rungs.json").write_text("{}")
     (out / "vit_low.onnx").write_bytes(b"earlier")
     files = listing(tmp_path)
-    arguments = ["--model", str(model), "--out", str(out), "--rtol=0", "--atol=0"]
-    result = CliRunner().invoke(app, ["rungs", *arguments])
+    result = run_export("rungs", "--model", model, "--out", out, "--rtol=0", "--atol=0")
     assert result.exit_code == 1
     assert result.stdout == ""
     last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: the ONNX graph differs from the model: vit_low embedding:")
-    assert "cls_layers" in last
+    assert last.startswith("error: the ONNX graph differs from the model: ")
+    for rung in ("vit_low", "vit_high"):
+        for output in ("embedding", "cls_layers", "logits"):
+            assert f"{rung} {output}: differs by up to" in last
+    assert "✓ compare" not in result.stderr
     assert listing(tmp_path) == files
     assert list(tmp_path.iterdir()) == [out]  # the staging folder is gone too
+
+
+def test_a_bar_counts_the_steps_to_the_last(model, tmp_path):
+    terminal = io.StringIO()
+    steps = Steps(Console(file=terminal, force_terminal=True, width=120))
+    export_rungs(RungsRequest(str(model), tmp_path / "onnx"), steps)
+    shown = terminal.getvalue()
+    assert "0/5" in shown and "5/5" in shown and "6/5" not in shown
+    assert shown.count("✓") == 5
 
 
 def test_without_a_head_an_earlier_exports_labels_go(tmp_path):
@@ -155,9 +169,7 @@ def test_without_a_head_an_earlier_exports_labels_go(tmp_path):
 )
 def test_misuse_is_one_line_and_exit_code_2(arguments, message, model, tmp_path):
     out = tmp_path / "onnx"
-    result = CliRunner().invoke(
-        app, ["rungs", "--model", str(model), "--out", str(out), *arguments]
-    )
+    result = run_export("rungs", "--model", model, "--out", out, *arguments)
     assert result.exit_code == 2
     assert result.stdout == ""
     # Lines with a tick report steps that went well.
@@ -170,15 +182,30 @@ def test_misuse_is_one_line_and_exit_code_2(arguments, message, model, tmp_path)
 def test_out_that_is_a_file(model, tmp_path):
     out = tmp_path / "file"
     out.write_text("mine")
-    result = CliRunner().invoke(app, ["rungs", "--model", str(model), "--out", str(out)])
+    result = run_export("rungs", "--model", model, "--out", out)
     assert result.exit_code == 2
     assert "is a file; give a directory" in result.stderr
     assert out.read_text() == "mine"
 
 
-def test_out_below_a_file(model, tmp_path):
+@pytest.mark.parametrize("below", ["onnx", "deeper/onnx"])
+def test_out_below_a_file(model, tmp_path, below):
     (tmp_path / "file").write_text("mine")
-    out = tmp_path / "file" / "onnx"
-    result = CliRunner().invoke(app, ["rungs", "--model", str(model), "--out", str(out)])
+    result = run_export("rungs", "--model", model, "--out", tmp_path / "file" / below)
     assert result.exit_code == 2
-    assert "cannot be written" in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith(f"error: {tmp_path / 'file'}") and last.endswith(": Not a directory")
+
+
+def test_without_a_verb_the_help_is_shown():
+    result = run_export()
+    assert result.exit_code == 2
+    assert "rungs" in result.stdout and "repository" in result.stdout
+    assert result.stderr == ""
+
+
+def test_an_unknown_verb_is_one_line():
+    result = run_export("rung")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: No such command 'rung'")
+    assert len(result.stderr.splitlines()) == 1

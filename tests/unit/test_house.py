@@ -1,14 +1,18 @@
 """The rules of the house that no linter knows."""
 
 import ast
+import json
 import re
 import sys
+from inspect import signature
 from pathlib import Path
 
 import pytest
 import yaml
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from export.__main__ import repository
 
 ROOT = Path(__file__).resolve().parents[2]
 # What each folder may import of ours.
@@ -96,6 +100,20 @@ def test_compose_is_read_only_on_loopback_with_enough_shared_memory():
     assert all(port.startswith("127.0.0.1:") for port in triton["ports"])
     dockerfile = ROOT / "deploy" / triton["build"]["context"] / triton["build"]["dockerfile"]
     assert dockerfile.is_file()
+
+
+def test_compose_mounts_what_is_exported_where_the_image_serves_from():
+    compose = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())
+    (volume,) = compose["services"]["triton"]["volumes"]
+    mounted, place, _ = volume.split(":")
+    exported = signature(repository).parameters["out"].default
+    assert (ROOT / "deploy" / mounted).resolve() == ROOT / exported
+    lines = (ROOT / "deploy/Dockerfile").read_text().splitlines()
+    (served,) = (json.loads(line[len("CMD ") :]) for line in lines if line.startswith("CMD "))
+    assert served[0] == "tritonserver"
+    repositories = [option for option in served if option.startswith("--model-repository")]
+    assert repositories == [f"--model-repository={place}"]
+    assert "command" not in compose["services"]["triton"]  # it would take the place of CMD
 
 
 def configs():

@@ -1,0 +1,22 @@
+"""Where output lies until it is complete."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def folder_beside(out: Path) -> Iterator[Path]:
+    """A temporary folder next to `out`, so that moving what is in it to `out` is one rename.
+
+    Raises:
+        OSError: there can be none; the path that is in the way is its `filename`.
+    """
+    # Of a file in the place of the parent, mkdir(exist_ok=True) would say that it exists.
+    if not out.parent.exists():
+        out.parent.mkdir(parents=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
+        yield Path(folder)
