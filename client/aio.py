@@ -22,7 +22,7 @@ from .messages import (
     request_parameters,
     split,
 )
-from .sync import DEFAULT_GRPC_URL, DEFAULT_TIMEOUT_S, metadata_as_dict
+from .sync import DEFAULT_GRPC_URL, DEFAULT_TIMEOUT_S, QUESTION_TIMEOUT_S, metadata_as_dict
 
 
 class AsyncGrpcClient:
@@ -84,7 +84,7 @@ class AsyncGrpcClient:
         answers: list[Prediction] = []
         parameters = request_parameters(policy, threshold)
         with server_errors(self.url, timeout_s):
-            max_batch = await self._batch_limit(model) if len(rows) > 1 else 1
+            max_batch = await self._batch_limit(model, timeout_s) if len(rows) > 1 else 1
             for piece in split(rows, max_batch):
                 tensor = build_input(grpc_protocol, name, piece)
                 result = await self._client.infer(
@@ -93,16 +93,19 @@ class AsyncGrpcClient:
                 answers.extend(predictions(result, len(piece)))
         return answers
 
-    async def _batch_limit(self, model: str) -> int:
+    async def _batch_limit(self, model: str, timeout_s: float | None) -> int:
         if model not in self._max_batch:
-            message = await self._client.get_model_config(model)
-            self._max_batch[model] = max(1, int(message.config.max_batch_size))
+            answer = await self._client.get_model_config(model, client_timeout=timeout_s)
+            self._max_batch[model] = max(1, int(answer.config.max_batch_size))
         return self._max_batch[model]
 
     async def metadata(self, model: str | None = None) -> dict[str, Any]:
         """A model's name, versions, inputs and outputs; as `GrpcClient.metadata`."""
         with server_errors(self.url):
-            return metadata_as_dict(await self._client.get_model_metadata(model or self.model))
+            answer = await self._client.get_model_metadata(
+                model or self.model, client_timeout=QUESTION_TIMEOUT_S
+            )
+        return metadata_as_dict(answer)
 
     async def server_version(self) -> str:
         """Triton's version.
@@ -111,7 +114,8 @@ class AsyncGrpcClient:
             ClientError: as `GrpcClient.infer`.
         """
         with server_errors(self.url):
-            return str((await self._client.get_server_metadata()).version)
+            answer = await self._client.get_server_metadata(client_timeout=QUESTION_TIMEOUT_S)
+        return str(answer.version)
 
     async def close(self) -> None:
         """Close the channel."""

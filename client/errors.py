@@ -22,7 +22,7 @@ class UnavailableError(ClientError):
 
 
 class DeadlineError(ClientError):
-    """No answer within the time the caller allowed."""
+    """No answer in time: the caller's for a request, ours for a question about the server."""
 
 
 class ServerError(ClientError):
@@ -47,7 +47,8 @@ _BY_STATUS: dict[str, type[ClientError]] = {
 
 _URL = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s/:]+):\d{1,5}")
 _NO_SERVER = re.compile(r"failed to connect|connection refused|errors resolving", re.I)
-_WRONG_PROTOCOL = re.compile(r"failed to connect.*Socket closed|http1\.x|settings frame", re.I)
+_WRONG_PROTOCOL = re.compile(r"failed to connect.*Socket closed|http1\.x", re.I)
+_SILENT = re.compile(r"settings frame", re.I)  # gRPC waits 20 s for the server's first word
 # Triton's wrappings around the sentence that matters.
 _NOISE = re.compile(
     r"^(\[[^\]]*\] )?(\[request id: [^\]]*\] )?(in ensemble '[^']*', )?"
@@ -91,9 +92,15 @@ def wrong_protocol(url: str) -> UnavailableError:
 
 
 def timed_out(url: str, timeout_s: float | None) -> DeadlineError:
-    """The error for a request that the caller gave up on."""
-    limit = "in time" if timeout_s is None else f"within {timeout_s:g} s"
-    return DeadlineError(f"no answer from {url} {limit}; allow more time or send less at once")
+    """The error for a request that was given up on; None where the caller set no time for it."""
+    if timeout_s is None:
+        return DeadlineError(
+            f"the server at {url} accepts connections but does not answer; it hangs or is "
+            "overloaded"
+        )
+    return DeadlineError(
+        f"no answer from {url} within {timeout_s:g} s; allow more time or send less at once"
+    )
 
 
 def translate(
@@ -116,6 +123,8 @@ def translate(
     kind = _BY_STATUS.get(status, ServerError)
     if kind is UnavailableError and _WRONG_PROTOCOL.search(message):
         return wrong_protocol(url)
+    if kind is UnavailableError and _SILENT.search(message):
+        return timed_out(url, None)
     if kind is UnavailableError and _NO_SERVER.search(message):
         return no_server(url)
     if kind is DeadlineError:

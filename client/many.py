@@ -129,9 +129,8 @@ def ask_http(
     done: Callable[[], None],
 ) -> list[Outcome]:
     """Ask over HTTP, with threads; arguments and result as `ask_grpc`."""
-    client = HttpClient(url)
 
-    def ask(file: Path) -> Outcome:
+    def ask(client: HttpClient, file: Path) -> Outcome:
         started, prediction, failure = time.perf_counter(), None, None
         try:
             image = file.read_bytes()
@@ -141,8 +140,8 @@ def ask_http(
             failure = error
         return _outcome(file, started, prediction, failure)
 
-    with ThreadPoolExecutor(concurrency) as pool:
-        futures = [pool.submit(ask, file) for file in files]
+    with HttpClient(url) as client, ThreadPoolExecutor(concurrency) as pool:
+        futures = [pool.submit(ask, client, file) for file in files]
         try:
             for _ in as_completed(futures):
                 done()

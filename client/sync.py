@@ -31,6 +31,7 @@ from .messages import (
 ClientT = TypeVar("ClientT", bound="SyncClient")
 
 DEFAULT_TIMEOUT_S = 60.0
+QUESTION_TIMEOUT_S = 10.0  # for what a server knows without running a model
 DEFAULT_GRPC_URL = "127.0.0.1:8001"
 DEFAULT_HTTP_URL = "127.0.0.1:8000"
 
@@ -124,17 +125,17 @@ class SyncClient(ABC):
         parameters = request_parameters(policy, threshold)
         with server_errors(self.url, timeout_s):
             # A single image always fits: no question about the maximum on the common path.
-            max_batch = self._batch_limit(model) if len(rows) > 1 else 1
+            max_batch = self._batch_limit(model, timeout_s) if len(rows) > 1 else 1
             for piece in split(rows, max_batch):
                 tensor = build_input(self._protocol, name, piece)
                 result = self._send(model, [tensor], parameters, timeout_s)
                 answers.extend(predictions(result, len(piece)))
         return answers
 
-    def _batch_limit(self, model: str) -> int:
+    def _batch_limit(self, model: str, timeout_s: float | None) -> int:
         if model not in self._max_batch:
             # 0 is Triton's word for a model that does not batch.
-            self._max_batch[model] = max(1, self._max_batch_size(model))
+            self._max_batch[model] = max(1, self._max_batch_size(model, timeout_s))
         return self._max_batch[model]
 
     def metadata(self, model: str | None = None) -> dict[str, Any]:
@@ -179,7 +180,7 @@ class SyncClient(ABC):
     ) -> Result: ...
 
     @abstractmethod
-    def _max_batch_size(self, model: str) -> int: ...
+    def _max_batch_size(self, model: str, timeout_s: float | None) -> int: ...
 
     @abstractmethod
     def _metadata(self, model: str) -> dict[str, Any]: ...
@@ -206,14 +207,17 @@ class GrpcClient(SyncClient):
     ) -> Result:
         return self._client.infer(model, inputs, parameters=parameters, client_timeout=timeout_s)
 
-    def _max_batch_size(self, model: str) -> int:
-        return int(self._client.get_model_config(model).config.max_batch_size)
+    def _max_batch_size(self, model: str, timeout_s: float | None) -> int:
+        answer = self._client.get_model_config(model, client_timeout=timeout_s)
+        return int(answer.config.max_batch_size)
 
     def _metadata(self, model: str) -> dict[str, Any]:
-        return metadata_as_dict(self._client.get_model_metadata(model))
+        answer = self._client.get_model_metadata(model, client_timeout=QUESTION_TIMEOUT_S)
+        return metadata_as_dict(answer)
 
     def _server_version(self) -> str:
-        return str(self._client.get_server_metadata().version)
+        answer = self._client.get_server_metadata(client_timeout=QUESTION_TIMEOUT_S)
+        return str(answer.version)
 
 
 class HttpClient(SyncClient):
@@ -266,15 +270,15 @@ class HttpClient(SyncClient):
         send = self._client.infer
         return self._within(timeout_s, send, model, inputs, parameters=parameters)
 
-    def _max_batch_size(self, model: str) -> int:
-        config = self._within(DEFAULT_TIMEOUT_S, self._client.get_model_config, model)
+    def _max_batch_size(self, model: str, timeout_s: float | None) -> int:
+        config = self._within(timeout_s, self._client.get_model_config, model)
         return int(config["max_batch_size"])
 
     def _metadata(self, model: str) -> dict[str, Any]:
-        return dict(self._within(DEFAULT_TIMEOUT_S, self._client.get_model_metadata, model))
+        return dict(self._within(QUESTION_TIMEOUT_S, self._client.get_model_metadata, model))
 
     def _server_version(self) -> str:
-        metadata = self._within(DEFAULT_TIMEOUT_S, self._client.get_server_metadata)
+        metadata = self._within(QUESTION_TIMEOUT_S, self._client.get_server_metadata)
         return str(metadata["version"])
 
 

@@ -118,14 +118,12 @@ class AnalyzerResult:
         report: perf_analyzer's CSV row by its column names, times in microseconds. Has the
             server's times (`Server Queue`, `Server Compute Infer`, ...), and counts in a warm-up
             that was the head of the same pass (`records` at concurrency 1).
-        command: how to repeat it by hand.
     """
 
     load: Load
     figures: Figures
     records: Records | None
     report: Mapping[str, float]
-    command: tuple[str, ...]
 
 
 def run(
@@ -153,15 +151,14 @@ def run(
         if load.warmup_requests > head:
             _call(analyzer, load, _arguments(load, load.warmup_requests, report_path))
         count = None if load.count_windows else head + load.measured_requests
-        arguments = _arguments(load, count, report_path, export_path)
-        _call(analyzer, load, arguments)
+        _call(analyzer, load, _arguments(load, count, report_path, export_path))
         try:
             report = parse_csv(report_path.read_text())
             records = None if export_path is None else _measured(load, export_path)
             values = _csv_figures(load, report) if records is None else figures(records)
         except (OSError, ParseError) as error:
             raise PerfAnalyzerError(f"perf_analyzer on {load.model}: {error}") from None
-    return AnalyzerResult(load, values, records, report, ("perf_analyzer", *arguments))
+    return AnalyzerResult(load, values, records, report)
 
 
 def _head(load: Load) -> int:

@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -91,19 +92,27 @@ def _why_not(analyzer: Analyzer) -> str | None:
 
 
 def find_analyzer(folder: Path | None = None) -> Analyzer:
-    """The perf_analyzer to use: one on PATH, else the installed one.
+    """The perf_analyzer to use: the one on PATH, else the installed one, whichever starts.
 
     Args:
         folder: where it was installed; `default_folder()` if not given.
 
     Raises:
-        PerfAnalyzerError: there is none.
+        PerfAnalyzerError: there is none, or none that starts.
     """
-    if on_path := shutil.which("perf_analyzer"):
-        return Analyzer(Path(on_path))
-    if analyzer := _in_folder(folder or default_folder()):
-        return analyzer
-    raise PerfAnalyzerError("perf_analyzer is not installed; run python -m perf install")
+    on_path = shutil.which("perf_analyzer")
+    candidates = [
+        Analyzer(Path(on_path)) if on_path else None,
+        _in_folder(folder or default_folder()),
+    ]
+    broken = []
+    for analyzer in filter(None, candidates):
+        reason = _why_not(analyzer)
+        if reason is None:
+            return analyzer
+        broken.append(f"{analyzer.path} does not start ({reason})")
+    problem = "; ".join(broken) or "perf_analyzer is not installed"
+    raise PerfAnalyzerError(f"{problem}; run python -m perf install")
 
 
 def install(folder: Path | None = None) -> Analyzer:
@@ -119,12 +128,8 @@ def install(folder: Path | None = None) -> Analyzer:
         PerfAnalyzerError: it could not be downloaded, or does not start here.
     """
     folder = folder or default_folder()
-    try:
-        present = find_analyzer(folder)
-    except PerfAnalyzerError:
-        present = None
-    if present is not None and _why_not(present) is None:
-        return present
+    with suppress(PerfAnalyzerError):
+        return find_analyzer(folder)
 
     # Built beside its place and moved there, so that an interrupted install leaves nothing behind
     # that looks like an installation.

@@ -53,27 +53,31 @@ def serve(
 
     Ready means: every model by name, and an answered request if the repository has `adaptive_vit`.
     """
-    with progress.status("preparing") as status:
-        server = TritonServer(
-            repository,
-            http_port=http_port,
-            grpc_port=grpc_port,
-            metrics_port=metrics_port,
-            free_ports=free_ports,
-            host=host,
-            timeout_s=timeout_s,
-            tritonserver=tritonserver,
-            backend_directory=backend_directory,
-            log=log,
-            on_progress=status.update,
-        )
-        server.start()
+    status = progress.status("preparing")
+    server = TritonServer(
+        repository,
+        http_port=http_port,
+        grpc_port=grpc_port,
+        metrics_port=metrics_port,
+        free_ports=free_ports,
+        host=host,
+        timeout_s=timeout_s,
+        tritonserver=tritonserver,
+        backend_directory=backend_directory,
+        log=log,
+        on_progress=status.update,
+    )
     try:
+        with status:
+            server.start()
         _report(server, as_json)
         server.wait()
     finally:
-        with progress.status("stopping tritonserver"):
-            server.stop()
+        try:
+            with progress.status("stopping tritonserver"):
+                server.stop()
+        finally:
+            server.stop()  # Where that line could not be written; else it does nothing.
 
 
 def _report(server: TritonServer, as_json: bool) -> None:
@@ -98,6 +102,8 @@ def _report(server: TritonServer, as_json: bool) -> None:
 
 
 def _interrupt(number: int, frame: object) -> None:
+    if number == signal.SIGHUP:
+        progress.quiet = True  # The terminal is gone, and a line written to it would fail.
     raise KeyboardInterrupt
 
 
@@ -110,6 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
     # A supervisor's SIGTERM, and a Ctrl-C where the shell started us with SIGINT ignored.
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, _interrupt)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # As nohup leaves it.
+        signal.signal(signal.SIGHUP, _interrupt)
     try:
         app(args=arguments, standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):

@@ -30,13 +30,11 @@ class BackendDirectory:
         library_directories: directories its backends need on LD_LIBRARY_PATH.
         stub_python: the Python version that the python backend's stub embeds, such as `3.11`; None
             where that cannot be told.
-        uses_stand_in: whether onnxruntime models run on our stand-in.
     """
 
     path: Path
     library_directories: tuple[Path, ...]
     stub_python: str | None
-    uses_stand_in: bool
 
 
 def prepare_backend_directory(
@@ -60,7 +58,7 @@ def prepare_backend_directory(
     own_python = own / "python" if own is not None and _has_python(own) else None
     own_onnxruntime = own is not None and _has_onnxruntime(own)
     if own is not None and own_python is not None and own_onnxruntime:
-        return BackendDirectory(own, (), _embedded_python(own_python / STUB_NAME), False)
+        return BackendDirectory(own, (), _embedded_python(own_python / STUB_NAME))
 
     destination.mkdir(parents=True, exist_ok=True)
     for entry in sorted(own.iterdir()) if own is not None else ():
@@ -78,8 +76,7 @@ def prepare_backend_directory(
     if not own_onnxruntime:
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(STAND_IN, destination / "onnxruntime", ignore=ignore)
-    stub_python = _embedded_python(target / STUB_NAME)
-    return BackendDirectory(destination, libraries, stub_python, not own_onnxruntime)
+    return BackendDirectory(destination, libraries, _embedded_python(target / STUB_NAME))
 
 
 def _has_python(backends: Path) -> bool:

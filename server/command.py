@@ -7,9 +7,14 @@ from pathlib import Path
 
 from .ports import Ports
 
-# Per model instance. Holds a batch of 8 images of 3x224x224 FP32 (4.6 MiB) without growing, and
-# five instances fit the 64 MB of /dev/shm that a container gets by default.
+# Per Python model instance. Holds a batch of 8 images of 3x224x224 FP32 (4.6 MiB) without growing.
+# An adaptive ViT on the stand-in backend has six; they start with 48 of the 64 MiB of /dev/shm that
+# a container gets by default; larger batches grow beyond that (deploy/compose.yaml gives 1 GiB).
 _SHM_BYTES = 8 * 2**20
+
+# Told to stop, Triton waits this long for open HTTP connections, idle ones included; its default
+# is 30 s, which looks like a hang.
+_EXIT_TIMEOUT_S = 10
 
 
 def triton_command(
@@ -42,6 +47,7 @@ def triton_command(
     ]
     for name, port in (("http", ports.http), ("grpc", ports.grpc), ("metrics", ports.metrics)):
         command += [f"--{name}-address={host}", f"--{name}-port={port}"]
+    command.append(f"--exit-timeout-secs={_EXIT_TIMEOUT_S}")
     for setting in (
         f"shm-region-prefix-name={server_id}_",
         f"shm-default-byte-size={_SHM_BYTES}",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 
 class ServerError(RuntimeError):
     """Something about the server. Its two kinds below tell whose move it is."""
@@ -20,7 +18,6 @@ class ServerStartError(ServerError):
         not_ready: models that are not ready, with the reason out of Triton's log where it gives
             one, else an empty string.
         log_tail: the last lines of Triton's log.
-        log_path: where the log was kept on request, else None (it went with the server).
     """
 
     def __init__(
@@ -28,9 +25,7 @@ class ServerStartError(ServerError):
         message: str,
         not_ready: dict[str, str] | None = None,
         log_tail: str = "",
-        log_path: Path | None = None,
     ) -> None:
         super().__init__(message)
         self.not_ready = not_ready or {}
         self.log_tail = log_tail
-        self.log_path = log_path

@@ -11,16 +11,13 @@ from .errors import ServerStartError
 _TAIL_LINES = 40
 
 
-def start_error(
-    what: str, log_path: Path, missing: Sequence[str] = (), keeps_log: bool = False
-) -> ServerStartError:
+def start_error(what: str, log_path: Path, missing: Sequence[str] = ()) -> ServerStartError:
     """Describe a failure.
 
     Args:
         what: what was seen from outside, such as `not ready after 120 s`.
         log_path: Triton's log.
         missing: models that are not ready.
-        keeps_log: whether the log stays after the server is gone.
     """
     log = log_path.read_text(errors="replace") if log_path.is_file() else ""
     reasons = triton_log.failure_reasons(log)
@@ -36,9 +33,4 @@ def start_error(
     not_ready = {model: reasons.get(model, "") for model in [*causes, *others]}
     # Triton's tables repeat what the entries say, many screens wide.
     lines = [line for line in log.splitlines() if line and line[0] not in "|+"]
-    return ServerStartError(
-        "; ".join(parts),
-        not_ready,
-        "\n".join(lines[-_TAIL_LINES:]),
-        log_path if keeps_log else None,
-    )
+    return ServerStartError("; ".join(parts), not_ready, "\n".join(lines[-_TAIL_LINES:]))

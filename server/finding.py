@@ -7,7 +7,6 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from .errors import ServerUsageError
 
@@ -49,13 +48,11 @@ class Tritonserver:
 
     Attributes:
         binary: the executable, or a wrapper of it, as it will be started.
-        origin: how it was found.
         backend_directory: its own backends, None where none were found beside it.
         library_directories: directories it needs on LD_LIBRARY_PATH.
     """
 
     binary: Path
-    origin: Literal["explicit", "path", "wheel"]
     backend_directory: Path | None
     library_directories: tuple[Path, ...]
 
@@ -98,29 +95,25 @@ def find_tritonserver(
             raise ServerUsageError(
                 f"{explicit} is not an executable file; give the path of a tritonserver binary"
             )
-        return _described(explicit, "explicit", backend_directory, wheel)
+        return _described(explicit, backend_directory, wheel)
     on_path = shutil.which("tritonserver", path=search_path)
     if on_path is not None:
-        return _described(Path(on_path), "path", backend_directory, wheel)
+        return _described(Path(on_path), backend_directory, wheel)
     if wheel is not None:
-        return _described(wheel.binary, "wheel", backend_directory, wheel)
+        return _described(wheel.binary, backend_directory, wheel)
     raise ServerUsageError(
         "no tritonserver found on PATH or in this Python; pip install --no-deps "
         "nvidia-pytriton==0.7.0, or run inside NVIDIA's Triton image"
     )
 
 
-def _described(
-    binary: Path,
-    origin: Literal["explicit", "path", "wheel"],
-    backend_directory: Path | None,
-    wheel: Wheel | None,
-) -> Tritonserver:
+def _described(binary: Path, backend_directory: Path | None, wheel: Wheel | None) -> Tritonserver:
     real = binary.resolve()
     beside = real.parent.parent / "backends"
     candidates = [backend_directory] if backend_directory else [beside, IMAGE_BACKEND_DIRECTORY]
-    found = next((path for path in candidates if path.is_dir()), None)
+    # The server runs in a working directory of its own, where a relative path leads elsewhere.
+    found = next((path.absolute() for path in candidates if path.is_dir()), None)
     # A link to the wheel's binary needs the wheel's libraries as much as the binary itself.
     is_wheel = wheel is not None and real == wheel.binary.resolve()
     libraries = (wheel.libraries,) if wheel is not None and is_wheel else ()
-    return Tritonserver(binary.absolute(), origin, found, libraries)
+    return Tritonserver(binary.absolute(), found, libraries)

@@ -33,6 +33,8 @@ _POLL_S = 0.05
 class TritonServer:
     """A tritonserver that serves one model repository between `with` and its end.
 
+    It also ends when this process ends, however that happens (see `guard.py`).
+
     Attributes:
         repository: the model repository, absolute.
         host: address it binds.
@@ -152,7 +154,7 @@ class TritonServer:
         """Start the server and wait until every model is ready and the canary has answered.
 
         Raises:
-            ServerUsageError: something to put right first: repository, ports, tritonserver.
+            ServerUsageError: something to put right first: repository, ports, tritonserver, log.
             ServerStartError: the server ended, a model is not ready, or the canary got no answer.
         """
         if self._process is not None:
@@ -162,10 +164,12 @@ class TritonServer:
             check_ports(self.host, self.ports)
         wheel = find_wheel()
         self.server = find_tritonserver(self._explicit, self._backend_directory, wheel=wheel)
+        if self._log is not None:
+            triton_log.make_writable(self._log)
         remove_dead_segments()
-        self._work = Path(tempfile.mkdtemp(prefix="adaptive-vit-server-"))
         self._bytecode_before = bytecode_folders(self.repository)
         try:
+            self._work = Path(tempfile.mkdtemp(prefix="adaptive-vit-server-"))
             backends = prepare_backend_directory(self.server, self._work / "backends", wheel)
             environment = {**server_environment(self.server, backends), **self._env}
             self._start_on_free_ports(models, backends.path, environment)
@@ -244,7 +248,6 @@ class TritonServer:
             self.ports,
             self._extra_args,
         )
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
         # Its own working directory: Python models have the working directory first on sys.path, and
         # would import this project's packages when started from a checkout.
         self._process = ProcessGroup(
@@ -299,4 +302,4 @@ class TritonServer:
             ) from error
 
     def _failure(self, what: str, missing: Sequence[str] = ()) -> ServerStartError:
-        return start_error(what, self.log_path, missing, keeps_log=self._log is not None)
+        return start_error(what, self.log_path, missing)

@@ -5,21 +5,25 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import psutil
 
+_GUARD = Path(__file__).with_name("guard.py")
 _POLL_S = 0.05
 _KILL_TIMEOUT_S = 10.0
 
 
 class ProcessGroup:
-    """A command in a session of its own, ended as a whole.
+    """A command in a session of its own, ended as a whole, at the latest with this process.
 
     A session of its own keeps the terminal's Ctrl-C from reaching it: its owner decides when it
-    ends. Its id also outlives a wrapper script that ends before what it started.
+    ends. It is led by a guard (`guard.py`), which ends the rest if this process goes without
+    having done so. The group's id also outlives a wrapper script that ends before what it started.
     """
 
     def __init__(
@@ -30,41 +34,45 @@ class ProcessGroup:
         Args:
             command: program and arguments.
             environment: all of its environment.
-            cwd: its working directory.
+            cwd: its working directory, which the guard removes if it has to end the command.
             log: file that takes its stdout and stderr, replaced if it exists.
         """
+        # Without the environment's and the site's modules: the guard should start at once.
+        guard = [sys.executable, "-I", "-S", str(_GUARD), str(os.getpid()), str(cwd)]
         with log.open("wb") as output:
-            self._process = subprocess.Popen(
-                list(command),
+            self._guard = subprocess.Popen(
+                [*guard, *command],
                 env=dict(environment),
                 cwd=cwd,
                 stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
+                stdout=subprocess.PIPE,
+                stderr=output,
                 start_new_session=True,
             )
 
-    @property
+    @cached_property
     def pid(self) -> int:
-        """Id of the process that was started, and of its group."""
-        return self._process.pid
+        """Id of the command's process; of its guard where the command did not start."""
+        assert self._guard.stdout is not None
+        with self._guard.stdout as said:
+            return int(said.readline() or self._guard.pid)
 
     @property
     def exit_code(self) -> int | None:
-        """Its exit code, negative for a signal; None while it runs."""
-        return self._process.poll()
+        """Its exit code, 128 more than the number of a signal that ended it; None while it runs."""
+        return self._guard.poll()
 
     def wait(self) -> int:
         """Wait until it ends by itself and return its exit code."""
-        return self._process.wait()
+        return self._guard.wait()
 
     def members(self) -> list[psutil.Process]:
-        """The processes of the group that are alive."""
-        self._process.poll()  # Reaps the first one.
+        """The processes of the group that are alive, the guard among them."""
+        self._guard.poll()  # Reaps it.
         found = []
         for process in psutil.process_iter():
             try:
-                is_member = os.getpgid(process.pid) == self.pid
+                is_member = os.getpgid(process.pid) == self._guard.pid
                 if is_member and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
             except (ProcessLookupError, psutil.Error):
@@ -72,11 +80,12 @@ class ProcessGroup:
         return found
 
     def memory_mib(self) -> float:
-        """Proportional set size of the group in MiB: shared pages count once in the sum."""
+        """Proportional set size in MiB of all but the guard: shared pages count once in the sum."""
         total = 0
         for process in self.members():
             try:
-                total += process.memory_full_info().pss
+                if process.pid != self._guard.pid:
+                    total += process.memory_full_info().pss
             except psutil.Error:
                 continue
         return total / 2**20
@@ -106,13 +115,15 @@ class ProcessGroup:
                     return
         finally:
             self._signal(signal.SIGKILL, _KILL_TIMEOUT_S)
+            assert self._guard.stdout is not None
+            self._guard.stdout.close()
 
     def _signal(self, number: signal.Signals, patience_s: float) -> bool:
         deadline = time.monotonic() + patience_s
         if not self.members():
             return True
         try:
-            os.killpg(self.pid, number)
+            os.killpg(self._guard.pid, number)
         except ProcessLookupError:
             return True
         while time.monotonic() < deadline:

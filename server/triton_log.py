@@ -1,8 +1,11 @@
-"""Read out of Triton's log why models failed to load."""
+"""Triton's log: make sure that it can be written, and read out of it why models failed to load."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
+
+from .errors import ServerUsageError
 
 # E1121 11:40:12.388730 6959 model_lifecycle.cc:642] "failed to load 'p' version 1: Internal: ..."
 _ENTRY = re.compile(r'^(?P<level>[IWEF])\d{4} [\d:.]+ \d+ [\w.]+:\d+\] "?(?P<text>.*?)"?$')
@@ -27,6 +30,21 @@ _HARMLESS = "CudaDriverHelper"  # Logged as an error on every machine without a 
 _CONFIG_UNREADABLE = "failed to read text proto from"
 _CONFIG_ERROR = re.compile(r"Error parsing text-format inference\.ModelConfig: (.+)")
 _PORT_TAKEN = re.compile(r"Socket '[^']*' already in use")
+
+
+def make_writable(path: Path) -> None:
+    """Make the log's file and folder, before a server is started for nothing.
+
+    Raises:
+        ServerUsageError: they cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+    except OSError as error:
+        raise ServerUsageError(
+            f"the log {path} cannot be written ({error.strerror}); give another --log"
+        ) from error
 
 
 def failure_reasons(log: str) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import shutil
 import signal
 import socket
@@ -20,7 +21,9 @@ import pytest
 import tritonclient.grpc as triton
 import tritonclient.http as triton_http
 
+from client import GrpcClient
 from server import ServerStartError, TritonServer, find_wheel
+from server.ports import pick_free_ports
 from server.shared_memory import SHM_DIRECTORY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,7 +131,7 @@ def test_a_killed_server_is_noticed_and_cleared_away(repository: Path, others: s
     server.start()
     try:
         os.kill(server.pid, signal.SIGKILL)
-        with pytest.raises(ServerStartError, match=r"ended by itself \(exit code -9\)"):
+        with pytest.raises(ServerStartError, match=r"ended by itself \(exit code 137\)"):
             server.wait()
         assert not server.is_running()
     finally:
@@ -183,11 +186,34 @@ def test_tritonserver_from_path(
     monkeypatch.setenv("PATH", str(on_path.parent), prepend=os.pathsep)
     with TritonServer(repository, free_ports=True) as server:
         assert server.server is not None
-        assert (server.server.origin, server.server.binary) == ("path", on_path)
+        assert server.server.binary == on_path
         tree = psutil.Process(server.pid).children(recursive=True)
         with triton.InferenceServerClient(server.grpc_url) as client:
             assert client.is_model_ready("echo")
     assert wait_for(lambda: not any(is_alive(process) for process in tree), 5)
+
+
+def test_the_adaptive_repository_answers_on_a_tritonserver_from_path(
+    build: Path,
+    server: TritonServer,
+    crops: list[bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    wheel = find_wheel()
+    assert wheel is not None
+    wrapper = tmp_path / "bin" / "tritonserver"
+    wrapper.parent.mkdir()
+    wrapper.write_text(f'#!/bin/sh\nexec "{wheel.binary}" "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("PATH", str(wrapper.parent), prepend=os.pathsep)
+    with TritonServer(build / "model_repository", free_ports=True) as from_path:
+        assert from_path.server is not None and from_path.server.binary == wrapper
+        with GrpcClient(from_path.grpc_url) as client, GrpcClient(server.grpc_url) as other:
+            found, expected = client.infer(crops[:16]), other.infer(crops[:16])
+    assert [p.escalated for p in found] == [p.escalated for p in expected]
+    assert {p.escalated for p in found} == {True, False}
+    assert [p.score for p in found] == pytest.approx([p.score for p in expected], rel=1e-4)
 
 
 def command(*arguments: object, **options: object) -> subprocess.Popen[str]:
@@ -227,6 +253,67 @@ def test_a_signal_ends_the_command_line_cleanly(repository: Path, number: signal
     assert segments(process.pid) == set()
 
 
+IN_TERMINAL = """
+import os, sys
+
+for number in range(3):  # The first terminal that a session's leader opens becomes the session's.
+    os.dup2(os.open(sys.argv[1], os.O_RDWR), number)
+os.execv(sys.executable, [sys.executable, "-m", "server", *sys.argv[2:]])
+"""
+
+
+def test_a_closed_terminal_ends_the_command_line_cleanly(repository: Path):
+    terminal, end = pty.openpty()
+    arguments = [os.ttyname(end), "--repository", str(repository), "--free-ports"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", IN_TERMINAL, *arguments], cwd=ROOT, start_new_session=True
+    )
+    said = b""
+    while b"Stop with Ctrl-C" not in said:
+        said += os.read(terminal, 4096)
+    tree = psutil.Process(process.pid).children(recursive=True)
+    work = Path(said.split(b"log      ")[1].split(b"/tritonserver.log")[0].decode())
+    assert len(tree) == 3 and work.is_dir()  # guard, server, stub
+    os.close(end)
+    os.close(terminal)
+    assert process.wait(timeout=60) == 0
+    assert not any(is_alive(child) for child in tree)
+    assert segments(process.pid) == set()
+    assert not work.exists()
+
+
+PROGRAM = """
+import json, sys, time
+from server import TritonServer
+
+with TritonServer(sys.argv[1], free_ports=True) as server:
+    print(json.dumps({"pid": server.pid, "log": str(server.log_path)}), flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_server_does_not_outlive_a_program_that_ends_without_stopping_it(
+    repository: Path, number: signal.Signals
+):
+    program = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(repository)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert program.stdout is not None
+    facts = json.loads(program.stdout.readline())
+    tree = psutil.Process(program.pid).children(recursive=True)
+    assert facts["pid"] in [child.pid for child in tree]
+    assert any("stub" in child.name() for child in tree)
+    program.send_signal(number)
+    assert program.wait() == -number
+    assert wait_for(lambda: not any(is_alive(child) for child in tree))
+    assert segments(program.pid) == set()
+    assert not Path(facts["log"]).parent.exists()
+
+
 def test_a_signal_while_starting_ends_it_cleanly(tmp_path: Path):
     slow = add_model(tmp_path, "slow", "import time; time.sleep(60)")
     process = command("--repository", slow, "--free-ports")
@@ -257,7 +344,9 @@ def test_a_port_in_use_is_refused_before_anything_starts(repository: Path):
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         port = listener.getsockname()[1]
-        code, error = refused("--repository", repository, "--grpc-port", port)
+        free = pick_free_ports("127.0.0.1")
+        ports = ["--http-port", free.http, "--grpc-port", port, "--metrics-port", free.metrics]
+        code, error = refused("--repository", repository, *ports)
     assert code == 2
     assert f"gRPC port {port} on 127.0.0.1 cannot be used" in error
     assert "--free-ports" in error
@@ -270,6 +359,17 @@ def test_misuse_is_one_line_and_exit_code_two(repository: Path, tmp_path: Path):
     assert code == 2 and "/nowhere/tritonserver is not an executable file" in error
     code, error = refused("--http-port", "many")
     assert code == 2 and "--http-port" in error and "--help" in error
+    code, error = refused("--repository", repository, "--free-ports", "--log", tmp_path)
+    assert code == 2 and f"the log {tmp_path} cannot be written (Is a directory)" in error
+
+
+def test_no_tritonserver_is_one_line_that_says_what_to_install(repository: Path, tmp_path: Path):
+    (tmp_path / "pytriton").mkdir()
+    (tmp_path / "pytriton" / "__init__.py").write_text("")  # Hides the one that is installed.
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PATH": str(tmp_path)}
+    code, error = refused("--repository", repository, "--free-ports", env=environment)
+    assert code == 2
+    assert error.startswith("error: no tritonserver found on PATH or in this Python; pip install")
 
 
 def test_servers_live_side_by_side(repository: Path, others: set[str]):

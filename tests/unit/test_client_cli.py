@@ -60,10 +60,20 @@ def test_labels_need_a_text_file_with_lines(tmp_path):
 
 
 class FakeHttpClient:
-    """Answers by content; refuses what is not an image."""
+    """Answers by content; refuses what is not an image; refuses to be left open."""
+
+    opened = []
 
     def __init__(self, url):
         self.url = url
+        self.closed = False
+        self.opened.append(self)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.closed = True
 
     def infer(self, images, *, policy, threshold, timeout_s):
         if images[0] == b"a.png":
@@ -79,7 +89,7 @@ class FakeAsyncClient(FakeHttpClient):
         return self
 
     async def __aexit__(self, *_):
-        pass
+        self.closed = True
 
 
 def ask(protocol, monkeypatch, files, concurrency, done):
@@ -109,6 +119,7 @@ def test_a_refused_or_unreadable_file_does_not_stop_the_rest(
     ]
     assert [o.prediction.escalated for o in outcomes[1:3]] == [True, False]
     assert len(ticks) == len(files)
+    assert FakeHttpClient.opened.pop().closed
 
 
 # --- what is shown -----------------------------------------------------------------------------
@@ -205,3 +216,12 @@ def test_misuse_is_one_line_and_exit_code_2(arguments, said, tmp_path, monkeypat
     assert printed.err.count("\n") == 1
     assert printed.err.startswith("error: ")
     assert said in printed.err
+
+
+def test_without_a_verb_the_help_is_shown(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["client"])
+    with pytest.raises(SystemExit) as left:
+        command_line.main()
+    printed = capsys.readouterr()
+    assert (left.value.code, printed.err) == (2, "")
+    assert "Usage:" in printed.out and "infer" in printed.out

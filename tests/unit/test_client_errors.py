@@ -85,6 +85,16 @@ def test_the_other_protocols_port_is_recognised():
     assert "does not speak this protocol" in str(error)
 
 
+def test_a_silent_server_is_not_taken_for_another_protocol():
+    grpc_text = (
+        "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:8001: "
+        "connection attempt timed out before receiving SETTINGS frame"
+    )
+    error = translate(InferenceServerException(grpc_text, "StatusCode.UNAVAILABLE"), URL)
+    assert isinstance(error, DeadlineError)
+    assert f"the server at {URL} accepts connections but does not answer" in str(error)
+
+
 def test_a_deadline_names_the_limit():
     text = InferenceServerException("Deadline Exceeded", "StatusCode.DEADLINE_EXCEEDED")
     assert "within 0.5 s" in str(translate(text, URL, 0.5))

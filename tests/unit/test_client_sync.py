@@ -1,10 +1,23 @@
-"""The blocking clients' common part, over a transport that only remembers."""
+"""The blocking clients' common part, over a transport that only remembers; silent servers."""
+
+import asyncio
+import socket
+import time
 
 import numpy as np
 import pytest
 import tritonclient.http as http_protocol
 
-from client import GrpcClient, HttpClient, InvalidRequestError, UnavailableError
+from client import (
+    AsyncGrpcClient,
+    DeadlineError,
+    GrpcClient,
+    HttpClient,
+    InvalidRequestError,
+    UnavailableError,
+    aio,
+    sync,
+)
 from client.sync import SyncClient
 
 
@@ -25,7 +38,7 @@ class FakeClient(SyncClient):
     def __init__(self, max_batch=32):
         super().__init__("127.0.0.1:1")
         self.sent = []
-        self.asked_for_maximum = 0
+        self.asked_for_maximum = []
         self.max_batch = max_batch
         self.closed = False
 
@@ -37,8 +50,8 @@ class FakeClient(SyncClient):
         self.sent.append((model, tensor.name(), tensor.shape(), parameters, timeout_s))
         return FakeResult(tensor.shape()[0])
 
-    def _max_batch_size(self, model):
-        self.asked_for_maximum += 1
+    def _max_batch_size(self, model, timeout_s):
+        self.asked_for_maximum.append((model, timeout_s))
         return self.max_batch
 
     def _metadata(self, model):
@@ -53,14 +66,14 @@ def test_a_batch_over_the_maximum_is_split_and_answered_in_order():
     found = client.infer([b"x"] * 70)
     assert [shape for _, _, shape, _, _ in client.sent] == [[32, 1], [32, 1], [6, 1]]
     assert len(found) == 70
-    client.infer([b"x"] * 2)
-    assert client.asked_for_maximum == 1  # remembered
+    client.infer([b"x"] * 2, timeout_s=3)
+    assert client.asked_for_maximum == [("adaptive_vit", 60.0)]  # remembered
 
 
 def test_a_single_image_asks_nothing_first():
     client = FakeClient()
     client.infer([b"x"])
-    assert client.asked_for_maximum == 0
+    assert client.asked_for_maximum == []
 
 
 def test_a_model_that_does_not_batch_gets_one_image_at_a_time():
@@ -108,3 +121,47 @@ def test_without_a_server_there_is_one_clear_error(kind):
 def test_a_dtype_that_triton_lacks_is_an_invalid_request():
     with pytest.raises(InvalidRequestError, match="datetime64"):
         FakeClient().infer_tensor(np.zeros((1, 3, 2, 2), dtype="datetime64[s]"))
+
+
+# --- a server that hangs -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def silent_url(monkeypatch):
+    """What a stopped server looks like: the kernel accepts connections, nobody answers."""
+    for module in (sync, aio):
+        monkeypatch.setattr(module, "QUESTION_TIMEOUT_S", 0.3)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+def ask(kind, url, method, *arguments, **options):
+    if kind is not AsyncGrpcClient:
+        with kind(url) as client:
+            return getattr(client, method)(*arguments, **options)
+
+    async def call():
+        async with kind(url) as client:
+            return await getattr(client, method)(*arguments, **options)
+
+    return asyncio.run(call())
+
+
+@pytest.mark.parametrize("kind", [GrpcClient, HttpClient, AsyncGrpcClient])
+@pytest.mark.parametrize("method", ["server_version", "metadata"])
+def test_a_question_to_a_silent_server_ends_and_says_so(silent_url, kind, method):
+    started = time.monotonic()
+    with pytest.raises(DeadlineError, match=f"{silent_url} accepts .* but does not answer"):
+        ask(kind, silent_url, method)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("kind", [GrpcClient, HttpClient, AsyncGrpcClient])
+@pytest.mark.parametrize("images", [1, 2])  # two ask for the largest batch first
+def test_a_request_to_a_silent_server_ends_at_the_callers_deadline(silent_url, kind, images):
+    started = time.monotonic()
+    with pytest.raises(DeadlineError, match="within 0.2 s"):
+        ask(kind, silent_url, "infer", [b"x"] * images, timeout_s=0.2)
+    assert time.monotonic() - started < 5

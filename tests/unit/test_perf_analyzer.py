@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import perf.__main__ as command_line
 from perf import install as installation
 from perf.analyzer import Load, PerfAnalyzerError, UnstableError, run
 from perf.inputs import InputData, write_bytes, write_tensors
@@ -302,3 +303,26 @@ def test_one_on_path_is_preferred(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert find_analyzer(tmp_path / "elsewhere") == program.analyzer
     assert installation.install(tmp_path / "elsewhere") == program.analyzer
+
+
+def test_a_broken_one_on_path_is_passed_over_by_all(machine, tmp_path, monkeypatch):
+    folder = machine(FakePip(), (2, 36))
+    shutil.copy(FALSE, tmp_path / "perf_analyzer")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(PerfAnalyzerError, match="perf_analyzer does not start .*; run python -m"):
+        find_analyzer(folder)
+    installed = installation.install(folder)
+    assert installed.path.is_relative_to(folder)
+    assert find_analyzer(folder) == installed
+
+
+# --- command line ------------------------------------------------------------------------------
+
+
+def test_without_a_verb_the_help_is_shown(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["perf"])
+    with pytest.raises(SystemExit) as left:
+        command_line.main()
+    printed = capsys.readouterr()
+    assert (left.value.code, printed.err) == (2, "")
+    assert "Usage:" in printed.out and "install" in printed.out

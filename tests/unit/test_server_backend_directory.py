@@ -31,7 +31,7 @@ def native(tmp_path: Path, *files: str) -> Tritonserver:
     backends.mkdir(parents=True)
     for file in files:
         write(backends / file, b"\0libpython3.12.so.1.0\0" if file.endswith("stub") else b"native")
-    return Tritonserver(tmp_path / "native" / "bin" / "tritonserver", "path", backends, ())
+    return Tritonserver(tmp_path / "native" / "bin" / "tritonserver", backends, ())
 
 
 PYTHON = ("python/libtriton_python.so", "python/triton_python_backend_stub")
@@ -43,12 +43,11 @@ def test_a_complete_server_runs_with_its_own_directory(tmp_path: Path, wheel: Wh
     prepared = prepare_backend_directory(server, tmp_path / "out", wheel, "3.11")
     assert prepared.path == server.backend_directory
     assert prepared.stub_python == "3.12"
-    assert not prepared.uses_stand_in
     assert not (tmp_path / "out").exists()
 
 
 def test_the_wheel_gets_its_stub_and_the_stand_in(tmp_path: Path, wheel: Wheel):
-    server = Tritonserver(wheel.binary, "wheel", wheel.root / "backends", (wheel.libraries,))
+    server = Tritonserver(wheel.binary, wheel.root / "backends", (wheel.libraries,))
     prepared = prepare_backend_directory(server, tmp_path / "out", wheel, "3.11")
     python, onnxruntime = prepared.path / "python", prepared.path / "onnxruntime"
     # Triton refuses a python-based backend whose library resolves to another directory.
@@ -56,7 +55,6 @@ def test_the_wheel_gets_its_stub_and_the_stand_in(tmp_path: Path, wheel: Wheel):
     assert os.access(python / "triton_python_backend_stub", os.X_OK)
     assert not (python / "__pycache__").exists()
     assert (onnxruntime / "model.py").read_bytes() == (STAND_IN / "model.py").read_bytes()
-    assert prepared.uses_stand_in
     assert prepared.stub_python == "3.11"
     assert prepared.library_directories == (wheel.libraries,)
 
@@ -64,7 +62,6 @@ def test_the_wheel_gets_its_stub_and_the_stand_in(tmp_path: Path, wheel: Wheel):
 def test_no_stand_in_where_the_native_backend_exists(tmp_path: Path, wheel: Wheel):
     server = native(tmp_path, ONNXRUNTIME, "tensorrt/libtriton_tensorrt.so")
     prepared = prepare_backend_directory(server, tmp_path / "out", wheel, "3.11")
-    assert not prepared.uses_stand_in
     assert (prepared.path / ONNXRUNTIME).read_bytes() == b"native"
     assert (prepared.path / "tensorrt/libtriton_tensorrt.so").read_bytes() == b"native"
     assert (prepared.path / "python/libtriton_python.so").read_bytes() == b"wheel"
@@ -74,25 +71,25 @@ def test_a_native_python_backend_is_kept_beside_the_stand_in(tmp_path: Path):
     server = native(tmp_path, *PYTHON)
     prepared = prepare_backend_directory(server, tmp_path / "out", None, "3.11")
     assert (prepared.path / "python/libtriton_python.so").read_bytes() == b"native"
-    assert prepared.uses_stand_in
+    assert (prepared.path / "onnxruntime/model.py").is_file()
     assert prepared.stub_python == "3.12"
     assert prepared.library_directories == ()
 
 
 def test_a_wrapper_without_backends_falls_back_to_the_wheel(tmp_path: Path, wheel: Wheel):
-    server = Tritonserver(tmp_path / "bin" / "tritonserver", "path", None, ())
+    server = Tritonserver(tmp_path / "bin" / "tritonserver", None, ())
     prepared = prepare_backend_directory(server, tmp_path / "out", wheel, "3.11")
     assert (prepared.path / "python/libtriton_python.so").read_bytes() == b"wheel"
     assert prepared.library_directories == (wheel.libraries,)
 
 
 def test_a_python_without_a_stub_is_refused(tmp_path: Path, wheel: Wheel):
-    server = Tritonserver(wheel.binary, "wheel", wheel.root / "backends", (wheel.libraries,))
+    server = Tritonserver(wheel.binary, wheel.root / "backends", (wheel.libraries,))
     with pytest.raises(ServerUsageError, match=r"for Python 3\.99, only for 3\.11"):
         prepare_backend_directory(server, tmp_path / "out", wheel, "3.99")
 
 
 def test_no_python_backend_anywhere_is_refused(tmp_path: Path):
-    server = Tritonserver(tmp_path / "tritonserver", "explicit", None, ())
+    server = Tritonserver(tmp_path / "tritonserver", None, ())
     with pytest.raises(ServerUsageError, match="no python backend.*--backend-directory"):
         prepare_backend_directory(server, tmp_path / "out", None, "3.11")

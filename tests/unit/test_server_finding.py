@@ -48,14 +48,14 @@ def test_path_comes_before_the_wheel(tmp_path: Path, wheel: Wheel):
     binary = executable(tmp_path / "image" / "bin" / "tritonserver")
     (tmp_path / "image" / "backends").mkdir()
     found = find_tritonserver(search_path=str(binary.parent), wheel=wheel)
-    assert (found.binary, found.origin) == (binary, "path")
+    assert found.binary == binary
     assert found.backend_directory == tmp_path / "image" / "backends"
     assert found.library_directories == ()
 
 
 def test_wheel_without_one_on_path(tmp_path: Path, wheel: Wheel):
     found = find_tritonserver(search_path=str(tmp_path), wheel=wheel)
-    assert (found.binary, found.origin) == (wheel.binary, "wheel")
+    assert found.binary == wheel.binary
     assert found.backend_directory == wheel.root / "backends"
     assert found.library_directories == (wheel.libraries,)
 
@@ -65,7 +65,7 @@ def test_a_link_to_the_wheels_binary_gets_the_wheels_libraries(tmp_path: Path, w
     link.parent.mkdir()
     link.symlink_to(wheel.binary)
     found = find_tritonserver(search_path=str(link.parent), wheel=wheel)
-    assert (found.binary, found.origin) == (link, "path")
+    assert found.binary == link
     assert found.backend_directory == wheel.root / "backends"
     assert found.library_directories == (wheel.libraries,)
 
@@ -76,7 +76,7 @@ def test_explicit_comes_first_and_takes_a_backend_directory(tmp_path: Path, whee
     backends = tmp_path / "elsewhere"
     backends.mkdir()
     found = find_tritonserver(binary, backends, search_path=str(on_path.parent), wheel=wheel)
-    assert (found.binary, found.origin) == (binary, "explicit")
+    assert found.binary == binary
     assert found.backend_directory == backends
 
 
@@ -97,9 +97,19 @@ def test_backend_directory_must_exist(tmp_path: Path, wheel: Wheel):
         find_tritonserver(backend_directory=tmp_path / "nowhere", wheel=wheel)
 
 
+def test_a_relative_backend_directory_is_made_absolute(
+    tmp_path: Path, wheel: Wheel, monkeypatch: pytest.MonkeyPatch
+):
+    # The server's own working directory is another one.
+    (tmp_path / "backends").mkdir()
+    monkeypatch.chdir(tmp_path)
+    found = find_tritonserver(None, Path("backends"), search_path="", wheel=wheel)
+    assert found.backend_directory == tmp_path / "backends"
+
+
 def test_environment_puts_this_python_and_the_libraries_first(tmp_path: Path, wheel: Wheel):
     server = find_tritonserver(search_path=str(tmp_path), wheel=wheel)
-    backends = BackendDirectory(tmp_path, (wheel.libraries,), RUNNING_PYTHON, True)
+    backends = BackendDirectory(tmp_path, (wheel.libraries,), RUNNING_PYTHON)
     base = {"PATH": "/bin", "LD_LIBRARY_PATH": "/mine", "OMP_NUM_THREADS": "7"}
     environment = server_environment(server, backends, base)
     assert environment["PATH"] == f"{Path(sys.executable).parent}:/bin"
@@ -115,7 +125,7 @@ def test_environment_puts_this_python_and_the_libraries_first(tmp_path: Path, wh
 def test_a_server_with_another_python_keeps_its_own(tmp_path: Path):
     binary = executable(tmp_path / "bin" / "tritonserver")
     server = find_tritonserver(search_path=str(binary.parent))
-    backends = BackendDirectory(tmp_path, (), "3.99", False)
+    backends = BackendDirectory(tmp_path, (), "3.99")
     environment = server_environment(server, backends, {"PATH": "/bin"})
     assert environment["PATH"] == "/bin"
     assert "LD_LIBRARY_PATH" not in environment

@@ -7,7 +7,13 @@ import pytest
 from server import ServerUsageError
 from server.failures import start_error
 from server.repository import bytecode_folders, models_in, remove_new_bytecode
-from server.triton_log import failure_reasons, is_port_taken, last_error, loaded_models
+from server.triton_log import (
+    failure_reasons,
+    is_port_taken,
+    last_error,
+    loaded_models,
+    make_writable,
+)
 
 GPU_NOISE = (
     'E1121 11:51:38.330576 9150 server.cc:241] "CudaDriverHelper has not been initialized."\n'
@@ -92,15 +98,29 @@ def test_the_cause_comes_before_what_depends_on_it(tmp_path: Path):
     assert set(error.not_ready) == {"router", "adaptive_vit"}
     assert "a table" not in error.log_tail
     assert ALL_FAILED.strip() in error.log_tail
-    assert error.log_path is None
 
 
 def test_without_a_reason_the_models_are_named(tmp_path: Path):
     log = tmp_path / "log"
     log.write_text(GPU_NOISE)
-    error = start_error("not ready after 5 s", log, missing=["router"], keeps_log=True)
+    error = start_error("not ready after 5 s", log, missing=["router"])
     assert str(error) == "not ready after 5 s; not ready: router"
-    assert error.log_path == log
+
+
+def test_a_log_and_its_folder_are_made_and_an_earlier_log_is_kept(tmp_path: Path):
+    make_writable(tmp_path / "new" / "log")
+    assert (tmp_path / "new" / "log").read_text() == ""
+    (tmp_path / "log").write_text("earlier")
+    make_writable(tmp_path / "log")
+    assert (tmp_path / "log").read_text() == "earlier"
+
+
+@pytest.mark.parametrize(("place", "reason"), [("", "Is a directory"), ("file/log", "File exists")])
+def test_a_log_that_cannot_be_written_is_refused(tmp_path: Path, place: str, reason: str):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ServerUsageError, match=rf"{reason}\); give another --log") as caught:
+        make_writable(tmp_path / place)
+    assert str(tmp_path / place) in str(caught.value)
 
 
 def test_models_are_the_folders(tmp_path: Path):

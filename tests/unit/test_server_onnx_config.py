@@ -228,3 +228,20 @@ def test_an_unknown_accelerator_is_refused(settings: ModuleType):
     )
     with pytest.raises(ValueError, match="unknown Execution Accelerator 'warp'"):
         settings.session_settings(written)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("instance_group [ { count: 1 kind: KIND_GPU } ]", True),
+        ("instance_group {\n  kind :  KIND_GPU\n}", True),
+        ("instance_group [ { kind: KIND_AUTO }, { kind: KIND_GPU gpus: [ 0 ] } ]", True),
+        ("instance_group [ { count: 1 kind: KIND_AUTO } ]", False),
+        ("# not kind: KIND_GPU\ninstance_group [ { count: 1 } ]", False),
+        ("", False),
+    ],
+)
+def test_a_config_that_names_the_gpu_is_told_from_one_that_may_get_it(
+    settings: ModuleType, text: str, named: bool
+):
+    assert settings.names_gpu(text) is named

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import onnx_model_config as model_config
 import triton_python_backend_utils as pb_utils
-from onnx_session_settings import SessionSettings, session_settings
+from onnx_session_settings import SessionSettings, names_gpu, session_settings
 
 
 class TritonPythonModel:
@@ -155,14 +155,21 @@ def _open_session(config: dict[str, Any], settings: SessionSettings, kind: str, 
         cuda = {**settings.cuda_options, "device_id": str(device)}
         providers.insert(0, ("CUDAExecutionProvider", cuda))
     session = _load(config, options, providers)
-    # ONNX Runtime only logs when CUDA cannot be had and goes on without: that would be a silent
-    # CPU model under KIND_GPU.
     if kind == "GPU" and "CUDAExecutionProvider" not in session.get_providers():
-        raise pb_utils.TritonModelException(
-            f"unavailable: model '{config['name']}' asks for KIND_GPU, but ONNX Runtime has no "
-            f"CUDA here (it has {', '.join(session.get_providers())}); use KIND_CPU or KIND_AUTO"
-        )
+        _allow_only_under_auto(config["name"], session.get_providers())
     return session
+
+
+def _allow_only_under_auto(model: str, providers: list[str]) -> None:
+    # ONNX Runtime itself only logs that CUDA cannot be had and goes on without: that would be a
+    # silent CPU model under KIND_GPU.
+    without = f"ONNX Runtime has no CUDA here (it has {', '.join(providers)})"
+    if names_gpu(_config_text()):
+        raise pb_utils.TritonModelException(
+            f"unavailable: model '{model}' asks for KIND_GPU, but {without}; "
+            "use KIND_CPU or KIND_AUTO"
+        )
+    pb_utils.Logger.log_warn(f"model '{model}' runs on the CPU under KIND_AUTO: {without}")
 
 
 def _load(config: dict[str, Any], options: Any, providers: list[Any]) -> Any:
@@ -173,6 +180,16 @@ def _load(config: dict[str, Any], options: Any, providers: list[Any]) -> Any:
         raise pb_utils.TritonModelException(
             f"unable to load model '{config['name']}': {error}"
         ) from error
+
+
+def _config_text() -> str:
+    """The configuration as it was written: in the one that Triton hands on, AUTO is resolved."""
+    path = os.path.join(os.path.dirname(pb_utils.get_model_dir()), "config.pbtxt")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except OSError:  # Without one Triton writes its own, with KIND_AUTO.
+        return ""
 
 
 def _model_path(config: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ imported by its bare name from `model.py` beside it.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +68,15 @@ def session_settings(config: dict[str, Any]) -> SessionSettings:
         for key in sorted(set(parameters) - set(_KNOWN_KEYS))
     ]
     return settings
+
+
+def names_gpu(config_text: str) -> bool:
+    """Whether an instance group asks for KIND_GPU itself, where KIND_AUTO may become it.
+
+    Args:
+        config_text: a `config.pbtxt`.
+    """
+    return bool(re.search(r"\bkind\s*:\s*KIND_GPU\b", re.sub(r"#.*", "", config_text)))
 
 
 def _integer(model: str, parameters: dict[str, Any], key: str) -> int:

@@ -1,0 +1,122 @@
+"""The stand-in onnxruntime backend on a machine whose GPU ONNX Runtime cannot use, with fakes."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from server.backend_directory import STAND_IN
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+BARE = ("model", "onnx_model_config", "onnx_session_settings")
+
+
+class FakeOnnxRuntime(ModuleType):
+    """`onnxruntime` that gets the providers it has out of those it is asked for."""
+
+    GraphOptimizationLevel = SimpleNamespace(ORT_ENABLE_ALL=99)
+
+    def __init__(self, has: list[str]) -> None:
+        super().__init__("onnxruntime")
+        self.has = has
+        self.asked: list[Any] = []
+
+    def SessionOptions(self) -> SimpleNamespace:  # noqa: N802
+        return SimpleNamespace()
+
+    def InferenceSession(self, path: str, options: Any, providers: list[Any]) -> Any:  # noqa: N802
+        self.asked = [p if isinstance(p, str) else p[0] for p in providers]
+        got = [name for name in self.asked if name in self.has]
+        io = [SimpleNamespace(name="x", type="tensor(float)", shape=["N", 3])]
+        return SimpleNamespace(
+            get_providers=lambda: got, get_inputs=lambda: io, get_outputs=lambda: io
+        )
+
+
+class FakeTriton(ModuleType):
+    """`triton_python_backend_utils` of one model folder."""
+
+    class TritonModelException(Exception):  # noqa: N818
+        """Triton's own name."""
+
+    def __init__(self, model_folder: Path) -> None:
+        super().__init__("triton_python_backend_utils")
+        self.warnings: list[str] = []
+        self.Logger = SimpleNamespace(log_warn=self.warnings.append)
+        self.get_model_dir = lambda: str(model_folder / "1")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "m" / "1").mkdir(parents=True)
+    (tmp_path / "m" / "1" / "model.onnx").write_bytes(b"")
+    return tmp_path / "m"
+
+
+@pytest.fixture
+def triton(folder: Path, monkeypatch: pytest.MonkeyPatch) -> FakeTriton:
+    fake = FakeTriton(folder)
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", fake)
+    return fake
+
+
+@pytest.fixture
+def backend(triton: FakeTriton, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    # As in Triton: the backend's directory is on sys.path, its modules have bare names.
+    monkeypatch.syspath_prepend(str(STAND_IN))
+    yield importlib.import_module("model")
+    for name in BARE:
+        del sys.modules[name]
+
+
+def initialize(
+    backend: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    written: str | None,
+    has: list[str],
+) -> FakeOnnxRuntime:
+    """Start an instance that Triton has put on GPU 0, as it does with AUTO where there is one."""
+    onnxruntime = FakeOnnxRuntime(has)
+    monkeypatch.setitem(sys.modules, "onnxruntime", onnxruntime)
+    if written is not None:
+        text = f'name: "m"\ninstance_group [ {{ count: 1 kind: {written} }} ]\n'
+        (folder / "config.pbtxt").write_text(text)
+    tensor = '[{"name": "x", "data_type": "TYPE_FP32", "dims": [3]}]'
+    backend.TritonPythonModel().initialize(
+        {
+            "model_config": '{"name": "m", "max_batch_size": 8, "instance_group": [{"kind": '
+            f'"KIND_GPU"}}], "input": {tensor}, "output": {tensor}}}',
+            "model_instance_kind": "GPU",
+            "model_instance_device_id": "0",
+        }
+    )
+    return onnxruntime
+
+
+@pytest.mark.parametrize("written", ["KIND_AUTO", None])
+def test_auto_without_cuda_is_the_cpu_and_one_warning(
+    backend, triton, folder, monkeypatch, written: str | None
+):
+    onnxruntime = initialize(backend, monkeypatch, folder, written, [CPU])
+    assert onnxruntime.asked == [CUDA, CPU]
+    (warning,) = triton.warnings
+    assert "model 'm' runs on the CPU under KIND_AUTO" in warning and CPU in warning
+
+
+def test_a_gpu_asked_for_by_name_is_not_replaced(backend, triton, folder, monkeypatch):
+    with pytest.raises(triton.TritonModelException, match="asks for KIND_GPU.*use KIND_CPU or"):
+        initialize(backend, monkeypatch, folder, "KIND_GPU", [CPU])
+
+
+@pytest.mark.parametrize("written", ["KIND_AUTO", "KIND_GPU"])
+def test_with_cuda_both_are_the_gpu_and_nothing_is_said(
+    backend, triton, folder, monkeypatch, written: str
+):
+    onnxruntime = initialize(backend, monkeypatch, folder, written, [CUDA, CPU])
+    assert onnxruntime.asked[0] == CUDA
+    assert triton.warnings == []

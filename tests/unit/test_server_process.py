@@ -1,0 +1,135 @@
+"""A command ends with its launcher, however that goes. Real processes, no server."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from server.process import ProcessGroup
+
+ROOT = Path(__file__).resolve().parents[2]
+GUARD = ROOT / "server" / "guard.py"
+# Prints the command's id and waits; the command has a child of its own.
+LAUNCHER = """
+    import os, sys, threading, time
+    from pathlib import Path
+    from server import process
+
+    scratch, script = Path(sys.argv[1]), sys.argv[2]
+    process._GUARD = Path(sys.argv[3])
+    def start():
+        global group
+        command = ["sh", "-c", script]
+        group = process.ProcessGroup(command, os.environ, scratch, scratch / "log")
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()  # A thread that ends is not a launcher that ends.
+    print(group.pid, flush=True)
+    time.sleep(60)
+"""
+WITH_A_CHILD = "sleep 61 & wait"
+STUBBORN = "trap '' TERM; sleep 61 & wait; sleep 61"
+
+
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_until(condition, timeout_s: float = 20) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Path:
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    return folder
+
+
+def launch(scratch: Path, script: str, guard: Path = GUARD) -> tuple[subprocess.Popen[str], int]:
+    """A launcher, and the id of the shell that it runs the script in."""
+    arguments = [textwrap.dedent(LAUNCHER), str(scratch), script, str(guard)]
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert launcher.stdout is not None
+    pid = int(launcher.stdout.readline())
+    assert wait_until(lambda: psutil.Process(pid).children())
+    return launcher, pid
+
+
+def group(scratch: Path, *command: str) -> ProcessGroup:
+    return ProcessGroup(command, os.environ, scratch, scratch / "log")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGHUP])
+def test_everything_ends_with_the_launcher(scratch: Path, number: signal.Signals):
+    launcher, pid = launch(scratch, WITH_A_CHILD)
+    time.sleep(1)  # Longer than the guard waits between two looks at its parent.
+    everyone = [pid, psutil.Process(pid).ppid(), psutil.Process(pid).children()[0].pid]
+    assert all(alive(process) for process in everyone)
+    launcher.send_signal(number)
+    launcher.communicate()
+    assert wait_until(lambda: not any(alive(process) for process in everyone))
+    assert not scratch.exists()
+
+
+def test_the_guard_kills_what_does_not_listen(scratch: Path, tmp_path: Path):
+    text, patience = GUARD.read_text(), "_PATIENCE_S = 40.0"
+    assert patience in text
+    impatient = tmp_path / "guard.py"
+    impatient.write_text(text.replace(patience, "_PATIENCE_S = 0.2"))
+    launcher, pid = launch(scratch, STUBBORN, impatient)
+    launcher.kill()
+    launcher.communicate()
+    assert wait_until(lambda: not alive(pid))
+
+
+def test_a_launcher_that_is_gone_before_the_guard_looks_is_noticed(scratch: Path):
+    guard = [sys.executable, str(GUARD), "0", str(scratch), "sleep", "61"]
+    started = time.monotonic()
+    ran = subprocess.run(guard, start_new_session=True, capture_output=True, text=True)
+    assert ran.returncode == -signal.SIGKILL
+    assert time.monotonic() - started < 20
+    assert not alive(int(ran.stdout))
+
+
+@pytest.mark.parametrize(("script", "code"), [("exit 0", 0), ("exit 7", 7), ("kill -9 $$", 137)])
+def test_the_commands_exit_code_is_handed_on(scratch: Path, script: str, code: int):
+    running = group(scratch, "sh", "-c", f"echo out; echo error >&2; {script}")
+    assert running.wait() == running.exit_code == code
+    assert (scratch / "log").read_text() == "out\nerror\n"
+    running.stop(timeout_s=1)
+    assert scratch.exists()  # It is the launcher's as long as the launcher lives.
+
+
+def test_a_program_that_cannot_run_is_told_in_the_log(scratch: Path):
+    (scratch / "tritonserver").write_text("no program")
+    (scratch / "tritonserver").chmod(0o755)
+    running = group(scratch, str(scratch / "tritonserver"))
+    assert running.wait() == 126
+    assert "tritonserver does not start: Exec format error\n" in (scratch / "log").read_text()
+    running.stop(timeout_s=1)
+
+
+def test_stopping_ends_all_of_the_group_and_the_guard_is_not_in_its_memory(scratch: Path):
+    running = group(scratch, "sh", "-c", WITH_A_CHILD)
+    assert wait_until(lambda: len(running.members()) == 3)
+    assert psutil.Process(running.pid).name() == "sh"
+    assert 0 < running.memory_mib() < 5  # A shell and a sleep; a Python alone takes more.
+    members = running.members()
+    running.stop(timeout_s=5)
+    assert not any(alive(member.pid) for member in members)
+    assert running.exit_code == 128 + signal.SIGTERM
