@@ -17,7 +17,7 @@ from .outputs import RungOutputs
 from .policy import Overrides, Policy, escalation_mask, parse_overrides
 from .rungset import RungSet, RungSetError
 from .scoremap import ScoreMap
-from .signals import SIGNALS, Signal, softmax
+from .signals import SIGNALS, Signal
 
 __all__ = [
     "RUNGS",
@@ -40,5 +40,4 @@ __all__ = [
     "escalation_mask",
     "parse_overrides",
     "run_cascade",
-    "softmax",
 ]

@@ -6,6 +6,7 @@ with; `check_rungs` refuses any others.
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from .signals import SIGNALS
 
 SCHEMA_VERSION = 1
 RUNGS = ("vit_low", "vit_high")
+READABLE_LENGTH = 32  # longer arrays are stored as base64 of their little-endian bytes
 
 
 class CalibrationError(ValueError):
@@ -38,7 +40,7 @@ class RungRecord:
     sha256: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Calibration:
     """The calibration artifact.
 
@@ -46,33 +48,39 @@ class Calibration:
         backbone: name of the model.
         rungs: `vit_low` and `vit_high`.
         image_shape: (3, H, W) of the `image` tensor that both rungs take.
+        preprocessing_sha256: of how images become that tensor, `RungSet.preprocessing_sha256`.
         embedding_dim: D.
         layers: L, the number of transformer blocks.
         classes: C, or None for a model without a head.
         signal: name, a key of `signals.SIGNALS`.
-        coefficients: the signal's fitted arrays.
+        coefficients: the signal's fitted arrays, FP32 or FP64.
         score_map: raw signal to oracle units.
         threshold: images with a score above it escalate; oracle units. None: all escalate.
         chosen_by: how the threshold was chosen, e.g. `{"escalation_rate": 0.1}`.
-        certificate: what was proved about the risk; None: nothing was.
+        certificate: what was tested about the risk, `certified` telling whether it was proved;
+            None: nothing was tested.
         metrics: measured on images that were not used to choose anything.
         data: number, source and fingerprint of the images, and the splits.
+        reference_scores: FP32, ascending: scores of images that fitted nothing, for comparison
+            with the scores of later images.
     """
 
     backbone: str
     rungs: Mapping[str, RungRecord]
     image_shape: tuple[int, int, int]
+    preprocessing_sha256: str
     embedding_dim: int
     layers: int
     classes: int | None
     signal: str
     score_map: ScoreMap
     threshold: float | None
-    chosen_by: Mapping[str, float]
-    coefficients: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    chosen_by: Mapping[str, Any]
+    coefficients: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     certificate: Mapping[str, Any] | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
+    reference_scores: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
 
     def __post_init__(self) -> None:
         """Validate.
@@ -96,6 +104,30 @@ class Calibration:
             )
         if self.threshold is not None and not math.isfinite(self.threshold):
             raise CalibrationError("threshold must be finite, or null for always-high")
+        certified = self.certificate is not None and self.certificate.get("certified")
+        if certified and self.threshold is None:
+            raise CalibrationError("the certificate is for a threshold, and there is none")
+        self._try_score()
+
+    def _try_score(self) -> None:
+        """Score one blank image: coefficients of another shape fail here, not in production."""
+        blank = RungOutputs(
+            np.zeros((1, self.embedding_dim), np.float32),
+            np.zeros((1, self.layers + 1, self.embedding_dim), np.float32),
+            None if self.classes is None else np.zeros((1, self.classes), np.float32),
+        )
+        try:
+            finite = np.isfinite(self.score(blank)).all()
+        except (ValueError, IndexError) as error:
+            raise CalibrationError(
+                f"the coefficients of {self.signal!r} do not fit the model: {error}"
+            ) from None
+        if not finite:
+            raise CalibrationError(f"the coefficients of {self.signal!r} are not finite")
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both would be saved as the same file."""
+        return isinstance(other, Calibration) and self.to_dict() == other.to_dict()
 
     def score(self, outputs: RungOutputs) -> NDArray[np.float32]:
         """Scores of B images in oracle units, FP32 (B,), from the cheap rung's outputs."""
@@ -135,7 +167,8 @@ class Calibration:
         content["rungs"] = {name: asdict(self.rungs[name]) for name in RUNGS}
         content["image_shape"] = list(self.image_shape)
         content["score_map"] = asdict(self.score_map)
-        content["coefficients"] = {k: v.tolist() for k, v in self.coefficients.items()}
+        content["coefficients"] = {k: _encode(v) for k, v in self.coefficients.items()}
+        content["reference_scores"] = _encode(self.reference_scores)
         return content
 
     @classmethod
@@ -178,8 +211,28 @@ class Calibration:
         fields["rungs"] = {name: RungRecord(**rung) for name, rung in fields["rungs"].items()}
         channels, height, width = fields["image_shape"]
         fields["image_shape"] = (channels, height, width)
-        fields["coefficients"] = {
-            name: np.asarray(value, dtype=np.float64)
-            for name, value in fields["coefficients"].items()
-        }
+        fields["coefficients"] = {k: _decode(v) for k, v in fields["coefficients"].items()}
+        fields["reference_scores"] = _decode(fields["reference_scores"])
         return cls(**fields)
+
+
+def _encode(array: NDArray[Any]) -> dict[str, Any]:
+    """An array as JSON types, bit for bit; a short one for people to read."""
+    little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+    content: dict[str, Any] = {"dtype": array.dtype.name, "shape": list(array.shape)}
+    if array.size <= READABLE_LENGTH:
+        return {**content, "values": array.ravel().tolist()}
+    return {**content, "base64": base64.b64encode(little.tobytes()).decode()}
+
+
+def _decode(content: Mapping[str, Any]) -> NDArray[Any]:
+    """The array that `_encode` was given; ValueError or KeyError where it cannot be."""
+    if content["dtype"] not in ("float32", "float64"):
+        raise ValueError(f"an array of {content['dtype']}, not of float32 or float64")
+    dtype = np.dtype(content["dtype"])
+    if "values" in content:
+        flat = np.array(content["values"], dtype=dtype)
+    else:
+        data = base64.b64decode(content["base64"], validate=True)
+        flat = np.frombuffer(data, dtype=dtype.newbyteorder("<")).astype(dtype)
+    return flat.reshape(content["shape"])

@@ -154,6 +154,8 @@ def _answer(case: _Case, degrade: bool) -> CascadeAnswer | RequestError | RungEr
     else:
         chosen = _merge(case.low, case.high, case.wanted)
     assert chosen is not None  # a sound case was answered by at least one rung
+    if not np.isfinite(chosen.embedding).all():
+        return RequestError("the model answers with NaN or Inf: is `image` normalised?")
     return CascadeAnswer(chosen.embedding, chosen.logits, case.wanted, case.score, nobody)
 
 

@@ -65,7 +65,9 @@ def parse_overrides(parameters: Mapping[str, object]) -> Overrides:
 def escalation_mask(
     scores: NDArray[np.float32], calibrated_threshold: float | None, overrides: Overrides
 ) -> NDArray[np.bool_]:
-    """Which images the full rung must answer: those whose score is above the threshold.
+    """Which images the full rung must answer: those whose score is not at or below the threshold.
+
+    A score that is NaN proves nothing, so its image escalates.
 
     Args:
         scores: FP32 (B,), oracle units.
@@ -81,7 +83,7 @@ def escalation_mask(
         return np.ones(scores.shape, dtype=np.bool_)
     threshold = calibrated_threshold if overrides.threshold is None else overrides.threshold
     # FP64: numpy would otherwise round the threshold to the scores' FP32 before comparing.
-    return np.asarray(scores.astype(np.float64) > np.float64(threshold))
+    return np.asarray(~(scores.astype(np.float64) <= np.float64(threshold)))
 
 
 def always_high(calibrated_threshold: float | None, overrides: Overrides) -> bool:

@@ -7,9 +7,12 @@ threshold mean the same thing whatever the signal. Fitting lives in `calibration
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
+
+FloatVector = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,13 @@ class ScoreMap:
             raw: a signal's values, FP64 (B,).
         """
         x = self.sign * np.asarray(raw, dtype=np.float64)
-        knots, values = np.asarray(self.knots), np.asarray(self.values)
-        segment = np.clip(np.searchsorted(knots, x, side="right") - 1, 0, len(knots) - 2)
-        slope = np.diff(values) / np.diff(knots)
-        score = values[segment] + slope[segment] * (x - knots[segment])
+        knots, values, slopes = self._arrays
+        segment = np.clip(knots.searchsorted(x, side="right") - 1, 0, len(slopes) - 1)
+        score = values[segment] + slopes[segment] * (x - knots[segment])
         return np.asarray(score, dtype=np.float32)
+
+    @cached_property
+    def _arrays(self) -> tuple[FloatVector, FloatVector, FloatVector]:
+        """Knots (K,), values (K,) and the slopes between them (K - 1,), made once."""
+        knots, values = np.array(self.knots), np.array(self.values)
+        return knots, values, np.diff(values) / np.diff(knots)

@@ -16,6 +16,7 @@ def make_calibration(threshold=0.5, classes=CLASSES, **changes):
             "vit_high": RungRecord(4, "px=4", "1" * 64),
         },
         "image_shape": (3, 4, 4),
+        "preprocessing_sha256": "2" * 64,
         "embedding_dim": D,
         "layers": LAYERS,
         "classes": classes,

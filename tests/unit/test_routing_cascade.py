@@ -94,6 +94,13 @@ def test_pixels_whose_sum_overflows_are_accepted():
     assert isinstance(answers[0], CascadeAnswer)
 
 
+def test_an_answer_that_is_no_number_is_an_error_of_its_own_request():
+    requests = [ask(images(0.9)), ask(images(0.1))]
+    answers, *_ = run(requests, high=FakeRung(np.nan))
+    assert isinstance(answers[0], RequestError) and "NaN or Inf" in str(answers[0])
+    assert isinstance(answers[1], CascadeAnswer)
+
+
 def test_a_failing_low_rung_fails_only_those_that_need_it():
     requests = [ask(images(0.1)), ask(images(0.1), policy=Policy.HIGH)]
     answers, *_ = run(requests, low=FakeRung(LOW, fail=True))

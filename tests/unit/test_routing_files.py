@@ -7,6 +7,32 @@ from routing import Calibration, CalibrationError, ManifestError, RungSet, RungS
 from tests.unit.fakes import make_calibration
 
 
+def array(values):
+    return {"dtype": "float64", "shape": [len(values)], "values": values}
+
+
+def linear(length, bias=0.0):
+    return {"weights": array([0.0] * length), "bias": array([bias])}
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,), (2, 3), (4, 5, 6)])
+def test_coefficients_and_reference_scores_round_trip_bit_exactly(tmp_path, shape):
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=3 * 3 + 1 + 4) * 1e-7  # 3L + 1 + D of the fake
+    coefficients = {"weights": weights, "bias": np.array([1 / 3])}
+    scores = rng.normal(size=shape).astype(np.float32)
+    calibration = make_calibration(
+        signal="cls_regression", coefficients=coefficients, reference_scores=scores
+    )
+    calibration.save(tmp_path / "a.json")
+    loaded = Calibration.load(tmp_path / "a.json")
+    for name, values in coefficients.items():
+        np.testing.assert_array_equal(loaded.coefficients[name], values)
+        assert loaded.coefficients[name].dtype == values.dtype
+    assert loaded.reference_scores.dtype == np.float32
+    np.testing.assert_array_equal(loaded.reference_scores, scores)
+
+
 def test_the_artifact_round_trips_bit_exactly(tmp_path):
     calibration = make_calibration(threshold=0.1 + 0.2, metrics={"agreement_with_high": 1 / 3})
     calibration.save(tmp_path / "a.json")
@@ -28,7 +54,12 @@ def test_always_high_is_written_as_null(tmp_path):
         ({"schema_version": 99}, "schema version 99"),
         ({"signal": "tea_leaves"}, "signal 'tea_leaves' is unknown"),
         ({"signal": "margin", "classes": None}, "needs logits"),
-        ({"coefficients": {"w": [1.0]}}, "takes coefficients"),
+        ({"coefficients": {"w": array([1.0])}}, "takes coefficients"),
+        ({"signal": "cls_regression", "coefficients": linear(99)}, "do not fit the model"),
+        ({"signal": "cls_regression", "coefficients": linear(14, bias=1e400)}, "not finite"),
+        ({"coefficients": {"w": {**array([1.0]), "dtype": "object"}}}, "array of object"),
+        ({"coefficients": {"w": {**array([1.0]), "shape": [7]}}}, "invalid field"),
+        ({"threshold": None, "certificate": {"certified": True}}, "there is none"),
         ({"rungs": {}}, "rungs must be vit_low and vit_high"),
         ({"score_map": {"sign": 1, "knots": [0, 0], "values": [0, 1]}}, "strictly increasing"),
         ({"surprise": 1}, "surprise"),

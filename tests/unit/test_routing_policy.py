@@ -48,6 +48,12 @@ def test_the_threshold_is_not_rounded_to_fp32():
     )
 
 
+def test_a_score_that_is_no_number_escalates():
+    scores = np.array([np.nan, 0.1], np.float32)
+    np.testing.assert_array_equal(escalation_mask(scores, 0.5, Overrides()), [True, False])
+    assert not escalation_mask(scores, 0.5, Overrides(Policy.LOW)).any()
+
+
 def test_overrides_replace_the_calibrated_threshold():
     assert not escalation_mask(SCORES, 0.0, Overrides(Policy.LOW)).any()
     assert escalation_mask(SCORES, 1.0, Overrides(Policy.HIGH)).all()
