@@ -1,35 +1,71 @@
-"""`python -m calibration sample | collect | fit`."""
+"""`python -m calibration sample | collect | analyse | fit | evaluate | report`."""
 
 from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from routing import Calibration, RungSet, RungSetError
+from imaging import PreprocessingError
+from routing import SIGNALS, Calibration, CalibrationError, RungSet, RungSetError
 
-from .collect import Outputs, OutputsError, collect
-from .fit import FitError, Target, fit
-from .images import ImagesError, list_folder, read_folder
-from .sample import crops, write
+from .analyse import analyse
+from .certify import METHODS, CertifyError, Goal
+from .collect import collect
+from .evaluate import EvaluateError, evaluate
+from .fidelity import KINDS, Fidelity, FidelityError
+from .fit import AUTO, EscalationRate, FitError, Options, Target, Threshold, fit
+from .images import open_images
+from .outputs import Outputs, OutputsError
+from .pages.analysis import write_analysis
+from .pages.report import write_report
+from .record import FitRecord
+from .sample import write
+from .source import ImagesError, ImageSource
+from .splits import GROUPINGS, SplitError
 
 app = typer.Typer(
-    help="Run both rungs offline, fit the score, choose the threshold.",
-    no_args_is_help=True,
+    help="Run both rungs offline, fit the score, certify the threshold, show what it is worth.",
+    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 console = Console(stderr=True)
 
+FOLDER = Path("build/calibration")
+ImagesOption = Annotated[
+    str, typer.Option(help="A folder (recursive), a tiny-imagenet-200 tree, or `sample`.")
+]
+LimitOption = Annotated[
+    int | None, typer.Option(min=1, help="At most this many images, evenly spread; `sample`: 1200.")
+]
+SeedOption = Annotated[int, typer.Option(help="Of the sample crops.")]
 OnnxOption = Annotated[Path, typer.Option("--onnx", help="Folder written by `export rungs`.")]
 OutputsOption = Annotated[Path, typer.Option("--outputs", help="File written by `collect`.")]
-OUTPUTS = Path("build/calibration/outputs.npz")
+ArtifactOption = Annotated[Path, typer.Option("--calibration", help="File written by `fit`.")]
+FidelityOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="|".join(KINDS),
+        help="When a cheap answer is a loss: another class, or a cosine too small. "
+        "Default: top1 with a head, else cosine.",
+    ),
+]
+ToleranceOption = Annotated[
+    float, typer.Option(help="With cosine: a cosine below 1 - tolerance is a loss.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+ONNX = Path("build/onnx")
+OUTPUTS = FOLDER / "outputs.npz"
+ARTIFACT = FOLDER / "calibration.json"
+SAMPLE_CROPS = 1200
 
 
 @app.command("sample")
@@ -45,75 +81,240 @@ def sample_command(
 
 @app.command("collect")
 def collect_command(
-    images: Annotated[str, typer.Option(help="A folder of images, or `sample`.")],
-    onnx: OnnxOption = Path("build/onnx"),
+    images: ImagesOption,
+    onnx: OnnxOption = ONNX,
     out: Annotated[Path, typer.Option(help="File to write.")] = OUTPUTS,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="At most this many images; `sample`: 600.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the sample crops.")] = 1,
+    limit: LimitOption = None,
+    seed: SeedOption = 1,
 ) -> None:
-    """Run both rungs over images with ONNX Runtime and store their outputs."""
-    rung_set = RungSet.load(onnx)
-    if images == "sample":
-        total = limit or 600
-        stream, source = crops(total, seed), f"sample crops, seed {seed}"
-    else:
-        folder = Path(images)
-        files = list_folder(folder)[:limit]
-        total = len(files)
-        stream, source = read_folder(folder, files), f"folder {folder.name}"
-    columns = (TextColumn("collect"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("collect", total=total)
-        outputs, unreadable = collect(
-            rung_set, stream, source, lambda count: progress.advance(task, count)
-        )
-    for line in unreadable:
-        console.print(f"skipped {line}", markup=False, highlight=False)
-    outputs.save(out)
+    """Run both rungs over images with ONNX Runtime and store their outputs; resumes."""
+    try:
+        outputs = _collect(RungSet.load(onnx), _open(images, limit, seed), out)
+    except KeyboardInterrupt:
+        console.print("stopped; the same command continues where this one was")
+        raise
     print(f"wrote {len(outputs)} images' outputs to {out}")
+
+
+@app.command("analyse")
+def analyse_command(
+    outputs: OutputsOption = OUTPUTS,
+    onnx: OnnxOption = ONNX,
+    out: Annotated[Path, typer.Option(help="Page to write.")] = FOLDER / "analysis.html",
+    fidelity: FidelityOption = None,
+    tolerance: ToleranceOption = 0.1,
+    as_json: JsonOption = False,
+) -> None:
+    """Show how much, and for which images, the full rung changes the outcome."""
+    stored = Outputs.load(outputs)
+    labels = RungSet.load(onnx).labels
+    with console.status("analysing"):
+        analysis = analyse(stored, _fidelity(fidelity, tolerance, stored))
+        write_analysis(out, analysis, stored, _source_of(stored), labels)
+    if as_json:
+        print(json.dumps({"page": str(out), **analysis.to_dict()}))
+        return
+    _print_rows(f"what the full rung changes: {stored.title}", analysis.rows())
+    print(f"wrote {out}")
 
 
 @app.command("fit")
 def fit_command(
+    max_risk: Annotated[
+        float | None,
+        typer.Option(help="Certify: largest share of images kept low with a loss, e.g. 0.05."),
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="Of the certificate; ltt only.")] = 0.9,
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(METHODS), help="Certificate with high probability, or on average."
+        ),
+    ] = "ltt",
     escalation_rate: Annotated[
-        float | None, typer.Option(help="Share of images that should escalate, 0 to 1.")
+        float | None, typer.Option(help="Instead: share of images to escalate, 0 to 1.")
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Threshold in oracle units, instead of a rate.")
+        float | None, typer.Option(help="Instead: threshold in oracle units.")
     ] = None,
-    signal: Annotated[
-        str | None, typer.Option(help="Default: margin with a head, else cls_path.")
-    ] = None,
+    fidelity: FidelityOption = None,
+    tolerance: ToleranceOption = 0.1,
+    signal: Annotated[str, typer.Option(help=f"auto, or one of {', '.join(SIGNALS)}.")] = AUTO,
+    group_by: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(GROUPINGS),
+            help="Images of one group stay in one split: of one source file, folder or content.",
+        ),
+    ] = GROUPINGS[0],
+    require_certificate: Annotated[
+        bool, typer.Option("--require-certificate", help="Exit 1 where nothing is certified.")
+    ] = False,
     outputs: OutputsOption = OUTPUTS,
-    onnx: OnnxOption = Path("build/onnx"),
-    out: Annotated[Path, typer.Option(help="Artifact to write.")] = Path(
-        "build/calibration/calibration.json"
-    ),
+    onnx: OnnxOption = ONNX,
+    out: Annotated[Path, typer.Option(help="Artifact to write.")] = ARTIFACT,
     seed: Annotated[int, typer.Option(help="Of the splits.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Fit the score and write calibration.json."""
-    target = Target(escalation_rate, threshold)
-    calibration = fit(Outputs.load(outputs), RungSet.load(onnx), target, signal, seed)
-    calibration.save(out)
+    """Fit the score, choose a signal and a threshold, certify it, write calibration.json."""
+    target = _target(max_risk, confidence, method, escalation_rate, threshold)
+    if require_certificate and not isinstance(target, Goal):
+        raise FitError("--require-certificate needs --max-risk")
+    stored, rung_set = Outputs.load(outputs), RungSet.load(onnx)
+    options = Options(_fidelity(fidelity, tolerance, stored), signal, group_by, seed)
+    with console.status("fitting"):
+        fitted = fit(stored, rung_set, target, options)
+    fitted.save(out)
+    calibration = fitted.calibration
     if as_json:
-        print(json.dumps({"calibration": str(out), **calibration.metrics}))
+        print(json.dumps({"calibration": str(out), **_without_arrays(calibration)}))
     else:
-        _print_fit(calibration, out)
+        _print_fit(calibration)
+        print(f"wrote {out}")
+    if calibration.certificate is not None and not calibration.certificate["certified"]:
+        console.print("NOT CERTIFIED: every image goes to the full rung.", style="bold red")
+        if require_certificate:
+            raise typer.Exit(1)
 
 
-def _print_fit(calibration: Calibration, out: Path) -> None:
-    table = Table(title=f"{calibration.backbone}: signal {calibration.signal}")
-    table.add_column("on held-out images")
-    table.add_column("value", justify="right")
-    for name, value in calibration.metrics.items():
-        text = f"{value:.3f}" if isinstance(value, float) else str(value)
-        table.add_row(name.replace("_", " "), text)
-    table.add_row("threshold (oracle units)", f"{calibration.threshold:.4g}")
-    Console().print(table)
+@app.command("evaluate")
+def evaluate_command(
+    images: ImagesOption,
+    calibration: ArtifactOption = ARTIFACT,
+    onnx: OnnxOption = ONNX,
+    limit: LimitOption = None,
+    seed: SeedOption = 2,
+    as_json: JsonOption = False,
+) -> None:
+    """Hold an artifact against new images; exit 1 where they contradict its certificate."""
+    artifact, rung_set = Calibration.load(calibration), RungSet.load(onnx)
+    source = _open(images, limit, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = _collect(rung_set, source, Path(folder) / "outputs.npz")
+    evaluation = evaluate(artifact, outputs)
+    if as_json:
+        print(json.dumps({"images": source.title, **evaluation.to_dict()}))
+    else:
+        for line in evaluation.lines():
+            print(line)
+    if evaluation.contradicted:
+        raise typer.Exit(1)
+
+
+@app.command("report")
+def report_command(
+    calibration: ArtifactOption = ARTIFACT,
+    outputs: OutputsOption = OUTPUTS,
+    onnx: OnnxOption = ONNX,
+    out: Annotated[Path, typer.Option(help="Page to write.")] = FOLDER / "report.html",
+) -> None:
+    """Write report.html: certificate, risk against escalation, signals, galleries."""
+    artifact, stored = Calibration.load(calibration), Outputs.load(outputs)
+    record = FitRecord.load(calibration.with_name("fit.npz"), stored, calibration)
+    with console.status("drawing"):
+        write_report(out, artifact, record, stored, _source_of(stored), RungSet.load(onnx).labels)
     print(f"wrote {out}")
+
+
+def _open(images: str, limit: int | None, seed: int) -> ImageSource:
+    if images == "sample":
+        return open_images(f"sample:{seed}", limit or SAMPLE_CROPS)
+    return open_images(images, limit)
+
+
+def _source_of(outputs: Outputs) -> ImageSource | None:
+    """Where the outputs' images came from; None where that is gone."""
+    try:
+        return open_images(outputs.source)
+    except ImagesError as error:
+        console.print(f"no pictures: {error}", markup=False, highlight=False)
+        return None
+
+
+def _collect(rung_set: RungSet, source: ImageSource, out: Path) -> Outputs:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("collect", total=len(source))
+
+        def show(count: int, resumed: bool) -> None:
+            progress.advance(task, count)
+            if resumed:  # those took no time, so they must not enter the estimate
+                done = progress.tasks[task].completed
+                progress.reset(task, description="collect (resumed)", completed=int(done))
+
+        outputs, unreadable = collect(rung_set, source, out, show)
+    for line in unreadable:
+        console.print(f"skipped {line}", markup=False, highlight=False)
+    return outputs
+
+
+def _fidelity(kind: str | None, tolerance: float, outputs: Outputs) -> Fidelity:
+    if kind is None:
+        kind = "cosine" if outputs.low.logits is None else "top1"
+    return Fidelity(kind, tolerance)
+
+
+def _target(
+    max_risk: float | None,
+    confidence: float,
+    method: str,
+    escalation_rate: float | None,
+    threshold: float | None,
+) -> Target:
+    given = [value for value in (max_risk, escalation_rate, threshold) if value is not None]
+    if len(given) != 1:
+        raise FitError("give one of --max-risk, --escalation-rate and --threshold")
+    if max_risk is not None:
+        return Goal(max_risk, confidence, method)
+    if escalation_rate is not None:
+        return EscalationRate(escalation_rate)
+    return Threshold(given[0])
+
+
+def _without_arrays(calibration: Calibration) -> dict[str, Any]:
+    content = calibration.to_dict()
+    del content["coefficients"], content["reference_scores"], content["score_map"]
+    return content
+
+
+def _print_fit(calibration: Calibration) -> None:
+    metrics = calibration.metrics
+    table = Table(title=f"{metrics['images']} held-out images, signal {calibration.signal}")
+    for column in ("", "value", "95 % interval"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, interval in metrics["intervals"].items():
+        between = "" if interval is None else f"{interval[0]:.1%} to {interval[1]:.1%}"
+        table.add_row(name.replace("_", " "), f"{metrics[name]:.1%}", between)
+    Console().print(table)
+    table = Table(title="signals, larger is better but for the last column")
+    for column in ("signal", "AUROC", "Spearman", "escalation needed"):
+        table.add_column(column, justify="left" if column == "signal" else "right")
+    for name, figures in metrics["signals"].items():
+        style = "bold" if name == calibration.signal else None
+        auroc, rank, needed = (figures[key] for key in ("auroc", "spearman", "needed_escalation"))
+        table.add_row(
+            name,
+            *("" if figure is None else f"{figure:.2f}" for figure in (auroc, rank)),
+            "" if needed is None else f"{needed:.0%}",
+            style=style,
+        )
+    Console().print(table)
+    if metrics["no_better_than_random"]:
+        print(f"{calibration.signal} is not shown to rank losses better than random")
+    certificate = calibration.certificate
+    print("nothing is certified" if certificate is None else certificate["statement"])
+
+
+def _print_rows(title: str, rows: list[tuple[str, ...]]) -> None:
+    table = Table(title=title, show_header=False)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
 
 
 def main() -> None:
@@ -121,9 +322,22 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except typer.TyperException as error:
-        message = " ".join(error.format_message().split())
-    except (ImagesError, OutputsError, FitError, RungSetError) as error:
+        message = " ".join(error.format_message().split()) + " (--help tells more)"
+    except (
+        CalibrationError,
+        CertifyError,
+        EvaluateError,
+        FidelityError,
+        FitError,
+        ImagesError,
+        OutputsError,
+        PreprocessingError,
+        RungSetError,
+        SplitError,
+    ) as error:
         message = str(error)
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}"
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     else:

@@ -1,190 +1,181 @@
 """Run both rungs over images once and keep what calibration needs.
 
-One `.npz` holds, for N images: `embedding_low` and `embedding_high` (N, D), `cls_layers_low`
-(N, L + 1, D), `logits_low` and `logits_high` (N, C) for models with a head, `labels` (N,) as class
-indices or -1, and the strings `names`, `groups` and `hashes` (SHA-256 of the encoded bytes).
-`rungs` (the SHA-256 of both ONNX files) ties it to the graphs that made it.
+A long run survives being stopped: its rows are written in parts of 256 images, and a rerun with the
+same rungs, images and libraries continues after the parts that are whole.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
+import onnxruntime as ort
+import PIL
 from numpy.typing import NDArray
 
-from imaging import ImageError, Preprocessing, decode
-from routing import RUNGS, RungOutputs, RungSet
+from imaging import Preprocessing
+from routing import RUNGS, RungSet, RungSetError
+from routing.manifest import sha256_file
 
-from .images import ImagesError, SourceImage
+from .decoding import DecodedImage, decode_ahead
+from .outputs import Outputs, OutputsError, row_arrays, scalar_arrays
+from .parts import Parts
 from .sessions import open_session, run_session
+from .source import ImagesError, ImageSource
 
 BATCH = 16
+PART = 256  # images, a multiple of the batch: what stopping may cost
 MAX_UNREADABLE = 0.05  # above this share something is wrong with the folder, not with a file
 
-
-class OutputsError(ValueError):
-    """Stored outputs are missing, unreadable or of other rungs. One line."""
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """Both rungs' outputs for N images, in the order they were read."""
-
-    low: RungOutputs
-    high: RungOutputs
-    labels: NDArray[np.int64]
-    names: tuple[str, ...]
-    groups: tuple[str, ...]
-    hashes: tuple[str, ...]
-    rung_hashes: dict[str, str]
-    source: str
-
-    def __len__(self) -> int:
-        """The number of images N."""
-        return len(self.names)
-
-    def fingerprint(self) -> str:
-        """SHA-256 over the images' hashes, in order."""
-        return hashlib.sha256("\n".join(self.hashes).encode()).hexdigest()
-
-    def save(self, path: Path) -> None:
-        """Write the `.npz`, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        arrays: dict[str, Any] = {"labels": self.labels}
-        for rung, outputs in (("low", self.low), ("high", self.high)):
-            for field in ("embedding", "cls_layers", "logits"):
-                if getattr(outputs, field) is not None:
-                    arrays[f"{field}_{rung}"] = getattr(outputs, field)
-        for field in ("names", "groups", "hashes"):
-            arrays[field] = np.array(getattr(self, field), dtype=np.str_)
-        arrays["rungs"] = np.array(json.dumps(self.rung_hashes))
-        arrays["source"] = np.array(self.source)
-        partial = path.with_suffix(".partial.npz")
-        np.savez(partial, **arrays)
-        partial.replace(path)
-
-    @classmethod
-    def load(cls, path: Path) -> Outputs:
-        """Read a `.npz`.
-
-        Raises:
-            OutputsError: missing or not written by `save`.
-        """
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = dict(file)
-            return cls(
-                low=_rung_outputs(arrays, "low"),
-                high=_rung_outputs(arrays, "high"),
-                labels=arrays["labels"],
-                names=tuple(arrays["names"].tolist()),
-                groups=tuple(arrays["groups"].tolist()),
-                hashes=tuple(arrays["hashes"].tolist()),
-                rung_hashes=json.loads(str(arrays["rungs"])),
-                source=str(arrays["source"]),
-            )
-        except FileNotFoundError:
-            raise OutputsError(f"no {path}; run python -m calibration collect first") from None
-        except (OSError, ValueError, KeyError, BadZipFile) as error:
-            raise OutputsError(f"{path} is not readable ({error}); collect again") from None
-
-
-def _rung_outputs(arrays: dict[str, Any], rung: str) -> RungOutputs:
-    return RungOutputs(
-        arrays[f"embedding_{rung}"], arrays.get(f"cls_layers_{rung}"), arrays.get(f"logits_{rung}")
-    )
+Sessions = Mapping[str, ort.InferenceSession]
+Progress = Callable[[int, bool], None]
 
 
 def collect(
     rung_set: RungSet,
-    images: Iterable[SourceImage],
-    source: str,
-    progress: Callable[[int], None] = lambda count: None,
+    source: ImageSource,
+    out: Path,
+    progress: Progress = lambda count, resumed: None,
 ) -> tuple[Outputs, list[str]]:
-    """Run both rungs over images.
+    """Run both rungs over images and write their outputs to a file.
+
+    While the rungs run on one batch, the next is decoded. Whatever N, memory holds at most four
+    batches of tensors, one photograph being decoded in each of up to 8 threads, and two parts'
+    rows; only the names and the outputs returned grow with N. While the parts are joined the disk
+    holds the outputs twice.
 
     Args:
         rung_set: the exported pair.
-        images: read lazily, a batch at a time.
-        source: where they come from, in words.
-        progress: called with the number of images just done.
+        source: of the N images.
+        out: the `.npz` to write; the parts lie in a folder beside it until it is written.
+        progress: called with a number of images that are done, and whether an earlier run did
+            them; the numbers add up to N.
 
     Returns:
-        The outputs, and a line for each image that could not be read.
+        The outputs as stored, and a line for each image that could not be read.
 
     Raises:
-        ImagesError: no readable image, or more than 5 % unreadable.
+        ImagesError: no image, or more than 5 % unreadable; raised once that is certain. The parts
+            stay; a rerun reads again those with unreadable images.
+        OutputsError: `out` cannot be written.
+        RungSetError: an ONNX file is not the one that was exported.
     """
-    preprocessing = Preprocessing.from_dict(rung_set.preprocessing)
+    if not len(source):
+        raise ImagesError("there is no image to run the rungs on")
+    hashes = _check_files(rung_set)
     sessions = {name: open_session(rung_set.files[name]) for name in RUNGS}
-    parts: dict[str, list[RungOutputs]] = {name: [] for name in RUNGS}
-    kept: list[SourceImage] = []
-    hashes: list[str] = []
-    unreadable: list[str] = []
-    for batch in _batches(images):
-        tensors = []
-        for item in batch:
-            try:
-                tensors.append(preprocessing(decode(item.data)))
-            except ImageError as error:
-                unreadable.append(f"{item.name}: {error}")
-                continue
-            kept.append(SourceImage(item.name, item.group, item.label, b""))
-            hashes.append(hashlib.sha256(item.data).hexdigest())
-        if tensors:
-            image = np.stack(tensors)  # (B, 3, H, W)
-            for name in RUNGS:
-                parts[name].append(run_session(sessions[name], image, layers=name == "vit_low"))
-        progress(len(batch))
-    _check_readable(len(kept), unreadable)
-    outputs = Outputs(
-        low=_concatenate(parts["vit_low"]),
-        high=_concatenate(parts["vit_high"]),
-        labels=_label_indices(kept, rung_set.labels),
-        names=tuple(item.name for item in kept),
-        groups=tuple(item.group for item in kept),
-        hashes=tuple(hashes),
-        rung_hashes={name: rung_set.rungs[name].sha256 for name in RUNGS},
-        source=source,
-    )
-    return outputs, unreadable
+    parts = Parts(out.with_name(f"{out.name}.parts"), _identity(rung_set, source, sessions))
+    _make_folder(out, parts.folder)
+    ranges = _pieces(range(len(source)), PART)
+    unreadable = _resume(parts, ranges)
+    for index in unreadable:
+        progress(len(ranges[index]), True)
+    todo = {index: rows for index, rows in enumerate(ranges) if index not in unreadable}
+    batches = [batch for rows in todo.values() for batch in _pieces(rows, BATCH)]
+    preprocessing = Preprocessing.from_dict(rung_set.preprocessing)
+    with closing(decode_ahead(source, batches, preprocessing)) as decoded:
+        for index, rows in todo.items():
+            done: list[dict[str, NDArray[Any]]] = []
+            lines: list[str] = []
+            for batch in _pieces(rows, BATCH):
+                images, failed = next(decoded)
+                lines += failed
+                if images:
+                    done.append(_run(sessions, images, rung_set.labels))
+                if batch[-1] == rows[-1]:
+                    parts.write(index, _concatenate(done), lines)
+                progress(len(batch), False)
+            unreadable[index] = lines
+            _check_readable(unreadable, len(source))
+    preprocessing_sha256 = rung_set.preprocessing_sha256()
+    parts.join(out, scalar_arrays(hashes, preprocessing_sha256, source.spec, source.title))
+    parts.remove()
+    return Outputs.load(out), [line for index in range(len(ranges)) for line in unreadable[index]]
 
 
-def _batches(images: Iterable[SourceImage]) -> Iterator[list[SourceImage]]:
-    iterator = iter(images)
-    while batch := list(islice(iterator, BATCH)):
-        yield batch
+def _check_files(rung_set: RungSet) -> dict[str, str]:
+    """SHA-256 of both ONNX files, which must be those in rungs.json."""
+    for name in RUNGS:
+        file = rung_set.files[name]
+        if sha256_file(file) != rung_set.rungs[name].sha256:
+            raise RungSetError(
+                f"{file} differs from its SHA-256 in rungs.json; run python -m export rungs again"
+            )
+    return {name: rung_set.rungs[name].sha256 for name in RUNGS}
 
 
-def _check_readable(kept: int, unreadable: list[str]) -> None:
-    total = kept + len(unreadable)
-    if not kept:
-        raise ImagesError(f"none of {total} images could be read; first: {unreadable[:1]}")
-    if len(unreadable) > MAX_UNREADABLE * total:
+def _identity(rung_set: RungSet, source: ImageSource, sessions: Sessions) -> str:
+    """SHA-256 over everything that decides what the parts hold."""
+    content = {
+        "rungs": {name: rung_set.rungs[name].sha256 for name in RUNGS},
+        "source": source.fingerprint(),
+        "preprocessing": rung_set.preprocessing_sha256(),
+        "labels": rung_set.labels,
+        "sizes": [BATCH, PART],
+        "providers": {name: session.get_providers() for name, session in sessions.items()},
+        "versions": [np.__version__, ort.__version__, PIL.__version__],
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _make_folder(out: Path, folder: Path) -> None:
+    try:
+        if out.is_dir():
+            raise OutputsError(f"{out} is a folder; name a file to write")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputsError(
+            f"cannot write {folder}: {error.strerror}; choose another --out"
+        ) from None
+
+
+def _pieces(rows: range, size: int) -> list[range]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _resume(parts: Parts, ranges: Sequence[range]) -> dict[int, list[str]]:
+    """The unreadable images' lines of each part that need not be made again."""
+    found = {index: parts.find(index) for index in range(len(ranges))}
+    whole = {index: lines for index, lines in found.items() if lines is not None}
+    if _too_many(whole, sum(map(len, ranges))):  # that stopped the earlier run; it may be mended
+        whole = {index: lines for index, lines in whole.items() if not lines}
+    return whole
+
+
+def _too_many(unreadable: Mapping[int, Sequence[str]], total: int) -> bool:
+    return sum(map(len, unreadable.values())) > MAX_UNREADABLE * total
+
+
+def _check_readable(unreadable: Mapping[int, Sequence[str]], total: int) -> None:
+    if _too_many(unreadable, total):
+        lines = [line for index in sorted(unreadable) for line in unreadable[index]]
         raise ImagesError(
-            f"{len(unreadable)} of {total} images could not be read, more than "
-            f"{MAX_UNREADABLE:.0%}; first: {unreadable[0]}"
+            f"{len(lines)} of {total} images could not be read, more than {MAX_UNREADABLE:.0%}; "
+            f"first: {lines[0]}; mend or remove them and collect again"
         )
 
 
-def _concatenate(parts: list[RungOutputs]) -> RungOutputs:
-    def join(field: str) -> NDArray[np.float32] | None:
-        arrays = [getattr(part, field) for part in parts]
-        return None if arrays[0] is None else np.concatenate(arrays)
-
-    embedding = join("embedding")
-    assert embedding is not None
-    return RungOutputs(embedding, join("cls_layers"), join("logits"))
-
-
-def _label_indices(images: list[SourceImage], labels: tuple[str, ...] | None) -> NDArray[np.int64]:
+def _run(
+    sessions: Sessions, images: Sequence[DecodedImage], labels: tuple[str, ...] | None
+) -> dict[str, NDArray[Any]]:
+    """A batch's rows."""
+    image = np.stack([item.tensor for item in images])  # (B, 3, H, W)
     index = {label: i for i, label in enumerate(labels or ())}
-    return np.array([index.get(image.label or "", -1) for image in images], dtype=np.int64)
+    return row_arrays(
+        low=run_session(sessions["vit_low"], image, layers=True),
+        high=run_session(sessions["vit_high"], image, layers=False),
+        labels=np.array([index.get(item.label or "", -1) for item in images], dtype=np.int64),
+        names=[item.name for item in images],
+        groups=[item.group for item in images],
+        hashes=[item.sha256 for item in images],
+    )
+
+
+def _concatenate(batches: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+    names = batches[0] if batches else ()
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in names}

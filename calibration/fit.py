@@ -1,29 +1,37 @@
-"""Fit the score and choose the threshold.
+"""Fit every signal, choose one and a threshold, and say what both are worth.
 
-Two disjoint splits by group: the score map and the threshold are fitted on the first, and what
-both are worth is measured on the second.
+Disjoint splits by group, each with one job: `fit` teaches the signals, their scores and the choice
+among them; `certify` tests thresholds and nothing else; `test` measures and decides nothing.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
-from sklearn.isotonic import IsotonicRegression
-from sklearn.metrics import roc_auc_score
 
-from routing import SIGNALS, Calibration, Overrides, RungSet, ScoreMap, escalation_mask
+from routing import SIGNALS, Calibration, RungSet
 
-from .collect import Outputs
+from . import certify, metrics
+from .coefficients import FitSample, applicable, fit_coefficients, out_of_fold, signal_values
+from .fidelity import Fidelity, oracle_l2
+from .held_out import HeldOut
+from .outputs import Outputs
+from .record import FitRecord
+from .scoring import fit_score_map, learn_sign, threshold_for_rate
+from .splits import CERTIFIED, UNCERTIFIED, Rows, check_no_duplicates, group_keys, split_by_group
 
 FloatVector = NDArray[np.float64]
 
-SPLITS = {"fit": 0.7, "test": 0.3}
-MIN_IMAGES = 30  # below this the held-out split has fewer than ten images
-MAX_KNOTS = 32
+MIN_IMAGES = 30  # below this the smallest split has fewer than six images
+MAX_REFERENCE_SCORES = 2000
+AUTO = "auto"
 
 
 class FitError(ValueError):
@@ -31,198 +39,228 @@ class FitError(ValueError):
 
 
 @dataclass(frozen=True)
-class Target:
-    """How the threshold is to be chosen: exactly one of the two.
+class EscalationRate:
+    """Choose the threshold so that this share of images escalates, 0..1; nothing is certified."""
 
-    Attributes:
-        escalation_rate: share of images that should escalate, 0..1.
-        threshold: in oracle units.
-    """
-
-    escalation_rate: float | None = None
-    threshold: float | None = None
+    escalation_rate: float
 
     def __post_init__(self) -> None:
-        """Refuse neither, both, or a rate outside 0..1."""
-        if (self.escalation_rate is None) == (self.threshold is None):
-            raise FitError("give one of --escalation-rate and --threshold")
-        if self.escalation_rate is not None and not 0 <= self.escalation_rate <= 1:
+        """Refuse a rate outside 0..1."""
+        if not 0 <= self.escalation_rate <= 1:
             raise FitError(f"--escalation-rate {self.escalation_rate} is not between 0 and 1")
-        if self.threshold is not None and not np.isfinite(self.threshold):
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Take this threshold, in oracle units; nothing is certified."""
+
+    threshold: float
+
+    def __post_init__(self) -> None:
+        """Refuse NaN and infinity."""
+        if not np.isfinite(self.threshold):
             raise FitError(f"--threshold {self.threshold} is not a finite number")
 
 
-def oracle_l2(outputs: Outputs) -> FloatVector:
-    """L2 distance between the two rungs' embeddings, FP64 (N,)."""
-    difference = outputs.low.embedding.astype(np.float64) - outputs.high.embedding
-    return np.asarray(np.linalg.norm(difference, axis=1))
+Target = certify.Goal | EscalationRate | Threshold
 
 
-def disagrees(outputs: Outputs) -> NDArray[np.bool_] | None:
-    """Whether the rungs' top-1 classes differ, BOOL (N,); None without a head."""
-    if outputs.low.logits is None or outputs.high.logits is None:
-        return None
-    return np.asarray(outputs.low.logits.argmax(axis=1) != outputs.high.logits.argmax(axis=1))
+@dataclass(frozen=True)
+class Options:
+    """What `fit` may be told besides its target.
 
-
-def split_by_group(groups: tuple[str, ...], seed: int) -> dict[str, NDArray[np.intp]]:
-    """Disjoint row indices of each split; a group is never divided.
-
-    Groups are shuffled, then dealt out until each split has its share of the images.
+    Attributes:
+        fidelity: when a cheap answer is not acceptable.
+        signal: a key of `SIGNALS`, or `auto`.
+        group_by: see `splits.group_keys`.
+        seed: of the splits, folds and resamples.
     """
-    names, inverse = np.unique(np.array(groups), return_inverse=True)
-    order = np.random.default_rng(seed).permutation(len(names))
-    rank = np.empty(len(names), dtype=np.intp)
-    rank[order] = np.arange(len(names))
-    by_rank = np.argsort(rank[inverse], kind="stable")
-    sizes = np.bincount(rank[inverse], minlength=len(names)).cumsum()
-    splits, start = {}, 0
-    share = 0.0
-    for name, fraction in SPLITS.items():
-        share += fraction
-        stop = int(sizes[np.searchsorted(sizes, min(share, 1.0) * len(groups) - 0.5)])
-        splits[name] = np.sort(by_rank[start:stop])
-        start = stop
-    return splits
+
+    fidelity: Fidelity
+    signal: str = AUTO
+    group_by: str = "source"
+    seed: int = 0
 
 
-def fit_score_map(
-    raw: FloatVector, oracle: FloatVector, loss: NDArray[np.bool_] | None
-) -> ScoreMap:
-    """Learn the sign and the monotone map from a signal to the oracle.
+@dataclass(frozen=True)
+class Fit:
+    """The artifact, and what every signal said of every image."""
 
-    The sign makes larger scores mean more need to escalate: judged by the fidelity loss where
-    there is one, because a small change that moves the answer matters more than a large one that
-    does not; by the oracle itself otherwise. The map is isotonic regression (Barlow et al. 1972)
-    over equal-count bins, drawn through the centres of its flat blocks: it predicts the same
-    change on average, and it keeps the signal's order within a block.
-    """
-    if loss is not None and 0 < loss.sum() < len(loss):
-        sign = 1 if roc_auc_score(loss, raw) >= 0.5 else -1
-    else:
-        sign = -1 if np.ptp(raw) > 0 and spearmanr(raw, oracle).statistic < 0 else 1
-    x = sign * raw
-    bins = np.array_split(np.argsort(x, kind="stable"), min(MAX_KNOTS, max(2, len(x) // 8)))
-    knots = np.array([x[rows].mean() for rows in bins])
-    means = np.array([oracle[rows].mean() for rows in bins])
-    distinct = np.append(np.diff(knots) > 1e-12, True)  # a constant signal has one knot
-    knots, means = knots[distinct], means[distinct]
-    if len(knots) < 2:
-        knots, means = np.array([knots[0] - 1, knots[0] + 1]), np.repeat(oracle.mean(), 2)
-    values = IsotonicRegression().fit_transform(knots, means)
-    blocks = np.unique(values, return_inverse=True)[1]
-    if blocks[-1] == 0:  # the signal says nothing about the oracle: keep its order, barely tilted
-        tilt = 1e-3 * max(float(oracle.std()), 1e-6)
-        values = values + tilt * np.linspace(0, 1, len(values))
-    else:
-        knots = np.array([knots[blocks == block].mean() for block in range(blocks[-1] + 1)])
-        values = np.unique(values)
-    return ScoreMap(sign, tuple(knots.tolist()), tuple(values.tolist()))
+    calibration: Calibration
+    splits: Mapping[str, Rows]
+    values: Mapping[str, FloatVector]
+    scores: NDArray[np.float32]
+    loss: NDArray[np.bool_]
+
+    def save(self, path: Path) -> None:
+        """Write the artifact, and `fit.npz` beside it for the report."""
+        self.calibration.save(path)
+        FitRecord(
+            dict(self.splits),
+            dict(self.values),
+            self.scores,
+            self.loss,
+            self.calibration.data["fingerprint"],
+            hashlib.sha256(path.read_bytes()).hexdigest(),
+        ).save(path.with_name("fit.npz"))
 
 
-def threshold_for_rate(scores: NDArray[np.float32], rate: float) -> float:
-    """The threshold above which the nearest whole number of images to `rate` escalates.
-
-    It lies midway between two scores, so that the last bit of a score decides nothing. Tied
-    scores can make the rate unreachable; fewer images escalate then.
-    """
-    ordered = np.sort(scores.astype(np.float64))[::-1]
-    count = round(rate * len(ordered))
-    gap = max(float(ordered[0] - ordered[-1]), 1e-6) / len(ordered)
-    if count == 0:
-        return float(ordered[0] + gap)
-    if count == len(ordered):
-        return float(ordered[-1] - gap)
-    return float((ordered[count - 1] + ordered[count]) / 2)
-
-
-def fit(
-    outputs: Outputs, rung_set: RungSet, target: Target, signal: str | None = None, seed: int = 0
-) -> Calibration:
-    """Fit a signal's score map and choose the threshold.
+def fit(outputs: Outputs, rung_set: RungSet, target: Target, options: Options) -> Fit:
+    """Fit the signals, choose one, and choose or certify the threshold.
 
     Args:
         outputs: from `collect`.
         rung_set: the rungs that made them.
         target: how to choose the threshold.
-        signal: a key of `SIGNALS`; by default `margin` for a model with a head, else `cls_path`.
-        seed: of the split.
+        options: everything else.
 
     Raises:
         FitError: outputs of other rungs, too few images, or a signal that does not apply.
+        SplitError: the images cannot be split, or lie in two splits.
+        FidelityError: the fidelity loss does not apply.
     """
-    if outputs.rung_hashes != {name: rung.sha256 for name, rung in rung_set.rungs.items()}:
-        raise FitError("the outputs were collected with other ONNX files; collect again")
-    if len(outputs) < MIN_IMAGES:
-        raise FitError(f"{len(outputs)} images are too few to split; collect {MIN_IMAGES} or more")
-    name = signal or ("margin" if rung_set.classes is not None else "cls_path")
-    if name not in SIGNALS:
-        raise FitError(f"--signal {name!r} is unknown; known: {', '.join(SIGNALS)}")
-    if SIGNALS[name].needs_logits and rung_set.classes is None:
-        raise FitError(f"--signal {name} needs logits and {rung_set.backbone} has no head")
+    _check(outputs, rung_set, options)
+    groups = group_keys(outputs, options.group_by)
+    shares = CERTIFIED if isinstance(target, certify.Goal) else UNCERTIFIED
+    splits = split_by_group(groups, shares, options.seed)
+    check_no_duplicates(outputs, splits)
+    oracle, loss = oracle_l2(outputs), options.fidelity.loss(outputs)
 
-    splits = split_by_group(outputs.groups, seed)
-    if not all(len(index) for index in splits.values()):
-        raise FitError("too few groups to make two splits; collect images from more sources")
-    raw = SIGNALS[name].compute(outputs.low, {})
-    oracle, loss = oracle_l2(outputs), disagrees(outputs)
     rows = splits["fit"]
-    score_map = fit_score_map(raw[rows], oracle[rows], None if loss is None else loss[rows])
-    scores = score_map(raw)
-    if target.threshold is None:
-        assert target.escalation_rate is not None  # Target holds exactly one
-        threshold = threshold_for_rate(scores[rows], target.escalation_rate)
-        chosen_by = {"escalation_rate": target.escalation_rate}
+    sample = FitSample(outputs.low.rows(rows), oracle[rows], loss[rows], np.array(groups)[rows])
+    unseen = out_of_fold(sample, options.seed)  # raw values that no coefficient has learned
+    signs = {name: learn_sign(raw, sample.oracle, sample.loss) for name, raw in unseen.items()}
+    ranking = {name: signs[name] * raw for name, raw in unseen.items()}
+    # Images of one group are not independent: where the tests need that, one of each group stands.
+    independent = {
+        split: certify.one_per_group(np.array(groups), index, options.seed)
+        for split, index in splits.items()
+        if split != "fit"
+    }
+    costs = _cross_validated_costs(
+        ranking, sample.loss, target, len(independent.get("certify", ()))
+    )
+    name = _choose(costs, options.signal)
+
+    coefficients = fit_coefficients(sample, options.seed)
+    raw = {key: signal_values(key, outputs.low, coefficients[key]) for key in unseen}
+    score_map = fit_score_map(unseen[name], sample.oracle, signs[name])
+    scores = score_map(raw[name])
+    values = {key: signs[key] * raw[key] for key in unseen}
+    for key, ranked in ranking.items():
+        values[key][rows] = ranked
+
+    fit_scores = score_map(unseen[name])
+    certificate = None
+    if isinstance(target, certify.Goal):
+        tested = independent["certify"]
+        candidates = certify.candidate_thresholds(fit_scores)
+        verdict = certify.certify(scores[tested], loss[tested], candidates, target)
+        threshold = verdict.threshold
+        grouped = len(tested) < len(splits["certify"])
+        certificate = certify.certificate(verdict, target, options.fidelity, name, grouped)
+    elif isinstance(target, EscalationRate):
+        threshold = threshold_for_rate(fit_scores, target.escalation_rate)
     else:
         threshold = target.threshold
-        chosen_by = {"threshold": target.threshold}
-    return Calibration(
+
+    test = HeldOut(outputs, splits["test"], np.array(groups), scores, threshold, loss, options.seed)
+    max_risk = target.max_risk if isinstance(target, certify.Goal) else None
+    calibration = Calibration(
         backbone=rung_set.backbone,
         rungs=rung_set.rungs,
         image_shape=rung_set.image_shape,
+        preprocessing_sha256=rung_set.preprocessing_sha256(),
         embedding_dim=rung_set.embedding_dim,
         layers=rung_set.layers,
         classes=rung_set.classes,
         signal=name,
+        coefficients=coefficients[name],
         score_map=score_map,
         threshold=threshold,
-        chosen_by=chosen_by,
-        metrics=held_out_metrics(outputs, scores, threshold, splits["test"]),
+        chosen_by=_chosen_by(target, options),
+        certificate=certificate,
+        metrics={
+            **test.figures(),
+            **test.signals(values, oracle, name, max_risk, costs),
+        },
         data={
-            "source": outputs.source,
+            "source": outputs.title,
             "images": len(outputs),
             "fingerprint": outputs.fingerprint(),
-            "seed": seed,
+            "seed": options.seed,
+            "group_by": options.group_by,
             "splits": {split: len(index) for split, index in splits.items()},
         },
+        reference_scores=_thinned(np.sort(scores[np.concatenate(list(independent.values()))])),
     )
+    return Fit(calibration, splits, values, scores, loss)
 
 
-def held_out_metrics(
-    outputs: Outputs, scores: NDArray[np.float32], threshold: float, rows: NDArray[np.intp]
-) -> Mapping[str, float | int]:
-    """What the threshold does on images that chose nothing.
+def _check(outputs: Outputs, rung_set: RungSet, options: Options) -> None:
+    if outputs.rung_hashes != {name: rung.sha256 for name, rung in rung_set.rungs.items()}:
+        raise FitError("the outputs were collected with other ONNX files; collect again")
+    if outputs.preprocessing_sha256 != rung_set.preprocessing_sha256():
+        raise FitError("the outputs were collected with another preprocessing; collect again")
+    if len(outputs) < MIN_IMAGES:
+        raise FitError(f"{len(outputs)} images are too few to split; collect {MIN_IMAGES} or more")
+    if options.signal == AUTO:
+        return
+    if options.signal not in SIGNALS:
+        known = ", ".join((AUTO, *SIGNALS))
+        raise FitError(f"--signal {options.signal!r} is unknown; known: {known}")
+    if options.signal not in applicable(outputs.low):
+        raise FitError(
+            f"--signal {options.signal} needs logits and {rung_set.backbone} has no head"
+        )
 
-    Returns:
-        `images` and `escalation_rate`; with a head also `agreement_with_high` and
-        `agreement_low`; with labels `accuracy_low`, `accuracy_high`, `accuracy_adaptive`.
+
+def _cross_validated_costs(
+    ranking: Mapping[str, FloatVector],
+    loss: NDArray[np.bool_],
+    target: Target,
+    n_certify: int,
+) -> dict[str, float]:
+    """What each signal costs on images it has not learned; the smallest is best.
+
+    For a certificate the escalation rate at which as few images are lost as the test will allow;
+    for an escalation rate the risk at that rate; for a given threshold, which fixes neither, the
+    chance that a lost image ranks below another.
     """
-    escalated = escalation_mask(scores[rows], threshold, Overrides())
-    metrics: dict[str, float | int] = {
-        "images": len(rows),
-        "escalation_rate": float(escalated.mean()),
+    if isinstance(target, certify.Goal):
+        allowed = max(certify.allowed_errors(n_certify, target), 0) / max(n_certify, 1)
+        return {k: metrics.needed_escalation(v, loss, allowed) for k, v in ranking.items()}
+    if isinstance(target, EscalationRate):
+        risks = {}
+        for name, values in ranking.items():
+            rates, risk = metrics.risk_curve(values, loss)
+            risks[name] = float(risk[rates <= target.escalation_rate + 1e-12][-1])
+        return risks
+    n = len(loss)
+    ranks = {
+        k: metrics.value(partial(metrics.auroc, values=v, loss=loss), n) for k, v in ranking.items()
     }
-    loss = disagrees(outputs)
-    if loss is None or outputs.low.logits is None or outputs.high.logits is None:
-        return metrics
-    metrics["agreement_low"] = float(1 - loss[rows].mean())
-    metrics["agreement_with_high"] = float(1 - (loss[rows] & ~escalated).mean())
-    known = outputs.labels[rows] >= 0
-    if known.any():
-        truth = outputs.labels[rows][known]
-        low = outputs.low.logits[rows][known].argmax(axis=1)
-        high = outputs.high.logits[rows][known].argmax(axis=1)
-        adaptive = np.where(escalated[known], high, low)
-        for rung, answer in (("low", low), ("high", high), ("adaptive", adaptive)):
-            metrics[f"accuracy_{rung}"] = float((answer == truth).mean())
-    return metrics
+    return {name: 0.0 if rank is None else 1 - rank for name, rank in ranks.items()}
+
+
+def _choose(costs: Mapping[str, float], signal: str) -> str:
+    if signal == AUTO:
+        return min(costs, key=lambda name: costs[name])  # a tie goes to the simpler signal
+    if signal not in costs:
+        raise FitError(
+            f"--signal {signal} learns from images on which the rungs' answers differ, and there "
+            "are too few of them (or of the others) to learn from; use --signal auto"
+        )
+    return signal
+
+
+def _chosen_by(target: Target, options: Options) -> dict[str, Any]:
+    tolerance = options.fidelity.tolerance if options.fidelity.kind == "cosine" else None
+    fidelity = {"fidelity": options.fidelity.kind, "tolerance": tolerance}
+    return {**fidelity, **asdict(target), "signal": options.signal}
+
+
+def _thinned(ascending: NDArray[np.float32]) -> NDArray[np.float32]:
+    if len(ascending) <= MAX_REFERENCE_SCORES:
+        return ascending
+    return ascending[np.linspace(0, len(ascending) - 1, MAX_REFERENCE_SCORES).round().astype(int)]

@@ -18,7 +18,10 @@ def open_session(file: Path) -> ort.InferenceSession:
     if _has_gpu():
         ort.preload_dlls()
         providers.insert(0, "CUDAExecutionProvider")
-    return ort.InferenceSession(str(file), providers=providers)
+    options = ort.SessionOptions()
+    # Threads that spin while they wait take the cores from those that decode the next images.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return ort.InferenceSession(str(file), options, providers=providers)
 
 
 def _has_gpu() -> bool:

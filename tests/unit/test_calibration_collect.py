@@ -1,27 +1,30 @@
-import io
+import hashlib
+import json
+import os
+import threading
+import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import onnxruntime as ort
 import pytest
-from PIL import Image
 
-from calibration.collect import Outputs, OutputsError, collect
-from calibration.images import ImagesError, SourceImage, list_folder, read_folder
-from calibration.sample import crops, photographs, write
+from calibration import collect as module
+from calibration.collect import BATCH, PART, collect
+from calibration.images import open_images
+from calibration.npz import load_npz
+from calibration.outputs import Outputs, OutputsError
+from calibration.source import ImagesError
 from imaging import Preprocessing, decode
-from routing import RungSet
+from routing import RungOutputs, RungSet, RungSetError
+from tests.unit.image_files import MemorySource, write_images
 from tests.unit.onnx_files import write_rung_set
 
-
-def png(colour):
-    buffer = io.BytesIO()
-    Image.new("RGB", (10, 12), colour).save(buffer, "PNG")
-    return buffer.getvalue()
+COUNT = 2 * PART + 40  # three parts, the last of them short
 
 
-def source(index, data=None):
-    label = f"class {index % 4}"
-    return SourceImage(f"{index}.png", f"{index}.png", label, data or png((index, 50, 200)))
+class StoppedError(Exception):
+    """What a test interrupts a run with."""
 
 
 @pytest.fixture
@@ -29,12 +32,42 @@ def rung_set(tmp_path):
     return RungSet.load(write_rung_set(tmp_path / "onnx"))
 
 
-def test_outputs_are_those_of_the_sessions(rung_set):
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "made" / "outputs.npz"
+
+
+def parts_of(out):
+    return sorted(out.with_name("outputs.npz.parts").glob("*"))
+
+
+def stop_after(images):
+    """A progress callback that interrupts once so many images are done."""
     done = []
-    outputs, unreadable = collect(rung_set, map(source, range(20)), "test", done.append)
-    assert unreadable == [] and sum(done) == 20 and len(outputs) == 20
+
+    def progress(count, resumed):
+        done.append(count)
+        if sum(done) >= images:
+            raise StoppedError
+
+    return progress
+
+
+def assert_equal_files(first, second):
+    one, other = load_npz(first), load_npz(second)
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name].dtype == other[name].dtype
+        np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_outputs_are_those_of_the_sessions_image_by_image(rung_set, out):
+    source, done = MemorySource(20), []
+    outputs, unreadable = collect(rung_set, source, out, lambda *told: done.append(told))
+    assert unreadable == [] and done == [(16, False), (4, False)] and len(outputs) == 20
+    images = [source[index] for index in range(20)]
     preprocessing = Preprocessing.from_dict(rung_set.preprocessing)
-    image = np.stack([preprocessing(decode(source(i).data)) for i in range(20)])
+    image = np.stack([preprocessing(decode(item.data)) for item in images])
     for name, rung in (("vit_low", outputs.low), ("vit_high", outputs.high)):
         session = ort.InferenceSession(str(rung_set.files[name]))
         embedding, layers, logits = session.run(None, {"image": image})
@@ -43,90 +76,298 @@ def test_outputs_are_those_of_the_sessions(rung_set):
         if name == "vit_low":
             np.testing.assert_allclose(rung.cls_layers, layers, rtol=1e-5)
     assert outputs.high.cls_layers is None
-    np.testing.assert_array_equal(outputs.labels, np.arange(20) % 4)
+    assert outputs.names == source.names
+    assert outputs.groups == tuple(item.group for item in images)
+    assert outputs.hashes == tuple(hashlib.sha256(item.data).hexdigest() for item in images)
+    # The model knows four classes, the source five.
+    np.testing.assert_array_equal(outputs.labels, np.array([0, 1, 2, 3, -1] * 4))
+    assert (outputs.source, outputs.title) == (source.spec, source.title)
+    assert outputs.rung_hashes == {name: rung_set.rungs[name].sha256 for name in rung_set.rungs}
 
 
-def test_outputs_round_trip(rung_set, tmp_path):
-    outputs, _ = collect(rung_set, map(source, range(5)), "test")
-    outputs.save(tmp_path / "out.npz")
-    loaded = Outputs.load(tmp_path / "out.npz")
-    np.testing.assert_array_equal(loaded.low.cls_layers, outputs.low.cls_layers)
-    assert loaded.names == outputs.names and loaded.fingerprint() == outputs.fingerprint()
-    assert loaded.rung_hashes == outputs.rung_hashes and loaded.source == "test"
+def test_the_file_holds_what_is_returned_and_nothing_else_is_left(rung_set, out):
+    outputs, _ = collect(rung_set, MemorySource(COUNT), out)
+    stored = Outputs.load(out)
+    np.testing.assert_array_equal(stored.low.cls_layers, outputs.low.cls_layers)
+    assert stored.names == outputs.names == MemorySource(COUNT).names
+    assert [file.name for file in out.parent.iterdir()] == ["outputs.npz"]
 
 
-def test_a_headless_model_has_no_logits(tmp_path):
+def test_a_headless_model_has_no_logits(tmp_path, out):
     rung_set = RungSet.load(write_rung_set(tmp_path, classes=None))
-    outputs, _ = collect(rung_set, map(source, range(3)), "test")
-    assert outputs.low.logits is None
-    outputs.save(tmp_path / "out.npz")
-    assert Outputs.load(tmp_path / "out.npz").high.logits is None
+    collect(rung_set, MemorySource(3), out)
+    stored = Outputs.load(out)
+    assert stored.low.logits is None and stored.high.logits is None
+    assert stored.labels.tolist() == [-1, -1, -1]
 
 
-def test_a_few_unreadable_images_are_listed_and_skipped(rung_set):
-    items = [source(i, b"not an image" if i == 7 else None) for i in range(40)]
-    outputs, unreadable = collect(rung_set, items, "test")
-    assert len(outputs) == 39 and "7.png" not in outputs.names
-    assert unreadable == ["7.png: not a JPEG, PNG or WEBP image"]
+@pytest.mark.parametrize("stop_at", [10, PART - 1, PART, PART + 100, 2 * PART, COUNT])
+def test_a_rerun_continues_after_the_last_whole_part(rung_set, out, tmp_path, stop_at):
+    with pytest.raises(StoppedError):
+        collect(rung_set, MemorySource(COUNT), out, stop_after(stop_at))
+    kept = {part: part.stat().st_mtime_ns for part in parts_of(out)}
+    whole = min(COUNT, (stop_at + BATCH - 1) // BATCH * BATCH) // PART * PART
+    whole = COUNT if stop_at == COUNT else whole
+    assert not out.exists() and len(kept) == (whole + PART - 1) // PART
+
+    source, told = MemorySource(COUNT), []
+
+    def progress(count, resumed):
+        told.append((count, resumed))
+        assert all(part.stat().st_mtime_ns == kept[part] for part in kept)
+
+    collect(rung_set, source, out, progress)
+    assert sorted(source.read) == list(range(whole, COUNT))
+    assert sum(count for count, resumed in told if resumed) == whole
+    assert sum(count for count, _ in told) == COUNT
+    collect(rung_set, MemorySource(COUNT), tmp_path / "at once.npz")
+    assert_equal_files(out, tmp_path / "at once.npz")
+    assert not parts_of(out)
 
 
-def test_many_unreadable_images_are_an_error(rung_set):
-    items = [source(i, b"x" if i % 10 == 0 else None) for i in range(40)]
-    with pytest.raises(ImagesError, match="4 of 40 images could not be read"):
-        collect(rung_set, items, "test")
-    with pytest.raises(ImagesError, match="none of 0"):
-        collect(rung_set, [], "test")
+def test_a_rerun_of_a_finished_run_whose_parts_were_not_joined_runs_no_rung(
+    rung_set, out, monkeypatch
+):
+    with pytest.raises(StoppedError):
+        collect(rung_set, MemorySource(COUNT), out, stop_after(COUNT))
+
+    def refuse(*arguments, **options):
+        raise AssertionError("a rung ran")
+
+    monkeypatch.setattr(module, "run_session", refuse)
+    outputs, _ = collect(rung_set, MemorySource(COUNT), out)
+    assert len(outputs) == COUNT
 
 
-def test_outputs_that_are_missing_or_damaged_say_what_to_run(tmp_path):
-    with pytest.raises(OutputsError, match="collect first"):
-        Outputs.load(tmp_path / "out.npz")
-    (tmp_path / "out.npz").write_bytes(b"PK\x03\x04 torn")
-    with pytest.raises(OutputsError, match="collect again"):
-        Outputs.load(tmp_path / "out.npz")
+def other_rungs(rung_set, tmp_path):
+    return RungSet.load(write_rung_set(tmp_path / "other", seeds=(3, 4)))
 
 
-def test_folders_are_listed_recursively_with_labels(tmp_path):
-    for name in ("a/1.png", "a/2.PNG", "b/1.jpeg", "b/c/deep.webp", "top.jpg", "a/notes.txt"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(b"x")
-    files = list_folder(tmp_path)
-    labels = {image.name: image.label for image in read_folder(tmp_path, files)}
-    assert labels == {
-        "a/1.png": "a",
-        "a/2.PNG": "a",
-        "b/1.jpeg": "b",
-        "b/c/deep.webp": None,
-        "top.jpg": None,
-    }
+def other_preprocessing(rung_set, tmp_path):
+    return replace(rung_set, preprocessing={**rung_set.preprocessing, "resample": "nearest"})
 
 
-def test_empty_and_missing_folders_are_errors(tmp_path):
-    with pytest.raises(ImagesError, match="no such folder"):
-        list_folder(tmp_path / "nowhere")
-    with pytest.raises(ImagesError, match="no .jpg"):
-        list_folder(tmp_path)
+def other_labels(rung_set, tmp_path):
+    return replace(rung_set, labels=rung_set.labels[::-1])
 
 
-def test_sample_crops_are_seeded_and_of_the_documented_size():
-    first, again = list(crops(30, seed=5)), list(crops(40, seed=5))[:30]
-    assert first == again
-    assert {c.data for c in first}.isdisjoint(c.data for c in crops(30, seed=6))
-    shortest = {file.stem: min(Image.open(file).size) for file in photographs()}
-    for crop in first:
-        image = Image.open(io.BytesIO(crop.data))
-        side = image.size[0]
-        assert image.size == (side, side) and image.format == "JPEG"
-        assert 0.15 * shortest[crop.label] - 1 <= side <= shortest[crop.label]
+@pytest.mark.parametrize("change", [other_rungs, other_preprocessing, other_labels])
+def test_a_run_with_another_identity_starts_anew(rung_set, out, tmp_path, change):
+    with pytest.raises(StoppedError):
+        collect(rung_set, MemorySource(COUNT), out, stop_after(2 * PART))
+    source, changed = MemorySource(COUNT), change(rung_set, tmp_path)
+    collect(changed, source, out)
+    assert sorted(source.read) == list(range(COUNT))
+    collect(changed, MemorySource(COUNT), tmp_path / "at once.npz")
+    assert_equal_files(out, tmp_path / "at once.npz")
 
 
-def test_sample_writes_one_folder_per_photograph_and_overwrites_nothing(tmp_path):
-    write(tmp_path / "out", 12, seed=0)
-    expected = {crop.name: crop.data for crop in crops(12, seed=0)}
-    written = {
-        path.relative_to(tmp_path / "out").as_posix(): path.read_bytes()
-        for path in list_folder(tmp_path / "out")
-    }
-    assert written == expected
-    with pytest.raises(ImagesError, match="not empty"):
-        write(tmp_path / "out", 12, seed=0)
+def test_other_images_start_anew_even_if_they_are_fewer(rung_set, out):
+    with pytest.raises(StoppedError):
+        collect(rung_set, MemorySource(COUNT), out, stop_after(COUNT))
+    source = MemorySource(PART, fingerprint="second")
+    outputs, _ = collect(rung_set, source, out)
+    assert len(source.read) == len(outputs) == PART and not parts_of(out)
+
+
+def test_another_library_starts_anew(rung_set, out, monkeypatch):
+    with pytest.raises(StoppedError):
+        collect(rung_set, MemorySource(COUNT), out, stop_after(COUNT))
+    monkeypatch.setattr(module.PIL, "__version__", "0.0.1")
+    source = MemorySource(COUNT)
+    collect(rung_set, source, out)
+    assert len(source.read) == COUNT
+
+
+def truncate(part):
+    part.write_bytes(part.read_bytes()[:-50])
+
+
+def flip(part):
+    content = bytearray(part.read_bytes())
+    content[len(content) // 3] ^= 1
+    part.write_bytes(content)
+
+
+def empty(part):
+    part.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, empty, os.unlink])
+def test_only_a_torn_part_is_made_again(rung_set, out, tmp_path, damage):
+    with pytest.raises(StoppedError):
+        collect(rung_set, MemorySource(COUNT), out, stop_after(COUNT))
+    damage(parts_of(out)[1])
+    source = MemorySource(COUNT)
+    collect(rung_set, source, out)
+    assert sorted(source.read) == list(range(PART, 2 * PART))
+    collect(rung_set, MemorySource(COUNT), tmp_path / "at once.npz")
+    assert_equal_files(out, tmp_path / "at once.npz")
+
+
+def test_a_few_unreadable_images_are_listed_in_order_and_skipped(rung_set, out):
+    source = MemorySource(COUNT, broken=[300, 7], gone=[8, COUNT - 1])
+    outputs, unreadable = collect(rung_set, source, out)
+    assert unreadable == [
+        "7.png: not a JPEG, PNG or WEBP image",
+        "8.png: cannot be read: No such file or directory",
+        "300.png: not a JPEG, PNG or WEBP image",
+        f"{COUNT - 1}.png: cannot be read: No such file or directory",
+    ]
+    assert set(source.names) - set(outputs.names) == {line.split(":")[0] for line in unreadable}
+
+
+def test_unreadable_images_of_an_earlier_run_are_listed_too(rung_set, out):
+    with pytest.raises(StoppedError):
+        collect(rung_set, MemorySource(COUNT, broken=[7]), out, stop_after(PART))
+    source = MemorySource(COUNT, broken=[7, 300])
+    outputs, unreadable = collect(rung_set, source, out)
+    assert [line.split(":")[0] for line in unreadable] == ["7.png", "300.png"]
+    assert len(outputs) == COUNT - 2 and min(source.read) == PART
+
+
+@pytest.mark.parametrize(("count", "broken", "stops"), [(40, 2, False), (40, 3, True)])
+def test_more_than_five_percent_unreadable_is_an_error(rung_set, out, count, broken, stops):
+    source = MemorySource(count, broken=range(broken))
+    if not stops:
+        assert len(collect(rung_set, source, out)[0]) == count - broken
+        return
+    with pytest.raises(ImagesError, match=r"3 of 40 images could not be read.*first: 0\.png: not"):
+        collect(rung_set, source, out)
+    assert not out.exists()
+
+
+def test_a_hopeless_run_stops_early_and_keeps_its_parts(rung_set, out):
+    source = MemorySource(10 * PART, broken=range(20, 20 + PART))
+    with pytest.raises(ImagesError, match=f"236 of {10 * PART} images"):
+        collect(rung_set, source, out)
+    assert len(source.read) <= PART + 2 * BATCH and len(parts_of(out)) == 1
+
+
+def test_after_too_many_unreadable_images_only_their_parts_are_read_again(rung_set, out):
+    broken = range(PART, PART + 60)
+    with pytest.raises(ImagesError):
+        collect(rung_set, MemorySource(COUNT, broken=broken), out)
+    mended = MemorySource(COUNT)
+    outputs, unreadable = collect(rung_set, mended, out)
+    assert len(outputs) == COUNT and unreadable == []
+    assert min(mended.read) == PART
+
+
+def test_a_part_without_a_readable_image_is_joined_and_resumed(rung_set, out):
+    count, broken = 30 * PART, range(PART, 2 * PART)
+    with pytest.raises(StoppedError):
+        collect(rung_set, MemorySource(count, broken=broken), out, stop_after(3 * PART))
+    source = MemorySource(count, broken=broken)
+    outputs, unreadable = collect(rung_set, source, out)
+    assert min(source.read) == 3 * PART
+    assert len(unreadable) == PART and len(outputs) == count - PART
+
+
+def test_no_image_is_an_error(rung_set, out):
+    with pytest.raises(ImagesError, match="no image"):
+        collect(rung_set, MemorySource(0), out)
+
+
+def test_files_of_a_folder_that_are_no_images_or_vanish_are_skipped(rung_set, out, tmp_path):
+    folder = write_images(tmp_path / "images", *(f"class {i % 4}/{i:02d}.png" for i in range(60)))
+    (folder / "class 1/01.png").write_text("no image")
+    strange = os.fsdecode(b"class 2/line\nbreak \xe9.png")
+    (folder / strange).write_bytes(b"")
+    source = open_images(str(folder))
+    (folder / "class 3/03.png").unlink()
+    outputs, unreadable = collect(rung_set, source, out)
+    assert unreadable == [
+        "class 1/01.png: not a JPEG, PNG or WEBP image",
+        r"'class 2/line\nbreak \udce9.png': the image is empty (0 bytes)",
+        "class 3/03.png: cannot be read: No such file or directory",
+    ]
+    assert len(outputs) == 58
+    labels = [f"class {index}" for index in outputs.labels]
+    assert labels == [name.split("/")[0] for name in outputs.names]
+
+
+def test_a_name_that_is_not_unicode_survives(rung_set, out, tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    collect(rung_set, open_images(str(write_images(tmp_path / "images", name))), out)
+    assert Outputs.load(out).names == (name,)
+
+
+def test_the_next_batch_is_decoded_while_the_rungs_run(rung_set, out, monkeypatch):
+    decoded = threading.Event()
+
+    class Source(MemorySource):
+        def __getitem__(self, index):
+            image = super().__getitem__(index)
+            if index == 2 * BATCH - 1:
+                decoded.set()
+            return image
+
+    waited = []
+
+    def run_session(session, image, layers):
+        waited.append(decoded.wait(timeout=20))
+        return original(session, image, layers)
+
+    original = module.run_session
+    monkeypatch.setattr(module, "run_session", run_session)
+    collect(rung_set, Source(3 * BATCH), out)
+    assert waited[0]
+
+
+def test_no_more_than_one_batch_is_decoded_ahead(rung_set, out, monkeypatch):
+    source, ahead = MemorySource(COUNT), []
+
+    def progress(count, resumed):
+        done = sum(ahead_of for ahead_of, _ in ahead) + count
+        ahead.append((count, max(source.read) + 1 - done))
+
+    collect(rung_set, source, out, progress)
+    assert max(more for _, more in ahead) <= BATCH
+
+
+def test_memory_does_not_grow_with_the_number_of_images(rung_set, out, monkeypatch):
+    def run_session(session, image, layers):
+        rows = len(image)
+        cls_layers = np.ones((rows, 13, 384), np.float32) if layers else None  # 20 kB an image
+        return RungOutputs(np.ones((rows, 384), np.float32), cls_layers, None)
+
+    monkeypatch.setattr(module, "run_session", run_session)
+    peaks = {}
+    for parts in (2, 8):
+        peaks[parts] = []
+        tracemalloc.start()
+        collect(
+            rung_set,
+            MemorySource(parts * PART),
+            out,
+            lambda *told, found=peaks[parts]: found.append(tracemalloc.get_traced_memory()[1]),
+        )
+        tracemalloc.stop()
+    part_bytes = PART * 15 * 384 * 4
+    assert peaks[2][-1] > part_bytes  # the rows are seen
+    assert peaks[8][-1] < peaks[2][-1] + part_bytes / 2
+
+
+def test_an_onnx_file_that_is_not_the_exported_one_is_refused(rung_set, out):
+    rung_set.files["vit_high"].write_bytes(rung_set.files["vit_low"].read_bytes())
+    with pytest.raises(RungSetError, match=r"vit_high\.onnx differs from its SHA-256"):
+        collect(rung_set, MemorySource(3), out)
+
+
+def test_a_place_that_cannot_be_written_is_known_at_once(rung_set, tmp_path):
+    source = MemorySource(3)
+    with pytest.raises(OutputsError, match="is a folder"):
+        collect(rung_set, source, tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputsError, match="cannot write"):
+        collect(rung_set, source, tmp_path / "file" / "outputs.npz")
+    assert source.read == []
+
+
+def test_nothing_but_parts_is_deleted(rung_set, out):
+    kept = out.with_name("outputs.npz.parts") / "notes.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text(json.dumps("mine"))
+    collect(rung_set, MemorySource(3), out)
+    assert out.is_file() and json.loads(kept.read_text()) == "mine"

@@ -1,20 +1,22 @@
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from calibration.collect import Outputs
-from calibration.fit import (
-    FitError,
-    Target,
-    fit,
-    fit_score_map,
-    oracle_l2,
-    split_by_group,
-    threshold_for_rate,
-)
-from routing import RungOutputs, RungSet
-from tests.unit.onnx_files import CLASSES, LAYERS, D, write_rung_set
+from calibration import metrics
+from calibration.certify import Goal, allowed_errors, binomial_p_value
+from calibration.fidelity import Fidelity, FidelityError, disagrees, oracle_cosine, oracle_l2
+from calibration.fit import EscalationRate, FitError, Options, Threshold, fit
+from calibration.outputs import OutputsError
+from calibration.record import FitRecord
+from calibration.splits import SplitError
+from routing import SIGNALS, Calibration, RungSet
+from tests.unit.calibration_outputs import make_outputs
+from tests.unit.onnx_files import D, write_rung_set
+
+TOP1 = Options(Fidelity("top1"))
+GOAL = Goal(max_risk=0.1, confidence=0.9, method="ltt")
 
 
 @pytest.fixture
@@ -22,136 +24,231 @@ def rung_set(tmp_path):
     return RungSet.load(write_rung_set(tmp_path / "onnx"))
 
 
-def make_outputs(rung_set, n=400, seed=0):
-    """Images whose low and high answers disagree where the low margin is small."""
-    rng = np.random.default_rng(seed)
-    low_logits = rng.normal(size=(n, CLASSES)).astype(np.float32) * 3
-    ordered = np.sort(low_logits, axis=1)
-    unsure = ordered[:, -1] - ordered[:, -2] < 1.0
-    high_logits = np.where(unsure[:, None], low_logits[:, ::-1], low_logits)
-    low_embedding = rng.normal(size=(n, D)).astype(np.float32)
-    return Outputs(
-        low=RungOutputs(
-            low_embedding, rng.normal(size=(n, LAYERS + 1, D)).astype(np.float32), low_logits
-        ),
-        high=RungOutputs(low_embedding + unsure[:, None].astype(np.float32), None, high_logits),
-        labels=high_logits.argmax(axis=1).astype(np.int64),
-        names=tuple(map(str, range(n))),
-        groups=tuple(str(i // 2) for i in range(n)),
-        hashes=tuple(map(str, range(n))),
-        rung_hashes={name: rung.sha256 for name, rung in rung_set.rungs.items()},
-        source="made up",
+@pytest.fixture
+def headless(tmp_path):
+    return RungSet.load(write_rung_set(tmp_path / "headless", classes=None))
+
+
+def test_the_oracle_is_the_distance_of_the_embeddings(rung_set):
+    outputs = make_outputs(rung_set)
+    np.testing.assert_allclose(np.unique(oracle_l2(outputs).round(4)), [0.0, round(D**0.5, 4)])
+    low, high = outputs.low.embedding[0], outputs.high.embedding[0]
+    expected = low @ high / np.linalg.norm(low) / np.linalg.norm(high)
+    assert oracle_cosine(outputs)[0] == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_fidelity_losses(rung_set, headless):
+    outputs = make_outputs(rung_set)
+    np.testing.assert_array_equal(Fidelity("top1").loss(outputs), disagrees(outputs))
+    for tolerance in (0.01, 0.5):
+        expected = oracle_cosine(outputs) < 1 - tolerance
+        np.testing.assert_array_equal(Fidelity("cosine", tolerance).loss(outputs), expected)
+    with pytest.raises(FidelityError, match="has none; use cosine"):
+        Fidelity("top1").loss(make_outputs(headless, head=False))
+    with pytest.raises(FidelityError, match="'top5' is none of top1, cosine"):
+        Fidelity("top5")
+    with pytest.raises(FidelityError, match="--tolerance 0"):
+        Fidelity("cosine", 0)
+
+
+def test_a_certified_fit_keeps_its_splits_apart(rung_set):
+    outputs = make_outputs(rung_set, n=2000)
+    fitted = fit(outputs, rung_set, GOAL, TOP1)
+    calibration, certificate = fitted.calibration, fitted.calibration.certificate
+    assert calibration.data["splits"] == {"fit": 800, "certify": 800, "test": 400}
+    # The certificate's own figures, from scratch. Groups hold two images: one of each is tested.
+    assert certificate["certified"] and certificate["n"] == 400
+    assert certificate["allowed"] == allowed_errors(400, GOAL)
+    assert binomial_p_value(certificate["errors"], 400, 0.1) <= 0.1
+    kept = fitted.scores <= calibration.threshold
+    certify, test = fitted.splits["certify"], fitted.splits["test"]
+    lost = (kept & fitted.loss)[certify].sum()
+    assert certificate["errors"] <= lost <= 2 * certificate["errors"] + 20
+    assert calibration.metrics["risk"] == pytest.approx((kept & fitted.loss)[test].mean())
+    assert calibration.metrics["escalation_rate"] == pytest.approx(1 - kept[test].mean())
+    assert calibration.metrics["agreement_with_high"] == pytest.approx(
+        1 - calibration.metrics["risk"]
     )
 
 
-def test_oracle_is_the_distance_of_the_embeddings(rung_set):
-    oracle = oracle_l2(make_outputs(rung_set))
-    np.testing.assert_allclose(np.unique(oracle.round(4)), [0.0, round(D**0.5, 4)])
+def test_the_certify_split_teaches_nothing(rung_set):
+    """Whatever lies in the certify split, signal, coefficients and score map stay the same."""
+    outputs = make_outputs(rung_set, n=600)
+    fitted = fit(outputs, rung_set, GOAL, TOP1)
+    rows = fitted.splits["certify"]
+    logits = outputs.high.logits.copy()
+    logits[rows] = -logits[rows]
+    changed = replace(outputs, high=replace(outputs.high, logits=logits))
+    other = fit(changed, rung_set, GOAL, TOP1).calibration
+    assert other.certificate["errors"] != fitted.calibration.certificate["errors"]
+    assert (other.signal, other.score_map) == (
+        fitted.calibration.signal,
+        fitted.calibration.score_map,
+    )
+    for name, array in fitted.calibration.coefficients.items():
+        np.testing.assert_array_equal(other.coefficients[name], array)
 
 
-@given(st.lists(st.integers(0, 40), min_size=30, max_size=200), st.integers(0, 5))
-def test_splits_are_disjoint_complete_and_never_divide_a_group(groups, seed):
-    splits = split_by_group(tuple(map(str, groups)), seed)
-    rows = np.concatenate(list(splits.values()))
-    assert sorted(rows) == list(range(len(groups)))
-    where = [{groups[row] for row in index} for index in splits.values()]
-    assert where[0].isdisjoint(where[1])
+def test_auto_takes_the_signal_that_cross_validation_prefers(rung_set):
+    calibration = fit(make_outputs(rung_set, n=1000), rung_set, GOAL, TOP1).calibration
+    costs = {
+        name: figures["cv_escalation"]
+        for name, figures in calibration.metrics["signals"].items()
+        if figures["cv_escalation"] is not None
+    }
+    assert set(costs) == set(SIGNALS)
+    assert costs[calibration.signal] == min(costs.values())
+    assert calibration.signal in ("margin", "deferral", "layer_lens")  # they see the logits' gap
+    assert calibration.metrics["signals"]["cls_path"]["auroc_interval"][0] < 0.5
 
 
-def test_splits_have_their_shares_and_follow_the_seed():
-    groups = tuple(map(str, range(1000)))
-    splits = split_by_group(groups, 0)
-    assert [len(index) for index in splits.values()] == [700, 300]
-    assert not np.array_equal(splits["fit"], split_by_group(groups, 1)["fit"])
+def test_every_signal_stands_beside_random_and_the_oracle(rung_set):
+    metrics_ = fit(make_outputs(rung_set, n=1000), rung_set, GOAL, TOP1).calibration.metrics
+    assert set(metrics_["signals"]) == {*SIGNALS, "random", "oracle"}
+    assert metrics_["signals"]["oracle"]["auroc"] == 1.0  # the oracle is 0 where the answers agree
+    assert metrics_["signals"]["oracle"]["spearman"] == pytest.approx(1.0)
+    for figures in metrics_["signals"].values():
+        if figures["auroc_interval"] is not None:
+            low, high = figures["auroc_interval"]
+            assert low <= figures["auroc"] <= high
 
 
-def test_the_sign_is_learned():
-    rng = np.random.default_rng(0)
-    raw = rng.uniform(size=500)
-    for direction in (1, -1):
-        oracle = 5 + direction * raw + rng.normal(scale=0.1, size=500)
-        assert fit_score_map(raw, oracle, None).sign == direction
-        loss = direction * raw > direction * 0.5
-        assert fit_score_map(raw, oracle, loss).sign == direction
+def test_a_signal_no_better_than_random_is_called_so(rung_set):
+    outputs = make_outputs(rung_set, n=600)
+    poor = fit(outputs, rung_set, GOAL, replace(TOP1, signal="cls_path")).calibration
+    good = fit(outputs, rung_set, GOAL, replace(TOP1, signal="margin")).calibration
+    assert poor.metrics["no_better_than_random"]
+    assert not good.metrics["no_better_than_random"]
 
 
-def test_the_map_estimates_the_oracle():
-    rng = np.random.default_rng(1)
-    raw = rng.uniform(size=2000)
-    oracle = raw**2 + rng.normal(scale=0.02, size=2000)
-    score = fit_score_map(raw, oracle, None)(raw)
-    assert np.abs(score - raw**2).mean() < 0.02
+def test_nothing_certified_means_always_high(rung_set):
+    outputs = make_outputs(rung_set, n=300)
+    strict = Goal(max_risk=0.001, confidence=0.99, method="ltt")
+    calibration = fit(outputs, rung_set, strict, TOP1).calibration
+    assert calibration.threshold is None and not calibration.certificate["certified"]
+    assert calibration.metrics["escalation_rate"] == 1.0 and calibration.metrics["risk"] == 0.0
 
 
-@given(st.integers(0, 1000), st.integers(30, 300))
-def test_the_map_keeps_the_signals_order(seed, n):
-    rng = np.random.default_rng(seed)
-    raw, oracle = rng.normal(size=n), rng.uniform(size=n)
-    score_map = fit_score_map(raw, oracle, None)
-    scores = score_map(raw)[np.argsort(score_map.sign * raw)]
-    assert np.all(np.diff(scores) >= 0)
-    assert len(np.unique(scores)) > 0.9 * n  # no plateaus beyond FP32's resolution
+def test_where_no_answer_differs_everything_stays_cheap(rung_set):
+    outputs = make_outputs(rung_set, n=400, unsure_below=-1)
+    calibration = fit(outputs, rung_set, GOAL, TOP1).calibration
+    assert calibration.certificate["certified"] and calibration.certificate["errors"] == 0
+    assert calibration.metrics["escalation_rate"] < 0.05
+    assert calibration.metrics["no_better_than_random"]
 
 
-def test_a_constant_signal_still_gives_a_map():
-    scores = fit_score_map(np.ones(50), np.linspace(1, 2, 50), None)(np.ones(50))
-    np.testing.assert_allclose(scores, 1.5, atol=1e-3)
+def test_a_headless_model_is_certified_for_its_cosine(headless):
+    outputs = make_outputs(headless, n=1200, head=False)
+    options = Options(Fidelity("cosine", 0.3))
+    calibration = fit(outputs, headless, GOAL, options).calibration
+    assert calibration.signal in ("cls_path", "cls_regression")
+    assert calibration.certificate["fidelity"] == "cosine"
+    assert set(calibration.metrics["signals"]) == {
+        *("cls_path", "cls_regression", "random", "oracle")
+    }
+    assert "agreement_with_high" not in calibration.metrics
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.1, 0.333, 0.9, 1.0])
-def test_the_threshold_meets_the_rate(rate):
-    scores = np.random.default_rng(0).normal(size=300).astype(np.float32)
-    threshold = threshold_for_rate(scores, rate)
-    assert (scores.astype(np.float64) > threshold).sum() == round(rate * 300)
-    assert threshold not in scores
-
-
-def test_fit_chooses_the_rate_and_measures_on_the_rest(rung_set):
+def test_the_escalation_rate_is_met_on_held_out_images(rung_set):
     outputs = make_outputs(rung_set, n=2000)
-    calibration = fit(outputs, rung_set, Target(escalation_rate=0.5))
-    metrics = calibration.metrics
-    assert calibration.signal == "margin"
-    assert metrics["images"] == calibration.data["splits"]["test"]
-    assert abs(metrics["escalation_rate"] - 0.5) < 0.05
-    # Disagreement is exactly "small logit margin", which the margin signal ranks well.
-    assert metrics["agreement_with_high"] > metrics["agreement_low"] + 0.15
-    assert metrics["accuracy_high"] == 1.0
-    assert metrics["accuracy_adaptive"] == pytest.approx(metrics["agreement_with_high"])
+    fitted = fit(outputs, rung_set, EscalationRate(0.5), TOP1)
+    calibration = fitted.calibration
+    assert calibration.certificate is None
+    assert calibration.data["splits"] == {"fit": 1400, "test": 600}
+    assert abs(calibration.metrics["escalation_rate"] - 0.5) < 0.05
+    assert calibration.metrics["agreement_with_high"] > calibration.metrics["agreement_low"] + 0.1
+    assert calibration.metrics["accuracy_high"] == 1.0
+    # auto took the signal that loses least at that rate.
+    rows = fitted.splits["fit"]
+    risks = {}
+    for name, values in fitted.values.items():
+        rates, risk = metrics.risk_curve(values[rows], fitted.loss[rows])
+        risks[name] = risk[np.searchsorted(rates, 0.5, side="right") - 1]
+    assert risks[calibration.signal] == min(risks.values())
 
 
 def test_a_given_threshold_is_kept(rung_set):
-    calibration = fit(make_outputs(rung_set), rung_set, Target(threshold=1.25), "cls_path")
+    options = replace(TOP1, signal="cls_path")
+    calibration = fit(make_outputs(rung_set), rung_set, Threshold(1.25), options).calibration
     assert (calibration.threshold, calibration.signal) == (1.25, "cls_path")
+    assert calibration.chosen_by["threshold"] == 1.25
 
 
-def test_fit_is_reproducible(rung_set):
+def test_fit_is_reproducible_and_follows_its_seed(rung_set, tmp_path):
     outputs = make_outputs(rung_set)
-    target = Target(escalation_rate=0.2)
-    assert fit(outputs, rung_set, target) == fit(outputs, rung_set, target)
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        fit(outputs, rung_set, GOAL, replace(TOP1, seed=seed)).save(tmp_path / name / "c.json")
+    a, b, c = ((tmp_path / name / "c.json").read_bytes() for name in "abc")
+    assert a == b != c
 
 
-def test_what_cannot_be_fitted_is_refused(rung_set, tmp_path):
-    target = Target(escalation_rate=0.1)
+def test_the_artifact_scores_as_fit_did_after_a_round_trip(rung_set, tmp_path):
+    outputs = make_outputs(rung_set, n=600)
+    for name in SIGNALS:
+        fitted = fit(outputs, rung_set, GOAL, replace(TOP1, signal=name))
+        fitted.save(tmp_path / "calibration.json")
+        loaded = Calibration.load(tmp_path / "calibration.json")
+        assert loaded == fitted.calibration
+        first = outputs.low.rows(slice(0, 512))  # as many rows at once as fit computed
+        np.testing.assert_array_equal(loaded.score(first), fitted.scores[:512])
+
+
+def test_the_record_belongs_to_its_artifact_and_outputs(rung_set, tmp_path):
+    outputs = make_outputs(rung_set)
+    artifact = tmp_path / "calibration.json"
+    fitted = fit(outputs, rung_set, GOAL, TOP1)
+    fitted.save(artifact)
+    record = FitRecord.load(tmp_path / "fit.npz", outputs, artifact)
+    np.testing.assert_array_equal(record.scores, fitted.scores)
+    np.testing.assert_array_equal(record.loss, fitted.loss)
+    assert set(record.values) == set(SIGNALS) and set(record.splits) == set(fitted.splits)
+    with pytest.raises(OutputsError, match="another fit"):
+        FitRecord.load(tmp_path / "fit.npz", make_outputs(rung_set, seed=1), artifact)
+    content = json.loads(artifact.read_text())
+    artifact.write_text(json.dumps({**content, "threshold": 0.0}))
+    with pytest.raises(OutputsError, match="another fit"):
+        FitRecord.load(tmp_path / "fit.npz", outputs, artifact)
+    with pytest.raises(OutputsError, match="fit first"):
+        FitRecord.load(tmp_path / "none.npz", outputs, artifact)
+
+
+def test_what_cannot_be_fitted_is_refused(rung_set, headless, tmp_path):
     outputs = make_outputs(rung_set)
     others = RungSet.load(write_rung_set(tmp_path / "others", seeds=(3, 4)))
     with pytest.raises(FitError, match="other ONNX files"):
-        fit(outputs, others, target)
+        fit(outputs, others, GOAL, TOP1)
+    with pytest.raises(FitError, match="another preprocessing"):
+        fit(replace(outputs, preprocessing_sha256="0" * 64), rung_set, GOAL, TOP1)
     with pytest.raises(FitError, match="12 images are too few"):
-        fit(make_outputs(rung_set, n=12), rung_set, target)
+        fit(make_outputs(rung_set, n=12), rung_set, GOAL, TOP1)
     with pytest.raises(FitError, match="'nonsense' is unknown"):
-        fit(outputs, rung_set, target, "nonsense")
-    headless = RungSet.load(write_rung_set(tmp_path / "headless", classes=None))
-    hashes = {name: rung.sha256 for name, rung in headless.rungs.items()}
+        fit(outputs, rung_set, GOAL, replace(TOP1, signal="nonsense"))
     with pytest.raises(FitError, match="has no head"):
-        fit(Outputs(**{**outputs.__dict__, "rung_hashes": hashes}), headless, target, "margin")
-    one_group = Outputs(**{**outputs.__dict__, "groups": ("same",) * len(outputs)})
-    with pytest.raises(FitError, match="groups"):
-        fit(one_group, rung_set, target)
+        cosine = Options(Fidelity("cosine"), signal="margin")
+        fit(make_outputs(headless, head=False), headless, GOAL, cosine)
+    with pytest.raises(FitError, match="too few of them"):
+        same = make_outputs(rung_set, unsure_below=-1)
+        fit(same, rung_set, GOAL, replace(TOP1, signal="deferral"))
+    with pytest.raises(SplitError, match="groups are too few"):
+        fit(replace(outputs, groups=("same",) * len(outputs)), rung_set, GOAL, TOP1)
+    with pytest.raises(SplitError, match="in two splits"):
+        fit(replace(outputs, hashes=("same",) * len(outputs)), rung_set, GOAL, TOP1)
 
 
-@pytest.mark.parametrize(
-    ("rate", "threshold"), [(None, None), (0.1, 1.0), (1.5, None), (None, float("nan"))]
-)
-def test_a_target_is_exactly_one_sensible_number(rate, threshold):
-    with pytest.raises(FitError):
-        Target(rate, threshold)
+@pytest.mark.parametrize("rate", [-0.1, 1.5, float("nan")])
+def test_an_escalation_rate_is_a_share(rate):
+    with pytest.raises(FitError, match="not between 0 and 1"):
+        EscalationRate(rate)
+
+
+def test_a_threshold_is_finite():
+    with pytest.raises(FitError, match="not a finite number"):
+        Threshold(float("inf"))
+
+
+def test_the_statement_says_how_grouped_images_are_drawn(rung_set):
+    grouped = fit(make_outputs(rung_set, n=600), rung_set, GOAL, TOP1).calibration
+    single = fit(make_outputs(rung_set, n=600, group_size=1), rung_set, GOAL, TOP1).calibration
+    assert "first a group" in grouped.certificate["statement"]
+    assert "group" not in single.certificate["statement"]
+    assert grouped.certificate["n"] == single.certificate["n"] / 2 == 120

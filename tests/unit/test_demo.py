@@ -1,7 +1,17 @@
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from calibration.sample import crops as sample_crops
+from demo.page import write_page
 from demo.summary import Pass, Served, cascade_bound, summarise
+
+CERTIFIED = {
+    **{"epsilon": 0.05, "confidence": 0.9, "method": "ltt", "n": 480, "errors": 15, "allowed": 17},
+    **{"certified": True, "signal": "margin", "statement": "With confidence 90 %, ..."},
+}
 
 
 def served(adaptive, escalated):
@@ -36,10 +46,13 @@ def test_figures_by_hand():
         served([0, 1, 2, 3], [False, False, True, False]),
         passes([40], [10], [18]),
         [(20.0, 21.0), (40.0, 44.0), (20.0, 90.0)],
+        CERTIFIED,
         {"triton_version": "2.51.0", "cpu": "one"},
     )
     assert summary["escalation_rate"] == 0.25
     assert summary["agreement_with_high"] == 1.0
+    assert summary["realised_risk"] == 0.0
+    assert summary["certificate"] == CERTIFIED
     assert summary["accuracy"] == {"low": 0.5, "high": 0.75, "adaptive": 0.75}
     assert summary["throughput_per_s"] == {"low": 40, "high": 10, "adaptive": 18}
     assert summary["speedup_vs_high"] == pytest.approx(1.8)
@@ -57,6 +70,7 @@ def test_throughput_is_all_requests_over_all_time():
         served([0, 1, 0, 3], [False] * 4),
         passes([40, 10], [10, 2.5], [40, 10]),
         [(1.0, 2.0)],
+        CERTIFIED,
         {"triton_version": "x"},
     )
     assert summary["throughput_per_s"] == pytest.approx({"low": 16, "high": 4, "adaptive": 16})
@@ -64,3 +78,36 @@ def test_throughput_is_all_requests_over_all_time():
     assert summary["cascade_efficiency"] == pytest.approx(1.0)
     assert summary["router_overhead"] == pytest.approx(2.0)
     assert summary["agreement_with_high"] == 0.75
+    assert summary["realised_risk"] == 0.25
+
+
+def make_page(path, escalated, threshold, certificate):
+    """The page of four crops: what a person sees of it."""
+    answers = served([0, 1, 2, 3], escalated)
+    scores = np.arange(4, dtype=np.float32) if threshold is not None else np.full(4, np.nan)
+    answers = replace(answers, score=scores)
+    summary = summarise(
+        *("tiny", (32, 64), answers, passes([40], [10], [18]), [(1.0, 1.1)], certificate),
+        {"triton_version": "2.51.0", "cpu": "<one> & only"},
+    )
+    crops = [crop.data for crop in sample_crops(4, seed=0)]
+    write_page(path, summary, answers, threshold, crops, ["ant", "bee", "cat", "dog"])
+    return path.read_text()
+
+
+def test_the_page_shows_the_certificate_and_every_crop_once(tmp_path):
+    page = make_page(tmp_path / "index.html", [False, False, True, False], 1.5, CERTIFIED)
+    assert CERTIFIED["statement"] in page
+    kept, escalated = page.split("Escalated: 1")
+    assert "Stayed cheap: 3" in kept
+    assert kept.count("<figure>") == 3 and escalated.count("<figure>") == 1
+    assert "cheap said ant" in escalated  # the third crop, which low takes for class 0
+    assert "&lt;one&gt; &amp; only" in page
+    loaded = re.findall(r'(?:src|href)="(?!data:)([^"]*)"', page)
+    assert loaded == ["report.html"]  # its only reference is a link
+
+
+def test_the_page_of_an_uncertified_demo_says_that_everything_escalates(tmp_path):
+    nothing = {**CERTIFIED, "certified": False, "statement": "No threshold is certified."}
+    page = make_page(tmp_path / "index.html", [True] * 4, None, nothing)
+    assert "no crop is scored" in page and "Stayed cheap: 0" in page and "Escalated: 4" in page

@@ -1,0 +1,250 @@
+"""A deployed artifact on new images: does its certificate hold, and do the images still look alike?
+
+Every test here asks for independent images, so one image of each group is drawn and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import betabinom, binom, binomtest, fisher_exact, ks_2samp
+
+from routing import RUNGS, Calibration, Overrides, escalation_mask
+
+from .certify import one_per_group
+from .fidelity import Fidelity
+from .held_out import HeldOut
+from .outputs import Outputs
+from .splits import group_keys
+
+INTERVAL = 0.95
+DRIFT_LEVEL = 0.01  # each of the two tests cries wolf once in a hundred evaluations
+CRC_CONFIDENCE = 0.9  # at which a certificate without a confidence of its own is tested
+
+
+class EvaluateError(ValueError):
+    """The artifact cannot be evaluated on these outputs. One line."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What new images say about an artifact.
+
+    Attributes:
+        source: of the images, in words.
+        images: independent ones, one of each group; all that follows counts only these.
+        errors: images kept low whose cheap answer is not acceptable.
+        risk: errors / images.
+        risk_interval: of the risk, exact 95 % (Clopper and Pearson 1934).
+        escalation_rate: share of the images that escalate.
+        reference_escalation_rate: the same among the artifact's reference scores.
+        escalation_p: that both come from one population, two-sided (Fisher 1922).
+        score_distance: largest gap between the scores' distribution function and the reference's.
+        score_p: of this distance, if both come from one population (Kolmogorov and Smirnov).
+        certificate: the artifact's, or None.
+        contradiction_p: how likely so many errors are if the certificate is right; None where
+            nothing is certified.
+        figures: agreement and, where labels are known, accuracy.
+        intervals: of the figures, 95 % bootstrap.
+        answer: what an error is, to be read after "an answer that".
+    """
+
+    source: str
+    images: int
+    errors: int
+    risk: float
+    risk_interval: tuple[float, float]
+    escalation_rate: float
+    reference_escalation_rate: float
+    escalation_p: float
+    score_distance: float
+    score_p: float
+    certificate: Mapping[str, Any] | None
+    contradiction_p: float | None
+    figures: Mapping[str, float]
+    intervals: Mapping[str, list[float]]
+    answer: str
+
+    @property
+    def confidence(self) -> float:
+        """At which the certificate is tested."""
+        own = self.certificate["confidence"] if self.certificate else None
+        return CRC_CONFIDENCE if own is None else float(own)
+
+    @property
+    def contradicted(self) -> bool:
+        """Whether the images contradict the certificate, at its confidence."""
+        return self.contradiction_p is not None and self.contradiction_p <= 1 - self.confidence
+
+    @property
+    def drift(self) -> bool:
+        """Whether escalation or scores differ from those at calibration, at 1 %."""
+        return min(self.escalation_p, self.score_p) <= DRIFT_LEVEL
+
+    def lines(self) -> list[str]:
+        """One plain sentence for each finding, the certificate first."""
+        low, high = (_percent(bound) for bound in self.risk_interval)
+        now, before = _percent(self.escalation_rate), _percent(self.reference_escalation_rate)
+        return [
+            self._certificate_line(),
+            f"Risk: {self.errors} of {self.images} independent images were kept low with an answer "
+            f"that {self.answer}, {_percent(self.risk)} (95 % interval {low} to {high}).",
+            f"Escalation: {now} now, {before} at calibration, {_drift(self.escalation_p)}.",
+            f"Scores: their distribution is {self.score_distance:.3f} from that at calibration "
+            f"(Kolmogorov-Smirnov distance), {_drift(self.score_p)}.",
+            *self._figure_lines(),
+        ]
+
+    def _certificate_line(self) -> str:
+        if self.certificate is None:
+            return "Certificate: none; the threshold was chosen without one."
+        if self.contradiction_p is None:
+            return (
+                "Certificate: no threshold was certified; every image goes to the full rung, so "
+                "none can be lost."
+            )
+        crc = self.certificate["method"] == "crc"
+        average = " on average over calibrations" if crc else ""
+        level = f"its confidence of {100 * self.confidence:g} %"
+        if crc:
+            level = f"{100 * self.confidence:g} %, taken because it has no confidence of its own,"
+        return (
+            f"Certificate {'CONTRADICTED' if self.contradicted else 'holds'}: if it is right "
+            f"(risk at most {100 * self.certificate['epsilon']:g} %{average}), {self.errors} or "
+            f"more errors among {self.images} images have a probability of at most "
+            f"{self.contradiction_p:.2g}; {level} puts the limit at "
+            f"{1 - self.confidence:.2g}."
+        )
+
+    def _figure_lines(self) -> list[str]:
+        share = {name: _percent(value) for name, value in self.figures.items()}
+        lines = []
+        if "agreement_with_high" in share:
+            lines.append(
+                f"Agreement with the full rung: {share['agreement_with_high']}; of the cheap rung "
+                f"alone {share['agreement_low']}."
+            )
+        if "accuracy_adaptive" in share:
+            lines.append(
+                f"Accuracy on labelled images: {share['accuracy_adaptive']} adaptive, "
+                f"{share['accuracy_low']} cheap rung, {share['accuracy_high']} full rung."
+            )
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON types."""
+        return {
+            **asdict(self),
+            "risk_interval": list(self.risk_interval),
+            "contradicted": self.contradicted,
+            "drift": self.drift,
+            "readings": self.lines(),
+        }
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _drift(p_value: float) -> str:
+    verdict = "DRIFT" if p_value <= DRIFT_LEVEL else "no drift"
+    return f"{verdict} at {100 * DRIFT_LEVEL:g} % (p = {p_value:.2g})"
+
+
+def evaluate(calibration: Calibration, outputs: Outputs) -> Evaluation:
+    """Test an artifact on images that its calibration has not seen.
+
+    Args:
+        calibration: from `fit`.
+        outputs: of both rungs, as collected on the new images.
+
+    Raises:
+        EvaluateError: outputs of other ONNX files, the calibration's own images, or an artifact
+            without reference scores.
+    """
+    _check(calibration, outputs)
+    groups = np.array(group_keys(outputs, calibration.data["group_by"]))
+    seed = calibration.data["seed"]
+    rows = one_per_group(groups, np.arange(len(outputs)), seed)
+    fidelity = _fidelity(calibration)
+    loss, scores = fidelity.loss(outputs), calibration.score(outputs.low)
+    threshold, reference = calibration.threshold, calibration.reference_scores
+    escalated = escalation_mask(scores[rows], threshold, Overrides())
+    reference_escalated = escalation_mask(reference, threshold, Overrides())
+    errors, n = int((~escalated & loss[rows]).sum()), len(rows)
+    exact = binomtest(errors, n).proportion_ci(INTERVAL, "exact")
+    distance = ks_2samp(scores[rows], reference)
+    measured = HeldOut(outputs, rows, groups, scores, threshold, loss, seed).figures()
+    names = [name for name in measured if name.startswith(("agreement", "accuracy"))]
+    return Evaluation(
+        source=outputs.title,
+        images=n,
+        errors=errors,
+        risk=errors / n,
+        risk_interval=(float(exact.low), float(exact.high)),
+        escalation_rate=float(escalated.mean()),
+        reference_escalation_rate=float(reference_escalated.mean()),
+        escalation_p=_same_share_p(escalated, reference_escalated),
+        score_distance=float(distance.statistic),
+        score_p=float(distance.pvalue),
+        certificate=calibration.certificate,
+        contradiction_p=contradiction_p_value(calibration.certificate, errors, n),
+        figures={name: measured[name] for name in names},
+        intervals={name: measured["intervals"][name] for name in names},
+        answer=fidelity.words(),
+    )
+
+
+def _check(calibration: Calibration, outputs: Outputs) -> None:
+    for name in RUNGS:
+        if outputs.rung_hashes[name] != calibration.rungs[name].sha256:
+            raise EvaluateError(
+                f"the outputs are of another {name} than the artifact's; collect with the ONNX "
+                "files it was calibrated with, or calibrate again"
+            )
+    if outputs.preprocessing_sha256 != calibration.preprocessing_sha256:
+        raise EvaluateError(
+            "the outputs were made with another preprocessing than the artifact's; collect with "
+            "the rungs.json it was calibrated with, or calibrate again"
+        )
+    if outputs.fingerprint() == calibration.data["fingerprint"]:
+        raise EvaluateError(
+            "these are the images the artifact was calibrated on; evaluate it on others"
+        )
+    if not len(calibration.reference_scores):
+        raise EvaluateError("the artifact has no reference scores; run calibration fit again")
+
+
+def _fidelity(calibration: Calibration) -> Fidelity:
+    claim = calibration.certificate or calibration.chosen_by
+    if claim["tolerance"] is None:
+        return Fidelity(claim["fidelity"])
+    return Fidelity(claim["fidelity"], claim["tolerance"])
+
+
+def _same_share_p(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
+    """Fisher's exact test that both are draws with one probability, two-sided."""
+    table = [[int(column.sum()), int((~column).sum())] for column in (first, second)]
+    return float(fisher_exact(table).pvalue)
+
+
+def contradiction_p_value(
+    certificate: Mapping[str, Any] | None, errors: int, n: int
+) -> float | None:
+    """The largest probability of so many errors that the certificate leaves possible.
+
+    None where nothing is certified. `ltt`: P(Bin(n, ε) ≥ errors). `crc` promises an average over
+    calibrations, of which many exceed ε: with k errors allowed among m certify images, the risk is
+    stochastically at most Beta(k + 1, m - k), an order statistic's distribution, of mean
+    (k + 1) / (m + 1) ≤ ε, and the errors among n new images are at most beta-binomial.
+    """
+    if certificate is None or not certificate["certified"]:
+        return None
+    if certificate["method"] == "crc":
+        k, m = certificate["allowed"], certificate["n"]
+        return float(betabinom.sf(errors - 1, n, k + 1, m - k))
+    return float(binom.sf(errors - 1, n, certificate["epsilon"]))

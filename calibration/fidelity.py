@@ -1,0 +1,82 @@
+"""What the full rung changes: the oracle, and whether a cheap answer could stand in for it.
+
+All label-free: only the two rungs' outputs are compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .outputs import Outputs
+
+FloatVector = NDArray[np.float64]
+BoolVector = NDArray[np.bool_]
+
+KINDS = ("top1", "cosine")
+
+
+class FidelityError(ValueError):
+    """The fidelity loss does not apply to these outputs. One line."""
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """When a cheap answer is not acceptable in place of the full one.
+
+    Attributes:
+        kind: `top1`, the classes differ; or `cosine`, the embeddings' cosine is too small.
+        tolerance: of `cosine`: a cosine below 1 - tolerance is a loss.
+    """
+
+    kind: str
+    tolerance: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown kind and a tolerance that no cosine or every cosine meets."""
+        if self.kind not in KINDS:
+            raise FidelityError(f"--fidelity {self.kind!r} is none of {', '.join(KINDS)}")
+        if not 0 < self.tolerance < 2:
+            raise FidelityError(f"--tolerance {self.tolerance} is not between 0 and 2")
+
+    def loss(self, outputs: Outputs) -> BoolVector:
+        """The fidelity loss of each image, BOOL (N,).
+
+        Raises:
+            FidelityError: `top1` for a model without a head.
+        """
+        if self.kind == "cosine":
+            return np.asarray(oracle_cosine(outputs) < 1 - self.tolerance)
+        loss = disagrees(outputs)
+        if loss is None:
+            raise FidelityError("--fidelity top1 needs a head, the model has none; use cosine")
+        return loss
+
+    def words(self) -> str:
+        """What a loss is, to be read after "an answer that"."""
+        if self.kind == "top1":
+            return "names another class than the full rung"
+        return f"has a cosine below {1 - self.tolerance:g} to the full rung's embedding"
+
+
+def oracle_l2(outputs: Outputs) -> FloatVector:
+    """L2 distance between the two rungs' embeddings, FP64 (N,)."""
+    difference = outputs.low.embedding.astype(np.float64) - outputs.high.embedding
+    return np.asarray(np.linalg.norm(difference, axis=1))
+
+
+def oracle_cosine(outputs: Outputs) -> FloatVector:
+    """Cosine between the two rungs' embeddings, FP64 (N,)."""
+    low = outputs.low.embedding.astype(np.float64)
+    high = outputs.high.embedding.astype(np.float64)
+    lengths = np.linalg.norm(low, axis=1) * np.linalg.norm(high, axis=1)
+    return np.asarray((low * high).sum(axis=1) / np.maximum(lengths, np.finfo(np.float64).tiny))
+
+
+def disagrees(outputs: Outputs) -> BoolVector | None:
+    """Whether the rungs' top-1 classes differ, BOOL (N,); None without a head."""
+    if outputs.low.logits is None or outputs.high.logits is None:
+        return None
+    return np.asarray(outputs.low.logits.argmax(axis=1) != outputs.high.logits.argmax(axis=1))

@@ -1,0 +1,177 @@
+"""What `collect` stores: both rungs' outputs for N images, in one `.npz`.
+
+The file holds `embedding_low` and `embedding_high` (N, D), `cls_layers_low` (N, L + 1, D),
+`logits_low` and `logits_high` (N, C) for models with a head, `labels` (N,) as class indices or -1,
+and the strings `names`, `groups` and `hashes` (SHA-256 of the encoded bytes). `rungs` (the SHA-256
+of both ONNX files) and `preprocessing` tie it to the graphs and tensors that made it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from routing import RungOutputs
+
+from .npz import NpzError, load_npz, save_npz
+
+# Every array with a row for each image. N images, D of the embedding, C classes.
+AXES = {
+    "embedding_low": ("N", "D"),
+    "embedding_high": ("N", "D"),
+    "cls_layers_low": ("N", "L + 1", "D"),
+    "logits_low": ("N", "C"),
+    "logits_high": ("N", "C"),
+    "labels": ("N",),
+    "names": ("N",),
+    "groups": ("N",),
+    "hashes": ("N",),
+}
+OPTIONAL = ("logits_low", "logits_high")  # a model without a head has none
+
+
+class OutputsError(ValueError):
+    """Stored outputs are missing, unreadable or of other rungs. One line."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Both rungs' outputs for N images, in the order they were read.
+
+    Attributes:
+        low: of the cheap rung.
+        high: of the full rung, without `cls_layers`.
+        labels: class indices, or -1 where unknown, INT64 (N,).
+        names: unique within the source.
+        groups: images of one group stay in one split.
+        hashes: SHA-256 of the encoded bytes.
+        rung_hashes: SHA-256 of both ONNX files, by rung.
+        preprocessing_sha256: of how their images were made, see `routing.RungSet`.
+        source: opens the images again: see `images.open_images`.
+        title: the source in words, without paths.
+    """
+
+    low: RungOutputs
+    high: RungOutputs
+    labels: NDArray[np.int64]
+    names: tuple[str, ...]
+    groups: tuple[str, ...]
+    hashes: tuple[str, ...]
+    rung_hashes: dict[str, str]
+    preprocessing_sha256: str
+    source: str
+    title: str
+
+    def __len__(self) -> int:
+        """The number of images N."""
+        return len(self.names)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the images' hashes, in order."""
+        return hashlib.sha256("\n".join(self.hashes).encode()).hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write the `.npz`, whole or not at all."""
+        rows = row_arrays(self.low, self.high, self.labels, self.names, self.groups, self.hashes)
+        scalars = scalar_arrays(
+            self.rung_hashes, self.preprocessing_sha256, self.source, self.title
+        )
+        save_npz(path, {**rows, **scalars})
+
+    @classmethod
+    def load(cls, path: Path) -> Outputs:
+        """Read a `.npz`.
+
+        Raises:
+            OutputsError: missing, damaged, not written by `collect`, or its arrays do not belong
+                together.
+        """
+        try:
+            arrays = load_npz(path)
+        except FileNotFoundError:
+            raise OutputsError(f"no {path}; run python -m calibration collect first") from None
+        except NpzError as error:
+            raise OutputsError(f"{path} is not readable ({error}); collect again") from None
+        try:
+            _check_rows(arrays)
+            return cls(
+                low=_rung_outputs(arrays, "low"),
+                high=_rung_outputs(arrays, "high"),
+                labels=arrays["labels"],
+                names=tuple(arrays["names"].tolist()),
+                groups=tuple(arrays["groups"].tolist()),
+                hashes=tuple(arrays["hashes"].tolist()),
+                rung_hashes=json.loads(str(arrays["rungs"])),
+                preprocessing_sha256=str(arrays["preprocessing"]),
+                source=str(arrays["source"]),
+                title=str(arrays["title"]),
+            )
+        except KeyError as error:
+            raise OutputsError(f"{path} holds no {error}; collect again") from None
+        except ValueError as error:
+            raise OutputsError(f"{path}: {error}; collect again") from None
+
+
+def row_arrays(
+    low: RungOutputs,
+    high: RungOutputs,
+    labels: NDArray[np.int64],
+    names: Sequence[str],
+    groups: Sequence[str],
+    hashes: Sequence[str],
+) -> dict[str, NDArray[Any]]:
+    """The file's arrays that have a row for each image; arguments as in `Outputs`."""
+    found: dict[str, NDArray[Any]] = {}
+    for rung, outputs in (("low", low), ("high", high)):
+        for field in ("embedding", "cls_layers", "logits"):
+            if (values := getattr(outputs, field)) is not None:
+                found[f"{field}_{rung}"] = values
+    texts = {"names": names, "groups": groups, "hashes": hashes}
+    found |= {field: np.array(text, dtype=np.str_) for field, text in texts.items()}
+    return {**found, "labels": labels}
+
+
+def scalar_arrays(
+    rung_hashes: Mapping[str, str], preprocessing_sha256: str, source: str, title: str
+) -> dict[str, NDArray[Any]]:
+    """The file's arrays that are said once; arguments as in `Outputs`."""
+    return {
+        "rungs": np.array(json.dumps(rung_hashes)),
+        "preprocessing": np.array(preprocessing_sha256),
+        "source": np.array(source),
+        "title": np.array(title),
+    }
+
+
+def _rung_outputs(arrays: dict[str, NDArray[Any]], rung: str) -> RungOutputs:
+    return RungOutputs(
+        arrays[f"embedding_{rung}"], arrays.get(f"cls_layers_{rung}"), arrays.get(f"logits_{rung}")
+    )
+
+
+def _check_rows(arrays: dict[str, NDArray[Any]]) -> None:
+    """Refuse arrays of other dimensions than the module says, or of different N, D or C.
+
+    Raises:
+        ValueError: naming the array.
+    """
+    sizes: dict[str, tuple[int, str]] = {}
+    for name, axes in AXES.items():
+        if name not in arrays and name in OPTIONAL:
+            continue
+        shape = arrays[name].shape
+        if len(shape) != len(axes):
+            raise ValueError(f"{name} has shape {shape}, not ({', '.join(axes)})")
+        for axis, size in zip(axes, shape, strict=True):
+            first_size, first = sizes.setdefault(axis, (size, name))
+            if size != first_size:
+                raise ValueError(f"{name} has {axis} = {size}, {first} has {axis} = {first_size}")
+    if ("logits_low" in arrays) != ("logits_high" in arrays):
+        raise ValueError("only one of the rungs has logits")

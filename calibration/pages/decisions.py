@@ -1,0 +1,136 @@
+"""What an artifact decides about some images, and what the report computes from that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from routing import Calibration, Overrides, escalation_mask
+
+from .. import metrics
+from ..fidelity import oracle_l2
+from ..outputs import Outputs
+from ..record import FitRecord
+from ..splits import Rows
+
+FloatVector = NDArray[np.float64]
+BoolVector = NDArray[np.bool_]
+
+BINS = 10
+_IMAGES_PER_BIN = 10  # fewer, and the mean of a bin says more about chance than about the score
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """n images and what the artifact decides about them.
+
+    Attributes:
+        signal: the chosen one.
+        threshold: in oracle units; None: all escalate.
+        scores: of the chosen signal, in oracle units, (n,).
+        oracle: L2 distance between the rungs' embeddings, (n,).
+        loss: fidelity loss, BOOL (n,).
+        escalated: BOOL (n,).
+        values: every signal's values, larger meaning more need to escalate, (n,) each. Those of
+            the chosen signal are its scores, whose FP32 decides.
+    """
+
+    signal: str
+    threshold: float | None
+    scores: FloatVector
+    oracle: FloatVector
+    loss: BoolVector
+    escalated: BoolVector
+    values: Mapping[str, FloatVector]
+
+    @classmethod
+    def of(
+        cls, calibration: Calibration, record: FitRecord, outputs: Outputs, rows: Rows
+    ) -> Decisions:
+        """The images in `rows`."""
+        scores = record.scores[rows]
+        values = {name: values[rows] for name, values in record.values.items()}
+        return cls(
+            signal=calibration.signal,
+            threshold=calibration.threshold,
+            scores=scores.astype(np.float64),
+            oracle=oracle_l2(outputs)[rows],
+            loss=record.loss[rows],
+            escalated=escalation_mask(scores, calibration.threshold, Overrides()),
+            values={**values, calibration.signal: scores.astype(np.float64)},
+        )
+
+    def __len__(self) -> int:
+        """The number of images n."""
+        return len(self.scores)
+
+    @property
+    def base_risk(self) -> float:
+        """The risk with nothing escalated: the share of losses."""
+        return float(self.loss.mean())
+
+    @property
+    def escalation(self) -> float:
+        """The share of images that escalate."""
+        return float(self.escalated.mean())
+
+    @property
+    def risk(self) -> float:
+        """The share of all images that are kept low and have a loss."""
+        return float((self.loss & ~self.escalated).mean())
+
+    def risk_when_ranked_by(self, values: FloatVector) -> float:
+        """The risk if as many images escalated, those of largest `values`.
+
+        Where that many would divide images of equal value, chance chooses among them and the risk
+        is the expected one.
+        """
+        rates, risks = metrics.risk_curve(values, self.loss)
+        return float(np.interp(self.escalation, rates, risks))
+
+    def random_risk(self) -> float:
+        """The expected risk if as many images escalated, drawn at random."""
+        return self.base_risk * (1 - self.escalation)
+
+    def cells(self) -> dict[str, NDArray[np.intp]]:
+        """Positions of the images in each cell of decision against loss."""
+        kept = ~self.escalated
+        return {
+            "kept_right": np.flatnonzero(kept & ~self.loss),
+            "kept_wrong": np.flatnonzero(kept & self.loss),
+            "escalated_needed": np.flatnonzero(self.escalated & self.loss),
+            "escalated_in_vain": np.flatnonzero(self.escalated & ~self.loss),
+        }
+
+
+@dataclass(frozen=True)
+class UnitBin:
+    """Images of neighbouring scores.
+
+    Attributes:
+        images: how many.
+        score: their mean score, the predicted change.
+        oracle: their mean measured change.
+        half_width: of the normal 95 % interval of that mean.
+    """
+
+    images: int
+    score: float
+    oracle: float
+    half_width: float
+
+
+def unit_bins(scores: FloatVector, oracle: FloatVector) -> list[UnitBin]:
+    """Bins of equal count along the score, `BINS` of them where there are images enough."""
+    count = min(BINS, max(1, len(scores) // _IMAGES_PER_BIN))
+    bins = []
+    for rows in np.array_split(np.argsort(scores, kind="stable"), count):
+        spread = oracle[rows].std(ddof=1) if len(rows) > 1 else 0.0
+        half_width = 1.96 * float(spread) / len(rows) ** 0.5
+        bins.append(
+            UnitBin(len(rows), float(scores[rows].mean()), float(oracle[rows].mean()), half_width)
+        )
+    return bins

@@ -1,0 +1,219 @@
+"""The sentence under each part of the report, computed from its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .decisions import Decisions, UnitBin
+from .figures import MAX_POINTS, REFERENCES
+from .page import count_of, percent, setting
+
+METHODS = {
+    "ltt": "fixed-sequence testing with the exact binomial tail",
+    "crc": "conformal risk control",
+}
+
+
+def certificate(content: Mapping[str, Any] | None, threshold: float | None) -> str:
+    """What the certificate rests on, and what it does not say."""
+    if content is None:
+        return (
+            "Nothing was tested: the threshold was chosen without a certificate, so the risk "
+            "below is a measurement on the test split, not a promise."
+        )
+    n, errors, allowed = content["n"], content["errors"], content["allowed"]
+    images = f"{count_of(n, 'independent image')} of the certify split (one of each group)"
+    if allowed < 0:
+        return (
+            f"With {images}, no number of errors, not even none, could show a risk of at most "
+            f"{setting(content['epsilon'])}: more images are needed."
+        )
+    if not content["certified"]:
+        return (
+            f"At the most careful threshold tried, {errors} of {images} were kept low with a loss, "
+            f"more than the {allowed} that would have been allowed."
+        )
+    mean = (
+        "the statement holds on average over repeated calibrations"
+        if content["confidence"] is None
+        else "such a statement is wrong for at most "
+        f"{setting(round(1 - content['confidence'], 12))} of calibrations"
+    )
+    return (
+        f"At the threshold {threshold:.4g}, {errors} of {images} were kept low with a loss, and up "
+        f"to {allowed} were allowed; {mean}, provided that images are drawn as these were."
+    )
+
+
+def risk(decisions: Decisions, interval: Sequence[float] | None, epsilon: float | None) -> str:
+    """How the risk measured on the test split stands to its limit."""
+    images = count_of(len(decisions), "test image")
+    if decisions.escalated.all():
+        return f"All {images} escalate, so the risk is 0 by construction and proves nothing."
+    lost = int((decisions.loss & ~decisions.escalated).sum())
+    start = f"{lost} of {images} were kept low with a loss ({percent(decisions.risk)})"
+    if lost == 0:
+        bound = 1 - 0.05 ** (1 / len(decisions))
+        return (
+            f"{start}; the bootstrap cannot see beyond 0 then, but a risk up to {percent(bound)} "
+            "would give no loss in 5 % of such splits, were the images independent."
+        )
+    if epsilon is None or interval is None:
+        return f"{start}; no limit on the risk was asked for."
+    limit = f"the limit ε = {setting(epsilon)}"
+    if interval[1] <= epsilon:
+        return f"{start}; the whole 95 % interval lies within {limit}."
+    if decisions.risk <= epsilon:
+        return (
+            f"{start}, within {limit}; the 95 % interval reaches beyond it, so this split alone "
+            "would not prove it."
+        )
+    if interval[0] <= epsilon:
+        return (
+            f"{start}, above {limit}; the 95 % interval reaches down to it, so this split does not "
+            "contradict it."
+        )
+    return f"{start}; the whole 95 % interval lies ABOVE {limit}: these images contradict it."
+
+
+def curve(decisions: Decisions) -> str:
+    """What the chosen point gains over chance, and what is left to gain."""
+    base, rate = decisions.base_risk, decisions.escalation
+    if base == 0:
+        return (
+            "No test image has a loss: every curve lies at 0, and the figure cannot tell one "
+            "signal from another."
+        )
+    if rate == 1:
+        return (
+            "Every test image escalates, so the risk is 0 whatever the signal; with none escalated "
+            f"it would be {percent(base)}."
+        )
+    if rate == 0:
+        return f"No test image escalates, so the risk is that of the low rung: {percent(base)}."
+    oracle = decisions.risk_when_ranked_by(decisions.oracle)
+    return (
+        f"Escalating {percent(rate)} of the test images lowers the risk from {percent(base)} to "
+        f"{percent(decisions.risk)}; as many drawn at random would leave "
+        f"{percent(decisions.random_risk())}, as many of the largest oracle L2 {percent(oracle)}, "
+        f"and perfect knowledge of the loss {percent(max(0.0, base - rate))}."
+    )
+
+
+def signals(metrics: Mapping[str, Any], chosen: str, asked: str | None) -> str:
+    """How well the chosen signal ranks losses, and how it came to be chosen."""
+    table = metrics["signals"]
+    how = (
+        "was named by the user"
+        if asked == chosen
+        else "was chosen by cross-validation on the fit split; the test split had no say"
+    )
+    value, interval = table[chosen]["auroc"], table[chosen]["auroc_interval"]
+    if value is None:
+        return (
+            f"AUROC needs both images with a loss and images without, which the test split does "
+            f"not have; {chosen} {how}."
+        )
+    between = "" if interval is None else f" (95 % interval {interval[0]:.2f} to {interval[1]:.2f})"
+    aurocs = {name: row["auroc"] for name, row in table.items() if name not in REFERENCES}
+    best = max(aurocs, key=lambda name: aurocs[name])
+    rank = (
+        "no signal does better here"
+        if aurocs[best] == value
+        else f"the best signal here, {best}, has {aurocs[best]:.2f}"
+    )
+    return (
+        f"Ranked by {chosen}, a test image with a loss comes above one without with probability "
+        f"{value:.2f}{between}; {rank}, random has 0.50 and the oracle L2 "
+        f"{table['oracle']['auroc']:.2f}. {chosen} {how}."
+    )
+
+
+def warning(metrics: Mapping[str, Any], chosen: str) -> str:
+    """The loud line when nothing shows the signal to be better than random; else empty."""
+    if not metrics["no_better_than_random"]:
+        return ""
+    if metrics["signals"][chosen]["auroc"] is None:
+        return (
+            f"It is unknown whether {chosen} is better than random: the test split lacks images "
+            "with a loss, or images without."
+        )
+    return (
+        f"{chosen} is not shown to be better than random: the 95 % interval of its AUROC reaches "
+        "down to 0.5."
+    )
+
+
+def scatter(decisions: Decisions, spearman: float | None) -> str:
+    """How the score follows the change, and on which side of the threshold losses lie."""
+    order = (
+        "Scores or changes are constant here, so neither can follow the other"
+        if spearman is None
+        else f"Score and measured change have a rank correlation (Spearman) of {spearman:.2f}"
+    )
+    lost = int(decisions.loss.sum())
+    caught = int((decisions.loss & decisions.escalated).sum())
+    if decisions.threshold is None:
+        side = "there is no threshold, every image escalates"
+    elif lost == 0:
+        side = "no test image has a loss"
+    else:
+        side = (
+            f"{caught} of {count_of(lost, 'image')} with a loss lie above the threshold of "
+            f"{decisions.threshold:.4g}"
+        )
+    drawn = ""
+    if len(decisions) > MAX_POINTS:
+        drawn = f" Drawn are {MAX_POINTS:,} of {len(decisions):,} images, by chance (seed 0)."
+    return f"{order}; {side}.{drawn}"
+
+
+def units(bins: Sequence[UnitBin]) -> str:
+    """How far predicted and measured change lie apart."""
+    images = np.array([b.images for b in bins])
+    gaps = np.array([b.score - b.oracle for b in bins])
+    mean = float(np.average([b.oracle for b in bins], weights=images))
+    gap = float(np.average(np.abs(gaps), weights=images))
+    worst = bins[int(np.abs(gaps).argmax())]
+    relative = f" ({percent(gap / mean)} of the mean change)" if mean > 0 else ""
+    groups = "one bin" if len(bins) == 1 else f"{len(bins)} bins of equal count"
+    return (
+        f"In {groups}, predicted and measured change lie {gap:.3g} apart on average{relative}; "
+        f"furthest where {worst.score:.4g} was predicted and {worst.oracle:.4g} measured."
+    )
+
+
+def deltas(decisions: Decisions, auroc: float | None) -> str:
+    """Whether a large change means a loss."""
+    images, lost = len(decisions), int(decisions.loss.sum())
+    middle = float(np.median(decisions.oracle))
+    start = f"The full rung moves the embedding by {middle:.4g} in the median"
+    if lost in (0, images) or auroc is None:
+        return f"{start}; {'no' if lost == 0 else 'every'} test image has a loss."
+    with_loss = float(np.median(decisions.oracle[decisions.loss]))
+    without = float(np.median(decisions.oracle[~decisions.loss]))
+    return (
+        f"{start}: by {with_loss:.4g} where there is a loss, {without:.4g} where there is none; a "
+        f"loss has the larger change with probability {auroc:.2f} (0.5: the size of the change "
+        "tells nothing about the loss)."
+    )
+
+
+def cells(decisions: Decisions) -> str:
+    """Which losses were caught, and which escalations were needed."""
+    lost, escalated = int(decisions.loss.sum()), int(decisions.escalated.sum())
+    both = int((decisions.loss & decisions.escalated).sum())
+    caught = (
+        f"{both} of {lost} images with a loss were escalated ({percent(both / lost)})"
+        if lost
+        else "No image has a loss"
+    )
+    needed = (
+        f"{both} of {count_of(escalated, 'escalation')} needed it ({percent(both / escalated)})"
+        if escalated
+        else "no image escalates"
+    )
+    return f"{caught}; {needed}."

@@ -1,0 +1,84 @@
+"""`fit.npz`, beside the artifact: what every signal said of every image, for the report."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .outputs import Outputs, OutputsError
+from .splits import Rows
+
+
+@dataclass(frozen=True)
+class FitRecord:
+    """A fit, image by image.
+
+    Attributes:
+        splits: rows of each split.
+        values: for each signal that applies FP64 (N,), larger meaning more need to escalate; in
+            the signal's own units. On the fit split they are out-of-fold.
+        scores: FP32 (N,) of the chosen signal, in oracle units, as the router computes them.
+        loss: the fidelity loss, BOOL (N,).
+        fingerprint: of the outputs.
+        artifact_sha256: of the calibration.json that the fit wrote.
+    """
+
+    splits: dict[str, Rows]
+    values: dict[str, NDArray[np.float64]]
+    scores: NDArray[np.float32]
+    loss: NDArray[np.bool_]
+    fingerprint: str
+    artifact_sha256: str
+
+    def save(self, path: Path) -> None:
+        """Write the `.npz`."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(
+            path,
+            scores=self.scores,
+            loss=self.loss,
+            fingerprint=np.array(self.fingerprint),
+            artifact_sha256=np.array(self.artifact_sha256),
+            **{f"split_{name}": rows for name, rows in self.splits.items()},
+            **{f"signal_{name}": values for name, values in self.values.items()},
+        )
+
+    @classmethod
+    def load(cls, path: Path, outputs: Outputs, artifact: Path) -> FitRecord:
+        """Read the record that belongs to these outputs and this artifact.
+
+        Raises:
+            OutputsError: missing, unreadable, or of another fit.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = dict(file)
+            record = cls(
+                splits=_named(arrays, "split_"),
+                values=_named(arrays, "signal_"),
+                scores=arrays["scores"],
+                loss=arrays["loss"],
+                fingerprint=str(arrays["fingerprint"]),
+                artifact_sha256=str(arrays["artifact_sha256"]),
+            )
+        except FileNotFoundError:
+            raise OutputsError(f"no {path}; run python -m calibration fit first") from None
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
+            raise OutputsError(f"{path} is not readable ({error}); fit again") from None
+        artifact_sha256 = hashlib.sha256(artifact.read_bytes()).hexdigest()
+        if (record.fingerprint, record.artifact_sha256) != (outputs.fingerprint(), artifact_sha256):
+            raise OutputsError(f"{path} is of another fit than {artifact}; fit again")
+        return record
+
+
+def _named(arrays: dict[str, NDArray], prefix: str) -> dict[str, NDArray]:
+    return {
+        name.removeprefix(prefix): array
+        for name, array in arrays.items()
+        if name.startswith(prefix)
+    }

@@ -1,0 +1,68 @@
+"""From a signal's raw values to oracle units: the sign and the monotone map."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+from sklearn.isotonic import IsotonicRegression
+from sklearn.metrics import roc_auc_score
+
+from routing import ScoreMap
+
+FloatVector = NDArray[np.float64]
+MAX_KNOTS = 32
+
+
+def learn_sign(raw: FloatVector, oracle: FloatVector, loss: NDArray[np.bool_]) -> int:
+    """+1 where a larger raw value means more need to escalate, -1 where a smaller does.
+
+    Judged by the fidelity loss, because a small change that moves the answer matters more than a
+    large one that does not; by the oracle where no image, or every image, is a loss.
+    """
+    if 0 < loss.sum() < len(loss):
+        return 1 if roc_auc_score(loss, raw) >= 0.5 else -1
+    varied = np.ptp(raw) > 0 and np.ptp(oracle) > 0
+    return -1 if varied and spearmanr(raw, oracle).statistic < 0 else 1
+
+
+def fit_score_map(raw: FloatVector, oracle: FloatVector, sign: int) -> ScoreMap:
+    """Learn the monotone map from a signal to the oracle.
+
+    Isotonic regression (Barlow et al. 1972) over equal-count bins, drawn through the centres of
+    its flat blocks: it predicts the same change on average, and it keeps the signal's order
+    within a block.
+    """
+    x = sign * raw
+    bins = np.array_split(np.argsort(x, kind="stable"), min(MAX_KNOTS, max(2, len(x) // 8)))
+    knots = np.array([x[rows].mean() for rows in bins])
+    means = np.array([oracle[rows].mean() for rows in bins])
+    distinct = np.append(np.diff(knots) > 1e-12, True)  # a constant signal has one knot
+    knots, means = knots[distinct], means[distinct]
+    if len(knots) < 2:
+        knots, means = np.array([knots[0] - 1, knots[0] + 1]), np.repeat(oracle.mean(), 2)
+    values = IsotonicRegression().fit_transform(knots, means)
+    blocks = np.unique(values, return_inverse=True)[1]
+    if blocks[-1] == 0:  # the signal says nothing about the oracle: keep its order, barely tilted
+        tilt = 1e-3 * max(float(oracle.std()), 1e-6)
+        values = values + tilt * np.linspace(0, 1, len(values))
+    else:
+        knots = np.array([knots[blocks == block].mean() for block in range(blocks[-1] + 1)])
+        values = np.unique(values)
+    return ScoreMap(sign, tuple(knots.tolist()), tuple(values.tolist()))
+
+
+def threshold_for_rate(scores: NDArray[np.float32], rate: float) -> float:
+    """The threshold above which the nearest whole number of images to `rate` escalates.
+
+    It lies midway between two scores, so that the last bit of a score decides nothing. Tied
+    scores can make the rate unreachable; fewer images escalate then.
+    """
+    ordered = np.sort(scores.astype(np.float64))[::-1]
+    count = round(rate * len(ordered))
+    gap = max(float(ordered[0] - ordered[-1]), 1e-6) / len(ordered)
+    if count == 0:
+        return float(ordered[0] + gap)
+    if count == len(ordered):
+        return float(ordered[-1] - gap)
+    return float((ordered[count - 1] + ordered[count]) / 2)

@@ -1,0 +1,88 @@
+"""Disjoint splits that never divide a group and never share an image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .outputs import Outputs
+
+Rows = NDArray[np.intp]
+
+CERTIFIED = {"fit": 0.4, "certify": 0.4, "test": 0.2}
+UNCERTIFIED = {"fit": 0.7, "test": 0.3}
+GROUPINGS = ("source", "folder", "content")
+
+
+class SplitError(ValueError):
+    """The images cannot be split as asked. One line that says what to do."""
+
+
+def group_keys(outputs: Outputs, grouping: str) -> tuple[str, ...]:
+    """Each image's group.
+
+    Args:
+        outputs: of N images.
+        grouping: `source`, as collected: one group for each file; `folder`, one for each folder of
+            files, e.g. the frames of one video; `content`, one for equal bytes.
+    """
+    if grouping == "source":
+        return outputs.groups
+    if grouping == "folder":
+        return tuple(name.rpartition("/")[0] for name in outputs.names)
+    if grouping == "content":
+        return outputs.hashes
+    raise SplitError(f"--group-by {grouping!r} is none of {', '.join(GROUPINGS)}")
+
+
+def split_by_group(
+    groups: tuple[str, ...], shares: Mapping[str, float], seed: int
+) -> dict[str, Rows]:
+    """Row indices of each split; a group is never divided.
+
+    Groups are shuffled, then dealt out until each split has its share of the images.
+
+    Raises:
+        SplitError: a split would be empty.
+    """
+    names, inverse = np.unique(np.array(groups), return_inverse=True)
+    order = np.random.default_rng(seed).permutation(len(names))
+    rank = np.empty(len(names), dtype=np.intp)
+    rank[order] = np.arange(len(names))
+    by_rank = np.argsort(rank[inverse], kind="stable")
+    sizes = np.bincount(rank[inverse], minlength=len(names)).cumsum()
+    splits: dict[str, Rows] = {}
+    start, share = 0, 0.0
+    for name, fraction in shares.items():
+        share += fraction
+        stop = int(sizes[np.searchsorted(sizes, min(share, 1.0) * len(groups) - 0.5)])
+        splits[name] = np.sort(by_rank[start:stop])
+        start = stop
+    if not all(len(rows) for rows in splits.values()):
+        raise SplitError(
+            f"{len(names)} groups are too few for {len(shares)} splits; collect more images, or "
+            "use another --group-by"
+        )
+    return splits
+
+
+def check_no_duplicates(outputs: Outputs, splits: Mapping[str, Rows]) -> None:
+    """Refuse an image that lies in two splits under two names.
+
+    Raises:
+        SplitError: naming the first pair, and how many images have a copy in another split.
+    """
+    seen: dict[str, tuple[str, str]] = {}
+    copies = []
+    for split, rows in splits.items():
+        for row in rows:
+            first_split, first = seen.setdefault(outputs.hashes[row], (split, outputs.names[row]))
+            if first_split != split:
+                copies.append(f"{outputs.names[row]} ({split}) = {first} ({first_split})")
+    if copies:
+        raise SplitError(
+            f"{len(copies)} images are byte for byte in two splits, e.g. {copies[0]}; remove the "
+            "copies, or keep them together with --group-by content"
+        )

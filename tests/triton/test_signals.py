@@ -1,0 +1,83 @@
+"""The keystone, for every signal: an artifact of each is served beside the others."""
+
+import shutil
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+
+from calibration.fidelity import Fidelity
+from calibration.fit import EscalationRate, Options, fit
+from calibration.outputs import Outputs
+from routing import SIGNALS, Calibration, Overrides, RungOutputs, RungSet, escalation_mask, manifest
+from server import TritonServer
+from tests.triton.conftest import ESCALATION_RATE
+
+RTOL = 1e-4  # FP32 matrix products sum in another order at another batch size
+
+
+@pytest.fixture(scope="module")
+def routers(build, tmp_path_factory):
+    """(server, artifact of each signal): one router for each, before the same rungs."""
+    repository = tmp_path_factory.mktemp("signals") / "model_repository"
+    shutil.copytree(build / "model_repository", repository)
+    outputs, rung_set = Outputs.load(build / "outputs.npz"), RungSet.load(build / "onnx")
+    artifacts = {}
+    for name in SIGNALS:
+        options = Options(Fidelity("top1"), signal=name)
+        shutil.copytree(repository / "router", repository / f"router_{name}")
+        path = repository / f"router_{name}/1/calibration.json"
+        fit(outputs, rung_set, EscalationRate(ESCALATION_RATE), options).calibration.save(path)
+        artifacts[name] = Calibration.load(path)
+    shutil.rmtree(repository / "adaptive_vit")
+    manifest.write(repository)
+    with TritonServer(repository, free_ports=True) as server:
+        yield server, artifacts
+
+
+@pytest.fixture(scope="module")
+def client(routers):
+    with triton.InferenceServerClient(routers[0].grpc_url) as open_client:
+        yield open_client
+
+
+def ask(client, model, image):
+    tensor = triton.InferInput("image", list(image.shape), "FP32")
+    tensor.set_data_from_numpy(image)
+    return client.infer(model, [tensor])
+
+
+def rung_outputs(answer):
+    return RungOutputs(*(answer.as_numpy(n) for n in ("embedding", "cls_layers", "logits")))
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_one_image_gets_the_offline_score_bit_for_bit(routers, client, images, name):
+    calibration = routers[1][name]
+    assert calibration.signal == name
+    for image in images[:8]:
+        low = rung_outputs(ask(client, "vit_low", image[None]))
+        answer = ask(client, f"router_{name}", image[None])
+        score = calibration.score(low)
+        np.testing.assert_array_equal(answer.as_numpy("score")[:, 0], score)
+        expected = escalation_mask(score, calibration.threshold, Overrides())
+        np.testing.assert_array_equal(answer.as_numpy("escalated")[:, 0], expected)
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_batch_gets_the_offline_scores_and_decisions(routers, client, images, name):
+    calibration = routers[1][name]
+    score = calibration.score(rung_outputs(ask(client, "vit_low", images[:32])))
+    expected = escalation_mask(score, calibration.threshold, Overrides())
+    assert 0 < expected.sum() < 32, "the crops must mix easy and hard"
+    for batch in (1, 5, 32):
+        answers = [
+            ask(client, f"router_{name}", images[start : min(start + batch, 32)])
+            for start in range(0, 32, batch)
+        ]
+        live = np.concatenate([answer.as_numpy("score")[:, 0] for answer in answers])
+        escalated = np.concatenate([answer.as_numpy("escalated")[:, 0] for answer in answers])
+        np.testing.assert_allclose(live, score, rtol=RTOL, atol=RTOL * np.ptp(score))
+        sure = np.abs(score - calibration.threshold) > RTOL * np.ptp(score)
+        assert sure.sum() >= 31
+        np.testing.assert_array_equal(escalated[sure], expected[sure])

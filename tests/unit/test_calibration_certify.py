@@ -1,0 +1,341 @@
+import json
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+
+from calibration.certify import (
+    MAX_CANDIDATES,
+    METHODS,
+    CertifyError,
+    Goal,
+    Step,
+    Verdict,
+    allowed_errors,
+    binomial_p_value,
+    candidate_thresholds,
+    certificate,
+    certify,
+    images_needed,
+    one_per_group,
+    statement,
+)
+from calibration.fidelity import Fidelity
+from routing import Overrides, escalation_mask
+
+LTT = Goal(0.05, 0.9, "ltt")
+CRC = Goal(0.05, 0.9, "crc")
+TOP1 = Fidelity("top1")
+
+# Below 50 %: there the tail can meet δ = 0.5 exactly, and rounding may then cost one error.
+goals = st.builds(
+    Goal,
+    st.integers(1, 49).map(lambda percent: percent / 100),
+    st.sampled_from([0.5, 0.8, 0.9, 0.95, 0.99]),
+    st.sampled_from(METHODS),
+)
+images = st.lists(
+    st.tuples(st.integers(0, 30).map(lambda i: i / 8), st.booleans()), min_size=1, max_size=150
+)
+
+
+def arrays(pairs):
+    scores, loss = zip(*pairs, strict=True)
+    return np.array(scores, np.float32), np.array(loss, np.bool_)
+
+
+def height(verdict):
+    return -math.inf if verdict.threshold is None else verdict.threshold
+
+
+def exact_tail(k, n, epsilon):
+    """P(Bin(n, ε) ≤ k) without rounding."""
+    p = Fraction(str(epsilon))
+    return sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k + 1))
+
+
+@pytest.mark.parametrize(
+    ("flag", "values"),
+    [
+        ("--max-risk", (0.0, 0.9, "ltt")),
+        ("--max-risk", (1.0, 0.9, "ltt")),
+        ("--max-risk", (math.nan, 0.9, "ltt")),
+        ("--confidence", (0.05, 0.49, "ltt")),
+        ("--confidence", (0.05, 1.0, "ltt")),
+        ("--confidence", (0.05, 90.0, "ltt")),
+        ("--method", (0.05, 0.9, "bonferroni")),
+    ],
+)
+def test_a_goal_that_is_none_is_refused_in_one_line_that_names_the_flag(flag, values):
+    with pytest.raises(CertifyError, match=flag) as error:
+        Goal(*values)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("n", "max_risk", "ltt", "crc"),
+    [
+        (500, 0.01, 1, 4),
+        (500, 0.02, 5, 9),
+        (1000, 0.01, 5, 9),
+        (1000, 0.02, 13, 19),
+        (5000, 0.01, 40, 49),
+        (5000, 0.02, 86, 99),
+    ],
+)
+def test_the_published_table_of_allowed_errors(n, max_risk, ltt, crc):
+    assert allowed_errors(n, Goal(max_risk, 0.9, "ltt")) == ltt
+    assert allowed_errors(n, Goal(max_risk, 0.9, "crc")) == crc
+
+
+def test_hand_computed_p_values():
+    assert binomial_p_value(0, 2, 0.5) == pytest.approx(1 / 4)
+    assert binomial_p_value(1, 3, 0.5) == pytest.approx(4 / 8)
+    assert binomial_p_value(0, 45, 0.05) == pytest.approx(0.95**45)
+    assert binomial_p_value(3, 3, 0.2) == 1
+
+
+@given(st.integers(1, 400), st.integers(0, 40), st.integers(1, 60))
+def test_p_values_are_those_of_scipys_exact_test(n, errors, percent):
+    errors = min(errors, n)
+    expected = binomtest(errors, n, percent / 100, alternative="less").pvalue
+    assert binomial_p_value(errors, n, percent / 100) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("n", [1, 44, 45, 60, 137, 200])
+@pytest.mark.parametrize("max_risk", [0.01, 0.05, 0.13, 0.3])
+@pytest.mark.parametrize("confidence", [0.8, 0.9, 0.99])
+def test_allowed_errors_agree_with_rational_arithmetic(n, max_risk, confidence):
+    delta = 1 - Fraction(str(confidence))
+    k = -1
+    while exact_tail(k + 1, n, max_risk) <= delta:
+        k += 1
+    assert allowed_errors(n, Goal(max_risk, confidence, "ltt")) == k
+
+
+@given(st.integers(1, 99), st.integers(1, 60))
+def test_rounding_costs_conformal_risk_control_no_error(percent, hundreds):
+    # With n + 1 = 100 h images, exactly `percent` times h errors less one are allowed; in binary
+    # 0.29 * 100 is less than 29.
+    goal = Goal(percent / 100, 0.9, "crc")
+    assert allowed_errors(100 * hundreds - 1, goal) == percent * hundreds - 1
+
+
+@given(st.integers(0, 2000), goals)
+def test_allowed_errors_grow_with_the_images_and_the_risk(n, goal):
+    allowed = allowed_errors(n, goal)
+    assert allowed <= allowed_errors(n + 1, goal) <= allowed + 1
+    assert allowed <= allowed_errors(n, Goal(goal.max_risk + 0.01, goal.confidence, goal.method))
+    stricter = Goal(goal.max_risk, (1 + goal.confidence) / 2, goal.method)
+    assert allowed_errors(n, stricter) <= allowed
+    assert allowed < max(goal.max_risk * n, 1)
+
+
+@given(goals)
+def test_the_images_needed_are_the_fewest_that_certify(goal):
+    needed = images_needed(goal)
+    assert allowed_errors(needed, goal) >= 0
+    assert allowed_errors(needed - 1, goal) == -1
+
+
+def test_candidates_lie_midway_and_above_the_largest():
+    scores = np.array([3.0, 1.0, 1.0, 2.0], np.float32)
+    np.testing.assert_allclose(candidate_thresholds(scores), [1.5, 2.5, 3 + 2 / 3])
+    assert candidate_thresholds(scores).dtype == np.float64
+
+
+@given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=60))
+def test_candidates_give_every_division_but_escalating_all(values):
+    scores = np.array(values, np.float32)
+    escalated = [
+        int(escalation_mask(scores, threshold, Overrides()).sum())
+        for threshold in candidate_thresholds(scores)
+    ]
+    counts = [int((scores > score).sum()) for score in np.unique(scores)]
+    assert escalated == counts
+    assert counts[-1] == 0
+    assert max(counts) < len(scores)
+
+
+def test_neighbouring_fp32_scores_are_told_apart():
+    low = np.float32(7.3)
+    scores = np.array([low, np.nextafter(low, np.float32(8))], np.float32)
+    between = candidate_thresholds(scores)[0]
+    np.testing.assert_array_equal(escalation_mask(scores, between, Overrides()), [False, True])
+
+
+def test_many_scores_give_a_thousand_evenly_spaced_candidates():
+    scores = np.random.default_rng(0).normal(size=30_000).astype(np.float32)
+    candidates = candidate_thresholds(scores)
+    assert len(candidates) == MAX_CANDIDATES
+    assert np.all(np.diff(candidates) > 0)
+    kept = np.searchsorted(np.sort(scores.astype(np.float64)), candidates) / len(scores)
+    assert kept[0] < 0.001
+    assert kept[-1] == 1
+    assert np.diff(kept).max() < 0.002
+
+
+def test_the_previous_threshold_is_kept_when_one_fails():
+    # 100 images, five of them lost. At ε = 0.05 and confidence 0.9, 100 images allow one error.
+    scores = np.arange(100, dtype=np.float32)
+    loss = np.isin(scores, [20, 40, 60, 80, 99])
+    candidates = np.array([10.5, 20.5, 39.5, 40.5, 90.5])
+    verdict = certify(scores, loss, candidates, LTT)
+    path = (Step(10.5, 0), Step(20.5, 1), Step(39.5, 1), Step(40.5, 2))
+    assert verdict == Verdict(threshold=39.5, n=100, errors=1, allowed=1, path=path)
+    assert binomial_p_value(1, 100, 0.05) <= 0.1 < binomial_p_value(2, 100, 0.05)
+    # 5 / 101 ≤ 0.05 < 6 / 101: on average, four errors are allowed.
+    assert certify(scores, loss, candidates, CRC).threshold == 90.5
+
+
+def test_an_image_at_the_threshold_is_kept_low():
+    scores = np.full(50, 2.0, np.float32)
+    loss = np.ones(50, np.bool_)
+    assert certify(scores, loss, np.array([2.0]), LTT).errors == 50
+    assert certify(scores, loss, np.array([np.nextafter(2.0, 0)]), LTT).errors == 0
+
+
+def test_nothing_is_certified_by_too_few_images_or_by_too_many_errors():
+    candidates = np.array([0.5, 1.5])
+    few = certify(np.zeros(44, np.float32), np.zeros(44, np.bool_), candidates, LTT)
+    assert (few.threshold, few.errors, few.allowed, few.n) == (None, 0, -1, 44)
+    bad = certify(np.zeros(45, np.float32), np.arange(45) < 3, candidates, LTT)
+    assert (bad.threshold, bad.errors, bad.allowed, bad.n) == (None, 3, 0, 45)
+    assert bad.path == (Step(0.5, 3),)
+
+
+def test_where_everything_passes_nothing_needs_to_escalate():
+    scores = np.arange(200, dtype=np.float32)
+    candidates = candidate_thresholds(scores)
+    verdict = certify(scores, np.zeros(200, np.bool_), candidates, LTT)
+    assert verdict.threshold == candidates[-1]
+    assert len(verdict.path) == len(candidates)
+
+
+@given(images, goals)
+def test_certify_is_the_sequence_of_tests_written_out(pairs, goal):
+    scores, loss = arrays(pairs)
+    candidates = candidate_thresholds(scores)
+    expected = None
+    for candidate in candidates:
+        errors = int((~escalation_mask(scores, candidate, Overrides()) & loss).sum())
+        if goal.method == "ltt":
+            passed = exact_tail(errors, len(loss), goal.max_risk) <= 1 - Fraction(
+                str(goal.confidence)
+            )
+        else:
+            passed = Fraction(errors + 1, len(loss) + 1) <= Fraction(str(goal.max_risk))
+        if not passed:
+            break
+        expected = candidate
+    assert certify(scores, loss, candidates, goal).threshold == expected
+
+
+@given(images, goals, st.data())
+def test_more_errors_never_certify_more(pairs, goal, data):
+    scores, loss = arrays(pairs)
+    candidates = candidate_thresholds(scores)
+    worse = loss.copy()
+    worse[data.draw(st.integers(0, len(loss) - 1))] = True
+    before, after = (certify(scores, column, candidates, goal) for column in (loss, worse))
+    assert height(after) <= height(before)
+
+
+@given(images, goals, st.randoms(use_true_random=False))
+def test_the_order_of_the_images_changes_nothing(pairs, goal, random):
+    scores, loss = arrays(pairs)
+    candidates = candidate_thresholds(scores)
+    shuffled = random.sample(pairs, len(pairs))
+    assert certify(*arrays(shuffled), candidates, goal) == certify(scores, loss, candidates, goal)
+
+
+@given(images, goals, st.lists(st.floats(-1, 4), max_size=20))
+def test_more_careful_candidates_never_change_a_certified_threshold(pairs, goal, extra):
+    scores, loss = arrays(pairs)
+    candidates = candidate_thresholds(scores)
+    verdict = certify(scores, loss, candidates, goal)
+    careful = [threshold for threshold in extra if threshold < height(verdict)]
+    again = certify(scores, loss, np.union1d(candidates, careful), goal)
+    assert (again.threshold, again.errors) == (verdict.threshold, verdict.errors)
+
+
+@given(st.lists(st.integers(0, 8), min_size=1, max_size=60), st.integers(0, 9), st.data())
+def test_one_image_of_each_group_is_drawn(names, seed, data):
+    groups = np.array([f"group {name}" for name in names])
+    rows = np.array(sorted(data.draw(st.sets(st.integers(0, len(names) - 1), min_size=1))))
+    drawn = one_per_group(groups, rows, seed)
+    assert set(drawn) <= set(rows)
+    assert sorted(groups[drawn]) == sorted(set(groups[rows]))
+    np.testing.assert_array_equal(drawn, one_per_group(groups, rows, seed))
+
+
+def test_every_image_of_a_group_is_drawn_equally_often():
+    groups, rows = np.array(["a", "b", "b", "b"]), np.arange(4)
+    draws = [one_per_group(groups, rows, seed)[1] for seed in range(600)]
+    assert binomtest(draws.count(1), 600, 1 / 3).pvalue > 1e-3
+    assert binomtest(draws.count(2), 600, 1 / 3).pvalue > 1e-3
+    assert set(draws) == {1, 2, 3}
+
+
+def test_what_a_tested_certificate_says():
+    assert statement(Verdict(1.5, 480, 15, 17, ()), LTT, TOP1) == (
+        "With confidence 90 %, at most 5 % of images drawn as the calibration images were, and "
+        "requested without parameters, get an answer that names another class than the full rung. "
+        "Of 480 certify images that nothing was fitted on, 15 did; up to 17 would have been "
+        "allowed."
+    )
+    assert allowed_errors(480, LTT) == 17
+
+
+def test_what_a_certificate_on_average_says():
+    text = statement(Verdict(1.5, 480, 20, 23, ()), CRC, Fidelity("cosine", 0.1))
+    assert text == (
+        "On average over repeated calibrations, at most 5 % of images drawn as the calibration "
+        "images were, and requested without parameters, get an answer that has a cosine below 0.9 "
+        "to the full rung's embedding; no confidence is attached. Of 480 certify images that "
+        "nothing was fitted on, 20 did; up to 23 would have been allowed."
+    )
+    assert allowed_errors(480, CRC) == 23
+
+
+def test_what_is_said_where_nothing_is_certified():
+    assert statement(Verdict(None, 40, 0, -1, ()), LTT, TOP1) == (
+        "No threshold is certified for a risk of at most 5 % with confidence 90 %: that takes 45 "
+        "independent certify images even if none of them is lost, and there are 40. Every image "
+        "therefore goes to the full rung."
+    )
+    assert statement(Verdict(None, 480, 30, 23, ()), CRC, TOP1) == (
+        "No threshold is certified for a risk of at most 5 % on average over calibrations: even at "
+        "the most careful threshold 30 of 480 certify images get an answer that names another "
+        "class than the full rung, and up to 23 would have been allowed. Every image therefore "
+        "goes to the full rung."
+    )
+
+
+def test_the_certificate_is_json_and_complete():
+    record = certificate(Verdict(1.5, 480, 15, 17, ()), LTT, TOP1, "margin")
+    text = record.pop("statement")
+    assert text == statement(Verdict(1.5, 480, 15, 17, ()), LTT, TOP1)
+    assert json.loads(json.dumps(record)) == {
+        "certified": True,
+        "method": "ltt",
+        "epsilon": 0.05,
+        "confidence": 0.9,
+        "fidelity": "top1",
+        "tolerance": None,
+        "signal": "margin",
+        "n": 480,
+        "errors": 15,
+        "allowed": 17,
+    }
+
+
+def test_a_certificate_on_average_has_no_confidence_and_a_cosine_its_tolerance():
+    verdict = certify(np.zeros(5, np.float32), np.zeros(5, np.bool_), np.array([1.0]), CRC)
+    record = certificate(verdict, CRC, Fidelity("cosine", 0.2), "cls_path")
+    assert (record["certified"], record["confidence"], record["tolerance"]) == (False, None, 0.2)
+    json.dumps(record, allow_nan=False)

@@ -1,0 +1,129 @@
+"""`python -m calibration` from a folder of unlabelled images to a certified artifact."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from calibration.__main__ import main
+from tests.unit.onnx_files import write_rung_set
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with rungs, 400 unlabelled images, and what `collect` stores of them."""
+    folder = tmp_path_factory.mktemp("user")
+    write_rung_set(folder / "build/onnx", seeds=(1, 1))
+    write_images(folder / "images", 400, seed=0)
+    run(folder, "collect", "--images", "images")
+    return folder
+
+
+def write_images(folder, count, seed):
+    folder.mkdir()
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        colour = tuple(int(c) for c in rng.integers(0, 256, 3))
+        image = Image.new("RGB", (10, 10), colour)
+        image.putpixel((i % 10, i // 10 % 10), (255, 255, 255))
+        image.save(folder / f"{i:03d}.png")
+
+
+def run(folder, *arguments):
+    """The exit code of `python -m calibration ...` in `folder`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["calibration", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+    return stop.value.code or 0
+
+
+def test_two_commands_from_a_folder_to_a_certified_artifact(workplace, capsys):
+    assert run(workplace, "fit", "--max-risk", 0.1, "--require-certificate") == 0
+    printed = capsys.readouterr().out
+    artifact = json.loads((workplace / "build/calibration/calibration.json").read_text())
+    assert artifact["certificate"]["certified"] and artifact["threshold"] is not None
+    assert " ".join(artifact["certificate"]["statement"].split()) in " ".join(printed.split())
+    assert str(workplace) not in json.dumps(artifact)  # no path of this machine is deployed
+
+
+def test_the_pages_are_written(workplace, capsys):
+    assert run(workplace, "fit", "--max-risk", 0.1) == 0
+    for command, page in (("report", "report.html"), ("analyse", "analysis.html")):
+        assert run(workplace, command) == 0
+        assert f"wrote build/calibration/{page}" in capsys.readouterr().out
+        assert (workplace / "build/calibration" / page).stat().st_size > 10_000
+
+
+def test_analyse_speaks_json(workplace, capsys):
+    assert run(workplace, "analyse", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["page"] == "build/calibration/analysis.html"
+
+
+def test_what_is_not_certified_is_said_loudly_and_can_fail(workplace, capsys):
+    out = ("--out", "build/strict/calibration.json")
+    assert run(workplace, "fit", "--max-risk", 0.001, *out) == 0
+    assert "NOT CERTIFIED" in capsys.readouterr().err
+    assert run(workplace, "fit", "--max-risk", 0.001, "--require-certificate", *out) == 1
+    artifact = json.loads((workplace / "build/strict/calibration.json").read_text())
+    assert artifact["threshold"] is None
+
+
+def test_evaluate_exits_1_where_new_images_contradict_the_certificate(workplace, capsys):
+    """The artifact keeps everything low; another full rung then answers otherwise."""
+    assert run(workplace, "fit", "--max-risk", 0.1) == 0
+    if not (workplace / "later").exists():
+        write_images(workplace / "later", 120, seed=1)
+    capsys.readouterr()
+    assert run(workplace, "evaluate", "--images", "later") == 0
+    assert "Certificate holds" in capsys.readouterr().out
+    forged = json.loads((workplace / "build/calibration/calibration.json").read_text())
+    write_rung_set(workplace / "other/onnx", seeds=(1, 7))  # a full rung that differs a lot
+    rungs = json.loads((workplace / "other/onnx/rungs.json").read_text())["rungs"]
+    for name, rung in rungs.items():
+        forged["rungs"][name]["sha256"] = rung["sha256"]
+    (workplace / "other/calibration.json").write_text(json.dumps(forged))
+    other = ("--calibration", "other/calibration.json", "--onnx", "other/onnx")
+    assert run(workplace, "evaluate", "--images", "later", *other) == 1
+    assert "Certificate CONTRADICTED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fit"], "give one of --max-risk, --escalation-rate and --threshold"),
+        (["fit", "--max-risk", 0.1, "--threshold", 1], "give one of"),
+        (["fit", "--max-risk", 5], "--max-risk 5.0"),
+        (["fit", "--max-risk", 0.1, "--confidence", 90], "--confidence 90.0"),
+        (["fit", "--max-risk", 0.1, "--method", "hope"], "--method 'hope' is none of ltt, crc"),
+        (["fit", "--max-risk", 0.1, "--signal", "stars"], "'stars' is unknown"),
+        (["fit", "--max-risk", 0.1, "--group-by", "colour"], "--group-by 'colour' is none of"),
+        (["fit", "--max-risk", 0.1, "--fidelity", "top5"], "'top5' is none of top1, cosine"),
+        (["fit", "--escalation-rate", 0.1, "--require-certificate"], "needs --max-risk"),
+        (["fit", "--max-risk", 0.1, "--outputs", "none.npz"], "collect first"),
+        (["fit", "--max-risk", 0.1, "--outputs", "empty.npz"], "empty.npz"),
+        (["fit", "--max-risk", 0.1, "--out", "images/000.png/x.json"], "images/000.png"),
+        (["collect", "--images", "nowhere"], "no such folder"),
+        (["collect", "--images", "images", "--onnx", "nowhere"], "export rungs first"),
+        (["collect", "--images", "images", "--onnx", "broken"], "vit_low.onnx"),
+        (["collect", "--images", "images", "--out", "images/000.png/x.npz"], "images/000.png"),
+        (["report", "--calibration", "none.json"], "calibration fit first"),
+        (["evaluate", "--images", "images", "--calibration", "none.json"], "calibration fit"),
+        (["fitt"], "No such command"),
+        ([], "Missing command"),
+    ],
+)
+def test_misuse_is_one_line_and_exit_code_2(workplace, capsys, arguments, message):
+    (workplace / "empty.npz").touch()
+    if not (workplace / "broken").exists():
+        write_rung_set(workplace / "broken")
+        (workplace / "broken/vit_low.onnx").write_bytes(b"torn")
+    capsys.readouterr()
+    assert run(workplace, *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len([line for line in error.splitlines() if line.startswith("error: ")]) == 1
+    assert "Traceback" not in error

@@ -1,0 +1,48 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calibration.scoring import fit_score_map, learn_sign, threshold_for_rate
+
+NO_LOSS = np.zeros(300, dtype=bool)
+
+
+def test_the_sign_is_learned_from_the_loss_before_the_oracle():
+    raw = np.linspace(0, 1, 300)
+    loss = raw < 0.3
+    assert learn_sign(raw, oracle=raw, loss=loss) == -1  # against the oracle, which says +1
+    assert learn_sign(raw, oracle=raw, loss=~loss) == 1
+    assert learn_sign(raw, oracle=-raw, loss=NO_LOSS) == -1
+    assert learn_sign(raw, oracle=raw, loss=~NO_LOSS) == 1
+    assert learn_sign(np.ones(300), oracle=raw, loss=NO_LOSS) == 1
+
+
+def test_the_map_predicts_the_oracle():
+    rng = np.random.default_rng(1)
+    raw = rng.uniform(size=2000)
+    oracle = raw**2 + rng.normal(scale=0.02, size=2000)
+    score = fit_score_map(raw, oracle, 1)(raw)
+    assert np.abs(score - raw**2).mean() < 0.02
+
+
+@given(st.integers(0, 1000), st.integers(30, 300), st.sampled_from([-1, 1]))
+def test_the_map_keeps_the_signals_order(seed, n, sign):
+    rng = np.random.default_rng(seed)
+    raw, oracle = rng.normal(size=n), rng.uniform(size=n)
+    scores = fit_score_map(raw, oracle, sign)(raw)[np.argsort(sign * raw)]
+    assert np.all(np.diff(scores) >= 0)
+    assert len(np.unique(scores)) > 0.9 * n  # no plateaus beyond FP32's resolution
+
+
+def test_a_constant_signal_still_gives_a_map():
+    scores = fit_score_map(np.ones(50), np.linspace(1, 2, 50), 1)(np.ones(50))
+    np.testing.assert_allclose(scores, 1.5, atol=1e-3)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.333, 0.9, 1.0])
+def test_the_threshold_meets_the_rate(rate):
+    scores = np.random.default_rng(0).normal(size=300).astype(np.float32)
+    threshold = threshold_for_rate(scores, rate)
+    assert (scores.astype(np.float64) > threshold).sum() == round(rate * 300)
+    assert threshold not in scores

@@ -1,0 +1,74 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calibration.splits import (
+    CERTIFIED,
+    UNCERTIFIED,
+    SplitError,
+    check_no_duplicates,
+    group_keys,
+    split_by_group,
+)
+from routing import RungSet
+from tests.unit.calibration_outputs import make_outputs
+from tests.unit.onnx_files import write_rung_set
+
+
+@pytest.fixture
+def outputs(tmp_path):
+    return make_outputs(RungSet.load(write_rung_set(tmp_path / "onnx")), n=60)
+
+
+@given(st.permutations(list(range(60))), st.integers(0, 5), st.sampled_from([1, 2, 5]))
+def test_splits_are_disjoint_complete_and_never_divide_a_group(order, seed, size):
+    groups = tuple(str(i // size) for i in order)
+    for shares in (CERTIFIED, UNCERTIFIED):
+        splits = split_by_group(groups, shares, seed)
+        assert sorted(np.concatenate(list(splits.values()))) == list(range(60))
+        seen = [{groups[row] for row in rows} for rows in splits.values()]
+        assert sum(map(len, seen)) == len(set().union(*seen))
+
+
+def test_splits_have_their_shares_and_follow_the_seed():
+    groups = tuple(map(str, range(1000)))
+    splits = split_by_group(groups, CERTIFIED, 0)
+    assert {name: len(rows) for name, rows in splits.items()} == {
+        "fit": 400,
+        "certify": 400,
+        "test": 200,
+    }
+    again, other = split_by_group(groups, CERTIFIED, 0), split_by_group(groups, CERTIFIED, 1)
+    np.testing.assert_array_equal(splits["fit"], again["fit"])
+    assert set(splits["fit"]) != set(other["fit"])
+
+
+def test_too_few_groups_are_an_error():
+    with pytest.raises(SplitError, match="2 groups are too few for 3 splits"):
+        split_by_group(("a",) * 30 + ("b",) * 30, CERTIFIED, 0)
+
+
+def test_groups_can_be_the_source_the_folder_or_the_content(outputs):
+    assert group_keys(outputs, "source") == outputs.groups
+    assert group_keys(outputs, "folder")[:3] == ("0", "0", "1")
+    assert group_keys(outputs, "content") == outputs.hashes
+    with pytest.raises(SplitError, match="--group-by 'colour' is none of source"):
+        group_keys(outputs, "colour")
+
+
+def test_an_image_in_two_splits_is_an_error_that_names_it(outputs):
+    splits = {"fit": np.array([0, 1]), "certify": np.array([2, 3])}
+    check_no_duplicates(outputs, splits)
+    copied = replace(outputs, hashes=("same", *outputs.hashes[1:3], "same", *outputs.hashes[4:]))
+    with pytest.raises(SplitError, match=r"1/3.png \(certify\) = 0/0.png \(fit\)"):
+        check_no_duplicates(copied, splits)
+
+
+def test_copies_within_a_split_are_allowed(outputs):
+    copied = replace(outputs, hashes=("same", "same", *outputs.hashes[2:]))
+    check_no_duplicates(copied, {"fit": np.array([0, 1]), "certify": np.array([2, 3])})
+    by_content = split_by_group(group_keys(copied, "content"), CERTIFIED, 0)
+    check_no_duplicates(copied, by_content)
