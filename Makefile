@@ -27,7 +27,7 @@ demo: $(INSTALLED)  ## export, calibrate, serve, query and measure on shipped ph
 test: $(INSTALLED)  ## unit tests, then tests against a real tritonserver
 	$(PY) -m pytest tests/unit tests/triton
 
-test-slow: $(INSTALLED)  ## minutes: real weights, the whole demo
+test-slow: $(INSTALLED)  ## a minute: exports of real weights
 	$(PY) -m pytest tests/slow
 
 lint: $(INSTALLED)  ## ruff and mypy, as pre-commit and CI run them

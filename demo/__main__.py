@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -16,12 +17,13 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
+from tritonclient.utils import InferenceServerException
 
 from calibration.sample import crops as sample_crops
 from client import ClientError
 from imaging import Preprocessing
 from perf.analyzer import PerfAnalyzerError
-from routing import Calibration, RungSet
+from routing import Calibration, CalibrationError, RungSet, RungSetError
 from server import ServerError, TritonServer
 
 from .page import write_page
@@ -31,10 +33,10 @@ from .summary import summarise
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("build/demo")
 BACKBONE, LOW_PX, HIGH_PX = "dinov2-small", 112, 224
-ESCALATION_RATE = 0.1
+MAX_RISK, CONFIDENCE = 0.05, 0.9
 # Separate draws of the same stream of crops.
 HEAD_CROPS, HEAD_SEED = 600, 11
-CALIBRATION_CROPS, CALIBRATION_SEED = 600, 12
+CALIBRATION_CROPS, CALIBRATION_SEED = 1200, 12
 TEST_CROPS, TEST_SEED = 200, 13
 
 console = Console(stderr=True)
@@ -49,15 +51,16 @@ class Step(NamedTuple):
 
 
 HEAD, ONNX, OUTPUTS = OUT / "head", OUT / "onnx", OUT / "outputs.npz"
-ARTIFACT, REPOSITORY = OUT / "calibration.json", OUT / "model_repository"
+ARTIFACT, REPORT = OUT / "calibration.json", OUT / "report.html"
+REPOSITORY = OUT / "model_repository"
 STEPS = (
     Step(
-        "1/6 Cut training crops for the classification head",
+        "1/7 Cut training crops for the classification head",
         HEAD,
         ("calibration", "sample", "--out", HEAD, "--count", HEAD_CROPS, "--seed", HEAD_SEED),
     ),
     Step(
-        "2/6 Export the cheap and the full rung",
+        "2/7 Export the cheap and the full rung",
         ONNX,
         (
             *("export", "rungs", "--model", BACKBONE, "--low-px", LOW_PX, "--high-px", HIGH_PX),
@@ -65,7 +68,7 @@ STEPS = (
         ),
     ),
     Step(
-        "3/6 Run both rungs over fresh crops",
+        "3/7 Run both rungs over fresh crops",
         OUTPUTS,
         (
             *("calibration", "collect", "--images", "sample", "--limit", CALIBRATION_CROPS),
@@ -73,15 +76,24 @@ STEPS = (
         ),
     ),
     Step(
-        "4/6 Choose the threshold",
+        "4/7 Choose a signal and certify a threshold",
         ARTIFACT,
         (
-            *("calibration", "fit", "--escalation-rate", ESCALATION_RATE, "--onnx", ONNX),
+            *("calibration", "fit", "--fidelity", "top1", "--max-risk", MAX_RISK),
+            *("--confidence", CONFIDENCE, "--signal", "auto", "--onnx", ONNX),
             *("--outputs", OUTPUTS, "--out", ARTIFACT),
         ),
     ),
     Step(
-        "5/6 Assemble the model repository",
+        "5/7 Show what the calibration is worth",
+        REPORT,
+        (
+            *("calibration", "report", "--calibration", ARTIFACT, "--outputs", OUTPUTS),
+            *("--onnx", ONNX, "--out", REPORT),
+        ),
+    ),
+    Step(
+        "6/7 Assemble the model repository",
         REPOSITORY,
         (
             *("export", "repository", "--onnx", ONNX, "--calibration", ARTIFACT),
@@ -135,7 +147,7 @@ def _code() -> bytes:
 
 def serve_and_measure() -> dict[str, Any]:
     """Serve the repository, ask it about unseen crops, measure it, write the results."""
-    console.rule("[bold]6/6 Serve, query and measure", align="left")
+    console.rule("[bold]7/7 Serve, query and measure", align="left")
     rung_set = RungSet.load(ONNX)
     calibration = Calibration.load(ARTIFACT)
     labels = rung_set.labels
@@ -151,7 +163,10 @@ def serve_and_measure() -> dict[str, Any]:
         environment = {"triton_version": server.version, **describe_machine()}
     finally:
         server.stop()
-    summary = summarise(BACKBONE, (LOW_PX, HIGH_PX), served, passes, overhead, environment)
+    resolutions_px = (LOW_PX, HIGH_PX)
+    summary = summarise(
+        BACKBONE, resolutions_px, served, passes, overhead, calibration.certificate, environment
+    )
     (OUT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     data = [crop.data for crop in crops]
     write_page(OUT / "index.html", summary, served, calibration.threshold, data, labels)
@@ -194,23 +209,44 @@ def print_table(summary: dict[str, Any]) -> None:
         f"{summary['escalation_rate']:.1%} escalated; {summary['agreement_with_high']:.1%} "
         f"answered as the full rung; router overhead {summary['router_overhead']:.2f}"
     )
+    certificate = summary["certificate"]
+    print(
+        f"certified before: risk at most {certificate['epsilon']:.0%} with confidence "
+        f"{certificate['confidence']:.0%}; seen on these crops: {summary['realised_risk']:.1%}"
+        if certificate["certified"]
+        else "nothing is certified: every image goes to the full rung"
+    )
 
 
 def main() -> None:
     """Run the demo; a foreseeable error is one line and exit code 1."""
+    argparse.ArgumentParser(
+        prog="python -m demo",
+        description="Export, calibrate, serve, query and measure DINOv2 ViT-S/14 on crops of "
+        "shipped photographs. Takes no option; steps done before are not done again. Writes "
+        "build/demo/.",
+    ).parse_args()
     started = time.monotonic()
     os.chdir(ROOT)
     try:
         prepare()
         summary = serve_and_measure()
-    except (DemoError, ServerError, ClientError, PerfAnalyzerError) as error:
+    except (
+        CalibrationError,
+        ClientError,
+        DemoError,
+        InferenceServerException,
+        PerfAnalyzerError,
+        RungSetError,
+        ServerError,
+    ) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("stopped; what was made so far is in build/demo", file=sys.stderr)
         sys.exit(130)
     print_table(summary)
-    print(f"took {time.monotonic() - started:.0f} s; open {OUT / 'index.html'}")
+    print(f"took {time.monotonic() - started:.0f} s; open {OUT / 'index.html'} and {REPORT}")
 
 
 if __name__ == "__main__":

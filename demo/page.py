@@ -23,7 +23,7 @@ def write_page(
     path: Path,
     summary: dict[str, Any],
     served: Served,
-    threshold: float,
+    threshold: float | None,
     crops: Sequence[bytes],
     labels: Sequence[str],
 ) -> None:
@@ -33,7 +33,7 @@ def write_page(
         path: file to write.
         summary: content of summary.json.
         served: the server's answers for the crops.
-        threshold: in oracle units.
+        threshold: in oracle units; None: every crop escalates, unscored.
         crops: the N encoded test crops.
         labels: class names.
     """
@@ -58,7 +58,7 @@ def write_page(
         threshold=threshold,
         kept=[card for card in cards if not card["escalated"]],
         escalated=[card for card in reversed(cards) if card["escalated"]],
-        histogram=_histogram(served, threshold),
+        histogram=None if threshold is None else _histogram(served, threshold),
         low_colour=LOW_COLOUR,
         high_colour=HIGH_COLOUR,
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import tritonclient.grpc as triton
 from numpy.typing import NDArray
+from rich.console import Console
 from rich.progress import Progress
 
 from calibration.images import SourceImage
@@ -19,6 +20,8 @@ from perf.inputs import write_tensors
 from server import TritonServer
 
 from .summary import SYSTEMS, Pass, Served
+
+console = Console(stderr=True)
 
 SHARES = 5
 NEVER_ESCALATE = 1e9  # far above any distance between embeddings
@@ -40,7 +43,7 @@ def query(server: TritonServer, crops: Sequence[SourceImage], labels: Sequence[s
     with (
         GrpcClient(server.grpc_url) as grpc,
         HttpClient(server.http_url) as http,
-        Progress() as progress,
+        Progress(console=console) as progress,
     ):
         for name, policy in passes:
             client = http if name == "http" else grpc
@@ -86,7 +89,10 @@ def measure_overhead(
     """
     pairs = []
     outputs = [triton.InferRequestedOutput(name) for name in ("embedding", "logits")]
-    with triton.InferenceServerClient(server.grpc_url) as client, Progress() as progress:
+    with (
+        triton.InferenceServerClient(server.grpc_url) as client,
+        Progress(console=console) as progress,
+    ):
         for index, tensor in enumerate(progress.track(tensors, description="overhead ")):
             image = triton.InferInput("image", [1, *tensor.shape], "FP32")
             image.set_data_from_numpy(tensor[np.newaxis])
@@ -114,7 +120,7 @@ def measure(
     every system the same.
     """
     passes: dict[str, list[Pass]] = {system: [] for system in SYSTEMS}
-    with Progress() as progress:
+    with Progress(console=console) as progress:
         task = progress.add_task("perf_analyzer", total=SHARES * len(SYSTEMS))
         for share in range(SHARES):
             inputs = write_tensors(folder / "crops.json", tensors[share::SHARES])

@@ -11,6 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 SYSTEMS = ("low", "high", "adaptive")
+CERTIFICATE = (
+    *("epsilon", "confidence", "method", "n", "errors", "allowed", "certified", "signal"),
+    "statement",
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ def summarise(
     served: Served,
     passes: Mapping[str, Sequence[Pass]],
     overhead: Sequence[tuple[float, float]],
+    certificate: Mapping[str, Any],
     environment: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The content of summary.json.
@@ -80,6 +85,7 @@ def summarise(
         passes: for each of `SYSTEMS`, one pass per share.
         overhead: for each crop the latency of static low and, right beside it, of the router told
             never to escalate, in ms.
+        certificate: of the calibration.
         environment: `triton_version` and whatever else describes the machine.
     """
     escalation_rate = float(served.escalated.mean())
@@ -97,6 +103,8 @@ def summarise(
         "high_px": resolutions_px[1],
         "images": len(served.truth),
         "escalation_rate": escalation_rate,
+        "certificate": {name: certificate[name] for name in CERTIFICATE},
+        "realised_risk": float((~served.escalated & (served.low != served.high)).mean()),
         "agreement_with_high": float((served.adaptive == served.high).mean()),
         "accuracy": {
             system: float((getattr(served, system) == served.truth).mean()) for system in SYSTEMS
