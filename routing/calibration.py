@@ -145,12 +145,12 @@ class Calibration:
         for name, record in self.rungs.items():
             if not files[name].is_file():
                 raise CalibrationError(
-                    f"{name}: no ONNX file at {files[name]}; run python -m export"
+                    f"{name}: no ONNX file at {files[name]}; run python -m export repository"
                 )
             if sha256_file(files[name]) != record.sha256:
                 raise CalibrationError(
                     f"{name}: {files[name].name} is not the file that was calibrated (SHA-256 "
-                    "differs); run python -m calibration again, or restore the file"
+                    "differs); collect and fit with this file, or restore the calibrated one"
                 )
 
     def save(self, path: Path) -> None:

@@ -181,4 +181,4 @@ def _not_finite(image: FloatArray) -> RequestError | None:
     bad = np.flatnonzero(~np.isfinite(image).all(axis=(1, 2, 3)))
     if bad.size == 0:
         return None
-    return RequestError(f"image holds NaN or Inf (row {bad[0]} of {len(image)})")
+    return RequestError(f"image {bad[0] + 1} of {len(image)} holds NaN or Inf; send finite pixels")

@@ -23,7 +23,7 @@ ARROWS = {
     "calibration": {"routing", "imaging"},
     "server": set(),
     "client": set(),
-    "perf": {"client", "server", "routing", "imaging"},
+    "perf": {"calibration", "client", "imaging", "routing", "server"},
     "demo": {"calibration", "client", "imaging", "perf", "routing", "server"},
 }
 IN_TRITON = sorted(

@@ -83,7 +83,7 @@ def test_a_bad_request_does_not_fail_its_neighbours(bad):
     answers, low, _ = run([ask(images(0.1)), ask(broken), ask(images(0.9))])
     assert isinstance(answers[0], CascadeAnswer) and isinstance(answers[2], CascadeAnswer)
     assert isinstance(answers[1], RequestError)
-    assert str(answers[1]) == "image holds NaN or Inf (row 1 of 2)"
+    assert str(answers[1]) == "image 2 of 2 holds NaN or Inf; send finite pixels"
     assert len(low.batches[0]) == 2
 
 
