@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from imaging import PreprocessingError
 from routing import SIGNALS, Calibration, CalibrationError, RungSet, RungSetError
@@ -26,10 +25,11 @@ from .images import open_images
 from .outputs import Outputs, OutputsError
 from .pages.analysis import write_analysis
 from .pages.report import write_report
-from .record import FitRecord
+from .record import FitRecord, record_path
 from .sample import write
 from .source import ImagesError, ImageSource
 from .splits import GROUPINGS, SplitError
+from .tables import print_fit, print_rows
 
 app = typer.Typer(
     help="Run both rungs offline, fit the score, certify the threshold, show what it is worth.",
@@ -89,11 +89,11 @@ def collect_command(
 ) -> None:
     """Run both rungs over images with ONNX Runtime and store their outputs; resumes."""
     try:
-        outputs = _collect(RungSet.load(onnx), _open(images, limit, seed), out)
+        _collect(RungSet.load(onnx), _open(images, limit, seed), out)
     except KeyboardInterrupt:
         console.print("stopped; the same command continues where this one was")
         raise
-    print(f"wrote {len(outputs)} images' outputs to {out}")
+    print(f"wrote {out}")
 
 
 @app.command("analyse")
@@ -114,7 +114,7 @@ def analyse_command(
     if as_json:
         print(json.dumps({"page": str(out), **analysis.to_dict()}))
         return
-    _print_rows(f"what the full rung changes: {stored.title}", analysis.rows())
+    print_rows(f"what the full rung changes: {stored.title}", analysis.rows())
     print(f"wrote {out}")
 
 
@@ -153,7 +153,7 @@ def fit_command(
     outputs: OutputsOption = OUTPUTS,
     onnx: OnnxOption = ONNX,
     out: Annotated[Path, typer.Option(help="Artifact to write.")] = ARTIFACT,
-    seed: Annotated[int, typer.Option(help="Of the splits.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the splits.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Fit the score, choose a signal and a threshold, certify it, write calibration.json."""
@@ -169,7 +169,7 @@ def fit_command(
     if as_json:
         print(json.dumps({"calibration": str(out), **_without_arrays(calibration)}))
     else:
-        _print_fit(calibration)
+        print_fit(calibration)
         print(f"wrote {out}")
     if calibration.certificate is not None and not calibration.certificate["certified"]:
         console.print("NOT CERTIFIED: every image goes to the full rung.", style="bold red")
@@ -190,7 +190,9 @@ def evaluate_command(
     artifact, rung_set = Calibration.load(calibration), RungSet.load(onnx)
     source = _open(images, limit, seed)
     with tempfile.TemporaryDirectory() as folder:
-        outputs = _collect(rung_set, source, Path(folder) / "outputs.npz")
+        file = Path(folder) / "outputs.npz"
+        _collect(rung_set, source, file)
+        outputs = Outputs.load(file)
     evaluation = evaluate(artifact, outputs)
     if as_json:
         print(json.dumps({"images": source.title, **evaluation.to_dict()}))
@@ -210,7 +212,7 @@ def report_command(
 ) -> None:
     """Write report.html: certificate, risk against escalation, signals, galleries."""
     artifact, stored = Calibration.load(calibration), Outputs.load(outputs)
-    record = FitRecord.load(calibration.with_name("fit.npz"), stored, calibration)
+    record = FitRecord.load(record_path(calibration), stored, calibration)
     with console.status("drawing"):
         write_report(out, artifact, record, stored, _source_of(stored), RungSet.load(onnx).labels)
     print(f"wrote {out}")
@@ -231,7 +233,7 @@ def _source_of(outputs: Outputs) -> ImageSource | None:
         return None
 
 
-def _collect(rung_set: RungSet, source: ImageSource, out: Path) -> Outputs:
+def _collect(rung_set: RungSet, source: ImageSource, out: Path) -> None:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -247,10 +249,9 @@ def _collect(rung_set: RungSet, source: ImageSource, out: Path) -> Outputs:
                 done = progress.tasks[task].completed
                 progress.reset(task, description="collect (resumed)", completed=int(done))
 
-        outputs, unreadable = collect(rung_set, source, out, show)
+        unreadable = collect(rung_set, source, out, show)
     for line in unreadable:
         console.print(f"skipped {line}", markup=False, highlight=False)
-    return outputs
 
 
 def _fidelity(kind: str | None, tolerance: float, outputs: Outputs) -> Fidelity:
@@ -280,41 +281,6 @@ def _without_arrays(calibration: Calibration) -> dict[str, Any]:
     content = calibration.to_dict()
     del content["coefficients"], content["reference_scores"], content["score_map"]
     return content
-
-
-def _print_fit(calibration: Calibration) -> None:
-    metrics = calibration.metrics
-    table = Table(title=f"{metrics['images']} held-out images, signal {calibration.signal}")
-    for column in ("", "value", "95 % interval"):
-        table.add_column(column, justify="left" if not column else "right")
-    for name, interval in metrics["intervals"].items():
-        between = "" if interval is None else f"{interval[0]:.1%} to {interval[1]:.1%}"
-        table.add_row(name.replace("_", " "), f"{metrics[name]:.1%}", between)
-    Console().print(table)
-    table = Table(title="signals, larger is better but for the last column")
-    for column in ("signal", "AUROC", "Spearman", "escalation needed"):
-        table.add_column(column, justify="left" if column == "signal" else "right")
-    for name, figures in metrics["signals"].items():
-        style = "bold" if name == calibration.signal else None
-        auroc, rank, needed = (figures[key] for key in ("auroc", "spearman", "needed_escalation"))
-        table.add_row(
-            name,
-            *("" if figure is None else f"{figure:.2f}" for figure in (auroc, rank)),
-            "" if needed is None else f"{needed:.0%}",
-            style=style,
-        )
-    Console().print(table)
-    if metrics["no_better_than_random"]:
-        print(f"{calibration.signal} is not shown to rank losses better than random")
-    certificate = calibration.certificate
-    print("nothing is certified" if certificate is None else certificate["statement"])
-
-
-def _print_rows(title: str, rows: list[tuple[str, ...]]) -> None:
-    table = Table(title=title, show_header=False)
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
 
 
 def main() -> None:

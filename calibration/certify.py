@@ -43,7 +43,7 @@ class Goal:
 
     Attributes:
         max_risk: ε, the largest acceptable share of images that are kept low and lost.
-        confidence: 1 - δ; `crc` has none and does not read it.
+        confidence: 1 - δ, of `ltt`; `crc` promises an average and has none.
         method: one of `METHODS`.
     """
 
@@ -210,8 +210,8 @@ def statement(verdict: Verdict, goal: Goal, fidelity: Fidelity, grouped: bool = 
     if grouped:
         drawn += " (first a group, then one of its images)"
     promise = (
-        f"at most {risk} of images {drawn}, and requested without "
-        f"parameters, get an answer that {fidelity.words()}"
+        f"at most {risk} of images {drawn}, requested without "
+        f"parameters and not marked degraded, get an answer that {fidelity.words()}"
     )
     if crc:
         promise = f"On average over repeated calibrations, {promise}; no confidence is attached"
@@ -251,6 +251,7 @@ def certificate(
         "fidelity": fidelity.kind,
         "tolerance": fidelity.tolerance if fidelity.kind == "cosine" else None,
         "signal": signal,
+        "split": "certify",
         "n": verdict.n,
         "errors": verdict.errors,
         "allowed": verdict.allowed,

@@ -23,7 +23,7 @@ from routing import RUNGS, RungSet, RungSetError
 from routing.manifest import sha256_file
 
 from .decoding import DecodedImage, decode_ahead
-from .outputs import Outputs, OutputsError, row_arrays, scalar_arrays
+from .outputs import OutputsError, row_arrays, scalar_arrays
 from .parts import Parts
 from .sessions import open_session, run_session
 from .source import ImagesError, ImageSource
@@ -41,12 +41,12 @@ def collect(
     source: ImageSource,
     out: Path,
     progress: Progress = lambda count, resumed: None,
-) -> tuple[Outputs, list[str]]:
+) -> list[str]:
     """Run both rungs over images and write their outputs to a file.
 
     While the rungs run on one batch, the next is decoded. Whatever N, memory holds at most four
     batches of tensors, one photograph being decoded in each of up to 8 threads, and two parts'
-    rows; only the names and the outputs returned grow with N. While the parts are joined the disk
+    rows; only the names grow with N. While the parts are joined the disk
     holds the outputs twice.
 
     Args:
@@ -57,7 +57,7 @@ def collect(
             them; the numbers add up to N.
 
     Returns:
-        The outputs as stored, and a line for each image that could not be read.
+        A line for each image that could not be read, or on which a rung overflows.
 
     Raises:
         ImagesError: no image, or more than 5 % unreadable; raised once that is certain. The parts
@@ -86,7 +86,9 @@ def collect(
                 images, failed = next(decoded)
                 lines += failed
                 if images:
-                    done.append(_run(sessions, images, rung_set.labels))
+                    found, overflown = _run(sessions, images, rung_set.labels)
+                    done.append(found)
+                    lines += overflown
                 if batch[-1] == rows[-1]:
                     parts.write(index, _concatenate(done), lines)
                 progress(len(batch), False)
@@ -95,7 +97,7 @@ def collect(
     preprocessing_sha256 = rung_set.preprocessing_sha256()
     parts.join(out, scalar_arrays(hashes, preprocessing_sha256, source.spec, source.title))
     parts.remove()
-    return Outputs.load(out), [line for index in range(len(ranges)) for line in unreadable[index]]
+    return [line for index in range(len(ranges)) for line in unreadable[index]]
 
 
 def _check_files(rung_set: RungSet) -> dict[str, str]:
@@ -162,18 +164,24 @@ def _check_readable(unreadable: Mapping[int, Sequence[str]], total: int) -> None
 
 def _run(
     sessions: Sessions, images: Sequence[DecodedImage], labels: tuple[str, ...] | None
-) -> dict[str, NDArray[Any]]:
-    """A batch's rows."""
+) -> tuple[dict[str, NDArray[Any]], list[str]]:
+    """A batch's rows, and a line for each image on which a rung overflows."""
     image = np.stack([item.tensor for item in images])  # (B, 3, H, W)
+    low = run_session(sessions["vit_low"], image, layers=True)
+    high = run_session(sessions["vit_high"], image, layers=False)
+    finite = low.finite() & high.finite()
+    lines = [f"{images[i].name}: a rung answers with NaN or Inf" for i in np.flatnonzero(~finite)]
+    kept = [item for item, sound in zip(images, finite, strict=True) if sound]
     index = {label: i for i, label in enumerate(labels or ())}
-    return row_arrays(
-        low=run_session(sessions["vit_low"], image, layers=True),
-        high=run_session(sessions["vit_high"], image, layers=False),
-        labels=np.array([index.get(item.label or "", -1) for item in images], dtype=np.int64),
-        names=[item.name for item in images],
-        groups=[item.group for item in images],
-        hashes=[item.sha256 for item in images],
+    rows = row_arrays(
+        low=low.rows(np.flatnonzero(finite)),
+        high=high.rows(np.flatnonzero(finite)),
+        labels=np.array([index.get(item.label or "", -1) for item in kept], dtype=np.int64),
+        names=[item.name for item in kept],
+        groups=[item.group for item in kept],
+        hashes=[item.sha256 for item in kept],
     )
+    return rows, lines
 
 
 def _concatenate(batches: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:

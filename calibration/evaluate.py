@@ -5,6 +5,7 @@ Every test here asks for independent images, so one image of each group is drawn
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -36,6 +37,7 @@ class Evaluation:
 
     Attributes:
         source: of the images, in words.
+        known: images left out because the calibration has seen them.
         images: independent ones, one of each group; all that follows counts only these.
         errors: images kept low whose cheap answer is not acceptable.
         risk: errors / images.
@@ -54,6 +56,7 @@ class Evaluation:
     """
 
     source: str
+    known: int
     images: int
     errors: int
     risk: float
@@ -97,6 +100,7 @@ class Evaluation:
             f"Scores: their distribution is {self.score_distance:.3f} from that at calibration "
             f"(Kolmogorov-Smirnov distance), {_drift(self.score_p)}.",
             *self._figure_lines(),
+            *([f"Left out: {self.known} images that the calibration has seen."] * bool(self.known)),
         ]
 
     def _certificate_line(self) -> str:
@@ -112,8 +116,9 @@ class Evaluation:
         level = f"its confidence of {100 * self.confidence:g} %"
         if crc:
             level = f"{100 * self.confidence:g} %, taken because it has no confidence of its own,"
+        verdict = "CONTRADICTED" if self.contradicted else "not contradicted"
         return (
-            f"Certificate {'CONTRADICTED' if self.contradicted else 'holds'}: if it is right "
+            f"Certificate {verdict}: if it is right "
             f"(risk at most {100 * self.certificate['epsilon']:g} %{average}), {self.errors} or "
             f"more errors among {self.images} images have a probability of at most "
             f"{self.contradiction_p:.2g}; {level} puts the limit at "
@@ -163,14 +168,15 @@ def evaluate(calibration: Calibration, outputs: Outputs) -> Evaluation:
         outputs: of both rungs, as collected on the new images.
 
     Raises:
-        EvaluateError: outputs of other ONNX files, the calibration's own images, or an artifact
-            without reference scores.
+        EvaluateError: outputs of other ONNX files or another preprocessing, no image that the
+            calibration has not seen, or an artifact without reference scores.
     """
+    outputs, known = _unseen(calibration, outputs)
     _check(calibration, outputs)
     groups = np.array(group_keys(outputs, calibration.data["group_by"]))
     seed = calibration.data["seed"]
     rows = one_per_group(groups, np.arange(len(outputs)), seed)
-    fidelity = _fidelity(calibration)
+    fidelity = Fidelity.of(calibration)
     loss, scores = fidelity.loss(outputs), calibration.score(outputs.low)
     threshold, reference = calibration.threshold, calibration.reference_scores
     escalated = escalation_mask(scores[rows], threshold, Overrides())
@@ -178,10 +184,11 @@ def evaluate(calibration: Calibration, outputs: Outputs) -> Evaluation:
     errors, n = int((~escalated & loss[rows]).sum()), len(rows)
     exact = binomtest(errors, n).proportion_ci(INTERVAL, "exact")
     distance = ks_2samp(scores[rows], reference)
-    measured = HeldOut(outputs, rows, groups, scores, threshold, loss, seed).figures()
+    measured = HeldOut(outputs, rows, rows, groups, scores, threshold, loss, seed).figures()
     names = [name for name in measured if name.startswith(("agreement", "accuracy"))]
     return Evaluation(
         source=outputs.title,
+        known=known,
         images=n,
         errors=errors,
         risk=errors / n,
@@ -199,6 +206,18 @@ def evaluate(calibration: Calibration, outputs: Outputs) -> Evaluation:
     )
 
 
+def _unseen(calibration: Calibration, outputs: Outputs) -> tuple[Outputs, int]:
+    """The images that the calibration has not seen, and how many it has."""
+    prefixes = base64.b64decode(calibration.data["image_hashes"])
+    seen = {prefixes[i : i + 8].hex() for i in range(0, len(prefixes), 8)}
+    new = np.array([image[:16] not in seen for image in outputs.hashes])
+    if not new.any():
+        raise EvaluateError(
+            "all of these images were used in the calibration; evaluate it on others"
+        )
+    return outputs.rows(np.flatnonzero(new)), int((~new).sum())
+
+
 def _check(calibration: Calibration, outputs: Outputs) -> None:
     for name in RUNGS:
         if outputs.rung_hashes[name] != calibration.rungs[name].sha256:
@@ -211,19 +230,8 @@ def _check(calibration: Calibration, outputs: Outputs) -> None:
             "the outputs were made with another preprocessing than the artifact's; collect with "
             "the rungs.json it was calibrated with, or calibrate again"
         )
-    if outputs.fingerprint() == calibration.data["fingerprint"]:
-        raise EvaluateError(
-            "these are the images the artifact was calibrated on; evaluate it on others"
-        )
     if not len(calibration.reference_scores):
         raise EvaluateError("the artifact has no reference scores; run calibration fit again")
-
-
-def _fidelity(calibration: Calibration) -> Fidelity:
-    claim = calibration.certificate or calibration.chosen_by
-    if claim["tolerance"] is None:
-        return Fidelity(claim["fidelity"])
-    return Fidelity(claim["fidelity"], claim["tolerance"])
 
 
 def _same_share_p(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:

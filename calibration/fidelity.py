@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from routing import Calibration
+
 from .outputs import Outputs
 
 FloatVector = NDArray[np.float64]
@@ -41,6 +43,12 @@ class Fidelity:
         if not 0 < self.tolerance < 2:
             raise FidelityError(f"--tolerance {self.tolerance} is not between 0 and 2")
 
+    @classmethod
+    def of(cls, calibration: Calibration) -> Fidelity:
+        """The one an artifact was made for."""
+        kind, tolerance = calibration.chosen_by["fidelity"], calibration.chosen_by["tolerance"]
+        return cls(kind) if tolerance is None else cls(kind, tolerance)
+
     def loss(self, outputs: Outputs) -> BoolVector:
         """The fidelity loss of each image, BOOL (N,).
 
@@ -48,7 +56,7 @@ class Fidelity:
             FidelityError: `top1` for a model without a head.
         """
         if self.kind == "cosine":
-            return np.asarray(oracle_cosine(outputs) < 1 - self.tolerance)
+            return np.asarray(~(oracle_cosine(outputs) >= 1 - self.tolerance))
         loss = disagrees(outputs)
         if loss is None:
             raise FidelityError("--fidelity top1 needs a head, the model has none; use cosine")

@@ -1,7 +1,8 @@
 """Fit every signal, choose one and a threshold, and say what both are worth.
 
 Disjoint splits by group, each with one job: `fit` teaches the signals, their scores and the choice
-among them; `certify` tests thresholds and nothing else; `test` measures and decides nothing.
+among them; `certify` tests thresholds; `test` measures and decides nothing. The scores of the last
+two, which nothing was fitted on, are kept as reference for drift.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from . import certify, metrics
 from .coefficients import FitSample, applicable, fit_coefficients, out_of_fold, signal_values
 from .fidelity import Fidelity, oracle_l2
 from .held_out import HeldOut
-from .outputs import Outputs
-from .record import FitRecord
+from .outputs import Outputs, hash_prefixes
+from .record import FitRecord, record_path
 from .scoring import fit_score_map, learn_sign, threshold_for_rate
 from .splits import CERTIFIED, UNCERTIFIED, Rows, check_no_duplicates, group_keys, split_by_group
 
@@ -93,7 +94,7 @@ class Fit:
     loss: NDArray[np.bool_]
 
     def save(self, path: Path) -> None:
-        """Write the artifact, and `fit.npz` beside it for the report."""
+        """Write the artifact, and its record beside it for the report."""
         self.calibration.save(path)
         FitRecord(
             dict(self.splits),
@@ -102,7 +103,7 @@ class Fit:
             self.loss,
             self.calibration.data["fingerprint"],
             hashlib.sha256(path.read_bytes()).hexdigest(),
-        ).save(path.with_name("fit.npz"))
+        ).save(record_path(path))
 
 
 def fit(outputs: Outputs, rung_set: RungSet, target: Target, options: Options) -> Fit:
@@ -164,7 +165,16 @@ def fit(outputs: Outputs, rung_set: RungSet, target: Target, options: Options) -
     else:
         threshold = target.threshold
 
-    test = HeldOut(outputs, splits["test"], np.array(groups), scores, threshold, loss, options.seed)
+    test = HeldOut(
+        outputs,
+        splits["test"],
+        independent["test"],
+        np.array(groups),
+        scores,
+        threshold,
+        loss,
+        options.seed,
+    )
     max_risk = target.max_risk if isinstance(target, certify.Goal) else None
     calibration = Calibration(
         backbone=rung_set.backbone,
@@ -191,6 +201,7 @@ def fit(outputs: Outputs, rung_set: RungSet, target: Target, options: Options) -
             "seed": options.seed,
             "group_by": options.group_by,
             "splits": {split: len(index) for split, index in splits.items()},
+            "image_hashes": hash_prefixes(outputs.hashes),
         },
         reference_scores=_thinned(np.sort(scores[np.concatenate(list(independent.values()))])),
     )
@@ -248,8 +259,8 @@ def _choose(costs: Mapping[str, float], signal: str) -> str:
         return min(costs, key=lambda name: costs[name])  # a tie goes to the simpler signal
     if signal not in costs:
         raise FitError(
-            f"--signal {signal} learns from images on which the rungs' answers differ, and there "
-            "are too few of them (or of the others) to learn from; use --signal auto"
+            f"--signal {signal} learns from images with a loss and images without, and there are "
+            "too few of either; use --signal auto"
         )
     return signal
 

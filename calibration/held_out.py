@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binomtest, mannwhitneyu
 
 from routing import Overrides, escalation_mask
 
@@ -24,6 +25,7 @@ class HeldOut:
     Args:
         outputs: of all N images.
         rows: of the test split.
+        independent: of `rows`, one of each group.
         groups: of all images; resampling never divides one.
         scores: FP32 (N,), oracle units.
         threshold: oracle units; None: all escalate.
@@ -35,6 +37,7 @@ class HeldOut:
         self,
         outputs: Outputs,
         rows: Rows,
+        independent: Rows,
         groups: NDArray[Any],
         scores: NDArray[np.float32],
         threshold: float | None,
@@ -42,6 +45,7 @@ class HeldOut:
         seed: int,
     ) -> None:
         self._outputs, self._rows = outputs, rows
+        self._independent = np.searchsorted(rows, independent)
         self._escalated = escalation_mask(scores[rows], threshold, Overrides())
         self._loss = loss[rows]
         self._bootstrap = metrics.Bootstrap(groups[rows], seed)
@@ -76,6 +80,10 @@ class HeldOut:
 
             figures[name] = metrics.value(figure, len(self._rows))
             intervals[name] = self._bootstrap.interval(figure)
+            if figures[name] in (0.0, 1.0):  # all images alike: resampling them shows no doubt
+                images = len(np.intersect1d(self._independent, np.flatnonzero(rows)))
+                exact = binomtest(round(figures[name] * images), images).proportion_ci(0.95)
+                intervals[name] = [float(exact.low), float(exact.high)]
         return {**figures, "intervals": intervals}
 
     def _classes(self) -> tuple[NDArray[np.intp] | None, NDArray[np.intp] | None]:
@@ -121,9 +129,23 @@ class HeldOut:
                 else metrics.needed_escalation(ranked, self._loss, max_risk),
                 "cv_escalation": None if max_risk is None else costs.get(name),
             }
-        interval = table[chosen]["auroc_interval"]
         return {
             "needed_for": max_risk,
             "signals": table,
-            "no_better_than_random": interval is None or interval[0] <= 0.5,
+            "no_better_than_random": not self._beats_chance(values[chosen], table[chosen]),
         }
+
+    def _beats_chance(self, values: FloatVector, figures: Mapping[str, Any]) -> bool:
+        """Whether losses rank higher than chance would have it, at 2.5 % one-sided.
+
+        The bootstrap alone is too ready to say so where there are few losses, so the exact rank
+        test on independent images must agree (Mann and Whitney 1947).
+        """
+        interval = figures["auroc_interval"]
+        ranked = values[self._rows][self._independent]
+        lost = self._loss[self._independent]
+        if interval is None or interval[0] <= 0.5 or lost.all() or not lost.any():
+            return False
+        return bool(
+            mannwhitneyu(ranked[lost], ranked[~lost], alternative="greater").pvalue <= 0.025
+        )

@@ -18,6 +18,7 @@ BoolVector = NDArray[np.bool_]
 
 RESAMPLES = 1000
 LEVEL = 0.95
+MIN_GROUPS = 10  # fewer resample to much too short intervals
 _AT_ONCE = 100  # resamples; bounds the memory to a few arrays of 100 x n
 
 
@@ -73,11 +74,15 @@ class Bootstrap:
         self._seed = seed
 
     def interval(self, figure: Callable[[FloatMatrix], FloatVector]) -> list[float] | None:
-        """The central 95 % of a figure over the resamples; None where it is undefined in all.
+        """The central 95 % of a figure over the resamples.
+
+        None where it is undefined in all of them, or where the groups are too few to resample.
 
         Args:
             figure: from weights (R, n) to values (R,), NaN where undefined.
         """
+        if self._groups < MIN_GROUPS:
+            return None
         rng = np.random.default_rng(self._seed)
         share = np.full(self._groups, 1 / self._groups)
         parts = []

@@ -8,10 +8,11 @@ of both ONNX files) and `preprocessing` tie it to the graphs and tensors that ma
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,11 @@ OPTIONAL = ("logits_low", "logits_high")  # a model without a head has none
 
 class OutputsError(ValueError):
     """Stored outputs are missing, unreadable or of other rungs. One line."""
+
+
+def hash_prefixes(hashes: Sequence[str]) -> str:
+    """What tells images apart in little space: the first 8 bytes of each SHA-256, as base64."""
+    return base64.b64encode(b"".join(bytes.fromhex(h[:16]) for h in hashes)).decode()
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,18 @@ class Outputs:
         """The number of images N."""
         return len(self.names)
 
+    def rows(self, index: NDArray[np.intp]) -> Outputs:
+        """The outputs of some of the images."""
+        return replace(
+            self,
+            low=self.low.rows(index),
+            high=self.high.rows(index),
+            labels=self.labels[index],
+            names=tuple(self.names[i] for i in index),
+            groups=tuple(self.groups[i] for i in index),
+            hashes=tuple(self.hashes[i] for i in index),
+        )
+
     def fingerprint(self) -> str:
         """SHA-256 over the images' hashes, in order."""
         return hashlib.sha256("\n".join(self.hashes).encode()).hexdigest()
@@ -101,6 +119,7 @@ class Outputs:
             raise OutputsError(f"{path} is not readable ({error}); collect again") from None
         try:
             _check_rows(arrays)
+            _check_finite(arrays)
             return cls(
                 low=_rung_outputs(arrays, "low"),
                 high=_rung_outputs(arrays, "high"),
@@ -175,3 +194,16 @@ def _check_rows(arrays: dict[str, NDArray[Any]]) -> None:
                 raise ValueError(f"{name} has {axis} = {size}, {first} has {axis} = {first_size}")
     if ("logits_low" in arrays) != ("logits_high" in arrays):
         raise ValueError("only one of the rungs has logits")
+
+
+def _check_finite(arrays: dict[str, NDArray[Any]]) -> None:
+    """Refuse NaN and Inf, which no comparison would count as a loss.
+
+    Raises:
+        ValueError: naming the array and the first image.
+    """
+    for name in AXES:
+        values = arrays.get(name)
+        if values is not None and values.dtype.kind == "f" and not np.isfinite(values).all():
+            rows = np.isfinite(values).reshape(len(values), -1).all(axis=1)
+            raise ValueError(f"{name} of {arrays['names'][rows.argmin()]} holds NaN or Inf")

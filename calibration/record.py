@@ -1,4 +1,4 @@
-"""`fit.npz`, beside the artifact: what every signal said of every image, for the report."""
+"""`calibration.fit.npz`, beside `calibration.json`: what every signal said of every image."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from numpy.typing import NDArray
 
 from .outputs import Outputs, OutputsError
 from .splits import Rows
+
+
+def record_path(artifact: Path) -> Path:
+    """Where the record of an artifact lies."""
+    return artifact.with_suffix(".fit.npz")
 
 
 @dataclass(frozen=True)

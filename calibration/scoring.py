@@ -30,26 +30,37 @@ def fit_score_map(raw: FloatVector, oracle: FloatVector, sign: int) -> ScoreMap:
     """Learn the monotone map from a signal to the oracle.
 
     Isotonic regression (Barlow et al. 1972) over equal-count bins, drawn through the centres of
-    its flat blocks: it predicts the same change on average, and it keeps the signal's order
-    within a block.
+    its flat blocks, so that the signal's order within a block is kept.
     """
     x = sign * raw
     bins = np.array_split(np.argsort(x, kind="stable"), min(MAX_KNOTS, max(2, len(x) // 8)))
     knots = np.array([x[rows].mean() for rows in bins])
     means = np.array([oracle[rows].mean() for rows in bins])
-    distinct = np.append(np.diff(knots) > 1e-12, True)  # a constant signal has one knot
-    knots, means = knots[distinct], means[distinct]
+    counts = np.array([len(rows) for rows in bins], dtype=np.float64)
+    same = np.cumsum(np.append(0, np.diff(knots) > 1e-12))  # tied values fill several bins
+    knots, means, counts = _pooled(same, knots, means, counts)
     if len(knots) < 2:
-        knots, means = np.array([knots[0] - 1, knots[0] + 1]), np.repeat(oracle.mean(), 2)
-    values = IsotonicRegression().fit_transform(knots, means)
+        knots, means = np.array([knots[0] - 1, knots[0] + 1]), np.repeat(means, 2)
+        counts = np.ones(2)
+    values = IsotonicRegression().fit_transform(knots, means, sample_weight=counts)
     blocks = np.unique(values, return_inverse=True)[1]
     if blocks[-1] == 0:  # the signal says nothing about the oracle: keep its order, barely tilted
-        tilt = 1e-3 * max(float(oracle.std()), 1e-6)
+        tilt = 1e-3 * max(
+            float(oracle.std()), 0.1 * abs(float(oracle.mean())), 1e-6
+        )  # seen in FP32
         values = values + tilt * np.linspace(0, 1, len(values))
     else:
-        knots = np.array([knots[blocks == block].mean() for block in range(blocks[-1] + 1)])
-        values = np.unique(values)
+        knots, values, _ = _pooled(blocks, knots, values, counts)
     return ScoreMap(sign, tuple(knots.tolist()), tuple(values.tolist()))
+
+
+def _pooled(
+    blocks: NDArray[np.intp], knots: FloatVector, values: FloatVector, counts: FloatVector
+) -> tuple[FloatVector, FloatVector, FloatVector]:
+    """Mean knot, mean value and count of each block 0, 1, ..., weighted by the counts."""
+    totals = np.bincount(blocks, counts)
+    mean_knots = np.bincount(blocks, knots * counts) / totals
+    return mean_knots, np.bincount(blocks, values * counts) / totals, totals
 
 
 def threshold_for_rate(scores: NDArray[np.float32], rate: float) -> float:

@@ -14,6 +14,7 @@ Rows = NDArray[np.intp]
 CERTIFIED = {"fit": 0.4, "certify": 0.4, "test": 0.2}
 UNCERTIFIED = {"fit": 0.7, "test": 0.3}
 GROUPINGS = ("source", "folder", "content")
+MIN_GROUPS = 6  # of each split: what cross-validation in five folds, inside five folds, can do with
 
 
 class SplitError(ValueError):
@@ -42,29 +43,26 @@ def split_by_group(
 ) -> dict[str, Rows]:
     """Row indices of each split; a group is never divided.
 
-    Groups are shuffled, then dealt out until each split has its share of the images.
+    Groups are shuffled and each split gets its share of them, whatever their sizes: cutting by
+    images would favour large groups at the edges.
 
     Raises:
-        SplitError: a split would be empty.
+        SplitError: a split would have fewer than `MIN_GROUPS` groups.
     """
     names, inverse = np.unique(np.array(groups), return_inverse=True)
-    order = np.random.default_rng(seed).permutation(len(names))
-    rank = np.empty(len(names), dtype=np.intp)
-    rank[order] = np.arange(len(names))
-    by_rank = np.argsort(rank[inverse], kind="stable")
-    sizes = np.bincount(rank[inverse], minlength=len(names)).cumsum()
+    rank = np.random.default_rng(seed).permutation(len(names))[inverse]  # of each image's group
     splits: dict[str, Rows] = {}
     start, share = 0, 0.0
     for name, fraction in shares.items():
         share += fraction
-        stop = int(sizes[np.searchsorted(sizes, min(share, 1.0) * len(groups) - 0.5)])
-        splits[name] = np.sort(by_rank[start:stop])
+        stop = round(min(share, 1.0) * len(names))
+        splits[name] = np.flatnonzero((start <= rank) & (rank < stop))
+        if stop - start < MIN_GROUPS:
+            raise SplitError(
+                f"{len(names)} groups are too few: split {name!r} gets {stop - start} of them, "
+                f"{MIN_GROUPS} are needed; collect more images, or use another --group-by"
+            )
         start = stop
-    if not all(len(rows) for rows in splits.values()):
-        raise SplitError(
-            f"{len(names)} groups are too few for {len(shares)} splits; collect more images, or "
-            "use another --group-by"
-        )
     return splits
 
 

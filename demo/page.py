@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +12,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
-from .summary import Served
+from calibration.pages.page import HIGH_COLOUR, LOW_COLOUR, THUMBNAIL_PX, data_uri
 
-THUMBNAIL_PX = 96
-LOW_COLOUR, HIGH_COLOUR = "#2a7f62", "#c8553d"
+from .summary import Served
 
 
 def write_page(
@@ -70,7 +68,7 @@ def _thumbnail(data: bytes) -> str:
     image = image.resize((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=80)
-    return _data_uri("image/jpeg", buffer.getvalue())
+    return data_uri("image/jpeg", buffer.getvalue())
 
 
 def _histogram(served: Served, threshold: float) -> str:
@@ -93,8 +91,4 @@ def _histogram(served: Served, threshold: float) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     plt.close(figure)
-    return _data_uri("image/svg+xml", buffer.getvalue())
-
-
-def _data_uri(media_type: str, data: bytes) -> str:
-    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
+    return data_uri("image/svg+xml", buffer.getvalue())

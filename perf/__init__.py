@@ -1,1 +1,1 @@
-"""Measure a served adaptive ViT with perf_analyzer."""
+"""Measure a served adaptive ViT with perf_analyzer, and what its calibration costs."""

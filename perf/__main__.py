@@ -11,10 +11,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from calibration.images import ImagesError
-from routing import RungSet, RungSetError
+from routing import RungSet
 
-from . import collecting, fitting, scoring
+from . import scoring
 from .install import PerfAnalyzerError
 from .install import install as install_analyzer
 
@@ -69,6 +68,8 @@ def fitting_command(
     classes: Annotated[int, typer.Option(min=2, help="Classes C.")] = 21,
 ) -> None:
     """Time one `calibration fit` with all signals, on made-up outputs."""
+    from . import fitting  # here, because scikit-learn takes a second to import
+
     with Console(stderr=True).status("fitting"):
         cost = fitting.measure(images, layers, dim, classes)
     print(
@@ -87,6 +88,8 @@ def collecting_command(
     rounds: Annotated[int, typer.Option(min=1, help="How often each is timed.")] = 4,
 ) -> None:
     """Time `calibration collect` beside its two ONNX sessions alone, in turn."""
+    from . import collecting  # here, as above
+
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("rounds", total=rounds)
         found = collecting.measure(
@@ -104,7 +107,7 @@ def main() -> None:
         code = app(standalone_mode=False)
     except typer.TyperException as error:
         message = " ".join(error.format_message().split())
-    except (ImagesError, PerfAnalyzerError, RungSetError) as error:
+    except (PerfAnalyzerError, ValueError) as error:  # every error of ours about input is one
         message = str(error)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,12 @@ class Calibration:
 
     def score(self, outputs: RungOutputs) -> NDArray[np.float32]:
         """Scores of B images in oracle units, FP32 (B,), from the cheap rung's outputs."""
-        return self.score_map(SIGNALS[self.signal].compute(outputs, self.coefficients))
+        return self.score_map(SIGNALS[self.signal].compute(outputs, self._fp64))
+
+    @cached_property
+    def _fp64(self) -> Mapping[str, NDArray[np.float64]]:
+        """The coefficients as every signal computes with them, converted once."""
+        return {name: array.astype(np.float64) for name, array in self.coefficients.items()}
 
     def check_rungs(self, files: Mapping[str, Path]) -> None:
         """Compare ONNX files with the hashes they had at calibration.

@@ -89,7 +89,10 @@ def lens_features(
         raise ValueError("layer_lens needs cls_layers and logits")
     depth = len(lens_weights)
     tokens = outputs.cls_layers[:, -depth - 1 : -1].swapaxes(0, 1)  # (K, B, D), not the final layer
-    formed = log_softmax(tokens @ lens_weights + lens_bias[:, np.newaxis])  # (K, B, C)
+    # FP64: the last bits of a product depend on batch size and memory alignment. Those of an FP32
+    # product would be seen in the score.
+    logits = tokens.astype(np.float64) @ lens_weights + lens_bias[:, np.newaxis]
+    formed = log_softmax(logits)  # (K, B, C)
     switches = formed.argmax(axis=2) != logarithms.argmax(axis=1)  # (K, B)
     divergence = (np.exp(logarithms) * (logarithms - formed)).sum(axis=2)  # (K, B)
     first, second = top_two(formed)

@@ -30,6 +30,14 @@ class RungOutputs:
         """The number of images B."""
         return int(self.embedding.shape[0])
 
+    def finite(self) -> NDArray[np.bool_]:
+        """Which images' outputs hold neither NaN nor Inf, BOOL (B,)."""
+        sound = np.ones(len(self), dtype=np.bool_)
+        for values in (self.embedding, self.cls_layers, self.logits):
+            if values is not None:
+                sound &= np.isfinite(values).reshape(len(values), -1).all(axis=1)
+        return sound
+
     def rows(self, index: slice | Sequence[int] | NDArray[np.intp]) -> RungOutputs:
         """The outputs of some of the images, in the order of `index`; a slice copies nothing."""
         return RungOutputs(

@@ -48,21 +48,34 @@ def certificate(content: Mapping[str, Any] | None, threshold: float | None) -> s
     )
 
 
-def risk(decisions: Decisions, interval: Sequence[float] | None, epsilon: float | None) -> str:
-    """How the risk measured on the test split stands to its limit."""
+def risk(
+    decisions: Decisions,
+    interval: Sequence[float] | None,
+    epsilon: float | None,
+    grouped: bool = False,
+) -> str:
+    """How the risk measured on the test split stands to its limit.
+
+    Args:
+        decisions: about the test split.
+        interval: of its risk.
+        epsilon: the limit.
+        grouped: whether groups hold several images.
+    """
     images = count_of(len(decisions), "test image")
     if decisions.escalated.all():
         return f"All {images} escalate, so the risk is 0 by construction and proves nothing."
     lost = int((decisions.loss & ~decisions.escalated).sum())
     start = f"{lost} of {images} were kept low with a loss ({percent(decisions.risk)})"
     if lost == 0:
-        bound = 1 - 0.05 ** (1 / len(decisions))
-        return (
-            f"{start}; the bootstrap cannot see beyond 0 then, but a risk up to {percent(bound)} "
-            "would give no loss in 5 % of such splits, were the images independent."
-        )
-    if epsilon is None or interval is None:
+        return f"{start}; the interval is the exact one of Clopper and Pearson."
+    if epsilon is None:
         return f"{start}; no limit on the risk was asked for."
+    if grouped or interval is None:
+        return (
+            f"{start}; the certificate is about one image of each group, which this share of all "
+            "images is not."
+        )
     limit = f"the limit ε = {setting(epsilon)}"
     if interval[1] <= epsilon:
         return f"{start}; the whole 95 % interval lies within {limit}."
@@ -141,9 +154,10 @@ def warning(metrics: Mapping[str, Any], chosen: str) -> str:
             f"It is unknown whether {chosen} is better than random: the test split lacks images "
             "with a loss, or images without."
         )
+    value = metrics["signals"][chosen]["auroc"]
     return (
-        f"{chosen} is not shown to be better than random: the 95 % interval of its AUROC reaches "
-        "down to 0.5."
+        f"{chosen} is not shown to be better than random: an AUROC of {value:.2f} on so few images "
+        "with a loss, or so near to 0.5, could be chance."
     )
 
 

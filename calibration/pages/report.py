@@ -74,7 +74,7 @@ def write_report(
         "report.html.j2",
         calibration=calibration,
         epsilon=epsilon,
-        fidelity=_fidelity(calibration).words(),
+        fidelity=Fidelity.of(calibration).words(),
         verdict=_verdict(calibration),
         measured=_measured(metrics),
         images=count_of(metrics["images"], "image"),
@@ -87,7 +87,12 @@ def write_report(
             "deltas": figures.deltas(test.oracle, test.loss, "oracle L2"),
         },
         readings={
-            "risk": readings.risk(test, metrics["intervals"]["risk"], epsilon),
+            "risk": readings.risk(
+                test,
+                metrics["intervals"]["risk"],
+                epsilon,
+                grouped=metrics["groups"] < metrics["images"],
+            ),
             "curve": readings.curve(test),
             "signals": readings.signals(
                 metrics, calibration.signal, calibration.chosen_by.get("signal")
@@ -106,11 +111,6 @@ def write_report(
         missing=missing_reading([card for cell in drawn for card in cell["cards"]]),
         provenance=_provenance(calibration, record),
     )
-
-
-def _fidelity(calibration: Calibration) -> Fidelity:
-    kind, tolerance = calibration.chosen_by["fidelity"], calibration.chosen_by["tolerance"]
-    return Fidelity(kind) if tolerance is None else Fidelity(kind, tolerance)
 
 
 def _verdict(calibration: Calibration) -> dict[str, Any]:
@@ -238,6 +238,6 @@ def _provenance(calibration: Calibration, record: FitRecord) -> list[tuple[str, 
         ("calibration.json, SHA-256", f"{record.artifact_sha256[:_HASH_DIGITS]}…"),
         *rungs,
         ("signal", f"{calibration.signal} (asked for: {asked})"),
-        ("a loss", f"an answer that {_fidelity(calibration).words()}"),
+        ("a loss", f"an answer that {Fidelity.of(calibration).words()}"),
         ("threshold chosen by", _goal(calibration)),
     ]

@@ -1,10 +1,16 @@
 """Made-up outputs of both rungs, of the shape that `onnx_files` exports."""
 
+import hashlib
+
 import numpy as np
 
 from calibration.outputs import Outputs
 from routing import RungOutputs
 from tests.unit.onnx_files import CLASSES, LAYERS, D
+
+
+def sha256(text):
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def make_outputs(rung_set, n=400, seed=0, head=True, group_size=2, unsure_below=1.0):
@@ -29,7 +35,7 @@ def make_outputs(rung_set, n=400, seed=0, head=True, group_size=2, unsure_below=
         labels=high_logits.argmax(axis=1).astype(np.int64),
         names=tuple(f"{i // group_size}/{i}.png" for i in range(n)),
         groups=tuple(str(i // group_size) for i in range(n)),
-        hashes=tuple(f"{seed}-{i}" for i in range(n)),
+        hashes=tuple(sha256(f"{seed}-{i}") for i in range(n)),
         rung_hashes={name: rung.sha256 for name, rung in rung_set.rungs.items()},
         preprocessing_sha256=rung_set.preprocessing_sha256(),
         source="/nowhere",

@@ -283,8 +283,9 @@ def test_every_image_of_a_group_is_drawn_equally_often():
 
 def test_what_a_tested_certificate_says():
     assert statement(Verdict(1.5, 480, 15, 17, ()), LTT, TOP1) == (
-        "With confidence 90 %, at most 5 % of images drawn as the calibration images were, and "
-        "requested without parameters, get an answer that names another class than the full rung. "
+        "With confidence 90 %, at most 5 % of images drawn as the calibration images were, "
+        "requested without parameters and not marked degraded, get an answer that names another "
+        "class than the full rung. "
         "Of 480 certify images that nothing was fitted on, 15 did; up to 17 would have been "
         "allowed."
     )
@@ -295,9 +296,9 @@ def test_what_a_certificate_on_average_says():
     text = statement(Verdict(1.5, 480, 20, 23, ()), CRC, Fidelity("cosine", 0.1))
     assert text == (
         "On average over repeated calibrations, at most 5 % of images drawn as the calibration "
-        "images were, and requested without parameters, get an answer that has a cosine below 0.9 "
-        "to the full rung's embedding; no confidence is attached. Of 480 certify images that "
-        "nothing was fitted on, 20 did; up to 23 would have been allowed."
+        "images were, requested without parameters and not marked degraded, get an answer that has "
+        "a cosine below 0.9 to the full rung's embedding; no confidence is attached. Of 480 "
+        "certify images that nothing was fitted on, 20 did; up to 23 would have been allowed."
     )
     assert allowed_errors(480, CRC) == 23
 
@@ -328,6 +329,7 @@ def test_the_certificate_is_json_and_complete():
         "fidelity": "top1",
         "tolerance": None,
         "signal": "margin",
+        "split": "certify",
         "n": 480,
         "errors": 15,
         "allowed": 17,

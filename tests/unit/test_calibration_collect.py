@@ -14,6 +14,7 @@ from calibration.collect import BATCH, PART, collect
 from calibration.images import open_images
 from calibration.npz import load_npz
 from calibration.outputs import Outputs, OutputsError
+from calibration.sessions import run_session
 from calibration.source import ImagesError
 from imaging import Preprocessing, decode
 from routing import RungOutputs, RungSet, RungSetError
@@ -63,7 +64,8 @@ def assert_equal_files(first, second):
 
 def test_outputs_are_those_of_the_sessions_image_by_image(rung_set, out):
     source, done = MemorySource(20), []
-    outputs, unreadable = collect(rung_set, source, out, lambda *told: done.append(told))
+    unreadable = collect(rung_set, source, out, lambda *told: done.append(told))
+    outputs = Outputs.load(out)
     assert unreadable == [] and done == [(16, False), (4, False)] and len(outputs) == 20
     images = [source[index] for index in range(20)]
     preprocessing = Preprocessing.from_dict(rung_set.preprocessing)
@@ -86,7 +88,8 @@ def test_outputs_are_those_of_the_sessions_image_by_image(rung_set, out):
 
 
 def test_the_file_holds_what_is_returned_and_nothing_else_is_left(rung_set, out):
-    outputs, _ = collect(rung_set, MemorySource(COUNT), out)
+    collect(rung_set, MemorySource(COUNT), out)
+    outputs = Outputs.load(out)
     stored = Outputs.load(out)
     np.testing.assert_array_equal(stored.low.cls_layers, outputs.low.cls_layers)
     assert stored.names == outputs.names == MemorySource(COUNT).names
@@ -135,7 +138,8 @@ def test_a_rerun_of_a_finished_run_whose_parts_were_not_joined_runs_no_rung(
         raise AssertionError("a rung ran")
 
     monkeypatch.setattr(module, "run_session", refuse)
-    outputs, _ = collect(rung_set, MemorySource(COUNT), out)
+    collect(rung_set, MemorySource(COUNT), out)
+    outputs = Outputs.load(out)
     assert len(outputs) == COUNT
 
 
@@ -166,7 +170,8 @@ def test_other_images_start_anew_even_if_they_are_fewer(rung_set, out):
     with pytest.raises(StoppedError):
         collect(rung_set, MemorySource(COUNT), out, stop_after(COUNT))
     source = MemorySource(PART, fingerprint="second")
-    outputs, _ = collect(rung_set, source, out)
+    collect(rung_set, source, out)
+    outputs = Outputs.load(out)
     assert len(source.read) == len(outputs) == PART and not parts_of(out)
 
 
@@ -207,7 +212,8 @@ def test_only_a_torn_part_is_made_again(rung_set, out, tmp_path, damage):
 
 def test_a_few_unreadable_images_are_listed_in_order_and_skipped(rung_set, out):
     source = MemorySource(COUNT, broken=[300, 7], gone=[8, COUNT - 1])
-    outputs, unreadable = collect(rung_set, source, out)
+    unreadable = collect(rung_set, source, out)
+    outputs = Outputs.load(out)
     assert unreadable == [
         "7.png: not a JPEG, PNG or WEBP image",
         "8.png: cannot be read: No such file or directory",
@@ -221,7 +227,8 @@ def test_unreadable_images_of_an_earlier_run_are_listed_too(rung_set, out):
     with pytest.raises(StoppedError):
         collect(rung_set, MemorySource(COUNT, broken=[7]), out, stop_after(PART))
     source = MemorySource(COUNT, broken=[7, 300])
-    outputs, unreadable = collect(rung_set, source, out)
+    unreadable = collect(rung_set, source, out)
+    outputs = Outputs.load(out)
     assert [line.split(":")[0] for line in unreadable] == ["7.png", "300.png"]
     assert len(outputs) == COUNT - 2 and min(source.read) == PART
 
@@ -230,7 +237,8 @@ def test_unreadable_images_of_an_earlier_run_are_listed_too(rung_set, out):
 def test_more_than_five_percent_unreadable_is_an_error(rung_set, out, count, broken, stops):
     source = MemorySource(count, broken=range(broken))
     if not stops:
-        assert len(collect(rung_set, source, out)[0]) == count - broken
+        assert len(collect(rung_set, source, out)) == broken
+        assert len(Outputs.load(out)) == count - broken
         return
     with pytest.raises(ImagesError, match=r"3 of 40 images could not be read.*first: 0\.png: not"):
         collect(rung_set, source, out)
@@ -249,7 +257,8 @@ def test_after_too_many_unreadable_images_only_their_parts_are_read_again(rung_s
     with pytest.raises(ImagesError):
         collect(rung_set, MemorySource(COUNT, broken=broken), out)
     mended = MemorySource(COUNT)
-    outputs, unreadable = collect(rung_set, mended, out)
+    unreadable = collect(rung_set, mended, out)
+    outputs = Outputs.load(out)
     assert len(outputs) == COUNT and unreadable == []
     assert min(mended.read) == PART
 
@@ -259,7 +268,8 @@ def test_a_part_without_a_readable_image_is_joined_and_resumed(rung_set, out):
     with pytest.raises(StoppedError):
         collect(rung_set, MemorySource(count, broken=broken), out, stop_after(3 * PART))
     source = MemorySource(count, broken=broken)
-    outputs, unreadable = collect(rung_set, source, out)
+    unreadable = collect(rung_set, source, out)
+    outputs = Outputs.load(out)
     assert min(source.read) == 3 * PART
     assert len(unreadable) == PART and len(outputs) == count - PART
 
@@ -276,7 +286,8 @@ def test_files_of_a_folder_that_are_no_images_or_vanish_are_skipped(rung_set, ou
     (folder / strange).write_bytes(b"")
     source = open_images(str(folder))
     (folder / "class 3/03.png").unlink()
-    outputs, unreadable = collect(rung_set, source, out)
+    unreadable = collect(rung_set, source, out)
+    outputs = Outputs.load(out)
     assert unreadable == [
         "class 1/01.png: not a JPEG, PNG or WEBP image",
         r"'class 2/line\nbreak \udce9.png': the image is empty (0 bytes)",
@@ -371,3 +382,19 @@ def test_nothing_but_parts_is_deleted(rung_set, out):
     kept.write_text(json.dumps("mine"))
     collect(rung_set, MemorySource(3), out)
     assert out.is_file() and json.loads(kept.read_text()) == "mine"
+
+
+def test_an_image_on_which_a_rung_overflows_is_listed_and_left_out(rung_set, out, monkeypatch):
+    def overflowing(session, image, layers):
+        outputs = run_session(session, image, layers)
+        if not layers and len(image) == BATCH:  # the full rung, on the first image of each batch
+            outputs.logits[0, 1] = np.nan
+        return outputs
+
+    monkeypatch.setattr("calibration.collect.run_session", overflowing)
+    source = MemorySource(2 * BATCH + 3)
+    monkeypatch.setattr("calibration.collect.MAX_UNREADABLE", 0.1)
+    lines = collect(rung_set, source, out)
+    bad = [source.names[0], source.names[BATCH]]
+    assert lines == [f"{name}: a rung answers with NaN or Inf" for name in bad]
+    assert Outputs.load(out).names == tuple(name for name in source.names if name not in bad)

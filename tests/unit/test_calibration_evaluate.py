@@ -1,3 +1,4 @@
+import hashlib
 import json
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from calibration.evaluate import (
     evaluate,
 )
 from calibration.fidelity import Fidelity
-from calibration.outputs import Outputs
+from calibration.outputs import Outputs, hash_prefixes
 from routing import Calibration, RungOutputs, RungRecord, ScoreMap
 
 THRESHOLD = 0.5
@@ -35,7 +36,7 @@ def outputs_of(scores, loss, labels=None, names=None, groups=None):
         labels=np.full(n, -1) if labels is None else np.asarray(labels),
         names=names,
         groups=names if groups is None else tuple(groups),
-        hashes=tuple(f"hash {name}" for name in names),
+        hashes=tuple(hashlib.sha256(name.encode()).hexdigest() for name in names),
         rung_hashes=dict(RUNG_HASHES),
         preprocessing_sha256="2" * 64,
         source="somewhere",
@@ -74,7 +75,7 @@ def calibration_of(**changes):
         "threshold": THRESHOLD,
         "chosen_by": {"fidelity": "top1", "tolerance": None, "threshold": THRESHOLD},
         "certificate": certificate_of(LTT),
-        "data": {"fingerprint": "0" * 64, "seed": 0, "group_by": "source"},
+        "data": {"image_hashes": "", "seed": 0, "group_by": "source"},
         "reference_scores": np.linspace(0.001, 0.999, 800, dtype=np.float32),
     }
     return Calibration(**{**fields, **changes})
@@ -137,7 +138,9 @@ def test_images_like_those_of_the_calibration_leave_the_certificate_standing():
     assert not evaluation.contradicted
     assert not evaluation.drift
     certificate_line, risk, escalation, scores, agreement = evaluation.lines()
-    assert certificate_line.startswith("Certificate holds: if it is right (risk at most 5 %), ")
+    assert certificate_line.startswith(
+        "Certificate not contradicted: if it is right (risk at most 5 %), "
+    )
     assert certificate_line.endswith("its confidence of 90 % puts the limit at 0.1.")
     assert f"{evaluation.errors} of 1000 independent images" in risk
     assert "names another class than the full rung" in risk
@@ -258,12 +261,13 @@ def test_a_threshold_chosen_without_a_certificate_is_measured_all_the_same():
     assert evaluation.lines()[0].startswith("Certificate: none")
 
 
-def test_the_fidelity_is_that_of_the_certificate():
+def test_the_fidelity_is_that_of_the_artifact():
     outputs = stream(100, seed=0)
     embedding = np.where(np.arange(100)[:, None] < 30, -1, 1).astype(np.float32)
     outputs = replace(outputs, high=replace(outputs.high, embedding=embedding))
     record = {**certificate_of(LTT), "fidelity": "cosine", "tolerance": 0.2}
-    evaluation = evaluate(calibration_of(certificate=record), outputs)
+    chosen_by = {"fidelity": "cosine", "tolerance": 0.2, "max_risk": 0.05}
+    evaluation = evaluate(calibration_of(certificate=record, chosen_by=chosen_by), outputs)
     kept = calibration_of().score(outputs.low) <= THRESHOLD
     assert evaluation.errors == kept[:30].sum() > 5
     assert "cosine below 0.8" in evaluation.lines()[1]
@@ -273,7 +277,7 @@ def test_one_image_of_each_group_is_counted():
     scores, loss = np.full(60, 0.2), np.repeat([True, False, False], 20)
     names = [f"video {i // 20}/{i}.jpg" for i in range(60)]
     outputs = outputs_of(scores, loss, names=names)
-    data = {"fingerprint": "0" * 64, "seed": 0, "group_by": "folder"}
+    data = {"image_hashes": "", "seed": 0, "group_by": "folder"}
     evaluation = evaluate(calibration_of(data=data), outputs)
     assert (evaluation.images, evaluation.errors) == (3, 1)
     assert not evaluation.contradicted  # 20 errors among 60 images would be
@@ -296,9 +300,19 @@ def test_outputs_of_another_preprocessing_are_refused():
 
 def test_the_calibrations_own_images_are_refused():
     outputs = stream(50, seed=0)
-    data = {"fingerprint": outputs.fingerprint(), "seed": 0, "group_by": "source"}
+    data = {"image_hashes": hash_prefixes(outputs.hashes), "seed": 0, "group_by": "source"}
     with pytest.raises(EvaluateError, match="evaluate it on others"):
         evaluate(calibration_of(data=data), outputs)
+
+
+def test_images_that_the_calibration_has_seen_are_left_out():
+    outputs = stream(50, seed=0)
+    data = {"image_hashes": hash_prefixes(outputs.hashes[:20]), "seed": 0, "group_by": "source"}
+    evaluation = evaluate(calibration_of(data=data), outputs)
+    assert (evaluation.known, evaluation.images) == (20, 30)
+    expected = evaluate(calibration_of(), outputs.rows(np.arange(20, 50)))
+    assert evaluation.errors == expected.errors and evaluation.score_p == expected.score_p
+    assert evaluation.lines()[-1] == "Left out: 20 images that the calibration has seen."
 
 
 def test_an_artifact_without_reference_scores_is_refused():

@@ -146,6 +146,14 @@ def test_arrays_that_do_not_belong_together_are_named(saved, tmp_path, arrays, m
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["embedding_high", "cls_layers_low", "logits_low"])
+def test_an_output_that_is_no_number_is_refused_and_its_image_named(saved, tmp_path, name):
+    values = load_npz(saved)[name].copy()
+    values[2, 0] = np.inf
+    with pytest.raises(OutputsError, match=f"{name} of 2/.*png holds NaN or Inf"):
+        Outputs.load(change(saved, tmp_path, **{name: values}))
+
+
 ROWS = st.lists(st.integers(0, 5), min_size=1, max_size=5).filter(any)
 
 

@@ -46,3 +46,19 @@ def test_the_threshold_meets_the_rate(rate):
     threshold = threshold_for_rate(scores, rate)
     assert (scores.astype(np.float64) > threshold).sum() == round(rate * 300)
     assert threshold not in scores
+
+
+def test_tied_values_keep_the_mean_of_all_their_images():
+    rng = np.random.default_rng(0)
+    raw = np.concatenate([np.zeros(600), np.linspace(1, 2, 400)])
+    oracle = np.concatenate([rng.normal(10, 1, 600), rng.normal(20, 1, 400)])
+    score = fit_score_map(raw, oracle, 1)(np.zeros(1))[0]
+    assert score == pytest.approx(oracle[:600].mean(), abs=0.03)
+
+
+def test_an_oracle_that_says_nothing_still_leaves_the_order_in_fp32():
+    raw = np.random.default_rng(0).normal(size=200)
+    scores = fit_score_map(raw, np.full(200, 50.0), 1)(raw)
+    assert len(np.unique(scores)) > 150
+    assert np.all(np.diff(scores[np.argsort(raw)]) >= 0)
+    np.testing.assert_allclose(scores, 50, rtol=1e-3)

@@ -23,12 +23,13 @@ def outputs(tmp_path):
     return make_outputs(RungSet.load(write_rung_set(tmp_path / "onnx")), n=60)
 
 
-@given(st.permutations(list(range(60))), st.integers(0, 5), st.sampled_from([1, 2, 5]))
-def test_splits_are_disjoint_complete_and_never_divide_a_group(order, seed, size):
-    groups = tuple(str(i // size) for i in order)
+@given(st.integers(0, 1000), st.sampled_from([1, 2, 5]))
+def test_splits_are_disjoint_complete_and_never_divide_a_group(seed, size):
+    groups = tuple(str(i // size) for i in range(60 * size))
+    groups = tuple(groups[i] for i in np.random.default_rng(seed).permutation(60 * size))
     for shares in (CERTIFIED, UNCERTIFIED):
         splits = split_by_group(groups, shares, seed)
-        assert sorted(np.concatenate(list(splits.values()))) == list(range(60))
+        assert sorted(np.concatenate(list(splits.values()))) == list(range(60 * size))
         seen = [{groups[row] for row in rows} for rows in splits.values()]
         assert sum(map(len, seen)) == len(set().union(*seen))
 
@@ -47,7 +48,7 @@ def test_splits_have_their_shares_and_follow_the_seed():
 
 
 def test_too_few_groups_are_an_error():
-    with pytest.raises(SplitError, match="2 groups are too few for 3 splits"):
+    with pytest.raises(SplitError, match="2 groups are too few: split 'fit' gets 1"):
         split_by_group(("a",) * 30 + ("b",) * 30, CERTIFIED, 0)
 
 
@@ -62,13 +63,15 @@ def test_groups_can_be_the_source_the_folder_or_the_content(outputs):
 def test_an_image_in_two_splits_is_an_error_that_names_it(outputs):
     splits = {"fit": np.array([0, 1]), "certify": np.array([2, 3])}
     check_no_duplicates(outputs, splits)
-    copied = replace(outputs, hashes=("same", *outputs.hashes[1:3], "same", *outputs.hashes[4:]))
+    copied = replace(
+        outputs, hashes=("ab" * 32, *outputs.hashes[1:3], "ab" * 32, *outputs.hashes[4:])
+    )
     with pytest.raises(SplitError, match=r"1/3.png \(certify\) = 0/0.png \(fit\)"):
         check_no_duplicates(copied, splits)
 
 
 def test_copies_within_a_split_are_allowed(outputs):
-    copied = replace(outputs, hashes=("same", "same", *outputs.hashes[2:]))
+    copied = replace(outputs, hashes=("ab" * 32, "ab" * 32, *outputs.hashes[2:]))
     check_no_duplicates(copied, {"fit": np.array([0, 1]), "certify": np.array([2, 3])})
     by_content = split_by_group(group_keys(copied, "content"), CERTIFIED, 0)
     check_no_duplicates(copied, by_content)
