@@ -20,7 +20,7 @@ from .certify import METHODS, CertifyError, Goal
 from .collect import collect
 from .evaluate import EvaluateError, evaluate
 from .fidelity import KINDS, Fidelity, FidelityError
-from .fit import AUTO, EscalationRate, FitError, Options, Target, Threshold, fit
+from .fit import AUTO, STEPS, EscalationRate, FitError, Options, Target, Threshold, fit
 from .images import open_images
 from .outputs import Outputs, OutputsError
 from .pages.analysis import write_analysis
@@ -162,8 +162,10 @@ def fit_command(
         raise FitError("--require-certificate needs --max-risk")
     stored, rung_set = Outputs.load(outputs), RungSet.load(onnx)
     options = Options(_fidelity(fidelity, tolerance, stored), signal, group_by, seed)
-    with console.status("fitting"):
-        fitted = fit(stored, rung_set, target, options)
+    with Progress(console=console) as bar:
+        task = bar.add_task("fit", total=STEPS)
+        fitted = fit(stored, rung_set, target, options, lambda: bar.advance(task))
+        bar.update(task, completed=STEPS)
     fitted.save(out)
     calibration = fitted.calibration
     if as_json:

@@ -6,7 +6,7 @@ router only multiplies and adds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,10 +101,17 @@ def fit_coefficients(sample: FitSample, seed: int) -> dict[str, Coefficients]:
     return {name: fitted[name] for name in SIGNALS if name in fitted}
 
 
-def out_of_fold(sample: FitSample, seed: int) -> dict[str, FloatVector]:
+def out_of_fold(
+    sample: FitSample, seed: int, progress: Callable[[], None] = lambda: None
+) -> dict[str, FloatVector]:
     """Every signal's raw values on images that its coefficients were not fitted on, FP64 (n,).
 
     A signal that some fold cannot fit is left out.
+
+    Args:
+        sample: of the fit split.
+        seed: of the folds.
+        progress: called after each of at most `FOLDS` folds.
     """
     folds = sample.folds(seed)
     values: dict[str, FloatVector] = {}
@@ -118,6 +125,7 @@ def out_of_fold(sample: FitSample, seed: int) -> dict[str, FloatVector]:
                 values[name][held_out] = signal_values(name, low, fitted[name])
             else:
                 del values[name]
+        progress()
     return values
 
 

@@ -8,7 +8,7 @@ two, which nothing was fitted on, are kept as reference for drift.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from routing import SIGNALS, Calibration, RungSet
 
 from . import certify, metrics
-from .coefficients import FitSample, applicable, fit_coefficients, out_of_fold, signal_values
+from .coefficients import FOLDS, FitSample, applicable, fit_coefficients, out_of_fold, signal_values
 from .fidelity import Fidelity, oracle_l2
 from .held_out import HeldOut
 from .outputs import Outputs, hash_prefixes
@@ -33,6 +33,7 @@ FloatVector = NDArray[np.float64]
 MIN_IMAGES = 30  # below this the smallest split has fewer than six images
 MAX_REFERENCE_SCORES = 2000
 AUTO = "auto"
+STEPS = FOLDS + 1  # the folds of cross-validation, then all of the fit split
 
 
 class FitError(ValueError):
@@ -106,7 +107,13 @@ class Fit:
         ).save(record_path(path))
 
 
-def fit(outputs: Outputs, rung_set: RungSet, target: Target, options: Options) -> Fit:
+def fit(
+    outputs: Outputs,
+    rung_set: RungSet,
+    target: Target,
+    options: Options,
+    progress: Callable[[], None] = lambda: None,
+) -> Fit:
     """Fit the signals, choose one, and choose or certify the threshold.
 
     Args:
@@ -114,6 +121,7 @@ def fit(outputs: Outputs, rung_set: RungSet, target: Target, options: Options) -
         rung_set: the rungs that made them.
         target: how to choose the threshold.
         options: everything else.
+        progress: called after each of at most `STEPS` steps of about equal length.
 
     Raises:
         FitError: outputs of other rungs, too few images, or a signal that does not apply.
@@ -129,7 +137,9 @@ def fit(outputs: Outputs, rung_set: RungSet, target: Target, options: Options) -
 
     rows = splits["fit"]
     sample = FitSample(outputs.low.rows(rows), oracle[rows], loss[rows], np.array(groups)[rows])
-    unseen = out_of_fold(sample, options.seed)  # raw values that no coefficient has learned
+    unseen = out_of_fold(
+        sample, options.seed, progress
+    )  # raw values that no coefficient has learned
     signs = {name: learn_sign(raw, sample.oracle, sample.loss) for name, raw in unseen.items()}
     ranking = {name: signs[name] * raw for name, raw in unseen.items()}
     # Images of one group are not independent: where the tests need that, one of each group stands.
@@ -144,6 +154,7 @@ def fit(outputs: Outputs, rung_set: RungSet, target: Target, options: Options) -
     name = _choose(costs, options.signal)
 
     coefficients = fit_coefficients(sample, options.seed)
+    progress()
     raw = {key: signal_values(key, outputs.low, coefficients[key]) for key in unseen}
     score_map = fit_score_map(unseen[name], sample.oracle, signs[name])
     scores = score_map(raw[name])
