@@ -135,22 +135,19 @@ def fit(
     check_no_duplicates(outputs, splits)
     oracle, loss = oracle_l2(outputs), options.fidelity.loss(outputs)
 
-    rows = splits["fit"]
-    sample = FitSample(outputs.low.rows(rows), oracle[rows], loss[rows], np.array(groups)[rows])
-    unseen = out_of_fold(
-        sample, options.seed, progress
-    )  # raw values that no coefficient has learned
-    signs = {name: learn_sign(raw, sample.oracle, sample.loss) for name, raw in unseen.items()}
-    ranking = {name: signs[name] * raw for name, raw in unseen.items()}
-    # Images of one group are not independent: where the tests need that, one of each group stands.
+    # Images of one group are not independent: where a test needs that, one of each group stands.
     independent = {
         split: certify.one_per_group(np.array(groups), index, options.seed)
         for split, index in splits.items()
         if split != "fit"
     }
-    costs = _cross_validated_costs(
-        ranking, sample.loss, target, len(independent.get("certify", ()))
-    )
+    rows = splits["fit"]
+    sample = FitSample(outputs.low.rows(rows), oracle[rows], loss[rows], np.array(groups)[rows])
+    unseen = out_of_fold(sample, options.seed, progress)  # by coefficients that did not learn them
+    signs = {key: learn_sign(raw, sample.oracle, sample.loss) for key, raw in unseen.items()}
+    ranking = {key: signs[key] * raw for key, raw in unseen.items()}
+    certify_rows = independent.get("certify", np.zeros(0, np.intp))
+    costs = _cross_validated_costs(ranking, sample.loss, target, len(certify_rows))
     name = _choose(costs, options.signal)
 
     coefficients = fit_coefficients(sample, options.seed)
@@ -161,20 +158,13 @@ def fit(
     values = {key: signs[key] * raw[key] for key in unseen}
     for key, ranked in ranking.items():
         values[key][rows] = ranked
-
-    fit_scores = score_map(unseen[name])
+    threshold, verdict = _threshold(
+        target, score_map(unseen[name]), scores[certify_rows], loss[certify_rows]
+    )
     certificate = None
-    if isinstance(target, certify.Goal):
-        tested = independent["certify"]
-        candidates = certify.candidate_thresholds(fit_scores)
-        verdict = certify.certify(scores[tested], loss[tested], candidates, target)
-        threshold = verdict.threshold
-        grouped = len(tested) < len(splits["certify"])
+    if isinstance(target, certify.Goal) and verdict is not None:
+        grouped = len(certify_rows) < len(splits["certify"])
         certificate = certify.certificate(verdict, target, options.fidelity, name, grouped)
-    elif isinstance(target, EscalationRate):
-        threshold = threshold_for_rate(fit_scores, target.escalation_rate)
-    else:
-        threshold = target.threshold
 
     test = HeldOut(
         outputs,
@@ -217,6 +207,22 @@ def fit(
         reference_scores=_thinned(np.sort(scores[np.concatenate(list(independent.values()))])),
     )
     return Fit(calibration, splits, values, scores, loss)
+
+
+def _threshold(
+    target: Target,
+    fit_scores: NDArray[np.float32],
+    certify_scores: NDArray[np.float32],
+    certify_loss: NDArray[np.bool_],
+) -> tuple[float | None, certify.Verdict | None]:
+    """The threshold, and the verdict where one was asked for."""
+    if isinstance(target, certify.Goal):
+        candidates = certify.candidate_thresholds(fit_scores)
+        verdict = certify.certify(certify_scores, certify_loss, candidates, target)
+        return verdict.threshold, verdict
+    if isinstance(target, EscalationRate):
+        return threshold_for_rate(fit_scores, target.escalation_rate), None
+    return target.threshold, None
 
 
 def _check(outputs: Outputs, rung_set: RungSet, options: Options) -> None:
