@@ -71,10 +71,7 @@ def signal_values(
     name: str, low: RungOutputs, coefficients: Mapping[str, NDArray[Any]]
 ) -> FloatVector:
     """A signal's raw values, FP64 (N,), with bounded memory."""
-    compute = SIGNALS[name].compute
-    starts = range(0, len(low), _ROWS_AT_ONCE)
-    parts = [compute(low.rows(slice(i, i + _ROWS_AT_ONCE)), coefficients) for i in starts]
-    return np.concatenate(parts)
+    return _by_rows(low, lambda some: SIGNALS[name].compute(some, coefficients))
 
 
 def fit_coefficients(sample: FitSample, seed: int) -> dict[str, Coefficients]:
@@ -88,7 +85,9 @@ def fit_coefficients(sample: FitSample, seed: int) -> dict[str, Coefficients]:
         seed: of the folds of cross-fitting.
     """
     fitted: dict[str, Coefficients] = {
-        "cls_regression": _fit_regression(_path_features(sample.low), sample.oracle)
+        "cls_regression": _fit_regression(
+            _by_rows(sample.low, features.path_features), sample.oracle
+        )
     }
     if sample.low.logits is not None and _learnable(sample, seed):
         lens, lens_rows = _fit_lens(sample, seed)
@@ -133,11 +132,11 @@ def _learnable(sample: FitSample, seed: int) -> bool:
     return all(0 < sample.loss[train].sum() < len(train) for train, _ in sample.folds(seed))
 
 
-def _path_features(low: RungOutputs) -> NDArray[np.float64]:
+def _by_rows(
+    low: RungOutputs, compute: Callable[[RungOutputs], NDArray[np.float64]]
+) -> NDArray[np.float64]:
     starts = range(0, len(low), _ROWS_AT_ONCE)
-    return np.concatenate(
-        [features.path_features(low.rows(slice(i, i + _ROWS_AT_ONCE))) for i in starts]
-    )
+    return np.concatenate([compute(low.rows(slice(i, i + _ROWS_AT_ONCE))) for i in starts])
 
 
 def _fit_regression(rows: NDArray[np.float64], target: FloatVector) -> Coefficients:

@@ -49,7 +49,7 @@ class HeldOut:
         self._escalated = escalation_mask(scores[rows], threshold, Overrides())
         self._loss = loss[rows]
         self._bootstrap = metrics.Bootstrap(groups[rows], seed)
-        self._groups = len(np.unique(groups[rows]))
+        self._groups = groups[rows]
 
     def figures(self) -> dict[str, Any]:
         """Escalation, risk, agreement, and accuracy where labels are known."""
@@ -66,7 +66,10 @@ class HeldOut:
                 columns["accuracy_low"] = low == truth
                 columns["accuracy_high"] = high == truth
                 columns["accuracy_adaptive"] = np.where(self._escalated, high, low) == truth
-        figures: dict[str, Any] = {"images": len(self._rows), "groups": self._groups}
+        figures: dict[str, Any] = {
+            "images": len(self._rows),
+            "groups": len(np.unique(self._groups)),
+        }
         intervals = {}
         for name, column in columns.items():
             rows = known if name.startswith("accuracy") else np.ones_like(known)
@@ -81,8 +84,8 @@ class HeldOut:
             figures[name] = metrics.value(figure, len(self._rows))
             intervals[name] = self._bootstrap.interval(figure)
             if figures[name] in (0.0, 1.0):  # all images alike: resampling them shows no doubt
-                images = len(np.intersect1d(self._independent, np.flatnonzero(rows)))
-                exact = binomtest(round(figures[name] * images), images).proportion_ci(0.95)
+                groups = len(np.unique(self._groups[rows]))
+                exact = binomtest(round(figures[name] * groups), groups).proportion_ci(0.95)
                 intervals[name] = [float(exact.low), float(exact.high)]
         return {**figures, "intervals": intervals}
 
@@ -138,8 +141,8 @@ class HeldOut:
     def _beats_chance(self, values: FloatVector, figures: Mapping[str, Any]) -> bool:
         """Whether losses rank higher than chance would have it, at 2.5 % one-sided.
 
-        The bootstrap alone is too ready to say so where there are few losses, so the exact rank
-        test on independent images must agree (Mann and Whitney 1947).
+        The bootstrap alone is too ready to say so where there are few losses, so the rank test on
+        independent images must agree (Mann and Whitney 1947).
         """
         interval = figures["auroc_interval"]
         ranked = values[self._rows][self._independent]

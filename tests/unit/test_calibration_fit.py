@@ -314,3 +314,11 @@ def test_few_folders_are_an_error_and_not_a_crash(rung_set):
             fit(outputs, rung_set, GOAL, replace(TOP1, group_by="folder"))
     outputs = make_outputs(rung_set, n=300, group_size=5)
     fit(outputs, rung_set, GOAL, replace(TOP1, group_by="folder"))
+
+
+def test_labels_of_only_some_images_of_a_group_still_give_an_interval(rung_set):
+    outputs = make_outputs(rung_set, n=300, group_size=5)
+    labels = np.where(np.arange(300) % 5 == 4, outputs.labels, -1)  # the last of each group
+    metrics_ = fit(replace(outputs, labels=labels), rung_set, GOAL, TOP1).calibration.metrics
+    assert metrics_["accuracy_high"] == 1.0
+    assert metrics_["intervals"]["accuracy_high"] == pytest.approx([0.025 ** (1 / 12), 1.0])
