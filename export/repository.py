@@ -80,8 +80,8 @@ def _preprocessing(rung_set: RungSet, calibration: Calibration) -> Preprocessing
         ) from None
     if rung_set.preprocessing_sha256() != calibration.preprocessing_sha256:
         raise RepositoryError(
-            "the preprocessing in rungs.json is not the one that was calibrated; run "
-            "python -m calibration again, or restore rungs.json"
+            "the preprocessing in rungs.json is not the one that was calibrated; "
+            "collect and fit again, or restore rungs.json"
         )
     return preprocessing
 
@@ -93,8 +93,7 @@ def _fill(
     preprocessing: Preprocessing,
     intra_op_threads: int,
 ) -> None:
-    # .gitkeep holds the version directories in git, which keeps no empty ones.
-    ignore = shutil.ignore_patterns("__pycache__", "*.pyc", ".gitkeep")
+    ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
     shutil.copytree(ROOT / "model_repository", repository, ignore=ignore)
     shutil.copytree(ROOT / "routing", repository / "router/1/routing", ignore=ignore)
     shutil.copytree(ROOT / "imaging", repository / "preprocess/1/imaging", ignore=ignore)
@@ -105,6 +104,8 @@ def _fill(
         (repository / "labels.txt").write_text("\n".join(rung_set.labels) + "\n")
     for name in RUNGS:
         shutil.copyfile(rung_set.files[name], repository / name / "1" / "model.onnx")
+        # The ensemble's stays: an empty version directory would not survive git or object stores.
+        (repository / name / "1" / ".gitkeep").unlink(missing_ok=True)
         config = repository / name / "config.pbtxt"
         text = _with_threads(config.read_text(), intra_op_threads)
         config.write_text(text + _warmup(rung_set.image_shape))

@@ -50,8 +50,8 @@ def test_everything_a_server_needs_is_there_and_listed(tmp_path):
         assert "dims: [ 3, 8, 8 ]" in files[f"{name}/config.pbtxt"].decode()
     assert set(json.loads(files["MANIFEST.json"])["files"]) == set(files) - {"MANIFEST.json"}
     manifest.verify(out)
-    assert not [name for name in files if ".gitkeep" in name]
-    assert (out / "adaptive_vit/1").is_dir()  # Triton wants a version, even an empty one
+    # Triton wants a version directory of the ensemble too, and copying may lose an empty one.
+    assert [name for name in files if ".gitkeep" in name] == ["adaptive_vit/1/.gitkeep"]
     # Any folder in the root that is no model makes Triton exit.
     assert {p.name for p in out.iterdir() if p.is_dir()} == {
         p.name for p in Path("model_repository").iterdir()
