@@ -15,8 +15,7 @@ from rich.progress import Progress
 from calibration.images import SourceImage
 from client import GrpcClient, HttpClient, Prediction
 from imaging import Preprocessing, decode
-from perf.analyzer import Load, run
-from perf.inputs import write_tensors
+from perf.analyzer import Load, run, write_tensors
 from server import TritonServer
 
 from .summary import SYSTEMS, Pass, Served

@@ -13,9 +13,9 @@ from rich.table import Table
 
 from routing import RungSet
 
-from . import scoring
-from .install import PerfAnalyzerError
-from .install import install as install_analyzer
+from .analyzer import PerfAnalyzerError
+from .analyzer import install as install_analyzer
+from .costs import scoring
 
 app = typer.Typer(
     help="Measure a served adaptive ViT, and what its calibration costs.",
@@ -68,7 +68,7 @@ def fitting_command(
     classes: Annotated[int, typer.Option(min=2, help="Classes C.")] = 21,
 ) -> None:
     """Time one `calibration fit` with all signals, on made-up outputs."""
-    from . import fitting  # here, because scikit-learn takes a second to import
+    from .costs import fitting  # here, because scikit-learn takes a second to import
 
     with Console(stderr=True).status("fitting"):
         cost = fitting.measure(images, layers, dim, classes)
@@ -88,7 +88,7 @@ def collecting_command(
     rounds: Annotated[int, typer.Option(min=1, help="How often each is timed.")] = 4,
 ) -> None:
     """Time `calibration collect` beside its two ONNX sessions alone, in turn."""
-    from . import collecting  # here, as above
+    from .costs import collecting  # here, as above
 
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("rounds", total=rounds)

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from client import GrpcClient
-from perf.analyzer import Load, PerfAnalyzerError, run
-from perf.inputs import write_bytes, write_tensors
+from perf.analyzer import Load, PerfAnalyzerError, run, write_bytes, write_tensors
 from tests.triton.test_keystone import statistics
 
 COUNT = 12  # images; few enough to be quick, easy and hard among them

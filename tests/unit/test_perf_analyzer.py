@@ -16,10 +16,18 @@ import numpy as np
 import pytest
 
 import perf.__main__ as command_line
-from perf import install as installation
-from perf.analyzer import Load, PerfAnalyzerError, UnstableError, run
-from perf.inputs import InputData, write_bytes, write_tensors
-from perf.install import Analyzer, find_analyzer
+from perf.analyzer import (
+    Analyzer,
+    InputData,
+    Load,
+    PerfAnalyzerError,
+    UnstableError,
+    find_analyzer,
+    installation,
+    run,
+    write_bytes,
+    write_tensors,
+)
 
 DATA = Path(__file__).parent / "data" / "perf_analyzer_2.50"
 

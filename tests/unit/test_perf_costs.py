@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from perf import collecting, fitting, scoring
+from perf.costs import collecting, fitting, scoring
 from routing import SIGNALS, RungSet
 from tests.unit.image_files import write_images
 from tests.unit.onnx_files import write_rung_set

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from perf.parse import (
+from perf.analyzer.parse import (
     ParseError,
     Records,
     failure,

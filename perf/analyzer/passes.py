@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .inputs import InputData
-from .install import Analyzer, PerfAnalyzerError, find_analyzer
+from .installation import Analyzer, PerfAnalyzerError, find_analyzer
 from .parse import (
     Figures,
     ParseError,
@@ -22,17 +22,6 @@ from .parse import (
     parse_csv,
     parse_records,
 )
-
-__all__ = [
-    "Analyzer",
-    "AnalyzerResult",
-    "InputData",
-    "Load",
-    "PerfAnalyzerError",
-    "UnstableError",
-    "find_analyzer",
-    "run",
-]
 
 
 class UnstableError(PerfAnalyzerError):

@@ -1,0 +1,1 @@
+"""What single parts cost, timed alone: scoring, `calibration fit`, `calibration collect`."""
