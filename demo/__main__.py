@@ -33,6 +33,8 @@ from .summary import summarise
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("build/demo")
 BACKBONE, LOW_PX, HIGH_PX = "dinov2-small", 112, 224
+# What a user could serve instead; `python -m perf` measures them beside the router.
+STATIC_PX = "140,168,196"
 MAX_RISK, CONFIDENCE = 0.05, 0.9
 # Separate draws of the same stream of crops.
 HEAD_CROPS, HEAD_SEED = 600, 11
@@ -64,7 +66,7 @@ STEPS = (
         ONNX,
         (
             *("export", "rungs", "--model", BACKBONE, "--low-px", LOW_PX, "--high-px", HIGH_PX),
-            *("--head", "linear", "--images", HEAD, "--out", ONNX),
+            *("--static-px", STATIC_PX, "--head", "linear", "--images", HEAD, "--out", ONNX),
         ),
     ),
     Step(
@@ -218,19 +220,24 @@ def print_table(summary: dict[str, Any]) -> None:
     )
 
 
-def main() -> None:
-    """Run the demo; a foreseeable error is one line and exit code 1."""
-    argparse.ArgumentParser(
+def main(arguments: list[str] | None = None) -> None:
+    """Run the demo, or its first six steps; a foreseeable error is one line and exit code 1."""
+    parser = argparse.ArgumentParser(
         prog="python -m demo",
         description="Export, calibrate, serve, query and measure DINOv2 ViT-S/14 on crops of "
-        "shipped photographs. Takes no option; steps done before are not done again. Writes "
-        "build/demo/.",
-    ).parse_args()
+        "shipped photographs. Steps done before are not done again. Writes build/demo/.",
+    )
+    parser.add_argument(
+        "--prepare",
+        action="store_true",
+        help="stop after step 6, with a model repository to serve or to measure",
+    )
+    only_prepare = parser.parse_args(arguments).prepare
     started = time.monotonic()
     os.chdir(ROOT)
     try:
         prepare()
-        summary = serve_and_measure()
+        summary = None if only_prepare else serve_and_measure()
     except (
         CalibrationError,
         ClientError,
@@ -245,8 +252,13 @@ def main() -> None:
     except KeyboardInterrupt:
         print("stopped; what was made so far is in build/demo", file=sys.stderr)
         sys.exit(130)
+    seconds = time.monotonic() - started
+    if summary is None:
+        print(f"rungs in {ONNX}, calibration {ARTIFACT}, its report {REPORT}")
+        print(f"took {seconds:.0f} s; serve with python -m server --repository {REPOSITORY}")
+        return
     print_table(summary)
-    print(f"took {time.monotonic() - started:.0f} s; open {OUT / 'index.html'} and {REPORT}")
+    print(f"took {seconds:.0f} s; open {OUT / 'index.html'} and {REPORT}")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,13 @@ def rungs(
     high_px: Annotated[
         int | None, typer.Option(help="Resolution of the full rung (default: the model's).")
     ] = None,
+    static_px: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PX,PX,...",
+            help="Resolutions between the two, exported beside the rungs for perf to measure.",
+        ),
+    ] = None,
     head: Annotated[
         Head | None, typer.Option(help="Fit this head on --images and bake it into both rungs.")
     ] = None,
@@ -65,11 +72,13 @@ def rungs(
 ) -> None:
     """Export the cheap and the full rung of a model to ONNX, checked against torch.
 
-    Writes vit_low.onnx, vit_high.onnx, rungs.json and, where there are labels, labels.txt.
+    Writes vit_low.onnx, vit_high.onnx, rungs.json and, where there are labels, labels.txt; with
+    --static-px 140,168 also static_140.onnx and static_168.onnx.
     """
     if (head is None) != (images is None):
         raise UsageError("--head linear and --images DIR go together")
-    # torch and transformers take seconds to import; --help and the check above do not need them.
+    resolutions_px = () if static_px is None else _parse_static_px(static_px)
+    # torch and transformers take seconds to import; --help and the checks above do not need them.
     from export.rungs import RungsRequest, export_rungs
 
     request = RungsRequest(
@@ -77,6 +86,7 @@ def rungs(
         out=out,
         low_px=low_px,
         high_px=high_px,
+        static_px=resolutions_px,
         probe_images=images,
         checkpoint=checkpoint,
         seed=seed,
@@ -112,12 +122,21 @@ def repository(
     typer.echo(f"wrote {out}; serve it with python -m server --repository {out}")
 
 
+def _parse_static_px(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(px) for px in text.split(","))
+    except ValueError:
+        raise UsageError(
+            f"--static-px {text!r} must be whole numbers with commas between, as 140,168,196"
+        ) from None
+
+
 def _print_summary(record: dict[str, Any], out: Path) -> None:
     classes = f", {record['classes']} classes" if record["classes"] else ", no head"
     table = Table(title=f"{record['backbone']}{classes}", caption=f"in {out}")
     for heading in ("rung", "px", "MiB", "worst difference to torch", "file"):
         table.add_column(heading)
-    for name, rung in record["rungs"].items():
+    for name, rung in {**record["rungs"], **record["alternatives"]}.items():
         checks = [check for check in record["parity"]["checks"] if check["rung"] == name]
         worst = max(checks, key=lambda check: check["max_abs_diff"])
         size_mib = (out / rung["file"]).stat().st_size / 2**20

@@ -7,7 +7,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import transformers
 
@@ -36,6 +36,7 @@ class RungsRequest:
         out: directory to write to.
         low_px: resolution of the cheap rung.
         high_px: resolution of the full rung, and of `image`.
+        static_px: resolutions in between, exported too: what a user could serve instead.
         probe_images: one folder per class, to fit a linear head on.
         checkpoint: weights for `static-vit`.
         seed: initial weights of `static-vit` without a checkpoint.
@@ -48,6 +49,7 @@ class RungsRequest:
     out: Path
     low_px: int | None = None
     high_px: int | None = None
+    static_px: tuple[int, ...] = ()
     probe_images: Path | None = None
     checkpoint: Path | None = None
     seed: int = 0
@@ -57,7 +59,7 @@ class RungsRequest:
 
 
 def export_rungs(request: RungsRequest, steps: Steps) -> dict[str, Any]:
-    """Export both rungs, check them and write them together with their record.
+    """Export both rungs and the alternatives, check them and write them together with their record.
 
     Everything is written to a folder beside `out` and moved at the end, so a failure leaves the
     previous files, or none.
@@ -73,8 +75,9 @@ def export_rungs(request: RungsRequest, steps: Steps) -> dict[str, Any]:
     """
     _check_request(request)
     images = LabelledImages.scan(request.probe_images) if request.probe_images else None
-    # Loading; embedding and fitting; exporting and comparing each rung.
-    with steps.expect(1 + (2 if images else 0) + 2 * len(RUNGS)):
+    # Loading; embedding and fitting; exporting and comparing each graph.
+    graphs = len(RUNGS) + len(request.static_px)
+    with steps.expect(1 + (2 if images else 0) + 2 * graphs):
         return _export(request, images, steps)
 
 
@@ -116,16 +119,30 @@ def _export(request: RungsRequest, images: LabelledImages | None, steps: Steps) 
     low_px = request.low_px if request.low_px is not None else backbone.default_px[0]
     high_px = request.high_px if request.high_px is not None else backbone.default_px[1]
     backbone.check_px(low_px, high_px)
+    _check_static_px(request.static_px, low_px, high_px, backbone.patch_size)
     head: dict[str, Any] | None = {"kind": "own"} if backbone.classes else None
     if images is not None:
         probe = fit_probe(backbone, high_px, images, steps)
         _tell_probe(probe, backbone, steps)
         backbone, head = backbone.with_probe(probe.linear, probe.labels), probe.record
     specs = [RungSpec(name, px) for name, px in zip(RUNGS, (low_px, high_px), strict=True)]
+    specs += [RungSpec(f"static_{px}", px) for px in sorted(request.static_px)]
     with folder_beside(request.out) as staging:
-        record = _write_rungs(staging, backbone, head, specs, request, steps)
+        graphs = _write_graphs(staging, backbone, specs, high_px, request, steps)
+        record = _write_record(staging, backbone, head, graphs, high_px, request)
         _publish(staging, request.out)
     return record
+
+
+def _check_static_px(static_px: tuple[int, ...], low_px: int, high_px: int, patch: int) -> None:
+    for px in static_px:
+        if static_px.count(px) > 1:
+            raise UsageError(f"--static-px names {px} more than once; once is enough")
+        if px not in range(low_px + patch, high_px, patch):
+            raise UsageError(
+                f"--static-px {px} must be a multiple of the patch size {patch} that lies between "
+                f"the rungs' {low_px} and {high_px}"
+            )
 
 
 def _tell_probe(probe: Probe, backbone: Backbone, steps: Steps) -> None:
@@ -139,18 +156,25 @@ def _tell_probe(probe: Probe, backbone: Backbone, steps: Steps) -> None:
     )
 
 
-def _write_rungs(
+class _Graphs(NamedTuple):
+    """What was written, each by its rung's or alternative's name."""
+
+    entries: dict[str, dict[str, Any]]
+    checks: list[parity.Check]
+    ir_version: int
+
+
+def _write_graphs(
     folder: Path,
     backbone: Backbone,
-    head: dict[str, Any] | None,
     specs: list[RungSpec],
+    image_px: int,
     request: RungsRequest,
     steps: Steps,
-) -> dict[str, Any]:
-    """Write both graphs, the labels and the record into an empty folder."""
-    image_px = specs[-1].px
+) -> _Graphs:
+    """Write and check every graph; all of them are tried before any failure is raised."""
     shapes = backbone.output_shapes()
-    rungs: dict[str, Any] = {}
+    entries: dict[str, dict[str, Any]] = {}
     checks: list[parity.Check] = []
     failures: list[parity.Failure] = []
     ir_version = 0
@@ -172,16 +196,26 @@ def _write_rungs(
                     request.rtol,
                     request.atol,
                 )
-        except parity.ParityError as error:  # raised below, with what the other rung fails in
+        except parity.ParityError as error:  # raised below, with what the other graphs fail in
             failures += error.failures
-        rungs[spec.name] = {
-            "px": spec.px,
-            "recipe": spec.recipe,
-            "file": file.name,
-            "sha256": manifest.sha256_file(file),
-        }
+        sha256 = manifest.sha256_file(file)
+        entry = {"px": spec.px, "recipe": spec.recipe, "file": file.name, "sha256": sha256}
+        entries[spec.name] = entry
     if failures:
         raise parity.ParityError(failures)
+    return _Graphs(entries, checks, ir_version)
+
+
+def _write_record(
+    folder: Path,
+    backbone: Backbone,
+    head: dict[str, Any] | None,
+    graphs: _Graphs,
+    image_px: int,
+    request: RungsRequest,
+) -> dict[str, Any]:
+    """Write `rungs.json` and, where there are labels, `labels.txt` beside the graphs."""
+    entries = graphs.entries
     record = {
         "schema_version": SCHEMA_VERSION,
         "backbone": backbone.name,
@@ -194,13 +228,14 @@ def _write_rungs(
         "head": head,
         "preprocessing": backbone.preprocessing(image_px).to_dict(),
         "opset": request.opset,
-        "ir_version": ir_version,
-        "rungs": rungs,
+        "ir_version": graphs.ir_version,
+        "rungs": {name: entries[name] for name in RUNGS},
+        "alternatives": {name: entries[name] for name in entries if name not in RUNGS},
         "parity": {
             "rtol": request.rtol,
             "atol": request.atol,
             "batches": list(parity.BATCHES),
-            "checks": [check.to_dict() for check in checks],
+            "checks": [check.to_dict() for check in graphs.checks],
         },
     }
     if backbone.labels:
@@ -213,8 +248,8 @@ def _write_rungs(
 def _publish(staging: Path, out: Path) -> None:
     """Move a finished export into place, the record last: a folder without one is unfinished."""
     out.mkdir(exist_ok=True)
-    for stale in (RECORD, LABELS):
-        (out / stale).unlink(missing_ok=True)
+    for stale in (out / RECORD, out / LABELS, *out.glob("static_[0-9]*.onnx")):
+        stale.unlink(missing_ok=True)
     files = sorted(staging.iterdir(), key=lambda file: file.name == RECORD)
     for file in files:
         os.replace(file, out / file.name)

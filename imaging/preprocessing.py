@@ -129,11 +129,14 @@ class Preprocessing:
         left = (resized[0] - self.width) // 2
         top = (resized[1] - self.height) // 2
         image = image.crop((left, top, left + self.width, top + self.height))
-        pixels = np.asarray(image, dtype=np.float32)  # (H, W, 3), 0..255
-        scale = 1.0 / (255.0 * np.asarray(self.std, dtype=np.float32))
-        shift = np.asarray(self.mean, dtype=np.float32) / np.asarray(self.std, dtype=np.float32)
-        normalised = pixels * scale - shift
-        return np.ascontiguousarray(normalised.transpose(2, 0, 1), dtype=np.float32)  # (3, H, W)
+        # Colour planes first: numpy is several times as fast along rows as along three channels.
+        planes = np.asarray(image).transpose(2, 0, 1)  # (3, H, W), 0..255
+        std = np.asarray(self.std, dtype=np.float32)[:, np.newaxis, np.newaxis]
+        mean = np.asarray(self.mean, dtype=np.float32)[:, np.newaxis, np.newaxis]
+        tensor = planes.astype(np.float32, order="C")
+        tensor *= 1.0 / (255.0 * std)
+        tensor -= mean / std
+        return tensor
 
     def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
         """Width and height of the image before the crop, from its own."""

@@ -39,8 +39,8 @@ def parse_overrides(parameters: Mapping[str, object]) -> Overrides:
         parameters: as decoded from Triton's JSON: str, bool, int or float values.
 
     Raises:
-        ValueError: an unknown parameter or policy, a threshold that is not a number, or a
-            threshold beside a policy that ignores it. One line, fit for a client.
+        ValueError: an unknown parameter or policy, a threshold that is no number and no text of
+            one, or a threshold beside a policy that ignores it. One line, fit for a client.
     """
     unknown = sorted(set(parameters) - {"policy", "threshold"})
     if unknown:
@@ -53,13 +53,24 @@ def parse_overrides(parameters: Mapping[str, object]) -> Overrides:
     threshold = parameters.get("threshold")
     if threshold is None:
         return Overrides(chosen)
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+    number = _number(threshold)
+    if number is None:
         raise ValueError(f"threshold {threshold!r} is not a number; send a float in oracle units")
-    if math.isnan(threshold):
+    if math.isnan(number):
         raise ValueError("threshold is NaN; send a float in oracle units")
     if chosen is not Policy.AUTO:
         raise ValueError(f"threshold has no meaning with policy={chosen.value}; send one of them")
-    return Overrides(chosen, float(threshold))
+    return Overrides(chosen, number)
+
+
+def _number(value: object) -> float | None:
+    """A number, also from its text: BLS callers and perf_analyzer cannot send a float."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return None
 
 
 def escalation_mask(

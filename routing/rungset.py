@@ -21,7 +21,7 @@ class RungSetError(ValueError):
 
 @dataclass(frozen=True)
 class RungSet:
-    """A pair of exported rungs.
+    """A pair of exported rungs, and what was exported beside them to compare with.
 
     Attributes:
         backbone: name of the model.
@@ -33,6 +33,9 @@ class RungSet:
         preprocessing: fields of `imaging.Preprocessing`.
         rungs: `vit_low` and `vit_high`, with the SHA-256 of their files.
         files: where each rung's ONNX file lies.
+        alternatives: the same model at resolutions in between, as `static_140`; never served by
+            the router, only measured beside it.
+        alternative_files: where each alternative's ONNX file lies.
     """
 
     backbone: str
@@ -44,6 +47,8 @@ class RungSet:
     preprocessing: Mapping[str, Any]
     rungs: Mapping[str, RungRecord]
     files: Mapping[str, Path]
+    alternatives: Mapping[str, RungRecord]
+    alternative_files: Mapping[str, Path]
 
     @classmethod
     def load(cls, folder: Path) -> RungSet:
@@ -57,7 +62,8 @@ class RungSet:
             content = json.loads(path.read_text())
             if content["schema_version"] != SCHEMA_VERSION:
                 raise ValueError(f"schema version {content['schema_version']}")
-            entries = {name: content["rungs"][name] for name in RUNGS}
+            rungs = {name: content["rungs"][name] for name in RUNGS}
+            alternatives = content.get("alternatives", {})  # earlier exports have none
             channels, height, width = content["image"]["shape"]
             rung_set = cls(
                 backbone=content["backbone"],
@@ -67,19 +73,18 @@ class RungSet:
                 classes=content["classes"],
                 labels=tuple(content["labels"]) if content["labels"] else None,
                 preprocessing=content["preprocessing"],
-                rungs={
-                    name: RungRecord(entry["px"], entry["recipe"], entry["sha256"])
-                    for name, entry in entries.items()
-                },
-                files={name: folder / entry["file"] for name, entry in entries.items()},
+                rungs=_records(rungs),
+                files=_files(folder, rungs),
+                alternatives=_records(alternatives),
+                alternative_files=_files(folder, alternatives),
             )
         except OSError:
             raise RungSetError(f"no {NAME} in {folder}; run python -m export rungs first") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RungSetError(
                 f"{path} is not readable ({type(error).__name__} {error}); export again"
             ) from None
-        for file in rung_set.files.values():
+        for file in (*rung_set.files.values(), *rung_set.alternative_files.values()):
             if not file.is_file():
                 raise RungSetError(f"no ONNX file at {file}; run python -m export rungs again")
         return rung_set
@@ -88,3 +93,14 @@ class RungSet:
         """Hex SHA-256 of the preprocessing, whatever the order and spacing of its JSON."""
         canonical = json.dumps(self.preprocessing, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _records(entries: Mapping[str, Any]) -> dict[str, RungRecord]:
+    return {
+        name: RungRecord(entry["px"], entry["recipe"], entry["sha256"])
+        for name, entry in entries.items()
+    }
+
+
+def _files(folder: Path, entries: Mapping[str, Any]) -> dict[str, Path]:
+    return {name: folder / entry["file"] for name, entry in entries.items()}

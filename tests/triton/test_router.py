@@ -88,6 +88,16 @@ def raw_request(server, image, datatype="FP32", parameters=None, http=False):
     return live.infer("router", [tensor], parameters=parameters)
 
 
+def test_a_threshold_arrives_as_text_too(server, images):
+    for http in (False, True):
+        for threshold in (NEVER, ALWAYS):
+            answer = raw_request(
+                server, images[:4], parameters={"threshold": str(threshold)}, http=http
+            )
+            assert (answer.as_numpy("escalated") == (threshold == ALWAYS)).all()
+            assert np.isfinite(answer.as_numpy("score")).all()  # the policy was auto
+
+
 BAD = {
     "rank": (np.zeros((3, 64, 64), np.float32), "FP32", None, "INVALID_ARGUMENT"),
     "size": (np.zeros((1, 3, 32, 32), np.float32), "FP32", None, "INVALID_ARGUMENT"),

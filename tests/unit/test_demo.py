@@ -1,10 +1,14 @@
 import re
+import sys
 from dataclasses import replace
+from pathlib import Path
+from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
 
 from calibration.sample import crops as sample_crops
+from demo import __main__ as demo
 from demo.page import write_page
 from demo.summary import Pass, Served, cascade_bound, summarise
 
@@ -111,3 +115,60 @@ def test_the_page_of_an_uncertified_demo_says_that_everything_escalates(tmp_path
     nothing = {**CERTIFIED, "certified": False, "statement": "No threshold is certified."}
     page = make_page(tmp_path / "index.html", [True] * 4, None, nothing)
     assert "no crop is scored" in page and "Stayed cheap: 0" in page and "Escalated: 4" in page
+
+
+class Commands:
+    """Stands in for `subprocess`: notes each command and makes the file it was asked for."""
+
+    def __init__(self, failing=None):
+        self.verbs = []
+        self.failing = failing
+
+    def run(self, line):
+        assert line[:2] == [sys.executable, "-m"]
+        self.verbs.append(f"{line[2]} {line[3]}")
+        if line[3] == self.failing:
+            return CompletedProcess(line, 2)
+        Path(line[line.index("--out") + 1]).write_text("made")
+        return CompletedProcess(line, 0)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """The demo at work in an empty folder, in which no server can start."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_prepare_makes_the_repository_and_serves_nothing(elsewhere, monkeypatch, capsys):
+    commands = Commands()
+    monkeypatch.setattr(demo, "subprocess", commands)
+    demo.main(["--prepare"])
+    assert commands.verbs == [
+        *("calibration sample", "export rungs", "calibration collect"),
+        *("calibration fit", "calibration report", "export repository"),
+    ]
+    printed = capsys.readouterr().out
+    for place in ("onnx", "calibration.json", "report.html", "model_repository"):
+        assert f"build/demo/{place}" in printed
+    assert not (elsewhere / "build/demo/summary.json").exists()
+    demo.main(["--prepare"])
+    assert len(commands.verbs) == 6  # nothing was done again
+
+
+def test_a_step_that_fails_ends_the_preparation(elsewhere, monkeypatch, capsys):
+    commands = Commands(failing="fit")
+    monkeypatch.setattr(demo, "subprocess", commands)
+    with pytest.raises(SystemExit) as ended:
+        demo.main(["--prepare"])
+    assert ended.value.code == 1
+    assert commands.verbs[-1] == "calibration fit"
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert re.search(r"^error: `python -m calibration fit .*` failed with exit", printed.err, re.M)
+
+
+def test_the_demo_exports_what_a_user_could_serve_instead():
+    (export,) = (step.arguments for step in demo.STEPS if step.arguments[:2] == ("export", "rungs"))
+    assert export[export.index("--static-px") + 1] == "140,168,196"

@@ -15,6 +15,8 @@ from routing import RungSet
 from routing.manifest import sha256_file
 from tests.unit.export_tiny import LAYERS, PX, QUIET, WIDTH, run_export, save_tiny
 
+MORE_PX = ("--low-px", "4", "--static-px", "12,8")
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -28,6 +30,15 @@ def exported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     """(output directory, what the command printed)."""
     out = tmp_path_factory.mktemp("exported") / "onnx"
     result = run_export("rungs", "--model", model, "--out", out, "--json")
+    assert result.exit_code == 0, result.stderr
+    return out, result.stdout
+
+
+@pytest.fixture(scope="module")
+def with_alternatives(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """(output directory, what the command printed)."""
+    out = tmp_path_factory.mktemp("alternatives") / "onnx"
+    result = run_export("rungs", "--model", model, "--out", out, *MORE_PX)
     assert result.exit_code == 0, result.stderr
     return out, result.stdout
 
@@ -68,27 +79,54 @@ def test_files_and_record(exported):
             "file": f"{name}.onnx",
             "sha256": files[f"onnx/{name}.onnx"],
         }
+    assert record["alternatives"] == {}
     parity = record["parity"]
     assert parity["batches"] == [1, 3, 8]
     assert len(parity["checks"]) == 2 * 3 * 3  # rungs, batches, outputs
     assert {check["rung"] for check in parity["checks"]} == {"vit_low", "vit_high"}
 
 
-def test_both_rungs_take_the_full_image_at_any_batch(exported):
-    out, _ = exported
-    for name in ("vit_low", "vit_high"):
-        graph = onnx.load(out / f"{name}.onnx").graph
-        shapes = {
-            value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
-            for value in (*graph.input, *graph.output)
+@pytest.mark.parametrize("name", ["vit_low", "static_8", "static_12", "vit_high"])
+def test_every_graph_takes_the_full_image_at_any_batch(with_alternatives, name):
+    out, _ = with_alternatives
+    graph = onnx.load(out / f"{name}.onnx").graph
+    shapes = {
+        value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in (*graph.input, *graph.output)
+    }
+    assert shapes == {
+        "image": ["batch", 3, PX, PX],
+        "embedding": ["batch", WIDTH],
+        "cls_layers": ["batch", LAYERS + 1, WIDTH],
+        "logits": ["batch", 3],
+    }
+    resizes = "Resize" in {node.op_type for node in graph.node}
+    assert resizes == (name != "vit_high")
+
+
+def test_alternatives_are_recorded_and_checked_like_the_rungs(with_alternatives):
+    out, printed = with_alternatives
+    record = json.loads((out / "rungs.json").read_text())
+    assert list(record["rungs"]) == ["vit_low", "vit_high"]
+    assert record["alternatives"] == {
+        f"static_{px}": {
+            "px": px,
+            "recipe": f"px={px}",
+            "file": f"static_{px}.onnx",
+            "sha256": sha256_file(out / f"static_{px}.onnx"),
         }
-        assert shapes == {
-            "image": ["batch", 3, PX, PX],
-            "embedding": ["batch", WIDTH],
-            "cls_layers": ["batch", LAYERS + 1, WIDTH],
-            "logits": ["batch", 3],
-        }
-    assert "Resize" in {node.op_type for node in onnx.load(out / "vit_low.onnx").graph.node}
+        for px in (8, 12)
+    }
+    names = ["vit_low", "vit_high", "static_8", "static_12"]
+    checked = [(check["rung"], check["batch"]) for check in record["parity"]["checks"]]
+    assert set(checked) == {(name, batch) for name in names for batch in (1, 3, 8)}
+    assert len(checked) == 4 * 3 * 3  # graphs, batches, outputs
+    for name in names:
+        assert f"{name}.onnx" in printed
+    rung_set = RungSet.load(out)
+    assert [rung.px for rung in rung_set.rungs.values()] == [4, PX]
+    assert [rung.px for rung in rung_set.alternatives.values()] == [8, 12]
+    assert rung_set.alternative_files["static_8"] == out / "static_8.onnx"
 
 
 def test_the_same_request_gives_the_same_bytes_without_paths(exported, model, tmp_path):
@@ -107,12 +145,13 @@ def test_a_parity_failure_keeps_an_earlier_export_and_is_exit_code_1(model, tmp_
     (out / "rungs.json").write_text("{}")
     (out / "vit_low.onnx").write_bytes(b"earlier")
     files = listing(tmp_path)
-    result = run_export("rungs", "--model", model, "--out", out, "--rtol=0", "--atol=0")
+    strict = ("--rtol=0", "--atol=0", "--static-px=12")
+    result = run_export("rungs", "--model", model, "--out", out, *strict)
     assert result.exit_code == 1
     assert result.stdout == ""
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("error: the ONNX graph differs from the model: ")
-    for rung in ("vit_low", "vit_high"):
+    for rung in ("vit_low", "vit_high", "static_12"):
         for output in ("embedding", "cls_layers", "logits"):
             assert f"{rung} {output}: differs by up to" in last
     assert "✓ compare" not in result.stderr
@@ -123,19 +162,21 @@ def test_a_parity_failure_keeps_an_earlier_export_and_is_exit_code_1(model, tmp_
 def test_a_bar_counts_the_steps_to_the_last(model, tmp_path):
     terminal = io.StringIO()
     steps = Steps(Console(file=terminal, force_terminal=True, width=120))
-    export_rungs(RungsRequest(str(model), tmp_path / "onnx"), steps)
+    export_rungs(RungsRequest(str(model), tmp_path / "onnx", static_px=(12,)), steps)
     shown = terminal.getvalue()
-    assert "0/5" in shown and "5/5" in shown and "6/5" not in shown
-    assert shown.count("✓") == 5
+    assert "0/7" in shown and "7/7" in shown and "8/7" not in shown
+    assert shown.count("✓") == 7
 
 
-def test_without_a_head_an_earlier_exports_labels_go(tmp_path):
+def test_labels_and_alternatives_that_only_an_earlier_export_wrote_go(tmp_path):
     folder = save_tiny(tmp_path / "headless", "ViTModel")
     out = tmp_path / "onnx"
     out.mkdir()
-    (out / "labels.txt").write_text("cat\n")
+    for name in ("labels.txt", "static_8.onnx", "static_mine.onnx"):
+        (out / name).write_text("earlier")
     record = export_rungs(RungsRequest(str(folder), out, opset=21), QUIET)
-    assert sorted(listing(out)) == ["rungs.json", "vit_high.onnx", "vit_low.onnx"]
+    ours = ["rungs.json", "vit_high.onnx", "vit_low.onnx"]
+    assert sorted(listing(out)) == sorted([*ours, "static_mine.onnx"])
     assert (record["classes"], record["labels"], record["head"]) == (None, None, None)
     graph = onnx.load(out / "vit_low.onnx")
     assert [output.name for output in graph.graph.output] == ["embedding", "cls_layers"]
@@ -155,6 +196,21 @@ def test_without_a_head_an_earlier_exports_labels_go(tmp_path):
         (["--low-px", "16"], "--low-px 16 must be below --high-px 16"),
         (["--low-px", "16", "--high-px", "8"], "--low-px 16 must be below --high-px 8"),
         (["--high-px", "99999"], "--high-px 99999 is too large; 256 px is the most"),
+        (["--static-px", "12,x"], "--static-px '12,x' must be whole numbers with commas between"),
+        (["--static-px", ""], "--static-px '' must be whole numbers with commas between"),
+        (["--static-px", "12.0"], "--static-px '12.0' must be whole numbers with commas between"),
+        (["--static-px", "12,12"], "--static-px names 12 more than once"),
+        (
+            ["--static-px", "10"],
+            "--static-px 10 must be a multiple of the patch size 4 that lies between the rungs' 8 "
+            "and 16",
+        ),
+        (["--static-px", "12,8"], "--static-px 8 must be a multiple"),
+        (["--static-px", "16"], "--static-px 16 must be a multiple"),
+        (["--static-px", "4"], "--static-px 4 must be a multiple"),
+        (["--static-px", "20"], "--static-px 20 must be a multiple"),
+        (["--static-px=-12"], "--static-px -12 must be a multiple"),
+        (["--low-px", "12", "--static-px", "14"], "--static-px 14 must be a multiple"),
         (["--opset", "17"], "--opset 17 is not supported; use 18 to 21"),
         (["--opset", "22"], "--opset 22 is not supported; use 18 to 21"),
         (["--rtol", "-1"], "--rtol -1.0 must be a number of at least 0"),

@@ -3,8 +3,17 @@ import json
 import numpy as np
 import pytest
 
-from routing import Calibration, CalibrationError, ManifestError, RungSet, RungSetError, manifest
+from routing import (
+    Calibration,
+    CalibrationError,
+    ManifestError,
+    RungRecord,
+    RungSet,
+    RungSetError,
+    manifest,
+)
 from tests.unit.fakes import make_calibration
+from tests.unit.onnx_files import write_rung_set
 
 
 def array(values):
@@ -132,6 +141,40 @@ def test_a_folder_without_rungs_says_what_to_run(tmp_path):
     (tmp_path / "rungs.json").write_text("{}")
     with pytest.raises(RungSetError, match="export again"):
         RungSet.load(tmp_path)
+
+
+def write_alternative(folder, alternatives):
+    path = folder / "rungs.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "alternatives": alternatives}))
+
+
+def test_an_export_without_alternatives_loads(tmp_path):
+    rung_set = RungSet.load(write_rung_set(tmp_path))
+    assert "alternatives" not in json.loads((tmp_path / "rungs.json").read_text())
+    assert rung_set.alternatives == rung_set.alternative_files == {}
+
+
+def test_alternatives_stand_beside_the_two_rungs(tmp_path):
+    write_rung_set(tmp_path)
+    entry = {"px": 6, "recipe": "px=6", "file": "static_6.onnx", "sha256": "abc"}
+    write_alternative(tmp_path, {"static_6": entry})
+    with pytest.raises(RungSetError, match=r"no ONNX file at .*static_6\.onnx; run") as error:
+        RungSet.load(tmp_path)
+    assert "\n" not in str(error.value)
+    (tmp_path / "static_6.onnx").write_bytes(b"")
+    rung_set = RungSet.load(tmp_path)
+    assert rung_set.alternatives == {"static_6": RungRecord(6, "px=6", "abc")}
+    assert rung_set.alternative_files == {"static_6": tmp_path / "static_6.onnx"}
+    assert set(rung_set.rungs) == set(rung_set.files) == {"vit_low", "vit_high"}
+
+
+@pytest.mark.parametrize("alternatives", [None, [], {"static_6": {"px": 6}}, {"static_6": 6}])
+def test_unreadable_alternatives_say_what_to_run(tmp_path, alternatives):
+    write_rung_set(tmp_path)
+    write_alternative(tmp_path, alternatives)
+    with pytest.raises(RungSetError, match="export again") as error:
+        RungSet.load(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_scores_are_fp32_in_oracle_units():

@@ -17,15 +17,31 @@ def test_known_parameters():
 
 
 @pytest.mark.parametrize(
+    ("text", "number"), [("31.25", 31.25), ("-2", -2.0), ("1e9", 1e9), ("inf", float("inf"))]
+)
+def test_a_threshold_may_be_the_text_of_a_number(text, number):
+    overrides = parse_overrides({"threshold": text})
+    assert overrides == Overrides(Policy.AUTO, number)
+    assert type(overrides.threshold) is float
+
+
+@pytest.mark.parametrize(
     ("parameters", "message"),
     [
         ({"policy": "medium"}, "policy 'medium' is none of auto, low, high"),
         ({"policy": 1}, "policy 1 is none of"),
-        ({"threshold": "0.5"}, "threshold '0.5' is not a number"),
+        ({"threshold": "high"}, "threshold 'high' is not a number; send a float in oracle units"),
+        ({"threshold": ""}, "threshold '' is not a number"),
+        ({"threshold": "0,5"}, "threshold '0,5' is not a number"),
+        ({"threshold": "0.5\n0.6"}, "is not a number"),
+        ({"threshold": "True"}, "threshold 'True' is not a number"),
         ({"threshold": True}, "threshold True is not a number"),
-        ({"threshold": float("nan")}, "NaN"),
+        ({"threshold": [0.5]}, "is not a number"),
+        ({"threshold": float("nan")}, "threshold is NaN; send a float in oracle units"),
+        ({"threshold": "NaN"}, "threshold is NaN; send a float in oracle units"),
         ({"treshold": 0.5}, "unknown parameter 'treshold'"),
         ({"policy": "high", "threshold": 0.5}, "no meaning with policy=high"),
+        ({"policy": "low", "threshold": "0.5"}, "no meaning with policy=low"),
     ],
 )
 def test_bad_parameters_are_one_clear_line(parameters, message):
