@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-slow lint format clean
+.PHONY: help install demo original test test-slow lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -23,6 +23,17 @@ $(INSTALLED): requirements.txt requirements-wheels.txt requirements-dev.txt
 
 demo: $(INSTALLED)  ## export, calibrate, serve, query and measure on shipped photographs
 	$(PY) -m demo
+
+ORIGINAL := build/original
+original: $(INSTALLED)  ## the tables of the research script this began with, measured here
+	$(PY) -m export rungs --model static-vit --out $(ORIGINAL)/onnx
+	$(PY) -m calibration collect --images sample --seed 31 --limit 1000 \
+	  --onnx $(ORIGINAL)/onnx --out $(ORIGINAL)/outputs.npz
+	$(PY) -m calibration fit --escalation-rate 0.095 --onnx $(ORIGINAL)/onnx \
+	  --outputs $(ORIGINAL)/outputs.npz --out $(ORIGINAL)/calibration.json
+	$(PY) -m export repository --onnx $(ORIGINAL)/onnx \
+	  --calibration $(ORIGINAL)/calibration.json --out $(ORIGINAL)/model_repository
+	$(PY) -m perf original --build $(ORIGINAL)
 
 test: $(INSTALLED)  ## unit tests, then tests against a real tritonserver
 	$(PY) -m pytest tests/unit tests/triton

@@ -1,21 +1,24 @@
-"""`python -m perf install | scoring | fitting | collecting`."""
+"""`python -m perf run | compare | original | table | install | scoring | fitting | collecting`."""
 
 from __future__ import annotations
 
 import sys
+from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from client import ClientError
 from routing import RungSet
+from server import ServerError
 
-from .analyzer import PerfAnalyzerError
 from .analyzer import install as install_analyzer
 from .costs import scoring
+from .errors import PerfError
 
 app = typer.Typer(
     help="Measure a served adaptive ViT, and what its calibration costs.",
@@ -39,6 +42,129 @@ def install() -> None:
     with Console(stderr=True).status("installing perf_analyzer (about 60 MB)"):
         analyzer = install_analyzer()
     print(f"perf_analyzer: {analyzer.path}")
+
+
+class SuiteName(str, Enum):
+    """How much to measure."""
+
+    QUICK = "quick"
+    FULL = "full"
+
+
+@app.command()
+def run(
+    images: Annotated[str, typer.Option(help="A folder of images, or `sample`.")] = "sample",
+    suite: Annotated[
+        SuiteName, typer.Option(help="Minutes: quick 3, full 30, on two cores.")
+    ] = SuiteName.QUICK,
+    seed: Annotated[int, typer.Option(min=0, help="Which sample crops.")] = 21,
+    sets: Annotated[
+        str, typer.Option(help="Sets of images, mixed always among them.")
+    ] = "easy,hard,mixed",
+    onnx: Annotated[Path, typer.Option(help="Folder that `export rungs` wrote.")] = Path(
+        "build/onnx"
+    ),
+    calibration: Annotated[
+        Path, typer.Option(help="Artifact that `calibration fit` wrote.")
+    ] = Path("build/calibration/calibration.json"),
+    repository: Annotated[
+        Path, typer.Option(help="Model repository that `export repository` wrote.")
+    ] = Path("build/model_repository"),
+    url: Annotated[
+        str | None,
+        typer.Option(help="gRPC HOST:PORT of a running server, instead of starting one."),
+    ] = None,
+    http_url: Annotated[
+        str | None, typer.Option(help="Its HTTP HOST:PORT; without it HTTP is left out.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("build/perf"),
+) -> None:
+    """Measure latency, throughput and memory beside the alternatives, and write a report.
+
+    Ctrl-C keeps what was measured.
+    """
+    from .measure.suites import SUITES  # here, because scipy and matplotlib take seconds to import
+    from .run import Options, measure
+
+    if http_url is not None and url is None:
+        raise PerfError("--http-url belongs to --url")
+    options = Options(
+        images=images,
+        seed=seed,
+        suite=SUITES[suite.value],
+        sets=_set_names(sets),
+        onnx=onnx,
+        calibration=calibration,
+        repository=repository,
+        url=url,
+        http_url=http_url,
+        out=out,
+    )
+    record = measure(options, Console(stderr=True))
+    _print_verdict(record.summary)
+    print(f"took {record.summary['seconds']:.0f} s; open {record.report_path}")
+
+
+def _set_names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    unknown = sorted(set(names) - {"easy", "hard", "mixed"})
+    if unknown or "mixed" not in names:
+        raise PerfError(f"--sets {text!r}: give mixed, and easy or hard beside it, with commas")
+    return names
+
+
+def _print_verdict(summary: dict[str, Any]) -> None:
+    table = Table(title="one request in flight, the systems in turn on the same images")
+    for heading in ("system", "agreement", "escalated", "ms", "cost / static high"):
+        table.add_column(heading, justify="left" if heading == "system" else "right")
+    for answer in summary["answers"].values():
+        table.add_row(
+            answer["title"],
+            f"{answer['agreement_with_high']:.1%}",
+            f"{answer['escalation_rate']:.1%}",
+            f"{answer['cost_ms']['median']:.1f}",
+            f"{answer['cost_ratio']['median']:.2f}",
+        )
+    Console().print(table)
+    figures = Table("figure", "median", "min", "max", "runs")
+    for name, value in summary.items():
+        if isinstance(value, dict) and "median" in value:
+            low, middle, high = (f"{value[key]:.3f}" for key in ("min", "median", "max"))
+            figures.add_row(name, middle, low, high, str(value["runs"]))
+    Console().print(figures)
+
+
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(help="summary.json of one run, or its folder.")],
+    after: Annotated[Path, typer.Argument(help="summary.json of another.")],
+) -> None:
+    """Say what changed between two runs beyond their noise."""
+    from .comparable import warnings
+    from .compare import compare as compare_summaries
+    from .compare import load_summary, render
+
+    first, second = load_summary(before), load_summary(after)
+    for part in render(compare_summaries(first, second), warnings(first, second)):
+        Console().print(part)
+
+
+@app.command()
+def table(
+    results: Annotated[Path, typer.Option(help="Folder of committed summaries.")] = Path(
+        "perf/results"
+    ),
+    readme: Annotated[
+        Path | None, typer.Option(help="Put the table between the marks of this file instead.")
+    ] = None,
+) -> None:
+    """Print README's table of results, or put it into README.md."""
+    from .results_table import results_table, update_readme
+
+    if readme is None:
+        print(results_table(results))
+    else:
+        print(f"{readme}: {'changed' if update_readme(readme, results) else 'as it was'}")
 
 
 @app.command("scoring")
@@ -107,8 +233,8 @@ def main() -> None:
         code = app(standalone_mode=False)
     except typer.TyperException as error:
         message = " ".join(error.format_message().split())
-    except (PerfAnalyzerError, ValueError) as error:  # every error of ours about input is one
-        message = str(error)
+    except (ClientError, ServerError, ValueError) as error:  # every error about input is one
+        message = " ".join(str(error).split())
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     else:

@@ -137,6 +137,14 @@ class TritonServer:
         """Proportional set size of the server and all its model processes, in MiB."""
         return self._running().memory_mib()
 
+    def cpu_s(self) -> float:
+        """CPU seconds that the server and all its model processes have taken so far."""
+        return self._running().cpu_s()
+
+    def process_ids(self) -> list[int]:
+        """Ids of the server's process and of all its model processes."""
+        return self._running().process_ids()
+
     def is_running(self) -> bool:
         """Whether the server's process is alive."""
         return self._process is not None and self._process.exit_code is None

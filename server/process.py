@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -79,16 +80,29 @@ class ProcessGroup:
                 continue
         return found
 
+    def process_ids(self) -> list[int]:
+        """Ids of the group's processes that are alive, without the guard."""
+        return [process.pid for process in self._without_guard()]
+
     def memory_mib(self) -> float:
         """Proportional set size in MiB of all but the guard: shared pages count once in the sum."""
         total = 0
-        for process in self.members():
-            try:
-                if process.pid != self._guard.pid:
-                    total += process.memory_full_info().pss
-            except psutil.Error:
-                continue
+        for process in self._without_guard():
+            with suppress(psutil.Error):
+                total += process.memory_full_info().pss
         return total / 2**20
+
+    def cpu_s(self) -> float:
+        """CPU seconds that the processes alive now have taken, without the guard."""
+        total = 0.0
+        for process in self._without_guard():
+            with suppress(psutil.Error):
+                times = process.cpu_times()
+                total += times.user + times.system
+        return total
+
+    def _without_guard(self) -> list[psutil.Process]:
+        return [process for process in self.members() if process.pid != self._guard.pid]
 
     def listens_on(self, ports: Collection[int]) -> bool:
         """Whether processes of the group, and not others, listen on all of these TCP ports."""

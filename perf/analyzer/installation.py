@@ -17,6 +17,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..errors import PerfError
+
 NEW_GLIBC = (2, 38)
 NEW_REQUIREMENT = "perf-analyzer==2.60.0"
 OLD_REQUIREMENT = "tritonclient==2.50.0"
@@ -24,7 +26,7 @@ OLD_REQUIREMENT = "tritonclient==2.50.0"
 LIBRARIES = {"libb64.so.0d": "libb64-*.so.0d", "libcudart.so.12": "libcudart-*.so.12*"}
 
 
-class PerfAnalyzerError(Exception):
+class PerfAnalyzerError(PerfError):
     """perf_analyzer is missing or failed. The message is one line."""
 
 
@@ -49,6 +51,15 @@ class Analyzer:
                 [str(self.libraries), *([others] if others else [])]
             )
         return environment
+
+    def version(self) -> str:
+        """The version of the release it came with, such as `2.50.0`; empty where nobody says."""
+        # The program itself says "commit unknown" in some releases.
+        for folder in list(self.path.parents)[1:3]:
+            for wheel in ("perf_analyzer", "tritonclient"):
+                for found in folder.glob(f"{wheel}-*.dist-info"):
+                    return found.name.removesuffix(".dist-info").rpartition("-")[2]
+        return ""
 
 
 def default_folder() -> Path:

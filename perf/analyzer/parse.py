@@ -218,3 +218,9 @@ def failure(output: str) -> str:
 def is_unstable(output: str) -> bool:
     """Whether perf_analyzer gave up because its windows did not agree."""
     return "Failed to obtain stable measurement" in output
+
+
+def delayed_share(output: str) -> float:
+    """Share of an open loop's requests that perf_analyzer says it sent late, 0..1."""
+    found = re.search(r"([\d.]+)% of the requests were delayed", output)
+    return float(found[1]) / 100 if found else 0.0

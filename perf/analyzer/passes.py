@@ -15,6 +15,7 @@ from .parse import (
     Figures,
     ParseError,
     Records,
+    delayed_share,
     failure,
     figures,
     figures_from_csv,
@@ -30,14 +31,16 @@ class UnstableError(PerfAnalyzerError):
 
 @dataclass(frozen=True)
 class Load:
-    """What one closed-loop pass sends.
+    """What one pass sends: a number of requests always in flight, or a rate of arrivals.
 
     Attributes:
         model: the model to measure.
         url: HOST:PORT of the protocol's endpoint.
         inputs: what to send. Every item is sent equally often.
         protocol: `grpc` or `http`.
-        concurrency: requests in flight.
+        concurrency: requests in flight (closed loop).
+        rate_per_s: if set, requests arrive at this mean rate as a Poisson process, however many are
+            in flight (open loop); `concurrency` then has no meaning. The figures need `records`.
         rounds: how often each item is sent and measured.
         warmup_requests: sent before that, and discarded. 0 measures the connection's first
             request too.
@@ -58,6 +61,7 @@ class Load:
     inputs: InputData
     protocol: str = "grpc"
     concurrency: int = 1
+    rate_per_s: float | None = None
     rounds: int = 1
     warmup_requests: int = 10
     parameters: Mapping[str, str | int | bool] = field(default_factory=dict)
@@ -70,6 +74,11 @@ class Load:
     def keeps_records(self) -> bool:
         """Whether the figures come from raw records."""
         return self.records and self.count_windows is None
+
+    @property
+    def is_one_by_one(self) -> bool:
+        """Whether each request waits for the one before."""
+        return self.concurrency == 1 and self.rate_per_s is None
 
     @property
     def measured_requests(self) -> int:
@@ -88,6 +97,11 @@ class Load:
             raise ValueError(f"shared_memory must be none or system, not {self.shared_memory!r}")
         if min(self.concurrency, self.rounds) < 1 or self.warmup_requests < 0:
             raise ValueError("concurrency and rounds start at 1, warmup_requests at 0")
+        if self.rate_per_s is not None:
+            if not self.keeps_records:
+                raise ValueError("an open loop has figures from raw records only")
+            if not 0 < self.rate_per_s <= self.measured_requests:
+                raise ValueError("perf_analyzer wants at least as many requests as arrive a second")
         if self.parameters and self.protocol == "http":
             raise ValueError("perf_analyzer sends request parameters over gRPC only")
         for name, value in self.parameters.items():
@@ -107,12 +121,15 @@ class AnalyzerResult:
         report: perf_analyzer's CSV row by its column names, times in microseconds. Has the
             server's times (`Server Queue`, `Server Compute Infer`, ...), and counts in a warm-up
             that was the head of the same pass (`records` at concurrency 1).
+        delayed: share of an open loop's requests that were sent later than planned, because this
+            machine could not keep up; 0..1.
     """
 
     load: Load
     figures: Figures
     records: Records | None
     report: Mapping[str, float]
+    delayed: float = 0.0
 
 
 def run(
@@ -138,16 +155,18 @@ def run(
             export_path = Path(scratch) / "export.json"
         head = _head(load)
         if load.warmup_requests > head:
-            _call(analyzer, load, _arguments(load, load.warmup_requests, report_path))
+            # In a closed loop: an open one has to have more requests than arrive a second.
+            closed = replace(load, rate_per_s=None)
+            _call(analyzer, load, _arguments(closed, load.warmup_requests, report_path))
         count = None if load.count_windows else head + load.measured_requests
-        _call(analyzer, load, _arguments(load, count, report_path, export_path))
+        said = _call(analyzer, load, _arguments(load, count, report_path, export_path))
         try:
             report = parse_csv(report_path.read_text())
             records = None if export_path is None else _measured(load, export_path)
             values = _csv_figures(load, report) if records is None else figures(records)
         except (OSError, ParseError) as error:
             raise PerfAnalyzerError(f"perf_analyzer on {load.model}: {error}") from None
-    return AnalyzerResult(load, values, records, report)
+    return AnalyzerResult(load, values, records, report, delayed_share(said))
 
 
 def _head(load: Load) -> int:
@@ -157,7 +176,7 @@ def _head(load: Load) -> int:
     each item is still measured equally often. With several in flight a cut by time would not fall
     between rounds.
     """
-    return load.warmup_requests if load.keeps_records and load.concurrency == 1 else 0
+    return load.warmup_requests if load.keeps_records and load.is_one_by_one else 0
 
 
 def _csv_figures(load: Load, report: Mapping[str, float]) -> Figures:
@@ -193,7 +212,13 @@ def _arguments(
     """The command line for `count` requests, or for windows where that is None."""
     arguments = ["-m", load.model, "-u", load.url, "-i", load.protocol]
     arguments += ["--input-data", str(load.inputs.path)]
-    arguments += ["--concurrency-range", str(load.concurrency)]
+    if load.rate_per_s is None:
+        arguments += ["--concurrency-range", str(load.concurrency)]
+    else:
+        # Asynchronous: its default is a few threads that each wait for their answer, which no more
+        # lets requests arrive than a closed loop does.
+        arguments += ["--request-rate-range", f"{load.rate_per_s:.4f}"]
+        arguments += ["--request-distribution", "poisson", "--async"]
     if count is not None:
         arguments += ["--request-count", str(count)]
     else:
@@ -211,7 +236,8 @@ def _arguments(
     return arguments
 
 
-def _call(analyzer: Analyzer, load: Load, arguments: list[str]) -> None:
+def _call(analyzer: Analyzer, load: Load, arguments: list[str]) -> str:
+    """Run it and return what it printed."""
     try:
         ran = subprocess.run(
             [str(analyzer.path), *arguments],
@@ -232,3 +258,4 @@ def _call(analyzer: Analyzer, load: Load, arguments: list[str]) -> None:
     if ran.returncode != 0:
         kind = UnstableError if is_unstable(ran.stdout) else PerfAnalyzerError
         raise kind(f"perf_analyzer on {load.model} at {load.url}: {failure(ran.stdout)}")
+    return ran.stdout

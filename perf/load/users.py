@@ -1,0 +1,182 @@
+"""Users of the ensemble: closed and open loop, over either protocol."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+
+from gevent import GreenletExit
+from gevent.lock import BoundedSemaphore
+from gevent.pool import Group
+from gevent.queue import Queue
+from locust import User, task
+from locust.runners import LocalRunner
+
+from calibration.source import ImagesError
+from client import ClientError, GrpcClient, HttpClient
+
+from ..errors import PerfError
+from .arrivals import arrivals
+from .hub import blocks_hub
+from .images import image_round
+from .lifecycle import cannot_measure, gave_up
+from .settings import Settings
+
+CLIENTS = {"grpc": GrpcClient, "http": HttpClient}
+MAX_OUTSTANDING = 200  # of one open user: seconds of work for any server that keeps up
+
+_starting = BoundedSemaphore()  # one user at a time: the first proves it for all
+_proven: set[tuple[str, str]] = set()  # (protocol, address)
+
+
+class UnansweredError(Exception):
+    """The run ended before the answer came."""
+
+
+class NotSentError(Exception):
+    """An open user had too many requests without an answer to send another."""
+
+
+class VitUser(User):
+    """Asks about one image at a time.
+
+    A request is recorded under its protocol and the path it took: `low` or `high`, or `failed`.
+    """
+
+    abstract = True
+    protocol: str
+    client: GrpcClient | HttpClient | None = None
+
+    def on_start(self) -> None:
+        """Open a connection; the first user of a process proves that requests overlap."""
+        with _starting:
+            if gave_up(self.environment):
+                raise GreenletExit
+            try:
+                self.settings = Settings.of(self.environment.parsed_options)
+                self.images = image_round(self.settings.images, self.settings.image_limit)
+                self.client = CLIENTS[self.protocol](self.host)
+                self._prove()
+            except (ClientError, ImagesError, PerfError) as error:
+                cannot_measure(self.environment, str(error))
+                raise GreenletExit from None
+
+    def on_stop(self) -> None:
+        """Close the connection: gRPC under gevent cannot do so while Python shuts down, it hangs."""
+        if self.client is not None:
+            self.client.close()
+
+    def _prove(self) -> None:
+        if (self.protocol, self.host) in _proven:
+            return
+        image = next(self.images)
+        self.client.infer([image])  # opens the connection
+        if blocks_hub(lambda: self.client.infer([image])):
+            raise PerfError(
+                f"a {self.protocol} request stops all other users while it waits; "
+                "grpc.experimental.gevent.init_gevent() has to come before the first channel"
+            )
+        _proven.add((self.protocol, self.host))
+        if isinstance(self.environment.runner, LocalRunner):
+            self.environment.stats.reset_all()  # the time it took is not the run's
+
+    def ask(self, planned: float) -> None:
+        """Send the next image and record what came of it.
+
+        Args:
+            planned: when the request was due, by `time.perf_counter`; latency counts from there.
+        """
+        name, error = "failed", UnansweredError("no answer when the run ended")
+        try:
+            (answer,) = self.client.infer([next(self.images)])
+            name, error = "high" if answer.escalated else "low", None
+        except ClientError as failure:
+            error = failure
+        finally:  # where the user is killed meanwhile, too: slow answers must not go missing
+            self._record(name, 1e3 * (time.perf_counter() - planned), error)
+
+    def _record(self, name: str, latency_ms: float | None, error: Exception | None) -> None:
+        self.environment.events.request.fire(
+            request_type=self.protocol,
+            name=name,
+            response_time=latency_ms,
+            response_length=0,
+            exception=error,
+            context=self.context(),
+        )
+
+
+class ClosedUser(VitUser):
+    """Sends the next request as soon as the last is answered."""
+
+    abstract = True
+
+    @task
+    def infer(self) -> None:
+        """One request."""
+        self.ask(time.perf_counter())
+
+
+class OpenUser(VitUser):
+    """Sends at a planned rate, whatever the server does: a Poisson process.
+
+    Latency counts from the planned time, so that waiting for a slow server is in it. A request
+    that is due while `MAX_OUTSTANDING` have no answer is not sent, and recorded as `not sent`.
+    Each request has a greenlet of its own while it is out, and with it a connection over HTTP.
+    """
+
+    abstract = True
+
+    def __init__(self, environment) -> None:
+        super().__init__(environment)
+        self._due: Queue[float | None] = Queue()
+        self._senders = Group()
+        self._idle = 0
+        self._planned: Iterator[float] = iter(())
+        self._next = 0.0
+
+    def on_start(self) -> None:
+        """Connect, and plan from now on."""
+        super().on_start()
+        start = time.perf_counter()
+        offsets = arrivals(self.settings.rate, random.Random())
+        self._planned = (start + offset for offset in offsets)
+        self._next = next(self._planned)
+
+    def wait_time(self) -> float:
+        """Seconds until the next request is due."""
+        return max(0.0, self._next - time.perf_counter())
+
+    @task
+    def send_what_is_due(self) -> None:
+        """Start every request whose time has come."""
+        while self._next <= time.perf_counter():
+            self._start(self._next)
+            self._next = next(self._planned)
+
+    def _start(self, planned: float) -> None:
+        if self._idle:
+            self._idle -= 1
+        elif len(self._senders) < MAX_OUTSTANDING:
+            self._senders.spawn(self._send)
+        else:
+            error = NotSentError(f"{MAX_OUTSTANDING} requests of this user had no answer yet")
+            self._record("not sent", None, error)
+            return
+        self._due.put(planned)
+
+    def _send(self) -> None:
+        while (planned := self._due.get()) is not None:
+            self.ask(planned)
+            self._idle += 1
+
+    def on_stop(self) -> None:
+        """Wait for the answers that are due, then close."""
+        for _ in range(len(self._senders)):
+            self._due.put(None)
+        try:
+            self._senders.join(timeout=self.environment.stop_timeout)
+        finally:
+            self._senders.kill()
+            super().on_stop()

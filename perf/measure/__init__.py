@@ -1,0 +1,1 @@
+"""What `python -m perf run` measures, a module each."""

@@ -1,0 +1,149 @@
+"""Where one adaptive request spends its time, for images that stay cheap and that escalate.
+
+Sent one at a time, so that differences of Triton's counters belong to these requests. A part that
+has no counter of its own is what is left of the one around it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from statistics import mean, median
+from typing import Any
+
+import numpy as np
+
+from routing import Calibration, RungOutputs
+
+from ..errors import PerfError
+from .asking import Asker
+from .server_times import ModelTimes, since
+from .systems import System
+from .target import Target
+
+SCORING_ROUNDS = 200
+PATIENCE_S = 5.0  # for the server to count the last request
+_NO_TIMES = ModelTimes(0, 0, 0, 0, 0, 0)
+
+
+def attribute(
+    target: Target,
+    asker: Asker,
+    ensemble: System,
+    rows: Sequence[int],
+    scoring_ms: float,
+    on_image: Callable[[], None],
+) -> dict[str, Any]:
+    """Send images and take their mean latency apart.
+
+    Args:
+        target: the server, asked by nobody else.
+        asker: sends the requests.
+        ensemble: the system that takes bytes.
+        rows: images that all take the same path.
+        scoring_ms: of one image, see `scoring_ms`.
+        on_image: called after each image.
+
+    Returns:
+        `requests`, `total_ms` and `parts`, a list of `name` and `ms` per request that add up to it.
+
+    Raises:
+        PerfError: the server answers, and does not count it.
+        ClientError: it does not answer as it should.
+    """
+    before = target.times()
+    latencies = []
+    for row in rows:
+        latencies.append(asker.ask(ensemble, row).latency_ms)
+        on_image()
+    times = _counted(target, before, len(rows))
+    return parts(mean(latencies), len(rows), times, scoring_ms)
+
+
+def _counted(target: Target, before: dict[str, ModelTimes], requests: int) -> dict[str, ModelTimes]:
+    """Triton's times since `before`: it counts a request a moment after it has answered."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        times = since(before, target.times())
+        counted = [times.get(model, _NO_TIMES).requests for model in ("router", "adaptive_vit")]
+        if min(counted) >= requests:
+            return times
+        if time.monotonic() > deadline:
+            raise PerfError("the server answers, but its statistics do not count the requests")
+        time.sleep(0.01)
+
+
+def parts(
+    latency_ms: float, requests: int, times: Mapping[str, ModelTimes], scoring_ms: float
+) -> dict[str, Any]:
+    """Take a mean latency apart.
+
+    Args:
+        latency_ms: mean of the client's.
+        requests: that were sent.
+        times: Triton's, by model, of these requests.
+        scoring_ms: of one image.
+    """
+    low, high, router, preprocess, ensemble = (
+        times.get(model, _NO_TIMES)
+        for model in ("vit_low", "vit_high", "router", "preprocess", "adaptive_vit")
+    )
+    scored = scoring_ms * low.requests
+    # Not the router's own time: its counter runs on after the response has left.
+    inside = sum(model.compute_ms + model.queue_ms for model in (preprocess, low, high))
+    inside += router.queue_ms + scored
+    sums = {
+        "client and network": latency_ms * requests - ensemble.total_ms,
+        "preprocess": preprocess.compute_ms,
+        "cheap rung": low.compute_ms,
+        "scoring": scored,
+        "router, BLS hops, ensemble": ensemble.total_ms - inside,
+        "full rung": high.compute_ms,
+        "queues": sum(model.queue_ms for model in (low, high, router, preprocess)),
+    }
+    return {
+        "requests": requests,
+        "total_ms": latency_ms,
+        "parts": [{"name": name, "ms": total / requests} for name, total in sums.items()],
+    }
+
+
+def together(
+    kept: Mapping[str, Any] | None, escalated: Mapping[str, Any] | None, escalation_rate: float
+) -> dict[str, Any] | None:
+    """Both kinds of requests at the rate at which images escalate.
+
+    Returns:
+        None where one of them is missing and would be needed.
+    """
+    weighted = [(kept, 1 - escalation_rate), (escalated, escalation_rate)]
+    needed = [(side, weight) for side, weight in weighted if weight > 0]
+    if any(side is None for side, _ in needed):
+        return None
+    names = [part["name"] for part in needed[0][0]["parts"]]
+    return {
+        "requests": sum(side["requests"] for side, _ in needed),
+        "total_ms": sum(weight * side["total_ms"] for side, weight in needed),
+        "parts": [
+            {"name": name, "ms": sum(weight * side["parts"][i]["ms"] for side, weight in needed)}
+            for i, name in enumerate(names)
+        ],
+    }
+
+
+def scoring_ms(calibration: Calibration) -> float:
+    """Milliseconds to score one image with the artifact, the median of many, in this process."""
+    rng = np.random.default_rng(0)
+    shape = (1, calibration.layers + 1, calibration.embedding_dim)
+    classes = calibration.classes
+    outputs = RungOutputs(
+        rng.standard_normal((1, calibration.embedding_dim), dtype=np.float32),
+        rng.standard_normal(shape, dtype=np.float32),
+        None if classes is None else rng.standard_normal((1, classes), dtype=np.float32),
+    )
+    took = []
+    for _ in range(SCORING_ROUNDS):
+        start = time.perf_counter()
+        calibration.score(outputs)
+        took.append(time.perf_counter() - start)
+    return 1e3 * median(took)

@@ -1,0 +1,61 @@
+"""The repository under test: the assembled one, and beside it the static alternatives."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from routing import RungSet
+
+from ..errors import PerfError
+
+
+def assembled(repository: Path) -> Path:
+    """The repository, if `python -m export repository` wrote it.
+
+    Raises:
+        PerfError: it did not.
+    """
+    if not (repository / "MANIFEST.json").is_file():
+        raise PerfError(
+            f"no assembled model repository at {repository}; run python -m export repository, or "
+            "give --repository"
+        )
+    return repository
+
+
+def with_alternatives(repository: Path, rung_set: RungSet, folder: Path) -> Path:
+    """Lay out an assembled repository with one more model for each static alternative.
+
+    An alternative is served as the full rung is: same configuration, warm-up and threads.
+
+    Args:
+        repository: what `python -m export repository` wrote.
+        rung_set: the exported rungs and alternatives.
+        folder: where to lay it out; replaced if it exists.
+
+    Raises:
+        PerfError: the repository is not an assembled one, or would be overwritten.
+    """
+    source, target = assembled(repository).resolve(), folder.resolve()
+    if source.is_relative_to(target) or target.is_relative_to(source):
+        raise PerfError(f"{folder} would overwrite the model repository; give another --out")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(repository, folder, copy_function=_link_or_copy)
+    for model, file in rung_set.alternative_files.items():
+        version = folder / model / "1"
+        version.mkdir(parents=True)
+        shutil.copyfile(repository / "vit_high" / "config.pbtxt", folder / model / "config.pbtxt")
+        _link_or_copy(str(file), str(version / "model.onnx"))
+    return folder
+
+
+def _link_or_copy(source: str, target: str) -> str:
+    """Weights are hundreds of megabytes: a second name for the same file, where that can be."""
+    try:
+        os.link(os.path.realpath(source), target)  # of a link, what it leads to
+    except OSError:
+        shutil.copyfile(source, target)
+    return target

@@ -1,0 +1,214 @@
+"""Peak memory of a system: a fresh server with only its models, watched while it answers.
+
+PSS counts a page that k processes share as 1/k in each, so that the sum over the server's processes
+is what the machine gives up; RSS counts it k times. Both come from `/proc/PID/smaps_rollup`, for
+which the kernel walks all of a process's pages: milliseconds, for hundreds of megabytes. So it is
+read only of a process whose size in `/proc/PID/statm` has moved, and of all every second.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from server import TritonServer
+
+from ..errors import PerfError
+from ..nvml import Nvml
+
+INTERVAL_S = 0.05
+REFRESH_S = 1.0  # as often the processes are listed and all of them are read
+_MOVED_BYTES = 256 * 2**10
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_PROC = Path("/proc")
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """One system's memory, as it stands in summary.json.
+
+    Attributes:
+        peak_pss_mib: largest sum over the server's processes at one moment.
+        peak_rss_mib: the same of RSS.
+        gpu_mib: what the GPUs together held more than before the server started, at most: context,
+            weights and arenas; None without a GPU. NVML tells a process's own share only to those
+            outside of containers.
+        weights_mib: size of the ONNX files that are served.
+    """
+
+    peak_pss_mib: float
+    peak_rss_mib: float
+    gpu_mib: float | None
+    weights_mib: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return asdict(self)
+
+
+def serving(repository: Path, models: Sequence[str]) -> TritonServer:
+    """A server, on free ports and not started yet, of some of a repository's models.
+
+    Args:
+        repository: the model repository.
+        models: which of its models to serve.
+    """
+    explicit = ["--model-control-mode=explicit", *(f"--load-model={name}" for name in models)]
+    return TritonServer(repository, free_ports=True, models=models, extra_args=explicit)
+
+
+def measure_memory(
+    repository: Path,
+    models: Sequence[str],
+    exercise: Callable[[TritonServer], None],
+    weights: Sequence[Path],
+) -> MemoryUse:
+    """Peak memory of a server with some of a repository's models.
+
+    What loading takes for a moment does not count, what it leaves behind does.
+
+    Args:
+        repository: the model repository.
+        models: which of its models to serve.
+        exercise: sends the server the requests during which it is watched.
+        weights: the ONNX files that these models serve.
+
+    Raises:
+        ServerError: the server does not start.
+        PerfError: its memory cannot be read.
+    """
+    with Nvml() as nvml:
+        used_before_mib = nvml.used_mib()
+        with (
+            serving(repository, models) as server,
+            PeakMemory(server.process_ids, nvml.used_mib) as peak,
+        ):
+            exercise(server)
+    gpu_mib = None
+    if used_before_mib is not None and peak.gpu_mib is not None:
+        gpu_mib = peak.gpu_mib - used_before_mib
+    weights_mib = sum(path.stat().st_size for path in weights) / 2**20
+    return MemoryUse(peak.pss_mib, peak.rss_mib, gpu_mib, weights_mib)
+
+
+@dataclass
+class _Seen:
+    """A process as it was read last, in bytes."""
+
+    size: int
+    pss: int
+    rss: int
+
+
+class PeakMemory:
+    """Watches processes between `with` and its end, 20 times a second from a thread of its own.
+
+    Attributes:
+        pss_mib: largest sum over the processes at one moment.
+        rss_mib: the same of RSS.
+        gpu_mib: largest value of `gpu_mib` given to it; None where that is None.
+        cpu_share: CPU time that the watching took, of one core's.
+    """
+
+    def __init__(
+        self,
+        processes: Callable[[], Collection[int]],
+        gpu_mib: Callable[[], float | None] = lambda: None,
+    ) -> None:
+        """Say what to watch; nothing is read yet.
+
+        Args:
+            processes: gives the ids of the processes, asked anew every second.
+            gpu_mib: gives the device memory in use.
+        """
+        self.pss_mib = 0.0
+        self.rss_mib = 0.0
+        self.gpu_mib: float | None = None
+        self.cpu_share = 0.0
+        self._processes = processes
+        self._read_gpu_mib = gpu_mib
+        self._seen: dict[int, _Seen] = {}
+        self._refreshed = -REFRESH_S
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._refresh()
+        self._note()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+        if self.pss_mib == 0.0 and kind is None:
+            raise PerfError(
+                "no process's memory could be read; /proc/PID/smaps_rollup is needed (Linux 4.14)"
+            )
+
+    def _watch(self) -> None:
+        wall, cpu = time.perf_counter(), time.thread_time()
+        while not self._ended.wait(INTERVAL_S):
+            self._sample()
+        self._refresh()  # Once more at the end, whatever the clock says.
+        self._note()
+        self.cpu_share = (time.thread_time() - cpu) / (time.perf_counter() - wall)
+
+    def _sample(self) -> None:
+        if time.monotonic() - self._refreshed >= REFRESH_S:
+            self._refresh()
+        else:
+            for pid, seen in list(self._seen.items()):
+                size = _size(pid)
+                if size is None or abs(size - seen.size) >= _MOVED_BYTES:
+                    self._read(pid)
+        self._note()
+
+    def _refresh(self) -> None:
+        self._seen.clear()
+        for pid in self._processes():
+            self._read(pid)
+        self._refreshed = time.monotonic()
+
+    def _read(self, pid: int) -> None:
+        size, rollup = _size(pid), read_rollup(pid)
+        if size is None or rollup is None:
+            self._seen.pop(pid, None)
+        else:
+            self._seen[pid] = _Seen(size, *rollup)
+
+    def _note(self) -> None:
+        self.pss_mib = max(self.pss_mib, sum(seen.pss for seen in self._seen.values()) / 2**20)
+        self.rss_mib = max(self.rss_mib, sum(seen.rss for seen in self._seen.values()) / 2**20)
+        gpu_mib = self._read_gpu_mib()
+        if gpu_mib is not None:
+            self.gpu_mib = max(self.gpu_mib or 0.0, gpu_mib)
+
+
+def read_rollup(pid: int) -> tuple[int, int] | None:
+    """PSS and RSS of a process in bytes; None if it is gone or another user's."""
+    try:
+        lines = (_PROC / str(pid) / "smaps_rollup").read_text().splitlines()
+    except OSError:
+        return None
+    kib = {line.split(":")[0]: int(line.split()[1]) for line in lines[1:]}
+    return (kib["Pss"] * 2**10, kib["Rss"] * 2**10) if kib else None  # Empty while it ends.
+
+
+def _size(pid: int) -> int | None:
+    """Resident bytes, as the kernel keeps count of them without looking."""
+    try:
+        return int((_PROC / str(pid) / "statm").read_text().split()[1]) * _PAGE_BYTES
+    except (OSError, IndexError):
+        return None

@@ -1,0 +1,155 @@
+"""Every system on the same images, image by image: costs that compare, and agreement.
+
+Passes of seconds drift by more than a router costs. Here the systems take turns on each image, in
+an order drawn anew, so that what a shared machine does to one it does to all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import mean, median
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import derive
+from ..spread import Spread
+from .asking import Answer, Asker
+from .systems import ADAPTIVE, ENSEMBLE, HIGH, LOW, System
+
+# Asked right after one another, in either order: their ratio is what the second one adds.
+PAIRS = {"adaptive-0": LOW, ENSEMBLE: ADAPTIVE}
+
+
+@dataclass(frozen=True, eq=False)
+class Paired:
+    """What was measured.
+
+    Attributes:
+        shares: for each share of the images, measured once or more often, the answers of each
+            system in the order of the share's images.
+    """
+
+    shares: Sequence[dict[str, list[Answer]]]
+
+    def costs_ms(self, system: str) -> list[float]:
+        """Mean latency of each share, milliseconds."""
+        return [mean(a.latency_ms for a in share[system]) for share in self.shares]
+
+    def cost(self, system: str) -> Spread:
+        """Mean latency, one value per share."""
+        return Spread.of(self.costs_ms(system))
+
+    def cost_ratio(self, system: str, to: str = HIGH) -> Spread:
+        """Mean latency / that of another system on the same share."""
+        both = zip(self.costs_ms(system), self.costs_ms(to), strict=True)
+        return Spread.of([cost / other for cost, other in both])
+
+    def escalation_rate(self, system: str) -> float:
+        """Share of all images that the full rung answered, 0..1."""
+        return mean(a.escalated for share in self.shares for a in share[system])
+
+    def agreement(self, system: str, disagrees: Callable[[Answer, Answer], bool]) -> float:
+        """Share of all images answered as static high answers them, 0..1."""
+        return mean(
+            not disagrees(mine, full)
+            for share in self.shares
+            for mine, full in zip(share[system], share[HIGH], strict=True)
+        )
+
+    def router_overhead(self) -> Spread:
+        """Of each share the median over its images of adaptive-0 / static low, side by side."""
+        ratios = [
+            median(
+                derive.router_overhead(never.latency_ms, low.latency_ms)
+                for never, low in zip(share["adaptive-0"], share[LOW], strict=True)
+            )
+            for share in self.shares
+        ]
+        return Spread.of(ratios)
+
+    def speedup(self) -> Spread:
+        """Of the calibrated cascade, one value per share."""
+        both = zip(self.costs_ms(ADAPTIVE), self.costs_ms(HIGH), strict=True)
+        return Spread.of([derive.speedup(cost, high) for cost, high in both])
+
+    def bound(self) -> Spread:
+        """The cascade bound at each share's own escalation rate."""
+        return Spread.of([derive.cascade_bound(low, high, p) for _, low, high, p in self._cascade])
+
+    def efficiency(self) -> Spread:
+        """The cascade efficiency, one value per share."""
+        return Spread.of([derive.cascade_efficiency(*costs) for costs in self._cascade])
+
+    @property
+    def _cascade(self) -> list[tuple[float, float, float, float]]:
+        rates = [mean(a.escalated for a in share[ADAPTIVE]) for share in self.shares]
+        costs = (self.costs_ms(system) for system in (ADAPTIVE, LOW, HIGH))
+        return list(zip(*costs, rates, strict=True))
+
+
+def measure_paired(
+    asker: Asker,
+    systems: Sequence[System],
+    rows: Sequence[int],
+    shares: int,
+    repeats: int,
+    on_image: Callable[[], None],
+) -> Paired:
+    """Ask every system about every image.
+
+    Args:
+        asker: sends the requests.
+        systems: static low, static high and the adaptive ones among them.
+        rows: the images; neighbours in it come into the same share.
+        shares: into how many parts the images are cut.
+        repeats: how often each part is measured.
+        on_image: called after each image.
+    """
+    rng = np.random.default_rng(0)
+    by_name = {system.name: system for system in systems}
+    measured = []
+    for _ in range(repeats):
+        for share in np.array_split(np.asarray(rows), shares):
+            answers: dict[str, list[Answer]] = {name: [] for name in by_name}
+            for row in share.tolist():
+                for name in _order(list(by_name), rng):
+                    answers[name].append(asker.ask(by_name[name], row))
+                on_image()
+            measured.append(answers)
+    return Paired(measured)
+
+
+def _order(names: list[str], rng: np.random.Generator) -> list[str]:
+    """A random order in which the pairs stand side by side, either one first."""
+    seconds = {name for name, first in PAIRS.items() if name in names and first in names}
+    firsts = {PAIRS[name]: name for name in seconds}
+    order: list[str] = []
+    for index in rng.permutation(len(names)):
+        name = names[index]
+        if name in seconds:
+            continue
+        pair = [name, firsts[name]] if name in firsts else [name]
+        order += pair if rng.random() < 0.5 else pair[::-1]
+    return order
+
+
+def names_another_class(mine: Answer, full: Answer) -> bool:
+    """Whether the top-1 classes differ."""
+    assert mine.logits is not None and full.logits is not None
+    return bool(mine.logits.argmax() != full.logits.argmax())
+
+
+def has_cosine_below(limit: float) -> Callable[[Answer, Answer], bool]:
+    """Whether two embeddings' cosine is below a limit."""
+
+    def differs(mine: Answer, full: Answer) -> bool:
+        return not _cosine(mine.embedding, full.embedding) >= limit
+
+    return differs
+
+
+def _cosine(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
+    first, second = one.astype(np.float64), other.astype(np.float64)
+    return float(first @ second / (np.linalg.norm(first) * np.linalg.norm(second)))

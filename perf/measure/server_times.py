@@ -1,0 +1,85 @@
+"""Triton's own times per model: how long its requests queued and computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import tritonclient.grpc as triton
+
+_FIELDS = {
+    "total_ns": "success",
+    "queue_ns": "queue",
+    "input_ns": "compute_input",
+    "infer_ns": "compute_infer",
+    "output_ns": "compute_output",
+}
+
+
+@dataclass(frozen=True)
+class ModelTimes:
+    """Sums over the successful requests of one model, or over those of a span of time.
+
+    Attributes:
+        requests: successful requests.
+        total_ns: from arrival to response, as the following in nanoseconds.
+        queue_ns: waiting for an instance.
+        input_ns: copying inputs to the backend.
+        infer_ns: in the backend.
+        output_ns: copying outputs from it.
+    """
+
+    requests: int
+    total_ns: int
+    queue_ns: int
+    input_ns: int
+    infer_ns: int
+    output_ns: int
+
+    def __sub__(self, before: ModelTimes) -> ModelTimes:
+        return ModelTimes(
+            self.requests - before.requests,
+            *(getattr(self, field) - getattr(before, field) for field in _FIELDS),
+        )
+
+    def per_request_ms(self) -> dict[str, float]:
+        """Milliseconds per request by part; zeros where there was no request."""
+        parts = ("queue", "input", "infer", "output")
+        scale = 1e6 * max(1, self.requests)
+        return {part: getattr(self, f"{part}_ns") / scale for part in parts}
+
+    @property
+    def compute_ms(self) -> float:
+        """Milliseconds of all requests in and around the backend, without the queue."""
+        return (self.input_ns + self.infer_ns + self.output_ns) / 1e6
+
+    @property
+    def queue_ms(self) -> float:
+        """Milliseconds that all requests waited."""
+        return self.queue_ns / 1e6
+
+    @property
+    def total_ms(self) -> float:
+        """Milliseconds of all requests from arrival to response."""
+        return self.total_ns / 1e6
+
+
+def server_times(client: triton.InferenceServerClient) -> dict[str, ModelTimes]:
+    """The server's times since it started, by model.
+
+    Raises:
+        InferenceServerException: no answer.
+    """
+    answer = client.get_inference_statistics(client_timeout=30.0)
+    return {entry.name: _times(entry.inference_stats) for entry in answer.model_stats}
+
+
+def since(before: dict[str, ModelTimes], after: dict[str, ModelTimes]) -> dict[str, ModelTimes]:
+    """What passed between two readings, of the models that had requests."""
+    differences = {name: times - before[name] for name, times in after.items() if name in before}
+    return {name: times for name, times in differences.items() if times.requests}
+
+
+def _times(stats: Any) -> ModelTimes:
+    sums = {field: getattr(stats, name).ns for field, name in _FIELDS.items()}
+    return ModelTimes(stats.success.count, **sums)

@@ -1,0 +1,128 @@
+"""Easy, hard and mixed images of known escalation, chosen by the router's own scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calibration.images import open_images
+from calibration.source import ImageSource
+from imaging import ImageError, Preprocessing, decode
+
+from ..errors import PerfError
+
+FEWEST = 4  # images of a set; fewer are no set
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """N images as they are sent.
+
+    Attributes:
+        title: where they come from, in words.
+        encoded: the files' bytes.
+        tensors: FP32 (3, H, W) each.
+        labels: class names, or None.
+        unreadable: one line for each image that was left out.
+    """
+
+    title: str
+    encoded: Sequence[bytes]
+    tensors: Sequence[NDArray[np.float32]]
+    labels: Sequence[str | None]
+    unreadable: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+
+@dataclass(frozen=True)
+class ImageSets:
+    """Rows of a pool by set.
+
+    Attributes:
+        rows: `mixed`, and where the threshold parts the pool `easy` (all kept low) and `hard` (all
+            escalated).
+        escalation_rate: of each set at the calibrated threshold, 0..1.
+    """
+
+    rows: dict[str, list[int]]
+    escalation_rate: dict[str, float]
+
+
+def open_pool_source(spec: str, seed: int, limit: int) -> ImageSource:
+    """The source that `--images` names: `sample` or a folder.
+
+    Raises:
+        ImagesError: no such folder, or no image in it.
+    """
+    return open_images(f"sample:{seed}" if spec == "sample" else spec, limit)
+
+
+def read_pool(source: ImageSource, preprocessing: Preprocessing) -> Iterator[Pool | None]:
+    """Read and decode the images one by one: None for each, then the pool.
+
+    Raises:
+        PerfError: not one image can be read.
+    """
+    encoded, tensors, labels, unreadable = [], [], [], []
+    for index, name in enumerate(source.names):
+        try:
+            image = source[index]
+            tensors.append(preprocessing(decode(image.data)))
+            encoded.append(image.data)
+            labels.append(image.label)
+        except ImageError as error:
+            unreadable.append(f"{ascii(name)[1:-1]}: {error}")
+        yield None
+    if not encoded:
+        raise PerfError(f"none of the {len(source)} images can be read; first: {unreadable[0]}")
+    yield Pool(source.title, encoded, tensors, labels, unreadable)
+
+
+def choose_sets(
+    escalated: NDArray[np.bool_], mixed: int, size: int, names: Sequence[str], seed: int = 0
+) -> ImageSets:
+    """Choose the sets at random, the mixed one with the pool's own escalation rate.
+
+    Args:
+        escalated: BOOL (N,), of the pool's images at the calibrated threshold.
+        mixed: images of the mixed set, at most.
+        size: images of the easy and the hard set, at most.
+        names: sets that are asked for, out of `easy`, `hard` and `mixed`.
+        seed: of the choice.
+
+    Raises:
+        PerfError: too few images for a set that is asked for.
+    """
+    rng = np.random.default_rng(seed)
+    hard, easy = (rng.permutation(np.flatnonzero(side)) for side in (escalated, ~escalated))
+    mixed = min(mixed, len(escalated))
+    hard_share = round(mixed * len(hard) / len(escalated))
+    rows = {"mixed": spread_evenly(easy[: mixed - hard_share].tolist(), hard[:hard_share].tolist())}
+    for name, side, what in (("easy", easy, "stay cheap"), ("hard", hard, "escalate")):
+        if name not in names:
+            continue
+        if len(side) < FEWEST:
+            raise PerfError(
+                f"{len(side)} of {len(escalated)} images {what}, the {name} set needs {FEWEST}; "
+                "give more images, or leave the set out with --sets"
+            )
+        rows[name] = side[:size].tolist()
+    if len(rows["mixed"]) < FEWEST:
+        raise PerfError(f"{len(escalated)} images are too few to measure, {FEWEST} are needed")
+    rates = {name: float(escalated[chosen].mean()) for name, chosen in rows.items()}
+    return ImageSets(rows, rates)
+
+
+def spread_evenly(many: Sequence[int], few: Sequence[int]) -> list[int]:
+    """Both in one list, the few spread evenly, so that every run of it has its share of them."""
+    total = len(many) + len(few)
+    if not few:
+        return list(many)
+    places = {int((index + 0.5) * total / len(few)) for index in range(len(few))}
+    rest, sparse = iter(many), iter(few)
+    return [next(sparse) if place in places else next(rest) for place in range(total)]

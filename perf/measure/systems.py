@@ -1,0 +1,89 @@
+"""The systems that are measured: the cascade, its parts, and what a user would run instead."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from routing import RungSet
+
+LOW, HIGH, ADAPTIVE, ENSEMBLE = "static-low", "static-high", "adaptive", "ensemble"
+NEVER, ALWAYS = 10**9, -(10**9)  # thresholds beyond any distance between embeddings
+
+
+@dataclass(frozen=True)
+class System:
+    """One way to answer an image.
+
+    Attributes:
+        name: as in summary.json.
+        title: in words.
+        model: the model that is asked.
+        parameters: of each request. A threshold is text, because perf_analyzer sends no
+            floating-point parameter.
+        takes_bytes: whether it takes encoded images instead of the image tensor.
+    """
+
+    name: str
+    title: str
+    model: str
+    parameters: Mapping[str, str | int] = field(default_factory=dict)
+    takes_bytes: bool = False
+
+    @property
+    def is_static(self) -> bool:
+        """Whether one rung answers every image."""
+        return self.model not in ("router", "adaptive_vit")
+
+
+def static_model(system: str) -> str:
+    """The served model of `static-168`: `static_168`."""
+    return system.replace("-", "_")
+
+
+def systems(
+    rung_set: RungSet, served: Collection[str], threshold: float | None, threshold_30: float
+) -> list[System]:
+    """What can be measured on a server, the cheap rung first.
+
+    Args:
+        rung_set: the exported rungs.
+        served: names of the models that the server has.
+        threshold: the calibrated one; None: every image escalates.
+        threshold_30: the one above which 30 % of the mixed set's scores lie.
+    """
+    low_px, high_px = (rung_set.rungs[name].px for name in ("vit_low", "vit_high"))
+    found = [System(LOW, f"cheap rung always ({low_px} px)", "vit_low")]
+    found += [
+        System(model.replace("_", "-"), f"static {record.px} px", model)
+        for model, record in rung_set.alternatives.items()
+        if model in served
+    ]
+    found.append(System(HIGH, f"full rung always ({high_px} px)", "vit_high"))
+    calibrated = "calibrated threshold" if threshold is not None else "nothing certified"
+    found += [
+        System("adaptive-0", "adaptive, never escalating", "router", {"threshold": NEVER}),
+        System(ADAPTIVE, f"adaptive, {calibrated}", "router"),
+        System(
+            "adaptive-30", "adaptive, 30 % escalated", "router", {"threshold": repr(threshold_30)}
+        ),
+        System("adaptive-100", "adaptive, always escalating", "router", {"threshold": ALWAYS}),
+    ]
+    if "adaptive_vit" in served:
+        title = f"adaptive from image bytes, {calibrated}"
+        found.append(System(ENSEMBLE, title, "adaptive_vit", takes_bytes=True))
+    return found
+
+
+def threshold_for(scores: NDArray[np.float32], share: float) -> float:
+    """The threshold above which this share of the scores lies, midway between two of them."""
+    ordered = np.sort(scores.astype(np.float64))[::-1]
+    count = round(share * len(ordered))
+    if count == 0:
+        return float(ordered[0])
+    if count >= len(ordered):
+        return float(np.nextafter(ordered[-1], -np.inf))
+    return float((ordered[count - 1] + ordered[count]) / 2)

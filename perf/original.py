@@ -1,0 +1,209 @@
+"""The tables of the research script that this project began with, measured anew.
+
+`static-vit` at 32 and 64 px: a forward pass alone, each rung over 2,000 images, the cascade over
+the same images. Beside every figure stands that script's, measured on another machine and in one
+process without a server: milliseconds and megabytes do not compare, the ratios do.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from imaging import Preprocessing
+from routing import RUNGS, Calibration, RungSet
+from server import TritonServer
+
+from .environment import environment
+from .errors import PerfError
+from .measure.asking import Asker
+from .measure.deployment import assembled
+from .measure.memory import MemoryUse, measure_memory, serving
+from .measure.paired import Paired, measure_paired
+from .measure.sets import Pool, open_pool_source, read_pool
+from .measure.systems import ADAPTIVE, HIGH, LOW, System
+from .measure.target import Target
+from .original_table import NOTES, SOURCE, original_table
+
+IMAGES = 2000
+SEED = 32  # the artifact is calibrated on crops of another seed
+ROUNDS = 5  # into which the images are cut, one value of a spread each
+FORWARD_RUNS = 300
+FORWARD_WARMUP = 20
+SYSTEMS = (
+    System(LOW, "cheap rung always", "vit_low"),
+    System(HIGH, "full rung always", "vit_high"),
+    System(ADAPTIVE, "adaptive, calibrated threshold", "router"),
+)
+# What each of them needs served, router or not.
+MODELS = {LOW: ("vit_low",), HIGH: ("vit_high",), ADAPTIVE: (*RUNGS, "router")}
+
+Progressed = Callable[[str, int], None]
+"""Called with a stage's title and the number of its steps each time one of them is done."""
+
+
+def measure_original(build: Path, images: int, on_progress: Progressed) -> dict[str, Any]:
+    """Measure all three tables.
+
+    Args:
+        build: folder with onnx/, calibration.json and model_repository/, as `make original` makes.
+        images: number of sample crops.
+        on_progress: called after each step.
+
+    Returns:
+        JSON types; `kind` is `original`.
+
+    Raises:
+        PerfError: the repository is missing.
+        RungSetError, CalibrationError: the rungs or the artifact are missing or do not fit.
+        ServerError, ClientError: the server does not start or does not answer.
+    """
+    if images < ROUNDS:
+        raise PerfError(f"--images {images} are too few; give at least {ROUNDS}")
+    rung_set = RungSet.load(build / "onnx")
+    calibration = Calibration.load(build / "calibration.json")
+    calibration.check_rungs(rung_set.files)
+    repository = assembled(build / "model_repository")
+    forward_ms = measure_forward(rung_set, on_progress)
+    pool = _read(rung_set, images, on_progress)
+    has_head = rung_set.classes is not None
+    paired, version = _latencies(repository, pool, has_head, on_progress)
+    memory = _memory(repository, rung_set, pool, has_head, on_progress)
+    return {
+        "kind": "original",
+        "environment": environment(version, None),
+        "backbone": rung_set.backbone,
+        "px": {name: rung_set.rungs[name].px for name in RUNGS},
+        "threshold": calibration.threshold,
+        "images": {"source": pool.title, "count": len(pool)},
+        "forward_ms": forward_ms,
+        "latency_ms": {s.name: paired.cost(s.name).to_dict() for s in SYSTEMS},
+        "memory": {name: use.to_dict() for name, use in memory.items()},
+        "escalation_rate": paired.escalation_rate(ADAPTIVE),
+        "speedup": paired.speedup().to_dict(),
+        "bound": paired.bound().to_dict(),
+        "source": SOURCE,
+        "notes": list(NOTES),
+    }
+
+
+def measure_forward(rung_set: RungSet, on_progress: Progressed) -> dict[str, float]:
+    """Median time in ms of one forward pass, on one thread: one random image, no server, no data.
+
+    The rungs take turns.
+
+    Args:
+        rung_set: the exported rungs.
+        on_progress: called after each pass of both.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    sessions = {
+        name: ort.InferenceSession(
+            str(rung_set.files[name]), options, providers=["CPUExecutionProvider"]
+        )
+        for name in RUNGS
+    }
+    image = np.random.default_rng(0).standard_normal((1, *rung_set.image_shape), dtype=np.float32)
+    times: dict[str, list[float]] = {name: [] for name in RUNGS}
+    for _ in range(FORWARD_WARMUP + FORWARD_RUNS):
+        for name in RUNGS:
+            times[name].append(_forward_ms(sessions[name], image))
+        on_progress("forward passes", FORWARD_WARMUP + FORWARD_RUNS)
+    return {name: statistics.median(column[FORWARD_WARMUP:]) for name, column in times.items()}
+
+
+def _forward_ms(session: ort.InferenceSession, image: NDArray[np.float32]) -> float:
+    start = time.perf_counter()
+    session.run(None, {"image": image})
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _read(rung_set: RungSet, images: int, on_progress: Progressed) -> Pool:
+    source = open_pool_source("sample", SEED, images)
+    for pool in read_pool(source, Preprocessing.from_dict(rung_set.preprocessing)):
+        if pool is not None:
+            return pool
+        on_progress("cut and decode images", images)
+    raise AssertionError("read_pool ends with the pool")
+
+
+def _latencies(
+    repository: Path, pool: Pool, has_head: bool, on_progress: Progressed
+) -> tuple[Paired, str]:
+    """One server, the systems in turn on each image; and Triton's version."""
+    with (
+        serving(repository, MODELS[ADAPTIVE]) as server,
+        Target(server.grpc_url, server.http_url, server) as target,
+    ):
+        asker = Asker(target, pool, has_head)
+        for row in range(min(FORWARD_WARMUP, len(pool))):
+            for system in SYSTEMS:
+                asker.ask(system, row)
+        paired = measure_paired(
+            asker,
+            SYSTEMS,
+            range(len(pool)),
+            shares=ROUNDS,
+            repeats=1,
+            on_image=lambda: on_progress("the three systems in turn", len(pool)),
+        )
+        return paired, target.version
+
+
+def _memory(
+    repository: Path, rung_set: RungSet, pool: Pool, has_head: bool, on_progress: Progressed
+) -> dict[str, MemoryUse]:
+    def exercise(system: System) -> Callable[[TritonServer], None]:
+        def ask_all(server: TritonServer) -> None:
+            with Target(server.grpc_url, server.http_url, server) as target:
+                asker = Asker(target, pool, has_head)
+                for row in range(len(pool)):
+                    asker.ask(system, row)
+                    on_progress(f"memory of {system.name}", len(pool))
+
+        return ask_all
+
+    return {
+        system.name: measure_memory(
+            repository,
+            MODELS[system.name],
+            exercise(system),
+            [rung_set.files[name] for name in MODELS[system.name] if name in rung_set.files],
+        )
+        for system in SYSTEMS
+    }
+
+
+def run_original(build: Path, out: Path, images: int = IMAGES) -> dict[str, Any]:
+    """Measure with bars on stderr, keep the result as JSON, show it on stdout.
+
+    Args:
+        build: as in `measure_original`.
+        out: file to write.
+        images: number of sample crops.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def show(stage: str, steps: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=steps)
+            progress.advance(tasks[stage])
+
+        result = measure_original(build, images, show)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=2) + "\n")
+    Console().print(original_table(result))
+    return result

@@ -1,0 +1,194 @@
+"""The rows of the report's tables, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from calibration.pages.page import count_of
+
+from .words import (
+    MISSING,
+    NONE,
+    Cell,
+    Spread,
+    Summary,
+    amount,
+    between,
+    fine,
+    ratio,
+    share,
+    short_name,
+    system_order,
+    times,
+)
+
+Entry = Mapping[str, Any]
+
+_BOUND = "1 ÷ (1/r + p), where r = {cost} of the full rung ÷ of the cheap rung, p = share escalated"
+_FIGURES: tuple[tuple[str, str, Callable[[float], str], str], ...] = (
+    (
+        "speedup_c1",
+        "speed-up, one request in flight",
+        times,
+        "time of the full rung always ÷ time of adaptive",
+    ),
+    (
+        "bound_c1",
+        "cascade bound, one request in flight",
+        times,
+        _BOUND.format(cost="time"),
+    ),
+    (
+        "cascade_efficiency_c1",
+        "cascade efficiency, one request in flight",
+        fine,
+        "speed-up ÷ cascade bound",
+    ),
+    (
+        "speedup_saturated",
+        "speed-up, saturated",
+        times,
+        "throughput of adaptive ÷ throughput of the full rung always",
+    ),
+    (
+        "bound_saturated",
+        "cascade bound, saturated",
+        times,
+        _BOUND.format(cost="1/throughput"),
+    ),
+    (
+        "cascade_efficiency_saturated",
+        "cascade efficiency, saturated",
+        fine,
+        "speed-up ÷ cascade bound",
+    ),
+    (
+        "router_overhead_c1",
+        "router overhead",
+        fine,
+        "time of adaptive told never to escalate ÷ time of the cheap rung always",
+    ),
+    (
+        "ensemble_over_router",
+        "ensemble over router",
+        fine,
+        "time of adaptive from image bytes ÷ time of adaptive from image tensors",
+    ),
+    (
+        "peak_memory_ratio",
+        "peak memory ratio",
+        fine,
+        "peak memory of adaptive ÷ (of the cheap rung always + of the full rung always)",
+    ),
+)
+_STANDIN = "server's time for a batch of {batch} in the full rung ÷ time of an ONNX Runtime session"
+
+
+def derived(summary: Summary) -> list[dict[str, Any]]:
+    """Every derived figure with its formula in words; agreement last."""
+    rows = [_figure(summary.get(key), name, show, formula) for key, name, show, formula in _FIGURES]
+    adaptive = (summary.get("answers") or {}).get("adaptive") or {}
+    agreement = adaptive.get("agreement_with_high")
+    formula = "images whose adaptive answer agrees with the full rung's ÷ all images"
+    rows.append(
+        {
+            "name": "agreement with the full rung",
+            "cell": Cell(MISSING if agreement is None else share(agreement)),
+            "runs": NONE,
+            "words": formula,
+        }
+    )
+    return rows
+
+
+def standin(summary: Summary) -> list[dict[str, Any]]:
+    """The stand-in backend against ONNX Runtime; empty where not measured."""
+    return [
+        _figure(spread, f"batch {batch}", fine, _STANDIN.format(batch=batch))
+        for batch in (1, 8)
+        if (spread := summary.get(f"standin_over_ort_b{batch}")) is not None
+    ]
+
+
+def _figure(
+    spread: Spread | None, name: str, show: Callable[[float], str], formula: str
+) -> dict[str, Any]:
+    cell = Cell(MISSING) if spread is None else Cell.of(spread, show)
+    runs = NONE if spread is None else str(spread["runs"])
+    return {"name": name, "cell": cell, "runs": runs, "words": formula}
+
+
+def answers(summary: Summary) -> list[dict[str, Any]]:
+    """Every system's agreement and cost."""
+    found = summary.get("answers") or {}
+    return [
+        {
+            "name": answer["title"],
+            "chosen": name == "adaptive",
+            "agreement": share(answer.get("agreement_with_high")),
+            "escalated": NONE
+            if name.startswith("static-")
+            else share(answer.get("escalation_rate")),
+            "accuracy": share(answer.get("accuracy")),
+            "cost": Cell.of(answer.get("cost_ms")),
+            "ratio": Cell.of(answer.get("cost_ratio"), fine),
+        }
+        for name, answer in sorted(found.items(), key=lambda item: system_order(item[0]))
+    ]
+
+
+def attribution(found: Mapping[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
+    """The columns, and for each part its time and its share in each of them."""
+    groups = [name for name in ("kept", "escalated", "all") if found.get(name)]
+    names = list(dict.fromkeys(part["name"] for name in groups for part in found[name]["parts"]))
+    rows = []
+    for part_name in names:
+        cells = []
+        for group in groups:
+            total = found[group]["total_ms"]
+            milliseconds = _part(found[group]["parts"], part_name)
+            known = milliseconds is not None and total > 0
+            cells.append(Cell(amount(milliseconds), share(milliseconds / total) if known else ""))
+        rows.append({"name": part_name, "cells": cells})
+    totals = [Cell(amount(found[group]["total_ms"])) for group in groups]
+    return groups, [*rows, {"name": "whole request", "cells": totals}]
+
+
+def _part(parts: Iterable[Entry], name: str) -> float | None:
+    return next((part["ms"] for part in parts if part["name"] == name), None)
+
+
+def memory(summary: Summary) -> list[dict[str, Any]]:
+    """Peak memory of each system and the weights' share of it."""
+    rows = []
+    for name, found in (summary.get("memory") or {}).items():
+        if not found:
+            continue
+        weights, peak = found.get("weights_mib"), found.get("peak_pss_mib")
+        known = weights is not None and peak
+        kinds = ("peak_pss_mib", "peak_rss_mib", "gpu_mib", "weights_mib")
+        rows.append(
+            {
+                "name": short_name(name, summary),
+                "sizes": [amount(found.get(kind)) for kind in kinds],
+                "share": share(weights / peak if known else None),
+            }
+        )
+    return rows
+
+
+def facts(summary: Summary, shown: Iterable[tuple[str, Callable[[float], str], str]]) -> list[Any]:
+    """The boxes of the first screen: value, words, range; None for what was not measured."""
+    boxes = []
+    for key, show, words in shown:
+        spread = summary.get(key)
+        value = None if spread is None else show(spread["median"])
+        runs = "" if spread is None else _runs(spread)
+        boxes.append({"value": value, "words": words, "range": runs})
+    return boxes
+
+
+def _runs(spread: Spread) -> str:
+    runs = count_of(spread["runs"], "run")
+    return f"{between(spread, ratio)}, {runs}" if spread["runs"] > 1 else runs

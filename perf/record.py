@@ -1,0 +1,135 @@
+"""A run as it goes: its summary, kept after every stage, and a bar for the one that runs."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from . import summary
+from .pages.report import write_report
+
+REPORT = "report.html"
+
+
+class Bar:
+    """The progress of one stage."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress = progress
+        self._task = task
+
+    def advance(self, count: int = 1) -> None:
+        """So many more steps are done."""
+        self._progress.advance(self._task, count)
+
+    def describe(self, text: str) -> None:
+        """Say what is going on."""
+        self._progress.update(self._task, description=text)
+
+
+class Record:
+    """Use as a context manager around all that is measured.
+
+    On the way out the summary says whether the run came to its end, and the report is written of
+    what there is.
+
+    Attributes:
+        summary: the content of summary.json so far.
+        folder: where everything is written.
+    """
+
+    def __init__(self, folder: Path, console: Console, header: dict[str, Any]) -> None:
+        """Begin.
+
+        Args:
+            folder: for summary.json and report.html.
+            console: for bars and notes.
+            header: what the summary says of the run itself.
+        """
+        self.folder = folder
+        self._started = time.monotonic()
+        self.summary: dict[str, Any] = {
+            "schema_version": summary.SCHEMA_VERSION,
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "seconds": 0.0,
+            "complete": False,
+            "notes": [],
+            **header,
+        }
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+
+    @property
+    def summary_path(self) -> Path:
+        """Where the figures are."""
+        return self.folder / summary.NAME
+
+    @property
+    def report_path(self) -> Path:
+        """Where the page is."""
+        return self.folder / REPORT
+
+    @property
+    def has_figures(self) -> bool:
+        """Whether anything was measured that is worth a page."""
+        return "answers" in self.summary
+
+    def note(self, line: str) -> None:
+        """Keep one line for the reader of the summary, and say it now."""
+        self.summary["notes"].append(line)
+        self._progress.console.print(f"note: {line}", markup=False, highlight=False)
+
+    @contextlib.contextmanager
+    def stage(self, title: str, total: int) -> Iterator[Bar]:
+        """A bar for one stage; the summary is kept at its end."""
+        task = self._progress.add_task(title, total=total)
+        yield Bar(self._progress, task)
+        self._progress.update(task, completed=total, description=title)
+        self._keep()
+
+    def _keep(self) -> None:
+        self.summary["seconds"] = round(time.monotonic() - self._started, 1)
+        summary.write(self.summary, self.summary_path)
+
+    def __enter__(self) -> Record:
+        # A report of an earlier run beside a summary of this one would contradict it.
+        self.report_path.unlink(missing_ok=True)
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+        self.summary["complete"] = error is None
+        if error is not None:
+            reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+            self.summary["notes"].append(f"stopped before its end: {reason}")
+        self._keep()
+        if self.has_figures:
+            write_report(self.summary, self.report_path)

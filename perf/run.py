@@ -1,0 +1,161 @@
+"""`python -m perf run`: measure the deployed cascade beside what a user would run instead.
+
+images ─► pool, scored by the router ─► easy, hard and mixed sets
+server ─► systems in turn ─► where the time goes ─► loads ─► ONNX Runtime ─► Locust ─► memory
+└────────► summary.json, report.html
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from calibration.source import ImageSource
+from imaging import Preprocessing
+from routing import Calibration, RungSet
+from server import TritonServer
+
+from . import stages, summary
+from .analyzer import Analyzer, find_analyzer
+from .environment import environment
+from .measure.deployment import assembled, with_alternatives
+from .measure.sets import open_pool_source
+from .measure.suites import Suite
+from .measure.target import Target
+from .record import Record
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for.
+
+    Attributes:
+        images: `sample`, or a folder.
+        seed: of sample crops.
+        suite: how much to measure.
+        sets: of `easy`, `hard` and `mixed`.
+        onnx: folder of the rungs.
+        calibration: the artifact.
+        repository: the assembled model repository, for a server of our own.
+        url: gRPC HOST:PORT of a server that already runs; None starts one.
+        http_url: its HTTP HOST:PORT.
+        out: folder for the summary, the report and raw files.
+    """
+
+    images: str
+    seed: int
+    suite: Suite
+    sets: tuple[str, ...]
+    onnx: Path
+    calibration: Path
+    repository: Path
+    url: str | None
+    http_url: str | None
+    out: Path
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that is needed before a server is started."""
+
+    analyzer: Analyzer
+    rung_set: RungSet
+    calibration: Calibration
+    source: ImageSource
+
+
+def prepare(options: Options) -> Inputs:
+    """Find everything, so that what is missing is said at once.
+
+    Raises:
+        PerfError: perf_analyzer or the repository is missing.
+        RungSetError: no rungs.
+        CalibrationError: no artifact, or one of other rungs.
+        ImagesError: no images.
+    """
+    analyzer = find_analyzer()
+    rung_set = RungSet.load(options.onnx)
+    calibration = Calibration.load(options.calibration)
+    calibration.check_rungs(rung_set.files)
+    if options.url is None:
+        assembled(options.repository)
+    source = open_pool_source(options.images, options.seed, options.suite.pool)
+    return Inputs(analyzer, rung_set, calibration, source)
+
+
+def measure(options: Options, console: Console) -> Record:
+    """Measure everything; what was measured is kept whatever happens.
+
+    Raises:
+        PerfError, ServerError, ClientError: measuring cannot start, or could not go on.
+    """
+    inputs = prepare(options)
+    with Record(options.out, console, _header(options, inputs)) as record:
+        pool = stages.read_images(
+            record, inputs.source, Preprocessing.from_dict(inputs.rung_set.preprocessing)
+        )
+        with _target(options, inputs, record) as target:
+            record.summary["environment"] = environment(target.version, inputs.analyzer.version())
+            if options.url is not None:
+                target.check(inputs.rung_set, inputs.calibration, pool.tensors[0])
+            bench = stages.prepare_bench(
+                record,
+                target,
+                inputs.rung_set,
+                inputs.calibration,
+                pool,
+                options.suite,
+                options.sets,
+            )
+            costs = stages.ask_in_turn(record, bench)
+            # Once more, while the clocks of a GPU are those it is measured at.
+            record.summary["environment"] = environment(target.version, inputs.analyzer.version())
+            stages.attribute_costs(record, bench)
+            stages.load_with_perf_analyzer(record, bench, inputs.analyzer, costs)
+            stages.compare_with_onnxruntime(record, bench)
+            stages.load_with_locust(record, bench, options.images, options.seed)
+        if options.url is None:
+            stages.measure_peaks(record, bench, options.repository)
+    return record
+
+
+def _header(options: Options, inputs: Inputs) -> dict[str, Any]:
+    return {
+        "command": f"python -m perf {shlex.join(sys.argv[1:])}",
+        "suite": options.suite.name,
+        "model": summary.model_section(inputs.rung_set),
+        "certificate": inputs.calibration.certificate,
+        "fidelity": summary.fidelity_words(inputs.calibration),
+    }
+
+
+@contextlib.contextmanager
+def _target(options: Options, inputs: Inputs, record: Record) -> Iterator[Target]:
+    if options.url is not None:
+        record.note("the server is not ours: its memory and its CPU time are not measured")
+        with Target(options.url, options.http_url, None) as target:
+            yield target
+        return
+    folder = with_alternatives(
+        options.repository, inputs.rung_set, options.out / "model_repository"
+    )
+    if not inputs.rung_set.alternatives:
+        record.note(
+            "no static mid-resolution was exported, so none is measured; "
+            "export rungs --static-px makes them"
+        )
+    server = TritonServer(folder, free_ports=True)
+    try:
+        with record.stage("start tritonserver", 1):
+            server.start()
+        with Target(server.grpc_url, server.http_url, server) as target:
+            yield target
+    finally:
+        server.stop()

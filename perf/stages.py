@@ -1,0 +1,314 @@
+"""The stages of a run, in their order: each measures one thing and adds it to the record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calibration.fidelity import Fidelity
+from calibration.source import ImageSource
+from imaging import Preprocessing
+from routing import Calibration, Overrides, RungSet, escalation_mask
+
+from . import summary
+from .analyzer import Analyzer, InputData, write_bytes, write_tensors
+from .measure.asking import Asker
+from .measure.attribution import attribute, scoring_ms, together
+from .measure.backend import measure_backend
+from .measure.levels import closed_levels, open_levels
+from .measure.loads import Level, LoadRunner, Measured
+from .measure.locust_runs import run_locust
+from .measure.memory import MemoryUse
+from .measure.paired import has_cosine_below, measure_paired, names_another_class
+from .measure.peaks import MODELS, PeakLoad, peak_memory
+from .measure.scoring import score_pool
+from .measure.sets import ImageSets, Pool, choose_sets, read_pool
+from .measure.suites import Suite
+from .measure.systems import ADAPTIVE, ENSEMBLE, System, systems, threshold_for
+from .measure.target import Target
+from .record import Record
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """A server, the images it is asked about, and the systems that answer.
+
+    Attributes:
+        target: the server.
+        rung_set: the rungs it serves.
+        calibration: the artifact it decides with.
+        pool: all images.
+        scores: FP32 (N,), the router's, in oracle units.
+        sets: rows of the pool.
+        systems: what can be asked.
+        suite: how much is measured.
+    """
+
+    target: Target
+    rung_set: RungSet
+    calibration: Calibration
+    pool: Pool
+    scores: NDArray[np.float32]
+    sets: ImageSets
+    systems: Sequence[System]
+    suite: Suite
+
+    @property
+    def asker(self) -> Asker:
+        """Sends the pool's images."""
+        return Asker(self.target, self.pool, self.rung_set.classes is not None)
+
+    def system(self, name: str) -> System | None:
+        """The system of this name, if it can be asked."""
+        return next((system for system in self.systems if system.name == name), None)
+
+    def escalation_rate(self, rows: Sequence[int]) -> float:
+        """Share of these images that escalate at the calibrated threshold, 0..1."""
+        scores = self.scores[np.asarray(rows)]
+        return float(escalation_mask(scores, self.calibration.threshold, Overrides()).mean())
+
+
+def read_images(record: Record, source: ImageSource, preprocessing: Preprocessing) -> Pool:
+    """Read and decode the pool.
+
+    Raises:
+        PerfError: no image can be read.
+    """
+    with record.stage("read images", len(source)) as bar:
+        *_, pool = (bar.advance() or found for found in read_pool(source, preprocessing))
+    assert pool is not None
+    for line in pool.unreadable:
+        record.note(f"left out {line}")
+    return pool
+
+
+def prepare_bench(
+    record: Record,
+    target: Target,
+    rung_set: RungSet,
+    calibration: Calibration,
+    pool: Pool,
+    suite: Suite,
+    set_names: Sequence[str],
+) -> Bench:
+    """Score the pool and choose the sets.
+
+    Raises:
+        PerfError: too few images for a set.
+        ClientError: the server does not answer as it should.
+    """
+    with record.stage("score images", len(pool)) as bar:
+        scores = score_pool(target, pool, bar.advance)
+    escalated = escalation_mask(scores, calibration.threshold, Overrides())
+    sets = choose_sets(escalated, suite.mixed, suite.set_size, set_names)
+    record.summary["images"] = {
+        "source": pool.title,
+        "pool": len(pool),
+        "sets": {
+            name: {"images": len(rows), "escalation_rate": sets.escalation_rate[name]}
+            for name, rows in sets.rows.items()
+        },
+    }
+    threshold_30 = threshold_for(scores[np.asarray(sets.rows["mixed"])], 0.3)
+    candidates = systems(rung_set, target.models, calibration.threshold, threshold_30)
+    return Bench(target, rung_set, calibration, pool, scores, sets, candidates, suite)
+
+
+def ask_in_turn(record: Record, bench: Bench) -> dict[str, float]:
+    """Every system on every mixed image, the systems in turn.
+
+    Returns:
+        The median cost of each system's request in milliseconds.
+    """
+    rows, suite = bench.sets.rows["mixed"], bench.suite
+    with record.stage("systems in turn", len(rows) * suite.repeats) as bar:
+        paired = measure_paired(
+            bench.asker,
+            bench.systems,
+            rows,
+            min(suite.shares, len(rows)),
+            suite.repeats,
+            bar.advance,
+        )
+        fidelity = Fidelity.of(bench.calibration)
+        by_class = fidelity.kind == "top1"
+        disagrees = names_another_class if by_class else has_cosine_below(1 - fidelity.tolerance)
+        record.summary["answers"] = summary.answers_section(
+            paired, bench.systems, disagrees, _labels(bench, rows * suite.repeats)
+        )
+        record.summary |= summary.paired_figures(paired, bench.system(ENSEMBLE) is not None)
+    expected, rate = bench.sets.escalation_rate["mixed"], paired.escalation_rate(ADAPTIVE)
+    if abs(rate - expected) > 1.5 / len(rows):  # one image may lie on the threshold
+        record.note(
+            f"{rate:.1%} of the mixed images escalated, {expected:.1%} do at the local artifact's "
+            "threshold: the server has another one"
+        )
+    return {system.name: paired.cost(system.name).median for system in bench.systems}
+
+
+def _labels(bench: Bench, rows: Sequence[int]) -> list[int] | None:
+    """Class indices, where every image has a label that the model knows."""
+    known = bench.rung_set.labels
+    labels = [bench.pool.labels[row] for row in rows]
+    if known is None or any(label not in known for label in labels):
+        return None
+    return [known.index(str(label)) for label in labels]
+
+
+def attribute_costs(record: Record, bench: Bench) -> None:
+    """Where an adaptive request spends its time."""
+    ensemble = bench.system(ENSEMBLE)
+    if ensemble is None:
+        record.note("the server has no adaptive_vit: where the time goes is not measured")
+        return
+    paths = {"kept": bench.sets.rows.get("easy", []), "escalated": bench.sets.rows.get("hard", [])}
+    scoring = scoring_ms(bench.calibration)
+    found: dict[str, Any] = {"kept": None, "escalated": None}
+    with record.stage("where the time goes", sum(map(len, paths.values()))) as bar:
+        for name, rows in paths.items():
+            if rows:
+                found[name] = attribute(
+                    bench.target, bench.asker, ensemble, rows, scoring, bar.advance
+                )
+        rate = bench.sets.escalation_rate["mixed"]
+        found["all"] = together(found["kept"], found["escalated"], rate)
+        record.summary["attribution"] = found
+
+
+def load_with_perf_analyzer(
+    record: Record, bench: Bench, analyzer: Analyzer, costs_ms: Mapping[str, float]
+) -> None:
+    """Closed loops, then open loops at parts of what the closed ones reached.
+
+    Raises:
+        PerfAnalyzerError: a pass failed.
+    """
+    folder, suite, target = record.folder / "raw", bench.suite, bench.target
+    sent = {name: rows[: suite.set_size] for name, rows in bench.sets.rows.items()}
+    inputs = _write_inputs(folder, bench.pool, sent)
+    runner = LoadRunner(target, analyzer, inputs, folder, suite.pass_s, costs_ms)
+    has_http, is_local = target.http_url is not None, target.server is not None
+    levels = closed_levels(suite, bench.systems, sent, has_http, is_local)
+    closed = _run_levels(record, runner, levels, suite.turns, "closed loop")
+    record.summary |= summary.saturated_figures(closed, bench.escalation_rate(sent["mixed"]))
+    levels = open_levels(suite, bench.systems, closed)
+    _run_levels(record, runner, levels, suite.turns, "open loop")
+    for file in folder.glob("*.json"):  # the images as text, hundreds of megabytes
+        file.unlink()
+
+
+def _write_inputs(
+    folder: Path, pool: Pool, sent: Mapping[str, Sequence[int]]
+) -> dict[str, dict[str, InputData]]:
+    return {
+        name: {
+            "image": write_tensors(folder / f"{name}.json", [pool.tensors[row] for row in rows]),
+            "image_bytes": write_bytes(
+                folder / f"{name}-bytes.json", [pool.encoded[row] for row in rows]
+            ),
+        }
+        for name, rows in sent.items()
+    }
+
+
+def _run_levels(
+    record: Record, runner: LoadRunner, levels: Sequence[Level], turns: int, title: str
+) -> list[Measured]:
+    before = list(record.summary.get("systems", []))
+    with record.stage(title, len(levels) * turns) as bar:
+
+        def before_pass(level: Level, turn: int, measured: Sequence[Measured]) -> None:
+            bar.describe(f"{title}, turn {turn + 1}: {level.slug}")
+            finished = [entry.to_dict() for entry in measured if entry.passes]
+            record.summary["systems"] = before + finished
+
+        measured = runner.measure(levels, turns, before_pass, bar.advance)
+        record.summary["systems"] = before + [entry.to_dict() for entry in measured]
+    return measured
+
+
+def compare_with_onnxruntime(record: Record, bench: Bench) -> None:
+    """The served full rung beside ONNX Runtime without a server, at batch 1 and 8."""
+    if bench.target.server is None:
+        record.note("the server is not ours: its backend is not compared with ONNX Runtime")
+        return
+    suite = bench.suite
+    images = np.stack([bench.pool.tensors[row] for row in bench.sets.rows["mixed"]])
+    file = bench.rung_set.files["vit_high"]
+    total = suite.backend_rounds * sum(suite.backend_pairs)
+    with record.stage("backend and ONNX Runtime", total) as bar:
+        for batch, pairs in zip((1, 8), suite.backend_pairs, strict=True):
+            ratios = measure_backend(
+                bench.target.grpc_url, file, images, batch, suite.backend_rounds, pairs, bar.advance
+            )
+            record.summary[f"standin_over_ort_b{batch}"] = ratios.to_dict()
+
+
+def load_with_locust(record: Record, bench: Bench, images: str, seed: int) -> None:
+    """Locust users against the ensemble: gRPC and HTTP, and in the full suite the shapes."""
+    target, suite = bench.target, bench.suite
+    if bench.system(ENSEMBLE) is None:
+        return
+    users, rate = suite.concurrency[-1], _half_capacity(record)
+    runs: list[dict[str, Any]] = [{"protocol": "grpc"}]
+    if target.http_url is not None:
+        runs.append({"protocol": "http"})
+    if suite.locust_shapes:
+        runs += [
+            {"protocol": "grpc", "user": "open", "rate": rate / users},
+            {"protocol": "grpc", "shape": "ramp"},
+            {"protocol": "grpc", "shape": "spike"},
+        ]
+    spec = f"sample:{seed}" if images == "sample" else images
+    seconds = round(suite.locust_s)
+    with record.stage("Locust", seconds * len(runs)) as bar:
+        record.summary["locust"] = []
+        for number, options in enumerate(runs):
+            name = "-".join(str(options[key]) for key in options if key != "rate")
+            bar.describe(f"Locust: {name}")
+            entry = run_locust(
+                target.url(options["protocol"]),
+                spec,
+                record.folder / "locust" / f"{number + 1}-{name}",
+                users=users,
+                seconds=suite.locust_s,
+                on_second=bar.advance,
+                **options,
+            )
+            record.summary["locust"].append(entry)
+
+
+def _half_capacity(record: Record) -> float:
+    """Half of what the adaptive system reached in a closed loop, requests per second."""
+    reached = [
+        entry["throughput_per_s"]["median"]
+        for entry in record.summary["systems"]
+        if entry["system"] == ADAPTIVE and entry["load"]["loop"] == "closed"
+    ]
+    return max(reached) / 2
+
+
+def measure_peaks(record: Record, bench: Bench, repository: Path) -> None:
+    """Peak memory of each system on servers of their own, under the same load.
+
+    Raises:
+        ServerError: a server did not start.
+    """
+    turns, suite = bench.suite.memory_turns, bench.suite
+    rows = bench.sets.rows["mixed"][: suite.set_size]
+    load = PeakLoad(bench.pool, rows, suite.concurrency[-1])
+    measured = [system for system in bench.systems if system.name in MODELS]
+    peaks: dict[str, list[MemoryUse]] = {system.name: [] for system in measured}
+    with record.stage("peak memory", turns * len(measured)) as bar:
+        for _ in range(turns):
+            for system in measured:
+                bar.describe(f"peak memory: {system.name}")
+                use = peak_memory(system, repository, bench.rung_set, load)
+                peaks[system.name].append(use)
+                bar.advance()
+        record.summary |= summary.memory_figures(peaks)

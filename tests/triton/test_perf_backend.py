@@ -1,0 +1,26 @@
+"""The stand-in backend against ONNX Runtime on the real server: Triton's own time of a request."""
+
+import pytest
+
+from perf.measure.backend import measure_backend
+from tests.triton.test_keystone import statistics
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_a_request_is_timed_beside_a_direct_run(server, build, images, batch):
+    before = statistics(server, "vit_high")
+    steps = []
+    found = measure_backend(
+        server.grpc_url,
+        build / "onnx/vit_high.onnx",
+        images,
+        batch,
+        rounds=2,
+        pairs=3,
+        on_step=lambda: steps.append(1),
+    )
+    assert len(steps) == 6 and len(found.values) == 2
+    # Each pair asked the server once, and one more per round to warm up.
+    assert statistics(server, "vit_high")[0] - before[0] == 2 * (3 + 1)
+    # Both did the same work: no test asserts how fast, but not one of them did nothing.
+    assert 0.2 < found.median < 5

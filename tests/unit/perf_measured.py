@@ -1,0 +1,53 @@
+"""Answers and passes written by hand, for the tests of what is computed from them."""
+
+import numpy as np
+
+from perf.analyzer import AnalyzerResult, Figures
+from perf.measure.asking import Answer
+from perf.measure.loads import Level, Measured, Pass
+from perf.measure.server_times import ModelTimes
+from perf.measure.systems import System
+
+MODELS = {
+    "static-low": "vit_low",
+    "static-high": "vit_high",
+    "static-6": "static_6",
+    "ensemble": "adaptive_vit",
+}
+
+
+def make_system(name, **changes):
+    """A system by its name in summary.json."""
+    fields = {"takes_bytes": name == "ensemble", **changes}
+    return System(name, f"title of {name}", MODELS.get(name, "router"), **fields)
+
+
+def make_answer(latency_ms=1.0, escalated=False, names=0, embedding=(1.0, 0.0), head=True):
+    """An answer that names class `names` of three."""
+    logits = np.eye(3, dtype=np.float32)[names] if head else None
+    return Answer(latency_ms, np.array(embedding, np.float32), logits, escalated, score=0.5)
+
+
+def make_times(requests=1, queue=0, input=0, infer=0, output=0, rest=0):
+    """Sums in milliseconds; `rest` is spent neither in the queue nor in the backend."""
+    parts = [1_000_000 * ms for ms in (queue, input, infer, output)]
+    return ModelTimes(requests, sum(parts) + 1_000_000 * rest, *parts)
+
+
+def make_figures(throughput, p50=10.0, requests=8):
+    """Figures whose percentiles can be told apart."""
+    return Figures(requests, throughput, p50 + 1, p50, p50 + 2, p50 + 3, None)
+
+
+def make_pass(throughput=1.0, p50=10.0, server=None, cpu_ms=None, delayed=0.0):
+    """One pass of perf_analyzer."""
+    result = AnalyzerResult(None, make_figures(throughput, p50), None, {}, delayed)
+    return Pass(result, server if server is not None else {"router": make_times()}, cpu_ms)
+
+
+def make_measured(name, throughputs, concurrency=4, **changes):
+    """A level of the system and one pass per throughput."""
+    system = make_system(name)
+    server = {system.model: make_times()}
+    level = Level(system, concurrency=concurrency, **changes)
+    return Measured(level, [make_pass(value, server=server) for value in throughputs])

@@ -1,0 +1,95 @@
+"""The research script's tables: figures on hand-made costs, and refusals before a server starts."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from perf import original
+from perf.errors import PerfError
+from perf.measure.systems import ADAPTIVE, HIGH, LOW
+from perf.original_table import SOURCE, original_rows, original_table
+from perf.spread import Spread
+from routing import RungSet, RungSetError
+from tests.unit.onnx_files import write_rung_set
+
+
+def memory(pss_mib, weights_mib):
+    return {"peak_pss_mib": pss_mib, "peak_rss_mib": 999.0, "weights_mib": weights_mib}
+
+
+RESULT = {
+    "kind": "original",
+    "backbone": "static-vit",
+    "environment": {"device": "2 cores of Some"},
+    "px": {"vit_low": 32, "vit_high": 64},
+    "images": {"source": "sample crops, seed 32", "count": 2000},
+    "forward_ms": {"vit_low": 2.0, "vit_high": 7.0},
+    "latency_ms": {
+        LOW: Spread.of([2.0, 4.0, 3.0]).to_dict(),
+        HIGH: Spread.of([9.0]).to_dict(),
+        ADAPTIVE: Spread.of([4.5]).to_dict(),
+    },
+    "memory": {LOW: memory(100.4, 21.0), HIGH: memory(150.0, 22.0), ADAPTIVE: memory(240.0, 43.0)},
+    "escalation_rate": 0.1,
+    "speedup": Spread.of([2.0]).to_dict(),
+    "bound": Spread.of([2.3077]).to_dict(),
+    "source": SOURCE,
+    "notes": ["a note"],
+}
+
+
+def test_our_figures_stand_beside_the_sources():
+    rows = {title: figures for title, *figures in original_rows(RESULT)}
+    assert rows["forward pass, 32 px"] == ["2.00 ms", "1.8 ms"]
+    assert rows["forward pass, 64 px"] == ["7.00 ms", "8.7 ms"]
+    assert rows["forward pass, high / low"] == ["3.5x", "4.8x"]
+    assert rows["static low: average latency"] == ["3.00 ms", "2.5 ms"]
+    assert rows["static low: peak memory"] == ["100 MiB (weights 21)", "30 MB"]
+    assert rows["static high: peak memory"] == ["150 MiB (weights 22)", "68 MB"]
+    assert rows["adaptive: average latency"] == ["4.50 ms", "2.894 ms"]
+    assert rows["adaptive: peak memory"] == ["240 MiB (weights 43)", "61.8 MB"]
+    assert rows["average latency, static high / low"] == ["3.0x", "3.5x"]
+    assert rows["escalated"] == ["10.0%", "9.5%"]
+    assert rows["speed-up over static high"] == ["2.00x", "3.3x"]
+    # 1 / (2.5 / 8.8 + 0.095): what the source's own parts allow.
+    assert rows["cascade bound"] == ["2.31x", "2.64x"]
+
+
+def test_the_table_names_the_machine_and_what_to_keep_in_mind():
+    written = io.StringIO()
+    Console(file=written, width=120).print(original_table(RESULT))
+    for words in ("static-vit, 2000 sample crops, seed 32", "2 cores of Some", "source", "a note"):
+        assert words in written.getvalue()
+
+
+def test_a_forward_pass_is_timed_for_both_rungs(tmp_path, monkeypatch):
+    monkeypatch.setattr(original, "FORWARD_RUNS", 3)
+    monkeypatch.setattr(original, "FORWARD_WARMUP", 1)
+    steps = []
+    rung_set = RungSet.load(write_rung_set(tmp_path))
+    found = original.measure_forward(rung_set, lambda title, total: steps.append(total))
+    assert set(found) == {"vit_low", "vit_high"} and min(found.values()) > 0
+    assert steps == [4] * 4
+
+
+def test_what_is_missing_is_said_before_a_server_starts(tmp_path):
+    with pytest.raises(RungSetError, match="export rungs"):
+        original.measure_original(tmp_path, 10, print)
+    with pytest.raises(PerfError, match="at least 5"):
+        original.measure_original(tmp_path, 4, print)
+
+
+def test_the_result_is_kept_and_shown(tmp_path, monkeypatch, capsys):
+    def measured(build, images, on_progress):
+        on_progress("a stage", 2)
+        on_progress("a stage", 2)
+        return {**RESULT, "images": {"source": "crops", "count": images}}
+
+    monkeypatch.setattr(original, "measure_original", measured)
+    original.run_original(tmp_path, tmp_path / "new" / "original.json", 7)
+    kept = json.loads((tmp_path / "new" / "original.json").read_text())
+    assert kept["kind"] == "original" and kept["images"]["count"] == 7
+    shown = capsys.readouterr()
+    assert "7 crops" in shown.out and "a stage" in shown.err and "2/2" in shown.err

@@ -1,0 +1,160 @@
+"""Systems in turn on the same images: order, costs and agreement, with a scripted asker."""
+
+import numpy as np
+import pytest
+
+from perf.measure.paired import (
+    PAIRS,
+    Paired,
+    has_cosine_below,
+    measure_paired,
+    names_another_class,
+)
+from tests.unit.perf_measured import make_answer, make_system
+
+NAMES = ["static-low", "static-6", "static-high", "adaptive-0", "adaptive", "ensemble"]
+SYSTEMS = [make_system(name) for name in NAMES]
+
+
+class FakeAsker:
+    """Takes as many milliseconds as its script says; logs who was asked about what."""
+
+    def __init__(self, latency_ms=lambda name, row: 1.0):
+        self.latency_ms = latency_ms
+        self.log = []
+
+    def ask(self, system, row):
+        self.log.append((system.name, row))
+        return make_answer(self.latency_ms(system.name, row), escalated=row == 3)
+
+
+def paired(**by_system):
+    """Shares of answers, one list of shares per system; `_` stands for `-`."""
+    names = [name.replace("_", "-") for name in by_system]
+    return Paired([dict(zip(names, share, strict=True)) for share in zip(*by_system.values())])
+
+
+def answers(*latencies, escalated=()):
+    return [make_answer(ms, escalated=i in escalated) for i, ms in enumerate(latencies)]
+
+
+# --- asking ------------------------------------------------------------------------------------
+
+
+def turns(asker):
+    """The order in which the systems were asked, by image in the order of asking."""
+    size = len(SYSTEMS)
+    log = asker.log
+    return [log[start : start + size] for start in range(0, len(log), size)]
+
+
+def test_every_system_is_asked_about_an_image_before_the_next_one_is_sent():
+    asker, steps = FakeAsker(), []
+    measure_paired(asker, SYSTEMS, [5, 3, 9, 4], 2, 3, lambda: steps.append(len(asker.log)))
+    assert [turn[0][1] for turn in turns(asker)] == [5, 3, 9, 4] * 3
+    for turn in turns(asker):
+        assert sorted(name for name, _ in turn) == sorted(NAMES)
+        assert len({row for _, row in turn}) == 1
+    assert steps == [len(NAMES) * (i + 1) for i in range(12)]
+
+
+def test_a_system_and_what_it_is_compared_with_are_asked_side_by_side_in_either_order():
+    asker = FakeAsker()
+    measure_paired(asker, SYSTEMS, range(40), 1, 1, lambda: None)
+    assert PAIRS == {"adaptive-0": "static-low", "ensemble": "adaptive"}
+    for second, first in PAIRS.items():
+        steps = []
+        for turn in turns(asker):
+            order = [name for name, _ in turn]
+            steps.append(order.index(second) - order.index(first))
+        assert set(steps) == {1, -1}
+        assert 10 <= steps.count(1) <= 30  # a coin; 1 in 400 coins lie outside
+
+
+def test_no_system_keeps_its_place():
+    asker = FakeAsker()
+    measure_paired(asker, SYSTEMS, range(60), 1, 1, lambda: None)
+    for name in NAMES:
+        places = {[asked for asked, _ in turn].index(name) for turn in turns(asker)}
+        assert places == set(range(len(NAMES)))
+
+
+def test_a_missing_half_of_a_pair_leaves_the_other_to_itself():
+    asker = FakeAsker()
+    some = [make_system(name) for name in ("static-low", "static-high", "ensemble")]
+    found = measure_paired(asker, some, range(6), 1, 1, lambda: None)
+    assert all(len(found.shares[0][system.name]) == 6 for system in some)
+
+
+def test_neighbours_come_into_the_same_share_and_repeats_are_shares_of_their_own():
+    asker = FakeAsker(lambda name, row: float(row))
+    found = measure_paired(asker, SYSTEMS, [1, 2, 3, 4, 5], 2, 2, lambda: None)
+    assert [[a.latency_ms for a in share["static-6"]] for share in found.shares] == [
+        [1, 2, 3],
+        [4, 5],
+        [1, 2, 3],
+        [4, 5],
+    ]
+    assert found.escalation_rate("static-6") == pytest.approx(1 / 5)
+
+
+# --- costs -------------------------------------------------------------------------------------
+
+# Two shares: low 20 and 10, high 100 and 40, adaptive 40 and 25 ms at rates 1/2 and 0 on average.
+CASE = paired(
+    static_low=[answers(10, 30), answers(10, 10)],
+    static_high=[answers(100, 100), answers(30, 50)],
+    adaptive_0=[answers(11, 36), answers(14, 11)],
+    adaptive=[answers(20, 60, escalated=[1]), answers(25, 25)],
+)
+
+
+def test_a_cost_is_the_mean_latency_of_each_share():
+    assert CASE.cost("adaptive").values == (40.0, 25.0)
+    assert CASE.cost_ratio("adaptive").values == (0.4, 0.625)  # of static high's
+    assert CASE.cost_ratio("adaptive", to="static-low").values == (2.0, 2.5)
+
+
+def test_the_router_overhead_is_the_median_of_ratios_side_by_side():
+    case = paired(
+        static_low=[answers(10, 100, 20), answers(10, 10, 10)],
+        adaptive_0=[answers(11, 500, 21), answers(12, 13, 14)],
+    )
+    # A slow image would make the ratio of means 532 / 130 = 4.1.
+    assert case.router_overhead().values == (1.1, 1.3)
+
+
+def test_speedup_bound_and_efficiency_take_each_shares_own_costs_and_rate():
+    assert CASE.speedup().values == (2.5, 1.6)
+    assert CASE.bound().values == pytest.approx((1 / (0.2 + 0.5), 4.0))
+    assert CASE.efficiency().values == pytest.approx((2.5 * 0.7, 0.4))
+
+
+def test_the_escalation_rate_counts_images_not_shares():
+    case = paired(adaptive=[answers(1, 1, 1, escalated=[0]), answers(1, escalated=[0])])
+    assert case.escalation_rate("adaptive") == 0.5
+
+
+# --- agreement ---------------------------------------------------------------------------------
+
+
+def test_agreement_is_with_static_highs_answer_to_the_same_image():
+    mine = [[make_answer(names=0), make_answer(names=1)], [make_answer(names=2)]]
+    full = [[make_answer(names=0), make_answer(names=0)], [make_answer(names=2)]]
+    case = paired(static_low=mine, static_high=full)
+    assert case.agreement("static-low", names_another_class) == pytest.approx(2 / 3)
+    assert case.agreement("static-high", names_another_class) == 1.0
+
+
+def test_embeddings_agree_down_to_the_cosine_that_is_asked_for():
+    full = make_answer(embedding=(2.0, 0.0), head=False)
+    at_60_degrees = make_answer(embedding=(0.5, np.sqrt(0.75)), head=False)
+    assert has_cosine_below(0.51)(at_60_degrees, full)
+    assert not has_cosine_below(0.49)(at_60_degrees, full)
+    assert not has_cosine_below(0.999)(full, full)
+
+
+def test_an_embedding_of_zeros_agrees_with_nothing():
+    zeros = make_answer(embedding=(0.0, 0.0), head=False)
+    with np.errstate(invalid="ignore"):
+        assert has_cosine_below(0.1)(zeros, make_answer(head=False))

@@ -1,0 +1,422 @@
+import base64
+import re
+from statistics import median
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
+
+from perf.pages.labels import Label, place
+from perf.pages.readings import cheapest_rival, verdict
+from perf.pages.report import write_report
+from perf.pages.tables import derived
+from perf.pages.words import Cell, amount, rung_words, short_name, system_order
+from tests.unit.pages import Page, squeeze
+from tests.unit.perf_summary import STATEMENT, around, load, measured, sample_summary, spread
+
+
+def page_of(tmp_path, summary):
+    path = tmp_path / "new" / "report.html"
+    write_report(summary, path)
+    return Page(path)
+
+
+def without_figures(**changes):
+    """A summary whose page takes no time to draw."""
+    kept = {
+        key: value
+        for key, value in sample_summary().items()
+        if key not in ("answers", "attribution", "systems")
+    }
+    return kept | changes
+
+
+def figures(page):
+    """The embedded figures as SVG text, with the words drawn in them as comments."""
+    return [base64.b64decode(address.partition(",")[2]).decode() for address in page.loaded]
+
+
+def words_in(svg):
+    return [squeeze(word) for word in re.findall(r"<!-- (.*?) -->", svg, re.S)]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    return page_of(tmp_path_factory.mktemp("report"), sample_summary())
+
+
+def test_the_page_is_one_file_without_anything_loaded(page):
+    page.assert_self_contained()
+    assert len(page.loaded) == 4  # frontier, time, closed and open loop
+    assert "None" not in page.text and "{" not in page.text
+
+
+def test_the_first_sentence_answers_with_numbers(page):
+    assert "certified" in page.classes  # the green one
+    assert (
+        "Faster than the alternatives? Yes Adaptive is 2.34 times as fast as always running the "
+        "full rung at 95.0 % agreement with it. Of the static alternatives that agree at least as "
+        "often, the cheapest, static 168 px, costs 1.34 times as much."
+    ) in page.text
+    assert f"Certificate: {STATEMENT}" in page.text
+    assert "an answer agrees if it names the same class." in page.text
+    assert "Counted on exactly the 40 images that were timed, one of which is 2.5 %." in page.text
+    assert page.text.index("Adaptive is 2.34") < page.text.index("formula")
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        "2.34× 2.31 to 2.38, 4 runs speed-up over always running the full rung",
+        "2.44× 2.42 to 2.45, 4 runs cascade bound",
+        "0.96 0.95 to 0.97, 4 runs cascade efficiency: speed-up / bound",
+        "0.94 0.93 to 0.95, 4 runs the same with the server saturated",
+        "1.03 1.03 to 1.04, 4 runs router overhead",
+        "1.05 1.04 to 1.06, 4 runs peak memory",
+    ],
+)
+def test_the_boxes_hold_each_figure_with_its_spread(page, box):
+    assert box in page.text
+
+
+def test_a_single_run_is_called_one(tmp_path):
+    summary = without_figures(peak_memory_ratio=spread(1.05))
+    assert "1.05 1 run peak memory" in page_of(tmp_path, summary).text
+
+
+def test_a_cheaper_alternative_that_agrees_as_often_is_not_hidden():
+    summary = sample_summary()
+    summary["answers"]["static-168"]["cost_ratio"] = around(0.40, share=0.01)
+    found = verdict(summary)
+    assert found["state"] == "refused"
+    assert found["heading"] == "Faster than the alternatives? No"
+    assert squeeze(found["sentence"]).endswith(
+        "But a static alternative, static 168 px, agrees at least as often and costs only 0.94 "
+        "times as much."
+    )
+
+
+def test_an_alternative_within_the_spread_is_called_about_the_same():
+    summary = sample_summary()
+    summary["answers"]["static-168"]["cost_ratio"] = spread(0.40, 0.42, 0.44, 0.46)
+    found = verdict(summary)
+    assert found["state"] == "unasked"
+    assert found["heading"] == "Faster than the alternatives? Not clearly"
+    assert "costs about the same: 1.01 times as much (0.94 to 1.07)." in found["sentence"]
+
+
+def test_no_alternative_that_agrees_as_often_is_said():
+    summary = sample_summary()
+    summary["answers"]["adaptive"]["agreement_with_high"] = 0.98
+    none_agrees = "No static alternative below the full rung agrees as often."
+    assert verdict(summary)["sentence"].endswith(none_agrees)
+    assert verdict(summary)["state"] == "certified"
+    for name in ("static-low", "static-140", "static-168"):
+        del summary["answers"][name]
+    none_measured = "No static alternative was measured beside it."
+    assert verdict(summary)["sentence"].endswith(none_measured)
+
+
+def test_slower_than_the_full_rung_is_no():
+    found = verdict(sample_summary() | {"speedup_c1": spread(0.95, 0.97, 0.98, 0.99)})
+    assert found["state"] == "refused" and "Adaptive is 0.97 times as fast" in found["sentence"]
+
+
+def test_an_agreement_that_was_not_measured_is_not_made_up():
+    sentence = verdict(without_figures())["sentence"]
+    assert "as fast as always running the full rung; its agreement" in sentence
+    assert "was not measured. No static alternative was measured" in sentence
+
+
+def test_the_rival_is_the_cheapest_that_agrees_as_often_round_by_round():
+    summary = sample_summary()
+    summary["answers"]["static-196"] = summary["answers"]["static-168"] | {
+        "cost_ratio": around(0.8)
+    }
+    name, costs = cheapest_rival(summary)
+    assert name == "static-168"
+    summary["answers"]["static-140"]["agreement_with_high"] = 0.95  # as adaptive: that is enough
+    assert cheapest_rival(summary)[0] == "static-140"
+    ours, theirs = (
+        summary["answers"][system]["cost_ratio"]["values"] for system in ("adaptive", name)
+    )
+    expected = [b / a for a, b in zip(ours, theirs, strict=True)]
+    assert costs["values"] == pytest.approx(expected)
+    assert costs["median"] == pytest.approx(median(expected))
+
+
+def test_the_certificate_is_told_from_none_and_from_a_refusal(tmp_path):
+    summary = without_figures(certificate=None)
+    assert "No certificate: nothing is guaranteed" in page_of(tmp_path, summary).text
+    summary["certificate"] = {"certified": False, "statement": "No threshold is certified."}
+    assert "Not certified: No threshold is certified." in page_of(tmp_path, summary).text
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "speed-up, one request in flight 2.34× 2.31× to 2.38× 4 "
+        "time of the full rung always ÷ time of adaptive",
+        "cascade bound, one request in flight 2.44× 2.42× to 2.45× 4 1 ÷ (1/r + p), where r = time "
+        "of the full rung ÷ of the cheap rung, p = share escalated",
+        "cascade efficiency, one request in flight 0.960 0.952 to 0.970 4 speed-up ÷ cascade bound",
+        "speed-up, saturated 2.23× 2.21× to 2.26× 4 throughput of adaptive ÷ throughput of the "
+        "full rung always",
+        "cascade bound, saturated 2.38× 2.36× to 2.40× 4 1 ÷ (1/r + p), where r = 1/throughput",
+        "cascade efficiency, saturated 0.937 0.930 to 0.951 4 speed-up ÷ cascade bound",
+        "router overhead 1.033 1.030 to 1.040 4 time of adaptive told never to escalate ÷ time of "
+        "the cheap rung always",
+        "ensemble over router 1.071 1.060 to 1.080 4 time of adaptive from image bytes",
+        "peak memory ratio 1.050 1.040 to 1.060 4 peak memory of adaptive",
+        "agreement with the full rung 95.0 % – images whose adaptive answer agrees",
+    ],
+)
+def test_every_derived_figure_stands_with_its_formula(page, row):
+    assert row in page.sections["How the figures are made"]
+
+
+def test_every_system_stands_with_agreement_and_cost(page):
+    rows = page.sections["Every system: agreement and cost"]
+    assert "static 168 px 97.5 % – – 60.0 58.8 to 61.2 0.571 0.566 to 0.577" in rows
+    assert "adaptive, calibrated threshold 95.0 % 12.5 % – 44.9" in rows
+    order = ["cheap rung always", "static 140 px", "static 168 px", "full rung always"]
+    assert [rows.index(title) for title in order] == sorted(rows.index(title) for title in order)
+
+
+def test_the_frontier_shows_every_system_labelled(page):
+    words = words_in(figures(page)[0])
+    for label in (
+        "cheap rung, 112 px",
+        "static 140 px",
+        "static 168 px",
+        "full rung, 224 px",
+        "0.0 % escalated",
+        "12.5 % escalated",
+        "30.0 % escalated",
+        "100.0 % escalated",
+        "from image bytes",
+        "as calibrated",
+    ):
+        assert label in words, label
+
+
+def test_the_time_is_attributed_in_a_bar_and_a_table(page):
+    words = words_in(figures(page)[1])
+    assert {"kept low", "escalated", "router and BLS hops", "33.5 ms", "137 ms"} <= set(words)
+    rows = page.sections["Where the time goes, in numbers"]
+    assert "full rung 0.00 0.0 % 102 74.4 % 12.7 27.4 %" in rows
+    assert rows.endswith("whole request 33.5 137 46.4")
+    assert "Of the 46.4 ms of an average request: cheap rung 61.6 %" in page.text
+
+
+def test_runs_that_did_not_stabilise_are_marked_with_their_reason(page, tmp_path):
+    rows = page.sections["Every system and load: closed loop"]
+    reason = "not stable: latencies still grew after 3 passes"
+    assert f"mixed images, 8 in flight, gRPC {reason} 120" in rows
+    assert "8 in flight, gRPC (not stable)" in page.sections["The server's own times"]
+    assert rows.count("not stable") == 1
+    assert "hollow: did not stabilise" in words_in(figures(page)[2])
+    entries = [entry for entry in sample_summary()["systems"] if entry["stable"]][:3]
+    stable = page_of(tmp_path, without_figures(systems=entries))
+    assert "not stable" not in stable.text
+    assert "hollow: did not stabilise" not in words_in(figures(stable)[0])
+
+
+def test_every_load_is_in_the_tables(page):
+    closed = page.sections["Every system and load: closed loop"]
+    opened = page.sections["Every system and load: open loop"]
+    assert "cheap rung always (112 px) mixed images, 1 in flight, gRPC 120 33.3" in closed
+    assert "33.3 32.7 to 34.0 30.0 29.4 to 30.6 60.0 58.8 to 61.2 75.0" in closed
+    assert "mixed images, 1 in flight, HTTP" in closed
+    assert "mixed images, 1 in flight, gRPC, shared memory" in closed
+    assert "easy images, 1 in flight, gRPC" in closed
+    assert "7.20 per second, gRPC" in opened and "in flight" not in opened
+    assert closed.count("in flight") + opened.count("per second, gRPC") == len(
+        sample_summary()["systems"]
+    )
+    times = page.sections["The server's own times"]
+    assert "vit_high 12.5 % 0.21 0.12 101 0.05" in times
+
+
+def test_the_curves_leave_out_what_does_not_compare(tmp_path):
+    entries = [
+        measured("adaptive", load(protocol="http"), 25.0, 40.0),
+        measured("adaptive", load(), 30.0, 33.0, images="easy"),
+    ]
+    page = page_of(tmp_path, without_figures(systems=entries))
+    assert page.loaded == []
+    section = page.sections["Closed loop: a fixed number in flight"]
+    assert section == "Not measured."
+    assert "1 in flight, HTTP" in page.sections["Every system and load: closed loop"]
+
+
+def test_memory_locust_and_the_stand_in_have_their_tables(page):
+    memory = page.sections["Memory"]
+    assert "cheap rung, 112 px 312 390 – 84.2 27.0 %" in memory
+    assert "adaptive 693 866 – 169 24.3 %" in memory
+    locust = page.sections["Locust"]
+    row = "constant 8.00 163 0 20.4 181 342 398 13.5 % p95 ≤ 500 ms: met"
+    assert f"4 closed-loop grpc {row}" in locust and f"4 closed-loop http {row}" in locust
+    assert "4 open-loop grpc spike" in locust and "p95 ≤ 300 ms: missed" in locust
+    standin = page.sections["Stand-in backend against ONNX Runtime"]
+    assert "batch 1 1.018 1.012 to 1.024 4" in standin
+    assert "batch 8 1.008 1.004 to 1.011 4" in standin
+
+
+def test_the_environment_is_shown_whole(page, tmp_path):
+    shown = page.sections["Environment"]
+    summary = without_figures()
+    for name, value in summary["environment"].items():
+        assert name == "gpus" or str(value) in shown, name
+    assert shown.endswith("GPU none")
+    gpu = {"name": "H100", "driver": "550.5", "memory_mib": 81559, "sm_clock_mhz": 1980}
+    summary["environment"] |= {"gpus": [gpu], "something_new": 7}
+    shown = page_of(tmp_path, summary).sections["Environment"]
+    assert "GPU 0 H100, driver 550.5, memory, MiB 81559, SM clock, MHz 1980" in shown
+    assert "something new 7" in shown
+
+
+def test_command_images_and_notes_are_shown(page):
+    assert "command python -m perf run --images sample --suite quick" in page.sections["Run"]
+    assert "took 171 s" in page.sections["Run"]
+    assert "sample crops, seed 21; pool of 200" in page.sections["Images"]
+    assert "set mixed 40 images, 12.5 % escalated" in page.sections["Images"]
+    assert page.sections["Notes"] == "CPU time of the server could not be read for 1 run."
+    assert "Absolute times are this machine's; the ratios are what compares." in page.text
+
+
+def test_what_a_summary_says_cannot_become_markup(tmp_path):
+    summary = without_figures(notes=["<b>bold</b>"])
+    assert "<b>bold</b>" in page_of(tmp_path, summary).sections["Notes"]
+
+
+def test_a_run_that_was_cut_short_says_so(page, tmp_path):
+    banner = "This run was cut short"
+    assert banner not in page.text and "loud" not in page.classes
+    cut = page_of(tmp_path, without_figures(complete=False))
+    assert banner in cut.text and "loud" in cut.classes
+
+
+def test_an_efficiency_above_one_is_explained(page, tmp_path):
+    overlap = "the rungs run in processes of their own on several cores, so they overlap"
+    assert overlap not in page.text
+    summary = without_figures(cascade_efficiency_saturated=spread(1.07, 1.08, 1.09, 1.1))
+    text = page_of(tmp_path, summary).text
+    assert f"The saturated efficiency is 1.085, above 1: {overlap}" in text
+    assert "client and network are paid once" not in text
+    summary = without_figures(cascade_efficiency_c1=spread(1.01, 1.02))
+    text = page_of(tmp_path, summary).text
+    assert "client and network are paid once" in text and overlap not in text
+
+
+SECTIONS = {
+    "answers": ("What agreement costs", "Every system: agreement and cost"),
+    "attribution": ("Where the time goes", "Where the time goes, in numbers"),
+    "systems": (
+        "Closed loop: a fixed number in flight",
+        "Open loop: arrivals at a fixed rate",
+        "Every system and load: closed loop",
+        "Every system and load: open loop",
+        "The server's own times",
+    ),
+    "memory": ("Memory",),
+    "locust": ("Locust",),
+    "environment": ("Environment",),
+    "images": ("Images",),
+}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [("answers", "systems", "locust"), ("attribution", "memory", "environment", "images")],
+)
+def test_a_section_that_is_missing_says_not_measured(tmp_path, keys):
+    gone, null = sample_summary(), sample_summary() | dict.fromkeys(keys)
+    for key in keys:
+        del gone[key]
+    page = page_of(tmp_path, gone)
+    silent = {name for name, text in page.sections.items() if text.startswith("Not measured.")}
+    assert silent == {heading for key in keys for heading in SECTIONS[key]}
+    assert page_of(tmp_path, null).sections == page.sections
+
+
+@pytest.mark.parametrize("key", [key for key in sample_summary() if re.search("_(c1|sat)", key)])
+def test_a_derived_figure_that_is_missing_says_not_measured(key):
+    whole, summary = derived(sample_summary()), sample_summary()
+    del summary[key]
+    changed = [row for row, before in zip(derived(summary), whole, strict=True) if row != before]
+    assert [(row["cell"], row["runs"]) for row in changed] == [(Cell("not measured"), "–")]
+
+
+def test_the_standin_section_says_not_measured(tmp_path):
+    summary = without_figures()
+    del summary["standin_over_ort_b1"], summary["standin_over_ort_b8"]
+    section = page_of(tmp_path, summary).sections["Stand-in backend against ONNX Runtime"]
+    assert section == "Not measured."
+
+
+def test_a_summary_with_nothing_measured_makes_a_page_without_figures(tmp_path):
+    page = page_of(tmp_path, {"schema_version": 1, "command": "c", "suite": "quick"})
+    assert page.loaded == []
+    assert "The speed-up over always running the full rung was not measured." in page.text
+    assert not re.search(r"\d\.\d\d", page.text)
+
+
+def test_one_missing_side_of_the_attribution_leaves_the_other(tmp_path):
+    found = sample_summary()["attribution"] | {"escalated": None, "all": None}
+    page = page_of(tmp_path, without_figures(attribution=found))
+    rows = page.sections["Where the time goes, in numbers"]
+    assert rows.startswith("mean per request, ms kept low client") and rows.endswith("33.5")
+
+
+def test_equal_summaries_make_equal_pages(tmp_path):
+    summary = without_figures(answers=sample_summary()["answers"])
+    for name in ("a.html", "b.html"):
+        write_report(summary, tmp_path / name)
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+
+
+def crowd():
+    rng = np.random.default_rng(3)
+    return [Label((x, y), f"label {i}") for i, (x, y) in enumerate(rng.normal(0, 0.05, (9, 2)))]
+
+
+def test_labels_of_a_crowd_do_not_cover_each_other_and_stay_inside():
+    figure = Figure(figsize=(5, 4))
+    axes = figure.subplots()
+    axes.set(xlim=(-1, 1), ylim=(-1, 1))
+    boxes = [note.get_window_extent() for note in place(axes, crowd())]
+    for i, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:i])
+        assert Bbox.intersection(box, axes.bbox).bounds == pytest.approx(box.bounds)
+
+
+def test_a_label_keeps_off_lines_where_it_can():
+    figure = Figure(figsize=(5, 4))
+    axes = figure.subplots()
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    line = np.array([[0.0, 0.5], [1.0, 0.5]])  # through where a label would stand first
+    (free,) = place(axes, [Label((0.5, 0.5), "label")])
+    assert free.get_window_extent().y0 < axes.transData.transform((0, 0.5))[1]
+    (moved,) = place(axes, [Label((0.5, 0.5), "label")], [line])
+    box, height = moved.get_window_extent(), axes.transData.transform((0, 0.5))[1]
+    assert box.y0 > height or box.y1 < height
+
+
+def test_numbers_carry_about_three_digits():
+    assert [amount(value) for value in (1204.4, 104.2, 31.25, 0.618, -0.05, None)] == [
+        *("1,204", "104", "31.2", "0.62", "-0.05"),
+        "–",
+    ]
+    assert Cell.of(None) == Cell("–") and Cell.of(spread(2.0)) == Cell("2.00", "")
+
+
+def test_systems_have_short_names_and_an_order():
+    summary = sample_summary()
+    assert short_name("static-low", summary) == "cheap rung, 112\N{NO-BREAK SPACE}px"
+    assert short_name("static-low", {}) == "cheap rung"
+    assert short_name("adaptive-45", {}) == "adaptive, asked for 45\N{NO-BREAK SPACE}%"
+    assert rung_words("tome=8") == "tome=8"
+    names = list(summary["answers"])
+    assert sorted(set(names), key=system_order) == names

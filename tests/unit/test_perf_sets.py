@@ -1,0 +1,129 @@
+"""The pool and its easy, hard and mixed sets."""
+
+import numpy as np
+import pytest
+
+from calibration.images import ImagesError
+from imaging import Preprocessing, decode
+from perf.errors import PerfError
+from perf.measure.sets import choose_sets, open_pool_source, read_pool, spread_evenly
+from tests.unit.image_files import MemorySource, write_images
+
+ALL = ("easy", "hard", "mixed")
+SMALL = Preprocessing(8, 8, None, "bilinear", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+def pool_of(easy, hard):
+    """BOOL (N,) with the hard ones at the end."""
+    return np.arange(easy + hard) >= easy
+
+
+# --- pool --------------------------------------------------------------------------------------
+
+
+def test_a_pool_holds_each_image_as_bytes_and_as_tensor():
+    source = MemorySource(6)
+    *progress, pool = read_pool(source, SMALL)
+    assert progress == [None] * 6 and len(pool) == 6
+    assert pool.title == "images in memory"
+    assert pool.labels == [f"class {i % 5}" for i in range(6)]
+    for row, data in enumerate(pool.encoded):
+        assert data == source[row].data
+        np.testing.assert_array_equal(pool.tensors[row], SMALL(decode(data)))
+        assert pool.tensors[row].shape == (3, 8, 8)
+
+
+def test_unreadable_images_are_left_out_by_name_and_the_rest_stays_aligned():
+    source = MemorySource(6, broken=[1], gone=[4])
+    *progress, pool = read_pool(source, SMALL)
+    assert len(progress) == 6
+    assert pool.labels == [f"class {i % 5}" for i in (0, 2, 3, 5)]
+    assert pool.encoded == [source[i].data for i in (0, 2, 3, 5)]
+    assert len(pool.tensors) == 4
+    assert [line.partition(":")[0] for line in pool.unreadable] == ["1.png", "4.png"]
+
+
+def test_a_name_that_is_no_text_stays_one_line():
+    source = MemorySource(2, broken=[0])
+    source.names = ("a\nb.png", "1.png")
+    *_, pool = read_pool(source, SMALL)
+    assert pool.unreadable[0].startswith("a\\nb.png: ")
+
+
+def test_a_pool_of_unreadable_images_is_refused_with_the_first_reason():
+    with pytest.raises(PerfError, match=r"none of the 2 images can be read; first: 0\.png: "):
+        list(read_pool(MemorySource(2, broken=[0, 1]), SMALL))
+
+
+def test_sample_is_opened_with_its_seed_and_anything_else_is_a_folder(tmp_path):
+    assert open_pool_source("sample", 21, 7).spec == "sample:21:7"
+    write_images(tmp_path / "sample:3", *(f"{i}.png" for i in range(5)))
+    assert len(open_pool_source(str(tmp_path / "sample:3"), 21, 3)) == 3
+    with pytest.raises(ImagesError, match="no such folder"):
+        open_pool_source(str(tmp_path / "nowhere"), 21, 3)
+
+
+# --- sets --------------------------------------------------------------------------------------
+
+
+def test_each_set_has_the_escalation_it_is_named_for():
+    escalated = pool_of(easy=60, hard=20)
+    sets = choose_sets(escalated, mixed=40, size=12, names=ALL)
+    assert {name: len(rows) for name, rows in sets.rows.items()} == {
+        "mixed": 40,
+        "easy": 12,
+        "hard": 12,
+    }
+    assert sets.escalation_rate == {"mixed": 0.25, "easy": 0.0, "hard": 1.0}
+    assert not escalated[sets.rows["easy"]].any() and escalated[sets.rows["hard"]].all()
+    for rows in sets.rows.values():
+        assert len(set(rows)) == len(rows)
+
+
+@pytest.mark.parametrize(("easy", "hard"), [(8, 8), (7, 9), (39, 1), (1, 39), (4, 0), (0, 5)])
+@pytest.mark.parametrize("mixed", [5, 6, 11, 1000])
+def test_the_mixed_set_has_the_pools_own_rate_to_the_image(easy, hard, mixed):
+    sets = choose_sets(pool_of(easy, hard), mixed, size=3, names=("mixed",))
+    size = min(mixed, easy + hard)
+    assert len(set(sets.rows["mixed"])) == len(sets.rows["mixed"]) == size
+    expected = size * hard / (easy + hard)
+    assert abs(sets.escalation_rate["mixed"] * size - expected) <= 0.5
+    assert set(sets.rows) == {"mixed"}
+
+
+def test_the_choice_is_random_and_the_seed_repeats_it():
+    escalated = pool_of(60, 20)
+    first = choose_sets(escalated, 40, 12, ALL).rows
+    assert first == choose_sets(escalated, 40, 12, ALL).rows
+    assert first != choose_sets(escalated, 40, 12, ALL, seed=1).rows
+    assert sorted(first["easy"]) != list(range(12))  # not the first ones of the folder
+
+
+@pytest.mark.parametrize(
+    ("easy", "hard", "said"),
+    [
+        (20, 3, "3 of 23 images escalate, the hard set needs 4"),
+        (3, 20, "3 of 23 images stay cheap, the easy set needs 4"),
+        (20, 0, "0 of 20 images escalate"),
+    ],
+)
+def test_too_few_images_for_a_set_are_refused_unless_it_is_left_out(easy, hard, said):
+    with pytest.raises(PerfError, match=f"{said}.*give more images, or .* --sets"):
+        choose_sets(pool_of(easy, hard), 40, 12, ALL)
+    kept = "easy" if hard < 4 else "hard"
+    assert set(choose_sets(pool_of(easy, hard), 40, 12, ("mixed", kept)).rows) == {"mixed", kept}
+
+
+def test_four_images_are_a_set_and_three_are_none():
+    assert len(choose_sets(pool_of(4, 4), 40, 12, ALL).rows["hard"]) == 4
+    with pytest.raises(PerfError, match="3 images are too few to measure, 4 are needed"):
+        choose_sets(pool_of(2, 1), 40, 12, ("mixed",))
+
+
+@pytest.mark.parametrize(("many", "few"), [(9, 3), (10, 3), (5, 1), (3, 3), (2, 7), (0, 4), (4, 0)])
+def test_both_kinds_are_spread_so_that_every_stretch_has_its_share(many, few):
+    mixed = spread_evenly(list(range(many)), list(range(100, 100 + few)))
+    assert sorted(mixed) == [*range(many), *range(100, 100 + few)]
+    rate = few / len(mixed)
+    for end in range(len(mixed) + 1):
+        assert abs(sum(row >= 100 for row in mixed[:end]) - rate * end) <= 0.5 + 1e-9

@@ -1,0 +1,111 @@
+"""What is measured: the systems, their titles, parameters and thresholds."""
+
+import json
+
+import numpy as np
+import pytest
+
+from perf.measure.systems import systems, threshold_for
+from routing import Overrides, RungSet, escalation_mask, parse_overrides
+from tests.unit.onnx_files import write_rung, write_rung_set
+
+SERVED = ["vit_low", "vit_high", "router", "preprocess", "adaptive_vit", "static_5", "static_6"]
+
+
+@pytest.fixture(scope="module")
+def rung_set(tmp_path_factory):
+    """Rungs of 4 and 8 px, alternatives of 5 and 6 px."""
+    return RungSet.load(with_alternatives(tmp_path_factory.mktemp("onnx")))
+
+
+def with_alternatives(folder):
+    write_rung_set(folder)
+    content = json.loads((folder / "rungs.json").read_text())
+    content["alternatives"] = {}
+    for px in (5, 6):
+        write_rung(folder / f"static_{px}.onnx", seed=px)
+        entry = {"px": px, "recipe": f"px={px}", "file": f"static_{px}.onnx", "sha256": "0" * 64}
+        content["alternatives"][f"static_{px}"] = entry
+    (folder / "rungs.json").write_text(json.dumps(content))
+    return folder
+
+
+def found(rung_set, served=SERVED, threshold=0.5):
+    return {s.name: s for s in systems(rung_set, served, threshold, 0.1 + 0.2)}
+
+
+def test_every_way_to_answer_is_measured_with_the_cheap_rung_first(rung_set):
+    assert {name: system.model for name, system in found(rung_set).items()} == {
+        "static-low": "vit_low",
+        "static-5": "static_5",
+        "static-6": "static_6",
+        "static-high": "vit_high",
+        "adaptive-0": "router",
+        "adaptive": "router",
+        "adaptive-30": "router",
+        "adaptive-100": "router",
+        "ensemble": "adaptive_vit",
+    }
+    assert next(iter(found(rung_set))) == "static-low"
+
+
+def test_what_a_server_does_not_serve_is_not_measured(rung_set):
+    names = found(rung_set, ["vit_low", "vit_high", "router", "static_6"])
+    assert "static-6" in names and "adaptive" in names
+    assert "static-5" not in names and "ensemble" not in names
+
+
+def test_titles_say_the_resolution_and_whether_a_threshold_was_certified(rung_set):
+    assert found(rung_set)["static-low"].title == "cheap rung always (4 px)"
+    assert found(rung_set)["static-high"].title == "full rung always (8 px)"
+    assert found(rung_set)["static-6"].title == "static 6 px"
+    for name in ("adaptive", "ensemble"):
+        assert "calibrated threshold" in found(rung_set)[name].title
+        assert "nothing certified" in found(rung_set, threshold=None)[name].title
+
+
+def test_only_the_rungs_are_static_and_only_the_ensemble_takes_bytes(rung_set):
+    every = found(rung_set)
+    static = {name for name, system in every.items() if system.is_static}
+    assert static == {"static-low", "static-5", "static-6", "static-high"}
+    assert [name for name, system in every.items() if system.takes_bytes] == ["ensemble"]
+
+
+def test_thresholds_are_sent_as_perf_analyzer_can_and_the_router_understands_them(rung_set):
+    scores = np.array([-3.0, 0.0, 0.2, 0.4, 1e6], np.float32)
+    escalated = {}
+    for name, system in found(rung_set).items():
+        assert all(isinstance(value, str | int) for value in system.parameters.values())
+        if not system.is_static:
+            overrides = parse_overrides(system.parameters)
+            escalated[name] = escalation_mask(scores, 0.0, overrides).sum()
+    assert escalated == {
+        "adaptive-0": 0,
+        "adaptive": 3,
+        "adaptive-30": 2,
+        "adaptive-100": 5,
+        "ensemble": 3,
+    }
+
+
+def test_a_threshold_as_text_keeps_every_digit(rung_set):
+    parameters = found(rung_set)["adaptive-30"].parameters
+    assert parse_overrides(parameters).threshold == 0.1 + 0.2  # not 0.3
+
+
+# --- the threshold for a share -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("count", [1, 7, 10, 40])
+def test_the_share_of_the_scores_lies_above_the_threshold(share, count):
+    scores = np.random.default_rng(count).normal(size=count).astype(np.float32)
+    mask = escalation_mask(scores, threshold_for(scores, share), Overrides())
+    assert mask.sum() == round(share * count)
+
+
+def test_the_threshold_lies_midway_so_that_rounding_moves_no_image():
+    scores = np.array([0.0, 4.0, 1.0, 3.0], np.float32)
+    assert threshold_for(scores, 0.5) == 2.0
+    assert threshold_for(scores, 0.25) == 3.5
+    assert threshold_for(scores, 0.0) == 4.0
