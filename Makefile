@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo original test test-slow lint format clean
+.PHONY: help install demo perf original test test-slow lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -23,6 +23,12 @@ $(INSTALLED): requirements.txt requirements-wheels.txt requirements-dev.txt
 
 demo: $(INSTALLED)  ## export, calibrate, serve, query and measure on shipped photographs
 	$(PY) -m demo
+
+DEMO := build/demo
+perf: $(INSTALLED)  ## what the cascade costs beside its alternatives, in three minutes
+	$(PY) -m demo --prepare
+	$(PY) -m perf run --images sample --onnx $(DEMO)/onnx \
+	  --calibration $(DEMO)/calibration.json --repository $(DEMO)/model_repository
 
 ORIGINAL := build/original
 original: $(INSTALLED)  ## the tables of the research script this began with, measured here

@@ -149,6 +149,20 @@ def compare(
         Console().print(part)
 
 
+@app.command("original")
+def original_command(
+    build: Annotated[
+        Path, typer.Option(help="Folder with onnx/, calibration.json and model_repository/.")
+    ] = Path("build/original"),
+    images: Annotated[int, typer.Option(min=1, help="Number of sample crops.")] = 2000,
+    out: Annotated[Path | None, typer.Option(help="File to write.")] = None,
+) -> None:
+    """Repeat the tables of the research script this project began with: `make original`."""
+    from .original import run_original
+
+    run_original(build, out or build / "original.json", images)
+
+
 @app.command()
 def table(
     results: Annotated[Path, typer.Option(help="Folder of committed summaries.")] = Path(

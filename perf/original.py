@@ -22,14 +22,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from imaging import Preprocessing
 from routing import RUNGS, Calibration, RungSet
-from server import TritonServer
 
 from .environment import environment
 from .errors import PerfError
 from .measure.asking import Asker
 from .measure.deployment import assembled
-from .measure.memory import MemoryUse, measure_memory, serving
+from .measure.memory import MemoryUse, serving
 from .measure.paired import Paired, measure_paired
+from .measure.peaks import MODELS, PeakLoad, peak_memory
 from .measure.sets import Pool, open_pool_source, read_pool
 from .measure.systems import ADAPTIVE, HIGH, LOW, System
 from .measure.target import Target
@@ -45,8 +45,6 @@ SYSTEMS = (
     System(HIGH, "full rung always", "vit_high"),
     System(ADAPTIVE, "adaptive, calibrated threshold", "router"),
 )
-# What each of them needs served, router or not.
-MODELS = {LOW: ("vit_low",), HIGH: ("vit_high",), ADAPTIVE: (*RUNGS, "router")}
 
 Progressed = Callable[[str, int], None]
 """Called with a stage's title and the number of its steps each time one of them is done."""
@@ -78,7 +76,7 @@ def measure_original(build: Path, images: int, on_progress: Progressed) -> dict[
     pool = _read(rung_set, images, on_progress)
     has_head = rung_set.classes is not None
     paired, version = _latencies(repository, pool, has_head, on_progress)
-    memory = _memory(repository, rung_set, pool, has_head, on_progress)
+    memory = _memory(repository, rung_set, pool, on_progress)
     return {
         "kind": "original",
         "environment": environment(version, None),
@@ -162,27 +160,14 @@ def _latencies(
 
 
 def _memory(
-    repository: Path, rung_set: RungSet, pool: Pool, has_head: bool, on_progress: Progressed
+    repository: Path, rung_set: RungSet, pool: Pool, on_progress: Progressed
 ) -> dict[str, MemoryUse]:
-    def exercise(system: System) -> Callable[[TritonServer], None]:
-        def ask_all(server: TritonServer) -> None:
-            with Target(server.grpc_url, server.http_url, server) as target:
-                asker = Asker(target, pool, has_head)
-                for row in range(len(pool)):
-                    asker.ask(system, row)
-                    on_progress(f"memory of {system.name}", len(pool))
-
-        return ask_all
-
-    return {
-        system.name: measure_memory(
-            repository,
-            MODELS[system.name],
-            exercise(system),
-            [rung_set.files[name] for name in MODELS[system.name] if name in rung_set.files],
-        )
-        for system in SYSTEMS
-    }
+    load = PeakLoad(pool, range(len(pool)), concurrency=1)
+    found = {}
+    for system in SYSTEMS:
+        found[system.name] = peak_memory(system, repository, rung_set, load)
+        on_progress("peak memory", len(SYSTEMS))
+    return found
 
 
 def run_original(build: Path, out: Path, images: int = IMAGES) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class Record:
     """Use as a context manager around all that is measured.
 
     On the way out the summary says whether the run came to its end, and the report is written of
-    what there is.
+    what there is. A run that ends before it has any figures leaves those of an earlier one alone.
 
     Attributes:
         summary: the content of summary.json so far.
@@ -110,12 +110,14 @@ class Record:
         self._keep()
 
     def _keep(self) -> None:
+        if not self.has_figures:
+            return  # what an earlier run measured is worth more
+        # A report of that run beside a summary of this one would contradict it.
+        self.report_path.unlink(missing_ok=True)
         self.summary["seconds"] = round(time.monotonic() - self._started, 1)
         summary.write(self.summary, self.summary_path)
 
     def __enter__(self) -> Record:
-        # A report of an earlier run beside a summary of this one would contradict it.
-        self.report_path.unlink(missing_ok=True)
         self._progress.start()
         return self
 
@@ -129,6 +131,7 @@ class Record:
         self.summary["complete"] = error is None
         if error is not None:
             reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+            reason = " ".join(reason.split())
             self.summary["notes"].append(f"stopped before its end: {reason}")
         self._keep()
         if self.has_figures:

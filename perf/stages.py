@@ -311,4 +311,4 @@ def measure_peaks(record: Record, bench: Bench, repository: Path) -> None:
                 use = peak_memory(system, repository, bench.rung_set, load)
                 peaks[system.name].append(use)
                 bar.advance()
-        record.summary |= summary.memory_figures(peaks)
+            record.summary |= summary.memory_figures(peaks)

@@ -76,8 +76,9 @@ def _on_cannot_measure(environment: Environment, msg: Any, **_: Any) -> None:
     environment.process_exit_code = EXIT_CANNOT
     logger.error("%s", msg.data["reason"])
     headless = environment.parsed_options.headless
-    # In a greenlet of its own: ending the test ends the greenlet that calls this.
-    gevent.spawn(environment.runner.quit if headless else environment.runner.stop)
+    # Not from here, which is a greenlet of the test; and not before its users have ended, where
+    # Locust would stumble over them.
+    gevent.spawn_later(0.1, environment.runner.quit if headless else environment.runner.stop)
 
 
 def finish(environment: Environment, **_: Any) -> None:

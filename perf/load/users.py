@@ -54,18 +54,27 @@ class VitUser(User):
             if gave_up(self.environment):
                 raise GreenletExit
             try:
-                self.settings = Settings.of(self.environment.parsed_options)
-                self.images = image_round(self.settings.images, self.settings.image_limit)
-                self.client = CLIENTS[self.protocol](self.host)
-                self._prove()
+                self._open()
+                return
             except (ClientError, ImagesError, PerfError) as error:
-                cannot_measure(self.environment, str(error))
-                raise GreenletExit from None
+                reason = str(error)
+            # Outside the handler: an exception would keep the client alive, see `on_stop`.
+            cannot_measure(self.environment, reason)
+            raise GreenletExit
 
     def on_stop(self) -> None:
-        """Close the connection: gRPC under gevent cannot do so while Python shuts down, it hangs."""
-        if self.client is not None:
-            self.client.close()
+        """Let go of the client, which closes it.
+
+        gRPC counts its open channels under gevent. One that closes while Python shuts down hangs
+        it, and one that is closed and then let go of counts twice, which stops the others.
+        """
+        self.client = None
+
+    def _open(self) -> None:
+        self.settings = Settings.of(self.environment.parsed_options)
+        self.images = image_round(self.settings.images, self.settings.image_limit)
+        self.client = CLIENTS[self.protocol](self.host)
+        self._prove()
 
     def _prove(self) -> None:
         if (self.protocol, self.host) in _proven:
@@ -92,7 +101,8 @@ class VitUser(User):
             (answer,) = self.client.infer([next(self.images)])
             name, error = "high" if answer.escalated else "low", None
         except ClientError as failure:
-            error = failure
+            # A new one: Locust keeps it, and this one's traceback would keep the client alive.
+            error = type(failure)(str(failure))
         finally:  # where the user is killed meanwhile, too: slow answers must not go missing
             self._record(name, 1e3 * (time.perf_counter() - planned), error)
 

@@ -6,7 +6,7 @@ import math
 
 from locust import LoadTestShape
 
-STEPS = 5
+STEPS = 4
 DEFAULT_SECONDS = 60
 
 

@@ -1,70 +1,29 @@
-"""One pass of perf_analyzer: command line, warm-up, input files, failures, installation.
-
-A stand-in program plays perf_analyzer: it writes the recorded report and an export of as many
-requests as it was asked for, and logs its arguments.
-"""
+"""One pass of perf_analyzer: command line, warm-up, open loop, input files, failures."""
 
 import base64
 import json
-import shutil
-import stat
 import struct
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import perf.__main__ as command_line
 from perf.analyzer import (
-    Analyzer,
     InputData,
     Load,
     PerfAnalyzerError,
     UnstableError,
-    find_analyzer,
-    installation,
     run,
     write_bytes,
     write_tensors,
 )
+from perf.analyzer.parse import delayed_share
+from tests.unit.perf_stand_in import DATA, StandIn
 
-DATA = Path(__file__).parent / "data" / "perf_analyzer_2.50"
-
-STAND_IN = """#!{python}
-import json, pathlib, shutil, sys
-arguments = sys.argv[1:]
-if arguments == ["--version"]:
-    sys.exit()
-with open({log!r}, "a") as log:
-    log.write(json.dumps(arguments) + "\\n")
-value = lambda option: arguments[arguments.index(option) + 1]
-shutil.copy({report!r}, value("-f"))
-if "--profile-export-file" in arguments:
-    one = '{{"timestamp":%d,"response_timestamps":[%d],"x":[{{"escalated":%s}}]}}'
-    requests = ""
-    for i in range(int(value("--request-count")) - {lost}):
-        start, took = i * 10**6, (9 if i < {slow} else 1) * 10**5
-        requests += one % (start, start + took, "true" if i % 2 else "false")
-    export = '{{"experiments":[{{"requests":[' + requests + "]}}]}}"
-    pathlib.Path(value("--profile-export-file")).write_text(export[:{size}])
-"""
-
-
-class StandIn:
-    def __init__(self, folder, slow=0, lost=0, size=None, script=None):
-        self.log = folder / "log"
-        path = folder / "perf_analyzer"
-        report = str(DATA / "report.csv")
-        text = script or STAND_IN.format(
-            python=sys.executable, log=str(self.log), report=report, slow=slow, lost=lost, size=size
-        )
-        path.write_text(text)
-        path.chmod(path.stat().st_mode | stat.S_IXUSR)
-        self.analyzer = Analyzer(path)
-
-    def calls(self):
-        return [json.loads(line) for line in self.log.read_text().splitlines()]
+DELAYED = (
+    "[WARNING] Perf Analyzer was not able to keep up with the desired request rate. "
+    "{}% of the requests were delayed. "
+)
 
 
 def option(arguments, name):
@@ -137,11 +96,67 @@ def test_the_report_is_kept_where_asked(tmp_path):
         ({"protocol": "smtp"}, "smtp"),
         ({"shared_memory": "cuda"}, "cuda"),
         ({"rounds": 0}, "rounds"),
+        ({"rate_per_s": 2.0, "records": False}, "raw records only"),
+        ({"rate_per_s": 2.0, "count_windows": 50}, "raw records only"),
+        ({"rate_per_s": 20.5}, "as many requests as arrive a second"),
+        ({"rate_per_s": 0.0}, "as many requests"),
+        ({"rate_per_s": -2.0}, "as many requests"),
     ],
 )
 def test_what_perf_analyzer_would_not_do_is_refused(changes, said):
     with pytest.raises(ValueError, match=said):
         load(**changes)
+
+
+# --- open loop ---------------------------------------------------------------------------------
+
+
+def test_requests_arrive_at_a_rate_however_many_are_in_flight(tmp_path):
+    program = StandIn(tmp_path)
+    result = run(load(rate_per_s=12.5, warmup_requests=0), program.analyzer)
+    (arguments,) = program.calls()
+    assert option(arguments, "--request-rate-range") == "12.5000"
+    assert option(arguments, "--request-distribution") == "poisson"
+    assert "--async" in arguments and "--concurrency-range" not in arguments
+    assert option(arguments, "--request-count") == "20"
+    assert (result.figures.requests, len(result.records)) == (20, 20)
+
+
+def test_a_closed_loop_has_no_rate(tmp_path):
+    program = StandIn(tmp_path)
+    run(load(concurrency=3, warmup_requests=0), program.analyzer)
+    (arguments,) = program.calls()
+    assert option(arguments, "--concurrency-range") == "3"
+    assert "--request-rate-range" not in arguments and "--async" not in arguments
+
+
+def test_an_open_loop_is_warmed_up_by_a_closed_one_before_it(tmp_path):
+    program = StandIn(tmp_path, slow=1)
+    result = run(load(rate_per_s=12.5, warmup_requests=4), program.analyzer)
+    before, measured = program.calls()
+    assert option(before, "--request-count") == "4"  # fewer than arrive a second
+    assert option(before, "--concurrency-range") == "1"
+    assert "--request-rate-range" not in before
+    assert option(measured, "--request-count") == "20"
+    assert result.records.latency_ms[0] == pytest.approx(0.9)  # nothing is cut off its head
+
+
+def test_a_rate_may_be_as_many_as_are_sent(tmp_path):
+    assert load(rate_per_s=20.0).rate_per_s == 20.0  # four rounds of five
+
+
+def test_requests_that_were_sent_late_are_told(tmp_path):
+    program = StandIn(tmp_path, says=DELAYED.format(12.5))
+    assert run(load(rate_per_s=12.5), program.analyzer).delayed == 0.125
+    in_time = StandIn(tmp_path)
+    assert run(load(rate_per_s=12.5), in_time.analyzer).delayed == 0.0
+
+
+@pytest.mark.parametrize(("said", "share"), [("0.5", 0.005), ("7", 0.07), ("100", 1.0)])
+def test_the_share_of_late_requests_is_read_from_the_warning(said, share):
+    output = f"Request Rate: 12.5\n{DELAYED.format(said)}\n  p95 latency: 90% of\n"
+    assert delayed_share(output) == pytest.approx(share)
+    assert delayed_share("95% of the requests were answered") == 0.0
 
 
 # --- failures ----------------------------------------------------------------------------------
@@ -212,125 +227,3 @@ def test_input_files_need_float32_images(tmp_path):
         write_tensors(tmp_path / "t.json", [])
     with pytest.raises(ValueError, match="float32"):
         write_tensors(tmp_path / "t.json", [np.zeros((3, 2, 2))])
-
-
-# --- finding and installing --------------------------------------------------------------------
-
-
-TRUE, FALSE = shutil.which("true"), shutil.which("false")
-
-
-class FakePip:
-    """Installs a program that starts, as the wheel of one system or the other lays it out."""
-
-    def __init__(self, program=TRUE, place="bin/perf_analyzer", launcher=False):
-        self.program, self.place, self.launcher = program, place, launcher
-        self.requirements = []
-
-    def __call__(self, requirement, target):
-        self.requirements.append(requirement)
-        path = target / self.place
-        path.parent.mkdir(parents=True)
-        shutil.copy(self.program, path)
-        if self.launcher:
-            (target / "bin").mkdir()
-            (target / "bin" / "perf_analyzer").write_text("#!/usr/bin/env python\n")
-
-
-@pytest.fixture
-def machine(tmp_path, monkeypatch):
-    """Nothing installed; a wheel that carries the two libraries; glibc as the test says."""
-    carried = tmp_path / "nvidia_pytriton.libs"
-    carried.mkdir()
-    for name in ("libb64-98cb.so.0d", "libcudart-0952.so.12.6.77"):
-        (carried / name).write_text(name)
-    monkeypatch.setattr(installation, "_carried_libraries", lambda: carried)
-    monkeypatch.setenv("PATH", "")
-
-    def prepare(pip, glibc):
-        monkeypatch.setattr(installation, "_pip_install", pip)
-        monkeypatch.setattr(installation, "glibc_version", lambda: glibc)
-        return tmp_path / "venv" / "perf_analyzer"
-
-    return prepare
-
-
-def test_an_older_system_gets_the_old_program_and_its_libraries(machine):
-    pip = FakePip()
-    folder = machine(pip, (2, 36))
-    analyzer = installation.install(folder)
-    assert pip.requirements == [installation.OLD_REQUIREMENT]
-    assert analyzer == Analyzer(folder / "bin" / "perf_analyzer", folder / "lib")
-    linked = {path.name: path.read_text() for path in (folder / "lib").iterdir()}
-    assert linked == {
-        "libb64.so.0d": "libb64-98cb.so.0d",
-        "libcudart.so.12": "libcudart-0952.so.12.6.77",
-    }
-    assert analyzer.environment()["LD_LIBRARY_PATH"].split(":")[0] == str(folder / "lib")
-
-
-def test_a_newer_system_gets_the_new_program_not_its_launcher(machine):
-    pip = FakePip(place="perf_analyzer/bin/perf_analyzer", launcher=True)
-    folder = machine(pip, (2, 39))
-    assert installation.install(folder) == Analyzer(folder / "perf_analyzer/bin/perf_analyzer")
-    assert pip.requirements == [installation.NEW_REQUIREMENT]
-
-
-def test_installing_again_does_nothing(machine):
-    pip = FakePip()
-    folder = machine(pip, (2, 36))
-    assert installation.install(folder) == installation.install(folder) == find_analyzer(folder)
-    assert len(pip.requirements) == 1
-
-
-def test_a_broken_installation_is_replaced(machine):
-    folder = machine(FakePip(program=FALSE), (2, 36))
-    with pytest.raises(PerfAnalyzerError, match="does not start"):
-        installation.install(folder)
-    folder = machine(FakePip(), (2, 36))
-    installation.install(folder)
-
-
-def test_a_wheel_without_the_program_is_told(machine):
-    folder = machine(FakePip(place="bin/other"), (2, 39))  # PyPI's empty placeholder
-    with pytest.raises(PerfAnalyzerError, match="no perf_analyzer for this system"):
-        installation.install(folder)
-
-
-def test_a_missing_library_is_told_and_leaves_no_installation(machine):
-    folder = machine(FakePip(), (2, 36))
-    (installation._carried_libraries() / "libb64-98cb.so.0d").unlink()
-    with pytest.raises(PerfAnalyzerError, match="libb64"):
-        installation.install(folder)
-    with pytest.raises(PerfAnalyzerError, match="run python -m perf install"):
-        find_analyzer(folder)
-
-
-def test_one_on_path_is_preferred(tmp_path, monkeypatch):
-    program = StandIn(tmp_path)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert find_analyzer(tmp_path / "elsewhere") == program.analyzer
-    assert installation.install(tmp_path / "elsewhere") == program.analyzer
-
-
-def test_a_broken_one_on_path_is_passed_over_by_all(machine, tmp_path, monkeypatch):
-    folder = machine(FakePip(), (2, 36))
-    shutil.copy(FALSE, tmp_path / "perf_analyzer")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(PerfAnalyzerError, match="perf_analyzer does not start .*; run python -m"):
-        find_analyzer(folder)
-    installed = installation.install(folder)
-    assert installed.path.is_relative_to(folder)
-    assert find_analyzer(folder) == installed
-
-
-# --- command line ------------------------------------------------------------------------------
-
-
-def test_without_a_verb_the_help_is_shown(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["perf"])
-    with pytest.raises(SystemExit) as left:
-        command_line.main()
-    printed = capsys.readouterr()
-    assert (left.value.code, printed.err) == (2, "")
-    assert "Usage:" in printed.out and "install" in printed.out

@@ -140,7 +140,7 @@ def test_a_pass_sends_its_set_in_the_form_the_system_takes(fake):
         Level(ENSEMBLE, "easy", 1, protocol="http"),
         Level(LOW, concurrency=1, shared_memory="system"),
     ]
-    measure(levels, **{"adaptive-0": 1.0})
+    measure(levels, server=FakeServer(local=False), **{"adaptive-0": 1.0})
     sent = [load for load, _ in fake.passes]
     assert [str(load.inputs.path) for load in sent] == [
         "hard.json",

@@ -30,8 +30,8 @@ class FakeAsker:
 
 def paired(**by_system):
     """Shares of answers, one list of shares per system; `_` stands for `-`."""
-    names = [name.replace("_", "-") for name in by_system]
-    return Paired([dict(zip(names, share, strict=True)) for share in zip(*by_system.values())])
+    names, shares = [name.replace("_", "-") for name in by_system], by_system.values()
+    return Paired([dict(zip(names, share, strict=True)) for share in zip(*shares, strict=True)])
 
 
 def answers(*latencies, escalated=()):
@@ -100,7 +100,7 @@ def test_neighbours_come_into_the_same_share_and_repeats_are_shares_of_their_own
 
 # --- costs -------------------------------------------------------------------------------------
 
-# Two shares: low 20 and 10, high 100 and 40, adaptive 40 and 25 ms at rates 1/2 and 0 on average.
+# Two shares: low 20 and 10, high 100 and 40, adaptive 40 and 25 ms; 1/2 and none escalated.
 CASE = paired(
     static_low=[answers(10, 30), answers(10, 10)],
     static_high=[answers(100, 100), answers(30, 50)],
@@ -120,7 +120,7 @@ def test_the_router_overhead_is_the_median_of_ratios_side_by_side():
         static_low=[answers(10, 100, 20), answers(10, 10, 10)],
         adaptive_0=[answers(11, 500, 21), answers(12, 13, 14)],
     )
-    # A slow image would make the ratio of means 532 / 130 = 4.1.
+    # One slow image makes the first share's ratio of means 532 / 130 = 4.1.
     assert case.router_overhead().values == (1.1, 1.3)
 
 

@@ -1,13 +1,11 @@
 """What is measured: the systems, their titles, parameters and thresholds."""
 
-import json
-
 import numpy as np
 import pytest
 
 from perf.measure.systems import systems, threshold_for
-from routing import Overrides, RungSet, escalation_mask, parse_overrides
-from tests.unit.onnx_files import write_rung, write_rung_set
+from routing import Overrides, escalation_mask, parse_overrides
+from tests.unit.perf_workplace import write_rungs
 
 SERVED = ["vit_low", "vit_high", "router", "preprocess", "adaptive_vit", "static_5", "static_6"]
 
@@ -15,19 +13,7 @@ SERVED = ["vit_low", "vit_high", "router", "preprocess", "adaptive_vit", "static
 @pytest.fixture(scope="module")
 def rung_set(tmp_path_factory):
     """Rungs of 4 and 8 px, alternatives of 5 and 6 px."""
-    return RungSet.load(with_alternatives(tmp_path_factory.mktemp("onnx")))
-
-
-def with_alternatives(folder):
-    write_rung_set(folder)
-    content = json.loads((folder / "rungs.json").read_text())
-    content["alternatives"] = {}
-    for px in (5, 6):
-        write_rung(folder / f"static_{px}.onnx", seed=px)
-        entry = {"px": px, "recipe": f"px={px}", "file": f"static_{px}.onnx", "sha256": "0" * 64}
-        content["alternatives"][f"static_{px}"] = entry
-    (folder / "rungs.json").write_text(json.dumps(content))
-    return folder
+    return write_rungs(tmp_path_factory.mktemp("onnx"), alternatives=(5, 6))
 
 
 def found(rung_set, served=SERVED, threshold=0.5):

@@ -2,7 +2,8 @@
 
 Input `image` FP32 [B, 3, H, W]. Outputs `embedding` FP32 [B, D], `logits` FP32 [B, C] (models with
 a head), `escalated` BOOL [B, 1], `score` FP32 [B, 1], `degraded` BOOL [B, 1].
-Request parameters: `policy` (auto, low, high) and `threshold` (float, oracle units).
+Request parameters: `policy` (auto, low, high) and `threshold` (a float in oracle units, or its
+text).
 """
 
 import json

@@ -1,0 +1,59 @@
+"""What `python -m perf run` needs before it starts, made without torch and without a server."""
+
+import json
+from dataclasses import replace
+
+from routing import RungSet, manifest
+from tests.unit.fakes import make_calibration
+from tests.unit.image_files import write_images
+from tests.unit.onnx_files import CLASSES, LAYERS, D, write_rung, write_rung_set
+
+
+def write_rungs(folder, alternatives=(), seeds=(1, 2)):
+    """Rungs of 4 and 8 px, and static ones of the resolutions given."""
+    write_rung_set(folder, seeds=seeds)
+    content = json.loads((folder / "rungs.json").read_text())
+    content["alternatives"] = {}
+    for px in alternatives:
+        file = folder / f"static_{px}.onnx"
+        write_rung(file, seed=px)
+        entry = {"px": px, "recipe": f"px={px}", "file": file.name}
+        entry["sha256"] = manifest.sha256_file(file)
+        content["alternatives"][f"static_{px}"] = entry
+    (folder / "rungs.json").write_text(json.dumps(content))
+    return RungSet.load(folder)
+
+
+def calibration_of(rung_set, **changes):
+    """An artifact of these rungs."""
+    fields = {
+        "backbone": rung_set.backbone,
+        "rungs": rung_set.rungs,
+        "image_shape": rung_set.image_shape,
+        "preprocessing_sha256": rung_set.preprocessing_sha256(),
+        "embedding_dim": D,
+        "layers": LAYERS,
+        "classes": CLASSES,
+        "chosen_by": {"fidelity": "top1", "tolerance": None},
+    }
+    return replace(make_calibration(), **{**fields, **changes})
+
+
+def write_repository(folder, rung_set):
+    """Laid out as `export repository` does, as far as measuring looks at it."""
+    for name, file in rung_set.files.items():
+        version = folder / name / "1"
+        version.mkdir(parents=True)
+        (version / "model.onnx").write_bytes(file.read_bytes())
+        (folder / name / "config.pbtxt").write_text(f'backend: "onnxruntime" # of {name}\n')
+    manifest.write(folder)
+    return folder
+
+
+def write_workplace(folder, image_count=8):
+    """`build/` and `images/` where the defaults of the command line look for them."""
+    rung_set = write_rungs(folder / "build/onnx")
+    calibration_of(rung_set).save(folder / "build/calibration/calibration.json")
+    write_repository(folder / "build/model_repository", rung_set)
+    write_images(folder / "images", *(f"{i}.png" for i in range(image_count)))
+    return folder

@@ -1,0 +1,115 @@
+"""The repository under test: the assembled one with the static alternatives beside it."""
+
+import os
+
+import pytest
+
+from perf.errors import PerfError
+from perf.measure import deployment
+from perf.measure.deployment import assembled, with_alternatives
+from routing import manifest
+from tests.unit.perf_workplace import write_repository, write_rungs
+
+
+@pytest.fixture
+def rung_set(tmp_path):
+    return write_rungs(tmp_path / "onnx", alternatives=(5, 6))
+
+
+@pytest.fixture
+def repository(tmp_path, rung_set):
+    return write_repository(tmp_path / "build" / "model_repository", rung_set)
+
+
+def contents(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_alternatives_are_served_as_the_full_rung_is(tmp_path, rung_set, repository):
+    folder = with_alternatives(repository, rung_set, tmp_path / "perf" / "model_repository")
+    laid_out = contents(folder)
+    for px in (5, 6):
+        assert laid_out[f"static_{px}/config.pbtxt"] == laid_out["vit_high/config.pbtxt"]
+        weights = rung_set.alternative_files[f"static_{px}"].read_bytes()
+        assert laid_out[f"static_{px}/1/model.onnx"] == weights
+    assert b"vit_high" in laid_out["vit_high/config.pbtxt"]
+    models = {"vit_low", "vit_high", "static_5", "static_6"}
+    assert {path.name for path in folder.iterdir()} == {*models, "MANIFEST.json"}
+
+
+def test_the_assembled_repository_is_copied_whole_and_stays_as_it_was(
+    tmp_path, rung_set, repository
+):
+    before = contents(repository)
+    folder = with_alternatives(repository, rung_set, tmp_path / "out")
+    assert contents(repository) == before
+    assert {name: contents(folder)[name] for name in before} == before
+    manifest.verify(folder)  # the router checks it when it starts
+
+
+def test_weights_are_second_names_of_the_same_files(tmp_path, rung_set, repository):
+    folder = with_alternatives(repository, rung_set, tmp_path / "out")
+    assert os.path.samefile(folder / "vit_high/1/model.onnx", repository / "vit_high/1/model.onnx")
+    assert os.path.samefile(
+        folder / "static_5/1/model.onnx", rung_set.alternative_files["static_5"]
+    )
+    # A text that somebody may want to try something in is not.
+    assert not os.path.samefile(
+        folder / "static_5/config.pbtxt", repository / "vit_high/config.pbtxt"
+    )
+
+
+def test_where_no_second_name_can_be_given_weights_are_copied(
+    tmp_path, rung_set, repository, monkeypatch
+):
+    def refuse(source, target):
+        raise OSError("another device")
+
+    monkeypatch.setattr(deployment.os, "link", refuse)
+    folder = with_alternatives(repository, rung_set, tmp_path / "out")
+    source = repository / "vit_low/1/model.onnx"
+    assert (folder / "vit_low/1/model.onnx").read_bytes() == source.read_bytes()
+    assert not os.path.samefile(folder / "vit_low/1/model.onnx", source)
+
+
+def test_a_link_in_the_repository_is_followed(tmp_path, rung_set, repository):
+    weights = repository / "vit_high/1/model.onnx"
+    content = weights.read_bytes()
+    weights.rename(repository / "weights.onnx")
+    weights.symlink_to("../../weights.onnx")
+    folder = with_alternatives(repository, rung_set, tmp_path / "deep" / "er" / "out")
+    assert not (folder / "vit_high/1/model.onnx").is_symlink()
+    assert (folder / "vit_high/1/model.onnx").read_bytes() == content
+
+
+def test_what_lay_there_before_is_gone(tmp_path, rung_set, repository):
+    old = with_alternatives(repository, rung_set, tmp_path / "out") / "static_5"
+    (old / "left_over").write_text("of an earlier run")
+    with_alternatives(repository, write_rungs(tmp_path / "again", [6]), tmp_path / "out")
+    assert not old.exists()
+
+
+def test_without_alternatives_it_is_the_assembled_repository(tmp_path, repository):
+    folder = with_alternatives(repository, write_rungs(tmp_path / "again"), tmp_path / "out")
+    assert contents(folder) == contents(repository)
+
+
+@pytest.mark.parametrize("place", [".", "..", "vit_high"])
+def test_the_assembled_repository_is_never_overwritten(rung_set, repository, place):
+    before = contents(repository)
+    with pytest.raises(PerfError, match="give another --out"):
+        with_alternatives(repository, rung_set, repository / place)
+    assert contents(repository) == before
+
+
+def test_a_folder_that_nobody_assembled_is_refused(tmp_path, rung_set):
+    with pytest.raises(PerfError, match="run python -m export repository"):
+        assembled(tmp_path)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(PerfError, match="no assembled model repository"):
+        with_alternatives(tmp_path / "nowhere", rung_set, tmp_path / "out")
+    assert (tmp_path / "out").is_dir()

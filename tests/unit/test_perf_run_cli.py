@@ -1,0 +1,215 @@
+"""`python -m perf run`: what is missing or wrong is one line and exit code 2, before the work."""
+
+import json
+import socket
+import sys
+
+import numpy as np
+import pytest
+
+import perf.__main__ as command_line
+from perf import run as perf_run
+from perf import stages
+from perf.analyzer import installation
+from routing import RungRecord, RungSet
+from tests.unit.perf_workplace import calibration_of, write_workplace
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """The current folder, with everything in its place and a perf_analyzer that starts on PATH."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "perf_analyzer").write_text("#!/bin/sh\n")
+    (programs / "perf_analyzer").chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs))
+    monkeypatch.setattr(installation, "default_folder", lambda: tmp_path / "nothing installed")
+    monkeypatch.setattr(perf_run, "TritonServer", no_server)
+    folder = write_workplace(tmp_path / "user")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def perf(workplace, monkeypatch, capsys):
+    """Runs `python -m perf run`; gives the exit code and the lines on stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["perf", "run", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            command_line.main()
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        return left.value.code, captured.err.splitlines()
+
+    return run
+
+
+def refused(answer):
+    """The one line, without its `error:`."""
+    code, (line,) = answer
+    assert code == 2 and line.startswith("error: ")
+    return line.removeprefix("error: ")
+
+
+def free_url():
+    """An address where nobody listens."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{found.getsockname()[1]}"
+
+
+class FakeTarget:
+    """A server that passes every check."""
+
+    version, models = "2.51.0", {"vit_low", "vit_high", "router"}
+
+    def __init__(self, grpc_url, http_url, server):
+        self.url = grpc_url
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def check(self, rung_set, calibration, image):
+        assert image.shape == rung_set.image_shape
+
+
+def no_server(*arguments, **options):
+    """Stands in for `TritonServer`: whatever is wrong is told before one is started."""
+    raise AssertionError("a server was started")
+
+
+def score_all(score):
+    """Stands in for `stages.score_pool`: every image has this score."""
+    return lambda target, pool, advance: np.full(len(pool), score, np.float32)
+
+
+# --- before anything is written ----------------------------------------------------------------
+
+
+def test_a_missing_perf_analyzer_is_told_how_to_get(perf, workplace, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert refused(perf()) == "perf_analyzer is not installed; run python -m perf install"
+    assert not (workplace / "build/perf").exists()
+
+
+def test_a_perf_analyzer_that_does_not_start_says_why_itself(perf, workplace):
+    program = workplace.parent / "bin" / "perf_analyzer"
+    program.write_text("#!/bin/sh\necho libb64.so.0d: cannot open >&2\nexit 127\n")
+    assert "does not start (libb64.so.0d: cannot open)" in refused(perf())
+
+
+def test_missing_rungs_are_told(perf):
+    said = refused(perf("--onnx", "elsewhere"))
+    assert said == "no rungs.json in elsewhere; run python -m export rungs first"
+
+
+def test_a_missing_artifact_is_told(perf):
+    said = refused(perf("--calibration", "nowhere.json"))
+    assert said.startswith("nowhere.json: ") and "python -m calibration fit" in said
+
+
+def test_an_artifact_of_other_rungs_is_told(perf, workplace):
+    rung_set = RungSet.load(workplace / "build/onnx")
+    others = {name: RungRecord(4, "px=4", "0" * 64) for name in rung_set.rungs}
+    calibration_of(rung_set, rungs=others).save(workplace / "other.json")
+    assert "is not the file that was calibrated" in refused(perf("--calibration", "other.json"))
+
+
+def test_a_missing_repository_is_told_unless_a_server_runs_elsewhere(perf, workplace):
+    assert "run python -m export repository" in refused(perf("--repository", workplace / "images"))
+    (workplace / "none").mkdir()
+    said = refused(perf("--repository", "nowhere", "--images", "none", "--url", free_url()))
+    assert "below none" in said  # the next thing that is wrong
+
+
+def test_an_empty_folder_of_images_and_none_at_all_are_told(perf, workplace):
+    (workplace / "empty").mkdir()
+    assert "file below empty" in refused(perf("--images", "empty"))
+    assert refused(perf("--images", "nowhere")) == "no such folder: nowhere"
+    assert not (workplace / "build/perf").exists()
+
+
+@pytest.mark.parametrize("sets", ["easy,mixed,odd", "easy,hard", "", "mixed,,hard"])
+def test_sets_that_are_none_are_told(perf, sets):
+    assert refused(perf("--sets", sets)).startswith(f"--sets {sets!r}: give mixed")
+
+
+def test_options_that_make_no_sense_are_told(perf):
+    assert refused(perf("--http-url", "127.0.0.1:8000")) == "--http-url belongs to --url"
+    assert "'quick', 'full'" in refused(perf("--suite", "long"))
+    assert "--seed" in refused(perf("--seed", "-1"))
+
+
+def test_a_folder_that_the_repository_lies_in_is_not_written_to(perf, workplace):
+    before = sorted((workplace / "build/model_repository").rglob("*"))
+    code, lines = perf("--images", "images", "--out", "build")
+    assert code == 2 and "would overwrite the model repository" in lines[-1]
+    assert sorted((workplace / "build/model_repository").rglob("*")) == before
+
+
+# --- after that, with a summary of what there is -----------------------------------------------
+
+
+def told(answer, workplace):
+    """The last line, after the bars of the stages that were done; the note in the summary."""
+    code, lines = answer
+    assert code == 2 and lines[-1].startswith("error: ")
+    assert sum("error" in line for line in lines) == 1
+    found = json.loads((workplace / "build/perf/summary.json").read_text())
+    message = lines[-1].removeprefix("error: ")
+    assert found["complete"] is False
+    assert found["notes"][-1] == f"stopped before its end: {message}"
+    return message
+
+
+def test_a_server_that_nobody_started_is_told(perf, workplace):
+    url = free_url()
+    said = told(perf("--images", "images", "--url", url), workplace)
+    assert said == f"no server answers at {url}; start one with python -m server"
+
+
+def test_images_that_cannot_be_read_are_told(perf, workplace):
+    for file in (workplace / "images").iterdir():
+        file.write_bytes(b"no image")
+    said = told(perf("--images", "images"), workplace)
+    assert said.startswith("none of the 8 images can be read; first: 0.png: ")
+
+
+def test_too_few_images_for_a_set_are_told(perf, workplace, monkeypatch):
+    monkeypatch.setattr(perf_run, "Target", FakeTarget)
+    monkeypatch.setattr(stages, "score_pool", score_all(0.1))  # the threshold is 0.5
+    said = told(perf("--images", "images", "--url", "host:1"), workplace)
+    assert said.startswith("0 of 8 images escalate, the hard set needs 4; ")
+    monkeypatch.setattr(stages, "score_pool", score_all(0.9))
+    said = told(perf("--images", "images", "--url", "host:1"), workplace)
+    assert said.startswith("0 of 8 images stay cheap, the easy set needs 4; ")
+
+
+def test_ctrl_c_ends_the_run_with_what_was_measured(perf, workplace, monkeypatch):
+    def interrupted(record, bench):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(perf_run, "Target", FakeTarget)
+    monkeypatch.setattr(stages, "score_pool", score_all(0.1))
+    monkeypatch.setattr(stages, "ask_in_turn", interrupted)
+    code, lines = perf("--images", "images", "--url", "host:1", "--sets", "mixed,easy")
+    assert code == 130 and not any("Traceback" in line for line in lines)
+    found = json.loads((workplace / "build/perf/summary.json").read_text())
+    assert found["notes"][-1] == "stopped before its end: interrupted"
+    assert "its memory and its CPU time are not measured" in found["notes"][0]
+    assert found["images"]["sets"]["easy"] == {"images": 8, "escalation_rate": 0.0}
+    assert found["environment"]["triton_version"] == "2.51.0"
+
+
+def test_the_summary_says_which_command_and_which_model_it_is_of(perf, workplace, monkeypatch):
+    monkeypatch.setattr(perf_run, "Target", FakeTarget)
+    monkeypatch.setattr(stages, "score_pool", score_all(0.1))
+    told(perf("--images", "images", "--url", "host:1", "--suite", "full"), workplace)
+    found = json.loads((workplace / "build/perf/summary.json").read_text())
+    assert found["command"] == "python -m perf run --images images --url host:1 --suite full"
+    assert (found["suite"], found["fidelity"]) == ("full", "names the same class")
+    assert found["model"]["backbone"] == "tiny" and found["certificate"] is None

@@ -1,0 +1,167 @@
+"""The sections of summary.json, computed from hand-written measurements."""
+
+import json
+
+import numpy as np
+import pytest
+
+from perf import summary
+from perf.measure.memory import MemoryUse
+from perf.measure.paired import Paired, names_another_class
+from routing import RungSet
+from tests.unit.fakes import make_calibration
+from tests.unit.onnx_files import CLASSES, SIZE, D, write_rung_set
+from tests.unit.perf_measured import make_answer, make_measured, make_system
+
+HIGH = [make_answer(100.0, names=0), make_answer(100.0, names=1)]
+LOW = [make_answer(10.0, names=0), make_answer(30.0, names=2)]
+NEVER = [make_answer(11.0, names=0), make_answer(36.0, names=2)]
+ADAPTIVE = [make_answer(20.0, names=0), make_answer(60.0, True, names=1)]
+ENSEMBLE = [make_answer(24.0, names=0), make_answer(64.0, True, names=1)]
+SHARE = {
+    "static-low": LOW,
+    "static-high": HIGH,
+    "adaptive-0": NEVER,
+    "adaptive": ADAPTIVE,
+    "ensemble": ENSEMBLE,
+}
+PAIRED = Paired([SHARE, SHARE])
+SYSTEMS = [make_system(name) for name in SHARE]
+
+
+# --- answers -----------------------------------------------------------------------------------
+
+
+def test_every_system_has_its_answers_beside_its_cost():
+    found = summary.answers_section(PAIRED, SYSTEMS, names_another_class, [0, 1] * 2)
+    assert list(found) == list(SHARE)
+    low, adaptive = found["static-low"], found["adaptive"]
+    assert low["title"] == "title of static-low"
+    assert (low["agreement_with_high"], low["escalation_rate"], low["accuracy"]) == (0.5, 0, 0.5)
+    assert (adaptive["agreement_with_high"], adaptive["escalation_rate"]) == (1.0, 0.5)
+    assert adaptive["cost_ms"]["values"] == [40.0, 40.0]
+    assert adaptive["cost_ratio"]["values"] == [0.4, 0.4]
+
+
+def test_accuracy_is_against_the_labels_in_the_order_of_the_answers():
+    def accuracy(*labels):
+        found = summary.answers_section(PAIRED, SYSTEMS, names_another_class, labels)
+        return found["static-high"]["accuracy"]
+
+    assert accuracy(0, 1, 0, 1) == 1.0
+    assert accuracy(1, 0, 0, 1) == 0.5
+    assert accuracy(2, 1, 2, 2) == 0.25
+    with pytest.raises(ValueError, match="zip"):
+        accuracy(0, 1)
+
+
+@pytest.mark.parametrize(("labels", "head"), [(None, True), ([0], False)])
+def test_without_labels_or_without_a_head_there_is_no_accuracy(labels, head):
+    case = Paired([{"static-high": [make_answer(head=head)]}])
+    systems = [make_system("static-high")]
+    found = summary.answers_section(case, systems, lambda mine, full: False, labels)
+    assert found["static-high"]["accuracy"] is None
+
+
+# --- figures -----------------------------------------------------------------------------------
+
+
+def test_the_figures_with_one_request_in_flight():
+    found = summary.paired_figures(PAIRED, has_ensemble=True)
+    medians = {name: spread["median"] for name, spread in found.items()}
+    assert medians == pytest.approx(
+        {
+            "router_overhead_c1": 1.15,  # of 11 / 10 and 36 / 30
+            "speedup_c1": 2.5,
+            "bound_c1": 1 / (0.2 + 0.5),
+            "cascade_efficiency_c1": 2.5 * 0.7,
+            "ensemble_over_router": 1.1,  # 44 / 40
+        }
+    )
+    assert "ensemble_over_router" not in summary.paired_figures(PAIRED, has_ensemble=False)
+
+
+def test_the_saturated_figures_take_one_over_the_throughput_turn_by_turn():
+    measured = [
+        make_measured("static-low", [40.0, 50.0]),
+        make_measured("static-high", [10.0, 10.0]),
+        make_measured("adaptive", [16.0, 20.0]),
+    ]
+    found = summary.saturated_figures(measured, 0.25)
+    assert found["speedup_saturated"]["values"] == pytest.approx([1.6, 2.0])
+    assert found["bound_saturated"]["values"] == pytest.approx([2.0, 1 / 0.45])
+    assert found["cascade_efficiency_saturated"]["values"] == pytest.approx([0.8, 0.9])
+
+
+def test_without_both_static_rungs_nothing_is_said_of_saturation():
+    measured = [make_measured("static-low", [40.0]), make_measured("adaptive", [16.0])]
+    assert summary.saturated_figures(measured, 0.25) == {}
+
+
+def use(pss, gpu=None, weights=5.0):
+    return MemoryUse(pss, pss + 10, gpu, weights)
+
+
+def test_memory_is_the_median_of_the_runs_and_its_ratio_is_taken_turn_by_turn():
+    peaks = {
+        "static-low": [use(300.0), use(310.0), use(350.0)],
+        "static-high": [use(400.0), use(390.0), use(400.0)],
+        "adaptive": [use(770.0), use(700.0), use(750.0)],
+    }
+    found = summary.memory_figures(peaks)
+    assert found["memory"]["static-low"] == {
+        "peak_pss_mib": 310.0,
+        "peak_rss_mib": 320.0,
+        "gpu_mib": None,
+        "weights_mib": 5.0,
+    }
+    assert found["peak_memory_ratio"]["values"] == pytest.approx([1.1, 1.0, 1.0])
+
+
+def test_the_memory_of_a_gpu_is_kept_where_there_is_one():
+    peaks = {name: [use(1.0, gpu=900.0)] for name in ("static-low", "static-high", "adaptive")}
+    assert summary.memory_figures(peaks)["memory"]["adaptive"]["gpu_mib"] == 900.0
+
+
+# --- what is served ----------------------------------------------------------------------------
+
+
+def test_the_model_is_described_without_its_files(tmp_path):
+    assert summary.model_section(RungSet.load(write_rung_set(tmp_path))) == {
+        "backbone": "tiny",
+        "image_shape": [3, SIZE, SIZE],
+        "low": f"px={SIZE // 2}",
+        "high": f"px={SIZE}",
+        "embedding_dim": D,
+        "classes": CLASSES,
+    }
+
+
+def test_fidelity_is_told_in_words():
+    by_class = {"fidelity": "top1", "tolerance": None}
+    by_cosine = {"fidelity": "cosine", "tolerance": 0.05}
+    words = summary.fidelity_words
+    assert words(make_calibration(chosen_by=by_class)) == "names the same class"
+    assert words(make_calibration(chosen_by=by_cosine)) == (
+        "has an embedding of cosine 0.95 or more"
+    )
+
+
+# --- the file ----------------------------------------------------------------------------------
+
+
+def test_a_summary_is_written_in_one_piece(tmp_path):
+    path = tmp_path / "new" / "summary.json"
+    summary.write({"seconds": 1.5}, path)
+    summary.write({"seconds": 2.5}, path)
+    assert json.loads(path.read_text()) == {"seconds": 2.5}
+    assert [found.name for found in path.parent.iterdir()] == ["summary.json"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), np.float32(1), object()])
+def test_what_is_no_json_is_refused_and_the_last_summary_stays(tmp_path, value):
+    path = tmp_path / "summary.json"
+    summary.write({"seconds": 1.5}, path)
+    with pytest.raises((ValueError, TypeError)):
+        summary.write({"seconds": value}, path)
+    assert json.loads(path.read_text()) == {"seconds": 1.5}
