@@ -265,8 +265,7 @@ def load_with_locust(record: Record, bench: Bench, images: str, seed: int) -> No
             {"protocol": "grpc", "shape": "spike"},
         ]
     spec = f"sample:{seed}" if images == "sample" else images
-    seconds = round(suite.locust_s)
-    with record.stage("Locust", seconds * len(runs)) as bar:
+    with record.stage("Locust", suite.locust_s * len(runs)) as bar:
         record.summary["locust"] = []
         for number, options in enumerate(runs):
             name = "-".join(str(options[key]) for key in options if key != "rate")

@@ -1,20 +1,26 @@
-"""One headless Locust run, and what its CSV says."""
+"""One headless run of Locust on perf/locustfile.py, in a process of its own.
+
+Locust replaces threads and sockets by gevent's in the process that imports it, so this one never
+does.
+"""
 
 from __future__ import annotations
 
 import csv
-import io
+import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import PerfError
+from ..load.slo import Slo
 
-PERF = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+LOCUSTFILE = ROOT / "perf/locustfile.py"
 USERS = {
     ("grpc", "closed"): "GrpcUser",
     ("http", "closed"): "HttpUser",
@@ -22,11 +28,9 @@ USERS = {
     ("http", "open"): "HttpOpenUser",
 }
 SHAPES = ("ramp", "spike")
-IMAGE_LIMIT = 200
-EXIT_MISSED = 1  # its objective, or requests failed: a result
-_POLL_S = 0.2
-_GRACE_S = 60.0  # for its start, and for the last answers
-_PERCENTILES = {"p50": "50%", "p95": "95%", "p99": "99%"}
+LONGEST_EXTRA_S = 90.0  # to read the images, and to wait for the last answers
+_TOTAL = "Aggregated"  # Locust's name for the row over all names
+_ERROR = re.compile(r"/(?:ERROR|CRITICAL)/[^:]*: (.*)|: error: (.*)")
 
 
 def run_locust(
@@ -38,112 +42,129 @@ def run_locust(
     user: str = "closed",
     shape: str | None = None,
     users: int,
-    seconds: float,
+    seconds: int,
     rate: float | None = None,
     slo_p95_ms: float | None = None,
     on_second: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
-    """Run Locust and read what it measured.
+    """Run Locust and read its figures.
 
     Args:
-        url: HOST:PORT of the protocol.
+        url: HOST:PORT of the protocol's endpoint.
         images_spec: a folder, `sample` or `sample:SEED`.
-        folder: for its CSV files and its HTML report.
+        folder: where to leave Locust's CSV files, HTML page and log.
         protocol: `grpc` or `http`.
-        user: `closed`, the next request after the answer; `open`, at a planned rate.
-        shape: `ramp` or `spike` instead of all users at once.
-        users: how many; with a shape at most.
-        seconds: how long, whole seconds count.
+        user: `closed`, one request after the other, or `open`, a Poisson process.
+        shape: `ramp`, `spike`, or None for `users` from beginning to end.
+        users: how many; of a shape, the most.
+        seconds: how long.
         rate: requests per second of each open user.
-        slo_p95_ms: an objective for the 95th percentile, milliseconds.
-        on_second: called once for each second of it.
+        slo_p95_ms: limit to judge the 95th percentile by. No request may fail, either.
+        on_second: called about once a second, to show progress.
 
     Returns:
-        An entry of the summary's `locust`. A missed objective and failed requests are results.
+        One entry of `locust` in summary.json. Failed requests and a missed limit are in it.
 
     Raises:
-        PerfError: Locust could not measure; its own line.
+        PerfError: Locust failed, with its own line, or sent no request.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    files = [PERF / "locustfile.py", *([PERF / "shapes" / f"{shape}.py"] if shape else [])]
+    prefix = folder / "-".join(filter(None, (protocol, user, shape)))
+    files = [LOCUSTFILE, *([ROOT / f"perf/shapes/{shape}.py"] if shape else [])]
     command = [sys.executable, "-m", "locust", "-f", ",".join(map(str, files))]
     command += ["--headless", "--only-summary", "--host", url, "--images", images_spec]
-    command += ["--users", str(users), "--spawn-rate", str(users), "--run-time", f"{seconds:.0f}s"]
-    command += ["--image-limit", str(IMAGE_LIMIT)]
-    command += ["--csv", str(folder / "locust"), "--html", str(folder / "locust.html")]
-    if rate is not None:
-        command += ["--rate", f"{rate:g}"]
-    if slo_p95_ms is not None:
-        command += ["--slo-p95-ms", f"{slo_p95_ms:g}"]
+    command += ["--users", str(users), "--spawn-rate", str(users), "--run-time", f"{seconds}s"]
+    command += ["--csv", str(prefix), "--csv-full-history", "--html", f"{prefix}.html"]
+    command += ["--rate", str(rate)] if rate is not None else []
+    command += ["--slo-p95-ms", str(slo_p95_ms)] if slo_p95_ms is not None else []
     command.append(USERS[protocol, user])
-    code = _run(command, folder / "locust.log", seconds, on_second or (lambda: None))
-    if code not in (0, EXIT_MISSED):
-        raise PerfError(f"Locust could not measure {url}: {_reason(folder / 'locust.log')}")
-    entry = {"protocol": protocol, "user": user, "shape": shape, "users": users}
-    slo = None if slo_p95_ms is None else {"p95_ms": slo_p95_ms, "met": code == 0}
-    measured = parse_stats((folder / "locust_stats.csv").read_text(), protocol)
-    return {**entry, "seconds": seconds, **measured, "slo": slo}
-
-
-def _run(command: list[str], log: Path, seconds: float, on_second: Callable[[], None]) -> int:
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, cwd=PERF.parent, stdin=subprocess.DEVNULL, stdout=output, stderr=output
-        )
-    start, told = time.monotonic(), 0
+    log, stats = Path(f"{prefix}.log"), Path(f"{prefix}_stats.csv")
+    stats.unlink(missing_ok=True)  # an earlier run's
+    code = _call(command, log, seconds + LONGEST_EXTRA_S, on_second)
     try:
-        while process.poll() is None:
-            elapsed = time.monotonic() - start
-            if told < min(elapsed, seconds):
-                on_second()
-                told += 1
-            if elapsed > seconds + _GRACE_S:
-                raise PerfError(f"Locust did not end within {seconds + _GRACE_S:.0f} s; see {log}")
-            time.sleep(_POLL_S)
-        return process.returncode
-    finally:
-        process.kill()  # nothing where it has ended
-        process.wait()
+        figures = read_stats(stats)
+    except PerfError:
+        figures = None
+    if code not in (0, 1) or not figures or not figures["requests"]:
+        raise PerfError(f"Locust: {own_line(log.read_text(errors='replace'), code)}")
+    entry = {"protocol": protocol, "user": user, "shape": shape, "users": users}
+    return entry | {"seconds": float(seconds)} | figures | {"slo": _slo(slo_p95_ms, figures)}
 
 
-def _reason(log: Path) -> str:
-    """Its last error line, without time and module."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if "/ERROR/" in line or line.startswith("locust: error")]
-    line = (errors or lines or ["it said nothing"])[-1]
-    return re.sub(r"^\[.*?\] \S+/ERROR/\S+: ", "", line)
+def _call(
+    command: list[str], log: Path, timeout_s: float, on_second: Callable[[], None] | None
+) -> int:
+    """Run to the end, which is ours at the latest."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    deadline = time.monotonic() + timeout_s
+    with log.open("w") as output:
+        running = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,  # Locust listens to the keyboard
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            while time.monotonic() < deadline:
+                try:
+                    return running.wait(timeout=1.0)
+                except subprocess.TimeoutExpired:
+                    if on_second:
+                        on_second()
+        finally:
+            running.kill()
+            running.wait()
+    raise PerfError(f"Locust: not done within {timeout_s:g} s; see {log}")
 
 
-def parse_stats(text: str, protocol: str) -> dict[str, Any]:
-    """Read Locust's `*_stats.csv`.
-
-    Args:
-        text: the file.
-        protocol: whose requests count as paths.
+def read_stats(path: Path) -> dict[str, Any]:
+    """Read Locust's `_stats.csv`.
 
     Returns:
-        `requests`, `failures`, `throughput_per_s`, `latency_ms` (p50, p95, p99; None without a
-        request) and `paths`, the number of answers by name (`low`, `high`).
+        `requests` (all), `failures`, `throughput_per_s` (answered requests only), `latency_ms` and
+        `paths`. Locust rounds percentiles above 100 ms to two digits.
 
     Raises:
-        PerfError: it is no such file.
+        PerfError: no such file, or Locust did not live to write a row.
     """
-    rows = list(csv.DictReader(io.StringIO(text)))
-    total = next((row for row in rows if row.get("Name") == "Aggregated"), None)
-    if total is None:
-        raise PerfError("Locust's CSV has no row of totals; it ended before it measured")
-    requests = int(total["Request Count"])
-    return {
-        "requests": requests,
-        "failures": int(total["Failure Count"]),
-        "throughput_per_s": float(total["Requests/s"]),
-        "latency_ms": {
-            name: float(total[column]) if requests else None
-            for name, column in _PERCENTILES.items()
-        },
-        "paths": {
-            row["Name"]: int(row["Request Count"]) - int(row["Failure Count"])
-            for row in rows
-            if row["Type"] == protocol and row["Name"] in ("low", "high")
-        },
-    }
+    try:
+        with path.open(newline="") as file:
+            rows = {row["Name"]: row for row in csv.DictReader(file)}
+        total = rows[_TOTAL]
+        requests, failures = int(total["Request Count"]), int(total["Failure Count"])
+        answered_share = (requests - failures) / requests if requests else 0.0
+        return {
+            "requests": requests,
+            "failures": failures,
+            "throughput_per_s": answered_share * float(total["Requests/s"]),
+            "latency_ms": {f"p{part}": _percentile(total, part) for part in (50, 95, 99)},
+            "paths": {
+                name: int(rows[name]["Request Count"]) if name in rows else 0
+                for name in ("low", "high")
+            },
+        }
+    except (OSError, KeyError, TypeError, ValueError):
+        raise PerfError(f"{path} holds no figures of a Locust run") from None
+
+
+def _percentile(row: Mapping[str, str], part: int) -> float | None:
+    text = row[f"{part}%"]
+    return None if text == "N/A" else float(text)
+
+
+def _slo(p95_ms: float | None, figures: Mapping[str, Any]) -> dict[str, Any] | None:
+    if p95_ms is None:
+        return None
+    missed = Slo(p95_ms).missed(
+        figures["requests"], figures["failures"], figures["latency_ms"]["p95"]
+    )
+    return {"p95_ms": p95_ms, "met": missed is None}
+
+
+def own_line(log: str, code: int) -> str:
+    """What Locust said about its failure: its first error, else its last line."""
+    if found := _ERROR.search(log):
+        return found[1] or found[2]
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    return lines[-1] if lines else f"it ended with code {code} and said nothing"

@@ -43,7 +43,7 @@ class Suite:
     backend_pairs: tuple[int, int]
     backend_rounds: int
     memory_turns: int
-    locust_s: float
+    locust_s: int
     locust_shapes: bool
 
 
@@ -62,7 +62,7 @@ QUICK = Suite(
     backend_pairs=(6, 1),
     backend_rounds=3,
     memory_turns=1,
-    locust_s=5.0,
+    locust_s=5,
     locust_shapes=False,
 )
 FULL = Suite(
@@ -80,7 +80,7 @@ FULL = Suite(
     backend_pairs=(10, 2),
     backend_rounds=5,
     memory_turns=3,
-    locust_s=20.0,
+    locust_s=20,
     locust_shapes=True,
 )
 SUITES = {suite.name: suite for suite in (QUICK, FULL)}
