@@ -240,11 +240,11 @@ def compare_with_onnxruntime(record: Record, bench: Bench) -> None:
     suite = bench.suite
     images = np.stack([bench.pool.tensors[row] for row in bench.sets.rows["mixed"]])
     file = bench.rung_set.files["vit_high"]
-    total = suite.backend_rounds * sum(suite.backend_pairs)
-    with record.stage("backend and ONNX Runtime", total) as bar:
-        for batch, pairs in zip((1, 8), suite.backend_pairs, strict=True):
+    plan = list(zip((1, 8), suite.backend_rounds, suite.backend_pairs, strict=True))
+    with record.stage("backend and ONNX Runtime", sum(r * p for _, r, p in plan)) as bar:
+        for batch, rounds, pairs in plan:
             ratios = measure_backend(
-                bench.target.grpc_url, file, images, batch, suite.backend_rounds, pairs, bar.advance
+                bench.target.grpc_url, file, images, batch, rounds, pairs, bar.advance
             )
             record.summary[f"standin_over_ort_b{batch}"] = ratios.to_dict()
 

@@ -50,7 +50,7 @@ def open_levels(
     """The open loops: Poisson arrivals at parts of what the closed loop reached at most."""
     by_name = {system.name: system for system in systems}
     capacity = saturated_throughput(measured)
-    names = COMPARED if suite.every_system else (HIGH, ADAPTIVE)
+    names = COMPARED if suite.every_system else (ADAPTIVE,)
     return [
         Level(by_name[name], rate_per_s=round(part * capacity[name], 2))
         for part in suite.rates

@@ -20,7 +20,7 @@ STABLE_WITHIN = 0.10
 MOST_DELAYED = 0.05
 WARMUP_REQUESTS = 4
 # An open loop's records hold every image as text, megabytes a request.
-OPEN_REQUESTS = 40
+OPEN_REQUESTS = 36
 PASS_TIMEOUT_S = 300.0
 
 

@@ -23,7 +23,7 @@ class Suite:
         every_system: whether every system is put under load, or the adaptive one and what it is
             compared with.
         backend_pairs: requests at batch 1 and 8 per round, each beside a run of ONNX Runtime.
-        backend_rounds: rounds of them.
+        backend_rounds: rounds at batch 1 and 8.
         memory_turns: how often each system's memory is measured, on a fresh server each time.
         locust_s: seconds of one Locust run.
         locust_shapes: whether the ramp, the spike and the open model are run as well.
@@ -41,7 +41,7 @@ class Suite:
     rates: tuple[float, ...]
     every_system: bool
     backend_pairs: tuple[int, int]
-    backend_rounds: int
+    backend_rounds: tuple[int, int]
     memory_turns: int
     locust_s: int
     locust_shapes: bool
@@ -50,17 +50,17 @@ class Suite:
 QUICK = Suite(
     name="quick",
     pool=120,
-    mixed=48,
+    mixed=40,
     shares=4,
     repeats=1,
-    set_size=24,
+    set_size=12,
     concurrency=(1, 4),
     turns=2,
-    pass_s=1.5,
+    pass_s=1.0,
     rates=(0.6,),
     every_system=False,
-    backend_pairs=(6, 1),
-    backend_rounds=3,
+    backend_pairs=(3, 1),
+    backend_rounds=(5, 2),
     memory_turns=1,
     locust_s=5,
     locust_shapes=False,
@@ -77,8 +77,8 @@ FULL = Suite(
     pass_s=4.0,
     rates=(0.5, 0.8, 0.95),
     every_system=True,
-    backend_pairs=(10, 2),
-    backend_rounds=5,
+    backend_pairs=(5, 2),
+    backend_rounds=(12, 5),
     memory_turns=3,
     locust_s=20,
     locust_shapes=True,

@@ -12,6 +12,7 @@ from perf import run as perf_run
 from perf import stages
 from perf.analyzer import installation
 from routing import RungRecord, RungSet
+from tests.unit.perf_summary import sample_summary
 from tests.unit.perf_workplace import calibration_of, write_workplace
 
 
@@ -151,19 +152,16 @@ def test_a_folder_that_the_repository_lies_in_is_not_written_to(perf, workplace)
     assert sorted((workplace / "build/model_repository").rglob("*")) == before
 
 
-# --- after that, with a summary of what there is -----------------------------------------------
+# --- after that ---------------------------------------------------------------------------------
 
 
 def told(answer, workplace):
-    """The last line, after the bars of the stages that were done; the note in the summary."""
+    """The last line, after the bars of the stages that were done; nothing was measured to keep."""
     code, lines = answer
     assert code == 2 and lines[-1].startswith("error: ")
     assert sum("error" in line for line in lines) == 1
-    found = json.loads((workplace / "build/perf/summary.json").read_text())
-    message = lines[-1].removeprefix("error: ")
-    assert found["complete"] is False
-    assert found["notes"][-1] == f"stopped before its end: {message}"
-    return message
+    assert not (workplace / "build/perf/summary.json").exists()
+    return lines[-1].removeprefix("error: ")
 
 
 def test_a_server_that_nobody_started_is_told(perf, workplace):
@@ -189,27 +187,41 @@ def test_too_few_images_for_a_set_are_told(perf, workplace, monkeypatch):
     assert said.startswith("0 of 8 images stay cheap, the easy set needs 4; ")
 
 
-def test_ctrl_c_ends_the_run_with_what_was_measured(perf, workplace, monkeypatch):
-    def interrupted(record, bench):
+@pytest.fixture
+def interrupted(monkeypatch):
+    """A server elsewhere, and Ctrl-C as soon as the systems were asked."""
+
+    def answer(record, bench):
+        record.summary["answers"] = sample_summary()["answers"]
+        return {}
+
+    def interrupt(record, bench):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(perf_run, "Target", FakeTarget)
     monkeypatch.setattr(stages, "score_pool", score_all(0.1))
-    monkeypatch.setattr(stages, "ask_in_turn", interrupted)
+    monkeypatch.setattr(stages, "ask_in_turn", answer)
+    monkeypatch.setattr(stages, "attribute_costs", interrupt)
+
+
+def test_ctrl_c_ends_the_run_with_what_was_measured(perf, workplace, interrupted):
     code, lines = perf("--images", "images", "--url", "host:1", "--sets", "mixed,easy")
     assert code == 130 and not any("Traceback" in line for line in lines)
     found = json.loads((workplace / "build/perf/summary.json").read_text())
+    assert found["complete"] is False
     assert found["notes"][-1] == "stopped before its end: interrupted"
     assert "its memory and its CPU time are not measured" in found["notes"][0]
     assert found["images"]["sets"]["easy"] == {"images": 8, "escalation_rate": 0.0}
     assert found["environment"]["triton_version"] == "2.51.0"
 
 
-def test_the_summary_says_which_command_and_which_model_it_is_of(perf, workplace, monkeypatch):
-    monkeypatch.setattr(perf_run, "Target", FakeTarget)
-    monkeypatch.setattr(stages, "score_pool", score_all(0.1))
-    told(perf("--images", "images", "--url", "host:1", "--suite", "full"), workplace)
+def test_the_summary_says_which_command_and_which_model_it_is_of(perf, workplace, interrupted):
+    code, _ = perf(
+        *("--images", "images", "--url", "host:1", "--sets", "mixed,easy", "--suite", "full")
+    )
+    assert code == 130
     found = json.loads((workplace / "build/perf/summary.json").read_text())
-    assert found["command"] == "python -m perf run --images images --url host:1 --suite full"
+    command = "python -m perf run --images images --url host:1 --sets mixed,easy --suite full"
+    assert found["command"] == command
     assert (found["suite"], found["fidelity"]) == ("full", "names the same class")
     assert found["model"]["backbone"] == "tiny" and found["certificate"] is None
