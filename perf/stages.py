@@ -20,7 +20,7 @@ from .analyzer import Analyzer, InputData, write_bytes, write_tensors
 from .measure.asking import Asker
 from .measure.attribution import attribute, scoring_ms, together
 from .measure.backend import measure_backend
-from .measure.levels import closed_levels, open_levels
+from .measure.levels import COMPARED, closed_levels, open_levels
 from .measure.loads import Level, LoadRunner, Measured
 from .measure.locust_runs import run_locust
 from .measure.memory import MemoryUse
@@ -301,7 +301,8 @@ def measure_peaks(record: Record, bench: Bench, repository: Path) -> None:
     turns, suite = bench.suite.memory_turns, bench.suite
     rows = bench.sets.rows["mixed"][: suite.set_size]
     load = PeakLoad(bench.pool, rows, suite.concurrency[-1])
-    measured = [system for system in bench.systems if system.name in MODELS]
+    names = MODELS if suite.every_system else COMPARED
+    measured = [system for system in bench.systems if system.name in names]
     peaks: dict[str, list[MemoryUse]] = {system.name: [] for system in measured}
     with record.stage("peak memory", turns * len(measured)) as bar:
         for _ in range(turns):

@@ -20,8 +20,8 @@ class Suite:
         turns: how often each load is measured, the loads taking turns.
         pass_s: about how long one pass of a load lasts, in seconds.
         rates: of the open loops, in parts of the throughput that the closed loop reached.
-        every_system: whether every system is put under load, or the adaptive one and what it is
-            compared with.
+        every_system: whether every system is put under load and has its memory measured, or the
+            adaptive one and what it is compared with.
         backend_pairs: requests at batch 1 and 8 per round, each beside a run of ONNX Runtime.
         backend_rounds: rounds at batch 1 and 8.
         memory_turns: how often each system's memory is measured, on a fresh server each time.
@@ -71,11 +71,11 @@ FULL = Suite(
     mixed=200,
     shares=5,
     repeats=2,
-    set_size=40,
+    set_size=32,
     concurrency=(1, 2, 4, 8),
     turns=4,
-    pass_s=4.0,
-    rates=(0.5, 0.8, 0.95),
+    pass_s=3.0,
+    rates=(0.5, 0.9),
     every_system=True,
     backend_pairs=(5, 2),
     backend_rounds=(12, 5),

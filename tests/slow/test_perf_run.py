@@ -151,7 +151,7 @@ def test_locust_sent_requests_over_both_protocols(summary):
 
 def test_each_system_has_its_memory(summary):
     memory = summary["memory"]
-    assert set(memory) == {"static-low", "static-high", "adaptive", "ensemble"}
+    assert set(memory) == {"static-low", "static-high", "adaptive"}
     assert memory["static-low"]["peak_pss_mib"] < memory["adaptive"]["peak_pss_mib"]
     assert all(entry["weights_mib"] > 1 for entry in memory.values())
 
