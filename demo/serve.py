@@ -18,6 +18,7 @@ from imaging import Preprocessing, decode
 from perf.analyzer import Load, run, write_tensors
 from server import TritonServer
 
+from .errors import DemoError
 from .summary import SYSTEMS, Pass, Served
 
 console = Console(stderr=True)
@@ -25,10 +26,6 @@ console = Console(stderr=True)
 SHARES = 5
 NEVER_ESCALATE = 1e9  # far above any distance between embeddings
 _MODELS = {"low": "vit_low", "high": "vit_high", "adaptive": "router"}
-
-
-class DemoError(RuntimeError):
-    """Something the demo shows did not hold. One line."""
 
 
 def query(server: TritonServer, crops: Sequence[SourceImage], labels: Sequence[str]) -> Served:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from perf import derive
+
 SYSTEMS = ("low", "high", "adaptive")
 CERTIFICATE = (
     *("epsilon", "confidence", "method", "n", "errors", "allowed", "certified", "signal"),
@@ -53,16 +55,6 @@ class Served:
     truth: NDArray[np.int64]
 
 
-def cascade_bound(cost_ratio: float, escalation_rate: float) -> float:
-    """Best possible speed-up over static high, 1 / (1/r + p).
-
-    Args:
-        cost_ratio: r = cost(high) / cost(low).
-        escalation_rate: p.
-    """
-    return 1.0 / (1.0 / cost_ratio + escalation_rate)
-
-
 def summarise(
     backbone: str,
     resolutions_px: tuple[int, int],
@@ -94,8 +86,9 @@ def summarise(
         / sum(p.requests / p.throughput_per_s for p in passes[system])
         for system in SYSTEMS
     }
-    speedup = throughput["adaptive"] / throughput["high"]
-    bound = cascade_bound(throughput["low"] / throughput["high"], escalation_rate)
+    cost = {system: 1 / throughput[system] for system in SYSTEMS}
+    speedup = derive.speedup(cost["adaptive"], cost["high"])
+    bound = derive.cascade_bound(cost["low"], cost["high"], escalation_rate)
     others = {name: value for name, value in environment.items() if name != "triton_version"}
     return {
         "backbone": backbone,
@@ -116,7 +109,7 @@ def summarise(
         "speedup_vs_high": speedup,
         "cascade_bound": bound,
         "cascade_efficiency": speedup / bound,
-        "router_overhead": median(router / low for low, router in overhead),
+        "router_overhead": median(derive.router_overhead(router, low) for low, router in overhead),
         "protocols": ["grpc", "http"],
         "triton_version": environment["triton_version"],
         "environment": others,

@@ -1,4 +1,4 @@
-"""`python -m perf run | compare | original | table | install | scoring | fitting | collecting`."""
+"""`python -m perf run | compare | original | variants | table | install | scoring | ...`."""
 
 from __future__ import annotations
 
@@ -239,6 +239,39 @@ def collecting_command(
         f"collect / sessions alone, medians of {rounds} rounds of {limit} images: "
         f"{found.ratio(0):.2f} by the wall clock, {found.ratio(1):.2f} in CPU time"
     )
+
+
+@app.command("variants")
+def variants_command(
+    repositories: Annotated[list[Path], typer.Argument(help="Assembled model repositories.")],
+    onnx: Annotated[
+        Path, typer.Option(help="Folder written by `export rungs`, for the preprocessing.")
+    ] = Path("build/onnx"),
+    images: Annotated[str, typer.Option(help="A folder of images, or `sample`.")] = "sample",
+    limit: Annotated[int, typer.Option(min=1, help="Number of images.")] = 50,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each is sent.")] = 4,
+) -> None:
+    """Serve several repositories side by side and ask them in turn: what a change to one costs."""
+    from .costs import variants
+    from .measure.sets import load_pool
+
+    pool = load_pool(RungSet.load(onnx), images, limit)
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("images", total=rounds * len(pool))
+        found = variants.measure(repositories, pool, rounds, lambda: progress.advance(task))
+    table = Table(title=f"{rounds * len(pool)} images each, in turn; medians, milliseconds")
+    for heading in ("repository", "cheap rung", "router adds", "ratio", "ensemble adds", "ratio"):
+        table.add_column(heading, justify="left" if heading == "repository" else "right")
+    for repository, variant in zip(repositories, found, strict=True):
+        table.add_row(
+            str(repository),
+            f"{variant.low_ms:.2f}",
+            f"{variant.router_adds_ms:.2f}",
+            f"{variant.router_overhead:.3f}",
+            f"{variant.ensemble_adds_ms:.2f}",
+            f"{variant.ensemble_over_router:.3f}",
+        )
+    Console().print(table)
 
 
 def main() -> None:

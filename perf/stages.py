@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,6 +190,7 @@ def load_with_perf_analyzer(
         PerfAnalyzerError: a pass failed.
     """
     folder, suite, target = record.folder / "raw", bench.suite, bench.target
+    shutil.rmtree(folder, ignore_errors=True)  # an earlier run's
     sent = {name: rows[: suite.set_size] for name, rows in bench.sets.rows.items()}
     inputs = _write_inputs(folder, bench.pool, sent)
     runner = LoadRunner(target, analyzer, inputs, folder, suite.pass_s, costs_ms)

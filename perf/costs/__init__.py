@@ -1,1 +1,1 @@
-"""What single parts cost, timed alone: scoring, `calibration fit`, `calibration collect`."""
+"""What single parts cost: scoring, `calibration fit` and `collect`, a change to a repository."""

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from calibration.images import open_images
 from calibration.source import ImageSource
 from imaging import ImageError, Preprocessing, decode
+from routing import RungSet
 
 from ..errors import PerfError
 
@@ -81,6 +82,19 @@ def read_pool(source: ImageSource, preprocessing: Preprocessing) -> Iterator[Poo
     if not encoded:
         raise PerfError(f"none of the {len(source)} images can be read; first: {unreadable[0]}")
     yield Pool(source.title, encoded, tensors, labels, unreadable)
+
+
+def load_pool(rung_set: RungSet, spec: str, limit: int, seed: int = 0) -> Pool:
+    """Read the images that `--images` names, without a bar.
+
+    Raises:
+        ImagesError: no such folder, or no image in it.
+        PerfError: not one image can be read.
+    """
+    source = open_pool_source(spec, seed, limit)
+    *_, pool = read_pool(source, Preprocessing.from_dict(rung_set.preprocessing))
+    assert pool is not None
+    return pool
 
 
 def choose_sets(

@@ -9,8 +9,9 @@ import pytest
 
 from calibration.sample import crops as sample_crops
 from demo import __main__ as demo
+from demo import steps
 from demo.page import write_page
-from demo.summary import Pass, Served, cascade_bound, summarise
+from demo.summary import Pass, Served, summarise
 
 CERTIFIED = {
     **{"epsilon": 0.05, "confidence": 0.9, "method": "ltt", "n": 480, "errors": 15, "allowed": 17},
@@ -34,13 +35,6 @@ def passes(low, high, adaptive):
     return {
         name: [Pass(40, 1000 / rate, rate) for rate in rates] for name, rates in systems.items()
     }
-
-
-def test_bound_by_hand():
-    # r = 4, a quarter escalates: a low pass for all (1/4) plus a high pass for a quarter (1/4).
-    assert cascade_bound(4.0, 0.25) == 2.0
-    assert cascade_bound(4.0, 0.0) == 4.0
-    assert cascade_bound(4.0, 1.0) == 0.8
 
 
 def test_figures_by_hand():
@@ -143,7 +137,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 def test_prepare_makes_the_repository_and_serves_nothing(elsewhere, monkeypatch, capsys):
     commands = Commands()
-    monkeypatch.setattr(demo, "subprocess", commands)
+    monkeypatch.setattr(steps, "subprocess", commands)
     demo.main(["--prepare"])
     assert commands.verbs == [
         *("calibration sample", "export rungs", "calibration collect"),
@@ -159,7 +153,7 @@ def test_prepare_makes_the_repository_and_serves_nothing(elsewhere, monkeypatch,
 
 def test_a_step_that_fails_ends_the_preparation(elsewhere, monkeypatch, capsys):
     commands = Commands(failing="fit")
-    monkeypatch.setattr(demo, "subprocess", commands)
+    monkeypatch.setattr(steps, "subprocess", commands)
     with pytest.raises(SystemExit) as ended:
         demo.main(["--prepare"])
     assert ended.value.code == 1
@@ -170,5 +164,7 @@ def test_a_step_that_fails_ends_the_preparation(elsewhere, monkeypatch, capsys):
 
 
 def test_the_demo_exports_what_a_user_could_serve_instead():
-    (export,) = (step.arguments for step in demo.STEPS if step.arguments[:2] == ("export", "rungs"))
+    (export,) = (
+        step.arguments for step in steps.STEPS if step.arguments[:2] == ("export", "rungs")
+    )
     assert export[export.index("--static-px") + 1] == "140,168,196"

@@ -1,0 +1,57 @@
+"""What a change to a repository costs: figures by hand, and every variant asked about every image."""
+
+import contextlib
+
+import numpy as np
+import pytest
+
+from perf.costs import variants
+from perf.costs.variants import SYSTEMS, Variant, measure
+from perf.measure.asking import Answer
+from perf.measure.sets import Pool
+
+
+def test_figures_by_hand():
+    variant = Variant(low=[10, 20, 40], router=[12, 21, 48], ensemble=[15, 25, 60])
+    assert variant.low_ms == 20
+    assert variant.router_adds_ms == 2  # of 2, 1, 8
+    assert variant.router_overhead == pytest.approx(1.2)  # of 1.2, 1.05, 1.2
+    assert variant.ensemble_adds_ms == 4  # of 3, 4, 12
+    assert variant.ensemble_over_router == pytest.approx(100 / 81)
+
+
+class FakeAsker:
+    """Takes a time that tells which variant, system and image were asked."""
+
+    def __init__(self, number, asked):
+        self.number, self.asked = number, asked
+
+    def ask(self, system, row):
+        self.asked.append((self.number, system.name, row))
+        latency_ms = 1000 * self.number + 100 * SYSTEMS.index(system) + row
+        return Answer(float(latency_ms), np.zeros(4, np.float32), None, False, 0.0)
+
+
+def test_every_variant_is_asked_about_every_image_in_a_new_order(monkeypatch):
+    asked, images = [], 6
+    pool = Pool("made up", [b""] * images, [np.zeros(1, np.float32)] * images, [None] * images, [])
+
+    @contextlib.contextmanager
+    def serving(repositories, pool):
+        yield [FakeAsker(number, asked) for number in range(len(repositories))]
+
+    monkeypatch.setattr(variants, "_serving", serving)
+    done = []
+    found = measure(["one", "other"], pool, 2, lambda: done.append(1))
+    assert len(done) == 2 * images
+    warmed_up = 2 * len(SYSTEMS) * variants.WARMUP
+    assert len(asked) == warmed_up + 2 * images * 2 * len(SYSTEMS)
+    assert found[1].router == 2 * [1100 + row for row in range(images)]
+    assert found[0].ensemble == 2 * [200 + row for row in range(images)]
+    turns = [tuple(turn[:2] for turn in asked[i : i + 6]) for i in range(warmed_up, len(asked), 6)]
+    assert {frozenset(turn) for turn in turns} == {frozenset(turns[0])}
+    assert len(set(turns)) > 6
+
+
+def test_nothing_escalates():
+    assert [system.parameters.get("threshold") for system in SYSTEMS] == [None, 10**9, 10**9]
