@@ -207,12 +207,15 @@ def failure(output: str) -> str:
     Args:
         output: its stdout and stderr.
     """
-    said = output.split("\nUsage:")[0]
+    said, usage, _ = f"\n{output}".partition("\nUsage:")
     for pattern in _FAILURES:
         if found := pattern.search(said):
             return found[1].strip()
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"
+    if lines:
+        return lines[-1]
+    # Release 2.60 refuses an option without a word about which.
+    return "it refused its options and printed its usage" if usage else "it said nothing"
 
 
 def is_unstable(output: str) -> bool:

@@ -42,8 +42,8 @@ class Load:
         rate_per_s: if set, requests arrive at this mean rate as a Poisson process, however many are
             in flight (open loop); `concurrency` then has no meaning. The figures need `records`.
         rounds: how often each item is sent and measured.
-        warmup_requests: sent before that, and discarded. 0 measures the connection's first
-            request too.
+        warmup_requests: sent before that, and discarded; at least one for each in flight. 0
+            measures the connection's first request too.
         parameters: request parameters: str, int or bool. Over gRPC only, perf_analyzer has none
             over HTTP, and no floating-point ones: a threshold has to be a whole number.
         records: keep the raw time of each request. perf_analyzer then writes every input as
@@ -157,7 +157,8 @@ def run(
         if load.warmup_requests > head:
             # In a closed loop: an open one has to have more requests than arrive a second.
             closed = replace(load, rate_per_s=None)
-            _call(analyzer, load, _arguments(closed, load.warmup_requests, report_path))
+            warmup = max(load.warmup_requests, load.concurrency)  # it refuses fewer than in flight
+            _call(analyzer, load, _arguments(closed, warmup, report_path))
         count = None if load.count_windows else head + load.measured_requests
         said = _call(analyzer, load, _arguments(load, count, report_path, export_path))
         try:

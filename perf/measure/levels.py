@@ -27,9 +27,17 @@ def closed_levels(
     adaptive = by_name[ADAPTIVE]
     ends = (suite.concurrency[0], suite.concurrency[-1])
     saturated = suite.concurrency[-1]
-    chosen = systems if suite.every_system else [by_name[name] for name in COMPARED]
-    levels = [Level(system, concurrency=c) for c in suite.concurrency for system in chosen]
-    if not suite.every_system and ENSEMBLE in by_name:
+    curves = (*COMPARED, ENSEMBLE) if suite.every_system else COMPARED
+    levels = [
+        Level(by_name[name], concurrency=c)
+        for c in suite.concurrency
+        for name in curves
+        if name in by_name
+    ]
+    if suite.every_system:  # of the others the ends of the curve
+        others = [system for system in systems if system.name not in curves]
+        levels += [Level(system, concurrency=c) for c in ends for system in others]
+    elif ENSEMBLE in by_name:
         levels.append(Level(by_name[ENSEMBLE], concurrency=saturated))
     parts = [name for name in ("easy", "hard") if name in sets]
     levels += [Level(adaptive, name, concurrency=saturated) for name in parts]

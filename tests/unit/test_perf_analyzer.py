@@ -141,6 +141,13 @@ def test_an_open_loop_is_warmed_up_by_a_closed_one_before_it(tmp_path):
     assert result.records.latency_ms[0] == pytest.approx(0.9)  # nothing is cut off its head
 
 
+def test_the_warm_up_has_a_request_for_each_in_flight(tmp_path):
+    program = StandIn(tmp_path)
+    run(load(concurrency=8, warmup_requests=4, records=False), program.analyzer)
+    before, _ = program.calls()
+    assert option(before, "--request-count") == "8"  # it refuses fewer than are in flight
+
+
 def test_a_rate_may_be_as_many_as_are_sent(tmp_path):
     assert load(rate_per_s=20.0).rate_per_s == 20.0  # four rounds of five
 

@@ -1,7 +1,7 @@
-"""Parsers against what perf_analyzer 2.50 really wrote (data/perf_analyzer_2.50).
+"""Parsers against what perf_analyzer 2.50 and 2.60 really wrote (data/perf_analyzer_*).
 
 Recorded against a small Python model of the same outputs as the router: 10 requests over five
-inputs, of which the model escalates the third and the fourth or fifth by a fixed rule.
+inputs, some of which the model escalates by a fixed rule.
 """
 
 import json
@@ -13,6 +13,7 @@ import pytest
 from perf.analyzer.parse import (
     ParseError,
     Records,
+    delayed_share,
     failure,
     figures,
     figures_from_csv,
@@ -21,24 +22,25 @@ from perf.analyzer.parse import (
     parse_records,
 )
 
-DATA = Path(__file__).parent / "data" / "perf_analyzer_2.50"
+VERSIONS = ("2.50", "2.60")
 
 
-def recorded(name):
-    return (DATA / name).read_bytes()
+@pytest.fixture(params=VERSIONS)
+def data(request):
+    """Where the outputs of one version lie."""
+    return Path(__file__).parent / "data" / f"perf_analyzer_{request.param}"
 
 
-def as_json(name):
+def as_json(export):
     """The slow way to read an export, which works where it is small."""
-    return json.loads(recorded(name).decode("utf-8", errors="replace"))["experiments"][0][
-        "requests"
-    ]
+    return json.loads(export.decode("utf-8", errors="replace"))["experiments"][0]["requests"]
 
 
 @pytest.mark.parametrize("name", ["export.json", "export_concurrency_2.json"])
-def test_records_equal_a_full_reading_of_the_export(name):
-    records = parse_records(recorded(name))
-    requests = sorted(as_json(name), key=lambda request: request["timestamp"])
+def test_records_equal_a_full_reading_of_the_export(data, name):
+    export = (data / name).read_bytes()
+    records = parse_records(export)
+    requests = sorted(as_json(export), key=lambda request: request["timestamp"])
     assert len(records) == len(requests) == 10
     assert records.start_ns.tolist() == [r["timestamp"] for r in requests]
     assert records.end_ns.tolist() == [r["response_timestamps"][-1] for r in requests]
@@ -46,24 +48,25 @@ def test_records_equal_a_full_reading_of_the_export(name):
     assert 0 < records.escalated.sum() < 10
 
 
-def test_the_recorded_export_is_not_valid_utf8():
+def test_the_recorded_export_is_not_valid_utf8(data):
     # Why the export is not read as JSON.
     with pytest.raises(UnicodeDecodeError):
-        recorded("export.json").decode("utf-8")
+        (data / "export.json").read_bytes().decode("utf-8")
 
 
-def test_records_agree_with_perf_analyzers_own_report():
-    found = figures(parse_records(recorded("export.json")))
-    report = parse_csv((DATA / "report.csv").read_text())
+def test_records_agree_with_perf_analyzers_own_report(data):
+    export = (data / "export.json").read_bytes()
+    found = figures(parse_records(export))
+    report = parse_csv((data / "report.csv").read_text())
     assert found.latency_ms_mean * 1e3 == pytest.approx(report["Avg latency"], abs=1)
     # Its percentiles take the sample below, ours interpolate.
-    latency_us = parse_records(recorded("export.json")).latency_ms * 1e3
+    latency_us = parse_records(export).latency_ms * 1e3
     assert np.abs(latency_us - report["p50 latency"]).min() <= 1
 
 
-def test_throughput_is_of_the_time_used_not_of_whole_seconds():
-    found = figures(parse_records(recorded("export.json")))
-    report = parse_csv((DATA / "report.csv").read_text())
+def test_throughput_is_of_the_time_used_not_of_whole_seconds(data):
+    found = figures(parse_records((data / "export.json").read_bytes()))
+    report = parse_csv((data / "report.csv").read_text())
     assert report["Inferences/Second"] < 10  # ten requests, rounded up to a second
     assert found.throughput_per_s == pytest.approx(1e3 / found.latency_ms_mean, rel=0.05)
 
@@ -113,8 +116,8 @@ def test_an_export_without_answers_is_refused(export):
         parse_records(export)
 
 
-def test_the_csv_report_is_read_by_column_name():
-    report = parse_csv((DATA / "report.csv").read_text())
+def test_the_csv_report_is_read_by_column_name(data):
+    report = parse_csv((data / "report.csv").read_text())
     assert report["Concurrency"] == 1
     assert {"Server Queue", "Server Compute Infer", "p99 latency", "Avg latency"} <= report.keys()
     with_metrics = "Concurrency,Inferences/Second,Avg GPU Utilization\n1,99.9,"
@@ -150,18 +153,33 @@ def test_figures_from_the_report_alone():
             "failed to get model metadata: Request for unknown model: 'nomodel' is not found",
         ),
         (
-            "usage.txt",
-            "The --request-parameter option is currently only supported by gRPC protocol.",
-        ),
-        (
             "unstable.txt",
             "Failed to obtain stable measurement within 3 measurement windows for concurrency 1. "
             "Please try to increase the --measurement-request-count.",
         ),
     ],
 )
-def test_its_own_message_is_found(name, said):
-    assert failure((DATA / name).read_text()) == said
+def test_its_own_message_is_found(data, name, said):
+    assert failure((data / name).read_text()) == said
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        ("2.50", "The --request-parameter option is currently only supported by gRPC protocol."),
+        ("2.60", "it refused its options and printed its usage"),  # which is all it prints
+    ],
+)
+def test_a_refused_option_is_told(version, said):
+    data = Path(__file__).parent / "data" / f"perf_analyzer_{version}"
+    assert failure((data / "usage.txt").read_text()) == said
+
+
+def test_the_share_of_delayed_requests_is_read_from_what_it_prints(data):
+    said = (data / "delayed.txt").read_text()
+    share = delayed_share(said)
+    assert 0.5 < share <= 1 and f"{100 * share:.2f}% of the requests were delayed" in said
+    assert delayed_share((data / "unstable.txt").read_text()) == 0.0
 
 
 def test_a_failure_of_another_kind_still_gives_a_line():
@@ -171,6 +189,6 @@ def test_a_failure_of_another_kind_still_gives_a_line():
     assert failure("") == "it said nothing"
 
 
-def test_an_unstable_pass_is_told_from_a_failed_one():
-    assert is_unstable((DATA / "unstable.txt").read_text())
-    assert not is_unstable((DATA / "refused.txt").read_text())
+def test_an_unstable_pass_is_told_from_a_failed_one(data):
+    assert is_unstable((data / "unstable.txt").read_text())
+    assert not is_unstable((data / "refused.txt").read_text())

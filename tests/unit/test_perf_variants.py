@@ -1,4 +1,4 @@
-"""What a change to a repository costs: figures by hand, and every variant asked about every image."""
+"""What a change to a repository costs: figures by hand; every variant gets every image."""
 
 import contextlib
 
