@@ -260,7 +260,8 @@ def variants_command(
         task = progress.add_task("images", total=rounds * len(pool))
         found = variants.measure(repositories, pool, rounds, lambda: progress.advance(task))
     table = Table(title=f"{rounds * len(pool)} images each, in turn; medians, milliseconds")
-    for heading in ("repository", "cheap rung", "router adds", "ratio", "ensemble adds", "ratio"):
+    router, ensemble = ("router adds", "ratio"), ("ensemble adds", "ratio of means")
+    for heading in ("repository", "cheap rung", *router, *ensemble):
         table.add_column(heading, justify="left" if heading == "repository" else "right")
     for repository, variant in zip(repositories, found, strict=True):
         table.add_row(
@@ -282,7 +283,10 @@ def main() -> None:
         message = " ".join(error.format_message().split())
     except (ClientError, ServerError, ValueError) as error:  # every error about input is one
         message = " ".join(str(error).split())
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     except (KeyboardInterrupt, typer.Abort):
+        print("interrupted; what was measured until then is kept", file=sys.stderr)
         sys.exit(130)
     else:
         sys.exit(code)

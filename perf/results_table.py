@@ -104,7 +104,9 @@ def _speedup(load: str) -> Callable[[Summary], str]:
         )
         if speed == _NONE:
             return _NONE
-        return f"{speed}× (bound {bound}×, efficiency {efficiency})"
+        unstable = load == "saturated" and any("did not stabilise" in n for n in summary["notes"])
+        figures = f"{speed}× (bound {bound}×, efficiency {efficiency})"
+        return f"{figures}, not stable" if unstable else figures
 
     return show
 

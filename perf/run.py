@@ -25,6 +25,7 @@ from server import TritonServer
 from . import stages, summary
 from .analyzer import Analyzer, find_analyzer
 from .environment import environment
+from .errors import PerfError
 from .measure.deployment import assembled, with_alternatives
 from .measure.sets import open_pool_source
 from .measure.suites import Suite
@@ -75,7 +76,7 @@ def prepare(options: Options) -> Inputs:
     """Find everything, so that what is missing is said at once.
 
     Raises:
-        PerfError: perf_analyzer or the repository is missing.
+        PerfError: perf_analyzer or the repository is missing, or there is no cascade.
         RungSetError: no rungs.
         CalibrationError: no artifact, or one of other rungs.
         ImagesError: no images.
@@ -84,9 +85,15 @@ def prepare(options: Options) -> Inputs:
     rung_set = RungSet.load(options.onnx)
     calibration = Calibration.load(options.calibration)
     calibration.check_rungs(rung_set.files)
+    if calibration.threshold is None:
+        raise PerfError(
+            "nothing was certified, so the router sends every image to the full rung and there is "
+            "nothing to compare; python -m calibration fit --escalation-rate 0.1 makes a cascade"
+        )
     if options.url is None:
         assembled(options.repository)
     source = open_pool_source(options.images, options.seed, options.suite.pool)
+    options.out.mkdir(parents=True, exist_ok=True)
     return Inputs(analyzer, rung_set, calibration, source)
 
 
@@ -102,7 +109,7 @@ def measure(options: Options, console: Console) -> Record:
             record, inputs.source, Preprocessing.from_dict(inputs.rung_set.preprocessing)
         )
         with _target(options, inputs, record) as target:
-            record.summary["environment"] = environment(target.version, inputs.analyzer.version())
+            record.summary["environment"] = _environment(options, inputs, target)
             if options.url is not None:
                 target.check(inputs.rung_set, inputs.calibration, pool.tensors[0])
             bench = stages.prepare_bench(
@@ -116,7 +123,7 @@ def measure(options: Options, console: Console) -> Record:
             )
             costs = stages.ask_in_turn(record, bench)
             # Once more, while the clocks of a GPU are those it is measured at.
-            record.summary["environment"] = environment(target.version, inputs.analyzer.version())
+            record.summary["environment"] = _environment(options, inputs, target)
             stages.attribute_costs(record, bench)
             stages.load_with_perf_analyzer(record, bench, inputs.analyzer, costs)
             stages.compare_with_onnxruntime(record, bench)
@@ -124,6 +131,13 @@ def measure(options: Options, console: Console) -> Record:
         if options.url is None:
             stages.measure_peaks(record, bench, options.repository)
     return record
+
+
+def _environment(options: Options, inputs: Inputs, target: Target) -> dict[str, Any]:
+    found = environment(target.version, inputs.analyzer.version())
+    if options.url is not None:
+        found["device"] += " (the client's; the server is elsewhere)"
+    return found
 
 
 def _header(options: Options, inputs: Inputs) -> dict[str, Any]:

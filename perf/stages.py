@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +17,18 @@ from routing import Calibration, Overrides, RungSet, escalation_mask
 
 from . import summary
 from .analyzer import Analyzer, InputData, write_bytes, write_tensors
+from .errors import PerfError
 from .measure.asking import Asker
 from .measure.attribution import attribute, scoring_ms, together
 from .measure.backend import measure_backend
-from .measure.levels import COMPARED, closed_levels, open_levels
+from .measure.levels import COMPARED, closed_levels, open_levels, saturated
 from .measure.loads import Level, LoadRunner, Measured
 from .measure.locust_runs import run_locust
 from .measure.memory import MemoryUse
 from .measure.paired import has_cosine_below, measure_paired, names_another_class
 from .measure.peaks import MODELS, PeakLoad, peak_memory
 from .measure.scoring import score_pool
-from .measure.sets import ImageSets, Pool, choose_sets, read_pool
+from .measure.sets import ImageSets, Pool, choose_sets, read_pool, sent_under_load
 from .measure.suites import Suite
 from .measure.systems import ADAPTIVE, ENSEMBLE, System, systems, threshold_for
 from .measure.target import Target
@@ -68,10 +68,14 @@ class Bench:
         """The system of this name, if it can be asked."""
         return next((system for system in self.systems if system.name == name), None)
 
+    @property
+    def escalated(self) -> NDArray[np.bool_]:
+        """Which images of the pool escalate at the calibrated threshold, BOOL (N,)."""
+        return escalation_mask(self.scores, self.calibration.threshold, Overrides())
+
     def escalation_rate(self, rows: Sequence[int]) -> float:
-        """Share of these images that escalate at the calibrated threshold, 0..1."""
-        scores = self.scores[np.asarray(rows)]
-        return float(escalation_mask(scores, self.calibration.threshold, Overrides()).mean())
+        """Share of these images that escalate, 0..1."""
+        return float(self.escalated[np.asarray(rows)].mean())
 
 
 def read_images(record: Record, source: ImageSource, preprocessing: Preprocessing) -> Pool:
@@ -106,7 +110,7 @@ def prepare_bench(
     with record.stage("score images", len(pool)) as bar:
         scores = score_pool(target, pool, bar.advance)
     escalated = escalation_mask(scores, calibration.threshold, Overrides())
-    sets = choose_sets(escalated, suite.mixed, suite.set_size, set_names)
+    sets = choose_sets(escalated, suite.mixed, suite.shares, suite.set_size, set_names)
     record.summary["images"] = {
         "source": pool.title,
         "pool": len(pool),
@@ -145,9 +149,9 @@ def ask_in_turn(record: Record, bench: Bench) -> dict[str, float]:
         record.summary |= summary.paired_figures(paired, bench.system(ENSEMBLE) is not None)
     expected, rate = bench.sets.escalation_rate["mixed"], paired.escalation_rate(ADAPTIVE)
     if abs(rate - expected) > 1.5 / len(rows):  # one image may lie on the threshold
-        record.note(
+        raise PerfError(
             f"{rate:.1%} of the mixed images escalated, {expected:.1%} do at the local artifact's "
-            "threshold: the server has another one"
+            "threshold: the server has another one; give the --calibration it was assembled with"
         )
     return {system.name: paired.cost(system.name).median for system in bench.systems}
 
@@ -189,15 +193,27 @@ def load_with_perf_analyzer(
     Raises:
         PerfAnalyzerError: a pass failed.
     """
-    folder, suite, target = record.folder / "raw", bench.suite, bench.target
-    shutil.rmtree(folder, ignore_errors=True)  # an earlier run's
-    sent = {name: rows[: suite.set_size] for name, rows in bench.sets.rows.items()}
+    folder, suite, target = record.folder / "perf_analyzer", bench.suite, bench.target
+    for file in folder.glob("*.csv"):  # an earlier run's
+        file.unlink()
+    sent = {
+        name: sent_under_load(rows, bench.escalated, suite.set_size)
+        for name, rows in bench.sets.rows.items()
+    }
+    for name, rows in sent.items():
+        record.summary["images"]["sets"][name]["under_load"] = {
+            "images": len(rows),
+            "escalation_rate": bench.escalation_rate(rows),
+        }
     inputs = _write_inputs(folder, bench.pool, sent)
     runner = LoadRunner(target, analyzer, inputs, folder, suite.pass_s, costs_ms)
     has_http, is_local = target.http_url is not None, target.server is not None
     levels = closed_levels(suite, bench.systems, sent, has_http, is_local)
     closed = _run_levels(record, runner, levels, suite.turns, "closed loop")
     record.summary |= summary.saturated_figures(closed, bench.escalation_rate(sent["mixed"]))
+    for name, entry in saturated(closed).items():
+        if name in COMPARED and entry.instability():
+            record.note(f"saturated, {name} did not stabilise: {entry.instability()}")
     levels = open_levels(suite, bench.systems, closed)
     _run_levels(record, runner, levels, suite.turns, "open loop")
     for file in folder.glob("*.json"):  # the images as text, hundreds of megabytes
@@ -245,6 +261,9 @@ def compare_with_onnxruntime(record: Record, bench: Bench) -> None:
     plan = list(zip((1, 8), suite.backend_rounds, suite.backend_pairs, strict=True))
     with record.stage("backend and ONNX Runtime", sum(r * p for _, r, p in plan)) as bar:
         for batch, rounds, pairs in plan:
+            if batch > len(images):
+                record.note(f"{len(images)} images do not fill a batch of {batch}: not compared")
+                continue
             ratios = measure_backend(
                 bench.target.grpc_url, file, images, batch, rounds, pairs, bar.advance
             )
@@ -285,11 +304,12 @@ def load_with_locust(record: Record, bench: Bench, images: str, seed: int) -> No
 
 
 def _half_capacity(record: Record) -> float:
-    """Half of what the adaptive system reached in a closed loop, requests per second."""
+    """Half of what the ensemble reached on mixed images in a closed loop, requests per second."""
     reached = [
         entry["throughput_per_s"]["median"]
         for entry in record.summary["systems"]
-        if entry["system"] == ADAPTIVE and entry["load"]["loop"] == "closed"
+        if (entry["system"], entry["set"]) == (ENSEMBLE, "mixed")
+        and entry["load"]["loop"] == "closed"
     ]
     return max(reached) / 2
 
@@ -301,7 +321,7 @@ def measure_peaks(record: Record, bench: Bench, repository: Path) -> None:
         ServerError: a server did not start.
     """
     turns, suite = bench.suite.memory_turns, bench.suite
-    rows = bench.sets.rows["mixed"][: suite.set_size]
+    rows = sent_under_load(bench.sets.rows["mixed"], bench.escalated, suite.set_size)
     load = PeakLoad(bench.pool, rows, suite.concurrency[-1])
     names = MODELS if suite.every_system else COMPARED
     measured = [system for system in bench.systems if system.name in names]

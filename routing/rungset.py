@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,8 @@ class RungSet:
     preprocessing: Mapping[str, Any]
     rungs: Mapping[str, RungRecord]
     files: Mapping[str, Path]
-    alternatives: Mapping[str, RungRecord]
-    alternative_files: Mapping[str, Path]
+    alternatives: Mapping[str, RungRecord] = field(default_factory=dict)
+    alternative_files: Mapping[str, Path] = field(default_factory=dict)
 
     @classmethod
     def load(cls, folder: Path) -> RungSet:

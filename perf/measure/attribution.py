@@ -23,7 +23,7 @@ from .target import Target
 
 SCORING_ROUNDS = 200
 PATIENCE_S = 5.0  # for the server to count the last request
-_NO_TIMES = ModelTimes(0, 0, 0, 0, 0, 0)
+_NO_TIMES = ModelTimes(0, 0, 0, 0, 0, 0, 0)
 
 
 def attribute(

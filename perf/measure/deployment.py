@@ -41,6 +41,8 @@ def with_alternatives(repository: Path, rung_set: RungSet, folder: Path) -> Path
     source, target = assembled(repository).resolve(), folder.resolve()
     if source.is_relative_to(target) or target.is_relative_to(source):
         raise PerfError(f"{folder} would overwrite the model repository; give another --out")
+    if folder.exists() and not (folder / "MANIFEST.json").is_file():
+        raise PerfError(f"{folder} is not of an earlier run; give another --out")
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(repository, folder, copy_function=_link_or_copy)

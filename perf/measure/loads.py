@@ -134,8 +134,8 @@ class Measured:
         found: dict[str, dict[str, float]] = {}
         for model in sorted({name for p in self.passes for name in p.server}):
             times = [p.server[model] for p in self.passes if model in p.server]
-            requests = sum(p.server[asked].requests for p in self.passes)
-            found[model] = {"requests_share": sum(t.requests for t in times) / requests}
+            images = sum(p.server[asked].images for p in self.passes)
+            found[model] = {"images_share": sum(t.images for t in times) / images}
             for part in ("queue", "input", "infer", "output"):
                 found[model][part] = median(t.per_request_ms()[part] for t in times)
         return found
@@ -213,7 +213,8 @@ class LoadRunner:
         if level.rate_per_s is None:
             # Below saturation more requests in flight are answered in the same time.
             wanted = 1e3 * self._pass_s / self._costs_ms[level.system.name]
-            rounds = max(1, round(wanted / inputs.items))
+            at_least = math.ceil(level.concurrency / inputs.items)  # perf_analyzer refuses fewer
+            rounds = max(at_least, round(wanted / inputs.items))
         else:
             wanted = max(OPEN_REQUESTS, level.rate_per_s)
             rounds = math.ceil(wanted / inputs.items)

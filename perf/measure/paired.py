@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from statistics import mean, median
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .. import derive
 from ..spread import Spread
 from .asking import Answer, Asker
 from .systems import ADAPTIVE, ENSEMBLE, HIGH, LOW, System
+from .target import cosine
 
 # Asked right after one another, in either order: their ratio is what the second one adds.
 PAIRS = {"adaptive-0": LOW, ENSEMBLE: ADAPTIVE}
@@ -145,11 +145,6 @@ def has_cosine_below(limit: float) -> Callable[[Answer, Answer], bool]:
     """Whether two embeddings' cosine is below a limit."""
 
     def differs(mine: Answer, full: Answer) -> bool:
-        return not _cosine(mine.embedding, full.embedding) >= limit
+        return not cosine(mine.embedding, full.embedding) >= limit
 
     return differs
-
-
-def _cosine(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
-    first, second = one.astype(np.float64), other.astype(np.float64)
-    return float(first @ second / (np.linalg.norm(first) * np.linalg.norm(second)))

@@ -21,7 +21,8 @@ class ModelTimes:
     """Sums over the successful requests of one model, or over those of a span of time.
 
     Attributes:
-        requests: successful requests.
+        requests: successful requests; one may be a batch, as the router's calls of a rung are.
+        images: in them.
         total_ns: from arrival to response, as the following in nanoseconds.
         queue_ns: waiting for an instance.
         input_ns: copying inputs to the backend.
@@ -30,6 +31,7 @@ class ModelTimes:
     """
 
     requests: int
+    images: int
     total_ns: int
     queue_ns: int
     input_ns: int
@@ -39,6 +41,7 @@ class ModelTimes:
     def __sub__(self, before: ModelTimes) -> ModelTimes:
         return ModelTimes(
             self.requests - before.requests,
+            self.images - before.images,
             *(getattr(self, field) - getattr(before, field) for field in _FIELDS),
         )
 
@@ -71,7 +74,10 @@ def server_times(client: triton.InferenceServerClient) -> dict[str, ModelTimes]:
         InferenceServerException: no answer.
     """
     answer = client.get_inference_statistics(client_timeout=30.0)
-    return {entry.name: _times(entry.inference_stats) for entry in answer.model_stats}
+    return {
+        entry.name: _times(entry.inference_stats, entry.inference_count)
+        for entry in answer.model_stats
+    }
 
 
 def since(before: dict[str, ModelTimes], after: dict[str, ModelTimes]) -> dict[str, ModelTimes]:
@@ -80,6 +86,6 @@ def since(before: dict[str, ModelTimes], after: dict[str, ModelTimes]) -> dict[s
     return {name: times for name, times in differences.items() if times.requests}
 
 
-def _times(stats: Any) -> ModelTimes:
+def _times(stats: Any, images: int) -> ModelTimes:
     sums = {field: getattr(stats, name).ns for field, name in _FIELDS.items()}
-    return ModelTimes(stats.success.count, **sums)
+    return ModelTimes(stats.success.count, images, **sums)

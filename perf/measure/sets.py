@@ -98,13 +98,21 @@ def load_pool(rung_set: RungSet, spec: str, limit: int, seed: int = 0) -> Pool:
 
 
 def choose_sets(
-    escalated: NDArray[np.bool_], mixed: int, size: int, names: Sequence[str], seed: int = 0
+    escalated: NDArray[np.bool_],
+    mixed: int,
+    shares: int,
+    size: int,
+    names: Sequence[str],
+    seed: int = 0,
 ) -> ImageSets:
-    """Choose the sets at random, the mixed one with the pool's own escalation rate.
+    """Choose the sets at random, the mixed one with about the pool's own escalation rate.
 
     Args:
         escalated: BOOL (N,), of the pool's images at the calibrated threshold.
         mixed: images of the mixed set, at most.
+        shares: into which the mixed set will be cut. Each gets equally many images that escalate,
+            at least one where there are enough: shares of different rates have costs that do not
+            compare.
         size: images of the easy and the hard set, at most.
         names: sets that are asked for, out of `easy`, `hard` and `mixed`.
         seed: of the choice.
@@ -115,8 +123,11 @@ def choose_sets(
     rng = np.random.default_rng(seed)
     hard, easy = (rng.permutation(np.flatnonzero(side)) for side in (escalated, ~escalated))
     mixed = min(mixed, len(escalated))
-    hard_share = round(mixed * len(hard) / len(escalated))
-    rows = {"mixed": spread_evenly(easy[: mixed - hard_share].tolist(), hard[:hard_share].tolist())}
+    rate = len(hard) / len(escalated)
+    per_share = max(min(1, len(hard)), round(mixed * rate / shares))
+    hard_share = min(per_share * shares, len(hard), mixed)
+    easy_share = min(mixed - hard_share, len(easy))
+    rows = {"mixed": spread_evenly(easy[:easy_share].tolist(), hard[:hard_share].tolist())}
     for name, side, what in (("easy", easy, "stay cheap"), ("hard", hard, "escalate")):
         if name not in names:
             continue
@@ -130,6 +141,21 @@ def choose_sets(
         raise PerfError(f"{len(escalated)} images are too few to measure, {FEWEST} are needed")
     rates = {name: float(escalated[chosen].mean()) for name, chosen in rows.items()}
     return ImageSets(rows, rates)
+
+
+def sent_under_load(rows: Sequence[int], escalated: NDArray[np.bool_], size: int) -> list[int]:
+    """Images of a set, as hard as the whole of it, at least one hard one where it has any.
+
+    Args:
+        rows: of the pool.
+        escalated: BOOL (N,), of the pool's images.
+        size: how many, at most.
+    """
+    size = min(size, len(rows))
+    hard = [row for row in rows if escalated[row]]
+    easy = [row for row in rows if not escalated[row]]
+    count = max(min(1, len(hard)), round(size * len(hard) / len(rows)))
+    return spread_evenly(easy[: size - count], hard[:count])
 
 
 def spread_evenly(many: Sequence[int], few: Sequence[int]) -> list[int]:

@@ -94,7 +94,9 @@ class Target:
         for model in ("vit_low", "vit_high"):
             local = run_session(open_session(rung_set.files[model]), batch, layers=True)
             served = self._ask(model, batch, ["embedding"])["embedding"]
-            if served.shape != local.embedding.shape or not (_cosine(served, local) >= SAME_COSINE):
+            if served.shape != local.embedding.shape or not (
+                cosine(served[0], local.embedding[0]) >= SAME_COSINE
+            ):
                 raise PerfError(
                     f"{model} at {self.grpc_url} is not the local {rung_set.files[model].name}: it "
                     "answers the same image differently; give the --onnx it was exported to"
@@ -130,6 +132,7 @@ class Target:
         return {name: result.as_numpy(name) for name in outputs}
 
 
-def _cosine(served: NDArray[np.float32], local: object) -> float:
-    ours = local.embedding  # type: ignore[attr-defined]
-    return float((served * ours).sum() / (np.linalg.norm(served) * np.linalg.norm(ours)))
+def cosine(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
+    """Of two embeddings, each FP32 (D,)."""
+    first, second = one.astype(np.float64), other.astype(np.float64)
+    return float(first @ second / (np.linalg.norm(first) * np.linalg.norm(second)))

@@ -16,11 +16,10 @@ from .words import Summary, amount, short_name, system_order
 
 _PARTS = {
     "client and network": "#c9c5bb",
-    "ensemble": "#b9a7d6",
     "preprocess": "#d99a2b",
     "cheap rung": LOW_COLOUR,
     "scoring": "#7a7fd0",
-    "router and BLS hops": "#4c78a8",
+    "router, BLS hops, ensemble": "#4c78a8",
     "full rung": HIGH_COLOUR,
     "queues": "#777777",
 }

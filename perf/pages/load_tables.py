@@ -46,7 +46,7 @@ def server_times(summary: Summary) -> list[dict[str, Any]]:
                     {
                         "load": load_words(entry),
                         "model": model,
-                        "share": share(found.get("requests_share")),
+                        "share": share(found.get("images_share")),
                         "times": [
                             amount(found.get(key)) for key in ("queue", "input", "infer", "output")
                         ],

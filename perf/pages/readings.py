@@ -26,7 +26,7 @@ FACTS = (
     ("cascade_efficiency_c1", ratio, "cascade efficiency: speed-up / bound"),
     ("cascade_efficiency_saturated", ratio, "the same with the server saturated"),
     ("router_overhead_c1", ratio, "router overhead: never escalating / cheap rung"),
-    ("peak_memory_ratio", ratio, "peak memory: adaptive / sum of both rungs"),
+    ("peak_memory_ratio", ratio, "peak memory: cascade's server / two servers of a rung each"),
 )
 
 
@@ -187,9 +187,9 @@ def above_one(summary: Summary) -> str:
     saturated, single = (summary.get(f"cascade_efficiency_{load}") for load in ("saturated", "c1"))
     if saturated is not None and saturated["median"] > 1:
         sentences.append(
-            f"The saturated efficiency is {fine(saturated['median'])}, above 1: the rungs run in "
-            "processes of their own on several cores, so they overlap, which the bound (one after "
-            "the other) does not allow for."
+            f"The saturated efficiency is {fine(saturated['median'])}, above 1: under load the two "
+            "rungs may run at the same time, on cores that a static rung leaves idle, which the "
+            "bound (one after the other) does not allow for. What is more than that is noise."
         )
     if single is not None and single["median"] > 1:
         sentences.append(

@@ -79,7 +79,8 @@ _FIGURES: tuple[tuple[str, str, Callable[[float], str], str], ...] = (
         "peak_memory_ratio",
         "peak memory ratio",
         fine,
-        "peak memory of adaptive ÷ (of the cheap rung always + of the full rung always)",
+        "peak memory of a server with the cascade ÷ (of one with the cheap rung + of one with the "
+        "full rung)",
     ),
 )
 _STANDIN = "server's time for a batch of {batch} in the full rung ÷ time of an ONNX Runtime session"

@@ -28,10 +28,10 @@ def make_answer(latency_ms=1.0, escalated=False, names=0, embedding=(1.0, 0.0), 
     return Answer(latency_ms, np.array(embedding, np.float32), logits, escalated, score=0.5)
 
 
-def make_times(requests=1, queue=0, input=0, infer=0, output=0, rest=0):
+def make_times(requests=1, queue=0, input=0, infer=0, output=0, rest=0, batch=1):
     """Sums in milliseconds; `rest` is spent neither in the queue nor in the backend."""
     parts = [1_000_000 * ms for ms in (queue, input, infer, output)]
-    return ModelTimes(requests, sum(parts) + 1_000_000 * rest, *parts)
+    return ModelTimes(requests, batch * requests, sum(parts) + 1_000_000 * rest, *parts)
 
 
 def make_figures(throughput, p50=10.0, requests=8):

@@ -85,7 +85,7 @@ def measured(name, under, throughput, p50, images="mixed", runs=4, unstable=None
         },
         "server_ms": {
             rung: {
-                "requests_share": shares[rung],
+                "images_share": shares[rung],
                 "queue": 0.21,
                 "input": 0.12,
                 "infer": times[rung],
@@ -104,7 +104,7 @@ def parts(requests, **milliseconds):
         "preprocess": "preprocess",
         "cheap": "cheap rung",
         "scoring": "scoring",
-        "hops": "router and BLS hops",
+        "hops": "router, BLS hops, ensemble",
         "full": "full rung",
         "queues": "queues",
     }

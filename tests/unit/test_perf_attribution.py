@@ -149,13 +149,15 @@ class FakeClient:
         stats = {
             field: SimpleNamespace(ns=(i + 1) * 10**6, count=4) for i, field in enumerate(fields)
         }
-        entry = SimpleNamespace(name="vit_low", inference_stats=SimpleNamespace(**stats))
+        entry = SimpleNamespace(
+            name="vit_low", inference_stats=SimpleNamespace(**stats), inference_count=12
+        )
         return SimpleNamespace(model_stats=[entry])
 
 
 def test_tritons_statistics_are_read_by_model():
     times = server_times(FakeClient())["vit_low"]
-    assert times == ModelTimes(4, *(i * 10**6 for i in (1, 2, 3, 4, 5)))
+    assert times == ModelTimes(4, 12, *(i * 10**6 for i in (1, 2, 3, 4, 5)))
     assert (times.total_ms, times.queue_ms, times.compute_ms) == (1.0, 2.0, 12.0)
     assert times.per_request_ms() == {"queue": 0.5, "input": 0.75, "infer": 1.0, "output": 1.25}
     assert make_times(0).per_request_ms()["infer"] == 0.0

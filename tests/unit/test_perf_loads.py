@@ -195,9 +195,9 @@ def test_a_level_is_an_entry_of_the_summary():
     assert latency == {"mean": [11, 13], "p50": [10, 12], "p95": [12, 14], "p99": [13, 15]}
     assert entry["server_cpu_ms"]["median"] == 6.0
     # 6 requests of the rung for 8 of the router; times per request, the median of both passes.
-    rung = {"requests_share": 0.75, "queue": 1.5, "input": 3.0, "infer": 15.0, "output": 4.5}
+    rung = {"images_share": 0.75, "queue": 1.5, "input": 3.0, "infer": 15.0, "output": 4.5}
     assert entry["server_ms"]["vit_low"] == pytest.approx(rung)
-    assert entry["server_ms"]["router"]["requests_share"] == 1.0
+    assert entry["server_ms"]["router"]["images_share"] == 1.0
 
 
 def test_a_model_that_some_passes_did_not_reach_shares_the_requests_of_all():
@@ -205,8 +205,15 @@ def test_a_model_that_some_passes_did_not_reach_shares_the_requests_of_all():
     with_high = {"router": make_times(4, infer=4), "vit_high": make_times(2, infer=20)}
     level = Level(ADAPTIVE, concurrency=1)
     entry = Measured(level, [make_pass(server=without), make_pass(server=with_high)]).to_dict()
-    assert entry["server_ms"]["vit_high"]["requests_share"] == 0.25
+    assert entry["server_ms"]["vit_high"]["images_share"] == 0.25
     assert entry["server_ms"]["vit_high"]["infer"] == 10.0
+
+
+def test_a_call_of_a_rung_with_a_batch_counts_all_its_images():
+    # The router answers 8 requests with 2 calls of 4 images each.
+    server = {"router": make_times(8), "vit_low": make_times(2, batch=4)}
+    entry = Measured(Level(ADAPTIVE, concurrency=8), [make_pass(server=server)]).to_dict()
+    assert entry["server_ms"]["vit_low"]["images_share"] == 1.0
 
 
 def test_an_open_level_says_its_rate():

@@ -120,6 +120,18 @@ def test_an_artifact_of_other_rungs_is_told(perf, workplace):
     assert "is not the file that was calibrated" in refused(perf("--calibration", "other.json"))
 
 
+def test_an_artifact_that_always_asks_the_full_rung_is_told(perf, workplace):
+    rung_set = RungSet.load(workplace / "build/onnx")
+    calibration_of(rung_set, threshold=None).save(workplace / "never.json")
+    said = refused(perf("--calibration", "never.json"))
+    assert said.startswith("nothing was certified") and "--escalation-rate 0.1" in said
+
+
+def test_a_place_that_cannot_be_written_to_is_told(perf, workplace):
+    (workplace / "file").write_text("")
+    assert refused(perf("--images", "images", "--out", "file")) == "file: File exists"
+
+
 def test_a_missing_repository_is_told_unless_a_server_runs_elsewhere(perf, workplace):
     assert "run python -m export repository" in refused(perf("--repository", workplace / "images"))
     (workplace / "none").mkdir()
