@@ -254,8 +254,9 @@ def test_a_signal_ends_the_command_line_cleanly(repository: Path, number: signal
 
 
 IN_TERMINAL = """
-import os, sys
+import os, signal, sys
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, and who runs the tests under it, ignores it
 for number in range(3):  # The first terminal that a session's leader opens becomes the session's.
     os.dup2(os.open(sys.argv[1], os.O_RDWR), number)
 os.execv(sys.executable, [sys.executable, "-m", "server", *sys.argv[2:]])
