@@ -81,7 +81,7 @@ def run(
 ) -> None:
     """Measure latency, throughput and memory beside the alternatives, and write a report.
 
-    Ctrl-C keeps what was measured.
+    Ctrl-C keeps what was measured, from the first table on.
     """
     from .measure.suites import SUITES  # here, because scipy and matplotlib take seconds to import
     from .run import Options, measure
@@ -286,7 +286,7 @@ def main() -> None:
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted; what was measured until then is kept", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     else:
         sys.exit(code)
