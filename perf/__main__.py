@@ -261,8 +261,9 @@ def variants_command(
         found = variants.measure(repositories, pool, rounds, lambda: progress.advance(task))
     table = Table(title=f"{rounds * len(pool)} images each, in turn; medians, milliseconds")
     router, ensemble = ("router adds", "ratio"), ("ensemble adds", "ratio of means")
-    for heading in ("repository", "cheap rung", *router, *ensemble):
-        table.add_column(heading, justify="left" if heading == "repository" else "right")
+    table.add_column("repository", overflow="fold")  # told apart by the ends of their paths
+    for heading in ("cheap rung", *router, *ensemble):
+        table.add_column(heading, justify="right")
     for repository, variant in zip(repositories, found, strict=True):
         table.add_row(
             str(repository),

@@ -53,6 +53,15 @@ def test_what_was_not_measured_is_a_dash_and_a_cut_off_run_says_so(tmp_path):
     assert cells[4] == "2.34× (bound 2.44×, efficiency 0.96)" and cells[6] == "1.03"
 
 
+def test_saturated_figures_of_passes_that_did_not_agree_are_marked(tmp_path):
+    summary = sample_summary()
+    summary["notes"] = ["saturated, adaptive did not stabilise: throughput differs by 20%"]
+    row = results_table(folder_with(tmp_path, cpu=summary)).splitlines()[2]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[5] == "2.23× (bound 2.38×, efficiency 0.94), not stable"
+    assert "not stable" not in cells[4]  # one request in flight is another measurement
+
+
 def test_results_of_another_kind_are_passed_over(tmp_path):
     folder = folder_with(tmp_path, cpu=sample_summary(), original={"kind": "original"})
     assert results_table(folder).splitlines()[2:] == [ROW]
