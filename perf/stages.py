@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,19 +206,19 @@ def load_with_perf_analyzer(
             "images": len(rows),
             "escalation_rate": bench.escalation_rate(rows),
         }
-    inputs = _write_inputs(folder, bench.pool, sent)
-    runner = LoadRunner(target, analyzer, inputs, folder, suite.pass_s, costs_ms)
     has_http, is_local = target.http_url is not None, target.server is not None
     levels = closed_levels(suite, bench.systems, sent, has_http, is_local)
-    closed = _run_levels(record, runner, levels, suite.turns, "closed loop")
-    record.summary |= summary.saturated_figures(closed, bench.escalation_rate(sent["mixed"]))
-    for name, entry in saturated(closed).items():
-        if name in COMPARED and entry.instability():
-            record.note(f"saturated, {name} did not stabilise: {entry.instability()}")
-    levels = open_levels(suite, bench.systems, closed)
-    _run_levels(record, runner, levels, suite.turns, "open loop")
-    for file in folder.glob("*.json"):  # the images as text, hundreds of megabytes
-        file.unlink()
+    # The inputs hold the images as text, a hundred megabytes that nobody wants to keep.
+    with tempfile.TemporaryDirectory(prefix="perf-inputs-") as scratch:
+        inputs = _write_inputs(Path(scratch), bench.pool, sent)
+        runner = LoadRunner(target, analyzer, inputs, folder, suite.pass_s, costs_ms)
+        closed = _run_levels(record, runner, levels, suite.turns, "closed loop")
+        record.summary |= summary.saturated_figures(closed, bench.escalation_rate(sent["mixed"]))
+        for name, entry in saturated(closed).items():
+            if name in COMPARED and entry.instability():
+                record.note(f"saturated, {name} did not stabilise: {entry.instability()}")
+        levels = open_levels(suite, bench.systems, closed)
+        _run_levels(record, runner, levels, suite.turns, "open loop")
 
 
 def _write_inputs(
