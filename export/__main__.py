@@ -14,8 +14,18 @@ from rich.table import Table
 
 from export.errors import ExportError, UsageError, first_line
 from export.progress import Steps
+from export.recipes.recipe import Recipe
 from export.repository import RepositoryError, assemble
-from routing import CalibrationError, RungSet, RungSetError
+from routing import (
+    WEIGHTS,
+    Alignment,
+    AlignmentError,
+    CalibrationError,
+    RungSet,
+    RungSetError,
+)
+
+RECIPE = "RECIPE"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -42,18 +52,17 @@ def rungs(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Directory to write to.")] = Path("build/onnx"),
-    low_px: Annotated[
-        int | None, typer.Option(help="Resolution of the cheap rung (default: the model's).")
-    ] = None,
-    high_px: Annotated[
-        int | None, typer.Option(help="Resolution of the full rung (default: the model's).")
-    ] = None,
-    static_px: Annotated[
+    low: Annotated[
         str | None,
-        typer.Option(
-            metavar="PX,PX,...",
-            help="Resolutions between the two, exported beside the rungs for perf to measure.",
-        ),
+        typer.Option(metavar=RECIPE, help="The cheap rung, such as px=112,int8=static."),
+    ] = None,
+    high: Annotated[
+        str | None,
+        typer.Option(metavar=RECIPE, help="The full rung, such as px=224; its px is the image's."),
+    ] = None,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(metavar=RECIPE, help="A graph to measure beside the two; may be repeated."),
     ] = None,
     head: Annotated[
         Head | None, typer.Option(help="Fit this head on --images and bake it into both rungs.")
@@ -61,33 +70,40 @@ def rungs(
     images: Annotated[
         Path | None, typer.Option(help="Images to fit the head on, one folder per class.")
     ] = None,
+    fit_images: Annotated[
+        Path | None,
+        typer.Option(help="Images that int8=static learns ranges from (default: --images)."),
+    ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Weights of static-vit: safetensors or a torch state dict.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Initial weights of static-vit.")] = 0,
-    opset: Annotated[int, typer.Option(help="ONNX opset, 18 to 21.")] = 18,
+    opset: Annotated[int, typer.Option(help="ONNX opset, 18 to 21.")] = 20,
     rtol: Annotated[float, typer.Option(help="Parity tolerance, relative.")] = 1e-4,
     atol: Annotated[float, typer.Option(help="Parity tolerance, absolute.")] = 1e-4,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
 ) -> None:
     """Export the cheap and the full rung of a model to ONNX, checked against torch.
 
-    Writes vit_low.onnx, vit_high.onnx, rungs.json and, where there are labels, labels.txt; with
-    --static-px 140,168 also static_140.onnx and static_168.onnx.
+    A RECIPE is a list of px=N (resolution inside the graph), depth=N (first blocks only), tome=N
+    (tokens merged in each block), and int8, int8=static or fp16. Writes vit_low.onnx,
+    vit_high.onnx, rungs.json, labels.txt where there are labels, weights.bin where graphs share
+    weights, and for --beside px=140 static_140.onnx.
     """
     if (head is None) != (images is None):
         raise UsageError("--head linear and --images DIR go together")
-    resolutions_px = () if static_px is None else _parse_static_px(static_px)
+    recipes = [None if text is None else Recipe.parse(text) for text in (low, high)]
     # torch and transformers take seconds to import; --help and the checks above do not need them.
     from export.rungs import RungsRequest, export_rungs
 
     request = RungsRequest(
         model=model,
         out=out,
-        low_px=low_px,
-        high_px=high_px,
-        static_px=resolutions_px,
+        low=recipes[0],
+        high=recipes[1],
+        beside=tuple(Recipe.parse(text) for text in beside or ()),
         probe_images=images,
+        fit_images=fit_images,
         checkpoint=checkpoint,
         seed=seed,
         opset=opset,
@@ -113,40 +129,74 @@ def repository(
     intra_op_threads: Annotated[
         int, typer.Option(min=1, help="CPU threads of each rung; both rungs within the cores.")
     ] = 1,
+    instances: Annotated[
+        int, typer.Option(min=1, help="Instances of each rung on a CPU; times threads, the cores.")
+    ] = 1,
 ) -> None:
     """Assemble the model repository that Triton serves.
 
     An assembled repository at --out is replaced; anything else there is left alone.
     """
-    assemble(RungSet.load(onnx), calibration, out, intra_op_threads)
+    assemble(RungSet.load(onnx), calibration, out, intra_op_threads, instances)
     typer.echo(f"wrote {out}; serve it with python -m server --repository {out}")
 
 
-def _parse_static_px(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(px) for px in text.split(","))
-    except ValueError:
-        raise UsageError(
-            f"--static-px {text!r} must be whole numbers with commas between, as 140,168,196"
-        ) from None
+@app.command("align")
+def align_command(
+    onnx: Annotated[Path, typer.Option(help="Folder that `rungs` wrote.")] = Path("build/onnx"),
+    alignment: Annotated[
+        Path, typer.Option(help="File that `python -m calibration align` wrote.")
+    ] = Path("build/calibration/alignment.npz"),
+    graph: Annotated[str, typer.Option(help="vit_low, or an alternative.")] = "vit_low",
+    name: Annotated[
+        str | None, typer.Option(help="Write an alternative of this name (default: in its place).")
+    ] = None,
+) -> None:
+    """Bake a fitted alignment into a cheap graph; collect and fit again afterwards."""
+    from export.shelf import align
+
+    typer.echo(f"wrote {align(onnx, graph, Alignment.load(alignment), name)} in {onnx}")
+
+
+@app.command("choose")
+def choose_command(
+    onnx: Annotated[Path, typer.Option(help="Folder that `rungs` wrote.")],
+    low: Annotated[str, typer.Option(metavar="NAME", help="The graph that becomes vit_low.")],
+    high: Annotated[str, typer.Option(metavar="NAME", help="The graph that becomes vit_high.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A graph to measure beside them; may be repeated."),
+    ] = None,
+) -> None:
+    """Make a pair of rungs of two graphs that were exported together."""
+    from export.shelf import choose
+
+    choose(onnx, low, high, keep or (), out)
+    typer.echo(f"wrote {out}")
 
 
 def _print_summary(record: dict[str, Any], out: Path) -> None:
     classes = f", {record['classes']} classes" if record["classes"] else ", no head"
     table = Table(title=f"{record['backbone']}{classes}", caption=f"in {out}")
-    for heading in ("rung", "px", "MiB", "worst difference to torch", "file"):
+    for heading in ("graph", "recipe", "MiB", "difference to torch", "cosine to full", "file"):
         table.add_column(heading)
-    for name, rung in {**record["rungs"], **record["alternatives"]}.items():
+    reference = {"reference": record["reference"]} if record["reference"] else {}
+    for name, rung in {**record["rungs"], **reference, **record["alternatives"]}.items():
         checks = [check for check in record["parity"]["checks"] if check["rung"] == name]
-        worst = max(checks, key=lambda check: check["max_abs_diff"])
+        worst = max((check["max_abs_diff"] for check in checks), default=None)
         size_mib = (out / rung["file"]).stat().st_size / 2**20
         table.add_row(
             name,
-            str(rung["px"]),
+            rung["recipe"],
             f"{size_mib:.1f}",
-            f"{worst['max_abs_diff']:.1e} ({worst['output']})",
+            "" if worst is None else f"{worst:.1e}",
+            f"{rung['fidelity']['cosine_mean']:.4f}",
             rung["file"],
         )
+    if (out / WEIGHTS).exists():
+        size_mib = (out / WEIGHTS).stat().st_size / 2**20
+        table.add_row("", "shared weights", f"{size_mib:.1f}", "", "", WEIGHTS)
     Console().print(table)
 
 
@@ -162,7 +212,13 @@ def main(arguments: list[str] | None = None) -> int:
     except typer.TyperException as error:
         message = " ".join(error.format_message().split())
         return _complain(message, 2) if message else 2  # without a verb the help was printed
-    except (CalibrationError, RepositoryError, RungSetError, UsageError) as error:
+    except (
+        AlignmentError,
+        CalibrationError,
+        RepositoryError,
+        RungSetError,
+        UsageError,
+    ) as error:
         return _complain(str(error), 2)
     except ExportError as error:
         return _complain(str(error), 1)

@@ -6,7 +6,6 @@ A backbone is a `transformers` ViT, DeiT or DINOv2. Per-layer CLS tokens are the
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +15,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from export.errors import UsageError
+from export.library import base_model, has_own_head
+from export.recipes.depth import first_blocks
+from export.recipes.recipe import Recipe
+from export.recipes.resize import bake_positions, downsample
+from export.recipes.token_merging import merge_tokens
 from imaging import Preprocessing
 
 # The attention matrix of 4,096 patches (64 x 64) takes 3 GB at batch 8 and 6 heads, the largest
@@ -25,20 +29,21 @@ MAX_PATCHES = 64 * 64
 
 @dataclass(frozen=True)
 class RungSpec:
-    """One rung: what it is called and how it is made from the full-resolution image.
+    """One graph: what it is called and how it is made from the full-resolution image.
 
     Attributes:
         name: model name on the server, and stem of the ONNX file.
-        px: side of the square image the transformer itself sees, in pixels.
+        recipe: how it makes itself cheap, its resolution written out.
     """
 
     name: str
-    px: int
+    recipe: Recipe
 
     @property
-    def recipe(self) -> str:
-        """How the rung makes itself cheap, in a form that a record can keep."""
-        return f"px={self.px}"
+    def px(self) -> int:
+        """Side of the square image the transformer itself sees."""
+        assert self.recipe.px is not None
+        return self.recipe.px
 
 
 @dataclass(frozen=True)
@@ -89,11 +94,12 @@ class Backbone:
             return self.probe.out_features
         return int(self.model.config.num_labels) if has_own_head(self.model) else None
 
-    def output_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Each ONNX output's shape after the batch axis, in order."""
+    def output_shapes(self, recipe: Recipe | None = None) -> dict[str, tuple[int, ...]]:
+        """Each ONNX output's shape after the batch axis, in order; of the full model by default."""
+        layers = self.layers if recipe is None or recipe.depth is None else recipe.depth
         shapes: dict[str, tuple[int, ...]] = {
             "embedding": (self.embedding_dim,),
-            "cls_layers": (self.layers + 1, self.embedding_dim),
+            "cls_layers": (layers + 1, self.embedding_dim),
         }
         if self.classes is not None:
             shapes["logits"] = (self.classes,)
@@ -103,22 +109,40 @@ class Backbone:
         """The same backbone under a fitted linear head, its own head dropped."""
         return replace(self, model=base_model(self.model), probe=probe.eval(), labels=labels)
 
-    def check_px(self, low_px: int, high_px: int) -> None:
-        """Refuse resolutions that the model cannot run at.
+    def check_px(self, px: int) -> None:
+        """Refuse a resolution that the model cannot run at.
 
         Raises:
-            UsageError: not a multiple of the patch size, too many patches, or low >= high.
+            UsageError: not a multiple of the patch size, or too many patches.
         """
-        for option, px in (("--low-px", low_px), ("--high-px", high_px)):
-            _check_multiple(option, px, self.patch_size)
-        if low_px >= high_px:
+        largest = int(MAX_PATCHES**0.5) * self.patch_size
+        if px > largest:
+            raise UsageError(f"px={px} is too large; {largest} px is the most for this model")
+        below, above = nearest_multiples(px, self.patch_size)
+        if px not in (below, above):
+            choices = f"{below}" if below == above else f"{below} or {above}"
             raise UsageError(
-                f"--low-px {low_px} must be below --high-px {high_px}; a low rung saves by that"
+                f"px={px} is no positive multiple of the patch size {self.patch_size}; "
+                f"use {choices}"
             )
 
-    def rung(self, px: int) -> RungModule:
-        """The module to export for a resolution, its position table interpolated beforehand."""
-        return RungModule(bake_positions(self.model, px), px, self.probe)
+    def rung(self, recipe: Recipe) -> RungModule:
+        """The module to export for a recipe's resolution, depth and merging of tokens.
+
+        Args:
+            recipe: its resolution written out; precision and alignment are the graph's business.
+
+        Raises:
+            UsageError: the model cannot be run so.
+        """
+        assert recipe.px is not None
+        self.check_px(recipe.px)
+        model = bake_positions(self.model, recipe.px)
+        if recipe.depth is not None:
+            model = first_blocks(model, recipe.depth)
+        if recipe.tome:
+            model = merge_tokens(model, recipe.tome)
+        return RungModule(model, recipe.px, self.probe)
 
     @torch.inference_mode()
     def reference(self, image: torch.Tensor, px: int) -> dict[str, torch.Tensor]:
@@ -182,68 +206,10 @@ class RungModule(nn.Module):
         return embedding, cls_layers
 
 
-def downsample(image: torch.Tensor, px: int) -> torch.Tensor:
-    """Shrink (B, 3, H, W) to (B, 3, px, px), antialiased as Pillow's bicubic is.
-
-    One ONNX `Resize` node (opset 18 brought antialiasing). Linear, so it commutes with the
-    normalisation already applied.
-    """
-    if image.shape[-2:] == (px, px):
-        return image
-    return nn.functional.interpolate(
-        image, size=(px, px), mode="bicubic", align_corners=False, antialias=True
-    )
-
-
-def bake_positions(model: PreTrainedModel, px: int) -> PreTrainedModel:
-    """A copy of the model whose stored position table fits one resolution.
-
-    The table is the library's own interpolation, computed once; the exported graph then holds a
-    constant instead of a bicubic resize of constants.
-
-    Args:
-        model: a ViT, DeiT or DINOv2, with or without its head.
-        px: the resolution, a multiple of the patch size.
-    """
-    baked = copy.deepcopy(model)
-    embeddings = base_model(baked).embeddings
-    table = embeddings.position_embeddings  # (1, S + N, D), S special tokens: CLS (and DeiT's)
-    special = table.shape[1] - embeddings.patch_embeddings.num_patches
-    patches = (px // int(model.config.patch_size)) ** 2
-    tokens = torch.zeros(1, special + patches, table.shape[2])
-    with torch.no_grad():
-        fitted = embeddings.interpolate_pos_encoding(tokens, px, px)
-    embeddings.position_embeddings = nn.Parameter(fitted.clone(), requires_grad=False)
-    embeddings.image_size = (px, px)  # ViT and DeiT compare the input with it
-    return baked.eval()
-
-
-def base_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The model without its head; itself if it has none."""
-    return model.base_model
-
-
-def has_own_head(model: PreTrainedModel) -> bool:
-    """Whether the model answers with logits."""
-    return base_model(model) is not model
-
-
 def nearest_multiples(px: int, patch_size: int) -> tuple[int, int]:
     """The multiples of the patch size on either side of px, both at least one patch."""
     below = max(patch_size, px // patch_size * patch_size)
     return below, below if px <= below else below + patch_size
-
-
-def _check_multiple(option: str, px: int, patch_size: int) -> None:
-    largest = int(MAX_PATCHES**0.5) * patch_size
-    if px > largest:
-        raise UsageError(f"{option} {px} is too large; {largest} px is the most for this model")
-    below, above = nearest_multiples(px, patch_size)
-    if px not in (below, above):
-        choices = f"{below}" if below == above else f"{below} or {above}"
-        raise UsageError(
-            f"{option} {px} is no positive multiple of the patch size {patch_size}; use {choices}"
-        )
 
 
 def _interpolate_option(model: PreTrainedModel) -> dict[str, bool]:

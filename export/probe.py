@@ -20,6 +20,7 @@ from torch import nn
 from export.backbones import Backbone
 from export.errors import UsageError
 from export.progress import Steps
+from export.recipes.recipe import Recipe
 from imaging import ImageError, decode
 
 # torch is fastest on a CPU at 4 to 16 images of 224 px (51 ms each on 2 cores; ONNX Runtime 56 ms).
@@ -197,7 +198,7 @@ class _Reader:
 @torch.inference_mode()
 def _embed(backbone: Backbone, px: int, reader: _Reader) -> NDArray[np.float32]:
     """Full-rung embeddings of all readable images, (N, D)."""
-    module = backbone.rung(px).eval()
+    module = backbone.rung(Recipe(px)).eval()
     pixels = iter(reader)
     embeddings = [np.empty((0, backbone.embedding_dim), np.float32)]
     while batch := list(islice(pixels, BATCH)):

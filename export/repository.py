@@ -11,13 +11,14 @@ old one and takes its place only when it is complete.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
 
 from export.staging import folder_beside
 from imaging import Preprocessing, PreprocessingError
-from routing import RUNGS, Calibration, RungSet, manifest
+from routing import RUNGS, WEIGHTS, Calibration, RungSet, manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 # Batch sizes the rungs run before they report ready: a lone request, and a batch as it forms
@@ -30,7 +31,11 @@ class RepositoryError(ValueError):
 
 
 def assemble(
-    rung_set: RungSet, calibration_file: Path, out: Path, intra_op_threads: int = 1
+    rung_set: RungSet,
+    calibration_file: Path,
+    out: Path,
+    intra_op_threads: int = 1,
+    instances: int = 1,
 ) -> Path:
     """Assemble the repository.
 
@@ -38,7 +43,8 @@ def assemble(
         rung_set: the exported rungs.
         calibration_file: the artifact made with exactly these rungs.
         out: folder to write; replaced if it is an assembled repository.
-        intra_op_threads: CPU threads of each rung.
+        intra_op_threads: CPU threads of each rung's instance.
+        instances: of each rung, where it runs on a CPU.
 
     Returns:
         `out`.
@@ -49,8 +55,9 @@ def assemble(
         CalibrationError: the artifact is invalid or was made with other ONNX files.
         OSError: a file cannot be read or written.
     """
-    if intra_op_threads < 1:
-        raise RepositoryError(f"--intra-op-threads {intra_op_threads} must be 1 or more")
+    for option, number in (("--intra-op-threads", intra_op_threads), ("--instances", instances)):
+        if number < 1:
+            raise RepositoryError(f"{option} {number} must be 1 or more")
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not _is_assembled(out))):
         raise RepositoryError(f"{out} exists and is no assembled repository; choose another --out")
     calibration = Calibration.load(calibration_file)
@@ -59,7 +66,7 @@ def assemble(
     with folder_beside(out) as folder:
         # A child, because a temporary directory itself is closed to other users.
         fresh = folder / "repository"
-        _fill(fresh, rung_set, calibration, preprocessing, intra_op_threads)
+        _fill(fresh, rung_set, calibration, preprocessing, intra_op_threads, instances)
         if out.exists():
             out.rename(folder / "replaced")
         fresh.rename(out)
@@ -92,6 +99,7 @@ def _fill(
     calibration: Calibration,
     preprocessing: Preprocessing,
     intra_op_threads: int,
+    instances: int,
 ) -> None:
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
     shutil.copytree(ROOT / "model_repository", repository, ignore=ignore)
@@ -103,11 +111,15 @@ def _fill(
     if rung_set.labels:
         (repository / "labels.txt").write_text("\n".join(rung_set.labels) + "\n")
     for name in RUNGS:
-        shutil.copyfile(rung_set.files[name], repository / name / "1" / "model.onnx")
+        version = repository / name / "1"
+        shutil.copyfile(rung_set.files[name], version / "model.onnx")
+        if rung_set.rungs[name].weights_sha256 is not None:
+            _place_weights(rung_set.files[name].with_name(WEIGHTS), version, repository)
         # The ensemble's stays: an empty version directory would not survive git or object stores.
         (repository / name / "1" / ".gitkeep").unlink(missing_ok=True)
         config = repository / name / "config.pbtxt"
         text = _with_threads(config.read_text(), intra_op_threads)
+        text = _with_instances(text, instances)
         config.write_text(text + _warmup(rung_set.image_shape))
     if rung_set.classes is None:
         config = repository / "adaptive_vit/config.pbtxt"
@@ -115,11 +127,30 @@ def _fill(
     manifest.write(repository)
 
 
+def _place_weights(source: Path, version: Path, repository: Path) -> None:
+    """The shared weights beside a graph; once on disk, under a name in each version directory."""
+    for name in RUNGS:
+        placed = repository / name / "1" / WEIGHTS
+        if placed.exists():
+            os.link(placed, version / WEIGHTS)
+            return
+    shutil.copyfile(source, version / WEIGHTS)
+
+
 def _with_threads(config: str, intra_op_threads: int) -> str:
     pattern = r'(key: "intra_op_thread_count" value: \{ string_value: ")\d+'
     text, count = re.subn(pattern, rf"\g<1>{intra_op_threads}", config)
     if count != 1:
         raise RepositoryError("a rung's config.pbtxt no longer sets intra_op_thread_count once")
+    return text
+
+
+def _with_instances(config: str, instances: int) -> str:
+    if instances == 1:
+        return config
+    text, count = re.subn(r"(instance_group \[ \{ count: )1\b", rf"\g<1>{instances}", config)
+    if count != 1:
+        raise RepositoryError("a rung's config.pbtxt no longer sets the count of instances once")
     return text
 
 

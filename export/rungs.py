@@ -1,13 +1,14 @@
-"""From a model's name to two checked ONNX files, their labels and their record."""
+"""From a model's name to checked ONNX graphs, their labels and their record."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import transformers
 
@@ -15,14 +16,17 @@ from export import onnx_graph, parity
 from export.backbones import Backbone, RungSpec
 from export.dinov2_small import dinov2_small
 from export.errors import UsageError
+from export.fit_images import FitImages
+from export.graphs import Graphs, Material, write_graphs
 from export.pretrained import pretrained
 from export.probe import LabelledImages, Probe, fit_probe
 from export.progress import Steps
+from export.recipes.recipe import Recipe
 from export.staging import folder_beside
 from export.static_vit import static_vit
-from routing import RUNGS, manifest
+from routing import RUNGS, WEIGHTS
 from routing.rungset import NAME as RECORD
-from routing.rungset import SCHEMA_VERSION
+from routing.rungset import REFERENCE, SCHEMA_VERSION
 
 LABELS = "labels.txt"
 
@@ -34,10 +38,11 @@ class RungsRequest:
     Attributes:
         model: `static-vit`, `dinov2-small`, a directory or a hub id.
         out: directory to write to.
-        low_px: resolution of the cheap rung.
-        high_px: resolution of the full rung, and of `image`.
-        static_px: resolutions in between, exported too: what a user could serve instead.
+        low: recipe of the cheap rung.
+        high: recipe of the full rung; its resolution is that of `image`.
+        beside: recipes of graphs to compare with, exported too.
         probe_images: one folder per class, to fit a linear head on.
+        fit_images: what `int8=static` learns from; the probe's images by default.
         checkpoint: weights for `static-vit`.
         seed: initial weights of `static-vit` without a checkpoint.
         opset: ONNX opset, 18 to 21.
@@ -47,10 +52,11 @@ class RungsRequest:
 
     model: str
     out: Path
-    low_px: int | None = None
-    high_px: int | None = None
-    static_px: tuple[int, ...] = ()
+    low: Recipe | None = None
+    high: Recipe | None = None
+    beside: tuple[Recipe, ...] = ()
     probe_images: Path | None = None
+    fit_images: Path | None = None
     checkpoint: Path | None = None
     seed: int = 0
     opset: int = onnx_graph.DEFAULT_OPSET
@@ -59,7 +65,7 @@ class RungsRequest:
 
 
 def export_rungs(request: RungsRequest, steps: Steps) -> dict[str, Any]:
-    """Export both rungs and the alternatives, check them and write them together with their record.
+    """Export every graph, check it and write all together with their record.
 
     Everything is written to a folder beside `out` and moved at the end, so a failure leaves the
     previous files, or none.
@@ -76,7 +82,8 @@ def export_rungs(request: RungsRequest, steps: Steps) -> dict[str, Any]:
     _check_request(request)
     images = LabelledImages.scan(request.probe_images) if request.probe_images else None
     # Loading; embedding and fitting; exporting and comparing each graph.
-    graphs = len(RUNGS) + len(request.static_px)
+    has_reference = request.high is not None and request.high != Recipe(request.high.px)
+    graphs = len(RUNGS) + len(request.beside) + has_reference
     with steps.expect(1 + (2 if images else 0) + 2 * graphs):
         return _export(request, images, steps)
 
@@ -109,6 +116,13 @@ def _check_request(request: RungsRequest) -> None:
             raise UsageError(f"{option} {tolerance} must be a number of at least 0")
     if request.out.exists() and not request.out.is_dir():
         raise UsageError(f"--out {request.out} is a file; give a directory")
+    for recipe in (request.low, request.high, *request.beside):
+        if recipe is not None and recipe.align:
+            raise UsageError(
+                f"recipe {recipe}: align is fitted on what the graph answers; export without it, "
+                "then python -m calibration collect, python -m calibration align and python -m "
+                "export align"
+            )
 
 
 def _export(request: RungsRequest, images: LabelledImages | None, steps: Steps) -> dict[str, Any]:
@@ -116,33 +130,55 @@ def _export(request: RungsRequest, images: LabelledImages | None, steps: Steps) 
         backbone = load_backbone(request.model, request.seed, request.checkpoint)
     for notice in backbone.notices:
         steps.note(notice)
-    low_px = request.low_px if request.low_px is not None else backbone.default_px[0]
-    high_px = request.high_px if request.high_px is not None else backbone.default_px[1]
-    backbone.check_px(low_px, high_px)
-    _check_static_px(request.static_px, low_px, high_px, backbone.patch_size)
+    specs = _specs(request, backbone)
+    image_px = specs[1].px
+    fit_images = _read_fit_images(request, specs, backbone, image_px)
     head: dict[str, Any] | None = {"kind": "own"} if backbone.classes else None
     if images is not None:
-        probe = fit_probe(backbone, high_px, images, steps)
+        probe = fit_probe(backbone, image_px, images, steps)
         _tell_probe(probe, backbone, steps)
         backbone, head = backbone.with_probe(probe.linear, probe.labels), probe.record
-    specs = [RungSpec(name, px) for name, px in zip(RUNGS, (low_px, high_px), strict=True)]
-    specs += [RungSpec(f"static_{px}", px) for px in sorted(request.static_px)]
+    tensors = None if fit_images is None else fit_images.tensors
+    material = Material(backbone, image_px, request.opset, tensors, request.rtol, request.atol)
+    full = next(spec.name for spec in specs if spec.recipe == Recipe(image_px))
     with folder_beside(request.out) as staging:
-        graphs = _write_graphs(staging, backbone, specs, high_px, request, steps)
-        record = _write_record(staging, backbone, head, graphs, high_px, request)
-        _publish(staging, request.out)
+        graphs = write_graphs(staging, specs, full, material, steps)
+        record = _record(backbone, head, graphs, image_px, request)
+        record["fitted_on"] = "" if fit_images is None else fit_images.hashes
+        write_record(staging, record)
+        publish(staging, request.out)
     return record
 
 
-def _check_static_px(static_px: tuple[int, ...], low_px: int, high_px: int, patch: int) -> None:
-    for px in static_px:
-        if static_px.count(px) > 1:
-            raise UsageError(f"--static-px names {px} more than once; once is enough")
-        if px not in range(low_px + patch, high_px, patch):
-            raise UsageError(
-                f"--static-px {px} must be a multiple of the patch size {patch} that lies between "
-                f"the rungs' {low_px} and {high_px}"
-            )
+def _specs(request: RungsRequest, backbone: Backbone) -> list[RungSpec]:
+    """The cheap rung, the full rung, the reference if that is another, and the alternatives."""
+    low_px, high_px = backbone.default_px
+    high = (request.high or Recipe()).at(high_px)
+    assert high.px is not None
+    low = (request.low or Recipe(low_px)).at(high.px)
+    specs = [RungSpec(name, recipe) for name, recipe in zip(RUNGS, (low, high), strict=True)]
+    if high != Recipe(high.px):
+        specs.append(RungSpec(REFERENCE, Recipe(high.px)))
+    specs += [
+        RungSpec(f"static_{recipe.slug(high.px)}", recipe.at(high.px)) for recipe in request.beside
+    ]
+    for spec in specs:
+        backbone.check_px(spec.px)
+        if spec.px > high.px:
+            raise UsageError(f"{spec.recipe} looks at more than the full rung's {high.px} px")
+    (recipe, count), *_ = Counter(str(spec.recipe) for spec in specs).most_common()
+    if count > 1:
+        raise UsageError(f"{recipe} is asked for {count} times; each graph needs another recipe")
+    return specs
+
+
+def _read_fit_images(
+    request: RungsRequest, specs: list[RungSpec], backbone: Backbone, image_px: int
+) -> FitImages | None:
+    folder = request.fit_images or request.probe_images
+    if folder is None or all(spec.recipe.precision != "int8=static" for spec in specs):
+        return None
+    return FitImages.read(folder, backbone.preprocessing(image_px))
 
 
 def _tell_probe(probe: Probe, backbone: Backbone, steps: Steps) -> None:
@@ -156,67 +192,16 @@ def _tell_probe(probe: Probe, backbone: Backbone, steps: Steps) -> None:
     )
 
 
-class _Graphs(NamedTuple):
-    """What was written, each by its rung's or alternative's name."""
-
-    entries: dict[str, dict[str, Any]]
-    checks: list[parity.Check]
-    ir_version: int
-
-
-def _write_graphs(
-    folder: Path,
-    backbone: Backbone,
-    specs: list[RungSpec],
-    image_px: int,
-    request: RungsRequest,
-    steps: Steps,
-) -> _Graphs:
-    """Write and check every graph; all of them are tried before any failure is raised."""
-    shapes = backbone.output_shapes()
-    entries: dict[str, dict[str, Any]] = {}
-    checks: list[parity.Check] = []
-    failures: list[parity.Failure] = []
-    ir_version = 0
-    for spec in specs:
-        file = folder / f"{spec.name}.onnx"
-        with steps.step(f"export {spec.name} ({spec.recipe})"):
-            graph = onnx_graph.export_onnx(
-                backbone.rung(spec.px), image_px, list(shapes), file, request.opset
-            )
-        ir_version = max(ir_version, graph.ir_version)
-        try:
-            with steps.step(f"compare {spec.name} with torch at batch 1, 3 and 8"):
-                checks += parity.check_parity(
-                    spec.name,
-                    file,
-                    image_px,
-                    shapes,
-                    lambda image, px=spec.px: backbone.reference(image, px),
-                    request.rtol,
-                    request.atol,
-                )
-        except parity.ParityError as error:  # raised below, with what the other graphs fail in
-            failures += error.failures
-        sha256 = manifest.sha256_file(file)
-        entry = {"px": spec.px, "recipe": spec.recipe, "file": file.name, "sha256": sha256}
-        entries[spec.name] = entry
-    if failures:
-        raise parity.ParityError(failures)
-    return _Graphs(entries, checks, ir_version)
-
-
-def _write_record(
-    folder: Path,
+def _record(
     backbone: Backbone,
     head: dict[str, Any] | None,
-    graphs: _Graphs,
+    graphs: Graphs,
     image_px: int,
     request: RungsRequest,
 ) -> dict[str, Any]:
-    """Write `rungs.json` and, where there are labels, `labels.txt` beside the graphs."""
     entries = graphs.entries
-    record = {
+    named = (*RUNGS, REFERENCE)
+    return {
         "schema_version": SCHEMA_VERSION,
         "backbone": backbone.name,
         "source": backbone.source,
@@ -230,7 +215,8 @@ def _write_record(
         "opset": request.opset,
         "ir_version": graphs.ir_version,
         "rungs": {name: entries[name] for name in RUNGS},
-        "alternatives": {name: entries[name] for name in entries if name not in RUNGS},
+        "reference": entries.get(REFERENCE),
+        "alternatives": {name: entries[name] for name in entries if name not in named},
         "parity": {
             "rtol": request.rtol,
             "atol": request.atol,
@@ -238,18 +224,22 @@ def _write_record(
             "checks": [check.to_dict() for check in graphs.checks],
         },
     }
-    if backbone.labels:
-        (folder / LABELS).write_text("".join(f"{label}\n" for label in backbone.labels), "utf-8")
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write `rungs.json` and, where there are labels, `labels.txt` beside the graphs."""
+    if record["labels"]:
+        (folder / LABELS).write_text("".join(f"{label}\n" for label in record["labels"]), "utf-8")
     text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
     (folder / RECORD).write_text(text + "\n", "utf-8")
-    return record
 
 
-def _publish(staging: Path, out: Path) -> None:
+def publish(staging: Path, out: Path) -> None:
     """Move a finished export into place, the record last: a folder without one is unfinished."""
     out.mkdir(exist_ok=True)
-    for stale in (out / RECORD, out / LABELS, *out.glob("static_[0-9]*.onnx")):
-        stale.unlink(missing_ok=True)
+    stale = (RECORD, LABELS, WEIGHTS, f"{REFERENCE}.onnx")
+    for file in (*(out / name for name in stale), *out.glob("static_*.onnx")):
+        file.unlink(missing_ok=True)
     files = sorted(staging.iterdir(), key=lambda file: file.name == RECORD)
     for file in files:
         os.replace(file, out / file.name)

@@ -7,10 +7,11 @@ image gets the same score and the same decision offline and on the server.
 Reading order: `outputs` (what a rung returns) -> `signals` (outputs to a raw number) ->
 `scoremap` (raw number to predicted change) -> `calibration` (the artifact that holds both and the
 threshold) -> `policy` (what a request may ask for) -> `cascade` (the control flow).
-`rungset` and `manifest` read and guard the files.
+`rungset`, `alignment` and `manifest` read and guard the files.
 """
 
-from .calibration import RUNGS, Calibration, CalibrationError, RungRecord
+from .alignment import Alignment, AlignmentError
+from .calibration import RUNGS, WEIGHTS, Calibration, CalibrationError, RungRecord
 from .cascade import CascadeAnswer, CascadeRequest, RequestError, RungError, run_cascade
 from .manifest import ManifestError
 from .outputs import RungOutputs
@@ -22,6 +23,9 @@ from .signals import SIGNALS, Signal
 __all__ = [
     "RUNGS",
     "SIGNALS",
+    "WEIGHTS",
+    "Alignment",
+    "AlignmentError",
     "Calibration",
     "CalibrationError",
     "CascadeAnswer",

@@ -7,6 +7,7 @@ with; `check_rungs` refuses any others.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from .signals import SIGNALS
 
 SCHEMA_VERSION = 1
 RUNGS = ("vit_low", "vit_high")
+WEIGHTS = "weights.bin"  # beside the graphs that share what is in it
 READABLE_LENGTH = 32  # longer arrays are stored as base64 of their little-endian bytes
 
 
@@ -34,11 +36,38 @@ class CalibrationError(ValueError):
 
 @dataclass(frozen=True)
 class RungRecord:
-    """One rung as it was calibrated: its resolution in px, its recipe, its file's SHA-256."""
+    """One graph as it was exported or calibrated.
+
+    Attributes:
+        px: the resolution it looks at.
+        recipe: how it makes itself cheap, such as `px=112,int8=static,align`.
+        sha256: of its ONNX file.
+        weights_sha256: of the file `WEIGHTS` beside it, which holds weights it shares with other
+            graphs; None: the graph is self-contained.
+        layers: transformer blocks that run; None in files of earlier releases: all.
+    """
 
     px: int
     recipe: str
     sha256: str
+    weights_sha256: str | None = None
+    layers: int | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells this graph from every other: its own SHA-256, or one over both files'."""
+        if self.weights_sha256 is None:
+            return self.sha256
+        return hashlib.sha256((self.sha256 + self.weights_sha256).encode()).hexdigest()
+
+    def is_file(self, file: Path) -> bool:
+        """Whether an ONNX file, and the weights beside it, are the recorded ones."""
+        if sha256_file(file) != self.sha256:
+            return False
+        weights = file.with_name(WEIGHTS)
+        if self.weights_sha256 is None:
+            return True
+        return weights.is_file() and sha256_file(weights) == self.weights_sha256
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +80,7 @@ class Calibration:
         image_shape: (3, H, W) of the `image` tensor that both rungs take.
         preprocessing_sha256: of how images become that tensor, `RungSet.preprocessing_sha256`.
         embedding_dim: D.
-        layers: L, the number of transformer blocks.
+        layers: L, the number of transformer blocks of the cheap rung.
         classes: C, or None for a model without a head.
         signal: name, a key of `signals.SIGNALS`.
         coefficients: the signal's fitted arrays, FP32 or FP64.
@@ -153,7 +182,7 @@ class Calibration:
                 raise CalibrationError(
                     f"{name}: no ONNX file at {files[name]}; run python -m export repository"
                 )
-            if sha256_file(files[name]) != record.sha256:
+            if not record.is_file(files[name]):
                 raise CalibrationError(
                     f"{name}: {files[name].name} is not the file that was calibrated (SHA-256 "
                     "differs); collect and fit with this file, or restore the calibrated one"

@@ -12,6 +12,7 @@ from typing import Any
 from .calibration import RUNGS, RungRecord
 
 NAME = "rungs.json"
+REFERENCE = "reference"
 SCHEMA_VERSION = 1
 
 
@@ -27,15 +28,19 @@ class RungSet:
         backbone: name of the model.
         image_shape: (3, H, W) of the `image` tensor that both rungs take.
         embedding_dim: D.
-        layers: L, the number of transformer blocks.
+        layers: L, the number of transformer blocks of the cheap rung.
         classes: C, or None for a model without a head.
         labels: the C class names, or None.
         preprocessing: fields of `imaging.Preprocessing`.
         rungs: `vit_low` and `vit_high`, with the SHA-256 of their files.
         files: where each rung's ONNX file lies.
-        alternatives: the same model at resolutions in between, as `static_140`; never served by
+        alternatives: the same model made cheaper in other ways, as `static_140`; never served by
             the router, only measured beside it.
         alternative_files: where each alternative's ONNX file lies.
+        reference: the full model in FP32, which certificates are about; None: `vit_high` is it.
+        reference_file: where its ONNX file lies.
+        fitted_on: prefixes of the hashes of images that a graph has learned from, see
+            `calibration.outputs.hash_prefixes`; nothing may be certified on those.
     """
 
     backbone: str
@@ -49,6 +54,9 @@ class RungSet:
     files: Mapping[str, Path]
     alternatives: Mapping[str, RungRecord] = field(default_factory=dict)
     alternative_files: Mapping[str, Path] = field(default_factory=dict)
+    reference: RungRecord | None = None
+    reference_file: Path | None = None
+    fitted_on: str = ""
 
     @classmethod
     def load(cls, folder: Path) -> RungSet:
@@ -64,12 +72,14 @@ class RungSet:
                 raise ValueError(f"schema version {content['schema_version']}")
             rungs = {name: content["rungs"][name] for name in RUNGS}
             alternatives = content.get("alternatives", {})  # earlier exports have none
+            reference = content.get("reference")
+            low_layers = rungs["vit_low"].get("layers")
             channels, height, width = content["image"]["shape"]
             rung_set = cls(
                 backbone=content["backbone"],
                 image_shape=(channels, height, width),
                 embedding_dim=content["embedding_dim"],
-                layers=content["layers"],
+                layers=content["layers"] if low_layers is None else low_layers,
                 classes=content["classes"],
                 labels=tuple(content["labels"]) if content["labels"] else None,
                 preprocessing=content["preprocessing"],
@@ -77,6 +87,9 @@ class RungSet:
                 files=_files(folder, rungs),
                 alternatives=_records(alternatives),
                 alternative_files=_files(folder, alternatives),
+                reference=_records({REFERENCE: reference})[REFERENCE] if reference else None,
+                reference_file=folder / reference["file"] if reference else None,
+                fitted_on=content.get("fitted_on", ""),
             )
         except OSError:
             raise RungSetError(f"no {NAME} in {folder}; run python -m export rungs first") from None
@@ -84,10 +97,25 @@ class RungSet:
             raise RungSetError(
                 f"{path} is not readable ({type(error).__name__} {error}); export again"
             ) from None
-        for file in (*rung_set.files.values(), *rung_set.alternative_files.values()):
+        extra = [] if rung_set.reference_file is None else [rung_set.reference_file]
+        for file in (*rung_set.files.values(), *rung_set.alternative_files.values(), *extra):
             if not file.is_file():
                 raise RungSetError(f"no ONNX file at {file}; run python -m export rungs again")
         return rung_set
+
+    def graphs(self) -> dict[str, tuple[RungRecord, Path]]:
+        """What calibration runs: both rungs, and the reference where it is another graph."""
+        found = {name: (self.rungs[name], self.files[name]) for name in RUNGS}
+        if self.reference is not None and self.reference_file is not None:
+            found[REFERENCE] = (self.reference, self.reference_file)
+        return found
+
+    def fingerprints(self) -> dict[str, str]:
+        """The fingerprint of each of `graphs`, by name."""
+        found = {name: self.rungs[name].fingerprint for name in RUNGS}
+        if self.reference is not None:
+            found[REFERENCE] = self.reference.fingerprint
+        return found
 
     def preprocessing_sha256(self) -> str:
         """Hex SHA-256 of the preprocessing, whatever the order and spacing of its JSON."""
@@ -97,7 +125,13 @@ class RungSet:
 
 def _records(entries: Mapping[str, Any]) -> dict[str, RungRecord]:
     return {
-        name: RungRecord(entry["px"], entry["recipe"], entry["sha256"])
+        name: RungRecord(
+            entry["px"],
+            entry["recipe"],
+            entry["sha256"],
+            entry.get("weights_sha256"),
+            entry.get("layers"),
+        )
         for name, entry in entries.items()
     }
 

@@ -1,0 +1,53 @@
+"""Images that a recipe learns from at export: the ranges of `int8=static`."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.errors import UsageError
+from imaging import ImageError, Preprocessing, decode
+
+MOST = 64  # ranges settle after some tens of images, and each costs a run of the model
+
+
+@dataclass(frozen=True, eq=False)
+class FitImages:
+    """Some images of a folder.
+
+    Attributes:
+        tensors: FP32 (n, 3, H, W), n at most `MOST`.
+        hashes: the first 8 bytes of each file's SHA-256 as base64, so that calibration can refuse
+            to certify on the same images.
+    """
+
+    tensors: NDArray[np.float32]
+    hashes: str
+
+    @classmethod
+    def read(cls, folder: Path, preprocessing: Preprocessing) -> FitImages:
+        """Read images evenly spread over a folder and the folders in it.
+
+        Raises:
+            UsageError: no such folder, or none of its files is an image.
+        """
+        if not folder.is_dir():
+            raise UsageError(f"--fit-images {folder}: no such directory")
+        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        chosen = np.unique(np.linspace(0, max(len(files) - 1, 0), MOST).round().astype(int))
+        tensors, prefixes = [], []
+        for file in (files[index] for index in chosen if files):
+            data = file.read_bytes()
+            try:
+                tensors.append(preprocessing(decode(data)))
+            except ImageError:  # a text file among them; that all are is refused below
+                continue
+            prefixes.append(hashlib.sha256(data).digest()[:8])
+        if not tensors:
+            raise UsageError(f"--fit-images {folder}: no image there can be read")
+        return cls(np.stack(tensors), base64.b64encode(b"".join(prefixes)).decode())

@@ -1,0 +1,89 @@
+"""A recipe in words: what a graph does to be cheaper than the full model, as users write it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from export.errors import UsageError
+
+PRECISIONS = ("fp32", "fp16", "int8", "int8=static")
+_NUMBERS = ("px", "depth", "tome")
+KNOWN = "px=N, depth=N, tome=N, int8, int8=static, fp16, fp32 and align"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a graph makes itself cheap; its parts compose.
+
+    Attributes:
+        px: side of the square image the transformer itself sees; None: the model's full one.
+        depth: transformer blocks that run, the first ones; None: all.
+        tome: tokens merged in each block.
+        precision: one of `PRECISIONS`.
+        align: whether a fitted map takes its CLS tokens to the full model's embedding.
+    """
+
+    px: int | None = None
+    depth: int | None = None
+    tome: int = 0
+    precision: str = "fp32"
+    align: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Recipe:
+        """Read a recipe such as `px=112,tome=4,int8=static,align`, its parts in any order.
+
+        Raises:
+            UsageError: a part that is unknown, no whole number, or said twice.
+        """
+        fields: dict[str, int | str | bool] = {}
+        for part in text.replace(" ", "").split(","):
+            name, _, value = part.partition("=")
+            if part in PRECISIONS:
+                name, found = "precision", part
+            elif part == "align":
+                found = True
+            elif name in _NUMBERS:
+                found = _number(part, value)
+            else:
+                raise UsageError(f"recipe {text!r}: {part!r} is unknown; known are {KNOWN}")
+            if name in fields:
+                raise UsageError(f"recipe {text!r} says its {name} twice; once is enough")
+            fields[name] = found
+        return cls(**fields)  # type: ignore[arg-type]
+
+    def at(self, px: int) -> Recipe:
+        """The same recipe, its resolution written out: its own, or this one."""
+        return self if self.px is not None else replace(self, px=px)
+
+    def unaligned(self) -> Recipe:
+        """The same recipe without its alignment, which is fitted on what this one answers."""
+        return replace(self, align=False)
+
+    def is_full_model(self, px: int) -> bool:
+        """Whether it is the model itself at this resolution, with nothing made cheaper."""
+        return self.at(px) == Recipe(px)
+
+    def slug(self, full_px: int) -> str:
+        """A short name for files and models: `140`, `tome8`, `112_int8static_align`."""
+        numbers = {"depth": self.depth or 0, "tome": self.tome}
+        parts = [str(self.px)] if self.px not in (None, full_px) else []
+        parts += [f"{name}{value}" for name, value in numbers.items() if value]
+        parts += [self.precision.replace("=", "")] if self.precision != "fp32" else []
+        parts += ["align"] if self.align else []
+        return "_".join(parts) or "full"
+
+    def __str__(self) -> str:
+        """The canonical text: parts in the order in which they are applied."""
+        parts = [f"px={self.px}"] if self.px is not None else []
+        parts += [f"depth={self.depth}"] if self.depth is not None else []
+        parts += [f"tome={self.tome}"] if self.tome else []
+        parts += [self.precision] if self.precision != "fp32" else []
+        parts += ["align"] if self.align else []
+        return ",".join(parts) or "fp32"
+
+
+def _number(part: str, value: str) -> int:
+    if not value.isdecimal():
+        raise UsageError(f"{part!r} in a recipe must be a whole number, as px=112")
+    return int(value)

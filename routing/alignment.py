@@ -1,0 +1,93 @@
+"""Alignment: a linear map from a cheap rung's last CLS tokens to the full model's embedding.
+
+A cheap rung's embedding is not only noisier than the full one, it is shifted; the map takes the
+shift back. `calibration align` fits it on images that both have seen, without labels, and `export`
+bakes it into the cheap graph before the head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .outputs import RungOutputs
+
+LAYERS = 3  # CLS tokens before the last block's that the map reads besides the embedding
+
+
+class AlignmentError(ValueError):
+    """The alignment cannot be read. One line that says what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """A fitted map, and what it was fitted on.
+
+    Attributes:
+        weights: FP32 (F, D), F as `tokens` gives them.
+        bias: FP32 (D,).
+        graph: fingerprint of the cheap graph, `RungRecord.fingerprint`.
+        reference: fingerprint of the full model's graph.
+        recipe: of the cheap graph.
+        image_hashes: of the images it was fitted on, as `calibration.outputs.hash_prefixes`.
+    """
+
+    weights: NDArray[np.float32]
+    bias: NDArray[np.float32]
+    graph: str
+    reference: str
+    recipe: str
+    image_hashes: str
+
+    @property
+    def layers(self) -> int:
+        """How many CLS tokens it reads besides the embedding."""
+        return len(self.weights) // len(self.bias) - 1
+
+    def embedding(self, outputs: RungOutputs) -> NDArray[np.float32]:
+        """The aligned embeddings of B images, FP32 (B, D)."""
+        return tokens(outputs) @ self.weights + self.bias
+
+    def save(self, path: Path) -> None:
+        """Write the `.npz`."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, **{name: getattr(self, name) for name in self.__dataclass_fields__})
+
+    @classmethod
+    def load(cls, path: Path) -> Alignment:
+        """Read a `.npz`.
+
+        Raises:
+            AlignmentError: missing, or not written by `calibration align`.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays: dict[str, Any] = dict(file)
+            fields = {name: arrays[name] for name in cls.__dataclass_fields__}
+            texts = {name: str(value) for name, value in fields.items() if value.dtype.kind == "U"}
+            alignment = cls(**{**fields, **texts})
+            if alignment.weights.shape[0] % alignment.weights.shape[1]:
+                raise ValueError(f"weights of shape {alignment.weights.shape}")
+            return alignment
+        except FileNotFoundError:
+            raise AlignmentError(f"no {path}; run python -m calibration align first") from None
+        except (OSError, ValueError, KeyError, IndexError, BadZipFile) as error:
+            raise AlignmentError(f"{path} is not readable ({error}); align again") from None
+
+
+def tokens(outputs: RungOutputs) -> NDArray[np.float32]:
+    """What an alignment reads: the embedding and the CLS tokens of the last blocks but one.
+
+    Returns:
+        FP32 (B, F), F = (1 + K) D with K = min(`LAYERS`, L).
+    """
+    if outputs.cls_layers is None:
+        raise ValueError("an alignment reads cls_layers")
+    layers = min(LAYERS, outputs.cls_layers.shape[1] - 1)
+    earlier = outputs.cls_layers[:, -1 - layers : -1].reshape(len(outputs), -1)
+    return np.concatenate([outputs.embedding, earlier], axis=1)
