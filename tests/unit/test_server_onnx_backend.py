@@ -24,9 +24,10 @@ class FakeOnnxRuntime(ModuleType):
         super().__init__("onnxruntime")
         self.has = has
         self.asked: list[Any] = []
+        self.entries: dict[str, str] = {}
 
     def SessionOptions(self) -> SimpleNamespace:  # noqa: N802
-        return SimpleNamespace()
+        return SimpleNamespace(add_session_config_entry=self.entries.__setitem__)
 
     def InferenceSession(self, path: str, options: Any, providers: list[Any]) -> Any:  # noqa: N802
         self.asked = [p if isinstance(p, str) else p[0] for p in providers]
@@ -79,6 +80,7 @@ def initialize(
     folder: Path,
     written: str | None,
     has: list[str],
+    parameters: str = "{}",
 ) -> FakeOnnxRuntime:
     """Start an instance that Triton has put on GPU 0, as it does with AUTO where there is one."""
     onnxruntime = FakeOnnxRuntime(has)
@@ -90,7 +92,7 @@ def initialize(
     backend.TritonPythonModel().initialize(
         {
             "model_config": '{"name": "m", "max_batch_size": 8, "instance_group": [{"kind": '
-            f'"KIND_GPU"}}], "input": {tensor}, "output": {tensor}}}',
+            f'"KIND_GPU"}}], "input": {tensor}, "output": {tensor}, "parameters": {parameters}}}',
             "model_instance_kind": "GPU",
             "model_instance_device_id": "0",
         }
@@ -120,3 +122,14 @@ def test_with_cuda_both_are_the_gpu_and_nothing_is_said(
     onnxruntime = initialize(backend, monkeypatch, folder, written, [CUDA, CPU])
     assert onnxruntime.asked[0] == CUDA
     assert triton.warnings == []
+
+
+@pytest.mark.parametrize(
+    ("value", "entries"), [("0", {}), ("1", {"session.disable_prepacking": "1"})]
+)
+def test_a_session_prepacks_unless_its_config_says_no(
+    backend, triton, folder, monkeypatch, value: str, entries: dict[str, str]
+):
+    written = f'{{"session.disable_prepacking": {{"string_value": "{value}"}}}}'
+    onnxruntime = initialize(backend, monkeypatch, folder, "KIND_GPU", [CUDA, CPU], written)
+    assert onnxruntime.entries == entries

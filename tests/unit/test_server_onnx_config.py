@@ -208,6 +208,24 @@ def test_execution_mode_is_zero_or_one(settings: ModuleType):
         settings.session_settings(parameters(execution_mode="2"))
 
 
+def test_prepacking_is_on_unless_it_is_turned_off(settings: ModuleType):
+    assert settings.session_settings(config()).prepacking
+    on = settings.session_settings(parameters(**{"session.disable_prepacking": "0"}))
+    assert on.prepacking and on.warnings == []
+    off = settings.session_settings(parameters(**{"session.disable_prepacking": "1"}))
+    assert not off.prepacking
+    (warning,) = off.warnings
+    assert "model 'm'" in warning and "the C++ one prepacks always" in warning
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("2", "0 .* or 1 .* got 2"), ("true", "integer, got 'true'")]
+)
+def test_prepacking_is_zero_or_one(settings: ModuleType, text: str, said: str):
+    with pytest.raises(ValueError, match=f"'session.disable_prepacking' .*{said}"):
+        settings.session_settings(parameters(**{"session.disable_prepacking": text}))
+
+
 def test_unknown_parameters_and_unavailable_accelerators_warn(settings: ModuleType):
     written = parameters(intra_op_threads="2")
     written["optimization"] = {

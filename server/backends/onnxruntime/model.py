@@ -148,6 +148,8 @@ def _open_session(config: dict[str, Any], settings: SessionSettings, kind: str, 
     if settings.parallel:
         options.execution_mode = ort.ExecutionMode.ORT_PARALLEL
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, settings.graph_level)
+    if not settings.prepacking:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     providers: list[Any] = ["CPUExecutionProvider"]
     if kind == "GPU":
         if hasattr(ort, "preload_dlls"):  # CUDA and cuDNN out of their wheels, where installed.

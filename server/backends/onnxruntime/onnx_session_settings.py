@@ -1,7 +1,12 @@
 """What a Triton model configuration asks of an ONNX Runtime session.
 
-The keys are those of Triton's C++ onnxruntime backend. Like `onnx_model_config`, this module is
-imported by its bare name from `model.py` beside it.
+The keys are those of Triton's C++ onnxruntime backend, and `session.disable_prepacking`, ONNX
+Runtime's name of that session option. With "1" a session on the CPU uses its weights as they lie in
+the file and not a copy in another order, so that processes which map the same external weights
+share them. The C++ backend hands no such option on (its issue 107 asks for it): it passes over the
+key without a word and prepacks always.
+
+Like `onnx_model_config`, this module is imported by its bare name from `model.py` beside it.
 """
 
 from __future__ import annotations
@@ -13,7 +18,8 @@ from typing import Any
 from onnx_model_config import ConfigError
 
 _THREAD_KEYS = ("intra_op_thread_count", "inter_op_thread_count")
-_KNOWN_KEYS = (*_THREAD_KEYS, "execution_mode")
+_PREPACKING_KEY = "session.disable_prepacking"
+_KNOWN_KEYS = (*_THREAD_KEYS, "execution_mode", _PREPACKING_KEY)
 # optimization.graph.level -> onnxruntime.GraphOptimizationLevel, as the C++ backend maps it.
 _GRAPH_LEVELS = {-1: "ORT_ENABLE_BASIC", 1: "ORT_ENABLE_EXTENDED", 2: "ORT_DISABLE_ALL"}
 
@@ -27,6 +33,7 @@ class SessionSettings:
         inter_op_threads: threads across operators; 0 leaves ONNX Runtime's own.
         parallel: whether independent operators may run at the same time.
         graph_level: name in `onnxruntime.GraphOptimizationLevel`.
+        prepacking: whether the weights are copied into the order that is fastest on the CPU.
         cuda_options: provider options for CUDA.
         warnings: lines worth a warning in the log.
     """
@@ -35,6 +42,7 @@ class SessionSettings:
     inter_op_threads: int = 0
     parallel: bool = False
     graph_level: str = "ORT_ENABLE_ALL"
+    prepacking: bool = True
     cuda_options: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -46,22 +54,23 @@ def session_settings(config: dict[str, Any]) -> SessionSettings:
         config: the model configuration.
 
     Raises:
-        ConfigError: a value that is no integer, an execution mode other than 0 and 1, or an
-            execution accelerator that the C++ backend does not know.
+        ConfigError: a value that is no integer, an execution mode or a prepacking value other than
+            0 and 1, or an execution accelerator that the C++ backend does not know.
     """
     model, parameters = config["name"], config.get("parameters", {})
     intra, inter = (_integer(model, parameters, key) for key in _THREAD_KEYS)
-    mode = _integer(model, parameters, "execution_mode")
-    if mode not in (0, 1):
-        raise ConfigError(
-            f"unable to load model '{model}', parameter 'execution_mode' must be 0 (sequential) "
-            f"or 1 (parallel), got {mode}"
-        )
+    parallel = _switch(model, parameters, "execution_mode", "0 (sequential) or 1 (parallel)")
+    unpacked = _switch(model, parameters, _PREPACKING_KEY, "0 (prepack) or 1 (do not)")
     optimization = config.get("optimization", {})
-    settings = SessionSettings(intra, inter, parallel=mode == 1)
+    settings = SessionSettings(intra, inter, parallel=parallel, prepacking=not unpacked)
     level = int(optimization.get("graph", {}).get("level", 0))
     settings.graph_level = _GRAPH_LEVELS.get(level, settings.graph_level)
     _read_accelerators(model, optimization.get("execution_accelerators", {}), settings)
+    if unpacked:
+        settings.warnings.append(
+            f"model '{model}': parameter '{_PREPACKING_KEY}' is honoured by the stand-in "
+            "onnxruntime backend only; the C++ one prepacks always"
+        )
     settings.warnings += [
         f"model '{model}': parameter '{key}' is unknown to the stand-in onnxruntime backend and "
         f"ignored; it honours {', '.join(_KNOWN_KEYS)}"
@@ -87,6 +96,15 @@ def _integer(model: str, parameters: dict[str, Any], key: str) -> int:
         raise ConfigError(
             f"unable to load model '{model}', parameter '{key}' must be an integer, got '{text}'"
         ) from None
+
+
+def _switch(model: str, parameters: dict[str, Any], key: str, meaning: str) -> bool:
+    value = _integer(model, parameters, key)
+    if value not in (0, 1):
+        raise ConfigError(
+            f"unable to load model '{model}', parameter '{key}' must be {meaning}, got {value}"
+        )
+    return value == 1
 
 
 def _read_accelerators(model: str, accelerators: dict[str, Any], settings: SessionSettings) -> None:
