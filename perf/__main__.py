@@ -9,15 +9,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from client import ClientError
-from routing import RungSet
 from server import ServerError
 
 from .analyzer import install as install_analyzer
-from .costs import scoring
+from .costs.commands import app as costs_app
 from .errors import PerfError
 
 app = typer.Typer(
@@ -26,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(costs_app)
 
 
 @app.callback(invoke_without_command=True)
@@ -179,101 +178,6 @@ def table(
         print(results_table(results))
     else:
         print(f"{readme}: {'changed' if update_readme(readme, results) else 'as it was'}")
-
-
-@app.command("scoring")
-def scoring_command(
-    layers: Annotated[int, typer.Option(min=1, help="Transformer blocks L.")] = 12,
-    dim: Annotated[int, typer.Option(min=1, help="Embedding size D.")] = 384,
-    classes: Annotated[int, typer.Option(min=2, help="Classes C.")] = 21,
-) -> None:
-    """Time every signal's score as the router computes it, on random outputs."""
-    batches = (1, 16)
-    with Console(stderr=True).status("timing"):
-        columns = [scoring.measure(batch, layers, dim, classes) for batch in batches]
-    table = Table(title=f"ms per image, median of {scoring.ROUNDS}; L={layers} D={dim} C={classes}")
-    table.add_column("signal")
-    for batch in batches:
-        table.add_column(f"batch {batch}", justify="right")
-    for name in columns[0]:
-        table.add_row(name, *(f"{column[name]:.3f}" for column in columns))
-    Console().print(table)
-
-
-@app.command("fitting")
-def fitting_command(
-    images: Annotated[int, typer.Option(min=100, help="Number of images.")] = 10_000,
-    layers: Annotated[int, typer.Option(min=1, help="Transformer blocks L.")] = 12,
-    dim: Annotated[int, typer.Option(min=1, help="Embedding size D.")] = 384,
-    classes: Annotated[int, typer.Option(min=2, help="Classes C.")] = 21,
-) -> None:
-    """Time one `calibration fit` with all signals, on made-up outputs."""
-    from .costs import fitting  # here, because scikit-learn takes a second to import
-
-    with Console(stderr=True).status("fitting"):
-        cost = fitting.measure(images, layers, dim, classes)
-    print(
-        f"{images} images, L={layers} D={dim} C={classes}: {cost.seconds:.1f} s, peak memory "
-        f"{cost.peak_gib:.2f} GiB, {cost.peak_before_gib:.2f} GiB of it before the fit"
-    )
-
-
-@app.command("collecting")
-def collecting_command(
-    onnx: Annotated[Path, typer.Option(help="Folder written by `export rungs`.")] = Path(
-        "build/onnx"
-    ),
-    images: Annotated[str, typer.Option(help="A folder of images, or `sample`.")] = "sample",
-    limit: Annotated[int, typer.Option(min=1, help="Number of images.")] = 96,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each is timed.")] = 4,
-) -> None:
-    """Time `calibration collect` beside its two ONNX sessions alone, in turn."""
-    from .costs import collecting  # here, as above
-
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("rounds", total=rounds)
-        found = collecting.measure(
-            RungSet.load(onnx), images, limit, rounds, lambda: progress.advance(task)
-        )
-    print(
-        f"collect / sessions alone, medians of {rounds} rounds of {limit} images: "
-        f"{found.ratio(0):.2f} by the wall clock, {found.ratio(1):.2f} in CPU time"
-    )
-
-
-@app.command("variants")
-def variants_command(
-    repositories: Annotated[list[Path], typer.Argument(help="Assembled model repositories.")],
-    onnx: Annotated[
-        Path, typer.Option(help="Folder written by `export rungs`, for the preprocessing.")
-    ] = Path("build/onnx"),
-    images: Annotated[str, typer.Option(help="A folder of images, or `sample`.")] = "sample",
-    limit: Annotated[int, typer.Option(min=1, help="Number of images.")] = 50,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each is sent.")] = 4,
-) -> None:
-    """Serve several repositories side by side and ask them in turn: what a change to one costs."""
-    from .costs import variants
-    from .measure.sets import load_pool
-
-    pool = load_pool(RungSet.load(onnx), images, limit)
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("images", total=rounds * len(pool))
-        found = variants.measure(repositories, pool, rounds, lambda: progress.advance(task))
-    table = Table(title=f"{rounds * len(pool)} images each, in turn; medians, milliseconds")
-    router, ensemble = ("router adds", "ratio"), ("ensemble adds", "ratio of means")
-    table.add_column("repository", overflow="fold")  # told apart by the ends of their paths
-    for heading in ("cheap rung", *router, *ensemble):
-        table.add_column(heading, justify="right")
-    for repository, variant in zip(repositories, found, strict=True):
-        table.add_row(
-            str(repository),
-            f"{variant.low_ms:.2f}",
-            f"{variant.router_adds_ms:.2f}",
-            f"{variant.router_overhead:.3f}",
-            f"{variant.ensemble_adds_ms:.2f}",
-            f"{variant.ensemble_over_router:.3f}",
-        )
-    Console().print(table)
 
 
 def main() -> None:

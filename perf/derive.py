@@ -13,7 +13,12 @@ def speedup(cost: float, cost_high: float) -> float:
     return cost_high / cost
 
 
-def cascade_bound(cost_low: float, cost_high: float, escalation_rate: float) -> float:
+def cascade_bound(
+    cost_low: float,
+    cost_high: float,
+    escalation_rate: float,
+    cost_escalated: float | None = None,
+) -> float:
     """The best possible speed-up over static high, 1 / (1/r + p) with r = cost_high / cost_low.
 
     It holds where the rungs run one after the other: p of the images cost the full rung on top of
@@ -23,15 +28,22 @@ def cascade_bound(cost_low: float, cost_high: float, escalation_rate: float) -> 
         cost_low: of static low.
         cost_high: of static high.
         escalation_rate: p, of the images that were measured.
+        cost_escalated: of the rung that escalated images go to, where that is not static high.
     """
-    return 1.0 / (cost_low / cost_high + escalation_rate)
+    ratio = 1.0 if cost_escalated is None else cost_escalated / cost_high
+    return 1.0 / (cost_low / cost_high + escalation_rate * ratio)
 
 
 def cascade_efficiency(
-    cost: float, cost_low: float, cost_high: float, escalation_rate: float
+    cost: float,
+    cost_low: float,
+    cost_high: float,
+    escalation_rate: float,
+    cost_escalated: float | None = None,
 ) -> float:
     """Measured speed-up / cascade bound; 1 is a router that costs nothing."""
-    return speedup(cost, cost_high) / cascade_bound(cost_low, cost_high, escalation_rate)
+    bound = cascade_bound(cost_low, cost_high, escalation_rate, cost_escalated)
+    return speedup(cost, cost_high) / bound
 
 
 def router_overhead(cost_never_escalating: float, cost_low: float) -> float:

@@ -29,7 +29,7 @@ from .measure.asking import Asker
 from .measure.deployment import assembled
 from .measure.memory import MemoryUse, serving
 from .measure.paired import Paired, measure_paired
-from .measure.peaks import MODELS, PeakLoad, peak_memory
+from .measure.peaks import CASCADES, PeakLoad, peak_memory
 from .measure.sets import Pool, open_pool_source, read_pool
 from .measure.systems import ADAPTIVE, HIGH, LOW, System
 from .measure.target import Target
@@ -141,7 +141,7 @@ def _latencies(
 ) -> tuple[Paired, str]:
     """One server, the systems in turn on each image; and Triton's version."""
     with (
-        serving(repository, MODELS[ADAPTIVE]) as server,
+        serving(repository, CASCADES[ADAPTIVE]) as server,
         Target(server.grpc_url, server.http_url, server) as target,
     ):
         asker = Asker(target, pool, has_head)

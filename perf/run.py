@@ -129,7 +129,7 @@ def measure(options: Options, console: Console) -> Record:
             stages.compare_with_onnxruntime(record, bench)
             stages.load_with_locust(record, bench, options.images, options.seed)
         if options.url is None:
-            stages.measure_peaks(record, bench, options.repository)
+            stages.measure_peaks(record, bench, _served(options))
     return record
 
 
@@ -138,6 +138,11 @@ def _environment(options: Options, inputs: Inputs, target: Target) -> dict[str, 
     if options.url is not None:
         found["device"] += " (the client's; the server is elsewhere)"
     return found
+
+
+def _served(options: Options) -> Path:
+    """The repository that a server of ours serves."""
+    return options.out / "model_repository"
 
 
 def _header(options: Options, inputs: Inputs) -> dict[str, Any]:
@@ -157,13 +162,11 @@ def _target(options: Options, inputs: Inputs, record: Record) -> Iterator[Target
         with Target(options.url, options.http_url, None) as target:
             yield target
         return
-    folder = with_alternatives(
-        options.repository, inputs.rung_set, options.out / "model_repository"
-    )
+    folder = with_alternatives(options.repository, inputs.rung_set, _served(options))
     if not inputs.rung_set.alternatives:
         record.note(
-            "no static mid-resolution was exported, so none is measured; "
-            "export rungs --static-px makes them"
+            "no other graph was exported, so there is none to compare with; "
+            "export rungs --beside px=168 makes one"
         )
     server = TritonServer(folder, free_ports=True)
     try:

@@ -27,7 +27,7 @@ from .measure.loads import Level, LoadRunner, Measured
 from .measure.locust_runs import run_locust
 from .measure.memory import MemoryUse
 from .measure.paired import has_cosine_below, measure_paired, names_another_class
-from .measure.peaks import MODELS, PeakLoad, peak_memory
+from .measure.peaks import MEASURED, PeakLoad, peak_memory
 from .measure.scoring import score_pool
 from .measure.sets import ImageSets, Pool, choose_sets, read_pool, sent_under_load
 from .measure.suites import Suite
@@ -324,7 +324,7 @@ def measure_peaks(record: Record, bench: Bench, repository: Path) -> None:
     turns, suite = bench.suite.memory_turns, bench.suite
     rows = sent_under_load(bench.sets.rows["mixed"], bench.escalated, suite.set_size)
     load = PeakLoad(bench.pool, rows, suite.concurrency[-1])
-    names = MODELS if suite.every_system else COMPARED
+    names = MEASURED if suite.every_system else COMPARED
     measured = [system for system in bench.systems if system.name in names]
     peaks: dict[str, list[MemoryUse]] = {system.name: [] for system in measured}
     with record.stage("peak memory", turns * len(measured)) as bar:

@@ -17,7 +17,7 @@ from .measure.levels import saturated
 from .measure.loads import Measured
 from .measure.memory import MemoryUse
 from .measure.paired import Paired
-from .measure.systems import ADAPTIVE, ENSEMBLE, HIGH, LOW, System
+from .measure.systems import ADAPTIVE, ENSEMBLE, ESCALATION, HIGH, LOW, System
 from .spread import Spread
 
 SCHEMA_VERSION = 1
@@ -114,15 +114,14 @@ def saturated_figures(measured: Sequence[Measured], escalation_rate: float) -> d
     entries = saturated(measured)
     if not {LOW, HIGH, ADAPTIVE} <= set(entries):
         return {}
-    turns = zip(
-        *([1 / t for t in entries[name].throughput.values] for name in (ADAPTIVE, LOW, HIGH)),
-        strict=True,
-    )
+    names = (ADAPTIVE, LOW, HIGH, ESCALATION if ESCALATION in entries else HIGH)
+    turns = zip(*([1 / t for t in entries[name].throughput.values] for name in names), strict=True)
     speedups, bounds, efficiencies = [], [], []
-    for cost, low, high in turns:
+    for cost, low, high, escalated in turns:
         speedups.append(derive.speedup(cost, high))
-        bounds.append(derive.cascade_bound(low, high, escalation_rate))
-        efficiencies.append(derive.cascade_efficiency(cost, low, high, escalation_rate))
+        costs = (low, high, escalation_rate, escalated)
+        bounds.append(derive.cascade_bound(*costs))
+        efficiencies.append(derive.cascade_efficiency(cost, *costs))
     return {
         "speedup_saturated": Spread.of(speedups).to_dict(),
         "bound_saturated": Spread.of(bounds).to_dict(),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import resource
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -60,7 +61,7 @@ def _outputs(images: int, layers: int, dim: int, classes: int) -> tuple[Outputs,
         labels=None,
         preprocessing={},
         rungs={name: RungRecord(0, "", name) for name in RUNGS},
-        files={},
+        files={name: Path(name) for name in RUNGS},
     )
     names = tuple(map(str, range(images)))
     outputs = Outputs(

@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from routing import RungSet
+from routing import WEIGHTS, RungRecord, RungSet
 
 from ..errors import PerfError
 
@@ -47,11 +47,24 @@ def with_alternatives(repository: Path, rung_set: RungSet, folder: Path) -> Path
     folder.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(repository, folder, copy_function=_link_or_copy)
     for model, file in rung_set.alternative_files.items():
-        version = folder / model / "1"
-        version.mkdir(parents=True)
+        lay_out_graph(file, rung_set.alternatives[model], folder / model / "1")
         shutil.copyfile(repository / "vit_high" / "config.pbtxt", folder / model / "config.pbtxt")
-        _link_or_copy(str(file), str(version / "model.onnx"))
     return folder
+
+
+def lay_out_graph(file: Path, record: RungRecord, version: Path) -> None:
+    """Lay out an exported graph, and the weights it shares with others, as a model's version.
+
+    Args:
+        file: its ONNX file.
+        record: of it, in `rungs.json`.
+        version: the folder to make.
+    """
+    version.mkdir(parents=True)
+    _link_or_copy(str(file), str(version / "model.onnx"))
+    if record.weights_sha256 is not None:
+        # A link out of the version directory would be refused; a second name is not one.
+        _link_or_copy(str(file.with_name(WEIGHTS)), str(version / WEIGHTS))
 
 
 def _link_or_copy(source: str, target: str) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from .. import derive
 from ..spread import Spread
 from .asking import Answer, Asker
-from .systems import ADAPTIVE, ENSEMBLE, HIGH, LOW, System
+from .systems import ADAPTIVE, ENSEMBLE, ESCALATION, HIGH, LOW, System
 from .target import cosine
 
 # Asked right after one another, in either order: their ratio is what the second one adds.
@@ -76,17 +76,19 @@ class Paired:
 
     def bound(self) -> Spread:
         """The cascade bound at each share's own escalation rate."""
-        return Spread.of([derive.cascade_bound(low, high, p) for _, low, high, p in self._cascade])
+        return Spread.of([derive.cascade_bound(*costs) for _, *costs in self._cascade])
 
     def efficiency(self) -> Spread:
         """The cascade efficiency, one value per share."""
         return Spread.of([derive.cascade_efficiency(*costs) for costs in self._cascade])
 
     @property
-    def _cascade(self) -> list[tuple[float, float, float, float]]:
+    def _cascade(self) -> list[tuple[float, float, float, float, float]]:
+        """Of each share: costs of adaptive, low and high, escalation, cost of an escalation."""
         rates = [mean(a.escalated for a in share[ADAPTIVE]) for share in self.shares]
         costs = (self.costs_ms(system) for system in (ADAPTIVE, LOW, HIGH))
-        return list(zip(*costs, rates, strict=True))
+        escalated = self.costs_ms(ESCALATION if ESCALATION in self.shares[0] else HIGH)
+        return list(zip(*costs, rates, escalated, strict=True))
 
 
 def measure_paired(

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from routing import RungSet
+from routing import WEIGHTS, RungSet
 from server import TritonServer
 
 from .asking import Asker
@@ -16,13 +16,12 @@ from .sets import Pool
 from .systems import ADAPTIVE, ENSEMBLE, HIGH, LOW, System
 from .target import Target
 
-# What each system needs the server to load. `adaptive` takes image tensors, as the static ones do.
-MODELS = {
-    LOW: ("vit_low",),
-    HIGH: ("vit_high",),
+# What a cascade needs the server to load. `adaptive` takes image tensors, as the static ones do.
+CASCADES = {
     ADAPTIVE: ("vit_low", "vit_high", "router"),
     ENSEMBLE: ("vit_low", "vit_high", "router", "preprocess", "adaptive_vit"),
 }
+MEASURED = (LOW, HIGH, *CASCADES)
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,8 @@ def peak_memory(system: System, repository: Path, rung_set: RungSet, load: PeakL
     """Serve one system, send the load, and watch.
 
     Args:
-        system: a key of `MODELS`.
-        repository: the assembled repository.
+        system: one of `MEASURED`.
+        repository: the assembled repository with its alternatives.
         rung_set: the rungs in it.
         load: what to send.
 
@@ -53,7 +52,7 @@ def peak_memory(system: System, repository: Path, rung_set: RungSet, load: PeakL
         ServerError: the server did not start.
         ClientError: it did not answer.
     """
-    models = MODELS[system.name]
+    models = CASCADES.get(system.name, (system.model,))
 
     def exercise(server: TritonServer) -> None:
         with (
@@ -64,5 +63,13 @@ def peak_memory(system: System, repository: Path, rung_set: RungSet, load: PeakL
             for _ in threads.map(lambda row: asker.ask(system, row), load.rows):
                 pass
 
-    weights = [rung_set.files[model] for model in models if model in rung_set.files]
-    return measure_memory(repository, models, exercise, weights)
+    return measure_memory(repository, models, exercise, _weights(rung_set, models))
+
+
+def _weights(rung_set: RungSet, models: Sequence[str]) -> list[Path]:
+    """The files that hold these models' weights, one that several share once."""
+    records = {**rung_set.rungs, **rung_set.alternatives}
+    files = {**rung_set.files, **rung_set.alternative_files}
+    graphs = [model for model in models if model in files]
+    shared = {files[m].with_name(WEIGHTS) for m in graphs if records[m].weights_sha256 is not None}
+    return [*(files[model] for model in graphs), *sorted(shared)]

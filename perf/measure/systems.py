@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from routing import RungSet
 
 LOW, HIGH, ADAPTIVE, ENSEMBLE = "static-low", "static-high", "adaptive", "ensemble"
+ESCALATION = "static-escalation"  # what escalated images go to, where it is not static high
+FULL = "static_full"  # the full model's graph, where `vit_high` is a cheaper one
 NEVER, ALWAYS = 10**9, -(10**9)  # thresholds beyond any distance between embeddings
 
 
@@ -19,7 +21,7 @@ class System:
     """One way to answer an image.
 
     Attributes:
-        name: as in summary.json.
+        name: as in summary.json; of an alternative its model's, `static-112-int8static`.
         title: in words.
         model: the model that is asked.
         parameters: of each request. A threshold is text, because perf_analyzer sends no
@@ -39,9 +41,32 @@ class System:
         return self.model not in ("router", "adaptive_vit")
 
 
-def static_model(system: str) -> str:
-    """The served model of `static-168`: `static_168`."""
-    return system.replace("-", "_")
+_WORDS = {
+    "px": "{} px",
+    "depth": "first {} blocks",
+    "tome": "token merging r={}",
+    "int8=static": "int8",
+    "int8": "int8 (dynamic)",
+    "align": "aligned",
+}
+
+
+def recipe_words(recipe: str) -> str:
+    """A graph's recipe for people.
+
+    Args:
+        recipe: such as `px=112,int8=static,align`.
+
+    Returns:
+        Such as `112 px, int8, aligned`. A part that is not known stays as it is.
+    """
+    parts = recipe.split(",")
+    return ", ".join(_part_words(part) for part in parts)
+
+
+def _part_words(part: str) -> str:
+    name, _, value = part.partition("=")
+    return _WORDS.get(part, _WORDS.get(name, part)).format(value)
 
 
 def systems(
@@ -50,19 +75,24 @@ def systems(
     """What can be measured on a server, the cheap rung first.
 
     Args:
-        rung_set: the exported rungs.
+        rung_set: the exported rungs, and the alternatives exported beside them.
         served: names of the models that the server has.
         threshold: the calibrated one; None: every image escalates.
         threshold_30: the one above which 30 % of the mixed set's scores lie.
     """
-    low_px, high_px = (rung_set.rungs[name].px for name in ("vit_low", "vit_high"))
-    found = [System(LOW, f"cheap rung always ({low_px} px)", "vit_low")]
+    low, high = (recipe_words(rung_set.rungs[name].recipe) for name in ("vit_low", "vit_high"))
+    found = [System(LOW, f"cheap rung always ({low})", "vit_low")]
     found += [
-        System(model.replace("_", "-"), f"static {record.px} px", model)
+        System(model.replace("_", "-"), f"static {recipe_words(record.recipe)}", model)
         for model, record in rung_set.alternatives.items()
-        if model in served
+        if model in served and model != FULL
     ]
-    found.append(System(HIGH, f"full rung always ({high_px} px)", "vit_high"))
+    if rung_set.reference is not None and FULL in served:
+        full = recipe_words(rung_set.reference.recipe)
+        found.append(System(ESCALATION, f"escalation rung always ({high})", "vit_high"))
+        found.append(System(HIGH, f"full model always ({full})", FULL))
+    else:
+        found.append(System(HIGH, f"full rung always ({high})", "vit_high"))
     calibrated = "calibrated threshold" if threshold is not None else "nothing certified"
     found += [
         System("adaptive-0", "adaptive, never escalating", "router", {"threshold": NEVER}),

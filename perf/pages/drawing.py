@@ -24,21 +24,24 @@ _STYLE = {
 _COLOURS = {
     "static-low": LOW_COLOUR,
     "static-high": HIGH_COLOUR,
+    "static-escalation": "#c98b7a",
     "adaptive": INK,
     "ensemble": "#7a7fd0",
     "adaptive-0": "#5fa8a1",
     "adaptive-30": "#d99a2b",
     "adaptive-100": "#9d755d",
 }
-_OTHERS = ("#4c78a8", "#b279a2", "#7f9a3b", "#999999")  # the mid-resolutions
+_OTHERS = ("#4c78a8", "#b279a2", "#7f9a3b", "#999999")  # the alternatives
 
 
 def colour(system: str) -> str:
     """Of a system, the same in every figure."""
+    if system in _COLOURS or not system.startswith("static-"):
+        return _COLOURS.get(system, GREY)
     pixels = resolution(system)
     if pixels is not None:
         return _OTHERS[pixels // 14 % len(_OTHERS)]  # neighbouring resolutions differ by a patch
-    return _COLOURS.get(system, GREY)
+    return _OTHERS[sum(system.encode()) % len(_OTHERS)]
 
 
 def new_figure(width: float, height: float) -> tuple[Figure, Axes]:

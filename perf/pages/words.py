@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from calibration.pages.page import percent
+
+from ..measure.systems import recipe_words
 
 MISSING = "not measured"
 NONE = "–"
@@ -69,9 +72,8 @@ class Cell:
 
 
 def rung_words(recipe: str) -> str:
-    """A rung's recipe for people: `px=112` is `112 px`, anything else itself."""
-    key, _, value = recipe.partition("=")
-    return f"{value}\N{NO-BREAK SPACE}px" if key == "px" else recipe
+    """A rung's recipe for people, as `recipe_words`, a number never parted from its px."""
+    return recipe_words(recipe).replace(" px", "\N{NO-BREAK SPACE}px")
 
 
 def resolution(system: str) -> int | None:
@@ -80,16 +82,49 @@ def resolution(system: str) -> int | None:
     return int(pixels) if pixels != system and pixels.isdigit() else None
 
 
+def recipe_of(system: str, summary: Summary) -> str | None:
+    """The recipe of a static system; None where one is not recorded or there is none.
+
+    An alternative's stands in its name: `static-112-int8static` is `px=112,int8=static`.
+    """
+    if not system.startswith("static-"):
+        return None
+    slug = system.removeprefix("static-")
+    if slug in ("low", "high"):
+        return (summary.get("model") or {}).get(slug)
+    return ",".join(_part(piece) for piece in slug.split("-"))
+
+
+def _part(piece: str) -> str:
+    if piece.isdigit():
+        return f"px={piece}"
+    return re.sub(r"^(depth|tome|int8)(\w+)$", r"\1=\2", piece)
+
+
+def cheaper_ways(system: str, summary: Summary) -> dict[str, str] | None:
+    """What a static system does to be cheaper than the full model.
+
+    Returns:
+        The parts of its recipe by name, `{"tome": "8"}`, empty for the full model; None where its
+        recipe is not known.
+    """
+    recipe = recipe_of(system, summary)
+    if recipe is None:
+        return None
+    model = summary.get("model") or {}
+    full = ("fp32", "full", f"px={model['image_shape'][1]}" if model else "")
+    parts = (part.partition("=") for part in recipe.split(",") if part not in full)
+    return {name: value for name, _, value in parts}
+
+
 def short_name(system: str, summary: Summary) -> str:
     """A system in a few words, for labels and legends."""
-    model = summary.get("model") or {}
+    recipe = recipe_of(system, summary)
     if system in ("static-low", "static-high"):
         kind = "cheap rung" if system == "static-low" else "full rung"
-        recipe = model.get(system.removeprefix("static-"))
         return f"{kind}, {rung_words(recipe)}" if recipe else kind
-    pixels = resolution(system)
-    if pixels is not None:
-        return f"static {pixels}\N{NO-BREAK SPACE}px"
+    if recipe is not None:
+        return f"static {rung_words(recipe)}"
     names = {
         "adaptive": "adaptive",
         "adaptive-0": "adaptive, never escalating",
@@ -112,11 +147,9 @@ def judged(summary: Summary) -> dict[str, Mapping[str, Any]]:
     }
 
 
-def system_order(system: str) -> tuple[int, int]:
-    """Sorts statics from the cheapest resolution to the full rung, then the adaptive ones."""
+def system_order(system: str) -> tuple[int, str]:
+    """Sorts statics from the cheap rung over the alternatives to the full one, then adaptive."""
     first = {"static-low": 0, "static-high": 2, "adaptive-0": 3, "adaptive": 4, "ensemble": 6}
-    pixels = resolution(system)
-    if pixels is not None:
-        return 1, pixels
-    asked = system.removeprefix("adaptive-")
-    return first.get(system, 5), int(asked) if asked.isdigit() else 0
+    other = 1 if system.startswith("static-") else 5
+    by_number = re.sub(r"\d+", lambda digits: digits[0].zfill(6), system)
+    return first.get(system, other), by_number

@@ -1,13 +1,14 @@
 """The repository under test: the assembled one with the static alternatives beside it."""
 
 import os
+from dataclasses import replace
 
 import pytest
 
 from perf.errors import PerfError
 from perf.measure import deployment
 from perf.measure.deployment import assembled, with_alternatives
-from routing import manifest
+from routing import WEIGHTS, manifest
 from tests.unit.perf_workplace import write_repository, write_rungs
 
 
@@ -61,6 +62,21 @@ def test_weights_are_second_names_of_the_same_files(tmp_path, rung_set, reposito
     assert not os.path.samefile(
         folder / "static_5/config.pbtxt", repository / "vit_high/config.pbtxt"
     )
+
+
+def test_weights_that_graphs_share_are_served_beside_those_that_name_them(
+    tmp_path, rung_set, repository
+):
+    shared = tmp_path / "onnx" / WEIGHTS
+    shared.write_bytes(b"weights of several graphs")
+    (repository / "vit_high/1" / WEIGHTS).hardlink_to(shared)
+    record = rung_set.alternatives["static_5"]
+    named = replace(record, weights_sha256=manifest.sha256_file(shared))
+    rungs = replace(rung_set, alternatives={**rung_set.alternatives, "static_5": named})
+    folder = with_alternatives(repository, rungs, tmp_path / "out")
+    assert os.path.samefile(folder / "static_5/1" / WEIGHTS, shared)
+    assert os.path.samefile(folder / "vit_high/1" / WEIGHTS, shared)
+    assert not (folder / "static_6/1" / WEIGHTS).exists()
 
 
 def test_where_no_second_name_can_be_given_weights_are_copied(

@@ -11,7 +11,15 @@ from perf.pages.labels import Label, place
 from perf.pages.readings import cheapest_rival, verdict
 from perf.pages.report import write_report
 from perf.pages.tables import derived
-from perf.pages.words import Cell, amount, rung_words, short_name, system_order
+from perf.pages.words import (
+    Cell,
+    amount,
+    cheaper_ways,
+    recipe_of,
+    rung_words,
+    short_name,
+    system_order,
+)
 from tests.unit.pages import Page, squeeze
 from tests.unit.perf_summary import STATEMENT, around, load, measured, sample_summary, spread
 
@@ -188,8 +196,8 @@ def test_the_frontier_shows_every_system_labelled(page):
     words = words_in(figures(page)[0])
     for label in (
         "cheap rung, 112 px",
-        "static 140 px",
-        "static 168 px",
+        "140 px",
+        "168 px",
         "full rung, 224 px",
         "0.0 % escalated",
         "12.5 % escalated",
@@ -197,8 +205,11 @@ def test_the_frontier_shows_every_system_labelled(page):
         "100.0 % escalated",
         "from image bytes",
         "as calibrated",
+        "static, fewer pixels",
+        "beaten by adaptive",
     ):
         assert label in words, label
+    assert "static, merged tokens" not in words and "static, other" not in words
 
 
 def test_the_time_is_attributed_in_a_bar_and_a_table(page):
@@ -419,6 +430,42 @@ def test_systems_have_short_names_and_an_order():
     assert short_name("static-low", summary) == "cheap rung, 112\N{NO-BREAK SPACE}px"
     assert short_name("static-low", {}) == "cheap rung"
     assert short_name("adaptive-45", {}) == "adaptive, asked for 45\N{NO-BREAK SPACE}%"
-    assert rung_words("tome=8") == "tome=8"
+    assert rung_words("px=112,tome=8") == "112\N{NO-BREAK SPACE}px, token merging r=8"
+    assert short_name("static-tome8", {}) == "static token merging r=8"
+    summary["model"]["low"] = "px=112,int8=static,align"
+    cheap = "cheap rung, 112\N{NO-BREAK SPACE}px, int8, aligned"
+    assert short_name("static-low", summary) == cheap
     names = list(summary["answers"])
     assert sorted(set(names), key=system_order) == names
+    others = ["static-98", "static-140", "static-140-int8static", "static-tome4", "static-tome12"]
+    assert sorted({*others, *names}, key=system_order)[1:3] == ["static-98", "static-140"]
+    ordered = ["static-low", *others, "static-high"]
+    assert sorted({*ordered}, key=system_order) == ordered
+
+
+@pytest.mark.parametrize(
+    ("system", "recipe"),
+    [
+        ("static-140", "px=140"),
+        ("static-tome8", "tome=8"),
+        ("static-int8", "int8"),
+        ("static-112-depth9-tome4-int8static-align", "px=112,depth=9,tome=4,int8=static,align"),
+        ("static-168-fp16", "px=168,fp16"),
+        ("static-low", "px=112"),
+        ("adaptive-30", None),
+        ("ensemble", None),
+    ],
+)
+def test_a_static_system_has_a_recipe(system, recipe):
+    assert recipe_of(system, sample_summary()) == recipe
+
+
+def test_a_recipe_is_told_from_the_full_model_by_what_it_does_to_be_cheaper():
+    summary = sample_summary()
+    assert cheaper_ways("static-high", summary) == {}
+    for full in ("fp32", "px=224,fp32"):
+        summary["model"]["high"] = full
+        assert cheaper_ways("static-high", summary) == {}
+    assert cheaper_ways("static-224-tome8", summary) == {"tome": "8"}
+    assert cheaper_ways("static-140-int8", summary) == {"px": "140", "int8": ""}
+    assert cheaper_ways("static-low", {}) is None and cheaper_ways("adaptive", summary) is None

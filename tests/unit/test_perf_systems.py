@@ -1,9 +1,11 @@
 """What is measured: the systems, their titles, parameters and thresholds."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from perf.measure.systems import systems, threshold_for
+from perf.measure.systems import recipe_words, systems, threshold_for
 from routing import Overrides, escalation_mask, parse_overrides
 from tests.unit.perf_workplace import write_rungs
 
@@ -41,13 +43,44 @@ def test_what_a_server_does_not_serve_is_not_measured(rung_set):
     assert "static-5" not in names and "ensemble" not in names
 
 
-def test_titles_say_the_resolution_and_whether_a_threshold_was_certified(rung_set):
+def test_titles_say_the_recipe_and_whether_a_threshold_was_certified(rung_set):
     assert found(rung_set)["static-low"].title == "cheap rung always (4 px)"
     assert found(rung_set)["static-high"].title == "full rung always (8 px)"
     assert found(rung_set)["static-6"].title == "static 6 px"
     for name in ("adaptive", "ensemble"):
         assert "calibrated threshold" in found(rung_set)[name].title
         assert "nothing certified" in found(rung_set, threshold=None)[name].title
+
+
+def test_any_alternative_is_a_system_named_after_its_model_and_titled_after_its_recipe(rung_set):
+    record = rung_set.alternatives["static_5"]
+    recipes = {"static_tome8": "px=8,tome=8", "static_5_int8static_align": "px=5,int8=static,align"}
+    rungs = {"vit_low": replace(record, recipe="px=4,int8"), "vit_high": rung_set.rungs["vit_high"]}
+    alternatives = {name: replace(record, recipe=recipe) for name, recipe in recipes.items()}
+    every = found(replace(rung_set, rungs=rungs, alternatives=alternatives), SERVED + [*recipes])
+    assert every["static-tome8"].model == "static_tome8"
+    assert every["static-tome8"].title == "static 8 px, token merging r=8"
+    assert every["static-5-int8static-align"].model == "static_5_int8static_align"
+    assert every["static-5-int8static-align"].title == "static 5 px, int8, aligned"
+    assert every["static-low"].title == "cheap rung always (4 px, int8 (dynamic))"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("px=140", "140 px"),
+        ("tome=8", "token merging r=8"),
+        ("int8=static", "int8"),
+        ("int8", "int8 (dynamic)"),
+        ("fp16", "fp16"),
+        ("fp32", "fp32"),
+        ("depth=9,tome=4,align", "first 9 blocks, token merging r=4, aligned"),
+        ("px=112,int8=static,align", "112 px, int8, aligned"),
+        ("px=112,new=3", "112 px, new=3"),
+    ],
+)
+def test_a_recipe_in_words(recipe, words):
+    assert recipe_words(recipe) == words
 
 
 def test_only_the_rungs_are_static_and_only_the_ensemble_takes_bytes(rung_set):
