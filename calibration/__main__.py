@@ -1,4 +1,4 @@
-"""`python -m calibration sample | collect | analyse | fit | evaluate | report`."""
+"""`python -m calibration sample | collect | analyse | align | fit | plan | evaluate | report`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -15,21 +16,35 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from imaging import PreprocessingError
 from routing import SIGNALS, Calibration, CalibrationError, RungSet, RungSetError
 
+from .align import ALIGN_SHARE, fit_alignment
 from .analyse import analyse
 from .certify import METHODS, CertifyError, Goal
 from .collect import collect
 from .evaluate import EvaluateError, evaluate
 from .fidelity import KINDS, Fidelity, FidelityError
-from .fit import AUTO, STEPS, EscalationRate, FitError, Options, Target, Threshold, fit
+from .fit import (
+    AUTO,
+    STEPS,
+    EscalationRate,
+    FitError,
+    Options,
+    Target,
+    Threshold,
+    fit,
+    without_learned,
+)
+from .head import LinearHead
 from .images import open_images
 from .outputs import Outputs, OutputsError
 from .pages.analysis import write_analysis
 from .pages.report import write_report
+from .plan.command import plan_command
+from .plan.subprocesses import PlanError
 from .record import FitRecord, record_path
 from .sample import write
 from .source import ImagesError, ImageSource
-from .splits import GROUPINGS, SplitError
-from .tables import print_fit, print_rows
+from .splits import GROUPINGS, SplitError, group_keys, split_by_group
+from .tables import print_fit, print_growth, print_rows
 
 app = typer.Typer(
     help="Run both rungs offline, fit the score, certify the threshold, show what it is worth.",
@@ -61,6 +76,14 @@ FidelityOption = Annotated[
 ToleranceOption = Annotated[
     float, typer.Option(help="With cosine: a cosine below 1 - tolerance is a loss.")
 ]
+GroupByOption = Annotated[
+    str,
+    typer.Option(
+        metavar="|".join(GROUPINGS),
+        help="Images of one group stay in one split: of one source file, folder or content.",
+    ),
+]
+SplitSeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the splits.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 ONNX = Path("build/onnx")
 OUTPUTS = FOLDER / "outputs.npz"
@@ -140,27 +163,22 @@ def fit_command(
     fidelity: FidelityOption = None,
     tolerance: ToleranceOption = 0.1,
     signal: Annotated[str, typer.Option(help=f"auto, or one of {', '.join(SIGNALS)}.")] = AUTO,
-    group_by: Annotated[
-        str,
-        typer.Option(
-            metavar="|".join(GROUPINGS),
-            help="Images of one group stay in one split: of one source file, folder or content.",
-        ),
-    ] = GROUPINGS[0],
+    group_by: GroupByOption = GROUPINGS[0],
     require_certificate: Annotated[
         bool, typer.Option("--require-certificate", help="Exit 1 where nothing is certified.")
     ] = False,
     outputs: OutputsOption = OUTPUTS,
     onnx: OnnxOption = ONNX,
     out: Annotated[Path, typer.Option(help="Artifact to write.")] = ARTIFACT,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the splits.")] = 0,
+    seed: SplitSeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Fit the score, choose a signal and a threshold, certify it, write calibration.json."""
     target = _target(max_risk, confidence, method, escalation_rate, threshold)
     if require_certificate and not isinstance(target, Goal):
         raise FitError("--require-certificate needs --max-risk")
-    stored, rung_set = Outputs.load(outputs), RungSet.load(onnx)
+    rung_set = RungSet.load(onnx)
+    stored = _unlearned(Outputs.load(outputs), rung_set)
     options = Options(_fidelity(fidelity, tolerance, stored), signal, group_by, seed)
     with Progress(console=console) as bar:
         task = bar.add_task("fit", total=STEPS)
@@ -179,6 +197,56 @@ def fit_command(
             raise typer.Exit(1)
 
 
+@app.command("align")
+def align_command(
+    outputs: OutputsOption = OUTPUTS,
+    onnx: OnnxOption = ONNX,
+    out: Annotated[Path, typer.Option(help="File to write.")] = FOLDER / "alignment.npz",
+    fidelity: FidelityOption = None,
+    tolerance: ToleranceOption = 0.1,
+    share: Annotated[
+        float, typer.Option(min=0.05, max=0.95, help="Of the images, to learn from.")
+    ] = ALIGN_SHARE,
+    group_by: GroupByOption = GROUPINGS[0],
+    seed: SplitSeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Fit a map from the cheap rung to the full embedding; bake it with `export align`.
+
+    The images it learns from are left out when the aligned rung is calibrated.
+    """
+    stored, rung_set = Outputs.load(outputs), RungSet.load(onnx)
+    if stored.rung_hashes != rung_set.fingerprints():
+        raise FitError("the outputs were collected with other ONNX files; collect again")
+    groups = group_keys(stored, group_by)
+    rows = split_by_group(groups, {"align": share, "rest": 1 - share}, seed)["align"]
+    rung = rung_set.rungs["vit_low"]
+    head = LinearHead.read(rung_set.files["vit_low"]) if rung_set.classes else None
+    if rung_set.classes and head is None:
+        raise FitError("the head reads more than the CLS token; align would not reach it")
+    with console.status("aligning"):
+        aligned = fit_alignment(
+            stored,
+            rows,
+            np.array(groups),
+            (rung.fingerprint, rung.recipe),
+            _fidelity(fidelity, tolerance, stored),
+            head,
+            seed,
+        )
+    aligned.alignment.save(out)
+    if as_json:
+        print(json.dumps({"alignment": str(out), **aligned.to_dict()}))
+    else:
+        print_growth(aligned)
+        print(f"wrote {out}; bake it in with python -m export align, then collect and fit again")
+    if not aligned.helps:
+        console.print("On held-out images the alignment does not help: leave it out.", style="red")
+
+
+app.command("plan")(plan_command)
+
+
 @app.command("evaluate")
 def evaluate_command(
     images: ImagesOption,
@@ -194,7 +262,7 @@ def evaluate_command(
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "outputs.npz"
         _collect(rung_set, source, file)
-        outputs = Outputs.load(file)
+        outputs = _unlearned(Outputs.load(file), rung_set)
     evaluation = evaluate(artifact, outputs)
     if as_json:
         print(json.dumps({"images": source.title, **evaluation.to_dict()}))
@@ -213,11 +281,21 @@ def report_command(
     out: Annotated[Path, typer.Option(help="Page to write.")] = FOLDER / "report.html",
 ) -> None:
     """Write report.html: certificate, risk against escalation, signals, galleries."""
-    artifact, stored = Calibration.load(calibration), Outputs.load(outputs)
+    artifact, rung_set = Calibration.load(calibration), RungSet.load(onnx)
+    stored = without_learned(Outputs.load(outputs), rung_set)
     record = FitRecord.load(record_path(calibration), stored, calibration)
     with console.status("drawing"):
-        write_report(out, artifact, record, stored, _source_of(stored), RungSet.load(onnx).labels)
+        write_report(out, artifact, record, stored, _source_of(stored), rung_set.labels)
     print(f"wrote {out}")
+
+
+def _unlearned(outputs: Outputs, rung_set: RungSet) -> Outputs:
+    """Without the images that a graph has learned from, and saying so."""
+    kept = without_learned(outputs, rung_set)
+    if len(kept) < len(outputs):
+        left_out = len(outputs) - len(kept)
+        console.print(f"left out {left_out} images that a graph was fitted on", highlight=False)
+    return kept
 
 
 def _open(images: str, limit: int | None, seed: int) -> ImageSource:
@@ -299,6 +377,7 @@ def main() -> None:
         FitError,
         ImagesError,
         OutputsError,
+        PlanError,
         PreprocessingError,
         RungSetError,
         SplitError,

@@ -9,6 +9,10 @@ conservative end (most escalation first) until one fails:
 - `crc`: conformal risk control (Angelopoulos et al. 2022) for a monotone loss bounded by 1. The
   risk is at most `max_risk` on average over calibrations.
 
+A full rung that is not the reference can lose escalated images too. The risk then need not grow
+with the threshold: `ltt` stays valid, because each threshold's p-value is its own and the order was
+fixed beforehand; `crc` does not, and is refused.
+
 Both assume that the certify images are independent draws of what will be served, and that neither
 the candidate thresholds nor the score have seen them.
 """
@@ -45,11 +49,14 @@ class Goal:
         max_risk: ε, the largest acceptable share of images that are kept low and lost.
         confidence: 1 - δ, of `ltt`; `crc` promises an average and has none.
         method: one of `METHODS`.
+        choices: cascades among which one will be chosen after all have been tested. Each is tested
+            at δ / choices, so that all hold together with probability 1 - δ (Bonferroni).
     """
 
     max_risk: float
     confidence: float
     method: str
+    choices: int = 1
 
     def __post_init__(self) -> None:
         """Refuse what is no goal."""
@@ -63,6 +70,13 @@ class Goal:
             )
         if self.method not in METHODS:
             raise CertifyError(f"--method {self.method!r} is none of {', '.join(METHODS)}")
+        if self.method == "crc" and self.choices > 1:
+            raise CertifyError("--method crc promises an average, which a choice would void; ltt")
+
+    @property
+    def delta(self) -> float:
+        """δ of one test."""
+        return float((1 - _as_typed(self.confidence)) / self.choices)
 
 
 class Step(NamedTuple):
@@ -104,7 +118,7 @@ def allowed_errors(n: int, goal: Goal) -> int:
     """
     if goal.method == "crc":
         return math.floor(_as_typed(goal.max_risk) * (n + 1)) - 1
-    delta = float(1 - _as_typed(goal.confidence))
+    delta = goal.delta
     k = int(binom.ppf(delta, n, goal.max_risk))  # the smallest k with P ≥ δ, up to rounding
     while k >= 0 and binomial_p_value(k, n, goal.max_risk) > delta:
         k -= 1
@@ -115,8 +129,7 @@ def images_needed(goal: Goal) -> int:
     """The fewest images that can certify a threshold: just enough if none of them is lost."""
     if goal.method == "crc":
         return math.ceil(1 / _as_typed(goal.max_risk)) - 1
-    delta = float(1 - _as_typed(goal.confidence))
-    return math.ceil(math.log(delta) / math.log1p(-goal.max_risk))
+    return math.ceil(math.log(goal.delta) / math.log1p(-goal.max_risk))
 
 
 def _as_typed(number: float) -> Fraction:
@@ -164,6 +177,7 @@ def certify(
     loss: NDArray[np.bool_],
     candidates: FloatVector,
     goal: Goal,
+    high_loss: NDArray[np.bool_] | None = None,
 ) -> Verdict:
     """Find the largest threshold that is proved to meet the goal.
 
@@ -175,12 +189,24 @@ def certify(
         loss: the fidelity loss, BOOL (n,).
         candidates: ascending, from `candidate_thresholds`.
         goal: what to prove.
+        high_loss: the fidelity loss of escalated answers, BOOL (n,), where the full rung is not
+            the reference.
+
+    Raises:
+        CertifyError: `crc`, where escalated images can be lost.
     """
-    lost = np.sort(scores[loss].astype(np.float64))
-    errors = np.searchsorted(lost, candidates, side="right")  # kept low: score ≤ threshold
+    errors = _kept(scores, loss, candidates)
+    if high_loss is not None:
+        if goal.method == "crc":
+            raise CertifyError(
+                "--method crc needs a risk that only grows with the threshold; this full rung is "
+                "not the reference, so use ltt"
+            )
+        errors = errors + high_loss.sum() - _kept(scores, high_loss, candidates)
     allowed = allowed_errors(len(scores), goal)
-    # Errors only grow along the sequence, and both tests pass exactly up to `allowed` errors.
-    passed = int(np.searchsorted(errors, allowed, side="right"))
+    # Both tests pass exactly up to `allowed` errors; the first threshold that fails ends the walk.
+    failed = np.flatnonzero(errors > allowed)
+    passed = int(failed[0]) if len(failed) else len(errors)
     tried = slice(0, passed + 1)
     path = tuple(map(Step, candidates[tried].tolist(), errors[tried].tolist()))
     kept = path[max(passed - 1, 0)]
@@ -188,7 +214,20 @@ def certify(
     return Verdict(threshold, len(scores), kept.errors, allowed, path)
 
 
-def statement(verdict: Verdict, goal: Goal, fidelity: Fidelity, grouped: bool = False) -> str:
+def _kept(
+    scores: NDArray[np.floating[Any]], which: NDArray[np.bool_], candidates: FloatVector
+) -> NDArray[np.intp]:
+    """How many of some images each threshold keeps low: those with a score at or below it."""
+    return np.searchsorted(np.sort(scores[which].astype(np.float64)), candidates, side="right")
+
+
+def statement(
+    verdict: Verdict,
+    goal: Goal,
+    fidelity: Fidelity,
+    grouped: bool = False,
+    reference: str = "full rung",
+) -> str:
     """What was proved, or that nothing was and why, in plain words.
 
     Args:
@@ -196,12 +235,13 @@ def statement(verdict: Verdict, goal: Goal, fidelity: Fidelity, grouped: bool = 
         goal: what was to be proved.
         fidelity: when an image is lost.
         grouped: whether the images stand for groups of several; see `one_per_group`.
+        reference: what answers are held against.
     """
     risk, confidence = _percent(goal.max_risk), f"with confidence {_percent(goal.confidence)}"
     crc = goal.method == "crc"
     if verdict.threshold is None:
         strength = "on average over calibrations" if crc else confidence
-        reason = _why_not(verdict, goal, fidelity)
+        reason = _why_not(verdict, goal, fidelity, reference)
         return (
             f"No threshold is certified for a risk of at most {risk} {strength}: {reason}. Every "
             "image therefore goes to the full rung."
@@ -211,8 +251,13 @@ def statement(verdict: Verdict, goal: Goal, fidelity: Fidelity, grouped: bool = 
         drawn += " (first a group, then one of its images)"
     promise = (
         f"at most {risk} of images {drawn}, requested without "
-        f"parameters and not marked degraded, get an answer that {fidelity.words()}"
+        f"parameters and not marked degraded, get an answer that {fidelity.words(reference)}"
     )
+    if goal.choices > 1:
+        promise += (
+            f", whichever of the {goal.choices} cascades that were tested is chosen (each at "
+            f"{_percent(1 - goal.delta)})"
+        )
     if crc:
         promise = f"On average over repeated calibrations, {promise}; no confidence is attached"
     else:
@@ -223,7 +268,7 @@ def statement(verdict: Verdict, goal: Goal, fidelity: Fidelity, grouped: bool = 
     )
 
 
-def _why_not(verdict: Verdict, goal: Goal, fidelity: Fidelity) -> str:
+def _why_not(verdict: Verdict, goal: Goal, fidelity: Fidelity, reference: str) -> str:
     if verdict.allowed < 0:
         return (
             f"that takes {images_needed(goal)} independent certify images even if none of them is "
@@ -231,7 +276,8 @@ def _why_not(verdict: Verdict, goal: Goal, fidelity: Fidelity) -> str:
         )
     return (
         f"even at the most careful threshold {verdict.errors} of {verdict.n} certify images get an "
-        f"answer that {fidelity.words()}, and up to {verdict.allowed} would have been allowed"
+        f"answer that {fidelity.words(reference)}, and up to {verdict.allowed} would have been "
+        "allowed"
     )
 
 
@@ -240,7 +286,12 @@ def _percent(share: float) -> str:
 
 
 def certificate(
-    verdict: Verdict, goal: Goal, fidelity: Fidelity, signal: str, grouped: bool = False
+    verdict: Verdict,
+    goal: Goal,
+    fidelity: Fidelity,
+    signal: str,
+    grouped: bool = False,
+    reference: str = "full rung",
 ) -> dict[str, Any]:
     """The artifact's record of a certification, as JSON types; arguments as `statement`."""
     return {
@@ -255,5 +306,7 @@ def certificate(
         "n": verdict.n,
         "errors": verdict.errors,
         "allowed": verdict.allowed,
-        "statement": statement(verdict, goal, fidelity, grouped),
+        "choices": goal.choices,
+        "reference": reference,
+        "statement": statement(verdict, goal, fidelity, grouped, reference),
     }

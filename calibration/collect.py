@@ -19,8 +19,7 @@ import PIL
 from numpy.typing import NDArray
 
 from imaging import Preprocessing
-from routing import RUNGS, RungSet, RungSetError
-from routing.manifest import sha256_file
+from routing import RungSet, RungSetError
 
 from .decoding import DecodedImage, decode_ahead
 from .outputs import OutputsError, row_arrays, scalar_arrays
@@ -68,7 +67,7 @@ def collect(
     if not len(source):
         raise ImagesError("there is no image to run the rungs on")
     hashes = _check_files(rung_set)
-    sessions = {name: open_session(rung_set.files[name]) for name in RUNGS}
+    sessions = {name: open_session(file) for name, (_, file) in rung_set.graphs().items()}
     parts = Parts(out.with_name(f"{out.name}.parts"), _identity(rung_set, source, sessions))
     _make_folder(out, parts.folder)
     ranges = _pieces(range(len(source)), PART)
@@ -101,20 +100,20 @@ def collect(
 
 
 def _check_files(rung_set: RungSet) -> dict[str, str]:
-    """SHA-256 of both ONNX files, which must be those in rungs.json."""
-    for name in RUNGS:
-        file = rung_set.files[name]
-        if sha256_file(file) != rung_set.rungs[name].sha256:
+    """The graphs' fingerprints; the files must be those in rungs.json."""
+    graphs = rung_set.graphs()
+    for record, file in graphs.values():
+        if not record.is_file(file):
             raise RungSetError(
                 f"{file} differs from its SHA-256 in rungs.json; run python -m export rungs again"
             )
-    return {name: rung_set.rungs[name].sha256 for name in RUNGS}
+    return rung_set.fingerprints()
 
 
 def _identity(rung_set: RungSet, source: ImageSource, sessions: Sessions) -> str:
     """SHA-256 over everything that decides what the parts hold."""
     content = {
-        "rungs": {name: rung_set.rungs[name].sha256 for name in RUNGS},
+        "rungs": rung_set.fingerprints(),
         "source": source.fingerprint(),
         "preprocessing": rung_set.preprocessing_sha256(),
         "labels": rung_set.labels,
@@ -167,15 +166,16 @@ def _run(
 ) -> tuple[dict[str, NDArray[Any]], list[str]]:
     """A batch's rows, and a line for each image on which a rung overflows."""
     image = np.stack([item.tensor for item in images])  # (B, 3, H, W)
-    low = run_session(sessions["vit_low"], image, layers=True)
-    high = run_session(sessions["vit_high"], image, layers=False)
-    finite = low.finite() & high.finite()
+    answers = {
+        name.removeprefix("vit_"): run_session(session, image, layers=name == "vit_low")
+        for name, session in sessions.items()
+    }
+    finite = np.logical_and.reduce([outputs.finite() for outputs in answers.values()])
     lines = [f"{images[i].name}: a rung answers with NaN or Inf" for i in np.flatnonzero(~finite)]
     kept = [item for item, sound in zip(images, finite, strict=True) if sound]
     index = {label: i for i, label in enumerate(labels or ())}
     rows = row_arrays(
-        low=low.rows(np.flatnonzero(finite)),
-        high=high.rows(np.flatnonzero(finite)),
+        {name: outputs.rows(np.flatnonzero(finite)) for name, outputs in answers.items()},
         labels=np.array([index.get(item.label or "", -1) for item in kept], dtype=np.int64),
         names=[item.name for item in kept],
         groups=[item.group for item in kept],

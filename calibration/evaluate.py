@@ -181,10 +181,15 @@ def evaluate(calibration: Calibration, outputs: Outputs) -> Evaluation:
     threshold, reference = calibration.threshold, calibration.reference_scores
     escalated = escalation_mask(scores[rows], threshold, Overrides())
     reference_escalated = escalation_mask(reference, threshold, Overrides())
-    errors, n = int((~escalated & loss[rows]).sum()), len(rows)
+    high_loss = fidelity.high_loss(outputs)
+    lost = ~escalated & loss[rows]
+    if high_loss is not None:
+        lost |= escalated & high_loss[rows]
+    errors, n = int(lost.sum()), len(rows)
     exact = binomtest(errors, n).proportion_ci(INTERVAL, "exact")
     distance = ks_2samp(scores[rows], reference)
-    measured = HeldOut(outputs, rows, rows, groups, scores, threshold, loss, seed).figures()
+    held_out = HeldOut(outputs, rows, rows, groups, scores, threshold, loss, high_loss, seed)
+    measured = held_out.figures()
     names = [name for name in measured if name.startswith(("agreement", "accuracy"))]
     return Evaluation(
         source=outputs.title,
@@ -220,7 +225,7 @@ def _unseen(calibration: Calibration, outputs: Outputs) -> tuple[Outputs, int]:
 
 def _check(calibration: Calibration, outputs: Outputs) -> None:
     for name in RUNGS:
-        if outputs.rung_hashes[name] != calibration.rungs[name].sha256:
+        if outputs.rung_hashes[name] != calibration.rungs[name].fingerprint:
             raise EvaluateError(
                 f"the outputs are of another {name} than the artifact's; collect with the ONNX "
                 "files it was calibrated with, or calibrate again"

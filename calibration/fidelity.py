@@ -1,11 +1,12 @@
 """What the full rung changes: the oracle, and whether a cheap answer could stand in for it.
 
-All label-free: only the two rungs' outputs are compared.
+All label-free: only the rungs' outputs are compared, with the reference: the full rung, or the full
+model in FP32 where the full rung is a cheaper one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,29 +63,38 @@ class Fidelity:
             raise FidelityError("--fidelity top1 needs a head, the model has none; use cosine")
         return loss
 
-    def words(self) -> str:
+    def high_loss(self, outputs: Outputs) -> BoolVector | None:
+        """The fidelity loss of the full rung's own answers, BOOL (N,).
+
+        None where the full rung is the reference: it then loses none.
+        """
+        if outputs.reference is None:
+            return None
+        return self.loss(replace(outputs, low=outputs.high))
+
+    def words(self, reference: str = "full rung") -> str:
         """What a loss is, to be read after "an answer that"."""
         if self.kind == "top1":
-            return "names another class than the full rung"
-        return f"has a cosine below {1 - self.tolerance:g} to the full rung's embedding"
+            return f"names another class than the {reference}"
+        return f"has a cosine below {1 - self.tolerance:g} to the {reference}'s embedding"
 
 
 def oracle_l2(outputs: Outputs) -> FloatVector:
-    """L2 distance between the two rungs' embeddings, FP64 (N,)."""
-    difference = outputs.low.embedding.astype(np.float64) - outputs.high.embedding
+    """L2 distance between the cheap rung's and the reference's embeddings, FP64 (N,)."""
+    difference = outputs.low.embedding.astype(np.float64) - outputs.truth.embedding
     return np.asarray(np.linalg.norm(difference, axis=1))
 
 
 def oracle_cosine(outputs: Outputs) -> FloatVector:
-    """Cosine between the two rungs' embeddings, FP64 (N,)."""
+    """Cosine between the cheap rung's and the reference's embeddings, FP64 (N,)."""
     low = outputs.low.embedding.astype(np.float64)
-    high = outputs.high.embedding.astype(np.float64)
+    high = outputs.truth.embedding.astype(np.float64)
     lengths = np.linalg.norm(low, axis=1) * np.linalg.norm(high, axis=1)
     return np.asarray((low * high).sum(axis=1) / np.maximum(lengths, np.finfo(np.float64).tiny))
 
 
 def disagrees(outputs: Outputs) -> BoolVector | None:
-    """Whether the rungs' top-1 classes differ, BOOL (N,); None without a head."""
-    if outputs.low.logits is None or outputs.high.logits is None:
+    """Whether cheap rung and reference name different classes, BOOL (N,); None without a head."""
+    if outputs.low.logits is None or outputs.truth.logits is None:
         return None
-    return np.asarray(outputs.low.logits.argmax(axis=1) != outputs.high.logits.argmax(axis=1))
+    return np.asarray(outputs.low.logits.argmax(axis=1) != outputs.truth.logits.argmax(axis=1))

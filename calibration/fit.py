@@ -7,6 +7,7 @@ two, which nothing was fitted on, are kept as reference for drift.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -93,6 +94,7 @@ class Fit:
     values: Mapping[str, FloatVector]
     scores: NDArray[np.float32]
     loss: NDArray[np.bool_]
+    high_loss: NDArray[np.bool_] | None
 
     def save(self, path: Path) -> None:
         """Write the artifact, and its record beside it for the report."""
@@ -104,6 +106,7 @@ class Fit:
             self.loss,
             self.calibration.data["fingerprint"],
             hashlib.sha256(path.read_bytes()).hexdigest(),
+            self.high_loss,
         ).save(record_path(path))
 
 
@@ -117,7 +120,7 @@ def fit(
     """Fit the signals, choose one, and choose or certify the threshold.
 
     Args:
-        outputs: from `collect`.
+        outputs: from `collect`, `without_learned`.
         rung_set: the rungs that made them.
         target: how to choose the threshold.
         options: everything else.
@@ -134,6 +137,7 @@ def fit(
     splits = split_by_group(groups, shares, options.seed)
     check_no_duplicates(outputs, splits)
     oracle, loss = oracle_l2(outputs), options.fidelity.loss(outputs)
+    high_loss = options.fidelity.high_loss(outputs)
 
     # Images of one group are not independent: where a test needs that, one of each group stands.
     independent = {
@@ -147,7 +151,8 @@ def fit(
     signs = {key: learn_sign(raw, sample.oracle, sample.loss) for key, raw in unseen.items()}
     ranking = {key: signs[key] * raw for key, raw in unseen.items()}
     certify_rows = independent.get("certify", np.zeros(0, np.intp))
-    costs = _cross_validated_costs(ranking, sample.loss, target, len(certify_rows))
+    sample_high_loss = None if high_loss is None else high_loss[rows]
+    costs = cross_validated_costs(ranking, sample.loss, sample_high_loss, target, len(certify_rows))
     name = _choose(costs, options.signal)
 
     coefficients = fit_coefficients(sample, options.seed)
@@ -159,12 +164,19 @@ def fit(
     for key, ranked in ranking.items():
         values[key][rows] = ranked
     threshold, verdict = _threshold(
-        target, score_map(unseen[name]), scores[certify_rows], loss[certify_rows]
+        target,
+        score_map(unseen[name]),
+        scores[certify_rows],
+        loss[certify_rows],
+        None if high_loss is None else high_loss[certify_rows],
     )
     certificate = None
     if isinstance(target, certify.Goal) and verdict is not None:
         grouped = len(certify_rows) < len(splits["certify"])
-        certificate = certify.certificate(verdict, target, options.fidelity, name, grouped)
+        reference = "full rung" if high_loss is None else "full FP32 model"
+        certificate = certify.certificate(
+            verdict, target, options.fidelity, name, grouped, reference
+        )
 
     test = HeldOut(
         outputs,
@@ -174,6 +186,7 @@ def fit(
         scores,
         threshold,
         loss,
+        high_loss,
         options.seed,
     )
     max_risk = target.max_risk if isinstance(target, certify.Goal) else None
@@ -206,7 +219,7 @@ def fit(
         },
         reference_scores=_thinned(np.sort(scores[np.concatenate(list(independent.values()))])),
     )
-    return Fit(calibration, splits, values, scores, loss)
+    return Fit(calibration, splits, values, scores, loss, high_loss)
 
 
 def _threshold(
@@ -214,11 +227,14 @@ def _threshold(
     fit_scores: NDArray[np.float32],
     certify_scores: NDArray[np.float32],
     certify_loss: NDArray[np.bool_],
+    certify_high_loss: NDArray[np.bool_] | None,
 ) -> tuple[float | None, certify.Verdict | None]:
     """The threshold, and the verdict where one was asked for."""
     if isinstance(target, certify.Goal):
         candidates = certify.candidate_thresholds(fit_scores)
-        verdict = certify.certify(certify_scores, certify_loss, candidates, target)
+        verdict = certify.certify(
+            certify_scores, certify_loss, candidates, target, certify_high_loss
+        )
         return verdict.threshold, verdict
     if isinstance(target, EscalationRate):
         return threshold_for_rate(fit_scores, target.escalation_rate), None
@@ -226,10 +242,12 @@ def _threshold(
 
 
 def _check(outputs: Outputs, rung_set: RungSet, options: Options) -> None:
-    if outputs.rung_hashes != {name: rung.sha256 for name, rung in rung_set.rungs.items()}:
+    if outputs.rung_hashes != rung_set.fingerprints():
         raise FitError("the outputs were collected with other ONNX files; collect again")
     if outputs.preprocessing_sha256 != rung_set.preprocessing_sha256():
         raise FitError("the outputs were collected with another preprocessing; collect again")
+    if len(without_learned(outputs, rung_set)) < len(outputs):
+        raise FitError("some of the images were used to fit a graph; leave them out")
     if len(outputs) < MIN_IMAGES:
         raise FitError(f"{len(outputs)} images are too few to split; collect {MIN_IMAGES} or more")
     if options.signal == AUTO:
@@ -243,9 +261,21 @@ def _check(outputs: Outputs, rung_set: RungSet, options: Options) -> None:
         )
 
 
-def _cross_validated_costs(
+def without_learned(outputs: Outputs, rung_set: RungSet) -> Outputs:
+    """The outputs without those of images that a graph has learned from (`int8=static`, `align`).
+
+    On those a graph answers better than on any other image, so nothing is fitted, certified or
+    measured on them.
+    """
+    prefixes = base64.b64decode(rung_set.fitted_on)
+    learned = {prefixes[i : i + 8].hex() for i in range(0, len(prefixes), 8)}
+    return outputs.rows(np.flatnonzero([image[:16] not in learned for image in outputs.hashes]))
+
+
+def cross_validated_costs(
     ranking: Mapping[str, FloatVector],
     loss: NDArray[np.bool_],
+    high_loss: NDArray[np.bool_] | None,
     target: Target,
     n_certify: int,
 ) -> dict[str, float]:
@@ -257,11 +287,13 @@ def _cross_validated_costs(
     """
     if isinstance(target, certify.Goal):
         allowed = max(certify.allowed_errors(n_certify, target), 0) / max(n_certify, 1)
-        return {k: metrics.needed_escalation(v, loss, allowed) for k, v in ranking.items()}
+        return {
+            k: metrics.needed_escalation(v, loss, allowed, high_loss) for k, v in ranking.items()
+        }
     if isinstance(target, EscalationRate):
         risks = {}
         for name, values in ranking.items():
-            rates, risk = metrics.risk_curve(values, loss)
+            rates, risk = metrics.risk_curve(values, loss, high_loss)
             risks[name] = float(risk[rates <= target.escalation_rate + 1e-12][-1])
         return risks
     n = len(loss)

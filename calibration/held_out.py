@@ -29,7 +29,8 @@ class HeldOut:
         groups: of all images; resampling never divides one.
         scores: FP32 (N,), oracle units.
         threshold: oracle units; None: all escalate.
-        loss: fidelity loss, BOOL (N,).
+        loss: fidelity loss of the cheap answers, BOOL (N,).
+        high_loss: of the full rung's; None: the full rung is the reference.
         seed: of the resamples.
     """
 
@@ -42,24 +43,28 @@ class HeldOut:
         scores: NDArray[np.float32],
         threshold: float | None,
         loss: NDArray[np.bool_],
+        high_loss: NDArray[np.bool_] | None,
         seed: int,
     ) -> None:
         self._outputs, self._rows = outputs, rows
         self._independent = np.searchsorted(rows, independent)
         self._escalated = escalation_mask(scores[rows], threshold, Overrides())
         self._loss = loss[rows]
+        self._high_loss = None if high_loss is None else high_loss[rows]
         self._bootstrap = metrics.Bootstrap(groups[rows], seed)
         self._groups = groups[rows]
 
     def figures(self) -> dict[str, Any]:
         """Escalation, risk, agreement, and accuracy where labels are known."""
-        kept = ~self._escalated
-        columns = {"escalation_rate": self._escalated, "risk": kept & self._loss}
+        lost = ~self._escalated & self._loss
+        if self._high_loss is not None:
+            lost |= self._escalated & self._high_loss
+        columns = {"escalation_rate": self._escalated, "risk": lost}
         known = np.ones(len(self._rows), dtype=np.bool_)
-        low, high = self._classes()
+        low, high, full = self._classes()
         if low is not None and high is not None:
-            columns["agreement_low"] = low == high
-            columns["agreement_with_high"] = (low == high) | self._escalated
+            columns["agreement_low"] = low == full
+            columns["agreement_with_high"] = np.where(self._escalated, high, low) == full
             truth = self._outputs.labels[self._rows]
             known = truth >= 0
             if known.any():
@@ -89,11 +94,10 @@ class HeldOut:
                 intervals[name] = [float(exact.low), float(exact.high)]
         return {**figures, "intervals": intervals}
 
-    def _classes(self) -> tuple[NDArray[np.intp] | None, NDArray[np.intp] | None]:
-        low, high = self._outputs.low.logits, self._outputs.high.logits
-        if low is None or high is None:
-            return None, None
-        return low[self._rows].argmax(axis=1), high[self._rows].argmax(axis=1)
+    def _classes(self) -> list[NDArray[np.intp] | None]:
+        """Top-1 classes of the cheap rung, the full rung and the reference."""
+        logits = [o.logits for o in (self._outputs.low, self._outputs.high, self._outputs.truth)]
+        return [None if rows is None else rows[self._rows].argmax(axis=1) for rows in logits]
 
     def signals(
         self,
@@ -106,6 +110,7 @@ class HeldOut:
         """Every signal beside random and the oracle."""
         held_out = oracle[self._rows]
         base = float(self._loss.mean())
+        of_high = 0.0 if self._high_loss is None else float(self._high_loss.mean())
         table: dict[str, Any] = {
             "random": {
                 "auroc": 0.5,
@@ -113,8 +118,8 @@ class HeldOut:
                 "spearman": 0.0,
                 "spearman_interval": None,
                 "needed_escalation": None
-                if max_risk is None
-                else max(0.0, 1 - max_risk / base if base else 0.0),
+                if max_risk is None or (base > max_risk and of_high > max_risk)
+                else max(0.0, (base - max_risk) / (base - of_high) if base > of_high else 0.0),
                 "cv_escalation": None,
             }
         }
@@ -129,8 +134,10 @@ class HeldOut:
                 "spearman_interval": self._bootstrap.interval(rank_oracle),
                 "needed_escalation": None
                 if max_risk is None
-                else metrics.needed_escalation(ranked, self._loss, max_risk),
-                "cv_escalation": None if max_risk is None else costs.get(name),
+                else _finite(
+                    metrics.needed_escalation(ranked, self._loss, max_risk, self._high_loss)
+                ),
+                "cv_escalation": None if max_risk is None else _finite(costs.get(name)),
             }
         return {
             "needed_for": max_risk,
@@ -152,3 +159,8 @@ class HeldOut:
         return bool(
             mannwhitneyu(ranked[lost], ranked[~lost], alternative="greater").pvalue <= 0.025
         )
+
+
+def _finite(escalation: float | None) -> float | None:
+    """None where no escalation is enough."""
+    return None if escalation is None or not np.isfinite(escalation) else escalation

@@ -103,26 +103,39 @@ def value(figure: Callable[[FloatMatrix], FloatVector], n: int) -> float | None:
     return result if np.isfinite(result) else None
 
 
-def risk_curve(values: FloatVector, loss: BoolVector) -> tuple[FloatVector, FloatVector]:
+def risk_curve(
+    values: FloatVector, loss: BoolVector, high_loss: BoolVector | None = None
+) -> tuple[FloatVector, FloatVector]:
     """Risk at every escalation rate that a threshold on `values` can give.
 
     Args:
         values: (n,), the largest escalate first.
-        loss: BOOL (n,).
+        loss: BOOL (n,), of the cheap answers.
+        high_loss: BOOL (n,), of the escalated answers, where the full rung is not the reference.
 
     Returns:
         Escalation rates, ascending from 0 to 1, and the risk at each: the share of all images
-        that are kept and lost. Images of equal value escalate together.
+        that are lost. Images of equal value escalate together.
     """
     order = np.argsort(-values, kind="stable")
     escalated = np.arange(len(values) + 1)
     left = loss.sum() - np.concatenate([[0], np.cumsum(loss[order])])
+    if high_loss is not None:
+        left = left + np.concatenate([[0], np.cumsum(high_loss[order])])
     ranked = values[order]
     whole = np.concatenate([[True], ranked[1:] < ranked[:-1], [True]])  # no tie is divided
     return escalated[whole] / len(values), left[whole] / len(values)
 
 
-def needed_escalation(values: FloatVector, loss: BoolVector, max_risk: float) -> float:
-    """The lowest escalation rate at which the risk is at most `max_risk`."""
-    rates, risks = risk_curve(values, loss)
-    return float(rates[np.argmax(risks <= max_risk + 1e-12)])
+def needed_escalation(
+    values: FloatVector, loss: BoolVector, max_risk: float, high_loss: BoolVector | None = None
+) -> float:
+    """The lowest escalation rate from which on upwards the risk is at most `max_risk`.
+
+    Infinite where escalating every image is not enough, because escalated images are lost too.
+    """
+    rates, risks = risk_curve(values, loss, high_loss)
+    above = np.flatnonzero(risks > max_risk + 1e-12)
+    if not len(above):
+        return 0.0
+    return float(rates[above[-1] + 1]) if above[-1] + 1 < len(rates) else float("inf")

@@ -1,7 +1,8 @@
 """What `collect` stores: both rungs' outputs for N images, in one `.npz`.
 
 The file holds `embedding_low` and `embedding_high` (N, D), `cls_layers_low` (N, L + 1, D),
-`logits_low` and `logits_high` (N, C) for models with a head, `labels` (N,) as class indices or -1,
+`logits_low` and `logits_high` (N, C) for models with a head, the same with `_reference` where the
+full rung is not the reference, `labels` (N,) as class indices or -1,
 and the strings `names`, `groups` and `hashes` (SHA-256 of the encoded bytes). `rungs` (the SHA-256
 of both ONNX files) and `preprocessing` tie it to the graphs and tensors that made it.
 """
@@ -30,12 +31,15 @@ AXES = {
     "cls_layers_low": ("N", "L + 1", "D"),
     "logits_low": ("N", "C"),
     "logits_high": ("N", "C"),
+    "embedding_reference": ("N", "D"),
+    "logits_reference": ("N", "C"),
     "labels": ("N",),
     "names": ("N",),
     "groups": ("N",),
     "hashes": ("N",),
 }
-OPTIONAL = ("logits_low", "logits_high")  # a model without a head has none
+# A model without a head has no logits, and a full rung that is the reference needs no other.
+OPTIONAL = ("logits_low", "logits_high", "embedding_reference", "logits_reference")
 
 
 class OutputsError(ValueError):
@@ -54,11 +58,12 @@ class Outputs:
     Attributes:
         low: of the cheap rung.
         high: of the full rung, without `cls_layers`.
+        reference: of the full model in FP32, which losses are about; None: the full rung is it.
         labels: class indices, or -1 where unknown, INT64 (N,).
         names: unique within the source.
         groups: images of one group stay in one split.
         hashes: SHA-256 of the encoded bytes.
-        rung_hashes: SHA-256 of both ONNX files, by rung.
+        rung_hashes: fingerprint of each graph, `routing.RungRecord.fingerprint`.
         preprocessing_sha256: of how their images were made, see `routing.RungSet`.
         source: opens the images again: see `images.open_images`.
         title: the source in words, without paths.
@@ -74,6 +79,12 @@ class Outputs:
     preprocessing_sha256: str
     source: str
     title: str
+    reference: RungOutputs | None = None
+
+    @property
+    def truth(self) -> RungOutputs:
+        """What the other answers are held against."""
+        return self.high if self.reference is None else self.reference
 
     def __len__(self) -> int:
         """The number of images N."""
@@ -85,6 +96,7 @@ class Outputs:
             self,
             low=self.low.rows(index),
             high=self.high.rows(index),
+            reference=None if self.reference is None else self.reference.rows(index),
             labels=self.labels[index],
             names=tuple(self.names[i] for i in index),
             groups=tuple(self.groups[i] for i in index),
@@ -97,7 +109,8 @@ class Outputs:
 
     def save(self, path: Path) -> None:
         """Write the `.npz`, whole or not at all."""
-        rows = row_arrays(self.low, self.high, self.labels, self.names, self.groups, self.hashes)
+        rungs = {"low": self.low, "high": self.high, "reference": self.reference}
+        rows = row_arrays(rungs, self.labels, self.names, self.groups, self.hashes)
         scalars = scalar_arrays(
             self.rung_hashes, self.preprocessing_sha256, self.source, self.title
         )
@@ -123,6 +136,9 @@ class Outputs:
             return cls(
                 low=_rung_outputs(arrays, "low"),
                 high=_rung_outputs(arrays, "high"),
+                reference=_rung_outputs(arrays, "reference")
+                if "embedding_reference" in arrays
+                else None,
                 labels=arrays["labels"],
                 names=tuple(arrays["names"].tolist()),
                 groups=tuple(arrays["groups"].tolist()),
@@ -139,16 +155,24 @@ class Outputs:
 
 
 def row_arrays(
-    low: RungOutputs,
-    high: RungOutputs,
+    rungs: Mapping[str, RungOutputs | None],
     labels: NDArray[np.int64],
     names: Sequence[str],
     groups: Sequence[str],
     hashes: Sequence[str],
 ) -> dict[str, NDArray[Any]]:
-    """The file's arrays that have a row for each image; arguments as in `Outputs`."""
+    """The file's arrays that have a row for each image.
+
+    Args:
+        rungs: `low`, `high` and `reference`; None: without.
+        labels: as in `Outputs`, like all that follow.
+        names: of the images.
+        groups: of the images.
+        hashes: of the images.
+    """
     found: dict[str, NDArray[Any]] = {}
-    for rung, outputs in (("low", low), ("high", high)):
+    present = {rung: outputs for rung, outputs in rungs.items() if outputs is not None}
+    for rung, outputs in present.items():
         for field in ("embedding", "cls_layers", "logits"):
             if (values := getattr(outputs, field)) is not None:
                 found[f"{field}_{rung}"] = values

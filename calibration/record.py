@@ -28,7 +28,8 @@ class FitRecord:
         values: for each signal that applies FP64 (N,), larger meaning more need to escalate; in
             the signal's own units. On the fit split they are out-of-fold.
         scores: FP32 (N,) of the chosen signal, in oracle units, as the router computes them.
-        loss: the fidelity loss, BOOL (N,).
+        loss: the fidelity loss of the cheap answers, BOOL (N,).
+        high_loss: of the full rung's; None: the full rung is the reference.
         fingerprint: of the outputs.
         artifact_sha256: of the calibration.json that the fit wrote.
     """
@@ -39,6 +40,7 @@ class FitRecord:
     loss: NDArray[np.bool_]
     fingerprint: str
     artifact_sha256: str
+    high_loss: NDArray[np.bool_] | None = None
 
     def save(self, path: Path) -> None:
         """Write the `.npz`."""
@@ -47,6 +49,7 @@ class FitRecord:
             path,
             scores=self.scores,
             loss=self.loss,
+            **({} if self.high_loss is None else {"high_loss": self.high_loss}),
             fingerprint=np.array(self.fingerprint),
             artifact_sha256=np.array(self.artifact_sha256),
             **{f"split_{name}": rows for name, rows in self.splits.items()},
@@ -68,6 +71,7 @@ class FitRecord:
                 values=_named(arrays, "signal_"),
                 scores=arrays["scores"],
                 loss=arrays["loss"],
+                high_loss=arrays.get("high_loss"),
                 fingerprint=str(arrays["fingerprint"]),
                 artifact_sha256=str(arrays["artifact_sha256"]),
             )

@@ -9,6 +9,8 @@ from rich.table import Table
 
 from routing import Calibration
 
+from .align import Aligned
+
 console = Console(highlight=False, markup=False)
 
 
@@ -39,6 +41,17 @@ def print_fit(calibration: Calibration) -> None:
         console.print(f"{calibration.signal} is not shown to rank losses better than random")
     certificate = calibration.certificate
     console.print("nothing is certified" if certificate is None else certificate["statement"])
+
+
+def print_growth(aligned: Aligned) -> None:
+    """What an alignment is worth on held-out images, by the number it was fitted on."""
+    table = Table(title="images held out, by images aligned on")
+    for column in ("images", "acceptable answers", "mean cosine"):
+        table.add_column(column, justify="right")
+    for point in aligned.growth:
+        images = str(point.images) if point.images else "not aligned"
+        table.add_row(images, f"{point.acceptable:.1%}", f"{point.cosine:.4f}")
+    console.print(table)
 
 
 def print_rows(title: str, rows: Sequence[tuple[str, ...]]) -> None:

@@ -32,7 +32,8 @@ class Decisions:
         threshold: in oracle units; None: all escalate.
         scores: of the chosen signal, in oracle units, (n,).
         oracle: L2 distance between the rungs' embeddings, (n,).
-        loss: fidelity loss, BOOL (n,).
+        loss: fidelity loss of the cheap answers, BOOL (n,).
+        high_loss: of the full rung's answers; None: the full rung is the reference.
         escalated: BOOL (n,).
         values: every signal's values, larger meaning more need to escalate, (n,) each. Those of
             the chosen signal are its scores, whose FP32 decides.
@@ -45,6 +46,7 @@ class Decisions:
     loss: BoolVector
     escalated: BoolVector
     values: Mapping[str, FloatVector]
+    high_loss: BoolVector | None = None
 
     @classmethod
     def of(
@@ -61,6 +63,7 @@ class Decisions:
             loss=record.loss[rows],
             escalated=escalation_mask(scores, calibration.threshold, Overrides()),
             values={**values, calibration.signal: scores.astype(np.float64)},
+            high_loss=None if record.high_loss is None else record.high_loss[rows],
         )
 
     def __len__(self) -> int:
@@ -79,8 +82,14 @@ class Decisions:
 
     @property
     def risk(self) -> float:
-        """The share of all images that are kept low and have a loss."""
-        return float((self.loss & ~self.escalated).mean())
+        """The share of all images whose answer is a loss."""
+        return float(self.lost.mean())
+
+    @property
+    def lost(self) -> BoolVector:
+        """Which images' answers are losses: kept low, or escalated to a rung that loses them."""
+        kept = self.loss & ~self.escalated
+        return kept if self.high_loss is None else kept | (self.high_loss & self.escalated)
 
     def risk_when_ranked_by(self, values: FloatVector) -> float:
         """The risk if as many images escalated, those of largest `values`.
@@ -88,12 +97,13 @@ class Decisions:
         Where that many would divide images of equal value, chance chooses among them and the risk
         is the expected one.
         """
-        rates, risks = metrics.risk_curve(values, self.loss)
+        rates, risks = metrics.risk_curve(values, self.loss, self.high_loss)
         return float(np.interp(self.escalation, rates, risks))
 
     def random_risk(self) -> float:
         """The expected risk if as many images escalated, drawn at random."""
-        return self.base_risk * (1 - self.escalation)
+        of_high = 0.0 if self.high_loss is None else float(self.high_loss.mean())
+        return self.base_risk * (1 - self.escalation) + of_high * self.escalation
 
     def cells(self) -> dict[str, NDArray[np.intp]]:
         """Positions of the images in each cell of decision against loss."""

@@ -197,7 +197,7 @@ def loss_by_tenth(series: Mapping[str, Sequence[Dot]]) -> str:
 
 
 def _curve(axes: Axes, decisions: Decisions, values: FloatVector, **style: object) -> None:
-    axes.plot(*metrics.risk_curve(values, decisions.loss), **style)
+    axes.plot(*metrics.risk_curve(values, decisions.loss, decisions.high_loss), **style)
 
 
 def _threshold_line(axes: Axes, decisions: Decisions) -> None:

@@ -65,7 +65,7 @@ def risk(
     images = count_of(len(decisions), "test image")
     if decisions.escalated.all():
         return f"All {images} escalate, so the risk is 0 by construction and proves nothing."
-    lost = int((decisions.loss & ~decisions.escalated).sum())
+    lost = int(decisions.lost.sum())
     start = f"{lost} of {images} were kept low with a loss ({percent(decisions.risk)})"
     if lost == 0:
         return f"{start}; the interval is the exact one of Clopper and Pearson."

@@ -153,7 +153,7 @@ def test_noise_is_seldom_called_better_than_random(rung_set, losses):
     alarms = 0
     for _ in range(60):
         noise = rng.normal(size=200)
-        test = HeldOut(outputs, rows, rows, groups, np.float32(noise), 0.0, loss, seed=0)
+        test = HeldOut(outputs, rows, rows, groups, np.float32(noise), 0.0, loss, None, seed=0)
         figures = test.signals({"noise": noise}, oracle_l2(outputs), "noise", None, {})
         alarms += not figures["no_better_than_random"]
     assert alarms <= 6  # Bin(60, 0.025) exceeds this once in a thousand

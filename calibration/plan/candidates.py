@@ -1,0 +1,74 @@
+"""What the planner may combine: graphs by their recipes, and their names on the shelf."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from routing import RungRecord, RungSet
+
+from .subprocesses import PlanError
+
+ALIGN = "align"
+FULL = "vit_high"  # on the shelf: the full model in FP32, which every certificate is about
+
+
+@dataclass(frozen=True)
+class Graph:
+    """An exported graph.
+
+    Attributes:
+        name: on the shelf.
+        record: recipe and hashes.
+        file: its ONNX file.
+    """
+
+    name: str
+    record: RungRecord
+    file: Path
+
+
+def recipes(text: str) -> list[frozenset[str]]:
+    """Recipes with semicolons between them, each as the set of its parts.
+
+    Raises:
+        PlanError: a recipe said twice, or one that no certificate can be about.
+    """
+    found = [frozenset(part.strip() for part in one.split(",")) for one in text.split(";")]
+    found = [parts - {"fp32", ""} for parts in found if parts != {""}]
+    for parts in found:
+        if "int8" in parts:
+            raise PlanError(
+                f"{said(parts)}: with dynamic int8 an image's answer depends on the others in its "
+                "batch, so nothing about it can be certified; use int8=static"
+            )
+        if found.count(parts) > 1:
+            raise PlanError(f"{said(parts)} is named more than once; once is enough")
+    return found
+
+
+def said(parts: frozenset[str]) -> str:
+    """A recipe as text."""
+    numbers = sorted((part for part in parts if part[-1:].isdecimal()), reverse=True)
+    return ",".join([*numbers, *sorted(parts - set(numbers) - {ALIGN}, reverse=True)]) or "fp32"
+
+
+def shelf_graphs(rung_set: RungSet) -> dict[str, Graph]:
+    """Every graph on the shelf by name."""
+    records = {**rung_set.rungs, **rung_set.alternatives}
+    files = {**rung_set.files, **rung_set.alternative_files}
+    return {name: Graph(name, records[name], files[name]) for name in records}
+
+
+def find(graphs: dict[str, Graph], parts: frozenset[str]) -> Graph:
+    """The graph of a recipe.
+
+    Raises:
+        PlanError: the export did not make it.
+    """
+    own_px = any(part.startswith("px=") for part in parts)
+    wanted = parts if own_px else parts | {f"px={graphs[FULL].record.px}"}
+    for graph in graphs.values():
+        if set(graph.record.recipe.split(",")) == wanted:
+            return graph
+    raise PlanError(f"no graph of recipe {said(parts)} was exported")

@@ -1,0 +1,371 @@
+"""The road from a model and images to the cheapest certified cascade.
+
+Images play four parts, each image one: *align* teaches the graphs; *fit* teaches signals and makes
+the shortlist; *certify* tests it; *test* measures, and decides nothing. Candidates answer all but
+the align images, graphs to compare with the test images only.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from routing import Overrides, RungOutputs, RungSet, escalation_mask
+
+from ..align import ALIGN_SHARE, Aligned
+from ..certify import one_per_group
+from ..fidelity import Fidelity
+from ..fit import Options, fit
+from ..outputs import Outputs
+from ..splits import CERTIFIED, Rows, group_keys, split_by_group
+from .bars import Bars
+from .candidates import ALIGN, FULL, Graph, find, recipes, shelf_graphs
+from .graph_outputs import GraphOutputs, OutputsCache
+from .request import Request
+from .select import MOST, Candidate, Pair, Tested, cascade_ms, choose, predict, shortlist
+from .shelf import align_graph, export_shelf
+from .subprocesses import PlanError, run, run_json
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """Which image plays which part.
+
+    Attributes:
+        reference: the full model's answers for every readable image.
+        align: positions among those.
+        rest: positions among those, of fit, certify and test together.
+        splits: positions within `rest`.
+        groups: of `rest`.
+    """
+
+    reference: GraphOutputs
+    align: Rows
+    rest: Rows
+    splits: Mapping[str, Rows]
+    groups: NDArray[np.str_]
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """Everything a plan found.
+
+    Attributes:
+        request: what was asked for.
+        rung_set: of the shelf.
+        graphs: on the shelf, by name.
+        lows: names of the cheap candidates.
+        highs: names of the full candidates.
+        beside: names of the graphs to compare with.
+        parts: of the images.
+        fidelity: when an answer is a loss.
+        aligned: what each alignment is worth, by the aligned graph's name.
+        costs: of each graph, as `perf serving` measured them.
+        agreement: share of test images without a loss if a graph alone answers, by name.
+        candidates: every cascade, the cheapest predicted first.
+        tested: the shortlist, tested.
+        chosen: the cascade to serve; None: nothing certified is cheaper than the full model.
+        pairs: outputs of each pair for `rest`.
+    """
+
+    request: Request
+    rung_set: RungSet
+    graphs: Mapping[str, Graph]
+    lows: Sequence[str]
+    highs: Sequence[str]
+    beside: Sequence[str]
+    parts: Parts
+    fidelity: Fidelity
+    aligned: Mapping[str, Aligned]
+    costs: Mapping[str, Mapping[str, Any]]
+    agreement: Mapping[str, float]
+    candidates: Sequence[Candidate]
+    tested: Sequence[Tested]
+    chosen: Tested | None
+    pairs: Mapping[Pair, Outputs]
+
+    @property
+    def ms(self) -> dict[str, float]:
+        """Milliseconds per image of each graph, served at the largest batch measured."""
+        return {name: ms_per_image(cost) for name, cost in self.costs.items()}
+
+
+def make_plan(request: Request, bars: Bars) -> Planned:
+    """Export, run, price, certify, choose.
+
+    Raises:
+        PlanError: a command failed, or a request that cannot be met.
+        ImagesError, SplitError, FidelityError, FitError, CertifyError: as `fit`.
+    """
+    lows, highs, beside = (
+        recipes(text) for text in (request.candidates, request.highs, request.beside)
+    )
+    if not lows or not highs:
+        raise PlanError("a cascade needs a cheap and a full graph; give --candidates and --highs")
+    bases = [recipe - {ALIGN} for recipe in (*lows, *highs, *beside)]
+    bases = [recipe for recipe in dict.fromkeys(bases) if not _is_full(recipe, request)]
+    shelf = export_shelf(request, bases, bars)
+    rung_set = RungSet.load(shelf)
+    cache = OutputsCache(request.cache / "outputs", request.source, rung_set)
+    fidelity = request.fidelity or Fidelity("cosine" if rung_set.classes is None else "top1")
+    parts = _parts(request, rung_set, cache, any(ALIGN in recipe for recipe in lows), bars)
+
+    names, aligned = [], {}
+    for recipe in lows:
+        graph = find(shelf_graphs(RungSet.load(shelf)), recipe - {ALIGN})
+        name = graph.name
+        if ALIGN in recipe:
+            taught = _base_outputs(graph, rung_set, cache, parts, bars)
+            name, aligned[name] = align_graph(shelf, graph, taught, fidelity, request.seed, bars)
+        names.append(name)
+    rung_set = RungSet.load(shelf)
+    graphs = shelf_graphs(rung_set)
+    high_names = [find(graphs, recipe).name for recipe in highs]
+    beside_names = [find(graphs, recipe).name for recipe in beside]
+
+    answers = {
+        name: _answers(graphs[name], cache, parts, parts.rest, name in names, bars)
+        for name in dict.fromkeys([*names, *high_names])
+    }
+    pairs = {
+        (low, high): _pair(low, high, rung_set, graphs, answers, parts, request)
+        for low in names
+        for high in high_names
+    }
+    agreement = _agreements(
+        [*answers, *beside_names], graphs, answers, cache, parts, fidelity, pairs, bars
+    )
+    costs = _costs([*answers, *beside_names], shelf, request, bars)
+    ms = {name: ms_per_image(cost) for name, cost in costs.items()}
+
+    certify_images = len(one_per_group(parts.groups, parts.splits["certify"], request.seed))
+    with bars.stage("predict on the fit split", len(names)) as advance:
+        candidates = predict(
+            pairs,
+            parts.splits["fit"],
+            parts.groups,
+            fidelity,
+            replace(request.goal, choices=MOST),
+            certify_images,
+            ms,
+            request.seed,
+            lambda: advance(1),
+        )
+    listed = shortlist(candidates, lambda pair: _within_budget(pair, costs, request))
+    tested = _test(listed, pairs, rung_set, graphs, ms, fidelity, request, parts, bars)
+    best = choose(tested)
+    chosen = best if best is not None and best.ms_per_image < ms[FULL] else None
+    return Planned(
+        request, rung_set, graphs, names, high_names, beside_names, parts, fidelity, aligned,
+        costs, agreement, candidates, tested, chosen, pairs,
+    )  # fmt: skip
+
+
+def ms_per_image(cost: Mapping[str, Any]) -> float:
+    """A graph's cost at the largest batch that `perf serving` measured."""
+    by_batch = cost["ms_per_image"]
+    return float(by_batch[max(by_batch, key=int)]["median"])
+
+
+def pair_rung_set(rung_set: RungSet, low: Graph, high: Graph, full: Graph) -> RungSet:
+    """Two graphs of a shelf as a pair of rungs."""
+    is_full = high.name == full.name
+    layers = low.record.layers
+    return replace(
+        rung_set,
+        layers=rung_set.layers if layers is None else layers,
+        rungs={"vit_low": low.record, "vit_high": high.record},
+        files={"vit_low": low.file, "vit_high": high.file},
+        alternatives={},
+        alternative_files={},
+        reference=None if is_full else full.record,
+        reference_file=None if is_full else full.file,
+    )
+
+
+def _is_full(recipe: frozenset[str], request: Request) -> bool:
+    return recipe <= {f"px={request.px}"}
+
+
+def _parts(
+    request: Request, rung_set: RungSet, cache: OutputsCache, aligns: bool, bars: Bars
+) -> Parts:
+    everything = range(len(request.source))
+    full = shelf_graphs(rung_set)[FULL]
+    with bars.stage("the full model answers every image", len(everything)) as advance:
+        reference = cache.get(full.record, full.file, everything, False, advance)
+    prefixes = base64.b64decode(rung_set.fitted_on)
+    learned = {prefixes[i : i + 8].hex() for i in range(0, len(prefixes), 8)}
+    taught = np.array([image[:16] in learned for image in reference.hashes])
+    groups = group_keys(reference, request.group_by)
+    if aligns:
+        shares = {"align": ALIGN_SHARE, "rest": 1 - ALIGN_SHARE}
+        taught[split_by_group(groups, shares, request.seed)["align"]] = True
+    rest = np.flatnonzero(~taught)
+    rest_groups = tuple(groups[i] for i in rest)
+    splits = split_by_group(rest_groups, CERTIFIED, request.seed)
+    return Parts(reference, np.flatnonzero(taught), rest, splits, np.array(rest_groups))
+
+
+def _answers(
+    graph: Graph, cache: OutputsCache, parts: Parts, positions: Rows, layers: bool, bars: Bars
+) -> RungOutputs:
+    """A graph's answers for images of the reference, at these positions."""
+    if graph.name == FULL and not layers:
+        return parts.reference.outputs.rows(positions)
+    rows = parts.reference.rows[positions].tolist()
+    with bars.stage(f"{graph.name} answers", len(rows)) as advance:
+        found = cache.get(graph.record, graph.file, rows, layers, advance)
+    if len(found.rows) < len(rows):
+        raise PlanError(
+            f"{graph.name} ({graph.record.recipe}) overflows on {len(rows) - len(found.rows)} "
+            "images; leave it out"
+        )
+    return found.outputs
+
+
+def _base_outputs(
+    graph: Graph, rung_set: RungSet, cache: OutputsCache, parts: Parts, bars: Bars
+) -> Outputs:
+    """What a graph and the full model answer for the images to align on."""
+    low = _answers(graph, cache, parts, parts.align, True, bars)
+    full = shelf_graphs(rung_set)[FULL]
+    high = parts.reference.outputs.rows(parts.align)
+    return _outputs(low, high, None, parts, parts.align, pair_rung_set(rung_set, graph, full, full))
+
+
+def _pair(
+    low: str,
+    high: str,
+    rung_set: RungSet,
+    graphs: Mapping[str, Graph],
+    answers: Mapping[str, RungOutputs],
+    parts: Parts,
+    request: Request,
+) -> Outputs:
+    reference = None if high == FULL else parts.reference.outputs.rows(parts.rest)
+    pair = pair_rung_set(rung_set, graphs[low], graphs[high], graphs[FULL])
+    full = answers[high]
+    outputs = _outputs(
+        answers[low],
+        RungOutputs(full.embedding, None, full.logits),
+        reference,
+        parts,
+        parts.rest,
+        pair,
+    )
+    return replace(outputs, source=request.source.spec, title=request.source.title)
+
+
+def _outputs(
+    low: RungOutputs,
+    high: RungOutputs,
+    reference: RungOutputs | None,
+    parts: Parts,
+    positions: Rows,
+    pair: RungSet,
+) -> Outputs:
+    found = parts.reference
+    return Outputs(
+        low=low,
+        high=high,
+        reference=reference,
+        labels=found.labels[positions],
+        names=tuple(found.names[i] for i in positions),
+        groups=tuple(found.groups[i] for i in positions),
+        hashes=tuple(found.hashes[i] for i in positions),
+        rung_hashes=pair.fingerprints(),
+        preprocessing_sha256=pair.preprocessing_sha256(),
+        source="",
+        title="",
+    )
+
+
+def _agreements(
+    names: Sequence[str],
+    graphs: Mapping[str, Graph],
+    answers: Mapping[str, RungOutputs],
+    cache: OutputsCache,
+    parts: Parts,
+    fidelity: Fidelity,
+    pairs: Mapping[Pair, Outputs],
+    bars: Bars,
+) -> dict[str, float]:
+    """Share of test images without a loss if one graph answers alone."""
+    test = parts.splits["test"]
+    truth = parts.reference.outputs.rows(parts.rest[test])
+    some = next(iter(pairs.values())).rows(test)
+    found = {}
+    for name in dict.fromkeys([*names, FULL]):
+        own = answers[name].rows(test) if name in answers else None
+        own = own or _answers(graphs[name], cache, parts, parts.rest[test], False, bars)
+        lost = fidelity.loss(replace(some, low=own, high=truth, reference=None))
+        found[name] = float(1 - lost.mean())
+    return found
+
+
+def _costs(
+    names: Sequence[str], shelf: Any, request: Request, bars: Bars
+) -> dict[str, dict[str, Any]]:
+    wanted = ",".join(dict.fromkeys([*names, FULL]))
+    arguments = ["perf", "serving", "--onnx", shelf, "--images", request.images]
+    arguments += ["--graphs", wanted, "--instances", request.instances]
+    arguments += ["--threads", request.threads, "--json"]
+    return dict(run_json(arguments, bars.say)["graphs"])
+
+
+def _within_budget(pair: Pair, costs: Mapping[str, Any], request: Request) -> bool:
+    latency = sum(float(costs[name]["latency_ms"]["median"]) for name in pair)
+    return request.latency_budget_ms is None or latency <= request.latency_budget_ms
+
+
+def _test(
+    listed: Sequence[Candidate],
+    pairs: Mapping[Pair, Outputs],
+    rung_set: RungSet,
+    graphs: Mapping[str, Graph],
+    ms: Mapping[str, float],
+    fidelity: Fidelity,
+    request: Request,
+    parts: Parts,
+    bars: Bars,
+) -> list[Tested]:
+    """Certify each cascade of the shortlist with its share of δ."""
+    goal = replace(request.goal, choices=max(1, len(listed)))
+    tested = []
+    with bars.stage("certify the shortlist", len(listed)) as advance:
+        for candidate in listed:
+            low, high = candidate.low, candidate.high
+            options = Options(fidelity, candidate.signal, request.group_by, request.seed)
+            pair = pair_rung_set(rung_set, graphs[low], graphs[high], graphs[FULL])
+            found = fit(pairs[low, high], pair, goal, options)
+            threshold = found.calibration.threshold
+            scores = found.scores[parts.splits["certify"]]
+            escalation = float(escalation_mask(scores, threshold, Overrides()).mean())
+            cost = cascade_ms(ms[low], ms[high], escalation)
+            tested.append(Tested(candidate, found, threshold is not None, escalation, cost))
+            advance(1)
+    return tested
+
+
+def choose_rungs(planned: Planned, bars: Bars) -> None:
+    """Write the chosen cascade to `request.out`: onnx/, calibration.json, outputs.npz.
+
+    Raises:
+        PlanError: the export failed.
+    """
+    chosen, request = planned.chosen, planned.request
+    assert chosen is not None
+    low, high = chosen.candidate.low, chosen.candidate.high
+    shelf = planned.graphs[FULL].file.parent
+    arguments = ["export", "choose", "--onnx", shelf, "--low", low, "--high", high]
+    for name in dict.fromkeys([*planned.beside, *planned.highs, FULL]):
+        arguments += ["--keep", name]
+    run([*arguments, "--out", request.out / "onnx"], bars.say)
+    chosen.fit.save(request.out / "calibration.json")
+    planned.pairs[low, high].save(request.out / "outputs.npz")

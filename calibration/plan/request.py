@@ -1,0 +1,54 @@
+"""What a user asks the planner for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..certify import Goal
+from ..fidelity import Fidelity
+from ..source import ImageSource
+
+
+@dataclass(frozen=True)
+class Request:
+    """A plan to be made.
+
+    Attributes:
+        model: as `export rungs --model`.
+        images: as `collect --images`, for commands that read images themselves.
+        source: the same images, opened.
+        candidates: recipes of cheap graphs, semicolons between them.
+        highs: recipes of full graphs.
+        beside: recipes to compare with.
+        px: the full resolution; None: the model's own.
+        head_images: one folder per class, to fit a linear head on; None: the model's own head.
+        goal: what to certify.
+        fidelity: when an answer is a loss; None: another class with a head, else a cosine.
+        group_by: see `splits.group_keys`.
+        latency_budget_ms: the most that an image may take that runs through both graphs, one
+            request in flight, without the router; None: anything.
+        instances: of each graph, as they will be served.
+        threads: of each instance.
+        seed: of the splits.
+        cache: folder of graphs and outputs, kept for the next plan.
+        out: folder of the result.
+    """
+
+    model: str
+    images: str
+    source: ImageSource
+    candidates: str
+    highs: str
+    beside: str
+    px: int | None
+    head_images: Path | None
+    goal: Goal
+    fidelity: Fidelity | None
+    group_by: str
+    latency_budget_ms: float | None
+    instances: int
+    threads: int
+    seed: int
+    cache: Path
+    out: Path

@@ -1,0 +1,150 @@
+"""plan.json: everything a plan found, as JSON types."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .candidates import FULL
+from .plan import Planned
+from .select import Tested, cascade_ms
+
+SCHEMA_VERSION = 1
+NAME = "plan.json"
+PROCEDURE = (
+    "The shortlist was made on the fit split; each of its cascades was tested on the certify split "
+    "at an equal share of delta (Bonferroni), thresholds within a cascade as a fixed sequence with "
+    "exact binomial p-values. So with the stated confidence all certificates hold at once, and "
+    "that of the chosen cascade holds whatever it was chosen by."
+)
+
+
+def to_dict(planned: Planned, early: Mapping[str, Any] | None, notes: list[str]) -> dict[str, Any]:
+    """The content of plan.json.
+
+    Args:
+        planned: what was found.
+        early: what deciding inside the cheap rung would be worth; None: nothing was chosen.
+        notes: one line each.
+    """
+    request, parts = planned.request, planned.parts
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "backbone": planned.rung_set.backbone,
+        "reference": planned.graphs[FULL].record.recipe,
+        "goal": {
+            "max_risk": request.goal.max_risk,
+            "confidence": request.goal.confidence,
+            "method": request.goal.method,
+            "fidelity": planned.fidelity.kind,
+            "tolerance": planned.fidelity.tolerance if planned.fidelity.kind == "cosine" else None,
+            "latency_budget_ms": request.latency_budget_ms,
+            "procedure": PROCEDURE,
+        },
+        "images": {
+            "source": request.source.title,
+            "align": len(parts.align),
+            **{name: len(rows) for name, rows in parts.splits.items()},
+        },
+        "served": {"instances": request.instances, "threads": request.threads},
+        "graphs": {name: _graph(planned, name) for name in planned.costs},
+        "candidates": [asdict(c) | _finite(c.escalation) for c in planned.candidates],
+        "tested": [_tested(planned, entry) for entry in planned.tested],
+        "chosen": None if planned.chosen is None else _tested(planned, planned.chosen),
+        "best_alternative": best_alternative(planned),
+        "early_decision": early,
+        "notes": notes,
+    }
+
+
+def write(content: Mapping[str, Any], folder: Path) -> Path:
+    """Write plan.json below a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / NAME
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    return path
+
+
+def best_alternative(planned: Planned) -> dict[str, Any] | None:
+    """The cheapest single graph that agrees with the reference at least as often as the cascade.
+
+    On the test split, the cascade's cost with its escalation there and without the router. The
+    full model itself is among them. None where nothing was chosen.
+    """
+    if planned.chosen is None:
+        return None
+    figures = _tested(planned, planned.chosen)["test"]
+    reaching = [
+        name
+        for name in dict.fromkeys([*planned.beside, *planned.highs, *planned.lows, FULL])
+        if planned.agreement[name] >= figures["acceptable"]
+    ]
+    best = min(reaching, key=lambda name: planned.ms[name])
+    return {
+        "name": best,
+        "recipe": planned.graphs[best].record.recipe,
+        "agreement": planned.agreement[best],
+        "cost_ratio_to_plan": planned.ms[best] / figures["ms_per_image"],
+    }
+
+
+def _graph(planned: Planned, name: str) -> dict[str, Any]:
+    roles = {
+        "low": name in planned.lows,
+        "high": name in planned.highs,
+        "beside": name in planned.beside,
+        "reference": name == FULL,
+    }
+    aligned = planned.aligned.get(name)
+    return {
+        "recipe": planned.graphs[name].record.recipe,
+        "roles": [role for role, plays in roles.items() if plays],
+        "acceptable": planned.agreement[name],  # of test images, if it answers alone
+        "ms_per_image": planned.ms[name],
+        "ms_per_image_by_batch": planned.costs[name]["ms_per_image"],
+        "latency_ms": planned.costs[name]["latency_ms"],
+        "cost_ratio": planned.costs[name]["cost_ratio"],
+        "alignment": None if aligned is None else aligned.to_dict(),
+    }
+
+
+def _tested(planned: Planned, entry: Tested) -> dict[str, Any]:
+    """A shortlisted cascade: predicted, certified, and measured on the test split."""
+    candidate, calibration = entry.candidate, entry.fit.calibration
+    metrics, ms = calibration.metrics, planned.ms
+    cost = cascade_ms(ms[candidate.low], ms[candidate.high], metrics["escalation_rate"])
+    return {
+        "low": candidate.low,
+        "high": candidate.high,
+        "low_recipe": planned.graphs[candidate.low].record.recipe,
+        "high_recipe": planned.graphs[candidate.high].record.recipe,
+        "signal": candidate.signal,
+        "threshold": calibration.threshold,
+        "certified": entry.certified,
+        "certificate": dict(calibration.certificate or {}),
+        "predicted": {
+            "escalation_rate": candidate.escalation,
+            "ms_per_image": candidate.ms_per_image,
+            "speedup": ms[FULL] / candidate.ms_per_image,
+        },
+        "certify": {
+            "escalation_rate": entry.escalation,
+            "ms_per_image": entry.ms_per_image,
+            "speedup": ms[FULL] / entry.ms_per_image,
+        },
+        "test": {
+            "escalation_rate": metrics["escalation_rate"],
+            "risk": metrics["risk"],
+            "acceptable": 1 - metrics["risk"],
+            "ms_per_image": cost,
+            "speedup": ms[FULL] / cost,
+        },
+    }
+
+
+def _finite(escalation: float) -> dict[str, Any]:
+    """Where no escalation is enough, JSON has no infinity to say so."""
+    return {} if escalation < float("inf") else {"escalation": None, "ms_per_image": None}

@@ -1,0 +1,156 @@
+"""The shelf: all graphs of a plan, exported at once into a folder named by what made them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+
+from routing import Alignment, AlignmentError, RungSet
+from routing.rungset import NAME as RECORD
+
+from ..align import Aligned, fit_alignment
+from ..fidelity import Fidelity
+from ..head import LinearHead
+from ..outputs import Outputs
+from .bars import Bars
+from .candidates import ALIGN, Graph, said
+from .request import Request
+from .subprocesses import PlanError, run
+
+FIT_IMAGES = 64  # what `export rungs` takes of a folder
+_LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime-gpu")
+
+
+def export_shelf(request: Request, recipes: list[frozenset[str]], bars: Bars) -> Path:
+    """Export the full model and every recipe without its alignment, unless that was done before.
+
+    Args:
+        request: of the plan.
+        recipes: of all graphs but the full model, no two alike.
+        bars: where to say so.
+
+    Returns:
+        The folder.
+
+    Raises:
+        PlanError: the export failed.
+    """
+    px = [] if request.px is None else [f"px={request.px}"]
+    low, *beside = [said(recipe) for recipe in recipes]
+    arguments = ["export", "rungs", "--model", request.model, "--low", low]
+    arguments += ["--high", *(px or ["fp32"])]
+    for recipe in beside:
+        arguments += ["--beside", recipe]
+    if request.head_images is not None:
+        arguments += ["--head", "linear", "--images", str(request.head_images)]
+    shelf = request.cache / _identity(request, arguments)
+    if (shelf / RECORD).is_file():
+        bars.say(f"the graphs lie in {shelf} from before")
+        return shelf
+    images = shelf.with_suffix(".images")
+    _write_images(request, images)
+    run([*arguments, "--fit-images", images, "--out", shelf], bars.say)
+    return shelf
+
+
+def align_graph(
+    shelf: Path,
+    graph: Graph,
+    outputs: Outputs,
+    fidelity: Fidelity,
+    seed: int,
+    bars: Bars,
+) -> tuple[str, Aligned | None]:
+    """Align a graph of the shelf, unless that was done before.
+
+    Args:
+        shelf: the folder.
+        graph: without alignment.
+        outputs: of this graph, for images to learn from.
+        fidelity: when an answer is acceptable.
+        seed: of cross-validation.
+        bars: where to say so.
+
+    Returns:
+        The aligned graph's name, and what the alignment is worth.
+
+    Raises:
+        PlanError: a head that an alignment does not reach, or the export failed.
+    """
+    rung_set = RungSet.load(shelf)
+    head = LinearHead.read(graph.file) if rung_set.classes is not None else None
+    if rung_set.classes is not None and head is None:
+        raise PlanError(
+            f"{graph.record.recipe}: the head reads more than the CLS token; leave align out"
+        )
+    aligned = fit_alignment(
+        outputs,
+        np.arange(len(outputs)),
+        np.array(outputs.groups),
+        (graph.record.fingerprint, graph.record.recipe),
+        fidelity,
+        head,
+        seed,
+    )
+    name = f"{graph.name}_{ALIGN}"
+    file = shelf / f"{name}.npz"
+    if name not in rung_set.alternatives or not _same(aligned.alignment, file):
+        aligned.alignment.save(file)
+        run(
+            ["export", "align", "--onnx", shelf, "--graph", graph.name, "--name", name]
+            + ["--alignment", file],
+            bars.say,
+        )
+    return name, aligned
+
+
+def _same(alignment: Alignment, file: Path) -> bool:
+    try:
+        before = Alignment.load(file)
+    except AlignmentError:
+        return False
+    return (before.graph, before.image_hashes) == (alignment.graph, alignment.image_hashes)
+
+
+def _identity(request: Request, arguments: list[str]) -> str:
+    """A hash over everything that decides what lies on the shelf."""
+    head = request.head_images
+    files = sorted(head.rglob("*")) if head is not None else []
+    content = {
+        "arguments": arguments,
+        "head": [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()],
+        "source": request.source.fingerprint(),
+        "seed": request.seed,
+        "group_by": request.group_by,
+        "model": _stamp(Path(request.model)),
+        "versions": {name: _version(name) for name in _LIBRARIES},
+    }
+    text = json.dumps(content, sort_keys=True, default=str)
+    return "shelf-" + hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _stamp(path: Path) -> list[tuple[str, int, int]]:
+    """Of a local model its files' names, sizes and times; of a name nothing."""
+    files = sorted(path.rglob("*")) if path.is_dir() else []
+    return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
+
+
+def _write_images(request: Request, folder: Path) -> None:
+    """Some of the images as files, for the ranges of `int8=static`."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    count = len(request.source)
+    for row in np.unique(np.linspace(0, count - 1, FIT_IMAGES).round().astype(int)):
+        (folder / f"{row:06d}").write_bytes(request.source[int(row)].data)

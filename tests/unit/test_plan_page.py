@@ -1,0 +1,314 @@
+"""The plan's page: it says what plan.json says, in every case that is a normal result."""
+
+import base64
+import math
+import re
+from itertools import combinations
+
+import pytest
+
+from calibration.pages import plan_figures
+from calibration.pages.plan import write_plan
+from calibration.pages.plan_points import cascade_marks, graph_marks, points
+from calibration.pages.recipe_words import recipe_words
+from tests.unit.pages import Page, squeeze
+from tests.unit.plan_content import (
+    FULL_MS,
+    STATEMENT,
+    candidates,
+    cascade,
+    graph,
+    growth,
+    plan_content,
+    spread,
+)
+
+LOW, HIGH = "static_112_int8static_align", "static_int8static"
+FRONTIER = "What it costs and how often the answer will do"
+EARLY = "Deciding inside the cheap graph"
+ALIGNING = "What aligning is worth"
+
+
+def write(tmp_path, content):
+    path = tmp_path / "plan.html"
+    write_plan(path, content)
+    return Page(path)
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory):
+    """The page of the plan as it is written down."""
+    return write(tmp_path_factory.mktemp("plan"), plan_content())
+
+
+def nothing_chosen(**changes):
+    return plan_content(chosen=None, best_alternative=None, early_decision=None, **changes)
+
+
+def svg_of(uri):
+    return base64.b64decode(uri.partition(",")[2]).decode()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        (
+            "px=112,depth=9,tome=4,int8=static,align",
+            "112 px, 9 blocks, 4 tokens merged per block, int8, aligned",
+        ),
+        ("px=224,int8", "224 px, int8 (dynamic)"),
+        ("depth=1,tome=1,fp16", "1 block, 1 token merged per block, fp16"),
+        ("fp32", "fp32"),
+        ("px=98,sparse=2", "98 px, sparse=2"),
+    ],
+)
+def test_a_recipe_reads_in_words(recipe, words):
+    assert recipe_words(recipe) == words
+
+
+def test_the_page_begins_with_the_certificate_and_what_is_served(usual):
+    usual.assert_self_contained()
+    top = usual.sections["Plan"]
+    assert "certified" in usual.classes and STATEMENT in top
+    assert "Every image runs through 112 px, int8, aligned (no. 3)." in top
+    assert "deferral predicts a change above 0.7134, the answer of 224 px, int8 (no. 6)" in top
+    assert "dinov2-small on crops" in top and "names another class than the full model" in top
+
+
+def test_the_page_says_what_is_saved_over_the_full_model_and_over_the_best_single_graph(usual):
+    content = plan_content()
+    top = usual.sections["Plan"]
+    test = content["chosen"]["test"]
+    ms, speedup = f"{test['ms_per_image']:.2f} ms", test["speedup"]
+    assert f"4.6 % escalate and an image costs {ms}, {speedup:.1f} times less" in top
+    assert f"({FULL_MS} ms); 97.2 % of the answers are acceptable" in top
+    assert "On 288 test images" in top
+    ratio = content["best_alternative"]["cost_ratio_to_plan"]
+    assert f"is 224 px, int8 (no. 6) (99.0 % acceptable): it costs {ratio:.1f} times" in top
+    assert f"{speedup:.2f}× cheaper than the full model {ratio:.2f}× cheaper than the best" in top
+
+
+def test_where_only_the_full_model_agrees_as_often_the_page_says_so(tmp_path):
+    best = {"name": "vit_high", "recipe": "px=224", "agreement": 1.0, "cost_ratio_to_plan": 8.13}
+    top = write(tmp_path, plan_content(best_alternative=best)).sections["Plan"]
+    assert "No cheaper graph alone agrees" in top
+    assert "the full model itself costs 8.1 times as much" in top
+
+
+def test_every_graph_has_a_row_with_the_content_s_figures(usual):
+    content = plan_content()
+    table = usual.sections["Every graph"]
+    assert (
+        "3 112 px, int8, aligned 7.86 ms 0.100 [0.095, 0.105] 95.5 % 10.2 ms cheap candidate"
+    ) in table
+    assert (
+        "8 224 px, 16 tokens merged per block 47.2 ms 0.600 [0.570, 0.630] 97.0 % 61.3 ms alterna"
+    ) in table
+    assert "12 224 px, full model 78.6 ms 1.000 [1.000, 1.000] 100.0 % 102 ms full" in table
+    assert "8 to a request" in table
+    for name, mark in graph_marks(content).items():
+        cost = content["graphs"][name]["cost_ratio"]["median"]
+        assert re.search(rf"(^| ){mark} [^[]* {cost:.3f} \[", table), name
+
+
+def test_every_tested_cascade_has_a_row_with_its_certificate(usual):
+    content = plan_content()
+    table = usual.sections["The cascades that were tested"]
+    ms, speedup = (content["chosen"]["test"][key] for key in ("ms_per_image", "speedup"))
+    assert (
+        "B 112 px, int8, aligned (no. 3), then 224 px, int8 (no. 6) deferral 3.6 % 5.1 % 4.6 % yes "
+        f"13 of 560, 18 allowed 97.2 % {ms:.2f} ms {speedup:.2f}×"
+    ) in table
+    assert "100.0 % no 31 of 560, 18 allowed" in table
+    assert usual.classes.count("chosen") == 2  # among those tested, and among those considered
+
+
+def test_a_test_with_too_few_images_is_named_as_that(tmp_path):
+    tested = cascade(LOW, certified=False)
+    tested["certificate"] |= {"n": 12, "errors": 0, "allowed": -1}
+    page = write(tmp_path, nothing_chosen(tested=[tested]))
+    assert "no 0 of 12, too few images" in page.sections["The cascades that were tested"]
+
+
+def test_candidates_show_each_pair_s_best_signal_its_outcome_and_all_others_folded(usual):
+    shown, folded = usual.sections["The cascades that were considered"].split("All 24 combinations")
+    cheapest = "112 px, int8, aligned (no. 3) 224 px, int8 (no. 6) deferral 3.0 % 9.04 ms"
+    assert f"{cheapest} certified" in shown
+    assert "224 px, int8 (no. 6) deferral 8.0 % 9.43 ms tested, not certified" in shown
+    assert "deferral 17.0 % 18.2 ms not tested: others are predicted to be cheaper" in shown
+    assert "margin" not in shown and folded.count("margin") == 6
+    assert folded.count("cls_path – –") == 6
+
+
+def test_pairs_over_the_latency_budget_are_named_as_that(tmp_path):
+    content = nothing_chosen(tested=[])
+    content["goal"]["latency_budget_ms"] = 60.0
+    page = write(tmp_path, content)
+    shown = page.sections["The cascades that were considered"]
+    assert "not tested: 61.3 ms is over the latency budget" in shown  # 112 px and int8
+    assert "not tested: 59.3 ms" not in shown  # 98 px and int8
+    assert "longer than the latency budget of 60.0 ms" in page.sections["Plan"]
+    assert "60.0 ms latency budget" in page.sections["Plan"]
+
+
+def test_points_stand_where_the_content_puts_them():
+    content = plan_content()
+    found = {point.mark: point for point in points(content)}
+    low, high = (content["graphs"][name]["cost_ratio"] for name in (LOW, HIGH))
+    assert found["3"].cost == low["median"] and found["3"].acceptable == 0.955
+    assert found["3"].spread == (low["min"], low["max"])
+    chosen = found[cascade_marks(content)[LOW, HIGH]]
+    assert chosen.kind == "chosen" and chosen.acceptable == 1 - 0.0275
+    assert chosen.cost == pytest.approx(1 / content["chosen"]["test"]["speedup"])
+    assert chosen.spread == pytest.approx([low[k] + 0.046 * high[k] for k in ("min", "max")])
+    kinds = [found[mark].kind for mark in ("3", "6", "12", "7", "8", "9", "A", "C")]
+    assert kinds == ["low", "high", "reference", "px", "tome", "other", "certified", "refused"]
+
+
+def test_only_graphs_cheaper_in_one_way_are_joined_by_a_line():
+    found = {point.mark: point.family for point in points(plan_content())}
+    assert [mark for mark in found if found[mark] == "px"] == ["4", "5", "7", "10"]
+    assert [mark for mark in found if found[mark] == "tome"] == ["8", "11"]
+
+
+def crowded():
+    """Fifteen graphs, several of them alike, and two cascades that are nearly one."""
+    content = plan_content()
+    for px in (126, 119, 105):
+        like = graph(LOW) | {"recipe": f"px={px},int8=static,align"}
+        content["graphs"][f"static_{px}"] = like | {"cost_ratio": spread(0.1 + px / 1e5)}
+    content["tested"].append(cascade("static_112_int8static_align", HIGH, 0.047, 0.0274))
+    content["tested"][-1]["low"] = "static_119"
+    return content
+
+
+def test_every_point_s_mark_is_written_once_and_none_over_another():
+    shown = points(crowded())
+    svg = svg_of(plan_figures.frontier(shown, 0.05))
+    place = r"<!-- (\d+|[A-D]) -->\s*<g [^>]*translate\(([\d.]+) ([\d.]+)\)"
+    marks = {mark: (float(x), float(y)) for mark, x, y in re.findall(place, svg)}
+    assert sorted(marks) == sorted(point.mark for point in shown) and len(marks) == 19
+    for one, other in combinations(marks, 2):
+        assert math.dist(marks[one], marks[other]) > 7, f"{one} covers {other}"  # points
+
+
+def test_the_reading_of_the_frontier_counts_what_the_chosen_cascade_beats(usual, tmp_path):
+    counted = "Of 12 graphs alone, 6 cost at least as much as the chosen cascade and agree no more"
+    text = usual.sections[FRONTIER]
+    assert f"{counted} often, 3 cost less and agree less often, 3 agree more" in text
+    assert "cost no more" not in text
+    content = plan_content()
+    content["graphs"][LOW]["acceptable"] = 0.98
+    text = write(tmp_path, content).sections[FRONTIER]
+    assert "2 cost less" in text and "1 cost no more and agree at least as often" in text
+
+
+def test_nothing_certified_is_shown_as_a_normal_result(tmp_path):
+    page = write(tmp_path, nothing_chosen(tested=[cascade(LOW, certified=False)]))
+    top = page.sections["Plan"]
+    assert "unasked" in page.classes and "loud" not in page.classes
+    assert "Nothing beats the full model" in top and STATEMENT not in top
+    assert "Every image runs through 224 px, full model, as without a plan." in top
+    assert "could be certified for a risk of at most 5 %" in top
+    assert "No cascade was chosen" in page.sections[EARLY]
+
+
+def test_a_certified_cascade_that_saves_nothing_explains_why_it_was_not_chosen(tmp_path):
+    dear = cascade("static_tome8", escalation=0.3)
+    top = write(tmp_path, nothing_chosen(tested=[dear])).sections["Plan"]
+    ms = dear["certify"]["ms_per_image"]
+    assert f"costs {ms:.1f} ms per image where the full model costs 78.6 ms" in top
+
+
+def test_no_feasible_candidate_no_alternative_and_no_alignment_render(tmp_path):
+    never = [c for c in candidates() if c["escalation"] is None and c["high"] == "vit_high"]
+    content = nothing_chosen(tested=[], candidates=never)
+    graphs = {n: g for n, g in content["graphs"].items() if "beside" not in g["roles"]}
+    content["graphs"] = {name: g | {"alignment": None} for name, g in graphs.items()}
+    page = write(tmp_path, content)
+    assert "no share of escalated images brought any cascade down" in page.sections["Plan"]
+    assert "The cascades that were tested" not in page.sections
+    assert "No alternative was given" in page.sections[FRONTIER]
+    assert "No candidate is aligned." in page.sections[ALIGNING]
+    considered = page.sections["The cascades that were considered"]
+    assert considered.count("no escalation is enough") == 3
+
+
+def test_a_plan_that_its_own_test_images_contradict_is_loud(usual, tmp_path):
+    assert "loud" not in usual.classes
+    content = plan_content()
+    content["chosen"]["test"] |= {"risk": 0.062, "acceptable": 0.938, "speedup": 0.97}
+    content["best_alternative"] |= {"cost_ratio_to_plan": 0.81}
+    page = write(tmp_path, content)
+    assert page.classes.count("loud") == 3
+    top = page.sections["Plan"]
+    assert "the risk is 6.2 %, ABOVE the limit of 5 %" in top
+    assert "224 px, int8 (no. 6) alone costs less than the cascade" in top
+    assert "the cascade saves nothing" in top
+
+
+def test_alignments_show_their_growth_and_warn_where_they_do_not_help(usual, tmp_path):
+    content = plan_content()
+    assert (
+        "112 px, int8, aligned: 83.5 % acceptable without, 94.5 % with the alignment from 768 "
+        "images; going from 384 to 768 images brought +2.0 points."
+    ) in usual.sections[ALIGNING]
+    assert "does not help" not in usual.text
+    name = "static_84_int8static_align"
+    curve = {"helps": False, "growth": growth(0.9, 0.85, 0.87, 0.88, 0.87)}
+    content["graphs"][name]["alignment"] = curve
+    page = write(tmp_path, content)
+    assert page.classes.count("loud") == 1
+    assert "84 px, int8, aligned: the alignment does not help" in page.sections[ALIGNING]
+    assert "brought -1.0 points" in page.sections[ALIGNING]
+
+
+def test_an_alignment_that_does_not_help_is_red_in_its_figure():
+    fits = growth(0.9, 0.85, 0.87, 0.88, 0.89)
+    helping, idle = (plan_figures.Curve("a graph", helps, fits) for helps in (True, False))
+    assert "#b3261e" not in svg_of(plan_figures.growth([helping]))
+    assert "#b3261e" in svg_of(plan_figures.growth([helping] * 3 + [idle]))
+
+
+def test_early_decision_shows_its_verdict_and_every_place_to_split(usual, tmp_path):
+    content = plan_content()
+    text = usual.sections[EARLY]
+    assert content["early_decision"]["verdict"] in text
+    assert "the last one 4.1 % 10.0 ms 4 of 12 deferral 0.4 % 4.3 % 9.93 ms 0.7 % 1.7 %" in text
+    assert "8 of 12 deferral 0.4 % 4.3 % 9.97 ms 0.3 % 1.3 %" in text and "0.70 ms" in text
+    content["early_decision"]["splits"][0]["signal"] = None
+    assert "4 of 12 none is worth it" in write(tmp_path, content).sections[EARLY]
+    content["early_decision"] |= {"splits": [], "best": None}
+    assert "decided after block" not in write(tmp_path, content).sections[EARLY]
+
+
+def test_the_page_ends_with_the_procedure_what_is_left_out_and_the_notes(usual, tmp_path):
+    content = plan_content(notes=["one thing to know"])
+    page = write(tmp_path, content)
+    valid = page.sections["Why the choice leaves the certificate valid"]
+    assert content["goal"]["procedure"] in valid
+    for part in ("align 960", "fit 576", "certify 560", "test 288"):
+        assert part in valid
+    left_out = page.sections["What these figures leave out"]
+    assert "2 instances of 1 thread, 8 images to a request" in left_out
+    assert "The router" in left_out
+    assert page.sections["Notes"] == "one thing to know"
+    assert "Notes" not in usual.sections
+
+
+def test_a_cosine_goal_is_explained_with_its_tolerance(tmp_path):
+    content = plan_content()
+    content["goal"] |= {"fidelity": "cosine", "tolerance": 0.05}
+    top = write(tmp_path, content).sections["Plan"]
+    assert "has a cosine below 0.95 to the full model's embedding" in top
+
+
+def test_what_users_name_is_escaped(tmp_path):
+    nasty = "<script>alert(1)</script>"
+    content = plan_content(backbone=nasty, notes=[nasty])
+    content["images"]["source"] = nasty
+    content["chosen"]["certificate"]["statement"] = nasty
+    content["graphs"][LOW]["recipe"] = f"px=112,{nasty},align"
+    page = write(tmp_path, content)
+    assert "<script" not in (tmp_path / "plan.html").read_text(encoding="utf-8")
+    assert page.text.count(squeeze(nasty)) > 5
