@@ -19,7 +19,7 @@ from routing import RUNGS, Calibration, Overrides, escalation_mask
 from .certify import one_per_group
 from .fidelity import Fidelity
 from .held_out import HeldOut
-from .outputs import Outputs
+from .outputs import FULL_RUNG, Outputs
 from .splits import group_keys
 
 INTERVAL = 0.95
@@ -39,7 +39,8 @@ class Evaluation:
         source: of the images, in words.
         known: images left out because the calibration has seen them.
         images: independent ones, one of each group; all that follows counts only these.
-        errors: images kept low whose cheap answer is not acceptable.
+        errors: images whose answer is not acceptable: kept low, or escalated to a full rung that
+            is not the reference.
         risk: errors / images.
         risk_interval: of the risk, exact 95 % (Clopper and Pearson 1934).
         escalation_rate: share of the images that escalate.
@@ -53,6 +54,7 @@ class Evaluation:
         figures: agreement and, where labels are known, accuracy.
         intervals: of the figures, 95 % bootstrap.
         answer: what an error is, to be read after "an answer that".
+        reference: what answers are held against, as `Outputs.truth_words`.
     """
 
     source: str
@@ -71,6 +73,7 @@ class Evaluation:
     figures: Mapping[str, float]
     intervals: Mapping[str, list[float]]
     answer: str
+    reference: str
 
     @property
     def confidence(self) -> float:
@@ -92,10 +95,11 @@ class Evaluation:
         """One plain sentence for each finding, the certificate first."""
         low, high = (_percent(bound) for bound in self.risk_interval)
         now, before = _percent(self.escalation_rate), _percent(self.reference_escalation_rate)
+        got = "were kept low with" if self.reference == FULL_RUNG else "got"
         return [
             self._certificate_line(),
-            f"Risk: {self.errors} of {self.images} independent images were kept low with an answer "
-            f"that {self.answer}, {_percent(self.risk)} (95 % interval {low} to {high}).",
+            f"Risk: {self.errors} of {self.images} independent images {got} an answer that "
+            f"{self.answer}, {_percent(self.risk)} (95 % interval {low} to {high}).",
             f"Escalation: {now} now, {before} at calibration, {_drift(self.escalation_p)}.",
             f"Scores: their distribution is {self.score_distance:.3f} from that at calibration "
             f"(Kolmogorov-Smirnov distance), {_drift(self.score_p)}.",
@@ -107,10 +111,8 @@ class Evaluation:
         if self.certificate is None:
             return "Certificate: none; the threshold was chosen without one."
         if self.contradiction_p is None:
-            return (
-                "Certificate: no threshold was certified; every image goes to the full rung, so "
-                "none can be lost."
-            )
+            line = "Certificate: no threshold was certified; every image goes to the full rung"
+            return f"{line}, so none can be lost." if self.reference == FULL_RUNG else f"{line}."
         crc = self.certificate["method"] == "crc"
         average = " on average over calibrations" if crc else ""
         level = f"its confidence of {100 * self.confidence:g} %"
@@ -130,8 +132,8 @@ class Evaluation:
         lines = []
         if "agreement_with_high" in share:
             lines.append(
-                f"Agreement with the full rung: {share['agreement_with_high']}; of the cheap rung "
-                f"alone {share['agreement_low']}."
+                f"Agreement with the {self.reference}: {share['agreement_with_high']}; of the "
+                f"cheap rung alone {share['agreement_low']}."
             )
         if "accuracy_adaptive" in share:
             lines.append(
@@ -207,7 +209,8 @@ def evaluate(calibration: Calibration, outputs: Outputs) -> Evaluation:
         contradiction_p=contradiction_p_value(calibration.certificate, errors, n),
         figures={name: measured[name] for name in names},
         intervals={name: measured["intervals"][name] for name in names},
-        answer=fidelity.words(),
+        answer=fidelity.words(outputs.truth_words),
+        reference=outputs.truth_words,
     )
 
 
@@ -234,6 +237,12 @@ def _check(calibration: Calibration, outputs: Outputs) -> None:
         raise EvaluateError(
             "the outputs were made with another preprocessing than the artifact's; collect with "
             "the rungs.json it was calibrated with, or calibrate again"
+        )
+    proved_about = (calibration.certificate or {}).get("reference", outputs.truth_words)
+    if proved_about != outputs.truth_words:
+        raise EvaluateError(
+            f"the certificate is about the {proved_about}, the outputs hold answers against the "
+            f"{outputs.truth_words}; collect with the rungs.json it was calibrated with"
         )
     if not len(calibration.reference_scores):
         raise EvaluateError("the artifact has no reference scores; run calibration fit again")

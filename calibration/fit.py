@@ -173,9 +173,8 @@ def fit(
     certificate = None
     if isinstance(target, certify.Goal) and verdict is not None:
         grouped = len(certify_rows) < len(splits["certify"])
-        reference = "full rung" if high_loss is None else "full FP32 model"
         certificate = certify.certificate(
-            verdict, target, options.fidelity, name, grouped, reference
+            verdict, target, options.fidelity, name, grouped, outputs.truth_words
         )
 
     test = HeldOut(

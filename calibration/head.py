@@ -25,22 +25,34 @@ class LinearHead:
 
     @classmethod
     def read(cls, file: Path) -> LinearHead | None:
-        """The head of a graph; None where it has none, or one that is not linear."""
+        """The head of a graph; None where it has none, or one that is not linear on the CLS."""
         graph = onnx.load(file).graph  # with the weights that lie outside of it
         constants = {item.name: item for item in graph.initializer}
-        for node in graph.node:
-            if "logits" not in node.output:
-                continue
-            if node.op_type != "Gemm" or not set(node.input[1:]) <= set(constants):
-                return None
-            weights = numpy_helper.to_array(constants[node.input[1]])
-            transposed = any(a.name == "transB" and a.i for a in node.attribute)
-            weights = weights.T if transposed else weights  # (D, C)
-            if len(node.input) < 3:  # the exporter drops a bias of zeros
-                return cls(weights, np.zeros(weights.shape[1], np.float32))
-            return cls(weights, numpy_helper.to_array(constants[node.input[2]]))
-        return None
+        makers = {output: node for node in graph.node for output in node.output}
+        node, offsets = makers.get("logits"), []
+        while node is not None and node.op_type in ("Add", "Cast"):
+            # Where graphs are in int8 the bias stands apart, where in FP16 a Cast comes last.
+            offsets += [constants[name] for name in node.input if name in constants]
+            sources = [name for name in node.input if name not in constants]
+            node = makers.get(sources[0]) if len(sources) == 1 else None
+        if node is None or node.op_type not in ("Gemm", "MatMul"):
+            return None
+        if not set(node.input[1:]) <= set(constants):
+            return None
+        weights = _array(constants[node.input[1]])
+        if any(attribute.name == "transB" and attribute.i for attribute in node.attribute):
+            weights = weights.T
+        offsets += [constants[name] for name in node.input[2:]]
+        width = {output.name: output for output in graph.output}["embedding"]
+        if len(weights) != width.type.tensor_type.shape.dim[1].dim_value:
+            return None  # it reads the other tokens too
+        bias = np.zeros(weights.shape[1], np.float32)  # the exporter drops one of zeros
+        return cls(weights, sum((_array(offset) for offset in offsets), bias))
 
     def __call__(self, embedding: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits (B, C) of embeddings (B, D)."""
         return embedding @ self.weights + self.bias
+
+
+def _array(tensor: onnx.TensorProto) -> NDArray[np.float32]:
+    return np.asarray(numpy_helper.to_array(tensor), dtype=np.float32)

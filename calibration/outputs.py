@@ -24,6 +24,8 @@ from routing import RungOutputs
 
 from .npz import NpzError, load_npz, save_npz
 
+FULL_RUNG, FULL_MODEL = "full rung", "full FP32 model"  # what answers are held against
+
 # Every array with a row for each image. N images, D of the embedding, C classes.
 AXES = {
     "embedding_low": ("N", "D"),
@@ -85,6 +87,11 @@ class Outputs:
     def truth(self) -> RungOutputs:
         """What the other answers are held against."""
         return self.high if self.reference is None else self.reference
+
+    @property
+    def truth_words(self) -> str:
+        """The same in words."""
+        return FULL_RUNG if self.reference is None else FULL_MODEL
 
     def __len__(self) -> int:
         """The number of images N."""

@@ -1,4 +1,4 @@
-"""`python -m demo`: export, calibrate, assemble, serve, query, measure, show."""
+"""`python -m demo`: export, calibrate or plan, assemble, serve, query, measure, show."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import os
 import platform
 import sys
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from tritonclient.utils import InferenceServerException
 
 from calibration.sample import crops as sample_crops
@@ -21,139 +21,69 @@ from client import ClientError
 from imaging import Preprocessing
 from perf.analyzer import PerfAnalyzerError
 from perf.environment import cpu_name
+from perf.errors import PerfError
+from perf.measure.deployment import with_alternatives
 from routing import Calibration, CalibrationError, RungSet, RungSetError
 from server import ServerError, TritonServer
 
 from .errors import DemoError
 from .page import write_page
-from .serve import image_tensors, measure, measure_overhead, query
-from .steps import (
-    ARTIFACT,
+from .plan_summary import summarise_plan
+from .roads import (
     BACKBONE,
-    HIGH_PX,
-    LOW_PX,
-    ONNX,
-    OUT,
-    REPORT,
-    REPOSITORY,
-    prepare,
+    MAX_RISK,
+    PLAN,
+    TEST_CROPS,
+    TEST_SEED,
+    Road,
+    planned,
+    prepare_road,
+    resolutions,
 )
+from .saturated import measure_saturated
+from .serve import ask_graphs, image_tensors, measure, measure_overhead, query
+from .steps import OUT
 from .summary import summarise
+from .systems import CORE, HIGH, RUNG, recipes, served_systems
+from .tables import plan_table, result_table, sentences
 
 ROOT = Path(__file__).resolve().parent.parent
-TEST_CROPS, TEST_SEED = 200, 13  # a draw of their own, see steps.py
+START_S = 300.0  # every graph of a plan is loaded once for each instance
 
 console = Console(stderr=True)
 
 
-def serve_and_measure() -> dict[str, Any]:
+def serve_and_measure(road: Road) -> dict[str, Any]:
     """Serve the repository, ask it about unseen crops, measure it, write the results."""
-    console.rule("[bold]7/7 Serve, query and measure", align="left")
-    rung_set = RungSet.load(ONNX)
-    calibration = Calibration.load(ARTIFACT)
-    labels = rung_set.labels
+    console.rule(f"[bold]{road.last_title}", align="left")
+    rung_set = RungSet.load(road.onnx)
+    calibration = Calibration.load(road.artifact)
+    certificate = calibration.certificate
     crops = list(sample_crops(TEST_CROPS, TEST_SEED))
+    tensors = image_tensors(crops, Preprocessing.from_dict(rung_set.preprocessing))
+    systems = served_systems(rung_set)
+    alone = {name: model for name, model in systems.items() if name in (*CORE, RUNG)}
+    repository, folder = road.repository, OUT / "perf"
+    if road.plan is not None:
+        repository = with_alternatives(repository, rung_set, PLAN / "served")
     with console.status("starting tritonserver"):
-        server = TritonServer(REPOSITORY, free_ports=True)
+        server = TritonServer(repository, free_ports=True, timeout_s=START_S)
         server.start()
     try:
-        served = query(server, crops, labels)
-        tensors = image_tensors(crops, Preprocessing.from_dict(rung_set.preprocessing))
-        passes = measure(server, tensors, OUT / "perf")
+        served = query(server, crops, rung_set.labels)
+        if road.plan is not None:
+            asked = [m for name, m in systems.items() if m not in ("vit_low", RUNG, "router")]
+            answers = ask_graphs(server, asked, tensors)
+            if systems[HIGH] != RUNG:
+                answers[RUNG] = served.high
+                served = replace(served, high=answers.pop(systems[HIGH]))
+            served = replace(served, beside=answers)
+        passes = measure(server, alone, tensors, folder)
         overhead = measure_overhead(server, tensors)
+        saturated = (
+            None if road.plan is None else measure_saturated(server, systems, tensors, folder)
+        )
         environment = {"triton_version": server.version, **describe_machine()}
     finally:
         server.stop()
-    resolutions_px = (LOW_PX, HIGH_PX)
-    summary = summarise(
-        BACKBONE, resolutions_px, served, passes, overhead, calibration.certificate, environment
-    )
-    (OUT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    data = [crop.data for crop in crops]
-    write_page(OUT / "index.html", summary, served, calibration.threshold, data, labels)
-    return summary
-
-
-def describe_machine() -> dict[str, object]:
-    """What the figures depend on."""
-    return {
-        "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "onnxruntime": version("onnxruntime-gpu"),
-    }
-
-
-def print_table(summary: dict[str, Any]) -> None:
-    """The result on stdout."""
-    table = Table(title=f"{summary['images']} unseen crops, {BACKBONE} at {LOW_PX}/{HIGH_PX} px")
-    table.add_column("")
-    for column in ("accuracy", "p50 latency", "images/s"):
-        table.add_column(column, justify="right")
-    names = {"low": "cheap rung always", "high": "full rung always", "adaptive": "adaptive"}
-    for key, name in names.items():
-        table.add_row(
-            name,
-            f"{summary['accuracy'][key]:.1%}",
-            f"{summary['latency_ms_p50'][key]:.1f} ms",
-            f"{summary['throughput_per_s'][key]:.1f}",
-        )
-    Console().print(table)
-    print(
-        f"{summary['speedup_vs_high']:.2f}x as fast as the full rung (bound "
-        f"{summary['cascade_bound']:.2f}x, efficiency {summary['cascade_efficiency']:.2f}); "
-        f"{summary['escalation_rate']:.1%} escalated; {summary['agreement_with_high']:.1%} "
-        f"answered as the full rung; router overhead {summary['router_overhead']:.2f}"
-    )
-    certificate = summary["certificate"]
-    print(
-        f"certified before: risk at most {certificate['epsilon']:.0%} with confidence "
-        f"{certificate['confidence']:.0%}; seen on these crops: {summary['realised_risk']:.1%}"
-        if certificate["certified"]
-        else "nothing is certified: every image goes to the full rung"
-    )
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Run the demo, or its first six steps; a foreseeable error is one line and exit code 1."""
-    parser = argparse.ArgumentParser(
-        prog="python -m demo",
-        description="Export, calibrate, serve, query and measure DINOv2 ViT-S/14 on crops of "
-        "shipped photographs. Steps done before are not done again. Writes build/demo/.",
-    )
-    parser.add_argument(
-        "--prepare",
-        action="store_true",
-        help="stop after step 6, with a model repository to serve or to measure",
-    )
-    only_prepare = parser.parse_args(arguments).prepare
-    started = time.monotonic()
-    os.chdir(ROOT)
-    try:
-        prepare()
-        summary = None if only_prepare else serve_and_measure()
-    except (
-        CalibrationError,
-        ClientError,
-        DemoError,
-        InferenceServerException,
-        PerfAnalyzerError,
-        RungSetError,
-        ServerError,
-    ) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("stopped; what was made so far is in build/demo", file=sys.stderr)
-        sys.exit(130)
-    seconds = time.monotonic() - started
-    if summary is None:
-        print(f"rungs in {ONNX}, calibration {ARTIFACT}, its report {REPORT}")
-        print(f"took {seconds:.0f} s; serve with python -m server --repository {REPOSITORY}")
-        return
-    print_table(summary)
-    print(f"took {seconds:.0f} s; open {OUT / 'index.html'} and {REPORT}")
-
-
-if __name__ == "__main__":
-    main()
+    return {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ import numpy as np
 from PIL import Image
 
 from calibration.pages.page import HIGH_COLOUR, LOW_COLOUR, THUMBNAIL_PX, data_uri
+from calibration.pages.recipe_words import recipe_words
 
+from .plan_summary import best_sentence, served_rows, speedup_sentence
 from .summary import Served
 
 
@@ -24,6 +26,8 @@ def write_page(
     threshold: float | None,
     crops: Sequence[bytes],
     labels: Sequence[str],
+    report: str,
+    plan: str | None = None,
 ) -> None:
     """Write the page.
 
@@ -34,6 +38,8 @@ def write_page(
         threshold: in oracle units; None: every crop escalates, unscored.
         crops: the N encoded test crops.
         labels: class names.
+        report: link to the page of the calibration.
+        plan: link to the page of the plan, where the cascade was planned.
     """
     cards = [
         {
@@ -59,8 +65,21 @@ def write_page(
         histogram=None if threshold is None else _histogram(served, threshold),
         low_colour=LOW_COLOUR,
         high_colour=HIGH_COLOUR,
+        report=report,
+        plan=None if plan is None else _planned(summary["plan"], plan),
     )
     path.write_text(html)
+
+
+def _planned(plan: Mapping[str, Any], link: str) -> dict[str, Any]:
+    """What the page says of a plan."""
+    return {
+        "link": link,
+        "low": recipe_words(plan["low"]),
+        "high": recipe_words(plan["high"]),
+        "rows": served_rows(plan),
+        "sentences": [speedup_sentence(plan), best_sentence(plan)],
+    }
 
 
 def _thumbnail(data: bytes) -> str:

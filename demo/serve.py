@@ -1,9 +1,10 @@
-"""Query and measure the served demo: every crop over gRPC and HTTP, then perf_analyzer."""
+"""Query the served demo and measure it with one request in flight."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,13 @@ from perf.analyzer import Load, run, write_tensors
 from server import TritonServer
 
 from .errors import DemoError
-from .summary import SYSTEMS, Pass, Served
+from .summary import Pass, Served
 
 console = Console(stderr=True)
 
 SHARES = 5
 NEVER_ESCALATE = 1e9  # far above any distance between embeddings
-_MODELS = {"low": "vit_low", "high": "vit_high", "adaptive": "router"}
+BATCH, CLIENTS = 8, 2  # of requests for answers that nobody times
 
 
 def query(server: TritonServer, crops: Sequence[SourceImage], labels: Sequence[str]) -> Served:
@@ -68,6 +69,41 @@ def query(server: TritonServer, crops: Sequence[SourceImage], labels: Sequence[s
     )
 
 
+def ask_graphs(
+    server: TritonServer, models: Sequence[str], tensors: Sequence[NDArray[np.float32]]
+) -> dict[str, NDArray[np.int64]]:
+    """The class that each graph answers for each crop, asked of its model directly.
+
+    Args:
+        server: that has them.
+        models: to ask.
+        tensors: the N crops, each FP32 (3, H, W).
+
+    Returns:
+        Top-1 classes by model, (N,).
+    """
+    batches = [np.stack(tensors[i : i + BATCH]) for i in range(0, len(tensors), BATCH)]
+    logits = [triton.InferRequestedOutput("logits")]
+    with (
+        triton.InferenceServerClient(server.grpc_url) as client,
+        ThreadPoolExecutor(CLIENTS) as threads,
+        Progress(console=console) as progress,
+    ):
+        task = progress.add_task("graphs   ", total=len(models) * len(batches))
+
+        def ask(model: str, batch: NDArray[np.float32]) -> NDArray[np.int64]:
+            image = triton.InferInput("image", list(batch.shape), "FP32")
+            image.set_data_from_numpy(batch)
+            answer = client.infer(model, [image], outputs=logits).as_numpy("logits")
+            progress.advance(task)
+            return np.asarray(answer.argmax(axis=1))
+
+        return {
+            model: np.concatenate(list(threads.map(ask, [model] * len(batches), batches)))
+            for model in models
+        }
+
+
 def image_tensors(
     crops: Sequence[SourceImage], preprocessing: Preprocessing
 ) -> list[NDArray[np.float32]]:
@@ -108,30 +144,40 @@ def measure_overhead(
 
 
 def measure(
-    server: TritonServer, tensors: Sequence[NDArray[np.float32]], folder: Path
+    server: TritonServer,
+    systems: Mapping[str, str],
+    tensors: Sequence[NDArray[np.float32]],
+    folder: Path,
 ) -> dict[str, list[Pass]]:
-    """Measure each of `SYSTEMS` with perf_analyzer on the crops, in shares, taking turns.
+    """Measure each system with perf_analyzer on the crops, in shares, taking turns.
 
     No request warms up: the server has answered hundreds, and a connection's first request costs
     every system the same.
+
+    Args:
+        server: that has them.
+        systems: the model to ask for each.
+        tensors: the crops, each FP32 (3, H, W).
+        folder: for perf_analyzer's reports.
     """
-    passes: dict[str, list[Pass]] = {system: [] for system in SYSTEMS}
+    names = list(systems)
+    passes: dict[str, list[Pass]] = {name: [] for name in names}
     with Progress(console=console) as progress:
-        task = progress.add_task("perf_analyzer", total=SHARES * len(SYSTEMS))
+        task = progress.add_task("perf_analyzer", total=SHARES * len(names))
         for share in range(SHARES):
             inputs = write_tensors(folder / "crops.json", tensors[share::SHARES])
-            turn = share % len(SYSTEMS)  # nobody is always first
-            for system in SYSTEMS[turn:] + SYSTEMS[:turn]:
-                progress.update(task, description=f"share {share + 1}: {system:10}")
+            turn = share % len(names)  # nobody is always first
+            for name in names[turn:] + names[:turn]:
+                progress.update(task, description=f"share {share + 1}: {name:10}")
                 load = Load(
-                    _MODELS[system],
+                    systems[name],
                     server.grpc_url,
                     inputs,
                     warmup_requests=0,
                     records=False,  # they would hold every image as text
                 )
-                figures = run(load, csv_path=folder / f"{share + 1}-{system}.csv").figures
-                passes[system].append(
+                figures = run(load, csv_path=folder / f"{share + 1}-{name}.csv").figures
+                passes[name].append(
                     Pass(figures.requests, figures.latency_ms_p50, figures.throughput_per_s)
                 )
                 progress.advance(task)

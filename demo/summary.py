@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from perf import derive
 
-SYSTEMS = ("low", "high", "adaptive")
+from .systems import ADAPTIVE, HIGH, LOW, RUNG
+
 CERTIFICATE = (
     *("epsilon", "confidence", "method", "n", "errors", "allowed", "certified", "signal"),
     "statement",
@@ -40,11 +41,12 @@ class Served:
 
     Attributes:
         low: top-1 class with policy=low, (N,).
-        high: top-1 class with policy=high, (N,): static high.
+        high: top-1 class of the full FP32 model, (N,): static high.
         adaptive: top-1 class with policy=auto, (N,).
         escalated: (N,).
         score: oracle units, (N,).
         truth: class index of the photograph each crop was cut from, (N,).
+        beside: top-1 class of each graph beside those, (N,), by system.
     """
 
     low: NDArray[np.int64]
@@ -53,6 +55,17 @@ class Served:
     escalated: NDArray[np.bool_]
     score: NDArray[np.float32]
     truth: NDArray[np.int64]
+    beside: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
+
+    def answers(self) -> dict[str, NDArray[np.int64]]:
+        """Top-1 classes by system."""
+        return {LOW: self.low, HIGH: self.high, ADAPTIVE: self.adaptive, **self.beside}
+
+    def agreement(self) -> dict[str, float]:
+        """Share of crops that each system answers as the full model does."""
+        return {
+            system: float((answer == self.high).mean()) for system, answer in self.answers().items()
+        }
 
 
 def summarise(
@@ -74,7 +87,8 @@ def summarise(
         backbone: name of the model.
         resolutions_px: (low, high).
         served: the server's answers.
-        passes: for each of `SYSTEMS`, one pass per share.
+        passes: one pass per share for each of `systems.CORE`, and for `vit_high` where that is not the full
+            FP32 model.
         overhead: for each crop the latency of static low and, right beside it, of the router told
             never to escalate, in ms.
         certificate: of the calibration.
@@ -82,13 +96,16 @@ def summarise(
     """
     escalation_rate = float(served.escalated.mean())
     throughput = {
-        system: sum(p.requests for p in passes[system])
-        / sum(p.requests / p.throughput_per_s for p in passes[system])
-        for system in SYSTEMS
+        system: sum(p.requests for p in taken)
+        / sum(p.requests / p.throughput_per_s for p in taken)
+        for system, taken in passes.items()
     }
-    cost = {system: 1 / throughput[system] for system in SYSTEMS}
-    speedup = derive.speedup(cost["adaptive"], cost["high"])
-    bound = derive.cascade_bound(cost["low"], cost["high"], escalation_rate)
+    cost = {system: 1 / throughput[system] for system in passes}
+    speedup = derive.speedup(cost[ADAPTIVE], cost[HIGH])
+    rung = cost.get(RUNG, cost[HIGH])  # what an escalation costs
+    bound = derive.cascade_bound(cost[LOW], rung, escalation_rate)
+    bound *= derive.speedup(rung, cost[HIGH])
+    answers, agreement = served.answers(), served.agreement()[ADAPTIVE]
     others = {name: value for name, value in environment.items() if name != "triton_version"}
     return {
         "backbone": backbone,
@@ -97,13 +114,11 @@ def summarise(
         "images": len(served.truth),
         "escalation_rate": escalation_rate,
         "certificate": {name: certificate[name] for name in CERTIFICATE},
-        "realised_risk": float((~served.escalated & (served.low != served.high)).mean()),
-        "agreement_with_high": float((served.adaptive == served.high).mean()),
-        "accuracy": {
-            system: float((getattr(served, system) == served.truth).mean()) for system in SYSTEMS
-        },
+        "realised_risk": float((served.adaptive != served.high).mean()),
+        "agreement_with_high": agreement,
+        "accuracy": {system: float((answers[system] == served.truth).mean()) for system in passes},
         "latency_ms_p50": {
-            system: median(p.latency_ms_p50 for p in passes[system]) for system in SYSTEMS
+            system: median(p.latency_ms_p50 for p in taken) for system, taken in passes.items()
         },
         "throughput_per_s": throughput,
         "speedup_vs_high": speedup,

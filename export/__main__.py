@@ -118,6 +118,27 @@ def rungs(
 
 
 @app.command()
+def describe(
+    model: Annotated[str, typer.Option(metavar="NAME|PATH|ID", help="As `rungs --model`.")],
+) -> None:
+    """Print what a model is, as JSON: its patch size, blocks, classes and resolutions."""
+    from export.rungs import load_backbone  # torch, as above
+
+    backbone = load_backbone(model)
+    low_px, high_px = backbone.default_px
+    content = {
+        "backbone": backbone.name,
+        "patch_size": backbone.patch_size,
+        "layers": backbone.layers,
+        "embedding_dim": backbone.embedding_dim,
+        "classes": backbone.classes,
+        "low_px": low_px,
+        "high_px": high_px,
+    }
+    typer.echo(json.dumps(content, indent=2))
+
+
+@app.command()
 def repository(
     onnx: Annotated[Path, typer.Option(help="Folder that `rungs` wrote.")] = Path("build/onnx"),
     calibration: Annotated[

@@ -27,6 +27,9 @@ from routing import WEIGHTS, manifest
 # it something broke. DINOv2 ViT-S in int8 has 0.998, in fp16 0.99999.
 LEAST_COSINE = {"fp16": 0.999, "int8": 0.95, "int8=static": 0.95}
 FIDELITY_IMAGES = 16
+# Share of the checked images whose tokens may merge in another way than in torch. Measured on
+# MEASURE
+TOME_MAY_DIFFER = 0.25
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,14 +86,15 @@ def write_graphs(
             onnx_graph.check_versions(model)
             files[spec.name].write_bytes(model.SerializeToString(deterministic=True))
         graphs.ir_version = max(graphs.ir_version, model.ir_version)
-    sharing = share_weights(list(files.values()), folder / WEIGHTS)
+    refers = share_weights(list(files.values()), folder / WEIGHTS)
     failures: list[parity.Failure] = []
     probe = _Fidelity(files[full], material)
     for spec in specs:
         file = files[spec.name]
-        entry = _entry(spec, file, spec.name in {f.stem for f in sharing}, material.backbone)
+        entry = _entry(spec, file, refers[file], material.backbone)
+        truth = "torch" if spec.recipe.precision == "fp32" else "the same graph in FP32"
         try:
-            with steps.step(f"check {spec.name} against its recipe in torch"):
+            with steps.step(f"compare {spec.name} with {truth}"):
                 graphs.checks += _check(spec, file, bodies, material)
                 entry["fidelity"] = probe.of(file)
         except parity.ParityError as error:
@@ -159,13 +163,19 @@ def _entry(spec: RungSpec, file: Path, is_shared: bool, backbone: Backbone) -> d
 
 
 def _check(spec: RungSpec, file: Path, bodies: _Bodies, material: Material) -> list[parity.Check]:
-    """Exact parity in FP32; in fewer bits, the structure and a cosine."""
+    """Parity with torch in FP32; in fewer bits, the structure and a cosine."""
     recipe, backbone = spec.recipe, material.backbone
     shapes = backbone.output_shapes(recipe)
     if recipe.precision == "fp32":
-        truth = _truth(recipe, backbone)
         return parity.check_parity(
-            spec.name, file, material.image_px, shapes, truth, material.rtol, material.atol
+            spec.name,
+            file,
+            material.image_px,
+            shapes,
+            _truth(recipe, backbone),
+            material.rtol,
+            material.atol,
+            may_differ=TOME_MAY_DIFFER if recipe.tome else 0.0,
         )
     model = onnx.load(file, load_external_data=False)
     failures = parity.structure_failures(spec.name, model, material.image_px, shapes)

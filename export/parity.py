@@ -13,6 +13,7 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
+from export import near_ties
 from export.errors import ExportError
 from export.onnx_graph import INPUT_NAME, check_versions
 
@@ -38,6 +39,7 @@ class Check:
         max_abs_diff: largest absolute difference to the library.
         max_rel_diff: largest difference relative to the library's value, over values that are not
             below atol themselves.
+        near_ties: images of the batch left out of both, see `export.near_ties`.
     """
 
     rung: str
@@ -45,6 +47,7 @@ class Check:
     output: str
     max_abs_diff: float
     max_rel_diff: float
+    near_ties: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, ready for JSON."""
@@ -90,6 +93,7 @@ def check_parity(
     rtol: float = DEFAULT_RTOL,
     atol: float = DEFAULT_ATOL,
     seed: int = 0,
+    may_differ: float = 0.0,
 ) -> list[Check]:
     """Compare a rung's ONNX file with the library's own answers.
 
@@ -102,6 +106,8 @@ def check_parity(
         rtol: accepted difference relative to the library's value.
         atol: accepted absolute difference, added to the relative one.
         seed: of the images.
+        may_differ: share of the images that may be answered in another way, as `export.near_ties`
+            tells them; for graphs that merge tokens.
 
     Returns:
         One record per output and batch size.
@@ -120,14 +126,17 @@ def check_parity(
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         raise ExportError(f"ONNX Runtime does not load {file.name}: {error}") from error
     images = sample_images(max(BATCHES), image_px, seed)
-    checks: list[Check] = []
-    worst: dict[str, Failure] = {}
+    batches: list[near_ties.Answers] = []
     for batch in BATCHES:
         expected = reference(torch.from_numpy(images[:batch]))
         answers = _run(session, list(output_shapes), images[:batch])
-        for name in output_shapes:
-            truth = expected[name].numpy()
-            check, reason = _compare(rung, name, answers[name], truth, rtol, atol)
+        batches.append((answers, {name: expected[name].numpy() for name in output_shapes}))
+    ties = near_ties.left_out(batches, rtol, atol, may_differ)
+    checks: list[Check] = []
+    worst: dict[str, Failure] = {}
+    for answers, truths in batches:
+        for name, truth in truths.items():
+            check, reason = _compare(rung, name, answers[name], truth, rtol, atol, ties)
             checks.append(check)
             before = worst.get(name)
             if reason and (before is None or check.max_abs_diff > (before.max_abs_diff or 0.0)):
@@ -213,8 +222,9 @@ def _compare(
     truth: NDArray[Any],
     rtol: float,
     atol: float,
+    ties: set[int],
 ) -> tuple[Check, str | None]:
-    """The record, and what is wrong or None."""
+    """The record, and what is wrong or None; rows in `ties` are left out."""
     batch = len(truth)
     broken = Check(rung, batch, name, float("inf"), float("inf"))
     if answer is None:
@@ -225,10 +235,12 @@ def _compare(
         return broken, f"type {answer.dtype} at batch {batch}, expected {truth.dtype}"
     if not np.isfinite(answer).all():
         return broken, f"NaN or Inf at batch {batch}"
-    difference = np.abs(answer.astype(np.float64) - truth)
-    size = np.abs(truth.astype(np.float64))
+    kept = [row for row in range(batch) if row not in ties]
+    difference = np.abs(answer[kept].astype(np.float64) - truth[kept])
+    size = np.abs(truth[kept].astype(np.float64))
     relative = difference[size > atol] / size[size > atol]
-    check = Check(rung, batch, name, float(difference.max()), float(relative.max(initial=0.0)))
+    worst = (float(found.max(initial=0.0)) for found in (difference, relative))
+    check = Check(rung, batch, name, *worst, batch - len(kept))
     if (difference <= atol + rtol * size).all():
         return check, None
     reason = (

@@ -11,12 +11,11 @@ old one and takes its place only when it is complete.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 
-from export.staging import folder_beside
+from export.staging import folder_beside, link_or_copy
 from imaging import Preprocessing, PreprocessingError
 from routing import RUNGS, WEIGHTS, Calibration, RungSet, manifest
 
@@ -132,7 +131,7 @@ def _place_weights(source: Path, version: Path, repository: Path) -> None:
     for name in RUNGS:
         placed = repository / name / "1" / WEIGHTS
         if placed.exists():
-            os.link(placed, version / WEIGHTS)
+            link_or_copy(placed, version / WEIGHTS)
             return
     shutil.copyfile(source, version / WEIGHTS)
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import base64
 import json
 import os
-import shutil
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from export.errors import UsageError
 from export.recipes.align import bake_alignment
 from export.recipes.recipe import Recipe
 from export.rungs import publish, write_record
-from export.staging import folder_beside
+from export.staging import folder_beside, link_or_copy
 from routing import RUNGS, WEIGHTS, Alignment, RungSet, manifest
 from routing.rungset import NAME as RECORD
 from routing.rungset import REFERENCE
@@ -49,7 +49,13 @@ def align(folder: Path, graph: str, alignment: Alignment, name: str | None = Non
     entries = _entries(record)
     if graph not in entries or graph in ("vit_high", REFERENCE):
         raise UsageError(f"--graph {graph}: no cheap graph of that name in {folder / RECORD}")
+    aligned = name or graph
+    if not re.fullmatch(r"\w+", aligned) or aligned in ("vit_high", REFERENCE):
+        raise UsageError(f"--name {aligned} cannot be a cheap graph's; use one such as static_mine")
     entry = entries[graph]
+    recipe = Recipe.parse(entry["recipe"])
+    if recipe.align:
+        raise UsageError(f"--graph {graph} is aligned already ({recipe}); export it anew without")
     rung_set = RungSet.load(folder)
     rung = {**rung_set.rungs, **rung_set.alternatives}[graph]
     file = folder / entry["file"]
@@ -58,18 +64,17 @@ def align(folder: Path, graph: str, alignment: Alignment, name: str | None = Non
             f"the alignment was fitted on another graph than {graph} ({alignment.recipe}); run "
             "python -m calibration collect and python -m calibration align with this one"
         )
-    aligned = name or graph
     model = bake_alignment(onnx.load(file, load_external_data=False), alignment)
     onnx_graph.check_versions(model)
-    recipe = replace(Recipe.parse(entry["recipe"]), align=True)
     place = folder / f"{aligned}.onnx"
     fresh = place.with_suffix(".aligned")  # os.replace puts it in place whole
     fresh.write_bytes(model.SerializeToString(deterministic=True))
     onnx.checker.check_model(str(fresh))  # of the file: its weights may lie beside it
-    new = {**entry, "recipe": str(recipe), "file": place.name}
+    new = {**entry, "recipe": str(replace(recipe, align=True)), "file": place.name}
     new |= {"sha256": manifest.sha256_file(fresh), "fidelity": None}
     section = record["rungs"] if aligned in RUNGS else record["alternatives"]
     section[aligned] = new
+    _rename_checks(record, {other: other for other in entries if other != aligned})
     record["fitted_on"] = _joined(record.get("fitted_on", ""), alignment.image_hashes)
     os.replace(fresh, place)
     write_record(folder, record)
@@ -110,13 +115,15 @@ def choose(folder: Path, low: str, high: str, keep: Sequence[str], out: Path) ->
         record["rungs"] = {name: new[name] for name in RUNGS}
         record["reference"] = new.get(REFERENCE)
         record["alternatives"] = {name: new[name] for name in beside}
+        _rename_checks(record, {**chosen, **beside})
         write_record(staging, record)
         publish(staging, out)
 
 
 def _read(folder: Path) -> dict[str, Any]:
     RungSet.load(folder)  # raises where anything is missing or unreadable
-    return dict(json.loads((folder / RECORD).read_text("utf-8")))
+    record = json.loads((folder / RECORD).read_text("utf-8"))
+    return {"alternatives": {}, **record}  # earlier exports have none
 
 
 def _entries(record: dict[str, Any]) -> dict[str, Entry]:
@@ -126,17 +133,21 @@ def _entries(record: dict[str, Any]) -> dict[str, Entry]:
 
 def _link(folder: Path, entry: Entry, staging: Path, name: str) -> Entry:
     """A graph under another name, its shared weights beside it."""
-    _link_or_copy(folder / entry["file"], staging / f"{name}.onnx")
+    link_or_copy(folder / entry["file"], staging / f"{name}.onnx")
     if entry.get("weights_sha256") and not (staging / WEIGHTS).exists():
-        _link_or_copy(folder / WEIGHTS, staging / WEIGHTS)
+        link_or_copy(folder / WEIGHTS, staging / WEIGHTS)
     return {**entry, "file": f"{name}.onnx"}
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without hard links
-        shutil.copyfile(source, target)
+def _rename_checks(record: Entry, sources: Mapping[str, str]) -> None:
+    """Keep the checks of graphs that are still what they were, by new name -> old name."""
+    checks = record["parity"]["checks"]
+    record["parity"]["checks"] = [
+        {**check, "rung": name}
+        for name, source in sources.items()
+        for check in checks
+        if check["rung"] == source
+    ]
 
 
 def _joined(first: str, second: str) -> str:

@@ -1,8 +1,10 @@
-"""Where output lies until it is complete."""
+"""Where output lies until it is complete, and how files get there."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,3 +22,11 @@ def folder_beside(out: Path) -> Iterator[Path]:
         out.parent.mkdir(parents=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
         yield Path(folder)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name, or copy it where that cannot be."""
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, target)

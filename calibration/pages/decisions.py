@@ -105,6 +105,11 @@ class Decisions:
         of_high = 0.0 if self.high_loss is None else float(self.high_loss.mean())
         return self.base_risk * (1 - self.escalation) + of_high * self.escalation
 
+    def best_risk(self) -> float:
+        """The risk if as many images escalated, those that gain by it first."""
+        of_high = np.zeros(len(self)) if self.high_loss is None else self.high_loss
+        return self.risk_when_ranked_by(self.loss.astype(np.float64) - of_high)
+
     def cells(self) -> dict[str, NDArray[np.intp]]:
         """Positions of the images in each cell of decision against loss."""
         kept = ~self.escalated

@@ -170,8 +170,8 @@ def _tested(content: Content) -> list[dict[str, str]]:
 
 
 def _errors(certificate: Mapping[str, Any]) -> str:
-    n, errors, allowed = (certificate[key] for key in ("n", "errors", "allowed"))
-    return f"{errors:,} of {n:,}, " + (f"{allowed:,} allowed" if allowed >= 0 else "too few images")
+    allowed = certificate["allowed"]
+    return f"{certificate['errors']:,} / {f'{allowed:,}' if allowed >= 0 else 'none'}"
 
 
 def _pairs(content: Content) -> list[dict[str, str]]:

@@ -94,7 +94,7 @@ def growth(curves: Sequence[Curve]) -> str:
         grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     panels = grid.ravel().tolist()
     for axes, curve in zip(panels, curves, strict=False):
-        colour = LOW_COLOUR if True else RED
+        colour = LOW_COLOUR if curve.helps else RED
         without, *fits = curve.growth
         images, shares = [f["images"] for f in fits], [f["acceptable"] for f in fits]
         axes.axhline(without["acceptable"], color=GREY, linestyle="--", linewidth=1)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..outputs import FULL_RUNG
 from .decisions import Decisions, UnitBin
 from .figures import MAX_POINTS, REFERENCES
 from .page import count_of, percent, setting
@@ -26,6 +27,7 @@ def certificate(content: Mapping[str, Any] | None, threshold: float | None) -> s
         )
     n, errors, allowed = content["n"], content["errors"], content["allowed"]
     images = f"{count_of(n, 'independent image')} of the certify split (one of each group)"
+    got = _got(content.get("reference", FULL_RUNG) == FULL_RUNG)
     if allowed < 0:
         return (
             f"With {images}, no number of errors, not even none, could show a risk of at most "
@@ -33,8 +35,8 @@ def certificate(content: Mapping[str, Any] | None, threshold: float | None) -> s
         )
     if not content["certified"]:
         return (
-            f"At the most careful threshold tried, {errors} of {images} were kept low with a loss, "
-            f"more than the {allowed} that would have been allowed."
+            f"At the most careful threshold tried, {errors} of {images} {got}, more than the "
+            f"{allowed} that would have been allowed."
         )
     mean = (
         "the statement holds on average over repeated calibrations"
@@ -43,9 +45,13 @@ def certificate(content: Mapping[str, Any] | None, threshold: float | None) -> s
         f"{setting(round(1 - content['confidence'], 12))} of calibrations"
     )
     return (
-        f"At the threshold {threshold:.4g}, {errors} of {images} were kept low with a loss, and up "
-        f"to {allowed} were allowed; {mean}, provided that images are drawn as these were."
+        f"At the threshold {threshold:.4g}, {errors} of {images} {got}, and up to {allowed} were "
+        f"allowed; {mean}, provided that images are drawn as these were."
     )
+
+
+def _got(full_rung_is_reference: bool) -> str:
+    return "were kept low with a loss" if full_rung_is_reference else "got an answer with a loss"
 
 
 def risk(
@@ -63,10 +69,11 @@ def risk(
         grouped: whether groups hold several images.
     """
     images = count_of(len(decisions), "test image")
-    if decisions.escalated.all():
+    if decisions.escalated.all() and decisions.high_loss is None:
         return f"All {images} escalate, so the risk is 0 by construction and proves nothing."
     lost = int(decisions.lost.sum())
-    start = f"{lost} of {images} were kept low with a loss ({percent(decisions.risk)})"
+    got = _got(decisions.high_loss is None)
+    start = f"{lost} of {images} {got} ({percent(decisions.risk)})"
     if lost == 0:
         return f"{start}; the interval is the exact one of Clopper and Pearson."
     if epsilon is None:
@@ -95,15 +102,16 @@ def risk(
 def curve(decisions: Decisions) -> str:
     """What the chosen point gains over chance, and what is left to gain."""
     base, rate = decisions.base_risk, decisions.escalation
-    if base == 0:
+    if base == 0 and decisions.high_loss is None:
         return (
             "No test image has a loss: every curve lies at 0, and the figure cannot tell one "
             "signal from another."
         )
     if rate == 1:
+        risk = "0" if decisions.high_loss is None else percent(decisions.risk)
         return (
-            "Every test image escalates, so the risk is 0 whatever the signal; with none escalated "
-            f"it would be {percent(base)}."
+            f"Every test image escalates, so the risk is {risk} whatever the signal; with none "
+            f"escalated it would be {percent(base)}."
         )
     if rate == 0:
         return f"No test image escalates, so the risk is that of the low rung: {percent(base)}."
@@ -112,7 +120,7 @@ def curve(decisions: Decisions) -> str:
         f"Escalating {percent(rate)} of the test images lowers the risk from {percent(base)} to "
         f"{percent(decisions.risk)}; as many drawn at random would leave "
         f"{percent(decisions.random_risk())}, as many of the largest oracle L2 {percent(oracle)}, "
-        f"and perfect knowledge of the loss {percent(max(0.0, base - rate))}."
+        f"and perfect knowledge of the loss {percent(decisions.best_risk())}."
     )
 
 

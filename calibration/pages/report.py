@@ -69,12 +69,15 @@ def write_report(
     shown = Decisions.of(calibration, record, outputs, rows)
     drawn = galleries(shown, rows, Cards(outputs, source, class_names))
     chosen = metrics["signals"][calibration.signal]
+    words = Fidelity.of(calibration).words(outputs.truth_words)
     write(
         path,
         "report.html.j2",
         calibration=calibration,
         epsilon=epsilon,
-        fidelity=Fidelity.of(calibration).words(),
+        fidelity=words,
+        reference=outputs.truth_words,
+        kept_low=record.high_loss is None,
         verdict=_verdict(calibration),
         measured=_measured(metrics),
         images=count_of(metrics["images"], "image"),
@@ -109,7 +112,7 @@ def write_report(
         cells=cell_table(shown),
         galleries=drawn,
         missing=missing_reading([card for cell in drawn for card in cell["cards"]]),
-        provenance=_provenance(calibration, record),
+        provenance=_provenance(calibration, record, words),
     )
 
 
@@ -219,7 +222,7 @@ def _signal_table(table: Mapping[str, Any], chosen: str) -> list[dict[str, str]]
     ]
 
 
-def _provenance(calibration: Calibration, record: FitRecord) -> list[tuple[str, str]]:
+def _provenance(calibration: Calibration, record: FitRecord, loss: str) -> list[tuple[str, str]]:
     data = calibration.data
     splits = ", ".join(f"{name} {size:,}" for name, size in data["splits"].items())
     rungs = [
@@ -238,6 +241,6 @@ def _provenance(calibration: Calibration, record: FitRecord) -> list[tuple[str, 
         ("calibration.json, SHA-256", f"{record.artifact_sha256[:_HASH_DIGITS]}…"),
         *rungs,
         ("signal", f"{calibration.signal} (asked for: {asked})"),
-        ("a loss", f"an answer that {Fidelity.of(calibration).words()}"),
+        ("a loss", f"an answer that {loss}"),
         ("threshold chosen by", _goal(calibration)),
     ]

@@ -10,6 +10,7 @@ from routing import RungRecord, RungSet
 from .subprocesses import PlanError
 
 ALIGN = "align"
+SHARES_OF_PX = (0.5, 0.4375, 0.375)
 FULL = "vit_high"  # on the shelf: the full model in FP32, which every certificate is about
 
 
@@ -45,6 +46,18 @@ def recipes(text: str) -> list[frozenset[str]]:
         if found.count(parts) > 1:
             raise PlanError(f"{said(parts)} is named more than once; once is enough")
     return found
+
+
+def default_candidates(patch_size: int, px: int) -> str:
+    """Cheap graphs worth trying where the user names none: fewer pixels, int8, aligned.
+
+    Args:
+        patch_size: of the model.
+        px: its full resolution.
+    """
+    sizes = (max(1, round(share * px / patch_size)) * patch_size for share in SHARES_OF_PX)
+    smaller = [size for size in dict.fromkeys(sizes) if size < px]
+    return "; ".join(f"px={size},int8=static,{ALIGN}" for size in smaller)
 
 
 def said(parts: frozenset[str]) -> str:

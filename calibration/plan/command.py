@@ -23,7 +23,6 @@ from .plan import Planned, choose_rungs, make_plan
 from .request import Request
 
 SAMPLE_CROPS = 2400
-CANDIDATES = "px=112,int8=static,align; px=98,int8=static,align; px=84,int8=static,align"
 
 console = Console(highlight=False, markup=False)
 
@@ -36,8 +35,13 @@ def plan_command(
     ],
     confidence: Annotated[float, typer.Option(help="Of the certificate.")] = 0.9,
     candidates: Annotated[
-        str, typer.Option(metavar="RECIPE;...", help="Cheap graphs, semicolons between them.")
-    ] = CANDIDATES,
+        str | None,
+        typer.Option(
+            metavar="RECIPE;...",
+            help="Cheap graphs, semicolons between them (default: int8=static,align at three "
+            "resolutions).",
+        ),
+    ] = None,
     highs: Annotated[
         str, typer.Option(metavar="RECIPE;...", help="Full graphs; fp32 is the model itself.")
     ] = "fp32; int8=static",

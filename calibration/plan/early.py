@@ -60,7 +60,7 @@ class Split:
         escalation_rate: share of images that escalate, early or late, 0..1.
         ms_per_image: expected, without the router and without the additional call.
         gain: share of the cost without early decision that is saved.
-        gain_bound: the same if the prefix named exactly the images that escalate late.
+        perfect_gain: the same if the prefix named exactly the images that escalate late.
     """
 
     after_block: int
@@ -70,7 +70,7 @@ class Split:
     escalation_rate: float
     ms_per_image: float
     gain: float
-    gain_bound: float
+    perfect_gain: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,7 +229,7 @@ def _verdict(best: Split | None, cascade: _Cascade, saved: float) -> str:
         return "Not worth it: the cheap rung has one block, and nothing to split."
     if cascade.late_rate == 0:
         return "Not worth it: no image has to escalate, so no block is run in vain."
-    bound = f"{best.gain_bound:.1%} if it knew which images will escalate"
+    bound = f"{best.perfect_gain:.1%} if it knew which images will escalate"
     if best.signal is None:
         return (
             "Not worth it: wherever the rung is split, its CLS tokens tell too little; deciding "

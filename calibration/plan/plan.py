@@ -24,7 +24,7 @@ from ..fit import Options, fit
 from ..outputs import Outputs
 from ..splits import CERTIFIED, Rows, group_keys, split_by_group
 from .bars import Bars
-from .candidates import ALIGN, FULL, Graph, find, recipes, shelf_graphs
+from .candidates import ALIGN, FULL, Graph, default_candidates, find, recipes, shelf_graphs
 from .graph_outputs import GraphOutputs, OutputsCache
 from .request import Request
 from .select import MOST, Candidate, Pair, Tested, cascade_ms, choose, predict, shortlist
@@ -92,7 +92,7 @@ class Planned:
     @property
     def ms(self) -> dict[str, float]:
         """Milliseconds per image of each graph, served at the largest batch measured."""
-        return {name: ms_per_image(cost) for name, cost in self.costs.items()}
+        return costs_ms(self.costs)
 
 
 def make_plan(request: Request, bars: Bars) -> Planned:
@@ -102,9 +102,8 @@ def make_plan(request: Request, bars: Bars) -> Planned:
         PlanError: a command failed, or a request that cannot be met.
         ImagesError, SplitError, FidelityError, FitError, CertifyError: as `fit`.
     """
-    lows, highs, beside = (
-        recipes(text) for text in (request.candidates, request.highs, request.beside)
-    )
+    cheap = request.candidates or _default_candidates(request, bars)
+    lows, highs, beside = (recipes(text) for text in (cheap, request.highs, request.beside))
     if not lows or not highs:
         raise PlanError("a cascade needs a cheap and a full graph; give --candidates and --highs")
     bases = [recipe - {ALIGN} for recipe in (*lows, *highs, *beside)]
@@ -141,7 +140,7 @@ def make_plan(request: Request, bars: Bars) -> Planned:
         [*answers, *beside_names], graphs, answers, cache, parts, fidelity, pairs, bars
     )
     costs = _costs([*answers, *beside_names], shelf, request, bars)
-    ms = {name: ms_per_image(cost) for name, cost in costs.items()}
+    ms = costs_ms(costs)
 
     certify_images = len(one_per_group(parts.groups, parts.splits["certify"], request.seed))
     with bars.stage("predict on the fit split", len(names)) as advance:
@@ -166,10 +165,15 @@ def make_plan(request: Request, bars: Bars) -> Planned:
     )  # fmt: skip
 
 
-def ms_per_image(cost: Mapping[str, Any]) -> float:
-    """A graph's cost at the largest batch that `perf serving` measured."""
-    by_batch = cost["ms_per_image"]
-    return float(by_batch[max(by_batch, key=int)]["median"])
+def costs_ms(costs: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Milliseconds per image of each graph at the largest batch that `perf serving` measured.
+
+    Of the full model the median; of every other graph its ratio to the full model, taken turn by
+    turn in one run, times that: two servers minutes apart differ by more than many graphs do.
+    """
+    by_batch = costs[FULL]["ms_per_image"]
+    full_ms = float(by_batch[max(by_batch, key=int)]["median"])
+    return {name: full_ms * float(cost["cost_ratio"]["median"]) for name, cost in costs.items()}
 
 
 def pair_rung_set(rung_set: RungSet, low: Graph, high: Graph, full: Graph) -> RungSet:
@@ -186,6 +190,11 @@ def pair_rung_set(rung_set: RungSet, low: Graph, high: Graph, full: Graph) -> Ru
         reference=None if is_full else full.record,
         reference_file=None if is_full else full.file,
     )
+
+
+def _default_candidates(request: Request, bars: Bars) -> str:
+    model = run_json(["export", "describe", "--model", request.model], bars.say)
+    return default_candidates(model["patch_size"], request.px or model["high_px"])
 
 
 def _is_full(recipe: frozenset[str], request: Request) -> bool:

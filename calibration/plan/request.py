@@ -18,7 +18,8 @@ class Request:
         model: as `export rungs --model`.
         images: as `collect --images`, for commands that read images themselves.
         source: the same images, opened.
-        candidates: recipes of cheap graphs, semicolons between them.
+        candidates: recipes of cheap graphs, semicolons between them; None: those of
+            `candidates.default_candidates`.
         highs: recipes of full graphs.
         beside: recipes to compare with.
         px: the full resolution; None: the model's own.
@@ -38,7 +39,7 @@ class Request:
     model: str
     images: str
     source: ImageSource
-    candidates: str
+    candidates: str | None
     highs: str
     beside: str
     px: int | None

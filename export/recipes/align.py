@@ -29,29 +29,46 @@ def bake_alignment(model: onnx.ModelProto, alignment: Alignment) -> onnx.ModelPr
     aligned.CopyFrom(model)
     graph = aligned.graph
     outputs = {output.name for output in graph.output}
-    head = _take_head(graph) if "logits" in outputs else None
+    head = _take_head(graph, len(alignment.bias)) if "logits" in outputs else []
     _rename(graph, "embedding", _BODY)
-    graph.node.extend(_map(graph, alignment))
-    if head is not None:
-        head.input[0] = "embedding"
-        graph.node.append(head)
+    graph.node.extend([*_map(graph, alignment), *head])
     _prune(graph)
     del graph.value_info[:]  # of tensors that were renamed; shapes are inferred at load
     return aligned
 
 
-def _take_head(graph: onnx.GraphProto) -> onnx.NodeProto:
-    """Remove the node that makes the logits, a linear layer, and return it."""
-    constants = {item.name for item in graph.initializer}
-    for node in graph.node:
-        if "logits" in node.output:
-            if node.op_type != "Gemm" or not set(node.input[1:]) <= constants:
-                break
-            head = onnx.NodeProto()
-            head.CopyFrom(node)
-            graph.node.remove(node)
-            return head
-    raise UsageError("align needs a linear head on the CLS token; this model's head is another")
+def _take_head(graph: onnx.GraphProto, width: int) -> list[onnx.NodeProto]:
+    """Remove the nodes that make the logits, a linear layer, and return them on `embedding`."""
+    constants = {item.name: item for item in graph.initializer}
+    makers = {output: node for node in graph.node for output in node.output}
+    nodes = [makers["logits"]]
+    while nodes[0].op_type in ("Add", "Cast"):  # int8 sets the bias apart, fp16 ends in a Cast
+        sources = [makers[name] for name in nodes[0].input if name in makers]
+        if len(sources) != 1:
+            break
+        nodes = [*sources, *nodes]
+    product = nodes[0]
+    if product.op_type not in ("Gemm", "MatMul") or not _is_linear(product, constants, width):
+        raise UsageError("align needs a linear head on the CLS token; this model's head is another")
+    head = []
+    for node in nodes:
+        head.append(onnx.NodeProto())
+        head[-1].CopyFrom(node)
+        graph.node.remove(node)
+    kind = constants[product.input[1]].data_type
+    head[0].input[0] = "embedding" if kind == onnx.TensorProto.FLOAT else "align_cast"
+    if kind != onnx.TensorProto.FLOAT:
+        cast = helper.make_node("Cast", ["embedding"], ["align_cast"], "align_cast", to=kind)
+        head.insert(0, cast)
+    return head
+
+
+def _is_linear(product: onnx.NodeProto, constants: dict[str, onnx.TensorProto], width: int) -> bool:
+    """Whether it multiplies as many numbers as a CLS token has with constant weights."""
+    if not set(product.input[1:]) <= set(constants):
+        return False
+    transposed = any(a.name == "transB" and a.i for a in product.attribute)
+    return constants[product.input[1]].dims[1 if transposed else 0] == width
 
 
 def _map(graph: onnx.GraphProto, alignment: Alignment) -> list[onnx.NodeProto]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.pages.recipe_words import recipe_words
 from routing import RungSet
 
 LOW, HIGH, ADAPTIVE, ENSEMBLE = "static-low", "static-high", "adaptive", "ensemble"
@@ -39,34 +40,6 @@ class System:
     def is_static(self) -> bool:
         """Whether one rung answers every image."""
         return self.model not in ("router", "adaptive_vit")
-
-
-_WORDS = {
-    "px": "{} px",
-    "depth": "first {} blocks",
-    "tome": "token merging r={}",
-    "int8=static": "int8",
-    "int8": "int8 (dynamic)",
-    "align": "aligned",
-}
-
-
-def recipe_words(recipe: str) -> str:
-    """A graph's recipe for people.
-
-    Args:
-        recipe: such as `px=112,int8=static,align`.
-
-    Returns:
-        Such as `112 px, int8, aligned`. A part that is not known stays as it is.
-    """
-    parts = recipe.split(",")
-    return ", ".join(_part_words(part) for part in parts)
-
-
-def _part_words(part: str) -> str:
-    name, _, value = part.partition("=")
-    return _WORDS.get(part, _WORDS.get(name, part)).format(value)
 
 
 def systems(

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from calibration.pages.page import percent
-
-from ..measure.systems import recipe_words
+from calibration.pages.recipe_words import recipe_words
 
 MISSING = "not measured"
 NONE = "–"

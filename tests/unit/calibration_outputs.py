@@ -1,12 +1,13 @@
 """Made-up outputs of both rungs, of the shape that `onnx_files` exports."""
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 
 from calibration.outputs import Outputs
-from routing import RungOutputs
-from tests.unit.onnx_files import CLASSES, LAYERS, D
+from routing import RungOutputs, RungRecord, manifest
+from tests.unit.onnx_files import CLASSES, LAYERS, SIZE, D, write_rung
 
 
 def sha256(text):
@@ -36,8 +37,25 @@ def make_outputs(rung_set, n=400, seed=0, head=True, group_size=2, unsure_below=
         names=tuple(f"{i // group_size}/{i}.png" for i in range(n)),
         groups=tuple(str(i // group_size) for i in range(n)),
         hashes=tuple(sha256(f"{seed}-{i}") for i in range(n)),
-        rung_hashes={name: rung.sha256 for name, rung in rung_set.rungs.items()},
+        rung_hashes=rung_set.fingerprints(),
         preprocessing_sha256=rung_set.preprocessing_sha256(),
         source="/nowhere",
         title="made up",
     )
+
+
+def with_reference(rung_set, seed=5):
+    """The same rungs, with a third graph as the full model that losses are about."""
+    file = rung_set.files["vit_high"].with_name("reference.onnx")
+    write_rung(file, seed, rung_set.classes)
+    record = RungRecord(SIZE, f"px={SIZE}", manifest.sha256_file(file))
+    return replace(rung_set, reference=record, reference_file=file)
+
+
+def with_losing_high(outputs, share, seed=0):
+    """What was the full rung becomes the reference; the new one loses this share of images."""
+    truth = outputs.high
+    lost = np.random.default_rng(seed).uniform(size=len(outputs)) < share
+    logits = np.where(lost[:, None], -truth.logits, truth.logits)
+    high = RungOutputs(truth.embedding + lost[:, None].astype(np.float32), None, logits)
+    return replace(outputs, high=high, reference=truth)

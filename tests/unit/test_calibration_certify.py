@@ -68,6 +68,7 @@ def exact_tail(k, n, epsilon):
         ("--confidence", (0.05, 1.0, "ltt")),
         ("--confidence", (0.05, 90.0, "ltt")),
         ("--method", (0.05, 0.9, "bonferroni")),
+        ("--method crc", (0.05, 0.9, "crc", 2)),
     ],
 )
 def test_a_goal_that_is_none_is_refused_in_one_line_that_names_the_flag(flag, values):
@@ -333,6 +334,8 @@ def test_the_certificate_is_json_and_complete():
         "n": 480,
         "errors": 15,
         "allowed": 17,
+        "choices": 1,
+        "reference": "full rung",
     }
 
 
@@ -341,3 +344,67 @@ def test_a_certificate_on_average_has_no_confidence_and_a_cosine_its_tolerance()
     record = certificate(verdict, CRC, Fidelity("cosine", 0.2), "cls_path")
     assert (record["certified"], record["confidence"], record["tolerance"]) == (False, None, 0.2)
     json.dumps(record, allow_nan=False)
+
+
+@pytest.mark.parametrize(("choices", "allowed"), [(1, 17), (2, 15), (4, 14)])
+def test_each_of_several_cascades_is_tested_at_its_share_of_delta(choices, allowed):
+    goal = Goal(0.05, 0.9, "ltt", choices)
+    assert goal.delta == pytest.approx(0.1 / choices)
+    assert allowed_errors(480, goal) == allowed
+    assert binomial_p_value(allowed, 480, 0.05) <= 0.1 / choices
+    assert binomial_p_value(allowed + 1, 480, 0.05) > 0.1 / choices
+    assert images_needed(goal) == math.ceil(math.log(0.1 / choices) / math.log(0.95))
+
+
+def test_the_certificate_of_a_choice_says_of_how_many():
+    goal = Goal(0.05, 0.9, "ltt", 4)
+    text = statement(Verdict(1.5, 480, 12, 14, ()), goal, TOP1, reference="full FP32 model")
+    assert text.startswith("With confidence 90 %, at most 5 % of images")
+    assert "names another class than the full FP32 model" in text
+    assert "whichever of the 4 cascades that were tested is chosen (each at 97.5 %)" in text
+    record = certificate(Verdict(1.5, 480, 12, 14, ()), goal, TOP1, "margin")
+    assert (record["choices"], record["confidence"]) == (4, 0.9)
+
+
+triples = st.lists(
+    st.tuples(st.integers(0, 30).map(lambda i: i / 8), st.booleans(), st.booleans()),
+    min_size=1,
+    max_size=120,
+)
+
+
+@given(triples, st.integers(5, 49), st.sampled_from([0.5, 0.8, 0.9]))
+def test_with_a_full_rung_that_loses_too_the_walk_ends_at_the_first_failure(rows, percent, sure):
+    scores, loss = arrays([(score, lost) for score, lost, _ in rows])
+    high_loss = np.array([lost for _, _, lost in rows])
+    candidates, goal = candidate_thresholds(scores), Goal(percent / 100, sure, "ltt")
+    expected, tried = None, []
+    for candidate in candidates:
+        escalated = escalation_mask(scores, candidate, Overrides())
+        errors = int(np.where(escalated, high_loss, loss).sum())
+        tried.append(Step(candidate, errors))
+        if errors > allowed_errors(len(rows), goal):
+            break
+        expected = candidate
+    verdict = certify(scores, loss, candidates, goal, high_loss)
+    assert (verdict.threshold, verdict.path) == (expected, tuple(tried))
+
+
+def test_a_later_threshold_with_fewer_errors_is_not_reached_past_a_failure():
+    # Keeping the first ten low saves the full rung's losses, but half of them are lost first.
+    scores = np.arange(100, dtype=np.float32)
+    loss, high_loss = (scores >= 5) & (scores < 10), scores >= 95
+    candidates = np.array([2.5, 7.5, 99.5])
+    verdict = certify(scores, loss, candidates, Goal(0.1, 0.9, "ltt"), high_loss)
+    assert [step.errors for step in verdict.path] == [5, 8]
+    assert (verdict.threshold, verdict.errors, verdict.allowed) == (2.5, 5, 5)
+    alone = certify(scores, loss, candidates[2:], Goal(0.1, 0.9, "ltt"), high_loss)
+    assert (alone.threshold, alone.errors) == (99.5, 5)
+
+
+def test_conformal_risk_control_is_refused_where_escalated_images_can_be_lost():
+    scores, none = np.zeros(50, np.float32), np.zeros(50, np.bool_)
+    with pytest.raises(CertifyError, match="only grows with the threshold.*use ltt") as error:
+        certify(scores, none, np.array([1.0]), CRC, none)
+    assert "\n" not in str(error.value)
+    assert certify(scores, none, np.array([1.0]), CRC).threshold == 1.0

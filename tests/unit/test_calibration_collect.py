@@ -18,6 +18,7 @@ from calibration.sessions import run_session
 from calibration.source import ImagesError
 from imaging import Preprocessing, decode
 from routing import RungOutputs, RungSet, RungSetError
+from tests.unit.calibration_outputs import with_reference
 from tests.unit.image_files import MemorySource, write_images
 from tests.unit.onnx_files import write_rung_set
 
@@ -398,3 +399,35 @@ def test_an_image_on_which_a_rung_overflows_is_listed_and_left_out(rung_set, out
     bad = [source.names[0], source.names[BATCH]]
     assert lines == [f"{name}: a rung answers with NaN or Inf" for name in bad]
     assert Outputs.load(out).names == tuple(name for name in source.names if name not in bad)
+
+
+def test_a_reference_is_run_as_a_third_session(rung_set, out):
+    rungs, source = with_reference(rung_set), MemorySource(BATCH + 4)
+    assert collect(rungs, source, out) == []
+    outputs = Outputs.load(out)
+    preprocessing = Preprocessing.from_dict(rungs.preprocessing)
+    image = np.stack([preprocessing(decode(source[index].data)) for index in range(len(source))])
+    session = ort.InferenceSession(str(rungs.reference_file))
+    embedding, _, logits = session.run(None, {"image": image})
+    np.testing.assert_allclose(outputs.reference.embedding, embedding, rtol=1e-5)
+    np.testing.assert_allclose(outputs.reference.logits, logits, rtol=1e-5, atol=1e-5)
+    assert outputs.reference.cls_layers is None
+    assert np.abs(outputs.reference.embedding - outputs.high.embedding).max() > 0.1
+    assert outputs.rung_hashes == rungs.fingerprints()
+    assert set(outputs.rung_hashes) == {"vit_low", "vit_high", "reference"}
+
+
+def test_parts_without_the_reference_are_made_anew(rung_set, out, tmp_path):
+    with pytest.raises(StoppedError):
+        collect(rung_set, MemorySource(COUNT), out, stop_after(COUNT))
+    source, rungs = MemorySource(COUNT), with_reference(rung_set)
+    collect(rungs, source, out)
+    assert sorted(source.read) == list(range(COUNT))
+    assert len(Outputs.load(out).reference) == COUNT
+
+
+def test_a_reference_that_is_not_the_exported_file_is_refused(rung_set, out):
+    rungs = with_reference(rung_set)
+    rungs.reference_file.write_bytes(rungs.files["vit_low"].read_bytes())
+    with pytest.raises(RungSetError, match=r"reference\.onnx differs from its SHA-256"):
+        collect(rungs, MemorySource(3), out)

@@ -327,3 +327,55 @@ def test_the_dictionary_is_json_and_holds_the_readings():
     assert content["readings"] == evaluation.lines()
     assert content["contradicted"] is False
     assert content["certificate"]["epsilon"] == 0.05
+
+
+def against_a_reference(outputs, high_lost):
+    """The full rung's answers become the reference's; a new full rung loses some of them."""
+    truth = outputs.high
+    logits = np.where(np.asarray(high_lost)[:, None], truth.logits[:, ::-1], truth.logits)
+    return replace(outputs, high=replace(truth, logits=logits), reference=truth)
+
+
+ABOUT_THE_MODEL = {**certificate_of(LTT), "reference": "full FP32 model"}
+
+
+def test_answers_of_a_full_rung_that_is_wrong_itself_are_errors():
+    # Six kept, of them one lost; four escalated, of them one lost by the full rung.
+    scores = [0.1, 0.2, 0.3, 0.4, 0.45, 0.49, 0.6, 0.7, 0.8, 0.9]
+    plain = outputs_of(scores, np.isin(np.arange(10), [5, 8]))
+    outputs = against_a_reference(plain, np.isin(np.arange(10), [0, 9]))
+    evaluation = evaluate(calibration_of(certificate=ABOUT_THE_MODEL), outputs)
+    assert (evaluation.errors, evaluation.risk) == (2, 0.2)
+    assert evaluation.figures["agreement_with_high"] == 0.8
+    assert evaluate(calibration_of(), plain).errors == 1
+    _, risk, *_, agreement = evaluation.lines()
+    assert risk.startswith("Risk: 2 of 10 independent images got an answer that names another")
+    assert "than the full FP32 model, 20.0 %" in risk
+    assert agreement.startswith("Agreement with the full FP32 model: 80.0 %;")
+
+
+def test_escalated_losses_can_contradict_a_certificate():
+    plain = outputs_of(np.full(200, 0.9), np.zeros(200, bool))
+    outputs = against_a_reference(plain, np.arange(200) < 30)
+    assert evaluate(calibration_of(certificate=ABOUT_THE_MODEL), outputs).contradicted
+    assert not evaluate(calibration_of(), plain).contradicted
+
+
+def test_nothing_says_that_none_is_lost_where_the_full_rung_loses():
+    outputs = against_a_reference(stream(100, seed=0), np.arange(100) < 10)
+    refused = {**ABOUT_THE_MODEL, "certified": False}
+    evaluation = evaluate(calibration_of(threshold=None, certificate=refused), outputs)
+    assert evaluation.risk == 0.1
+    assert evaluation.lines()[0].endswith("every image goes to the full rung.")
+
+
+@pytest.mark.parametrize("has_reference", [True, False])
+def test_outputs_that_are_held_against_something_else_are_refused(has_reference):
+    outputs = stream(50, seed=0)
+    record = ABOUT_THE_MODEL
+    if has_reference:
+        outputs = against_a_reference(outputs, np.zeros(50, bool))
+        record = {**certificate_of(LTT), "reference": "full rung"}
+    with pytest.raises(EvaluateError, match="the certificate is about the full") as error:
+        evaluate(calibration_of(certificate=record), outputs)
+    assert "\n" not in str(error.value)

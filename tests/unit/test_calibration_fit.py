@@ -6,6 +6,7 @@ import pytest
 
 from calibration import metrics
 from calibration.certify import (
+    CertifyError,
     Goal,
     allowed_errors,
     binomial_p_value,
@@ -13,13 +14,21 @@ from calibration.certify import (
     one_per_group,
 )
 from calibration.fidelity import Fidelity, FidelityError, disagrees, oracle_cosine, oracle_l2
-from calibration.fit import EscalationRate, FitError, Options, Threshold, fit
+from calibration.fit import (
+    EscalationRate,
+    FitError,
+    Options,
+    Threshold,
+    cross_validated_costs,
+    fit,
+    without_learned,
+)
 from calibration.held_out import HeldOut
-from calibration.outputs import OutputsError
+from calibration.outputs import OutputsError, hash_prefixes
 from calibration.record import FitRecord
 from calibration.splits import SplitError
 from routing import SIGNALS, Calibration, RungSet
-from tests.unit.calibration_outputs import make_outputs
+from tests.unit.calibration_outputs import make_outputs, with_losing_high, with_reference
 from tests.unit.onnx_files import D, write_rung_set
 
 TOP1 = Options(Fidelity("top1"))
@@ -322,3 +331,106 @@ def test_labels_of_only_some_images_of_a_group_still_give_an_interval(rung_set):
     metrics_ = fit(replace(outputs, labels=labels), rung_set, GOAL, TOP1).calibration.metrics
     assert metrics_["accuracy_high"] == 1.0
     assert metrics_["intervals"]["accuracy_high"] == pytest.approx([0.025 ** (1 / 12), 1.0])
+
+
+def test_losses_are_about_the_reference_and_not_about_the_full_rung(rung_set):
+    plain = make_outputs(rung_set)
+    outputs = with_losing_high(plain, 0.2)
+    for fidelity in (Fidelity("top1"), Fidelity("cosine", 0.05)):
+        np.testing.assert_array_equal(fidelity.loss(outputs), fidelity.loss(plain))
+        assert fidelity.high_loss(plain) is None
+        lost = fidelity.high_loss(outputs)
+        truth = outputs.reference
+        expected = {
+            "top1": outputs.high.logits.argmax(1) != truth.logits.argmax(1),
+            "cosine": oracle_cosine(replace(outputs, low=outputs.high)) < 0.95,
+        }
+        np.testing.assert_array_equal(lost, expected[fidelity.kind])
+        assert 0.1 < lost.mean() < 0.3
+    np.testing.assert_array_equal(oracle_l2(outputs), oracle_l2(plain))
+
+
+def test_escalated_losses_count_in_the_certificate_and_in_every_figure(rung_set):
+    rungs = with_reference(rung_set)
+    outputs = with_losing_high(make_outputs(rungs, n=2000), 0.04)
+    fitted = fit(outputs, rungs, GOAL, TOP1)
+    calibration, certificate = fitted.calibration, fitted.calibration.certificate
+    assert certificate["certified"] and certificate["reference"] == "full FP32 model"
+    assert "names another class than the full FP32 model" in certificate["statement"]
+    lost = np.where(fitted.scores > calibration.threshold, fitted.high_loss, fitted.loss)
+    certify, test = fitted.splits["certify"], fitted.splits["test"]
+    tested = one_per_group(np.array(outputs.groups), certify, TOP1.seed)
+    assert certificate["errors"] == lost[tested].sum()
+    kept_alone = (fitted.scores <= calibration.threshold) & fitted.loss
+    assert lost[tested].sum() > kept_alone[tested].sum()
+    assert calibration.metrics["risk"] == pytest.approx(lost[test].mean())
+    assert calibration.metrics["agreement_with_high"] == pytest.approx(1 - lost[test].mean())
+    needed = metrics.needed_escalation(
+        fitted.values["margin"][test], fitted.loss[test], GOAL.max_risk, fitted.high_loss[test]
+    )
+    assert calibration.metrics["signals"]["margin"]["needed_escalation"] == pytest.approx(needed)
+
+
+def test_a_full_rung_that_loses_too_much_is_never_certified(rung_set):
+    rungs = with_reference(rung_set)
+    outputs = with_losing_high(make_outputs(rungs, n=1000, unsure_below=3.0), 0.3)
+    calibration = fit(outputs, rungs, GOAL, TOP1).calibration
+    assert calibration.threshold is None and not calibration.certificate["certified"]
+    # Always-high is no way out: the full rung itself is wrong on three images in ten.
+    assert calibration.metrics["risk"] > 0.2
+    assert calibration.metrics["signals"]["random"]["needed_escalation"] is None
+    assert calibration.metrics["signals"]["oracle"]["needed_escalation"] is None
+
+
+def test_conformal_risk_control_is_refused_for_a_full_rung_that_is_not_the_reference(rung_set):
+    rungs = with_reference(rung_set)
+    outputs = with_losing_high(make_outputs(rungs, n=600), 0.05)
+    with pytest.raises(CertifyError, match="not the reference, so use ltt"):
+        fit(outputs, rungs, replace(GOAL, method="crc"), TOP1)
+
+
+def test_outputs_without_the_reference_that_the_rungs_have_are_of_other_files(rung_set):
+    rungs = with_reference(rung_set)
+    with pytest.raises(FitError, match="other ONNX files"):
+        fit(make_outputs(rung_set), rungs, GOAL, TOP1)
+    with pytest.raises(FitError, match="other ONNX files"):
+        fit(with_losing_high(make_outputs(rungs), 0.1), rung_set, GOAL, TOP1)
+
+
+def test_the_record_keeps_the_losses_of_the_full_rung(rung_set, tmp_path):
+    rungs = with_reference(rung_set)
+    outputs = with_losing_high(make_outputs(rungs), 0.1)
+    fitted = fit(outputs, rungs, GOAL, TOP1)
+    fitted.save(tmp_path / "c.json")
+    record = FitRecord.load(tmp_path / "c.fit.npz", outputs, tmp_path / "c.json")
+    np.testing.assert_array_equal(record.high_loss, Fidelity("top1").high_loss(outputs))
+
+
+def test_images_that_a_graph_has_learned_from_are_left_out_or_refused(rung_set):
+    outputs = make_outputs(rung_set)
+    learned = replace(rung_set, fitted_on=hash_prefixes([outputs.hashes[i] for i in (7, 3, 399)]))
+    kept = without_learned(outputs, learned)
+    assert kept.hashes == tuple(h for i, h in enumerate(outputs.hashes) if i not in (3, 7, 399))
+    np.testing.assert_array_equal(
+        kept.low.embedding, np.delete(outputs.low.embedding, [3, 7, 399], 0)
+    )
+    assert without_learned(outputs, rung_set).hashes == outputs.hashes
+    with pytest.raises(FitError, match="used to fit a graph; leave them out") as error:
+        fit(outputs, learned, GOAL, TOP1)
+    assert "\n" not in str(error.value)
+    assert fit(kept, learned, GOAL, TOP1).calibration.data["images"] == 397
+
+
+def test_the_costs_of_signals_count_escalated_losses():
+    loss, high_loss = (np.array(row, bool) for row in ([0, 0, 1, 1] * 25, [0, 0, 0, 1] * 25))
+    rising = np.tile([1.0, 2, 3, 4], 25)
+    ranking = {"rising": rising}
+    goal = Goal(0.3, 0.9, "ltt")
+    allowed = allowed_errors(100, goal) / 100
+    assert 0 < allowed < 0.25
+    free = cross_validated_costs(ranking, loss, None, goal, 100)["rising"]
+    assert free == pytest.approx(0.5)
+    assert cross_validated_costs(ranking, loss, high_loss, goal, 100)["rising"] == np.inf
+    rate = EscalationRate(0.5)
+    assert cross_validated_costs(ranking, loss, None, rate, 0)["rising"] == 0
+    assert cross_validated_costs(ranking, loss, high_loss, rate, 0)["rising"] == 0.25

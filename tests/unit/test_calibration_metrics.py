@@ -98,3 +98,45 @@ def test_needed_escalation_is_the_least_that_meets_the_risk(pairs, max_risk):
     rates = {float((values > t).mean()): float(((values <= t) & loss).mean()) for t in possible}
     assert rates[needed] <= max_risk + 1e-12
     assert all(risk > max_risk for rate, risk in rates.items() if rate < needed)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 20), st.booleans(), st.booleans()), min_size=1, max_size=50),
+    st.floats(0, 0.5),
+)
+def test_where_escalated_images_are_lost_too_every_higher_rate_must_meet_the_risk(rows, max_risk):
+    values, loss, high_loss = (np.array(column) for column in zip(*rows, strict=True))
+    needed = needed_escalation(values, loss, max_risk, high_loss)
+    possible = [-1, *sorted(set(values))]
+    risks = {
+        float((values > t).mean()): float(np.where(values > t, high_loss, loss).mean())
+        for t in possible
+    }
+    above = [rate for rate, risk in risks.items() if risk > max_risk + 1e-12]
+    if risks[1.0] > max_risk + 1e-12:
+        assert needed == np.inf
+    else:
+        assert needed in risks
+        assert not above or needed > max(above)
+        assert all(rate >= needed for rate in risks if not above or rate > max(above))
+
+
+def test_the_risk_curve_of_a_full_rung_that_loses_too_by_hand():
+    values = np.array([4.0, 3.0, 2.0, 1.0])
+    loss, high_loss = (np.array(row, bool) for row in ([1, 0, 1, 0], [0, 1, 0, 0]))
+    rates, risks = risk_curve(values, loss, high_loss)
+    np.testing.assert_allclose(rates, [0, 0.25, 0.5, 0.75, 1])
+    np.testing.assert_allclose(risks, [0.5, 0.25, 0.5, 0.25, 0.25])
+    # At a rate of 0.25 the risk is met, but not from there on upwards.
+    assert needed_escalation(values, loss, 0.25, high_loss) == 0.75
+    assert needed_escalation(values, loss, 0.2, high_loss) == np.inf
+    assert needed_escalation(values, loss, 0.5, high_loss) == 0
+
+
+def test_a_full_rung_that_loses_nothing_is_as_good_as_the_reference():
+    rng = np.random.default_rng(0)
+    values, loss = rng.normal(size=90), rng.uniform(size=90) < 0.3
+    for got, expected in zip(
+        risk_curve(values, loss, np.zeros(90, bool)), risk_curve(values, loss), strict=True
+    ):
+        np.testing.assert_array_equal(got, expected)

@@ -13,13 +13,15 @@ from routing import RungOutputs
 N, D, LAYERS, CLASSES = 7, 5, 3, 4
 
 
-def make_outputs(head=True):
+def make_outputs(head=True, reference=False):
     rng = np.random.default_rng(0)
 
     def values(*shape):
         return rng.normal(size=(N, *shape)).astype(np.float32)
 
+    third = RungOutputs(values(D), None, values(CLASSES) if head else None)
     return Outputs(
+        reference=third if reference else None,
         low=RungOutputs(values(D), values(LAYERS + 1, D), values(CLASSES) if head else None),
         high=RungOutputs(values(D), None, values(CLASSES) if head else None),
         labels=np.arange(N) - 1,
@@ -34,7 +36,8 @@ def make_outputs(head=True):
 
 
 def assert_same(first, second):
-    for rung in ("low", "high"):
+    assert (first.reference is None) == (second.reference is None)
+    for rung in ("low", "high", "truth"):
         for field in ("embedding", "cls_layers", "logits"):
             one, other = (getattr(getattr(outputs, rung), field) for outputs in (first, second))
             assert (one is None) == (other is None)
@@ -55,9 +58,10 @@ def assert_same(first, second):
     assert first.fingerprint() == second.fingerprint()
 
 
+@pytest.mark.parametrize("reference", [True, False])
 @pytest.mark.parametrize("head", [True, False])
-def test_outputs_round_trip(tmp_path, head):
-    outputs = make_outputs(head)
+def test_outputs_round_trip(tmp_path, head, reference):
+    outputs = make_outputs(head, reference)
     outputs.save(tmp_path / "made" / "out.npz")
     assert_same(Outputs.load(tmp_path / "made/out.npz"), outputs)
     assert [file.name for file in (tmp_path / "made").iterdir()] == ["out.npz"]
@@ -213,3 +217,19 @@ def test_no_pickle_is_ever_loaded(tmp_path):
     np.savez(tmp_path / "out.npz", names=np.array([{}], dtype=object))
     with pytest.raises(NpzError, match="allow_pickle"):
         load_npz(tmp_path / "out.npz")
+
+
+def test_the_truth_is_the_reference_and_without_one_the_full_rung():
+    plain, with_one = make_outputs(), make_outputs(reference=True)
+    assert plain.truth is plain.high and plain.truth_words == "full rung"
+    assert with_one.truth is with_one.reference and with_one.truth_words == "full FP32 model"
+    some = with_one.rows(np.array([4, 1]))
+    np.testing.assert_array_equal(some.truth.logits, with_one.reference.logits[[4, 1]])
+    assert some.names == (with_one.names[4], with_one.names[1])
+
+
+def test_reference_arrays_that_do_not_belong_are_named(tmp_path):
+    make_outputs(reference=True).save(tmp_path / "whole.npz")
+    path = change(tmp_path / "whole.npz", tmp_path, embedding_reference=np.zeros((N - 1, D)))
+    with pytest.raises(OutputsError, match="embedding_reference has N = 6"):
+        Outputs.load(path)

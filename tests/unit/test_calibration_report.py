@@ -1,4 +1,5 @@
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -72,8 +73,8 @@ def make_metrics(names, auroc=0.8, interval=(0.7, 0.9), epsilon=0.05, **more):
 def write(tmp_path, **changes):
     """Write a report of a fit in which image i has score i; return its page.
 
-    Changes: n, test (rows), threshold, loss (rows), certificate, head, source, class_names,
-    metrics, chosen_by, values.
+    Changes: n, test (rows), threshold, loss (rows), high_loss (rows: there is a reference),
+    certificate, head, source, class_names, metrics, chosen_by, values.
     """
     n = changes.get("n", 240)
     test = np.array(changes.get("test", range(n // 2, n)))
@@ -83,6 +84,10 @@ def write(tmp_path, **changes):
     head = changes.get("head", True)
     certificate = changes.get("certificate", LTT)
     outputs = make_outputs(scores + 1, loss, head)
+    high_loss = None
+    if "high_loss" in changes:
+        high_loss = np.isin(np.arange(n), changes["high_loss"])
+        outputs = replace(outputs, reference=outputs.high)
     names = ("cls_path", "cls_regression", "entropy", "margin") if head else ("cls_path",)
     splits = {"fit": rest, "test": test}
     chosen_by = {"fidelity": "top1", "tolerance": None, "escalation_rate": 0.1, "signal": "auto"}
@@ -114,6 +119,7 @@ def write(tmp_path, **changes):
         loss=loss,
         fingerprint=outputs.fingerprint(),
         artifact_sha256=hashlib.sha256(b"artifact").hexdigest(),
+        high_loss=high_loss,
     )
     path = tmp_path / "new" / "report.html"
     source = changes.get("source", FakeSource(n))
@@ -435,3 +441,32 @@ def test_names_cannot_break_the_page(tmp_path):
     page = write(tmp_path, class_names=("<script>alert(1)</script>", "b", "c", "d", "e"))
     assert "<script>alert(1)</script>" in page.text  # as text
     assert "<script" not in (tmp_path / "new" / "report.html").read_text()
+
+
+def test_the_risk_of_a_full_rung_that_loses_too_is_read_as_such():
+    high_loss = np.array([0, 0, 0, 1], np.bool_)
+    decisions = replace(decide([0, 1, 2, 3], [0, 1, 1, 1], 1.5), high_loss=high_loss)
+    assert decisions.lost.tolist() == [False, True, False, True]
+    assert (decisions.risk, decisions.random_risk()) == (0.5, 0.5 * 0.75 + 0.5 * 0.25)
+    assert decisions.best_risk() == 0.25  # escalate the second and the third
+    text = squeeze(readings.risk(decisions, [0.1, 0.9], 0.2))
+    assert text.startswith("2 of 4 test images got an answer with a loss (50.0 %)")
+    assert "perfect knowledge of the loss 25.0 %" in squeeze(readings.curve(decisions))
+
+
+def test_escalating_every_image_to_a_full_rung_that_loses_is_not_called_riskless():
+    high_loss = np.array([0, 0, 0, 1], np.bool_)
+    decisions = replace(decide([0, 1, 2, 3], [0, 1, 0, 0], None), high_loss=high_loss)
+    assert "by construction" not in readings.risk(decisions, [0.1, 0.9], 0.5)
+    assert "so the risk is 25.0 % whatever the signal" in squeeze(readings.curve(decisions))
+    plain = decide([0, 1, 2, 3], [0, 1, 0, 0], None)
+    assert "the risk is 0 by construction" in readings.risk(plain, [0, 0], 0.5)
+
+
+def test_the_page_names_the_reference_it_is_about(tmp_path, page):
+    words = "names another class than the full FP32 model"
+    assert words not in page.text and "kept low and have a loss" in page.text
+    changed = write(tmp_path, high_loss=[150, 239])
+    assert words in changed.text and "the full FP32 model is the reference" in changed.text
+    assert "whose answer, low or escalated, has a loss" in changed.text
+    assert "1 of 120 test images got an answer with a loss" in changed.text

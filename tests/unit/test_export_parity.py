@@ -15,6 +15,7 @@ from export.errors import ExportError
 from export.onnx_graph import export_onnx, strip_provenance
 from export.parity import BATCHES, ParityError, check_parity
 from export.pretrained import pretrained
+from export.recipes.recipe import Recipe
 from tests.unit.export_tiny import LAYERS, PX, WIDTH, save_tiny
 
 LOW_PX = 8
@@ -29,7 +30,8 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
 @pytest.fixture(scope="module")
 def graph(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> onnx.ModelProto:
     file = tmp_path_factory.mktemp("graph") / "vit_low.onnx"
-    return export_onnx(backbone.rung(LOW_PX), PX, list(backbone.output_shapes()), file, 18)
+    rung = backbone.rung(Recipe(LOW_PX))
+    return export_onnx(rung, PX, list(backbone.output_shapes()), file, 18)
 
 
 @pytest.fixture
@@ -118,6 +120,66 @@ def test_nan_is_a_failure(check, graph):
 def test_zero_tolerance_fails(check, graph):
     with pytest.raises(ParityError, match="rtol 0, atol 0"):
         check(graph, rtol=0.0, atol=0.0)
+
+
+def answering_otherwise(backbone: Backbone, *rows: int, change: float = 0.5) -> Callable:
+    """A reference whose answer to some of the images is another one."""
+
+    def reference(image: torch.Tensor) -> dict[str, torch.Tensor]:
+        outputs = {name: t.clone() for name, t in backbone.reference(image, LOW_PX).items()}
+        for row in (row for row in rows if row < len(image)):
+            for value in outputs.values():
+                value[row] += change * value[row].norm() / value[row].numel() ** 0.5
+        return outputs
+
+    return reference
+
+
+def check_ties(graph: onnx.ModelProto, file: Path, reference: Callable, **options: float) -> list:
+    file.write_bytes(graph.SerializeToString())
+    shapes = {"embedding": (WIDTH,), "cls_layers": (LAYERS + 1, WIDTH), "logits": (3,)}
+    return check_parity("vit_low", file, PX, shapes, reference, **options)
+
+
+@pytest.mark.parametrize("rows", [(0,), (2, 7)])
+def test_a_few_images_may_differ_where_that_is_allowed(graph, backbone, rows, tmp_path):
+    reference = answering_otherwise(backbone, *rows, change=0.2)
+    checks = check_ties(graph, tmp_path / "a.onnx", reference, may_differ=0.25)
+    left_out = {check.batch: check.near_ties for check in checks}
+    assert left_out == {batch: sum(row < batch for row in rows) for batch in BATCHES}
+    assert all(check.max_abs_diff < 1e-4 for check in checks)  # of the others
+    with pytest.raises(ParityError, match="differs by up to"):
+        check_ties(graph, tmp_path / "a.onnx", reference)
+
+
+def test_more_images_than_allowed_are_no_ties(graph, backbone, tmp_path):
+    reference = answering_otherwise(backbone, 1, 2, 5, change=0.2)
+    with pytest.raises(ParityError) as caught:
+        check_ties(graph, tmp_path / "a.onnx", reference, may_differ=0.25)
+    assert failing_tensors(caught.value) == ["embedding", "cls_layers", "logits"]
+
+
+def test_an_image_whose_embedding_turns_away_is_no_tie(graph, backbone, tmp_path):
+    with pytest.raises(ParityError, match="embedding: differs by up to"):
+        reference = answering_otherwise(backbone, 4, change=3.0)
+        check_ties(graph, tmp_path / "a.onnx", reference, may_differ=0.25)
+
+
+def test_nan_is_no_tie(graph, backbone, tmp_path):
+    model = broken(graph)
+    change_initializer(model, "model.classifier.bias", lambda a: a * np.float32(np.nan))
+    with pytest.raises(ParityError, match="logits: NaN or Inf"):
+        reference = functools.partial(backbone.reference, px=LOW_PX)
+        check_ties(model, tmp_path / "a.onnx", reference, may_differ=1.0)
+
+
+def test_an_allowance_is_no_licence_for_a_graph_that_fails(graph, backbone, tmp_path):
+    model = broken(graph)
+    model.graph.initializer.append(numpy_helper.from_array(np.array([2, WIDTH]), "traced_shape"))
+    append_to_output(model, "embedding", "Reshape", "traced_shape")
+    with pytest.raises(ParityError, match="ONNX Runtime fails at batch 1"):
+        reference = functools.partial(backbone.reference, px=LOW_PX)
+        check_ties(model, tmp_path / "a.onnx", reference, may_differ=1.0)
 
 
 def test_a_renamed_output(check, graph):

@@ -15,11 +15,12 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from export.backbones import downsample
 from export.errors import UsageError
 from export.onnx_graph import export_onnx
 from export.pretrained import pretrained
 from export.processor import Processor
+from export.recipes.recipe import Recipe
+from export.recipes.resize import downsample
 from tests.unit.export_tiny import LAYERS, PX, WIDTH, save_tiny, saved_library_model
 
 LOW_PX = 8
@@ -53,11 +54,12 @@ def test_rungs_answer_as_the_library_does(class_name, tmp_path):
 
     names = list(backbone.output_shapes())
     with torch.no_grad():
-        high = dict(zip(names, backbone.rung(PX)(image), strict=True))
+        high = dict(zip(names, backbone.rung(Recipe(PX))(image), strict=True))
         high_truth = library(image, output_hidden_states=True, **options)
         low_truth = library(downsample(image, LOW_PX), output_hidden_states=True, **options)
     # The low rung as ONNX: it has everything that the high one has, and Resize and a fitted table.
-    export_onnx(backbone.rung(LOW_PX), PX, names, tmp_path / "vit_low.onnx", 18)
+    low_rung = backbone.rung(Recipe(LOW_PX))
+    export_onnx(low_rung, PX, names, tmp_path / "vit_low.onnx", 18)
     low = run_onnx(tmp_path / "vit_low.onnx", image)
 
     for answer, truth in ((high, high_truth), (low, low_truth)):

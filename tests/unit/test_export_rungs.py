@@ -9,13 +9,14 @@ import pytest
 from rich.console import Console
 
 from export.progress import Steps
+from export.recipes.recipe import Recipe
 from export.rungs import RungsRequest, export_rungs
 from imaging import Preprocessing
 from routing import RungSet
 from routing.manifest import sha256_file
 from tests.unit.export_tiny import LAYERS, PX, QUIET, WIDTH, run_export, save_tiny
 
-MORE_PX = ("--low-px", "4", "--static-px", "12,8")
+MORE = ("--low", "px=4", "--beside", "px=12", "--beside", "px=8")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def exported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 def with_alternatives(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """(output directory, what the command printed)."""
     out = tmp_path_factory.mktemp("alternatives") / "onnx"
-    result = run_export("rungs", "--model", model, "--out", out, *MORE_PX)
+    result = run_export("rungs", "--model", model, "--out", out, *MORE)
     assert result.exit_code == 0, result.stderr
     return out, result.stdout
 
@@ -59,6 +60,7 @@ def test_files_and_record(exported):
         "onnx/rungs.json",
         "onnx/vit_high.onnx",
         "onnx/vit_low.onnx",
+        "onnx/weights.bin",
     ]
     record = json.loads((out / "rungs.json").read_text())
     assert json.loads(printed) == record
@@ -70,16 +72,23 @@ def test_files_and_record(exported):
     assert record["head"] == {"kind": "own"}
     assert Preprocessing.from_dict(record["preprocessing"]).height == PX
     assert RungSet.load(out).image_shape == (3, PX, PX)
-    assert record["opset"] == 18
+    assert record["opset"] == 20
     assert record["ir_version"] <= 10
     for name, px in (("vit_low", PX // 2), ("vit_high", PX)):
-        assert record["rungs"][name] == {
+        entry = record["rungs"][name]
+        fidelity = entry.pop("fidelity")
+        assert entry == {
             "px": px,
             "recipe": f"px={px}",
             "file": f"{name}.onnx",
             "sha256": files[f"onnx/{name}.onnx"],
+            "weights_sha256": files["onnx/weights.bin"],
+            "layers": LAYERS,
         }
-    assert record["alternatives"] == {}
+        assert fidelity["images"] == "16 synthetic"
+        assert fidelity["cosine_min"] <= fidelity["cosine_mean"] <= 1 + 1e-9
+        assert (fidelity["cosine_min"] > 1 - 1e-9) == (name == "vit_high")
+    assert (record["alternatives"], record["reference"], record["fitted_on"]) == ({}, None, "")
     parity = record["parity"]
     assert parity["batches"] == [1, 3, 8]
     assert len(parity["checks"]) == 2 * 3 * 3  # rungs, batches, outputs
@@ -89,7 +98,7 @@ def test_files_and_record(exported):
 @pytest.mark.parametrize("name", ["vit_low", "static_8", "static_12", "vit_high"])
 def test_every_graph_takes_the_full_image_at_any_batch(with_alternatives, name):
     out, _ = with_alternatives
-    graph = onnx.load(out / f"{name}.onnx").graph
+    graph = onnx.load(out / f"{name}.onnx", load_external_data=False).graph
     shapes = {
         value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
         for value in (*graph.input, *graph.output)
@@ -108,24 +117,21 @@ def test_alternatives_are_recorded_and_checked_like_the_rungs(with_alternatives)
     out, printed = with_alternatives
     record = json.loads((out / "rungs.json").read_text())
     assert list(record["rungs"]) == ["vit_low", "vit_high"]
-    assert record["alternatives"] == {
-        f"static_{px}": {
-            "px": px,
-            "recipe": f"px={px}",
-            "file": f"static_{px}.onnx",
-            "sha256": sha256_file(out / f"static_{px}.onnx"),
-        }
-        for px in (8, 12)
-    }
+    assert list(record["alternatives"]) == ["static_12", "static_8"]  # as they were asked for
+    for px in (8, 12):
+        entry = record["alternatives"][f"static_{px}"]
+        assert (entry["px"], entry["recipe"]) == (px, f"px={px}")
+        assert entry["sha256"] == sha256_file(out / f"static_{px}.onnx")
+        assert 0 < entry["fidelity"]["cosine_mean"] < 1
     names = ["vit_low", "vit_high", "static_8", "static_12"]
     checked = [(check["rung"], check["batch"]) for check in record["parity"]["checks"]]
     assert set(checked) == {(name, batch) for name in names for batch in (1, 3, 8)}
     assert len(checked) == 4 * 3 * 3  # graphs, batches, outputs
-    for name in names:
-        assert f"{name}.onnx" in printed
+    for name in (*names, "weights"):
+        assert name in printed
     rung_set = RungSet.load(out)
     assert [rung.px for rung in rung_set.rungs.values()] == [4, PX]
-    assert [rung.px for rung in rung_set.alternatives.values()] == [8, 12]
+    assert [rung.px for rung in rung_set.alternatives.values()] == [12, 8]
     assert rung_set.alternative_files["static_8"] == out / "static_8.onnx"
 
 
@@ -145,7 +151,7 @@ def test_a_parity_failure_keeps_an_earlier_export_and_is_exit_code_1(model, tmp_
     (out / "rungs.json").write_text("{}")
     (out / "vit_low.onnx").write_bytes(b"earlier")
     files = listing(tmp_path)
-    strict = ("--rtol=0", "--atol=0", "--static-px=12")
+    strict = ("--rtol=0", "--atol=0", "--beside=px=12")
     result = run_export("rungs", "--model", model, "--out", out, *strict)
     assert result.exit_code == 1
     assert result.stdout == ""
@@ -162,7 +168,8 @@ def test_a_parity_failure_keeps_an_earlier_export_and_is_exit_code_1(model, tmp_
 def test_a_bar_counts_the_steps_to_the_last(model, tmp_path):
     terminal = io.StringIO()
     steps = Steps(Console(file=terminal, force_terminal=True, width=120))
-    export_rungs(RungsRequest(str(model), tmp_path / "onnx", static_px=(12,)), steps)
+    request = RungsRequest(str(model), tmp_path / "onnx", beside=(Recipe(12),))
+    export_rungs(request, steps)
     shown = terminal.getvalue()
     assert "0/7" in shown and "7/7" in shown and "8/7" not in shown
     assert shown.count("✓") == 7
@@ -172,13 +179,13 @@ def test_labels_and_alternatives_that_only_an_earlier_export_wrote_go(tmp_path):
     folder = save_tiny(tmp_path / "headless", "ViTModel")
     out = tmp_path / "onnx"
     out.mkdir()
-    for name in ("labels.txt", "static_8.onnx", "static_mine.onnx"):
+    for name in ("labels.txt", "static_8.onnx", "static_12_tome2.onnx", "mine.onnx"):
         (out / name).write_text("earlier")
     record = export_rungs(RungsRequest(str(folder), out, opset=21), QUIET)
-    ours = ["rungs.json", "vit_high.onnx", "vit_low.onnx"]
-    assert sorted(listing(out)) == sorted([*ours, "static_mine.onnx"])
+    ours = ["rungs.json", "vit_high.onnx", "vit_low.onnx", "weights.bin"]
+    assert sorted(listing(out)) == sorted([*ours, "mine.onnx"])
     assert (record["classes"], record["labels"], record["head"]) == (None, None, None)
-    graph = onnx.load(out / "vit_low.onnx")
+    graph = onnx.load(out / "vit_low.onnx", load_external_data=False)
     assert [output.name for output in graph.graph.output] == ["embedding", "cls_layers"]
     assert [entry.version for entry in graph.opset_import] == [21]
     assert graph.ir_version <= 10
@@ -187,30 +194,27 @@ def test_labels_and_alternatives_that_only_an_earlier_export_wrote_go(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            ["--low-px", "10"],
-            "--low-px 10 is no positive multiple of the patch size 4; use 8 or 12",
-        ),
-        (["--low-px", "0"], "--low-px 0 is no positive multiple of the patch size 4; use 4"),
-        (["--high-px", "-8"], "--high-px -8 is no positive multiple of the patch size 4; use 4"),
-        (["--low-px", "16"], "--low-px 16 must be below --high-px 16"),
-        (["--low-px", "16", "--high-px", "8"], "--low-px 16 must be below --high-px 8"),
-        (["--high-px", "99999"], "--high-px 99999 is too large; 256 px is the most"),
-        (["--static-px", "12,x"], "--static-px '12,x' must be whole numbers with commas between"),
-        (["--static-px", ""], "--static-px '' must be whole numbers with commas between"),
-        (["--static-px", "12.0"], "--static-px '12.0' must be whole numbers with commas between"),
-        (["--static-px", "12,12"], "--static-px names 12 more than once"),
-        (
-            ["--static-px", "10"],
-            "--static-px 10 must be a multiple of the patch size 4 that lies between the rungs' 8 "
-            "and 16",
-        ),
-        (["--static-px", "12,8"], "--static-px 8 must be a multiple"),
-        (["--static-px", "16"], "--static-px 16 must be a multiple"),
-        (["--static-px", "4"], "--static-px 4 must be a multiple"),
-        (["--static-px", "20"], "--static-px 20 must be a multiple"),
-        (["--static-px=-12"], "--static-px -12 must be a multiple"),
-        (["--low-px", "12", "--static-px", "14"], "--static-px 14 must be a multiple"),
+        (["--low", "px=10"], "px=10 is no positive multiple of the patch size 4; use 8 or 12"),
+        (["--low", "px=0"], "px=0 is no positive multiple of the patch size 4; use 4"),
+        (["--high", "px=-8"], "'px=-8' in a recipe must be a whole number, as px=112"),
+        (["--high", "px=99999"], "px=99999 is too large; 256 px is the most for this model"),
+        (["--low", "px=16"], "px=16 is asked for 2 times; each graph needs another recipe"),
+        (["--high", "px=4"], "px=8 looks at more than the full rung's 4 px"),
+        (["--low", "px=20"], "px=20 looks at more than the full rung's 16 px"),
+        (["--beside", "px=20"], "px=20 looks at more than the full rung's 16 px"),
+        (["--beside", "px=12,px=8"], "recipe 'px=12,px=8' says its px twice; once is enough"),
+        (["--beside", "px=12.0"], "'px=12.0' in a recipe must be a whole number"),
+        (["--beside", "tame=4"], "recipe 'tame=4': 'tame=4' is unknown; known are px=N, depth=N"),
+        (["--beside", ""], "recipe '': '' is unknown; known are"),
+        (["--beside", "px=10"], "px=10 is no positive multiple of the patch size 4; use 8 or 12"),
+        (["--beside", "px=12", "--beside", "px=12"], "px=12 is asked for 2 times"),
+        (["--beside", "px=8"], "px=8 is asked for 2 times"),  # the default of --low
+        (["--beside", "fp32"], "px=16 is asked for 2 times"),  # the default of --high
+        (["--low", "px=8,align"], "recipe px=8,align: align is fitted on what the graph answers"),
+        (["--low", "depth=2"], "depth=2 must be between 1 and 1; the model has 2 blocks"),
+        (["--low", "depth=0"], "depth=0 must be between 1 and 1; the model has 2 blocks"),
+        (["--low", "int8=static"], "recipe px=16,int8=static: int8=static learns ranges from im"),
+        (["--low", "int8=static", "--fit-images", "no-such"], "--fit-images no-such: no such dir"),
         (["--opset", "17"], "--opset 17 is not supported; use 18 to 21"),
         (["--opset", "22"], "--opset 22 is not supported; use 18 to 21"),
         (["--rtol", "-1"], "--rtol -1.0 must be a number of at least 0"),

@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 from export.backbones import Backbone
 from export.errors import UsageError
 from export.parity import sample_images
+from export.recipes.recipe import Recipe
 from export.static_vit import static_vit
 
 
@@ -33,14 +34,14 @@ def test_shapes_of_tiny_imagenet(backbone):
 @pytest.mark.parametrize("px", [32, 64])
 def test_a_rung_with_its_baked_table_equals_the_interpolating_model(backbone, images, px):
     with torch.inference_mode():
-        answers = backbone.rung(px)(images)
+        answers = backbone.rung(Recipe(px))(images)
     reference = backbone.reference(images, px)
     for answer, truth in zip(answers, reference.values(), strict=True):
         torch.testing.assert_close(answer, truth, rtol=1e-5, atol=1e-5)
 
 
 def test_both_sizes_have_the_same_weights_but_for_the_table(backbone):
-    low, high = (backbone.rung(px).state_dict() for px in (32, 64))
+    low, high = (backbone.rung(Recipe(px)).state_dict() for px in (32, 64))
     assert low.keys() == high.keys()
     different = [name for name in low if not torch.equal(low[name], high[name])]
     assert different == ["model.vit.embeddings.position_embeddings"]

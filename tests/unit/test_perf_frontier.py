@@ -35,7 +35,7 @@ def test_the_frontier_names_alternatives_by_their_recipes():
     words = words_in(summary)
     for label in ("r=4", "r=8", "int8", "112 px, int8, aligned", "static, merged tokens"):
         assert label in words, label
-    assert "first 9 blocks, token merging r=4" in words
+    assert "9 blocks, 4 tokens merged per block" in words
     assert words.count("static, other") == 1
     assert "static, fewer blocks" not in words
 

@@ -430,8 +430,8 @@ def test_systems_have_short_names_and_an_order():
     assert short_name("static-low", summary) == "cheap rung, 112\N{NO-BREAK SPACE}px"
     assert short_name("static-low", {}) == "cheap rung"
     assert short_name("adaptive-45", {}) == "adaptive, asked for 45\N{NO-BREAK SPACE}%"
-    assert rung_words("px=112,tome=8") == "112\N{NO-BREAK SPACE}px, token merging r=8"
-    assert short_name("static-tome8", {}) == "static token merging r=8"
+    assert rung_words("px=112,tome=8") == "112\N{NO-BREAK SPACE}px, 8 tokens merged per block"
+    assert short_name("static-tome8", {}) == "static 8 tokens merged per block"
     summary["model"]["low"] = "px=112,int8=static,align"
     cheap = "cheap rung, 112\N{NO-BREAK SPACE}px, int8, aligned"
     assert short_name("static-low", summary) == cheap

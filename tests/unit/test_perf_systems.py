@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from perf.measure.systems import recipe_words, systems, threshold_for
+from perf.measure.systems import systems, threshold_for
 from routing import Overrides, escalation_mask, parse_overrides
 from tests.unit.perf_workplace import write_rungs
 
@@ -59,28 +59,10 @@ def test_any_alternative_is_a_system_named_after_its_model_and_titled_after_its_
     alternatives = {name: replace(record, recipe=recipe) for name, recipe in recipes.items()}
     every = found(replace(rung_set, rungs=rungs, alternatives=alternatives), SERVED + [*recipes])
     assert every["static-tome8"].model == "static_tome8"
-    assert every["static-tome8"].title == "static 8 px, token merging r=8"
+    assert every["static-tome8"].title == "static 8 px, 8 tokens merged per block"
     assert every["static-5-int8static-align"].model == "static_5_int8static_align"
     assert every["static-5-int8static-align"].title == "static 5 px, int8, aligned"
     assert every["static-low"].title == "cheap rung always (4 px, int8 (dynamic))"
-
-
-@pytest.mark.parametrize(
-    ("recipe", "words"),
-    [
-        ("px=140", "140 px"),
-        ("tome=8", "token merging r=8"),
-        ("int8=static", "int8"),
-        ("int8", "int8 (dynamic)"),
-        ("fp16", "fp16"),
-        ("fp32", "fp32"),
-        ("depth=9,tome=4,align", "first 9 blocks, token merging r=4, aligned"),
-        ("px=112,int8=static,align", "112 px, int8, aligned"),
-        ("px=112,new=3", "112 px, new=3"),
-    ],
-)
-def test_a_recipe_in_words(recipe, words):
-    assert recipe_words(recipe) == words
 
 
 def test_only_the_rungs_are_static_and_only_the_ensemble_takes_bytes(rung_set):

@@ -1,0 +1,48 @@
+"""What answers images on the demo's server: the cascade, and every graph that could alone.
+
+Systems have names of their own. `low` is the cheap rung and `adaptive` the router. `high` is the
+full FP32 model, which certificates are about. Other graphs go by the name of their model: `vit_high`
+where what the router escalates to is not the full FP32 model, and what was exported beside them.
+"""
+
+from __future__ import annotations
+
+from routing import RungRecord, RungSet
+
+from .errors import DemoError
+
+LOW, HIGH, ADAPTIVE = "low", "high", "adaptive"
+RUNG = "vit_high"  # what the router escalates to
+CORE = (LOW, HIGH, ADAPTIVE)
+
+
+def served_systems(rung_set: RungSet) -> dict[str, str]:
+    """The model to ask for each system, those of `CORE` first.
+
+    Raises:
+        DemoError: the full FP32 model is not among the graphs.
+    """
+    reference = _reference(rung_set)
+    beside = [RUNG, *rung_set.alternatives]
+    own = {name: name for name in beside if name != reference}
+    return {LOW: "vit_low", HIGH: reference, ADAPTIVE: "router", **own}
+
+
+def recipes(rung_set: RungSet) -> dict[str, str]:
+    """How each system that is a graph makes itself cheap."""
+    records: dict[str, RungRecord] = {**rung_set.rungs, **rung_set.alternatives}
+    return {
+        system: records[model].recipe
+        for system, model in served_systems(rung_set).items()
+        if system != ADAPTIVE
+    }
+
+
+def _reference(rung_set: RungSet) -> str:
+    """The full FP32 model's name on the server."""
+    if rung_set.reference is None:
+        return RUNG
+    for name, record in rung_set.alternatives.items():
+        if record.fingerprint == rung_set.reference.fingerprint:
+            return name
+    raise DemoError("the full model does not lie beside the planned cascade; plan again")

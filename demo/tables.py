@@ -1,0 +1,73 @@
+"""The result on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from calibration.pages.recipe_words import recipe_words
+
+from .plan_summary import best_sentence, served_rows, speedup_sentence
+from .systems import ADAPTIVE, HIGH, LOW
+
+Summary = Mapping[str, Any]
+
+
+def result_table(summary: Summary) -> Table:
+    """One request in flight: accuracy, latency, throughput."""
+    plan = summary.get("plan")
+    if plan is None:
+        rungs = f"at {summary['low_px']}/{summary['high_px']} px"
+    else:
+        rungs = f"as {recipe_words(plan['low'])} before {recipe_words(plan['high'])}"
+    table = Table(title=f"{summary['images']} unseen crops, {summary['backbone']} {rungs}")
+    table.add_column("")
+    for column in ("accuracy", "p50 latency", "images/s"):
+        table.add_column(column, justify="right")
+    full = _full(summary)
+    names = {LOW: "cheap rung always", HIGH: f"{full} always", ADAPTIVE: "adaptive"}
+    for key, name in names.items():
+        table.add_row(
+            name,
+            f"{summary['accuracy'][key]:.1%}",
+            f"{summary['latency_ms_p50'][key]:.1f} ms",
+            f"{summary['throughput_per_s'][key]:.1f}",
+        )
+    return table
+
+
+def plan_table(summary: Summary) -> Table:
+    """Saturated: everything that was served, the fastest first."""
+    table = Table(title="the same crops, saturated")
+    table.add_column("")
+    for column in ("agrees with full", "images/s", "speed-up"):
+        table.add_column(column, justify="right")
+    for row in served_rows(summary["plan"]):
+        cells = (row["words"], row["agreement"], row["throughput"], row["speedup"])
+        table.add_row(*cells, style="bold" if row["system"] == ADAPTIVE else None)
+    return table
+
+
+def sentences(summary: Summary) -> list[str]:
+    """What the figures mean, one line each."""
+    full, certificate = _full(summary), summary["certificate"]
+    said = [
+        f"{summary['speedup_vs_high']:.2f}x as fast as the {full} (bound "
+        f"{summary['cascade_bound']:.2f}x, efficiency {summary['cascade_efficiency']:.2f}); "
+        f"{summary['escalation_rate']:.1%} escalated; {summary['agreement_with_high']:.1%} "
+        f"answered as the {full}; router overhead {summary['router_overhead']:.2f}",
+        f"certified before: risk at most {certificate['epsilon']:.0%} with confidence "
+        f"{certificate['confidence']:.0%}; seen on these crops: {summary['realised_risk']:.1%}"
+        if certificate["certified"]
+        else "nothing is certified: every image goes to the full rung",
+    ]
+    if "plan" in summary:
+        said += [speedup_sentence(summary["plan"]), best_sentence(summary["plan"])]
+    return said
+
+
+def _full(summary: Summary) -> str:
+    """What answers are held against; what the router escalates to may be another graph."""
+    return "full model" if "plan" in summary else "full rung"

@@ -1,0 +1,253 @@
+"""Is a known shift of the cheap rung recovered, and is an alignment that does not help said so?"""
+
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from calibration.align import FOLDS, SHARES, Aligned, Growth, fit_alignment
+from calibration.fidelity import Fidelity
+from calibration.head import LinearHead
+from calibration.outputs import Outputs, hash_prefixes
+from routing import Alignment, AlignmentError, RungOutputs
+from routing.alignment import LAYERS, tokens
+from tests.unit.calibration_outputs import sha256
+
+BLOCKS, D, CLASSES = 5, 6, 4
+COSINE = Fidelity("cosine", 0.05)
+TOP1 = Fidelity("top1")
+GRAPH = ("f" * 64, "px=4")
+
+
+def make_outputs(n=400, noise=0.05, shift=True, seed=0, head=None, group_size=1):
+    """A full embedding that is linear in what the cheap graph shows, up to noise.
+
+    With `shift`, the cheap embedding lies in other coordinates and elsewhere; without, it is the
+    full one plus noise that nothing explains.
+    """
+    rng = np.random.default_rng(seed)
+    layers = rng.normal(size=(n, BLOCKS + 1, D)).astype(np.float32)
+    embedding = layers[:, -1].copy()
+    mix = np.random.default_rng(7)
+    high = embedding + noise * rng.normal(size=(n, D))
+    if shift:
+        high = embedding @ mix.normal(size=(D, D)) + layers[:, -2] @ mix.normal(size=(D, D))
+        high = high + 3 * mix.normal(size=D) + noise * rng.normal(size=(n, D))
+    high = high.astype(np.float32)
+    names = tuple(f"{i}.png" for i in range(n))
+    return Outputs(
+        low=RungOutputs(embedding, layers, None if head is None else head(embedding)),
+        high=RungOutputs(high, None, None if head is None else head(high)),
+        labels=np.full(n, -1),
+        names=names,
+        groups=tuple(str(i // group_size) for i in range(n)),
+        hashes=tuple(sha256(name) for name in names),
+        rung_hashes={"vit_low": "a" * 64, "vit_high": "b" * 64},
+        preprocessing_sha256="c" * 64,
+        source="/nowhere",
+        title="made up",
+    )
+
+
+def align(outputs, rows=None, fidelity=COSINE, head=None, seed=0):
+    rows = np.arange(len(outputs)) if rows is None else rows
+    return fit_alignment(outputs, rows, np.array(outputs.groups), GRAPH, fidelity, head, seed)
+
+
+def linear_head():
+    rng = np.random.default_rng(3)
+    return LinearHead(
+        rng.normal(size=(D, CLASSES)).astype(np.float32), rng.normal(size=CLASSES).astype("f4")
+    )
+
+
+def test_a_linear_shift_is_taken_back_on_images_that_were_not_learned():
+    outputs = make_outputs()
+    aligned = align(outputs, np.arange(200))
+    held_out = outputs.rows(np.arange(200, 400))
+    found = aligned.alignment.embedding(held_out.low)
+    assert found.dtype == np.float32
+    error = np.abs(found - held_out.high.embedding).max(axis=1)
+    before = np.abs(held_out.low.embedding - held_out.high.embedding).max(axis=1)
+    assert np.median(error) < 0.25 < 3 < np.median(before)
+    assert aligned.helps
+    first, last = aligned.growth[0], aligned.growth[-1]
+    assert first.acceptable < 0.1 and last.acceptable > 0.95 and last.cosine > 0.99
+
+
+def test_where_there_is_nothing_to_take_back_it_does_not_help():
+    # The cheap embedding already is the best guess; a map from few images can only add noise.
+    outputs = make_outputs(60, noise=0.4, shift=False)
+    aligned = align(outputs)
+    assert not aligned.helps
+    assert aligned.to_dict()["helps"] is False
+
+
+@pytest.mark.parametrize(
+    ("last", "helps"),
+    [
+        (Growth(80, 0.80, 0.91), True),  # more answers are acceptable, though less near
+        (Growth(80, 0.91, 0.90), True),  # as many, and nearer ones
+        (Growth(80, 0.90, 0.90), False),
+        (Growth(80, 0.99, 0.89), False),
+    ],
+)
+def test_helping_means_more_acceptable_answers_or_as_many_nearer_ones(last, helps):
+    aligned = Aligned(align(make_outputs(40)).alignment, [Growth(0, 0.90, 0.90), last])
+    assert aligned.helps is helps
+
+
+def test_more_images_are_worth_more_on_average():
+    curves = np.array(
+        [
+            [point.cosine for point in align(make_outputs(160, 1.0, seed=seed)).growth]
+            for seed in range(12)
+        ]
+    )
+    assert curves.shape == (12, 1 + len(SHARES))
+    mean = curves.mean(axis=0)
+    assert np.all(np.diff(mean) > 0), mean
+
+
+def test_the_curve_counts_the_images_each_fit_has_learned():
+    growth = align(make_outputs(200)).growth
+    learned = 200 * (FOLDS - 1) / FOLDS
+    assert [point.images for point in growth] == [0, *(round(s * learned) for s in SHARES)]
+
+
+def test_the_curve_starts_with_what_the_cheap_rung_answers_itself():
+    outputs = make_outputs(200, noise=0.3, shift=False)
+    first = align(outputs).growth[0]
+    assert first.acceptable == pytest.approx(1 - COSINE.loss(outputs).mean())
+
+
+def test_images_of_one_group_never_teach_and_judge():
+    """Each embedding occurs ten times; only kept together it cannot be learned by heart."""
+    rng = np.random.default_rng(0)
+    single = make_outputs(40, shift=False)
+    unrelated = rng.normal(size=single.high.embedding.shape).astype(np.float32)
+    single = replace(single, high=RungOutputs(unrelated, None, None))
+    repeated = np.repeat(np.arange(40), 10)
+    together = single.rows(repeated)
+    apart = replace(together, groups=tuple(map(str, range(400))))
+    assert align(apart).growth[-1].cosine > 0.4
+    assert align(together).growth[-1].cosine < 0.2
+
+
+def test_only_the_rows_to_learn_from_teach():
+    outputs = make_outputs()
+    rows = np.arange(0, 400, 2)
+    rest = np.arange(1, 400, 2)
+    high = outputs.high.embedding.copy()
+    high[rest] = -1
+    other = replace(outputs, high=RungOutputs(high, None, None))
+    one, two = align(outputs, rows).alignment, align(other, rows).alignment
+    np.testing.assert_array_equal(one.weights, two.weights)
+    assert one.image_hashes == hash_prefixes([outputs.hashes[row] for row in rows])
+
+
+def test_it_is_aligned_to_the_reference_where_there_is_one():
+    outputs = make_outputs()
+    assert align(outputs).alignment.reference == "b" * 64
+    poor = RungOutputs(np.zeros_like(outputs.high.embedding), None, None)
+    hashes = {**outputs.rung_hashes, "reference": "e" * 64}
+    changed = replace(outputs, high=poor, reference=outputs.high, rung_hashes=hashes)
+    one, two = align(outputs).alignment, align(changed).alignment
+    np.testing.assert_array_equal(one.weights, two.weights)
+    assert two.reference == "e" * 64
+    assert (two.graph, two.recipe) == GRAPH
+
+
+def test_with_a_head_answers_are_those_of_the_head_on_the_aligned_embedding():
+    head = linear_head()
+    outputs = make_outputs(300, head=head)
+    aligned = align(outputs, fidelity=TOP1, head=head)
+    first, last = aligned.growth[0], aligned.growth[-1]
+    assert first.acceptable == pytest.approx(1 - TOP1.loss(outputs).mean())
+    assert last.acceptable > 0.95 > 0.6 > first.acceptable
+
+
+def test_the_same_seed_gives_the_same_curve():
+    outputs = make_outputs(100, 1.0)
+    assert align(outputs, seed=1).to_dict() == align(outputs, seed=1).to_dict()
+    assert align(outputs, seed=1).to_dict() != align(outputs, seed=2).to_dict()
+
+
+@pytest.mark.parametrize("blocks", [1, 2, LAYERS, LAYERS + 2])
+def test_what_is_read_is_the_embedding_and_the_tokens_before_the_last(blocks):
+    rng = np.random.default_rng(0)
+    layers = rng.normal(size=(2, blocks + 1, D)).astype(np.float32)
+    embedding = rng.normal(size=(2, D)).astype(np.float32)
+    read = tokens(RungOutputs(embedding, layers, None))
+    earlier = [layers[:, index] for index in range(blocks - min(LAYERS, blocks), blocks)]
+    np.testing.assert_array_equal(read, np.concatenate([embedding, *earlier], axis=1))
+
+
+def test_an_alignment_survives_the_disk(tmp_path):
+    alignment = align(make_outputs(60)).alignment
+    alignment.save(tmp_path / "new" / "a.npz")
+    loaded = Alignment.load(tmp_path / "new" / "a.npz")
+    for name in Alignment.__dataclass_fields__:
+        np.testing.assert_array_equal(getattr(loaded, name), getattr(alignment, name))
+    assert loaded.layers == LAYERS
+
+
+@pytest.mark.parametrize("damage", ["missing", "torn", "other"])
+def test_an_alignment_that_cannot_be_read_is_one_line(tmp_path, damage):
+    file = tmp_path / "a.npz"
+    if damage == "torn":
+        file.write_bytes(b"PK\x03\x04 torn")
+    elif damage == "other":
+        np.savez(file, weights=np.zeros((7, 3)))
+    words = "align first" if damage == "missing" else "align again"
+    with pytest.raises(AlignmentError, match=words) as error:
+        Alignment.load(file)
+    assert "\n" not in str(error.value)
+
+
+def write_head(path, nodes, constants):
+    """A graph whose `embedding` is its input, and whose logits come of it through `nodes`."""
+    shapes = {"embedding": ["batch", D], "logits": ["batch", CLASSES]}
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["tokens"], ["embedding"]), *nodes],
+        "head",
+        [helper.make_tensor_value_info("tokens", TensorProto.FLOAT, ["batch", D])],
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in shapes.items()],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]), path)
+    return path
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("bias", ["none", "inside", "apart"])
+def test_the_head_is_read_as_the_graph_computes_it(tmp_path, transposed, bias):
+    head = linear_head()
+    constants = {"W": head.weights.T.copy() if transposed else head.weights}
+    constants |= {} if bias == "none" else {"b": head.bias}
+    inputs = ["embedding", "W", "b"] if bias == "inside" else ["embedding", "W"]
+    made = "product" if bias == "apart" else "logits"
+    nodes = [helper.make_node("Gemm", inputs, [made], transB=int(transposed))]
+    nodes += [helper.make_node("Add", ["product", "b"], ["logits"])] * (bias == "apart")
+    file = write_head(tmp_path / "head.onnx", nodes, constants)
+    embedding = np.random.default_rng(1).normal(size=(3, D)).astype(np.float32)
+    (expected,) = ReferenceEvaluator(str(file)).run(["logits"], {"tokens": embedding})
+    np.testing.assert_allclose(LinearHead.read(file)(embedding), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_that_an_alignment_would_not_reach_is_none(tmp_path):
+    weights = linear_head().weights
+    bent = [
+        helper.make_node("MatMul", ["embedding", "W"], ["product"]),
+        helper.make_node("Relu", ["product"], ["logits"]),
+    ]
+    assert LinearHead.read(write_head(tmp_path / "bent.onnx", bent, {"W": weights})) is None
+    wider = [
+        helper.make_node("Concat", ["tokens", "tokens"], ["both"], axis=1),
+        helper.make_node("MatMul", ["both", "W"], ["logits"]),
+    ]
+    twice = {"W": np.concatenate([weights, weights])}
+    assert LinearHead.read(write_head(tmp_path / "wider.onnx", wider, twice)) is None

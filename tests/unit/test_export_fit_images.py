@@ -1,0 +1,73 @@
+"""Images that a recipe learns from are real ones, few, spread over the folder and remembered."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+
+import numpy as np
+import pytest
+
+from calibration.outputs import hash_prefixes
+from export.errors import UsageError
+from export.fit_images import MOST, FitImages
+from imaging import Preprocessing, decode
+from tests.unit.image_files import write_images
+
+PREPROCESSING = Preprocessing(8, 8, None, "bilinear", (0.5,) * 3, (0.25,) * 3)
+
+
+def test_all_images_of_a_small_folder_and_the_folders_in_it(tmp_path):
+    write_images(tmp_path, "a.png", "cats/b.png", "dogs/c.jpg")
+    found = FitImages.read(tmp_path, PREPROCESSING)
+    files = [tmp_path / name for name in ("a.png", "cats/b.png", "dogs/c.jpg")]
+    expected = [PREPROCESSING(decode(file.read_bytes())) for file in files]
+    assert found.tensors.dtype == np.float32
+    np.testing.assert_array_equal(found.tensors, expected)
+
+
+def test_images_are_remembered_as_calibration_knows_them(tmp_path):
+    write_images(tmp_path, "a.png", "b.png")
+    hashes = [hashlib.sha256((tmp_path / f).read_bytes()).hexdigest() for f in ("a.png", "b.png")]
+    assert FitImages.read(tmp_path, PREPROCESSING).hashes == hash_prefixes(hashes)
+
+
+def test_a_large_folder_gives_some_from_its_first_to_its_last(tmp_path):
+    names = [f"{index:03}.png" for index in range(3 * MOST)]
+    write_images(tmp_path, *names)
+    found = FitImages.read(tmp_path, PREPROCESSING)
+    assert len(found.tensors) == MOST
+    prefixes = base64.b64decode(found.hashes)
+    taken = {prefixes[i : i + 8] for i in range(0, len(prefixes), 8)}
+    digests = [hashlib.sha256((tmp_path / name).read_bytes()).digest()[:8] for name in names]
+    indices = [index for index, digest in enumerate(digests) if digest in taken]
+    assert len(taken) == len(indices) == MOST
+    assert (indices[0], indices[-1]) == (0, len(names) - 1)
+    assert max(np.diff(indices)) <= 4
+
+
+def test_what_is_no_image_is_passed_over(tmp_path):
+    write_images(tmp_path, "a.png", "b.png")
+    (tmp_path / "notes.txt").write_text("not an image")
+    found = FitImages.read(tmp_path, PREPROCESSING)
+    assert len(found.tensors) == 2
+    assert len(base64.b64decode(found.hashes)) == 2 * 8
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (None, "no such directory"),
+        ((), "no image there can be read"),
+        (("a.txt", "b.txt"), "no image there can be read"),
+    ],
+)
+def test_a_folder_without_images_is_refused_in_one_line(tmp_path, files, message):
+    folder = tmp_path / "images"
+    if files is not None:
+        folder.mkdir()
+    for name in files or ():
+        (folder / name).write_text("text")
+    with pytest.raises(UsageError, match=f"--fit-images .*images: {message}") as caught:
+        FitImages.read(folder, PREPROCESSING)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,108 @@
+"""Recipes in words: what users write, what is recorded, and what files are called."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from export.errors import UsageError
+from export.recipes.recipe import PRECISIONS, Recipe
+
+FULL_PX = 224
+recipes = st.builds(
+    Recipe,
+    px=st.none() | st.integers(1, FULL_PX),
+    depth=st.none() | st.integers(1, 48),
+    tome=st.integers(0, 128),
+    precision=st.sampled_from(PRECISIONS),
+    align=st.booleans(),
+)
+
+
+@given(recipes)
+def test_a_recipe_reads_what_it_writes(recipe):
+    assert Recipe.parse(str(recipe)) == recipe
+
+
+@given(recipes, st.randoms(use_true_random=False))
+def test_parts_come_in_any_order_and_with_spaces(recipe, random):
+    parts = str(recipe).split(",")
+    random.shuffle(parts)
+    assert Recipe.parse(" , ".join(parts)) == recipe
+
+
+@given(recipes, recipes)
+def test_different_recipes_have_different_slugs(first, second):
+    first, second = first.at(FULL_PX), second.at(FULL_PX)
+    assert (first.slug(FULL_PX) == second.slug(FULL_PX)) == (first == second)
+
+
+@given(recipes)
+def test_a_slug_fits_a_model_name_and_the_full_resolution_is_not_said(recipe):
+    slug = recipe.slug(FULL_PX)
+    assert re.fullmatch(r"[a-z0-9_]+", slug)
+    assert recipe.at(FULL_PX).slug(FULL_PX) == slug
+
+
+@given(st.text())
+def test_any_other_text_is_refused_in_one_line(text):
+    try:
+        recipe = Recipe.parse(text)
+    except UsageError as error:
+        assert len(str(error).splitlines()) == 1
+    else:
+        assert Recipe.parse(str(recipe)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical", "slug"),
+    [
+        ("px=140", "px=140", "140"),
+        ("px=224", "px=224", "full"),
+        ("fp32", "fp32", "full"),
+        ("tome=8", "tome=8", "tome8"),
+        ("tome=0", "fp32", "full"),
+        ("int8=static", "int8=static", "int8static"),
+        ("align,int8=static,px=112", "px=112,int8=static,align", "112_int8static_align"),
+        ("int8,tome=4,depth=9", "depth=9,tome=4,int8", "depth9_tome4_int8"),
+        ("fp16,px=0168", "px=168,fp16", "168_fp16"),
+    ],
+)
+def test_texts_and_slugs(text, canonical, slug):
+    recipe = Recipe.parse(text)
+    assert (str(recipe), recipe.slug(FULL_PX)) == (canonical, slug)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "recipe '': '' is unknown; known are px=N, depth=N, tome=N, int8, int8=static"),
+        ("px=112,", "recipe 'px=112,': '' is unknown"),
+        ("px=112;tome=4", "'px=112;tome=4' in a recipe must be a whole number, as px=112"),
+        ("112", "'112' is unknown"),
+        ("px", "'px' in a recipe must be a whole number"),
+        ("px=-14", "'px=-14' in a recipe must be a whole number"),
+        ("tome=1.5", "'tome=1.5' in a recipe must be a whole number"),
+        ("PX=112", "'PX=112' is unknown"),
+        ("int8=dynamic", "'int8=dynamic' is unknown"),
+        ("align=yes", "'align=yes' is unknown"),
+        ("px=112,px=112", "says its px twice"),
+        ("int8,fp16", "recipe 'int8,fp16' says its precision twice; once is enough"),
+        ("align,align", "says its align twice"),
+    ],
+)
+def test_a_bad_part_is_named_in_one_line(text, message):
+    with pytest.raises(UsageError, match=re.escape(message)) as caught:
+        Recipe.parse(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_the_full_model_and_what_a_recipe_is_without_its_alignment():
+    assert Recipe().is_full_model(224) and Recipe(224).is_full_model(224)
+    for text in ("px=112", "tome=8", "fp16", "depth=11", "align"):
+        assert not Recipe.parse(text).is_full_model(224)
+    assert Recipe.parse("px=112,align").unaligned() == Recipe(112)
+    assert Recipe(112).at(224) == Recipe(112)
