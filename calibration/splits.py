@@ -21,6 +21,16 @@ class SplitError(ValueError):
     """The images cannot be split as asked. One line that says what to do."""
 
 
+def check_grouping(grouping: str) -> None:
+    """Refuse what `group_keys` does not know.
+
+    Raises:
+        SplitError: naming those it knows.
+    """
+    if grouping not in GROUPINGS:
+        raise SplitError(f"--group-by {grouping!r} is none of {', '.join(GROUPINGS)}")
+
+
 def group_keys(outputs: Outputs, grouping: str) -> tuple[str, ...]:
     """Each image's group.
 
@@ -28,14 +38,16 @@ def group_keys(outputs: Outputs, grouping: str) -> tuple[str, ...]:
         outputs: of N images.
         grouping: `source`, as collected: one group for each file; `folder`, one for each folder of
             files, e.g. the frames of one video; `content`, one for equal bytes.
+
+    Raises:
+        SplitError: another grouping.
     """
+    check_grouping(grouping)
     if grouping == "source":
         return outputs.groups
     if grouping == "folder":
         return tuple(name.rpartition("/")[0] for name in outputs.names)
-    if grouping == "content":
-        return outputs.hashes
-    raise SplitError(f"--group-by {grouping!r} is none of {', '.join(GROUPINGS)}")
+    return outputs.hashes
 
 
 def split_by_group(

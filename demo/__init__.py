@@ -1,6 +1,7 @@
 """The whole road once, on shipped photographs: what `make demo` runs.
 
-`__main__` runs the steps in order, each through the command a user would type; `serve` queries and
-measures the server; `summary` derives the figures; `page` draws `index.html`. This folder stands
-above all others: nothing imports it.
+`__main__` goes one of the `roads`, two resolutions or a plan, by `steps`, each a command a user
+would type; `run` then serves (`systems`), asks and measures one request at a time (`serve`) and, of
+a plan, saturated (`saturated`); `summary` and `plan_summary` derive the figures; `tables` and
+`page` show them. This folder stands above all others: nothing imports it.
 """

@@ -3,87 +3,104 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import sys
 import time
-from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from tritonclient.utils import InferenceServerException
 
-from calibration.sample import crops as sample_crops
 from client import ClientError
-from imaging import Preprocessing
 from perf.analyzer import PerfAnalyzerError
-from perf.environment import cpu_name
 from perf.errors import PerfError
-from perf.measure.deployment import with_alternatives
-from routing import Calibration, CalibrationError, RungSet, RungSetError
-from server import ServerError, TritonServer
+from routing import CalibrationError, RungSetError
+from server import ServerError
 
 from .errors import DemoError
-from .page import write_page
-from .plan_summary import summarise_plan
-from .roads import (
-    BACKBONE,
-    MAX_RISK,
-    PLAN,
-    TEST_CROPS,
-    TEST_SEED,
-    Road,
-    planned,
-    prepare_road,
-    resolutions,
-)
-from .saturated import measure_saturated
-from .serve import ask_graphs, image_tensors, measure, measure_overhead, query
-from .steps import OUT
-from .summary import summarise
-from .systems import CORE, HIGH, RUNG, recipes, served_systems
+from .roads import MAX_RISK, planned, prepare_road, resolutions
+from .run import PAGE, serve_and_measure
 from .tables import plan_table, result_table, sentences
 
 ROOT = Path(__file__).resolve().parent.parent
-START_S = 300.0  # every graph of a plan is loaded once for each instance
-
-console = Console(stderr=True)
 
 
-def serve_and_measure(road: Road) -> dict[str, Any]:
-    """Serve the repository, ask it about unseen crops, measure it, write the results."""
-    console.rule(f"[bold]{road.last_title}", align="left")
-    rung_set = RungSet.load(road.onnx)
-    calibration = Calibration.load(road.artifact)
-    certificate = calibration.certificate
-    crops = list(sample_crops(TEST_CROPS, TEST_SEED))
-    tensors = image_tensors(crops, Preprocessing.from_dict(rung_set.preprocessing))
-    systems = served_systems(rung_set)
-    alone = {name: model for name, model in systems.items() if name in (*CORE, RUNG)}
-    repository, folder = road.repository, OUT / "perf"
-    if road.plan is not None:
-        repository = with_alternatives(repository, rung_set, PLAN / "served")
-    with console.status("starting tritonserver"):
-        server = TritonServer(repository, free_ports=True, timeout_s=START_S)
-        server.start()
+def main(arguments: list[str] | None = None) -> None:
+    """Run the demo, or its steps only; a foreseeable error is one line and exit code 1."""
+    parsed = _parse(arguments)
+    started = time.monotonic()
+    os.chdir(ROOT)
     try:
-        served = query(server, crops, rung_set.labels)
-        if road.plan is not None:
-            asked = [m for name, m in systems.items() if m not in ("vit_low", RUNG, "router")]
-            answers = ask_graphs(server, asked, tensors)
-            if systems[HIGH] != RUNG:
-                answers[RUNG] = served.high
-                served = replace(served, high=answers.pop(systems[HIGH]))
-            served = replace(served, beside=answers)
-        passes = measure(server, alone, tensors, folder)
-        overhead = measure_overhead(server, tensors)
-        saturated = (
-            None if road.plan is None else measure_saturated(server, systems, tensors, folder)
-        )
-        environment = {"triton_version": server.version, **describe_machine()}
-    finally:
-        server.stop()
-    return {}
+        road = planned(parsed.risk or MAX_RISK) if parsed.plan else resolutions()
+        prepare_road(road)
+        summary = None if parsed.prepare else serve_and_measure(road)
+    except (
+        CalibrationError,
+        ClientError,
+        DemoError,
+        InferenceServerException,
+        PerfAnalyzerError,
+        PerfError,
+        RungSetError,
+        ServerError,
+    ) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped; what was made so far is in build/demo", file=sys.stderr)
+        sys.exit(130)
+    seconds = time.monotonic() - started
+    if summary is None:
+        print(f"rungs in {road.onnx}, calibration {road.artifact}, its report {road.report}")
+        print(f"took {seconds:.0f} s; serve with python -m server --repository {road.repository}")
+        return
+    console = Console()
+    console.print(result_table(summary))
+    if "plan" in summary:
+        console.print(plan_table(summary))
+    for sentence in sentences(summary):
+        print(sentence)
+    pages = [str(page) for page in (PAGE, road.plan, road.report) if page is not None]
+    print(f"took {seconds:.0f} s; open {', '.join(pages[:-1])} and {pages[-1]}")
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m demo",
+        description="Export, calibrate, serve, query and measure DINOv2 ViT-S/14 on crops of "
+        "shipped photographs. Steps done before are not done again. Writes build/demo/.",
+    )
+    parser.add_argument(
+        "--prepare",
+        action="store_true",
+        help="stop before the last step, with a model repository to serve or to measure",
+    )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="serve the cheapest certified cascade that calibration finds, beside its alternatives",
+    )
+    parser.add_argument(
+        "--risk",
+        type=_share,
+        help="with --plan: largest share of answers that may differ from the full model's "
+        f"(default: {MAX_RISK})",
+    )
+    parsed = parser.parse_args(arguments)
+    if parsed.risk is not None and not parsed.plan:
+        parser.error("--risk is for a plan; add --plan (make demo PLAN=1)")
+    return parsed
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share between 0 and 1, such as 0.02")
+    return share
+
+
+if __name__ == "__main__":
+    main()

@@ -67,9 +67,7 @@ def _best_alternative(
         if system != ADAPTIVE and agreement[system] >= agreement[ADAPTIVE]
     ]
     plan = throughput[ADAPTIVE]
-    ratios = {
-        system: Spread.of(_ratios(plan, throughput[system])).median for system in reaching
-    }
+    ratios = {system: Spread.of(_ratios(plan, throughput[system])).median for system in reaching}
     best = min(ratios, key=lambda system: ratios[system])
     return {"name": best, "agreement": agreement[best], "cost_ratio_to_plan": ratios[best]}
 
@@ -122,5 +120,5 @@ def _words(plan: Summary, system: str) -> str:
     if system == ADAPTIVE:
         return "the planned cascade"
     words = recipe_words(plan["recipes"][system])
-    roles = {LOW: "cheap rung", RUNG: "full rung", HIGH: "full model"}
+    roles = {LOW: "the cheap rung", RUNG: "the full rung", HIGH: "the full model"}
     return f"{roles[system]} ({words})" if system in roles else words

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from server import TritonServer
 
 from .errors import DemoError
 from .summary import Pass, Served
+from .systems import HIGH, RUNG
 
 console = Console(stderr=True)
 
@@ -69,19 +71,25 @@ def query(server: TritonServer, crops: Sequence[SourceImage], labels: Sequence[s
     )
 
 
-def ask_graphs(
-    server: TritonServer, models: Sequence[str], tensors: Sequence[NDArray[np.float32]]
-) -> dict[str, NDArray[np.int64]]:
-    """The class that each graph answers for each crop, asked of its model directly.
+def ask_beside(
+    server: TritonServer,
+    systems: Mapping[str, str],
+    tensors: Sequence[NDArray[np.float32]],
+    served: Served,
+) -> Served:
+    """Ask the graphs that `query` does not reach, each its model directly.
 
     Args:
         server: that has them.
-        models: to ask.
+        systems: the model to ask for each, see `systems.served_systems`.
         tensors: the N crops, each FP32 (3, H, W).
+        served: what `query` returned; its `high` is what the router escalates to.
 
     Returns:
-        Top-1 classes by model, (N,).
+        The same with the answers of every graph, `high` those of the full FP32 model.
     """
+    answers = {RUNG: served.high}
+    others = [model for model in systems.values() if model not in ("vit_low", "router", RUNG)]
     batches = [np.stack(tensors[i : i + BATCH]) for i in range(0, len(tensors), BATCH)]
     logits = [triton.InferRequestedOutput("logits")]
     with (
@@ -89,19 +97,18 @@ def ask_graphs(
         ThreadPoolExecutor(CLIENTS) as threads,
         Progress(console=console) as progress,
     ):
-        task = progress.add_task("graphs   ", total=len(models) * len(batches))
 
         def ask(model: str, batch: NDArray[np.float32]) -> NDArray[np.int64]:
             image = triton.InferInput("image", list(batch.shape), "FP32")
             image.set_data_from_numpy(batch)
             answer = client.infer(model, [image], outputs=logits).as_numpy("logits")
-            progress.advance(task)
             return np.asarray(answer.argmax(axis=1))
 
-        return {
-            model: np.concatenate(list(threads.map(ask, [model] * len(batches), batches)))
-            for model in models
-        }
+        for model in progress.track(others, description="graphs   "):
+            asked = threads.map(ask, [model] * len(batches), batches)
+            answers[model] = np.concatenate(list(asked))
+    high = answers.pop(systems[HIGH])
+    return replace(served, high=high, beside=answers)
 
 
 def image_tensors(

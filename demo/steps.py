@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 import shutil
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def prepare(steps: Sequence[Step]) -> None:
         stamp = stamps / "-".join(step.makes.relative_to(OUT).parts)
         fresh = fresh and stamp.is_file() and stamp.read_text() == digest.hexdigest()
         console.rule(f"[bold]{step.title}", align="left")
-        line = " ".join(step.line)
+        line = shlex.join(step.line)
         console.print(f"$ {line}", style="dim", markup=False, highlight=False)
         if fresh and step.makes.exists():
             console.print("done before, nothing has changed")

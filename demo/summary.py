@@ -87,8 +87,8 @@ def summarise(
         backbone: name of the model.
         resolutions_px: (low, high).
         served: the server's answers.
-        passes: one pass per share for each of `systems.CORE`, and for `vit_high` where that is not the full
-            FP32 model.
+        passes: one pass per share for each of `systems.CORE`, and for `vit_high` where that is not
+            the full FP32 model.
         overhead: for each crop the latency of static low and, right beside it, of the router told
             never to escalate, in ms.
         certificate: of the calibration.
@@ -96,8 +96,7 @@ def summarise(
     """
     escalation_rate = float(served.escalated.mean())
     throughput = {
-        system: sum(p.requests for p in taken)
-        / sum(p.requests / p.throughput_per_s for p in taken)
+        system: sum(p.requests for p in taken) / sum(p.requests / p.throughput_per_s for p in taken)
         for system, taken in passes.items()
     }
     cost = {system: 1 / throughput[system] for system in passes}

@@ -1,8 +1,8 @@
 """What answers images on the demo's server: the cascade, and every graph that could alone.
 
 Systems have names of their own. `low` is the cheap rung and `adaptive` the router. `high` is the
-full FP32 model, which certificates are about. Other graphs go by the name of their model: `vit_high`
-where what the router escalates to is not the full FP32 model, and what was exported beside them.
+full FP32 model, which certificates are about. Other graphs go by the name of their model:
+`vit_high` where the router escalates to another graph than that, and what was exported beside them.
 """
 
 from __future__ import annotations
@@ -36,6 +36,12 @@ def recipes(rung_set: RungSet) -> dict[str, str]:
         for system, model in served_systems(rung_set).items()
         if system != ADAPTIVE
     }
+
+
+def resolutions_px(rung_set: RungSet) -> tuple[int, int]:
+    """Of the cheap rung and of the full FP32 model."""
+    full = rung_set.reference or rung_set.rungs[RUNG]
+    return rung_set.rungs["vit_low"].px, full.px
 
 
 def _reference(rung_set: RungSet) -> str:

@@ -17,12 +17,8 @@ Summary = Mapping[str, Any]
 
 def result_table(summary: Summary) -> Table:
     """One request in flight: accuracy, latency, throughput."""
-    plan = summary.get("plan")
-    if plan is None:
-        rungs = f"at {summary['low_px']}/{summary['high_px']} px"
-    else:
-        rungs = f"as {recipe_words(plan['low'])} before {recipe_words(plan['high'])}"
-    table = Table(title=f"{summary['images']} unseen crops, {summary['backbone']} {rungs}")
+    how = "planned" if "plan" in summary else f"at {summary['low_px']}/{summary['high_px']} px"
+    table = Table(title=f"{summary['images']} unseen crops, {summary['backbone']} {how}")
     table.add_column("")
     for column in ("accuracy", "p50 latency", "images/s"):
         table.add_column(column, justify="right")
@@ -63,9 +59,12 @@ def sentences(summary: Summary) -> list[str]:
         if certificate["certified"]
         else "nothing is certified: every image goes to the full rung",
     ]
-    if "plan" in summary:
-        said += [speedup_sentence(summary["plan"]), best_sentence(summary["plan"])]
-    return said
+    if "plan" not in summary:
+        return said
+    plan = summary["plan"]
+    low, high = recipe_words(plan["low"]), recipe_words(plan["high"])
+    chosen = f"planned: {low}, escalating by {plan['signal']} to {high}"
+    return [chosen, *said, speedup_sentence(plan), best_sentence(plan)]
 
 
 def _full(summary: Summary) -> str:

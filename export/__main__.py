@@ -1,4 +1,4 @@
-"""`python -m export rungs | repository`: torch backbone to checked ONNX rungs to what is served."""
+"""`python -m export rungs | align | choose | repository`: a torch backbone to what is served."""
 
 from __future__ import annotations
 
@@ -200,7 +200,8 @@ def choose_command(
 def _print_summary(record: dict[str, Any], out: Path) -> None:
     classes = f", {record['classes']} classes" if record["classes"] else ", no head"
     table = Table(title=f"{record['backbone']}{classes}", caption=f"in {out}")
-    for heading in ("graph", "recipe", "MiB", "difference to torch", "cosine to full", "file"):
+    table.add_column("graph", no_wrap=True)  # its file is this and .onnx
+    for heading in ("recipe", "MiB", "difference to torch", "cosine to full"):
         table.add_column(heading)
     reference = {"reference": record["reference"]} if record["reference"] else {}
     for name, rung in {**record["rungs"], **reference, **record["alternatives"]}.items():
@@ -213,11 +214,10 @@ def _print_summary(record: dict[str, Any], out: Path) -> None:
             f"{size_mib:.1f}",
             "" if worst is None else f"{worst:.1e}",
             f"{rung['fidelity']['cosine_mean']:.4f}",
-            rung["file"],
         )
     if (out / WEIGHTS).exists():
         size_mib = (out / WEIGHTS).stat().st_size / 2**20
-        table.add_row("", "shared weights", f"{size_mib:.1f}", "", "", WEIGHTS)
+        table.add_row(WEIGHTS, "what they share", f"{size_mib:.1f}")
     Console().print(table)
 
 

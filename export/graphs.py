@@ -27,9 +27,9 @@ from routing import WEIGHTS, manifest
 # it something broke. DINOv2 ViT-S in int8 has 0.998, in fp16 0.99999.
 LEAST_COSINE = {"fp16": 0.999, "int8": 0.95, "int8=static": 0.95}
 FIDELITY_IMAGES = 16
-# Share of the checked images whose tokens may merge in another way than in torch. Measured on
-# MEASURE
-TOME_MAY_DIFFER = 0.25
+# Share of the checked images whose tokens may merge in another way than in torch: one of eight.
+# Of 400 images through static-vit and 64 through DINOv2 ViT-S with tome=8 none did.
+TOME_MAY_DIFFER = 0.125
 
 
 @dataclass(frozen=True, eq=False)

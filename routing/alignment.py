@@ -71,12 +71,13 @@ class Alignment:
             fields = {name: arrays[name] for name in cls.__dataclass_fields__}
             texts = {name: str(value) for name, value in fields.items() if value.dtype.kind == "U"}
             alignment = cls(**{**fields, **texts})
-            if alignment.weights.shape[0] % alignment.weights.shape[1]:
-                raise ValueError(f"weights of shape {alignment.weights.shape}")
+            inputs, width = alignment.weights.shape
+            if inputs % width or alignment.bias.shape != (width,):
+                raise ValueError(f"weights of {inputs, width}, a bias of {alignment.bias.shape}")
             return alignment
         except FileNotFoundError:
             raise AlignmentError(f"no {path}; run python -m calibration align first") from None
-        except (OSError, ValueError, KeyError, IndexError, BadZipFile) as error:
+        except (OSError, EOFError, ValueError, TypeError, KeyError, BadZipFile) as error:
             raise AlignmentError(f"{path} is not readable ({error}); align again") from None
 
 

@@ -96,6 +96,7 @@ def plan_command(
         head_images=head_images,
         goal=Goal(max_risk, confidence, "ltt"),
         fidelity=None if fidelity is None else Fidelity(fidelity, tolerance),
+        tolerance=Fidelity("cosine", tolerance).tolerance,
         group_by=group_by,
         latency_budget_ms=latency_budget_ms,
         instances=instances,

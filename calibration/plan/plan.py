@@ -22,7 +22,7 @@ from ..certify import one_per_group
 from ..fidelity import Fidelity
 from ..fit import Options, fit
 from ..outputs import Outputs
-from ..splits import CERTIFIED, Rows, group_keys, split_by_group
+from ..splits import CERTIFIED, Rows, check_grouping, group_keys, split_by_group
 from .bars import Bars
 from .candidates import ALIGN, FULL, Graph, default_candidates, find, recipes, shelf_graphs
 from .graph_outputs import GraphOutputs, OutputsCache
@@ -106,12 +106,15 @@ def make_plan(request: Request, bars: Bars) -> Planned:
     lows, highs, beside = (recipes(text) for text in (cheap, request.highs, request.beside))
     if not lows or not highs:
         raise PlanError("a cascade needs a cheap and a full graph; give --candidates and --highs")
+    if any(_is_full(recipe - {ALIGN}, request) for recipe in lows):
+        raise PlanError("--candidates names the full model itself; a cheap graph must be cheaper")
+    check_grouping(request.group_by)
     bases = [recipe - {ALIGN} for recipe in (*lows, *highs, *beside)]
     bases = [recipe for recipe in dict.fromkeys(bases) if not _is_full(recipe, request)]
     shelf = export_shelf(request, bases, bars)
     rung_set = RungSet.load(shelf)
     cache = OutputsCache(request.cache / "outputs", request.source, rung_set)
-    fidelity = request.fidelity or Fidelity("cosine" if rung_set.classes is None else "top1")
+    fidelity = request.fidelity or _default_fidelity(rung_set, request.tolerance)
     parts = _parts(request, rung_set, cache, any(ALIGN in recipe for recipe in lows), bars)
 
     names, aligned = [], {}
@@ -195,6 +198,10 @@ def pair_rung_set(rung_set: RungSet, low: Graph, high: Graph, full: Graph) -> Ru
 def _default_candidates(request: Request, bars: Bars) -> str:
     model = run_json(["export", "describe", "--model", request.model], bars.say)
     return default_candidates(model["patch_size"], request.px or model["high_px"])
+
+
+def _default_fidelity(rung_set: RungSet, tolerance: float) -> Fidelity:
+    return Fidelity("cosine", tolerance) if rung_set.classes is None else Fidelity("top1")
 
 
 def _is_full(recipe: frozenset[str], request: Request) -> bool:

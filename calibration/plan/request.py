@@ -26,6 +26,7 @@ class Request:
         head_images: one folder per class, to fit a linear head on; None: the model's own head.
         goal: what to certify.
         fidelity: when an answer is a loss; None: another class with a head, else a cosine.
+        tolerance: of the cosine that `fidelity` then is.
         group_by: see `splits.group_keys`.
         latency_budget_ms: the most that an image may take that runs through both graphs, one
             request in flight, without the router; None: anything.
@@ -46,6 +47,7 @@ class Request:
     head_images: Path | None
     goal: Goal
     fidelity: Fidelity | None
+    tolerance: float
     group_by: str
     latency_budget_ms: float | None
     instances: int

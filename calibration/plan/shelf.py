@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from imaging import ImageError
 from routing import Alignment, AlignmentError, RungSet
 from routing.rungset import NAME as RECORD
 
@@ -65,7 +67,7 @@ def align_graph(
     fidelity: Fidelity,
     seed: int,
     bars: Bars,
-) -> tuple[str, Aligned | None]:
+) -> tuple[str, Aligned]:
     """Align a graph of the shelf, unless that was done before.
 
     Args:
@@ -153,4 +155,5 @@ def _write_images(request: Request, folder: Path) -> None:
     folder.mkdir(parents=True)
     count = len(request.source)
     for row in np.unique(np.linspace(0, count - 1, FIT_IMAGES).round().astype(int)):
-        (folder / f"{row:06d}").write_bytes(request.source[int(row)].data)
+        with contextlib.suppress(ImageError):  # such an image is left out of everything
+            (folder / f"{row:06d}").write_bytes(request.source[int(row)].data)

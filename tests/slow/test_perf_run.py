@@ -39,7 +39,7 @@ def build(tmp_path_factory):
         outputs = folder / name / "outputs.npz"
         run_command(
             *("export", "rungs", "--model", "static-vit", "--seed", seed),
-            *("--static-px", "40,48,56", "--out", onnx),
+            *("--beside", "px=40", "--beside", "px=48", "--beside", "px=56", "--out", onnx),
         )
         run_command(
             *("calibration", "collect", "--images", "sample", "--limit", 300),

@@ -3,10 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
-from onnx.reference import ReferenceEvaluator
 
 from calibration.align import FOLDS, SHARES, Aligned, Growth, fit_alignment
 from calibration.fidelity import Fidelity
@@ -206,48 +203,3 @@ def test_an_alignment_that_cannot_be_read_is_one_line(tmp_path, damage):
     with pytest.raises(AlignmentError, match=words) as error:
         Alignment.load(file)
     assert "\n" not in str(error.value)
-
-
-def write_head(path, nodes, constants):
-    """A graph whose `embedding` is its input, and whose logits come of it through `nodes`."""
-    shapes = {"embedding": ["batch", D], "logits": ["batch", CLASSES]}
-    graph = helper.make_graph(
-        [helper.make_node("Identity", ["tokens"], ["embedding"]), *nodes],
-        "head",
-        [helper.make_tensor_value_info("tokens", TensorProto.FLOAT, ["batch", D])],
-        [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in shapes.items()],
-        [numpy_helper.from_array(array, name) for name, array in constants.items()],
-    )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]), path)
-    return path
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("bias", ["none", "inside", "apart"])
-def test_the_head_is_read_as_the_graph_computes_it(tmp_path, transposed, bias):
-    head = linear_head()
-    constants = {"W": head.weights.T.copy() if transposed else head.weights}
-    constants |= {} if bias == "none" else {"b": head.bias}
-    inputs = ["embedding", "W", "b"] if bias == "inside" else ["embedding", "W"]
-    made = "product" if bias == "apart" else "logits"
-    nodes = [helper.make_node("Gemm", inputs, [made], transB=int(transposed))]
-    nodes += [helper.make_node("Add", ["product", "b"], ["logits"])] * (bias == "apart")
-    file = write_head(tmp_path / "head.onnx", nodes, constants)
-    embedding = np.random.default_rng(1).normal(size=(3, D)).astype(np.float32)
-    (expected,) = ReferenceEvaluator(str(file)).run(["logits"], {"tokens": embedding})
-    np.testing.assert_allclose(LinearHead.read(file)(embedding), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_a_head_that_an_alignment_would_not_reach_is_none(tmp_path):
-    weights = linear_head().weights
-    bent = [
-        helper.make_node("MatMul", ["embedding", "W"], ["product"]),
-        helper.make_node("Relu", ["product"], ["logits"]),
-    ]
-    assert LinearHead.read(write_head(tmp_path / "bent.onnx", bent, {"W": weights})) is None
-    wider = [
-        helper.make_node("Concat", ["tokens", "tokens"], ["both"], axis=1),
-        helper.make_node("MatMul", ["both", "W"], ["logits"]),
-    ]
-    twice = {"W": np.concatenate([weights, weights])}
-    assert LinearHead.read(write_head(tmp_path / "wider.onnx", wider, twice)) is None

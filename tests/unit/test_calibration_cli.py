@@ -1,5 +1,6 @@
 """`python -m calibration` from a folder of unlabelled images to a certified artifact."""
 
+import base64
 import json
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 
 from calibration.__main__ import main
+from routing import Alignment
 from tests.unit.onnx_files import write_rung_set
 
 
@@ -91,6 +93,43 @@ def test_evaluate_exits_1_where_new_images_contradict_the_certificate(workplace,
     assert "Certificate CONTRADICTED" in capsys.readouterr().out
 
 
+def test_an_aligned_rung_is_calibrated_without_the_images_it_has_learned_from(tmp_path, capsys):
+    """collect, align, `export align`, collect, fit: each command as it is printed."""
+    write_rung_set(tmp_path / "build/onnx", seeds=(1, 2))
+    write_images(tmp_path / "images", 400, seed=0)
+    assert run(tmp_path, "collect", "--images", "images") == 0
+    capsys.readouterr()
+    assert run(tmp_path, "align", "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["alignment"] == "build/calibration/alignment.npz" and printed["helps"]
+    assert printed["growth"][0]["images"] == 0
+    assert printed["growth"][-1]["acceptable"] > printed["growth"][0]["acceptable"]
+
+    alignment = Alignment.load(tmp_path / printed["alignment"])
+    learned = base64.b64decode(alignment.image_hashes)
+    assert len(learned) == 8 * 160  # four images in ten
+    record = json.loads((tmp_path / "build/onnx/rungs.json").read_text())
+    record["fitted_on"] = alignment.image_hashes
+    (tmp_path / "build/onnx/rungs.json").write_text(json.dumps(record))
+    assert run(tmp_path, "fit", "--max-risk", 0.2) == 0
+    assert "left out 160 images that a graph was fitted on" in capsys.readouterr().err
+    artifact = json.loads((tmp_path / "build/calibration/calibration.json").read_text())
+    assert artifact["data"]["images"] == 240
+    seen = base64.b64decode(artifact["data"]["image_hashes"])
+    prefixes = [{b[i : i + 8] for i in range(0, len(b), 8)} for b in (learned, seen)]
+    assert prefixes[0].isdisjoint(prefixes[1])
+    assert run(tmp_path, "report") == 0
+    assert run(tmp_path, "evaluate", "--images", "images") == 2  # all seen, one way or the other
+    assert "evaluate it on others" in capsys.readouterr().err
+
+
+def test_an_alignment_that_does_not_help_is_said_loudly(workplace, capsys):
+    assert run(workplace, "align", "--out", "build/useless.npz") == 0  # both rungs are one graph
+    printed = capsys.readouterr()
+    assert "does not help: leave it out" in " ".join(printed.err.split())
+    assert "not aligned" in printed.out and "wrote build/useless.npz" in printed.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -110,6 +149,11 @@ def test_evaluate_exits_1_where_new_images_contradict_the_certificate(workplace,
         (["collect", "--images", "images", "--onnx", "nowhere"], "export rungs first"),
         (["collect", "--images", "images", "--onnx", "broken"], "vit_low.onnx"),
         (["collect", "--images", "images", "--out", "images/000.png/x.npz"], "images/000.png"),
+        (["align", "--outputs", "none.npz"], "collect first"),
+        (["align", "--onnx", "broken"], "other ONNX files; collect again"),
+        (["align", "--share", 2], "--share"),
+        (["align", "--group-by", "colour"], "--group-by 'colour' is none of"),
+        (["align", "--out", "images/000.png/x.npz"], "images/000.png"),
         (["report", "--calibration", "none.json"], "calibration fit first"),
         (["evaluate", "--images", "images", "--calibration", "none.json"], "calibration fit"),
         (["fitt"], "No such command"),

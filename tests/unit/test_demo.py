@@ -9,7 +9,7 @@ import pytest
 
 from calibration.sample import crops as sample_crops
 from demo import __main__ as demo
-from demo import steps
+from demo import roads, steps
 from demo.page import write_page
 from demo.summary import Pass, Served, summarise
 
@@ -89,7 +89,9 @@ def make_page(path, escalated, threshold, certificate):
         {"triton_version": "2.51.0", "cpu": "<one> & only"},
     )
     crops = [crop.data for crop in sample_crops(4, seed=0)]
-    write_page(path, summary, answers, threshold, crops, ["ant", "bee", "cat", "dog"])
+    write_page(
+        path, summary, answers, threshold, crops, ["ant", "bee", "cat", "dog"], "report.html"
+    )
     return path.read_text()
 
 
@@ -163,8 +165,13 @@ def test_a_step_that_fails_ends_the_preparation(elsewhere, monkeypatch, capsys):
     assert re.search(r"^error: `python -m calibration fit .*` failed with exit", printed.err, re.M)
 
 
-def test_the_demo_exports_what_a_user_could_serve_instead():
+def test_the_demo_exports_two_resolutions_and_what_a_user_could_serve_instead():
     (export,) = (
-        step.arguments for step in steps.STEPS if step.arguments[:2] == ("export", "rungs")
+        step.arguments
+        for step in roads.resolutions().steps
+        if step.arguments[:2] == ("export", "rungs")
     )
-    assert export[export.index("--static-px") + 1] == "140,168,196"
+    assert export[export.index("--low") + 1] == "px=112"
+    assert export[export.index("--high") + 1] == "px=224"
+    beside = [export[i + 1] for i, argument in enumerate(export) if argument == "--beside"]
+    assert beside == ["px=140", "px=168", "px=196"]

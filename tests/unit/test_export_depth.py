@@ -34,9 +34,9 @@ def backbone(request, tmp_path_factory):
 
 @torch.inference_mode()
 def test_a_shallow_model_ends_where_the_library_is_after_so_many_blocks(backbone):
-    options = {} if backbone.model.config.model_type == "dinov2" else {
-        "interpolate_pos_encoding": True
-    }
+    options = (
+        {} if backbone.model.config.model_type == "dinov2" else {"interpolate_pos_encoding": True}
+    )
     base = base_model(backbone.model)
     hidden = base(downsample(IMAGES, 8), output_hidden_states=True, **options).hidden_states
     embedding, cls_layers, *_ = backbone.rung(Recipe(8, DEPTH))(IMAGES)
@@ -57,7 +57,7 @@ def test_the_head_is_the_full_models_on_what_there_is_after_so_many_blocks(backb
     tokens = base_model(model)(IMAGES, output_hidden_states=True).hidden_states[DEPTH]
     tokens = base_model(model).layernorm(tokens)
     if hasattr(model, "distillation_classifier"):
-        logits = (model.cls_classifier(tokens[:, 0]) + model.distillation_classifier(tokens[:, 1]))
+        logits = model.cls_classifier(tokens[:, 0]) + model.distillation_classifier(tokens[:, 1])
         logits = logits / 2
     elif model.config.model_type == "dinov2":
         logits = model.classifier(torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1))

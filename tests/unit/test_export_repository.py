@@ -1,18 +1,28 @@
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from export import staging
 from export.repository import RepositoryError, assemble
-from routing import Calibration, CalibrationError, RungSet, manifest
+from export.shared_weights import share_weights
+from routing import WEIGHTS, Calibration, CalibrationError, RungSet, manifest
 from tests.unit.export_tiny import run_export
 from tests.unit.fakes import make_calibration
 from tests.unit.onnx_files import CLASSES, LAYERS, SIZE, D, write_rung_set
+from tests.unit.quantised_files import ask
 
 
-def write_inputs(folder, classes=CLASSES):
-    rung_set = RungSet.load(write_rung_set(folder / "onnx", classes))
+def write_inputs(folder, classes=CLASSES, shared=()):
+    """Rungs and their artifact; those of the rungs in `shared` read weights that lie beside."""
+    onnx = write_rung_set(folder / "onnx", classes)
+    if shared:
+        put_weights_beside(onnx, shared)
+    rung_set = RungSet.load(onnx)
     calibration = make_calibration(
         rungs=rung_set.rungs,
         image_shape=(3, SIZE, SIZE),
@@ -23,6 +33,24 @@ def write_inputs(folder, classes=CLASSES):
     )
     calibration.save(folder / "calibration.json")
     return rung_set, folder / "calibration.json"
+
+
+def put_weights_beside(folder, names):
+    """As `export rungs` does it, here with weights of 64 bytes and more."""
+    files = [folder / f"{name}.onnx" for name in names]
+    if len(files) == 1:  # shared with a graph that is not served
+        files.append(shutil.copyfile(files[0], folder / "static_9.onnx"))
+    assert all(share_weights(files, folder / WEIGHTS, at_least_bytes=64).values())
+    path = folder / "rungs.json"
+    content = json.loads(path.read_text())
+    for name in names:
+        content["rungs"][name]["sha256"] = manifest.sha256_file(folder / f"{name}.onnx")
+        content["rungs"][name]["weights_sha256"] = manifest.sha256_file(folder / WEIGHTS)
+    path.write_text(json.dumps(content))
+
+
+def placed(repository):
+    return [repository / name / "1" / WEIGHTS for name in ("vit_low", "vit_high")]
 
 
 def contents(folder):
@@ -68,6 +96,86 @@ def test_threads_are_set_on_both_rungs(tmp_path):
         config = (out / name / "config.pbtxt").read_text()
         assert re.search(r'"intra_op_thread_count" value: \{ string_value: "6" \}', config)
         assert re.search(r'"inter_op_thread_count" value: \{ string_value: "1" \}', config)
+
+
+def test_instances_are_set_on_both_rungs_and_nowhere_else(tmp_path):
+    rung_set, artifact = write_inputs(tmp_path)
+    one = contents(assemble(rung_set, artifact, tmp_path / "one"))
+    three = contents(assemble(rung_set, artifact, tmp_path / "three", instances=3))
+    changed = {name for name in one if one[name] != three[name]} - {manifest.NAME}
+    assert changed == {"vit_low/config.pbtxt", "vit_high/config.pbtxt"}
+    for name in changed:
+        assert "instance_group [ { count: 1 " in one[name].decode()
+        assert "instance_group [ { count: 3 " in three[name].decode()
+
+
+@pytest.mark.parametrize("options", [{"instances": 0}, {"intra_op_threads": 0}])
+def test_fewer_than_one_of_either_is_refused(tmp_path, options):
+    rung_set, artifact = write_inputs(tmp_path)
+    with pytest.raises(RepositoryError, match=r"--(instances|intra-op-threads) 0 must be 1 or"):
+        assemble(rung_set, artifact, tmp_path / "repository", **options)
+
+
+def test_shared_weights_lie_once_under_a_name_in_each_version_directory(tmp_path):
+    rung_set, artifact = write_inputs(tmp_path, shared=("vit_low", "vit_high"))
+    out = assemble(rung_set, artifact, tmp_path / "repository")
+    low, high = placed(out)
+    assert os.path.samefile(low, high) and low.stat().st_nlink == 2
+    # Not the export's own, which a later export replaces or a user edits.
+    assert not os.path.samefile(low, tmp_path / "onnx" / WEIGHTS)
+    assert low.read_bytes() == (tmp_path / "onnx" / WEIGHTS).read_bytes()
+    listed = json.loads((out / manifest.NAME).read_text())["files"]
+    assert {f"vit_low/1/{WEIGHTS}", f"vit_high/1/{WEIGHTS}"} <= set(listed)
+    manifest.verify(out)
+    files = {name: out / name / "1/model.onnx" for name in rung_set.rungs}
+    Calibration.load(out / "router/1/calibration.json").check_rungs(files)
+
+
+def test_weights_lie_beside_the_rung_alone_that_reads_them(tmp_path):
+    rung_set, artifact = write_inputs(tmp_path, shared=("vit_high",))
+    low, high = placed(assemble(rung_set, artifact, tmp_path / "repository"))
+    assert high.is_file() and not low.exists()
+
+
+def test_a_copy_without_hard_links_is_the_same_repository(tmp_path):
+    rung_set, artifact = write_inputs(tmp_path, shared=("vit_low", "vit_high"))
+    out = assemble(rung_set, artifact, tmp_path / "repository")
+    copy = shutil.copytree(out, tmp_path / "copy")
+    low, high = placed(copy)
+    assert not os.path.samefile(low, high)
+    manifest.verify(copy)
+    files = {name: copy / name / "1/model.onnx" for name in rung_set.rungs}
+    Calibration.load(copy / "router/1/calibration.json").check_rungs(files)
+    image = np.random.default_rng(0).normal(size=(2, 3, SIZE, SIZE)).astype(np.float32)
+    for name, file in files.items():
+        for output, value in ask(rung_set.files[name], image).items():
+            np.testing.assert_array_equal(ask(file, image)[output], value)
+
+
+def test_where_no_second_name_can_be_given_weights_are_copied(tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise OSError("no links here")
+
+    rung_set, artifact = write_inputs(tmp_path, shared=("vit_low", "vit_high"))
+    monkeypatch.setattr(staging.os, "link", refuse)
+    out = assemble(rung_set, artifact, tmp_path / "repository")
+    low, high = placed(out)
+    assert not os.path.samefile(low, high) and low.read_bytes() == high.read_bytes()
+    manifest.verify(out)
+
+
+def test_altered_or_missing_weights_are_refused(tmp_path):
+    rung_set, artifact = write_inputs(tmp_path, shared=("vit_low", "vit_high"))
+    weights = tmp_path / "onnx" / WEIGHTS
+    intact = weights.read_bytes()
+    weights.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
+    with pytest.raises(CalibrationError, match="vit_low: vit_low.onnx is not the file that was"):
+        assemble(rung_set, artifact, tmp_path / "repository")
+    weights.unlink()
+    with pytest.raises(CalibrationError, match="vit_low: vit_low.onnx is not the file that was"):
+        assemble(rung_set, artifact, tmp_path / "repository")
+    weights.write_bytes(intact)
+    assemble(rung_set, artifact, tmp_path / "repository")
 
 
 def test_a_headless_ensemble_has_no_logits(tmp_path):
@@ -158,11 +266,12 @@ def test_out_below_a_file_is_one_line(tmp_path, below):
 
 def test_the_command_assembles(tmp_path):
     write_inputs(tmp_path)
-    result = run_repository(tmp_path, tmp_path / "repository")
+    result = run_repository(tmp_path, tmp_path / "repository", "--instances", 2)
     assert (result.exit_code, result.stderr) == (0, "")
     manifest.verify(tmp_path / "repository")
+    assert "{ count: 2 " in (tmp_path / "repository/vit_low/config.pbtxt").read_text()
 
 
-def run_repository(folder, out):
+def run_repository(folder, out, *more):
     options = ("--onnx", folder / "onnx", "--calibration", folder / "calibration.json")
-    return run_export("repository", *options, "--out", out)
+    return run_export("repository", *options, "--out", out, *more)

@@ -127,7 +127,7 @@ def test_alternatives_are_recorded_and_checked_like_the_rungs(with_alternatives)
     checked = [(check["rung"], check["batch"]) for check in record["parity"]["checks"]]
     assert set(checked) == {(name, batch) for name in names for batch in (1, 3, 8)}
     assert len(checked) == 4 * 3 * 3  # graphs, batches, outputs
-    for name in (*names, "weights"):
+    for name in (*names, "weights.bin"):
         assert name in printed
     rung_set = RungSet.load(out)
     assert [rung.px for rung in rung_set.rungs.values()] == [4, PX]

@@ -1,9 +1,11 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from routing import (
+    WEIGHTS,
     Calibration,
     CalibrationError,
     ManifestError,
@@ -116,6 +118,55 @@ def test_check_rungs_names_the_file_that_differs(tmp_path):
         calibration.check_rungs(files)
 
 
+def test_weights_beside_a_graph_are_part_of_what_it_is(tmp_path):
+    file, weights = tmp_path / "a.onnx", tmp_path / WEIGHTS
+    file.write_text("graph")
+    weights.write_text("weights")
+    alone = RungRecord(2, "px=2", manifest.sha256_file(file))
+    record = replace(alone, weights_sha256=manifest.sha256_file(weights))
+    assert alone.fingerprint == alone.sha256
+    others = [alone, replace(record, sha256="0" * 64), replace(record, weights_sha256="0" * 64)]
+    assert record.fingerprint not in {other.fingerprint for other in others}
+    assert replace(record, px=3, recipe="px=3", layers=1).fingerprint == record.fingerprint
+    assert record.is_file(file) and alone.is_file(file)
+    assert not any(other.is_file(file) for other in others[1:])
+    weights.write_text("others")
+    assert not record.is_file(file) and alone.is_file(file)
+    weights.unlink()
+    assert not record.is_file(file) and alone.is_file(file)
+    file.write_text("another")
+    assert not alone.is_file(file)
+
+
+def test_check_rungs_refuses_altered_weights(tmp_path):
+    rungs, files = {}, {}
+    for name in ("vit_low", "vit_high"):
+        files[name] = tmp_path / name / "model.onnx"
+        files[name].parent.mkdir()
+        files[name].write_text(name)
+        (tmp_path / name / WEIGHTS).write_text("weights")
+        hashes = [manifest.sha256_file(f) for f in (files[name], tmp_path / name / WEIGHTS)]
+        rungs[name] = RungRecord(2, "px=2", *hashes)
+    calibration = make_calibration(rungs=rungs)
+    calibration.save(tmp_path / "a.json")
+    loaded = Calibration.load(tmp_path / "a.json")
+    assert loaded == calibration and loaded.rungs == rungs
+    loaded.check_rungs(files)
+    (tmp_path / "vit_high" / WEIGHTS).write_text("others")
+    with pytest.raises(CalibrationError, match=r"vit_high: model\.onnx is not the file") as error:
+        loaded.check_rungs(files)
+    assert "\n" not in str(error.value)
+
+
+def test_an_artifact_of_an_earlier_release_has_self_contained_rungs(tmp_path):
+    content = make_calibration().to_dict()
+    for rung in content["rungs"].values():
+        del rung["weights_sha256"], rung["layers"]
+    path = tmp_path / "calibration.json"
+    path.write_text(json.dumps(content))
+    assert Calibration.load(path) == make_calibration()
+
+
 def test_the_manifest_names_what_changed(tmp_path):
     (tmp_path / "router").mkdir()
     file = tmp_path / "router" / "config.pbtxt"
@@ -166,6 +217,53 @@ def test_alternatives_stand_beside_the_two_rungs(tmp_path):
     assert rung_set.alternatives == {"static_6": RungRecord(6, "px=6", "abc")}
     assert rung_set.alternative_files == {"static_6": tmp_path / "static_6.onnx"}
     assert set(rung_set.rungs) == set(rung_set.files) == {"vit_low", "vit_high"}
+
+
+def change_rungs(folder, **fields):
+    path = folder / "rungs.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def test_without_a_reference_the_full_rung_is_it(tmp_path):
+    rung_set = RungSet.load(write_rung_set(tmp_path))
+    assert (rung_set.reference, rung_set.reference_file, rung_set.fitted_on) == (None, None, "")
+    assert list(rung_set.graphs()) == ["vit_low", "vit_high"]
+    assert rung_set.fingerprints() == {n: r.sha256 for n, r in rung_set.rungs.items()}
+
+
+def test_a_reference_is_run_beside_the_rungs(tmp_path):
+    write_rung_set(tmp_path)
+    entry = {"px": 8, "recipe": "px=8", "file": "reference.onnx", "sha256": "abc"}
+    change_rungs(tmp_path, reference={**entry, "weights_sha256": "def"}, fitted_on="AAECAwQFBgc=")
+    with pytest.raises(RungSetError, match=r"no ONNX file at .*reference\.onnx; run"):
+        RungSet.load(tmp_path)
+    (tmp_path / "reference.onnx").write_bytes(b"")
+    rung_set = RungSet.load(tmp_path)
+    assert rung_set.reference == RungRecord(8, "px=8", "abc", "def")
+    record, file = rung_set.graphs()["reference"]
+    assert (record, file) == (rung_set.reference, tmp_path / "reference.onnx")
+    assert rung_set.fingerprints()["reference"] == rung_set.reference.fingerprint != "abc"
+    assert rung_set.fitted_on == "AAECAwQFBgc="
+    assert set(rung_set.rungs) == {"vit_low", "vit_high"} and rung_set.alternatives == {}
+
+
+@pytest.mark.parametrize("reference", ["static_8", {"px": 8}, {"file": "vit_high.onnx"}])
+def test_an_unreadable_reference_says_what_to_run(tmp_path, reference):
+    write_rung_set(tmp_path)
+    change_rungs(tmp_path, reference=reference)
+    with pytest.raises(RungSetError, match="export again") as error:
+        RungSet.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_the_layers_are_the_cheap_rungs(tmp_path):
+    write_rung_set(tmp_path)
+    rungs = json.loads((tmp_path / "rungs.json").read_text())["rungs"]
+    rungs["vit_low"]["layers"] = 1
+    change_rungs(tmp_path, rungs=rungs)
+    rung_set = RungSet.load(tmp_path)
+    assert (rung_set.layers, rung_set.rungs["vit_low"].layers) == (1, 1)
+    assert rung_set.rungs["vit_high"].layers is None
 
 
 @pytest.mark.parametrize("alternatives", [None, [], {"static_6": {"px": 6}}, {"static_6": 6}])

@@ -1,0 +1,236 @@
+"""A planner's surroundings without torch and Triton: tiny graphs, two-coloured images, prices.
+
+An image is one colour on the left and, by a little or a lot, another on the right. The full model
+looks at all of it; cheap graphs look at the left half only and see it shifted, which an alignment
+can take back. `Commands` does what the planner has other programs do.
+"""
+
+import hashlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+from rich.console import Console
+
+from calibration.certify import Goal
+from calibration.outputs import hash_prefixes
+from calibration.plan.bars import Bars
+from calibration.plan.request import Request
+from calibration.source import SourceImage
+from export.recipes.recipe import Recipe
+from export.shelf import align, choose
+from imaging import ImageError, Preprocessing
+from routing import Alignment, manifest
+
+SIZE, D, LAYERS, CLASSES = 8, 6, 3, 4
+QUIET = Bars(Console(quiet=True))
+MS = {"vit_high": 80.0, "static_int8static": 40.0}  # of an image; cheap graphs take CHEAP_MS
+CHEAP_MS = 8.0
+
+
+class TwoColours:
+    """`count` images in memory; those in `gone` cannot be read."""
+
+    spec, title = "two colours", "two colours each"
+
+    def __init__(self, count, gone=(), seed=0):
+        self.names = tuple(f"{index:04d}.png" for index in range(count))
+        self._gone, self._seed = set(gone), seed
+        self.read = []
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        if index in self._gone:
+            raise ImageError("cannot be read: No such file or directory")
+        rng = np.random.default_rng((self._seed, index))
+        left = rng.uniform(0, 255, 3)
+        right = left + rng.normal(size=3) * 120 * rng.uniform() ** 3
+        pixels = np.empty((SIZE, SIZE, 3), np.uint8)
+        pixels[:, : SIZE // 2] = left
+        pixels[:, SIZE // 2 :] = np.clip(right, 0, 255)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        name = self.names[index]
+        return SourceImage(name, name, None, buffer.getvalue())
+
+    def fingerprint(self):
+        return f"{self._seed} {len(self)} {sorted(self._gone)}"
+
+
+def write_graph(path, seen, shift, head=True):
+    """Mean colour of the first `seen` columns -> embedding -> its multiples and its logits."""
+    rng = np.random.default_rng(0)
+    constants = {
+        "starts": np.array([0]),
+        "ends": np.array([seen]),
+        "axes": np.array([3]),
+        "flat": np.array([0, 3]),
+        "W": rng.normal(size=(3, D)).astype(np.float32),
+        "b": (shift * rng.normal(size=D)).astype(np.float32),
+        "axis1": np.array([1]),
+        "S": np.linspace(0.5, 1.0, LAYERS + 1, dtype=np.float32).reshape(1, LAYERS + 1, 1),
+        "H": rng.normal(size=(D, CLASSES)).astype(np.float32),
+        "h": np.zeros(CLASSES, np.float32),
+    }
+    nodes = [
+        helper.make_node("Slice", ["image", "starts", "ends", "axes"], ["columns"]),
+        helper.make_node("GlobalAveragePool", ["columns"], ["pooled"]),
+        helper.make_node("Reshape", ["pooled", "flat"], ["colour"]),
+        helper.make_node("Gemm", ["colour", "W", "b"], ["embedding"]),
+        helper.make_node("Unsqueeze", ["embedding", "axis1"], ["row"]),
+        helper.make_node("Mul", ["row", "S"], ["cls_layers"]),
+    ]
+    shapes = {"embedding": [D], "cls_layers": [LAYERS + 1, D]}
+    if head:
+        nodes.append(helper.make_node("Gemm", ["embedding", "H", "h"], ["logits"]))
+        shapes["logits"] = [CLASSES]
+    image = ["batch", 3, SIZE, SIZE]
+    graph = helper.make_graph(
+        nodes,
+        "tiny",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, image)],
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *shape])
+            for name, shape in shapes.items()
+        ],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.save(model, path)
+
+
+def write_shelf(folder, low, beside, fitted_on="", head=True):
+    """What `export rungs` leaves: the full model, and cheap graphs by their recipes."""
+    folder.mkdir(parents=True)
+    names = {"vit_low": low, "vit_high": "fp32"}
+    names |= {f"static_{Recipe.parse(text).slug(SIZE)}": text for text in beside}
+    entries = {}
+    for name, text in names.items():
+        recipe, file = Recipe.parse(text).at(SIZE), folder / f"{name}.onnx"
+        cheap = recipe.px < SIZE
+        shift = 1.5 * cheap + 0.05 * (recipe.precision != "fp32") + 0.01 * (recipe.depth or 0)
+        write_graph(file, SIZE // 2 if cheap else SIZE, shift, head)
+        entries[name] = {
+            "px": recipe.px,
+            "recipe": str(recipe),
+            "file": file.name,
+            "sha256": manifest.sha256_file(file),
+            "layers": LAYERS,
+        }
+    content = {
+        "schema_version": 1,
+        "backbone": "tiny",
+        "image": {"shape": [3, SIZE, SIZE]},
+        "embedding_dim": D,
+        "layers": LAYERS,
+        "classes": CLASSES if head else None,
+        "labels": [f"class {i}" for i in range(CLASSES)] if head else None,
+        "preprocessing": Preprocessing(
+            SIZE, SIZE, None, "bilinear", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+        ).to_dict(),
+        "rungs": {name: entries.pop(name) for name in ("vit_low", "vit_high")},
+        "reference": None,
+        "alternatives": entries,
+        "parity": {"checks": []},
+        "fitted_on": fitted_on,
+    }
+    (folder / "rungs.json").write_text(json.dumps(content))
+    return folder
+
+
+def spread(value):
+    return {"median": value, "min": value, "max": value, "runs": 1, "values": [value]}
+
+
+class Commands:
+    """Stands in for `run` and `run_json`; `said` holds every command's arguments."""
+
+    def __init__(self, ms=None, head=True):
+        self.said = []
+        self._ms, self._head = ms or MS, head
+
+    def of(self, *verb):
+        """The commands of one verb."""
+        return [said for said in self.said if tuple(said[:2]) == verb]
+
+    def run(self, arguments, say):
+        self.said.append([str(argument) for argument in arguments])
+        options = _options(self.said[-1][2:])
+        out = {name: Path(options[name][0]) for name in ("--out", "--onnx") if name in options}
+        if self.said[-1][1] == "rungs":
+            learned = sorted(Path(options["--fit-images"][0]).iterdir())
+            digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in learned]
+            beside = options.get("--beside", [])
+            write_shelf(
+                out["--out"], options["--low"][0], beside, hash_prefixes(digests), self._head
+            )
+        elif self.said[-1][1] == "align":
+            alignment = Alignment.load(Path(options["--alignment"][0]))
+            align(out["--onnx"], options["--graph"][0], alignment, options["--name"][0])
+        else:
+            low, high = options["--low"][0], options["--high"][0]
+            choose(out["--onnx"], low, high, options["--keep"], out["--out"])
+
+    def run_json(self, arguments, say):
+        self.said.append([str(argument) for argument in arguments])
+        if self.said[-1][1] == "describe":
+            return {"patch_size": 1, "high_px": SIZE}
+        names = _options(self.said[-1][2:])["--graphs"][0].split(",")
+        return {"graphs": {name: self._cost(name) for name in names}}
+
+    def _cost(self, name):
+        ms, full = self._ms.get(name, CHEAP_MS), self._ms["vit_high"]
+        return {
+            "ms_per_image": {"1": spread(1.5 * ms), "8": spread(ms)},
+            "latency_ms": spread(2 * ms),
+            "cost_ratio": spread(ms / full),
+        }
+
+
+def _options(arguments):
+    found, name = {}, None
+    for argument in arguments:
+        if argument.startswith("--"):
+            name = argument
+            found.setdefault(name, [])
+        else:
+            found[name].append(argument)
+    return found
+
+
+def patch_commands(monkeypatch, commands):
+    """Let the planner's commands go to `commands`."""
+    for module in ("shelf", "plan"):
+        monkeypatch.setattr(f"calibration.plan.{module}.run", commands.run)
+    monkeypatch.setattr("calibration.plan.plan.run_json", commands.run_json)
+
+
+def make_request(folder, **changes):
+    fields = {
+        "model": "tiny",
+        "images": "two colours",
+        "source": TwoColours(700),
+        "candidates": "px=4,int8=static,align; px=4",
+        "highs": "fp32; int8=static",
+        "beside": "px=6",
+        "px": SIZE,
+        "head_images": None,
+        "goal": Goal(0.2, 0.9, "ltt"),
+        "fidelity": None,
+        "tolerance": 0.1,
+        "group_by": "source",
+        "latency_budget_ms": None,
+        "instances": 2,
+        "threads": 1,
+        "seed": 0,
+        "cache": folder / "cache",
+        "out": folder / "out",
+    }
+    return Request(**{**fields, **changes})

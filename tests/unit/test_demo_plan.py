@@ -1,0 +1,238 @@
+"""`make demo PLAN=1`: what it serves, measures and says of that."""
+
+import io
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from calibration.sample import crops as sample_crops
+from demo import saturated
+from demo.errors import DemoError
+from demo.page import write_page
+from demo.plan_summary import best_sentence, served_rows, summarise_plan
+from demo.saturated import measure_saturated
+from demo.summary import Pass, Served, summarise
+from demo.systems import recipes, resolutions_px, served_systems
+from demo.tables import plan_table, result_table, sentences
+from perf.analyzer import AnalyzerResult, Figures
+from routing import RungRecord, RungSet
+
+FULL = RungRecord(224, "px=224", "f" * 64)
+CHEAP = RungRecord(112, "px=112,int8=static,align", "c" * 64)
+INT8 = RungRecord(224, "px=224,int8=static", "8" * 64)
+MERGED = RungRecord(224, "px=224,tome=8", "m" * 64)
+CERTIFICATE = {
+    **{"epsilon": 0.05, "confidence": 0.9, "method": "ltt", "n": 480, "errors": 15, "allowed": 17},
+    **{"certified": True, "signal": "margin", "statement": "With confidence 90 %, ..."},
+}
+RECIPES = {
+    "low": CHEAP.recipe,
+    "high": FULL.recipe,
+    "vit_high": INT8.recipe,
+    "static_tome8": MERGED.recipe,
+}
+
+
+def rung_set(high, reference, alternatives):
+    return RungSet(
+        backbone="tiny",
+        image_shape=(3, 224, 224),
+        embedding_dim=4,
+        layers=2,
+        classes=4,
+        labels=("ant", "bee", "cat", "dog"),
+        preprocessing={},
+        rungs={"vit_low": CHEAP, "vit_high": high},
+        files={},
+        alternatives=alternatives,
+        reference=reference,
+    )
+
+
+def test_the_full_rung_is_static_high_where_it_is_the_full_model():
+    found = rung_set(FULL, None, {"static_tome8": MERGED})
+    assert served_systems(found) == {
+        **{"low": "vit_low", "high": "vit_high", "adaptive": "router"},
+        "static_tome8": "static_tome8",
+    }
+    assert recipes(found)["high"] == "px=224" and "adaptive" not in recipes(found)
+
+
+def test_an_int8_full_rung_is_a_system_beside_the_full_model():
+    found = rung_set(INT8, FULL, {"static_tome8": MERGED, "static_full": FULL})
+    assert served_systems(found) == {
+        **{"low": "vit_low", "high": "static_full", "adaptive": "router"},
+        **{"vit_high": "vit_high", "static_tome8": "static_tome8"},
+    }
+    assert recipes(found) == RECIPES
+    assert resolutions_px(found) == (112, 224)
+
+
+def test_a_cascade_without_its_full_model_beside_it_is_refused():
+    with pytest.raises(DemoError, match="the full model does not lie beside"):
+        served_systems(rung_set(INT8, FULL, {"static_tome8": MERGED}))
+
+
+class Analyzer:
+    """Stands in for perf_analyzer: notes each load, each image of which takes 10 ms."""
+
+    def __init__(self):
+        self.loads = []
+
+    def run(self, load, csv_path):
+        self.loads.append(load)
+        figures = Figures(load.measured_requests, 100.0, *[160.0] * 4, escalation_rate=None)
+        return AnalyzerResult(load, figures, None, {})
+
+
+def test_every_system_is_measured_in_every_turn_and_none_is_always_first(tmp_path, monkeypatch):
+    analyzer = Analyzer()
+    monkeypatch.setattr(saturated, "run", analyzer.run)
+    systems = served_systems(rung_set(INT8, FULL, {"static_tome8": MERGED, "static_full": FULL}))
+    tensors = [np.zeros((3, 2, 2), np.float32)] * 10
+    server = SimpleNamespace(grpc_url="127.0.0.1:1")
+    found = measure_saturated(server, systems, tensors, tmp_path)
+    assert found == {name: [100.0] * saturated.TURNS for name in systems}
+    turns = np.array_split([load.model for load in analyzer.loads], saturated.TURNS)
+    assert all(set(turn) == set(systems.values()) for turn in turns)
+    assert len({turn[0] for turn in turns}) == saturated.TURNS
+    assert {load.shared_memory for load in analyzer.loads} == {"system"}
+    sent = {load.model: load.measured_requests for load in analyzer.loads}
+    assert sent["router"] % 10 == 0  # whole rounds, whatever the share that escalates
+    assert sent["router"] == max(sent.values())  # see saturated.py: the others are flattered more
+    assert sent["static_full"] == sent["vit_high"] == sent["vit_low"] == 10
+    assert list(tmp_path.glob("*.json")) == []  # hundreds of megabytes
+
+
+def served():
+    """Four crops: adaptive escalates the third, and the int8 rung gets it wrong."""
+    return Served(
+        low=np.array([0, 1, 0, 3]),
+        high=np.array([0, 1, 2, 3]),
+        adaptive=np.array([0, 1, 1, 3]),
+        escalated=np.array([False, False, True, False]),
+        score=np.arange(4, dtype=np.float32),
+        truth=np.array([0, 1, 2, 2]),
+        beside={"vit_high": np.array([0, 1, 1, 3]), "static_tome8": np.array([0, 1, 2, 0])},
+    )
+
+
+def plan_entry(throughput=None, agreement=None):
+    throughput = throughput or {
+        **{"low": [80, 88, 40], "high": [10, 11, 5], "adaptive": [60, 88, 20]},
+        **{"vit_high": [20, 22, 10], "static_tome8": [15, 16, 8]},
+    }
+    return summarise_plan(
+        RECIPES,
+        (CHEAP.recipe, INT8.recipe),
+        CERTIFICATE,
+        agreement or served().agreement(),
+        throughput,
+    )
+
+
+def test_the_speedup_is_taken_within_turns():
+    plan = plan_entry()
+    assert plan["speedup_vs_high"] == pytest.approx(6.0)  # of 6, 8 and 4
+    assert plan["speedup_spread"] == {"min": pytest.approx(4.0), "max": pytest.approx(8.0)}
+    assert plan["throughput_per_s"]["adaptive"] == 60
+    assert (plan["low"], plan["high"]) == (CHEAP.recipe, INT8.recipe)
+    assert (plan["signal"], plan["max_risk"]) == ("margin", 0.05)
+
+
+def test_agreement_is_with_the_full_model_not_with_the_full_rung():
+    agreement = plan_entry()["agreement"]
+    assert agreement["high"] == 1.0
+    assert agreement["vit_high"] == agreement["adaptive"] == agreement["low"] == 0.75
+
+
+def test_the_best_alternative_is_the_cheapest_that_agrees_as_often():
+    agreement = {"low": 0.9, "high": 1.0, "adaptive": 0.97, "vit_high": 0.97, "static_tome8": 0.99}
+    best = plan_entry(agreement=agreement)["best_alternative"]
+    assert best == {
+        "name": "vit_high",
+        "agreement": 0.97,
+        "cost_ratio_to_plan": pytest.approx(3.0),  # of 3, 4 and 2
+    }
+    agreement["vit_high"] = 0.96
+    assert plan_entry(agreement=agreement)["best_alternative"]["name"] == "static_tome8"
+
+
+def test_the_full_model_is_the_best_alternative_where_nothing_else_agrees_as_often():
+    agreement = {"low": 0.9, "high": 1.0, "adaptive": 1.0, "vit_high": 0.97, "static_tome8": 0.99}
+    plan = plan_entry(agreement=agreement)
+    assert plan["best_alternative"]["name"] == "high"
+    assert plan["best_alternative"]["cost_ratio_to_plan"] == pytest.approx(plan["speedup_vs_high"])
+    assert "the cheapest is the full model (224 px)" in best_sentence(plan)
+
+
+def test_rows_stand_from_the_fastest_to_the_slowest():
+    rows = served_rows(plan_entry())
+    assert [row["system"] for row in rows] == [
+        *("low", "adaptive", "vit_high", "static_tome8", "high")
+    ]
+    assert rows[-1] == {
+        **{
+            "system": "high",
+            "words": "the full model (224 px)",
+            "agreement": "100.0\N{NO-BREAK SPACE}%",
+        },
+        **{"throughput": "10.0", "speedup": "1.00×"},
+    }
+
+
+def plan_summary():
+    rates = {"low": [40], "high": [10], "adaptive": [20], "vit_high": [20]}
+    passes = {name: [Pass(4, 1000 / r, r) for r in values] for name, values in rates.items()}
+    environment = {"triton_version": "2.51.0", "cpu": "one"}
+    summary = summarise(
+        *("tiny", (112, 224), served(), passes, [(1.0, 1.1)], CERTIFICATE, environment)
+    )
+    return {**summary, "plan": plan_entry()}
+
+
+def test_the_bound_counts_what_an_escalation_really_costs():
+    summary = plan_summary()
+    # 1/40 s for each image and 1/20 s for a quarter of them, against 1/10 s.
+    assert summary["cascade_bound"] == pytest.approx(0.1 / (1 / 40 + 0.25 / 20))
+    assert summary["speedup_vs_high"] == pytest.approx(2.0)
+
+
+def test_an_escalated_image_that_the_full_rung_gets_wrong_counts_as_risk():
+    assert plan_summary()["realised_risk"] == 0.25
+
+
+def test_the_page_of_a_plan_shows_every_system_and_links_its_reasons(tmp_path):
+    crops = [crop.data for crop in sample_crops(4, seed=0)]
+    labels = ["ant", "bee", "cat", "dog"]
+    path = tmp_path / "index.html"
+    links = ("plan/report.html", "plan/plan.html")
+    write_page(path, plan_summary(), served(), 1.5, crops, labels, *links)
+    page = path.read_text()
+    assert "a <b>cheap rung</b> (112 px, int8, aligned)" in page
+    assert "pixels and the" not in page
+    for words in (
+        "the planned cascade",
+        "224 px, 8 tokens merged per block",
+        "the full rung (224 px, int8)",
+    ):
+        assert f"<td>{words}" in page or f"({words})" in page
+    assert best_sentence(plan_summary()["plan"]) in page
+    loaded = set(re.findall(r'(?:src|href)="(?!data:)([^"]*)"', page))
+    assert loaded == {"plan/report.html", "plan/plan.html"}
+
+
+def test_the_terminal_names_the_rungs_by_their_recipes():
+    console = Console(width=120, record=True, file=io.StringIO())
+    summary = plan_summary()
+    console.print(result_table(summary))
+    console.print(plan_table(summary))
+    text = console.export_text()
+    assert "tiny planned" in text and "full model always" in text and "6.00×" in text
+    assert sentences(summary)[0] == (
+        "planned: 112 px, int8, aligned, escalating by margin to 224 px, int8"
+    )
+    assert any(line == best_sentence(summary["plan"]) for line in sentences(summary))

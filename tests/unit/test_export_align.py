@@ -1,0 +1,165 @@
+"""A baked alignment answers as `routing.Alignment` and the model's own head do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx.external_data_helper import uses_external_data
+
+from export.errors import UsageError
+from export.onnx_graph import check_versions, export_onnx
+from export.parity import sample_images, structure_failures
+from export.pretrained import pretrained
+from export.recipes.align import bake_alignment
+from export.recipes.half import to_half
+from export.recipes.quantise import quantise_dynamic, quantise_static
+from export.recipes.recipe import Recipe
+from export.shared_weights import share_weights
+from routing import Alignment, RungOutputs
+from tests.unit.export_tiny import LAYERS, PX, WIDTH, save_tiny
+from tests.unit.quantised_files import ask
+
+IMAGES = sample_images(8, PX, seed=8)
+KINDS = {
+    "fp32": lambda model: model,
+    "int8=static": lambda model: quantise_static(model, sample_images(8, PX, seed=9)),
+    "int8": quantise_dynamic,
+    "fp16": to_half,
+}
+TOLERANCE = {"fp16": 2e-2}  # its head computes in FP16
+
+
+def export(folder: Path, class_name: str, px: int = 8) -> onnx.ModelProto:
+    backbone = pretrained(str(save_tiny(folder / "model", class_name)))
+    names = list(backbone.output_shapes())
+    return export_onnx(backbone.rung(Recipe(px)), PX, names, folder / "graph.onnx", 20)
+
+
+def alignment(layers: int = LAYERS) -> Alignment:
+    rng = np.random.default_rng(2)
+    weights = rng.normal(size=((1 + layers) * WIDTH, WIDTH)) / WIDTH**0.5
+    bias = rng.normal(size=WIDTH)
+    return Alignment(weights.astype(np.float32), bias.astype(np.float32), "a", "b", "px=8", "")
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> onnx.ModelProto:
+    return export(tmp_path_factory.mktemp("vit"), "ViTForImageClassification")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pair(request, graph) -> tuple[onnx.ModelProto, onnx.ModelProto, float]:
+    """(as it was, aligned, tolerance of the logits)."""
+    model = KINDS[request.param](graph)
+    return model, bake_alignment(model, alignment()), TOLERANCE.get(request.param, 1e-5)
+
+
+def head_of(graph: onnx.ModelProto) -> tuple[np.ndarray, np.ndarray]:
+    """Weights (D, C) and bias of the tiny model's head, from the FP32 graph."""
+    arrays = {i.name: onnx.numpy_helper.to_array(i) for i in graph.graph.initializer}
+    return arrays["model.classifier.weight"].T, arrays["model.classifier.bias"]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_the_graph_answers_as_the_map_and_the_head_do(pair, graph, batch):
+    model, aligned, tolerance = pair
+    before, after = ask(model, IMAGES[:batch]), ask(aligned, IMAGES[:batch])
+    outputs = RungOutputs(before["embedding"], before["cls_layers"], before["logits"])
+    expected = alignment().embedding(outputs)
+    np.testing.assert_allclose(after["embedding"], expected, rtol=1e-5, atol=1e-5)
+    weights, bias = head_of(graph)
+    np.testing.assert_allclose(
+        after["logits"], expected @ weights + bias, rtol=tolerance, atol=tolerance
+    )
+    np.testing.assert_array_equal(after["cls_layers"], before["cls_layers"])
+    assert np.abs(after["logits"] - before["logits"]).max() > 0.1
+
+
+def test_the_contract_the_version_limits_and_the_argument_stay(pair, graph):
+    model, aligned, _ = pair
+    bytes_before = model.SerializeToString(deterministic=True)
+    again = bake_alignment(model, alignment())
+    assert model.SerializeToString(deterministic=True) == bytes_before
+    assert again.SerializeToString(deterministic=True) == aligned.SerializeToString(
+        deterministic=True
+    )
+    check_versions(aligned)
+    onnx.checker.check_model(aligned, full_check=True)
+    shapes = {"embedding": (WIDTH,), "cls_layers": (LAYERS + 1, WIDTH), "logits": (3,)}
+    assert structure_failures("vit_low", aligned, PX, shapes) == []
+
+
+def test_what_only_the_old_head_read_is_gone(pair):
+    _, aligned, _ = pair
+    graph = aligned.graph
+    read = {name for node in graph.node for name in node.input}
+    read |= {output.name for output in graph.output}
+    assert all(read & set(node.output) for node in graph.node)
+    assert {item.name for item in graph.initializer} <= read
+    # The normalisation of all tokens was the head's alone; one token's is left, the embedding.
+    norms = [n for n in graph.node if n.op_type == "LayerNormalization"]
+    assert len(norms) == 2 * LAYERS + 1
+
+
+def test_weights_beside_the_graph_stay_there(graph, tmp_path):
+    files = [tmp_path / name for name in ("low.onnx", "high.onnx")]
+    for file in files:
+        onnx.save(graph, file)
+    share_weights(files, tmp_path / "weights.bin")
+    model = onnx.load(files[0], load_external_data=False)
+    aligned = bake_alignment(model, alignment())
+    (tmp_path / "aligned.onnx").write_bytes(aligned.SerializeToString())
+    outside = {i.name for i in aligned.graph.initializer if uses_external_data(i)}
+    assert outside and "align_weights" not in outside
+    expected = ask(bake_alignment(graph, alignment()), IMAGES)
+    for name, value in ask(tmp_path / "aligned.onnx", IMAGES).items():
+        np.testing.assert_array_equal(value, expected[name])
+
+
+def test_a_graph_without_a_head_and_one_that_reads_fewer_layers(tmp_path):
+    model = export(tmp_path, "Dinov2Model")
+    fitted = alignment(layers=1)
+    before, after = ask(model, IMAGES), ask(bake_alignment(model, fitted), IMAGES)
+    layer = before["cls_layers"][:, -2]
+    expected = np.concatenate([before["embedding"], layer], axis=1) @ fitted.weights + fitted.bias
+    np.testing.assert_allclose(after["embedding"], expected, rtol=1e-5, atol=1e-5)
+    assert set(after) == {"embedding", "cls_layers"}
+
+
+def test_a_head_without_a_bias(graph):
+    model = onnx.ModelProto()
+    model.CopyFrom(graph)
+    (head,) = (node for node in model.graph.node if "logits" in node.output)
+    del head.input[2:]
+    after = ask(bake_alignment(model, alignment()), IMAGES)
+    expected = after["embedding"] @ head_of(graph)[0]
+    np.testing.assert_allclose(after["logits"], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "class_name", ["Dinov2ForImageClassification", "DeiTForImageClassificationWithTeacher"]
+)
+@pytest.mark.parametrize("change", [lambda model: model, quantise_dynamic], ids=["fp32", "int8"])
+def test_a_head_that_reads_more_than_the_cls_token_is_refused(class_name, change, tmp_path):
+    model = change(export(tmp_path, class_name))
+    with pytest.raises(UsageError, match="align needs a linear head on the CLS token") as caught:
+        bake_alignment(model, alignment())
+    assert "\n" not in str(caught.value)
+
+
+def test_an_aligned_graph_still_answers_image_by_image(graph):
+    model = bake_alignment(quantise_static(graph, IMAGES), alignment())
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    together = session.run(["embedding", "logits"], {"image": IMAGES})
+    for row in range(len(IMAGES)):
+        alone = session.run(["embedding", "logits"], {"image": IMAGES[row : row + 1]})
+        for one, all_images in zip(alone, together, strict=True):
+            np.testing.assert_allclose(one[0], all_images[row], rtol=1e-4, atol=1e-4)

@@ -1,0 +1,183 @@
+"""Every recipe alone, and some together, exported at once from a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx.external_data_helper import uses_external_data
+
+from calibration.outputs import hash_prefixes
+from export.onnx_graph import check_versions
+from export.parity import ParityError, sample_images, structure_failures
+from export.pretrained import pretrained
+from export.recipes.recipe import Recipe
+from export.rungs import RungsRequest, export_rungs
+from routing import RungSet
+from routing.manifest import sha256_file
+from tests.unit.export_tiny import LAYERS, PX, QUIET, WIDTH, run_export, save_tiny
+from tests.unit.image_files import write_images
+from tests.unit.quantised_files import ask, cosines
+
+LOW, HIGH = "px=8,int8=static", "int8"
+BESIDE = {
+    "static_8": "px=8",
+    "static_depth1": "depth=1",
+    "static_tome2": "tome=2",
+    "static_int8static": "int8=static",
+    "static_fp16": "fp16",
+    "static_8_depth1_tome2_int8static": "int8=static,tome=2,depth=1,px=8",
+    "static_tome2_fp16": "tome=2,fp16",
+}
+RECIPES = {"vit_low": LOW, "vit_high": HIGH, "reference": "fp32", **BESIDE}
+IMAGES = sample_images(8, PX, seed=10)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny", "ViTForImageClassification")
+
+
+@pytest.fixture(scope="module")
+def fit_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"), *(f"{i}.png" for i in range(5)))
+
+
+@pytest.fixture(scope="module")
+def exported(model, fit_images, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("exported") / "onnx"
+    beside = [argument for recipe in BESIDE.values() for argument in ("--beside", recipe)]
+    options = ["--low", LOW, "--high", HIGH, "--fit-images", fit_images, "--out", out]
+    result = run_export("rungs", "--model", model, *options, *beside)
+    assert result.exit_code == 0, result.stderr
+    for name in RECIPES:
+        assert name in result.stdout
+    return out
+
+
+@pytest.fixture(scope="module")
+def record(exported) -> dict:
+    return json.loads((exported / "rungs.json").read_text())
+
+
+def entries(record: dict) -> dict:
+    return {**record["rungs"], "reference": record["reference"], **record["alternatives"]}
+
+
+def test_entries_say_what_was_asked_for(record, exported):
+    assert list(record["rungs"]) == ["vit_low", "vit_high"]
+    assert list(record["alternatives"]) == list(BESIDE)
+    for name, entry in entries(record).items():
+        recipe = Recipe.parse(RECIPES[name]).at(PX)
+        assert entry["recipe"] == str(recipe) and entry["px"] == recipe.px
+        assert entry["file"] == f"{name}.onnx"
+        assert entry["sha256"] == sha256_file(exported / entry["file"])
+        assert entry["layers"] == (recipe.depth or LAYERS)
+    files = {entry["file"] for entry in entries(record).values()}
+    labels = {"rungs.json", "labels.txt", "weights.bin"}
+    assert {file.name for file in exported.iterdir()} == files | labels
+
+
+def test_the_images_that_ranges_were_learned_from_are_on_record(record, fit_images):
+    hashes = [sha256_file(fit_images / f"{i}.png") for i in range(5)]
+    assert record["fitted_on"] == hash_prefixes(hashes)
+    assert record["reference"]["fidelity"]["images"] == "5 fit"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_graph_is_within_the_contract_and_the_limits(name, exported):
+    graph = onnx.load(exported / f"{name}.onnx", load_external_data=False)
+    check_versions(graph)
+    onnx.checker.check_model(str(exported / f"{name}.onnx"))
+    layers = 1 if "depth1" in name else LAYERS
+    shapes = {"embedding": (WIDTH,), "cls_layers": (layers + 1, WIDTH), "logits": (3,)}
+    assert structure_failures(name, graph, PX, shapes) == []
+    assert not graph.metadata_props and not graph.doc_string
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_graph_answers_at_any_batch(name, exported):
+    whole = ask(exported / f"{name}.onnx", IMAGES)
+    assert {value.dtype for value in whole.values()} == {np.dtype(np.float32)}
+    for batch in (1, 3):
+        part = ask(exported / f"{name}.onnx", IMAGES[:batch])
+        if name == "vit_high":  # dynamic int8: see `quantise_dynamic`
+            assert part["embedding"].shape == (batch, WIDTH)
+            continue
+        for output, value in part.items():
+            tolerance = 1e-2 if "fp16" in name else 1e-4
+            np.testing.assert_allclose(
+                value, whole[output][:batch], rtol=tolerance, atol=tolerance, err_msg=output
+            )
+
+
+@pytest.mark.parametrize("name", ["reference", "static_8", "static_depth1", "static_tome2"])
+def test_an_fp32_graph_is_its_recipe_in_torch(name, exported, model):
+    module = pretrained(str(model)).rung(Recipe.parse(RECIPES[name]).at(PX))
+    with torch.inference_mode():
+        truth = module(torch.from_numpy(IMAGES))
+    answers = ask(exported / f"{name}.onnx", IMAGES)
+    for value, expected in zip(answers.values(), truth, strict=True):
+        np.testing.assert_allclose(value, expected.numpy(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("cheap", "whole"),
+    [
+        ("vit_low", "static_8"),
+        ("vit_high", "reference"),
+        ("static_int8static", "reference"),
+        ("static_fp16", "reference"),
+        ("static_tome2_fp16", "static_tome2"),
+    ],
+)
+def test_fewer_bits_answer_nearly_as_the_same_graph_in_fp32(cheap, whole, exported):
+    graphs = (ask(exported / f"{name}.onnx", IMAGES)["embedding"] for name in (cheap, whole))
+    assert 0.95 < cosines(*graphs).mean() < 1
+
+
+def test_fidelity_to_the_full_model_is_reported_for_each(record):
+    fidelity = {name: entry["fidelity"]["cosine_mean"] for name, entry in entries(record).items()}
+    assert fidelity["reference"] == pytest.approx(1)
+    others = [value for name, value in fidelity.items() if name != "reference"]
+    assert all(0 < value < 1 for value in others)
+    assert fidelity["static_fp16"] > fidelity["static_int8static"] > fidelity["static_8"]
+
+
+def test_what_graphs_share_lies_once_and_its_hash_stands_with_those_that_read_it(record, exported):
+    weights = sha256_file(exported / "weights.bin")
+    for name, entry in entries(record).items():
+        graph = onnx.load(exported / entry["file"], load_external_data=False).graph
+        outside = any(uses_external_data(tensor) for tensor in graph.initializer)
+        assert entry["weights_sha256"] == (weights if outside else None), name
+    readers = [name for name, entry in entries(record).items() if entry["weights_sha256"]]
+    assert {"reference", "static_8", "static_tome2", "static_depth1"} <= set(readers)
+
+
+def test_a_rung_set_knows_the_reference_and_how_deep_the_cheap_rung_is(exported, record):
+    rung_set = RungSet.load(exported)
+    assert list(rung_set.graphs()) == ["vit_low", "vit_high", "reference"]
+    assert rung_set.reference.recipe == f"px={PX}"
+    assert rung_set.layers == LAYERS
+    assert rung_set.fitted_on == record["fitted_on"]
+    assert rung_set.alternatives["static_depth1"].layers == 1
+
+
+def test_graphs_that_share_nothing_need_no_file_beside_them(model, tmp_path):
+    record = export_rungs(
+        RungsRequest(str(model), tmp_path / "onnx", low=Recipe(8, precision="fp16")), QUIET
+    )
+    assert [entry["weights_sha256"] for entry in record["rungs"].values()] == [None, None]
+    assert not (tmp_path / "onnx/weights.bin").exists()
+
+
+def test_a_graph_in_fewer_bits_that_lost_its_answers_is_not_written(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("export.graphs.LEAST_COSINE", {"fp16": 1.01})
+    request = RungsRequest(str(model), tmp_path / "onnx", low=Recipe(8, precision="fp16"))
+    with pytest.raises(ParityError, match="fp16 has a mean cosine of 1.000 to FP32") as caught:
+        export_rungs(request, QUIET)
+    assert "\n" not in str(caught.value) and not (tmp_path / "onnx").exists()

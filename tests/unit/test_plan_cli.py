@@ -1,0 +1,112 @@
+"""`python -m calibration plan`, its commands stood in for: what it prints, writes and refuses."""
+
+import json
+import sys
+
+import pytest
+
+from calibration.__main__ import main
+from tests.unit.image_files import write_images
+from tests.unit.plan_workplace import Commands, TwoColours, patch_commands
+
+PLAN = ("plan", "--model", "tiny", "--px", 8, "--candidates", "px=4,int8=static,align; px=4")
+RISK = ("--max-risk", 0.2)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs a command line in a fresh folder; returns exit code, stdout and stderr."""
+    source = TwoColours(700)
+    (tmp_path / "images").mkdir()
+    for index in range(len(source)):
+        (tmp_path / "images" / source.names[index]).write_bytes(source[index].data)
+    commands = Commands()
+    patch_commands(monkeypatch, commands)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["calibration", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        printed = capsys.readouterr()
+        return stop.value.code or 0, printed.out, printed.err
+
+    run.commands = commands
+    return run
+
+
+def test_a_plan_is_printed_and_written_with_its_page_and_its_rungs(run, tmp_path):
+    code, out, err = run(*PLAN, "--images", "images", *RISK, "--require-certificate")
+    assert code == 0, err
+    content = json.loads((tmp_path / "build/plan/plan.json").read_text())
+    words = " ".join(out.split())
+    assert " ".join(content["chosen"]["certificate"]["statement"].split()) in words
+    assert "wrote build/plan/plan.json and build/plan/plan.html" in words
+    assert content["chosen"]["signal"] in words
+    assert content["early_decision"]["verdict"]
+    files = {file.name for file in (tmp_path / "build/plan").iterdir()}
+    assert {"plan.json", "plan.html", "onnx", "calibration.json", "outputs.npz"} <= files
+    assert (tmp_path / "build/plan/plan.html").stat().st_size > 10_000
+
+
+def test_json_is_all_that_is_printed_on_stdout(run, tmp_path):
+    code, out, _ = run(*PLAN, "--images", "images", *RISK, "--json", "--out", "elsewhere")
+    assert code == 0
+    assert json.loads(out) == json.loads((tmp_path / "elsewhere/plan.json").read_text())
+
+
+def test_where_nothing_is_certified_it_says_so_and_can_fail(run, tmp_path):
+    strict = (*PLAN, "--images", "images", "--max-risk", 0.001)
+    code, out, _ = run(*strict)
+    assert code == 0
+    assert "no cascade is certified: keep serving the full model" in " ".join(out.split())
+    assert not (tmp_path / "build/plan/onnx").exists()
+    assert json.loads((tmp_path / "build/plan/plan.json").read_text())["chosen"] is None
+    assert run(*strict, "--require-certificate")[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--images", "images"), "--max-risk"),
+        (RISK, "--images"),
+        (("--images", "nowhere", *RISK), "no such folder: nowhere"),
+        (("--images", "images", "--max-risk", 5), "--max-risk 5.0"),
+        (("--images", "images", *RISK, "--confidence", 90), "--confidence 90.0"),
+        (("--images", "images", *RISK, "--candidates", "px=4,int8"), "use int8=static"),
+        (("--images", "images", *RISK, "--candidates", "px=4;px=4"), "more than once"),
+        (("--images", "images", *RISK, "--candidates", "px=8"), "the full model itself"),
+        (("--images", "images", *RISK, "--candidates", ";"), "give --candidates and --highs"),
+        (("--images", "images", *RISK, "--fidelity", "top5"), "'top5' is none of top1, cosine"),
+        (("--images", "images", *RISK, "--tolerance", 3), "--tolerance 3.0"),
+        (("--images", "images", *RISK, "--group-by", "colour"), "'colour' is none of"),
+        (("--images", "images", *RISK, "--limit", 0), "--limit"),
+        (("--images", "images", *RISK, "--instances", 0), "--instances"),
+        (("--images", "images", *RISK, "--limit", 20), "groups are too few"),
+        (("--images", "images", *RISK, "--cache", "images/0000.png"), "images/0000.png"),
+    ],
+)
+def test_misuse_is_one_line_and_exit_code_2(run, arguments, message):
+    code, _, err = run(*PLAN, *arguments)
+    assert code == 2
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0], err
+    assert "Traceback" not in err
+    if message != "groups are too few":  # which only the images themselves tell
+        assert run.commands.said == []
+
+
+def test_a_folder_without_images_is_one_line(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    code, _, err = run(*PLAN, "--images", "empty", *RISK)
+    assert code == 2 and "below empty" in err
+
+
+def test_images_that_cannot_be_read_are_one_line(run, tmp_path):
+    folder = write_images(tmp_path / "broken", *(f"{i}.png" for i in range(50)))
+    for file in folder.iterdir():
+        file.write_bytes(b"no image")
+    code, _, err = run(*PLAN, "--images", "broken", *RISK)
+    assert code == 2
+    assert "none of 50 images can be read" in err.splitlines()[-1]

@@ -1,0 +1,296 @@
+"""A whole plan on tiny graphs: what is in plan.json, and do the files it writes belong together?"""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from calibration.certify import Goal, allowed_errors, one_per_group
+from calibration.fidelity import Fidelity
+from calibration.fit import without_learned
+from calibration.outputs import Outputs
+from calibration.plan import result
+from calibration.plan.plan import choose_rungs, make_plan
+from calibration.plan.select import cascade_ms
+from calibration.plan.subprocesses import PlanError
+from calibration.record import FitRecord, record_path
+from routing import Calibration, Overrides, RungSet, escalation_mask
+from tests.unit.plan_workplace import (
+    CHEAP_MS,
+    MS,
+    QUIET,
+    Commands,
+    TwoColours,
+    make_request,
+    patch_commands,
+)
+
+IMAGES = 700
+ALIGNED = "vit_low_align"  # px=4,int8=static, the first candidate
+GOAL = Goal(0.2, 0.9, "ltt")
+
+
+def plan(request, commands):
+    with pytest.MonkeyPatch.context() as patch:
+        patch_commands(patch, commands)
+        planned = make_plan(request, QUIET)
+        if planned.chosen is not None:
+            choose_rungs(planned, QUIET)
+    return planned
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A plan, the commands it gave, and plan.json's content."""
+    commands = Commands()
+    planned = plan(make_request(tmp_path_factory.mktemp("plan")), commands)
+    return planned, commands, result.to_dict(planned, None, ["a note"])
+
+
+@pytest.fixture
+def planned(made):
+    return made[0]
+
+
+@pytest.fixture
+def content(made):
+    return made[2]
+
+
+def test_every_image_has_one_part(planned, content):
+    parts = planned.parts
+    positions = [parts.align, *(parts.rest[rows] for rows in parts.splits.values())]
+    assert sorted(np.concatenate(positions)) == list(range(IMAGES))
+    assert sum(v for k, v in content["images"].items() if k != "source") == IMAGES
+    assert content["images"]["source"] == "two colours each"
+
+
+def test_no_image_that_a_graph_has_learned_from_is_among_the_rest(planned):
+    learned = planned.aligned[ALIGNED].alignment.image_hashes
+    outputs = next(iter(planned.pairs.values()))
+    rungs = replace(planned.rung_set, fitted_on=learned)
+    assert len(without_learned(outputs, rungs)) == len(outputs) == len(planned.parts.rest)
+    assert len(without_learned(outputs, planned.rung_set)) == len(outputs)
+    # The ranges of int8 were learned from every eleventh image: all of those are in align.
+    hashes = np.array(planned.parts.reference.hashes)
+    assert set(hashes[[0, IMAGES - 1]]) <= set(hashes[planned.parts.align])
+
+
+def test_graphs_have_their_roles_costs_and_what_their_answers_are_worth(content):
+    graphs = content["graphs"]
+    assert {name: graph["roles"] for name, graph in graphs.items()} == {
+        ALIGNED: ["low"],
+        "static_4": ["low"],
+        "vit_high": ["high", "reference"],
+        "static_int8static": ["high"],
+        "static_6": ["beside"],
+    }
+    assert graphs["vit_high"]["acceptable"] == 1.0
+    assert graphs[ALIGNED]["acceptable"] > graphs["static_4"]["acceptable"] + 0.1
+    assert graphs[ALIGNED]["alignment"]["helps"] and graphs["static_4"]["alignment"] is None
+    assert graphs[ALIGNED]["recipe"] == "px=4,int8=static,align"
+    for name, graph in graphs.items():
+        assert graph["ms_per_image"] == pytest.approx(MS.get(name, CHEAP_MS))
+
+
+def test_every_pair_and_signal_is_a_candidate_the_cheapest_first(content):
+    pairs = {(c["low"], c["high"]) for c in content["candidates"]}
+    assert pairs == {
+        (low, high) for low in (ALIGNED, "static_4") for high in ("vit_high", "static_int8static")
+    }
+    costs = [c["ms_per_image"] for c in content["candidates"]]
+    known = [cost for cost in costs if cost is not None]
+    assert known == sorted(known) and costs[: len(known)] == known
+    for candidate in content["candidates"]:
+        assert (candidate["escalation"] is None) == (candidate["ms_per_image"] is None)
+
+
+def test_each_tested_cascade_is_certified_with_its_share_of_delta(planned, content):
+    assert len(content["tested"]) == len(planned.tested) > 1
+    goal = replace(GOAL, choices=len(planned.tested))
+    tested = one_per_group(planned.parts.groups, planned.parts.splits["certify"], 0)
+    for entry, found in zip(content["tested"], planned.tested, strict=True):
+        certificate = entry["certificate"]
+        assert certificate["choices"] == len(planned.tested)
+        assert certificate["allowed"] == allowed_errors(len(tested), goal)
+        assert certificate["errors"] <= certificate["allowed"]
+        is_full = entry["high"] == "vit_high"
+        assert certificate["reference"] == ("full rung" if is_full else "full FP32 model")
+        outputs = planned.pairs[entry["low"], entry["high"]]
+        scores = found.fit.calibration.score(outputs.low)
+        escalated = escalation_mask(scores, entry["threshold"], Overrides())
+        top1 = Fidelity("top1")
+        high_loss = np.zeros(len(outputs), bool) if is_full else top1.high_loss(outputs)
+        lost = np.where(escalated, high_loss, top1.loss(outputs))
+        assert certificate["errors"] == lost[tested].sum()
+        test = planned.parts.splits["test"]
+        assert entry["test"]["risk"] == pytest.approx(lost[test].mean())
+        assert entry["test"]["escalation_rate"] == pytest.approx(escalated[test].mean())
+
+
+def test_costs_are_those_of_the_cheap_graph_and_the_escalated_share_of_the_full_one(content):
+    full = MS["vit_high"]
+    for entry in content["tested"]:
+        for split in ("certify", "test"):
+            rate, cost = entry[split]["escalation_rate"], entry[split]["ms_per_image"]
+            assert cost == pytest.approx(cascade_ms(CHEAP_MS, MS[entry["high"]], rate))
+            assert entry[split]["speedup"] == pytest.approx(full / cost)
+
+
+def test_the_cheapest_certified_cascade_is_chosen(content):
+    certified = [entry for entry in content["tested"] if entry["certified"]]
+    cheapest = min(certified, key=lambda entry: entry["certify"]["ms_per_image"])
+    assert content["chosen"] == cheapest
+    assert content["chosen"]["low"] == ALIGNED
+
+
+def test_the_best_alternative_reaches_the_cascades_agreement_at_the_least_cost(content):
+    chosen, best = content["chosen"]["test"], content["best_alternative"]
+    graphs = content["graphs"]
+    reaching = [n for n, g in graphs.items() if g["acceptable"] >= chosen["acceptable"]]
+    assert "vit_high" in reaching and best["name"] in reaching
+    cost = graphs[best["name"]]["ms_per_image"]
+    assert cost == min(graphs[name]["ms_per_image"] for name in reaching)
+    assert best["cost_ratio_to_plan"] == pytest.approx(cost / chosen["ms_per_image"])
+    assert best["agreement"] == graphs[best["name"]]["acceptable"]
+
+
+def test_plan_json_is_json_without_paths(content, tmp_path, planned):
+    path = result.write(content, tmp_path / "new")
+    assert path.name == "plan.json"
+    assert json.loads(path.read_text()) == json.loads(json.dumps(content, allow_nan=False))
+    assert str(planned.request.cache) not in path.read_text()
+    assert content["notes"] == ["a note"] and content["goal"]["max_risk"] == 0.2
+    assert content["served"] == {"instances": 2, "threads": 1}
+
+
+def test_what_is_written_belongs_together(planned):
+    out, chosen = planned.request.out, planned.chosen
+    rung_set = RungSet.load(out / "onnx")
+    calibration = Calibration.load(out / "calibration.json")
+    calibration.check_rungs({name: rung_set.files[name] for name in ("vit_low", "vit_high")})
+    outputs = Outputs.load(out / "outputs.npz")
+    assert outputs.rung_hashes == rung_set.fingerprints()
+    assert calibration == chosen.fit.calibration
+    np.testing.assert_array_equal(calibration.score(outputs.low), chosen.fit.scores)
+    FitRecord.load(record_path(out / "calibration.json"), outputs, out / "calibration.json")
+    assert rung_set.reference is None or rung_set.reference.recipe == "px=8"
+    assert calibration.metrics["escalation_rate"] == pytest.approx(
+        escalation_mask(
+            chosen.fit.scores[planned.parts.splits["test"]], calibration.threshold, Overrides()
+        ).mean()
+    )
+
+
+def test_graphs_to_compare_with_lie_beside_the_chosen_ones(planned):
+    rung_set = RungSet.load(planned.request.out / "onnx")
+    assert "static_6" in rung_set.alternatives
+    high = planned.chosen.candidate.high
+    other = "static_int8static" if high == "vit_high" else "static_full"
+    assert other in rung_set.alternatives
+
+
+def test_commands_are_given_once_and_in_order(made):
+    _, commands, _ = made
+    assert [said[:2] for said in commands.said] == [
+        ["export", "rungs"],
+        ["export", "align"],
+        ["perf", "serving"],
+        ["export", "choose"],
+    ]
+    (serving,) = commands.of("perf", "serving")
+    graphs = serving[serving.index("--graphs") + 1].split(",")
+    assert sorted(graphs) == sorted(
+        [ALIGNED, "static_4", "static_6", "static_int8static", "vit_high"]
+    )
+
+
+def test_another_risk_needs_no_graph_and_no_answer_again(tmp_path):
+    commands, source = Commands(), TwoColours(IMAGES)
+    request = make_request(tmp_path, source=source)
+    first = plan(request, commands)
+    assert source.read
+    source.read.clear()
+    commands.said.clear()
+    stricter = replace(request, goal=replace(GOAL, max_risk=0.15), out=tmp_path / "second")
+    second = plan(stricter, commands)
+    assert source.read == []
+    assert {tuple(said[:2]) for said in commands.said} <= {
+        ("perf", "serving"),
+        ("export", "choose"),
+    }
+    assert first.tested[0].fit.calibration.certificate["epsilon"] == 0.2
+    assert second.tested[0].fit.calibration.certificate["epsilon"] == 0.15
+    allowed = [p.tested[0].fit.calibration.certificate["allowed"] for p in (first, second)]
+    assert allowed[1] < allowed[0]
+
+
+def test_cheap_graphs_that_cost_more_than_the_full_model_are_not_chosen(tmp_path):
+    dear = {"vit_high": 5.0, "static_int8static": 5.0}
+    planned = plan(make_request(tmp_path), Commands(ms=dear))
+    content = result.to_dict(planned, None, [])
+    assert any(entry["certified"] for entry in content["tested"])
+    assert content["chosen"] is None and content["best_alternative"] is None
+    assert not (tmp_path / "out").exists()
+
+
+def test_where_nothing_can_be_certified_nothing_is_chosen(tmp_path):
+    strict = make_request(tmp_path, goal=Goal(0.001, 0.99, "ltt"))
+    planned = plan(strict, Commands())
+    assert planned.chosen is None
+    assert not any(entry.certified for entry in planned.tested)
+    json.dumps(result.to_dict(planned, None, []), allow_nan=False)
+
+
+def test_a_latency_budget_leaves_out_pairs_that_take_too_long(tmp_path):
+    # A lone image takes twice the time per image: 16 + 160 ms by way of the FP32 model.
+    planned = plan(make_request(tmp_path, latency_budget_ms=120), Commands())
+    assert planned.tested
+    assert {entry.candidate.high for entry in planned.tested} == {"static_int8static"}
+    nothing = plan(make_request(tmp_path, latency_budget_ms=10), Commands())
+    assert nothing.tested == [] and nothing.chosen is None
+
+
+def test_without_a_head_cosines_are_held_against_the_tolerance(tmp_path):
+    request = make_request(tmp_path, tolerance=0.02, beside="")
+    planned = plan(request, Commands(head=False))
+    content = result.to_dict(planned, None, [])
+    assert (content["goal"]["fidelity"], content["goal"]["tolerance"]) == ("cosine", 0.02)
+    looser = plan(replace(request, tolerance=0.5), Commands(head=False))
+    assert looser.agreement["static_4"] > planned.agreement["static_4"] + 0.05
+
+
+def test_a_fidelity_that_is_named_is_kept(tmp_path):
+    request = make_request(tmp_path, fidelity=Fidelity("cosine", 0.3))
+    content = result.to_dict(plan(request, Commands()), None, [])
+    assert (content["goal"]["fidelity"], content["goal"]["tolerance"]) == ("cosine", 0.3)
+    assert content["tested"][0]["certificate"]["tolerance"] == 0.3
+
+
+def test_where_no_candidates_are_named_those_of_the_model_are_tried(tmp_path):
+    commands = Commands()
+    plan(make_request(tmp_path, candidates=None, highs="fp32", beside=""), commands)
+    assert commands.of("export", "describe")
+    (exported,) = commands.of("export", "rungs")
+    recipes = exported[exported.index("--low") + 1 :]
+    assert recipes[0] == "px=4,int8=static" and "px=3,int8=static" in recipes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"candidates": "; "}, "give --candidates and --highs"),
+        ({"highs": ""}, "give --candidates and --highs"),
+        ({"candidates": "fp32"}, "--candidates names the full model itself"),
+        ({"candidates": "px=4; px=8,align"}, "--candidates names the full model itself"),
+        ({"candidates": "px=4,int8"}, "use int8=static"),
+        ({"beside": "px=6; px=6"}, "px=6 is named more than once"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_before_anything_runs(tmp_path, changes, message):
+    commands, source = Commands(), TwoColours(IMAGES)
+    with pytest.raises(PlanError, match=message) as error:
+        plan(make_request(tmp_path, source=source, **changes), commands)
+    assert "\n" not in str(error.value)
+    assert commands.said == [] and source.read == []
