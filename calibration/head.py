@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
+from onnx.external_data_helper import ExternalDataInfo
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +27,7 @@ class LinearHead:
     @classmethod
     def read(cls, file: Path) -> LinearHead | None:
         """The head of a graph; None where it has none, or one that is not linear on the CLS."""
-        graph = onnx.load(file).graph  # with the weights that lie outside of it
+        graph = onnx.load(file, load_external_data=False).graph
         constants = {item.name: item for item in graph.initializer}
         makers = {output: node for node in graph.node for output in node.output}
         node, offsets = makers.get("logits"), []
@@ -39,7 +40,7 @@ class LinearHead:
             return None
         if not set(node.input[1:]) <= set(constants):
             return None
-        weights = _array(constants[node.input[1]])
+        weights = _array(constants[node.input[1]], file)
         if any(attribute.name == "transB" and attribute.i for attribute in node.attribute):
             weights = weights.T
         offsets += [constants[name] for name in node.input[2:]]
@@ -47,12 +48,24 @@ class LinearHead:
         if len(weights) != width.type.tensor_type.shape.dim[1].dim_value:
             return None  # it reads the other tokens too
         bias = np.zeros(weights.shape[1], np.float32)  # the exporter drops one of zeros
-        return cls(weights, sum((_array(offset) for offset in offsets), bias))
+        return cls(weights, sum((_array(offset, file) for offset in offsets), bias))
 
     def __call__(self, embedding: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits (B, C) of embeddings (B, D)."""
         return embedding @ self.weights + self.bias
 
 
-def _array(tensor: onnx.TensorProto) -> NDArray[np.float32]:
+def _array(tensor: onnx.TensorProto, file: Path) -> NDArray[np.float32]:
+    """A constant of a graph, wherever it lies.
+
+    `onnx.load` refuses weights that have several hard links, as those of graphs that were chosen
+    from a shelf do.
+    """
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        place = ExternalDataInfo(tensor)
+        with file.with_name(place.location).open("rb") as weights:
+            weights.seek(place.offset or 0)
+            content = weights.read(place.length)
+        inside = onnx.TensorProto(data_type=tensor.data_type, dims=tensor.dims, raw_data=content)
+        return _array(inside, file)
     return np.asarray(numpy_helper.to_array(tensor), dtype=np.float32)

@@ -134,9 +134,9 @@ def check_parity(
     ties = near_ties.left_out(batches, rtol, atol, may_differ)
     checks: list[Check] = []
     worst: dict[str, Failure] = {}
-    for answers, truths in batches:
+    for answered, truths in batches:
         for name, truth in truths.items():
-            check, reason = _compare(rung, name, answers[name], truth, rtol, atol, ties)
+            check, reason = _compare(rung, name, answered[name], truth, rtol, atol, ties)
             checks.append(check)
             before = worst.get(name)
             if reason and (before is None or check.max_abs_diff > (before.max_abs_diff or 0.0)):
@@ -239,8 +239,8 @@ def _compare(
     difference = np.abs(answer[kept].astype(np.float64) - truth[kept])
     size = np.abs(truth[kept].astype(np.float64))
     relative = difference[size > atol] / size[size > atol]
-    worst = (float(found.max(initial=0.0)) for found in (difference, relative))
-    check = Check(rung, batch, name, *worst, batch - len(kept))
+    most, most_relative = (float(found.max(initial=0.0)) for found in (difference, relative))
+    check = Check(rung, batch, name, most, most_relative, batch - len(kept))
     if (difference <= atol + rtol * size).all():
         return check, None
     reason = (

@@ -31,6 +31,9 @@ from .select import MOST, Candidate, Pair, Tested, cascade_ms, choose, predict, 
 from .shelf import align_graph, export_shelf
 from .subprocesses import PlanError, run, run_json
 
+BATCH = 8  # images of a request when graphs are priced, as batches form under load
+TURNS = 3
+
 
 @dataclass(frozen=True, eq=False)
 class Parts:
@@ -331,7 +334,7 @@ def _costs(
     wanted = ",".join(dict.fromkeys([*names, FULL]))
     arguments = ["perf", "serving", "--onnx", shelf, "--images", request.images]
     arguments += ["--graphs", wanted, "--instances", request.instances]
-    arguments += ["--threads", request.threads, "--json"]
+    arguments += ["--threads", request.threads, "--batches", BATCH, "--turns", TURNS, "--json"]
     return dict(run_json(arguments, bars.say)["graphs"])
 
 

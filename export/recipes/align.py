@@ -68,7 +68,7 @@ def _is_linear(product: onnx.NodeProto, constants: dict[str, onnx.TensorProto], 
     if not set(product.input[1:]) <= set(constants):
         return False
     transposed = any(a.name == "transB" and a.i for a in product.attribute)
-    return constants[product.input[1]].dims[1 if transposed else 0] == width
+    return bool(constants[product.input[1]].dims[1 if transposed else 0] == width)
 
 
 def _map(graph: onnx.GraphProto, alignment: Alignment) -> list[onnx.NodeProto]:

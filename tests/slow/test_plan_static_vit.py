@@ -1,5 +1,6 @@
 """`python -m calibration plan` from end to end: real exports, priced by a real server."""
 
+import html
 import json
 
 import numpy as np
@@ -67,9 +68,11 @@ def test_images_play_one_part_each(content):
     assert sum(parts.values()) == IMAGES and min(parts.values()) > 20
 
 
-def test_the_page_is_whole(out):
+def test_the_page_is_whole(out, content):
     page = (out / "plan.html").read_text()
-    assert "px=32" in page and len(page) > 20_000
+    statement = content["chosen"]["certificate"]["statement"]
+    assert " ".join(statement.split()) in " ".join(html.unescape(page).split())
+    assert page.rstrip().endswith("</html>") and len(page) > 20_000
 
 
 def test_plan_artifact_graphs_and_outputs_belong_together(out, content):

@@ -1,5 +1,6 @@
 """Is a known shift of the cheap rung recovered, and is an alignment that does not help said so?"""
 
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -9,9 +10,11 @@ from calibration.align import FOLDS, SHARES, Aligned, Growth, fit_alignment
 from calibration.fidelity import Fidelity
 from calibration.head import LinearHead
 from calibration.outputs import Outputs, hash_prefixes
+from export.shared_weights import share_weights
 from routing import Alignment, AlignmentError, RungOutputs
 from routing.alignment import LAYERS, tokens
 from tests.unit.calibration_outputs import sha256
+from tests.unit.onnx_files import write_rung
 
 BLOCKS, D, CLASSES = 5, 6, 4
 COSINE = Fidelity("cosine", 0.05)
@@ -203,3 +206,16 @@ def test_an_alignment_that_cannot_be_read_is_one_line(tmp_path, damage):
     with pytest.raises(AlignmentError, match=words) as error:
         Alignment.load(file)
     assert "\n" not in str(error.value)
+
+
+def test_a_head_is_read_from_weights_that_other_folders_link_too(tmp_path):
+    """`export choose` links them, and the next plan reads the same shelf."""
+    files = [tmp_path / name for name in ("a.onnx", "b.onnx")]
+    for seed, file in enumerate(files):
+        write_rung(file, seed)
+    expected = LinearHead.read(files[0])
+    assert all(share_weights(files, tmp_path / "weights.bin", at_least_bytes=64).values())
+    os.link(tmp_path / "weights.bin", tmp_path / "chosen.bin")
+    found = LinearHead.read(files[0])
+    np.testing.assert_array_equal(found.weights, expected.weights)
+    np.testing.assert_array_equal(found.bias, expected.bias)
