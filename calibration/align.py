@@ -26,7 +26,7 @@ from .outputs import Outputs, hash_prefixes
 from .splits import Rows
 
 FloatMatrix = NDArray[np.float64]
-ALIGN_SHARE = 0.4  # of the images, unless the user says otherwise
+ALIGN_SHARE = 1 / 3  # of the images, unless the user says otherwise
 ALPHAS = np.logspace(-1, 5, 13)
 FOLDS = 5
 SHARES = (0.125, 0.25, 0.5, 1.0)  # of the images to learn from, for the curve

@@ -27,8 +27,8 @@ HEAD = OUT / "head"
 PLAN, PLAN_CACHES = OUT / "plan", OUT / "plan-cache"
 PLAN_PX, PLAN_CROPS = 224, 2400
 PLAN_CANDIDATES = (
-    "px=112,int8=static,align; px=98,int8=static,align; px=84,int8=static,align; "
-    "px=112,depth=9,int8=static,align"
+    "px=112,int8=static,align; px=84,int8=static,align; px=70,int8=static,align; "
+    "px=84,depth=8,int8=static,align"
 )
 PLAN_HIGHS = "fp32; int8=static"
 PLAN_BESIDE = "px=140; px=168; px=196; tome=8; tome=16"

@@ -71,15 +71,16 @@ def write(content: Mapping[str, Any], folder: Path) -> Path:
 def best_alternative(planned: Planned) -> dict[str, Any] | None:
     """The cheapest single graph that agrees with the reference at least as often as the cascade.
 
-    On the test split, the cascade's cost with its escalation there and without the router. The
-    full model itself is among them. None where nothing was chosen.
+    Among the full graphs, those to compare with and the full model itself; cheap graphs are parts
+    of cascades and stand in the frontier. On the test split, the cascade's cost with its escalation
+    there and without the router. None where nothing was chosen.
     """
     if planned.chosen is None:
         return None
     figures = _tested(planned, planned.chosen)["test"]
     reaching = [
         name
-        for name in dict.fromkeys([*planned.beside, *planned.highs, *planned.lows, FULL])
+        for name in dict.fromkeys([*planned.beside, *planned.highs, FULL])
         if planned.agreement[name] >= figures["acceptable"]
     ]
     best = min(reaching, key=lambda name: planned.ms[name])

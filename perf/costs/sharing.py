@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import shutil
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -83,8 +84,13 @@ def measure_sharing(onnx_dir: Path, rounds: int, progress: Callable[[], None]) -
     stores = _stores(shared)
     with tempfile.TemporaryDirectory() as folder:
         separate = {name: Path(folder) / f"{name}.onnx" for name in RUNGS}
+        copies = Path(folder) / "copies"  # onnx refuses weights that have several links
+        copies.mkdir()
+        for file in (*shared.values(), *stores):
+            shutil.copyfile(file, copies / file.name)
         for name in RUNGS:
-            onnx.save(onnx.load(shared[name]), separate[name])
+            onnx.save(onnx.load(copies / shared[name].name), separate[name])
+        shutil.rmtree(copies)
         disk_mib = {
             True: _size_mib([*shared.values(), *stores]),
             False: _size_mib(separate.values()),
