@@ -70,6 +70,8 @@ class Goal:
             )
         if self.method not in METHODS:
             raise CertifyError(f"--method {self.method!r} is none of {', '.join(METHODS)}")
+        if self.choices < 1:
+            raise CertifyError(f"{self.choices} choices are none; test at least one cascade")
         if self.method == "crc" and self.choices > 1:
             raise CertifyError("--method crc promises an average, which a choice would void; ltt")
 

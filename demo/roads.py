@@ -17,7 +17,7 @@ from .steps import OUT, Step, code_hash, prepare
 BACKBONE = "dinov2-small"
 LOW, HIGH = "px=112", "px=224"
 # What a user could serve instead; `python -m perf` measures them beside the router.
-BESIDE = ("px=140", "px=168", "px=196")
+BESIDE = ("px=140", "px=168", "px=196", "tome=8")
 MAX_RISK, CONFIDENCE = 0.05, 0.9
 HEAD_CROPS, HEAD_SEED = 600, 11
 CALIBRATION_CROPS, CALIBRATION_SEED = 1200, 12

@@ -1,1 +1,1 @@
-"""The pages people look at: `report.html` and `analysis.html`, each one self-contained file."""
+"""The pages people look at: `report.html`, `analysis.html` and `plan.html`, each self-contained."""

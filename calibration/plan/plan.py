@@ -7,25 +7,30 @@ the align images, graphs to compare with the test images only.
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from routing import Overrides, RungSet, escalation_mask
 
-from routing import Overrides, RungOutputs, RungSet, escalation_mask
-
-from ..align import ALIGN_SHARE, Aligned
+from ..align import Aligned
 from ..certify import one_per_group
 from ..fidelity import Fidelity
 from ..fit import Options, fit
 from ..outputs import Outputs
-from ..splits import CERTIFIED, Rows, check_grouping, group_keys, split_by_group
+from ..splits import check_grouping
+from .answers import (
+    Parts,
+    agreements,
+    answers_of,
+    divide,
+    outputs_to_align_on,
+    pair_outputs,
+    pair_rung_set,
+)
 from .bars import Bars
 from .candidates import ALIGN, FULL, Graph, default_candidates, find, recipes, shelf_graphs
-from .graph_outputs import GraphOutputs, OutputsCache
+from .graph_outputs import OutputsCache
 from .request import Request
 from .select import MOST, Candidate, Pair, Tested, cascade_ms, choose, predict, shortlist
 from .shelf import align_graph, export_shelf
@@ -33,25 +38,6 @@ from .subprocesses import PlanError, run, run_json
 
 BATCH = 8  # images of a request when graphs are priced, as batches form under load
 TURNS = 3
-
-
-@dataclass(frozen=True, eq=False)
-class Parts:
-    """Which image plays which part.
-
-    Attributes:
-        reference: the full model's answers for every readable image.
-        align: positions among those.
-        rest: positions among those, of fit, certify and test together.
-        splits: positions within `rest`.
-        groups: of `rest`.
-    """
-
-    reference: GraphOutputs
-    align: Rows
-    rest: Rows
-    splits: Mapping[str, Rows]
-    groups: NDArray[np.str_]
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,14 +104,14 @@ def make_plan(request: Request, bars: Bars) -> Planned:
     rung_set = RungSet.load(shelf)
     cache = OutputsCache(request.cache / "outputs", request.source, rung_set)
     fidelity = request.fidelity or _default_fidelity(rung_set, request.tolerance)
-    parts = _parts(request, rung_set, cache, any(ALIGN in recipe for recipe in lows), bars)
+    parts = divide(request, rung_set, cache, any(ALIGN in recipe for recipe in lows), bars)
 
     names, aligned = [], {}
     for recipe in lows:
         graph = find(shelf_graphs(RungSet.load(shelf)), recipe - {ALIGN})
         name = graph.name
         if ALIGN in recipe:
-            taught = _base_outputs(graph, rung_set, cache, parts, bars)
+            taught = outputs_to_align_on(graph, rung_set, cache, parts, bars)
             name, aligned[name] = align_graph(shelf, graph, taught, fidelity, request.seed, bars)
         names.append(name)
     rung_set = RungSet.load(shelf)
@@ -134,15 +120,15 @@ def make_plan(request: Request, bars: Bars) -> Planned:
     beside_names = [find(graphs, recipe).name for recipe in beside]
 
     answers = {
-        name: _answers(graphs[name], cache, parts, parts.rest, name in names, bars)
+        name: answers_of(graphs[name], cache, parts, parts.rest, name in names, bars)
         for name in dict.fromkeys([*names, *high_names])
     }
     pairs = {
-        (low, high): _pair(low, high, rung_set, graphs, answers, parts, request)
+        (low, high): pair_outputs(low, high, rung_set, graphs, answers, parts, request)
         for low in names
         for high in high_names
     }
-    agreement = _agreements(
+    agreement = agreements(
         [*answers, *beside_names], graphs, answers, cache, parts, fidelity, pairs, bars
     )
     costs = _costs([*answers, *beside_names], shelf, request, bars)
@@ -182,22 +168,6 @@ def costs_ms(costs: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     return {name: full_ms * float(cost["cost_ratio"]["median"]) for name, cost in costs.items()}
 
 
-def pair_rung_set(rung_set: RungSet, low: Graph, high: Graph, full: Graph) -> RungSet:
-    """Two graphs of a shelf as a pair of rungs."""
-    is_full = high.name == full.name
-    layers = low.record.layers
-    return replace(
-        rung_set,
-        layers=rung_set.layers if layers is None else layers,
-        rungs={"vit_low": low.record, "vit_high": high.record},
-        files={"vit_low": low.file, "vit_high": high.file},
-        alternatives={},
-        alternative_files={},
-        reference=None if is_full else full.record,
-        reference_file=None if is_full else full.file,
-    )
-
-
 def _default_candidates(request: Request, bars: Bars) -> str:
     model = run_json(["export", "describe", "--model", request.model], bars.say)
     return default_candidates(model["patch_size"], request.px or model["high_px"])
@@ -209,123 +179,6 @@ def _default_fidelity(rung_set: RungSet, tolerance: float) -> Fidelity:
 
 def _is_full(recipe: frozenset[str], request: Request) -> bool:
     return recipe <= {f"px={request.px}"}
-
-
-def _parts(
-    request: Request, rung_set: RungSet, cache: OutputsCache, aligns: bool, bars: Bars
-) -> Parts:
-    everything = range(len(request.source))
-    full = shelf_graphs(rung_set)[FULL]
-    with bars.stage("the full model answers every image", len(everything)) as advance:
-        reference = cache.get(full.record, full.file, everything, False, advance)
-    prefixes = base64.b64decode(rung_set.fitted_on)
-    learned = {prefixes[i : i + 8].hex() for i in range(0, len(prefixes), 8)}
-    taught = np.array([image[:16] in learned for image in reference.hashes])
-    groups = group_keys(reference, request.group_by)
-    if aligns:
-        shares = {"align": ALIGN_SHARE, "rest": 1 - ALIGN_SHARE}
-        taught[split_by_group(groups, shares, request.seed)["align"]] = True
-    rest = np.flatnonzero(~taught)
-    rest_groups = tuple(groups[i] for i in rest)
-    splits = split_by_group(rest_groups, CERTIFIED, request.seed)
-    return Parts(reference, np.flatnonzero(taught), rest, splits, np.array(rest_groups))
-
-
-def _answers(
-    graph: Graph, cache: OutputsCache, parts: Parts, positions: Rows, layers: bool, bars: Bars
-) -> RungOutputs:
-    """A graph's answers for images of the reference, at these positions."""
-    if graph.name == FULL and not layers:
-        return parts.reference.outputs.rows(positions)
-    rows = parts.reference.rows[positions].tolist()
-    with bars.stage(f"{graph.name} answers", len(rows)) as advance:
-        found = cache.get(graph.record, graph.file, rows, layers, advance)
-    if len(found.rows) < len(rows):
-        raise PlanError(
-            f"{graph.name} ({graph.record.recipe}) overflows on {len(rows) - len(found.rows)} "
-            "images; leave it out"
-        )
-    return found.outputs
-
-
-def _base_outputs(
-    graph: Graph, rung_set: RungSet, cache: OutputsCache, parts: Parts, bars: Bars
-) -> Outputs:
-    """What a graph and the full model answer for the images to align on."""
-    low = _answers(graph, cache, parts, parts.align, True, bars)
-    full = shelf_graphs(rung_set)[FULL]
-    high = parts.reference.outputs.rows(parts.align)
-    return _outputs(low, high, None, parts, parts.align, pair_rung_set(rung_set, graph, full, full))
-
-
-def _pair(
-    low: str,
-    high: str,
-    rung_set: RungSet,
-    graphs: Mapping[str, Graph],
-    answers: Mapping[str, RungOutputs],
-    parts: Parts,
-    request: Request,
-) -> Outputs:
-    reference = None if high == FULL else parts.reference.outputs.rows(parts.rest)
-    pair = pair_rung_set(rung_set, graphs[low], graphs[high], graphs[FULL])
-    full = answers[high]
-    outputs = _outputs(
-        answers[low],
-        RungOutputs(full.embedding, None, full.logits),
-        reference,
-        parts,
-        parts.rest,
-        pair,
-    )
-    return replace(outputs, source=request.source.spec, title=request.source.title)
-
-
-def _outputs(
-    low: RungOutputs,
-    high: RungOutputs,
-    reference: RungOutputs | None,
-    parts: Parts,
-    positions: Rows,
-    pair: RungSet,
-) -> Outputs:
-    found = parts.reference
-    return Outputs(
-        low=low,
-        high=high,
-        reference=reference,
-        labels=found.labels[positions],
-        names=tuple(found.names[i] for i in positions),
-        groups=tuple(found.groups[i] for i in positions),
-        hashes=tuple(found.hashes[i] for i in positions),
-        rung_hashes=pair.fingerprints(),
-        preprocessing_sha256=pair.preprocessing_sha256(),
-        source="",
-        title="",
-    )
-
-
-def _agreements(
-    names: Sequence[str],
-    graphs: Mapping[str, Graph],
-    answers: Mapping[str, RungOutputs],
-    cache: OutputsCache,
-    parts: Parts,
-    fidelity: Fidelity,
-    pairs: Mapping[Pair, Outputs],
-    bars: Bars,
-) -> dict[str, float]:
-    """Share of test images without a loss if one graph answers alone."""
-    test = parts.splits["test"]
-    truth = parts.reference.outputs.rows(parts.rest[test])
-    some = next(iter(pairs.values())).rows(test)
-    found = {}
-    for name in dict.fromkeys([*names, FULL]):
-        own = answers[name].rows(test) if name in answers else None
-        own = own or _answers(graphs[name], cache, parts, parts.rest[test], False, bars)
-        lost = fidelity.loss(replace(some, low=own, high=truth, reference=None))
-        found[name] = float(1 - lost.mean())
-    return found
 
 
 def _costs(

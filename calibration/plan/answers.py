@@ -1,0 +1,189 @@
+"""What each graph answers for which images, put together as calibration takes it."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from routing import RungOutputs, RungSet
+
+from ..align import ALIGN_SHARE
+from ..fidelity import Fidelity
+from ..outputs import Outputs
+from ..splits import CERTIFIED, Rows, group_keys, split_by_group
+from .bars import Bars
+from .candidates import FULL, Graph, shelf_graphs
+from .graph_outputs import GraphOutputs, OutputsCache
+from .request import Request
+from .select import Pair
+from .subprocesses import PlanError
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """Which image plays which part.
+
+    Attributes:
+        reference: the full model's answers for every readable image.
+        align: positions among those.
+        rest: positions among those, of fit, certify and test together.
+        splits: positions within `rest`.
+        groups: of `rest`.
+    """
+
+    reference: GraphOutputs
+    align: Rows
+    rest: Rows
+    splits: Mapping[str, Rows]
+    groups: NDArray[np.str_]
+
+
+def pair_rung_set(rung_set: RungSet, low: Graph, high: Graph, full: Graph) -> RungSet:
+    """Two graphs of a shelf as a pair of rungs."""
+    is_full = high.name == full.name
+    layers = low.record.layers
+    return replace(
+        rung_set,
+        layers=rung_set.layers if layers is None else layers,
+        rungs={"vit_low": low.record, "vit_high": high.record},
+        files={"vit_low": low.file, "vit_high": high.file},
+        alternatives={},
+        alternative_files={},
+        reference=None if is_full else full.record,
+        reference_file=None if is_full else full.file,
+    )
+
+
+def divide(
+    request: Request, rung_set: RungSet, cache: OutputsCache, aligns: bool, bars: Bars
+) -> Parts:
+    """Give each image its part, once the full model has answered all of them.
+
+    Args:
+        request: of the plan.
+        rung_set: of the shelf.
+        cache: of answers.
+        aligns: whether images are needed to align on.
+        bars: where to show progress.
+
+    Raises:
+        ImagesError: not one image can be read.
+        SplitError: the images are too few to divide.
+    """
+    everything = range(len(request.source))
+    full = shelf_graphs(rung_set)[FULL]
+    with bars.stage("the full model answers every image", len(everything)) as advance:
+        reference = cache.get(full.record, full.file, everything, False, advance)
+    prefixes = base64.b64decode(rung_set.fitted_on)
+    learned = {prefixes[i : i + 8].hex() for i in range(0, len(prefixes), 8)}
+    taught = np.array([image[:16] in learned for image in reference.hashes])
+    groups = group_keys(reference, request.group_by)
+    if aligns:
+        shares = {"align": ALIGN_SHARE, "rest": 1 - ALIGN_SHARE}
+        taught[split_by_group(groups, shares, request.seed)["align"]] = True
+    rest = np.flatnonzero(~taught)
+    rest_groups = tuple(groups[i] for i in rest)
+    splits = split_by_group(rest_groups, CERTIFIED, request.seed)
+    return Parts(reference, np.flatnonzero(taught), rest, splits, np.array(rest_groups))
+
+
+def answers_of(
+    graph: Graph, cache: OutputsCache, parts: Parts, positions: Rows, layers: bool, bars: Bars
+) -> RungOutputs:
+    """A graph's answers for images of the reference, at these positions."""
+    if graph.name == FULL and not layers:
+        return parts.reference.outputs.rows(positions)
+    rows = parts.reference.rows[positions].tolist()
+    with bars.stage(f"{graph.name} answers", len(rows)) as advance:
+        found = cache.get(graph.record, graph.file, rows, layers, advance)
+    if len(found.rows) < len(rows):
+        raise PlanError(
+            f"{graph.name} ({graph.record.recipe}) overflows on {len(rows) - len(found.rows)} "
+            "images; leave it out"
+        )
+    return found.outputs
+
+
+def outputs_to_align_on(
+    graph: Graph, rung_set: RungSet, cache: OutputsCache, parts: Parts, bars: Bars
+) -> Outputs:
+    """What a graph and the full model answer for the images to align on."""
+    low = answers_of(graph, cache, parts, parts.align, True, bars)
+    full = shelf_graphs(rung_set)[FULL]
+    high = parts.reference.outputs.rows(parts.align)
+    return _outputs(low, high, None, parts, parts.align, pair_rung_set(rung_set, graph, full, full))
+
+
+def pair_outputs(
+    low: str,
+    high: str,
+    rung_set: RungSet,
+    graphs: Mapping[str, Graph],
+    answers: Mapping[str, RungOutputs],
+    parts: Parts,
+    request: Request,
+) -> Outputs:
+    """What two graphs, and the full model where it is neither, answer for the rest."""
+    reference = None if high == FULL else parts.reference.outputs.rows(parts.rest)
+    pair = pair_rung_set(rung_set, graphs[low], graphs[high], graphs[FULL])
+    full = answers[high]
+    outputs = _outputs(
+        answers[low],
+        RungOutputs(full.embedding, None, full.logits),
+        reference,
+        parts,
+        parts.rest,
+        pair,
+    )
+    return replace(outputs, source=request.source.spec, title=request.source.title)
+
+
+def _outputs(
+    low: RungOutputs,
+    high: RungOutputs,
+    reference: RungOutputs | None,
+    parts: Parts,
+    positions: Rows,
+    pair: RungSet,
+) -> Outputs:
+    found = parts.reference
+    return Outputs(
+        low=low,
+        high=high,
+        reference=reference,
+        labels=found.labels[positions],
+        names=tuple(found.names[i] for i in positions),
+        groups=tuple(found.groups[i] for i in positions),
+        hashes=tuple(found.hashes[i] for i in positions),
+        rung_hashes=pair.fingerprints(),
+        preprocessing_sha256=pair.preprocessing_sha256(),
+        source="",
+        title="",
+    )
+
+
+def agreements(
+    names: Sequence[str],
+    graphs: Mapping[str, Graph],
+    answers: Mapping[str, RungOutputs],
+    cache: OutputsCache,
+    parts: Parts,
+    fidelity: Fidelity,
+    pairs: Mapping[Pair, Outputs],
+    bars: Bars,
+) -> dict[str, float]:
+    """Share of test images without a loss if one graph answers alone."""
+    test = parts.splits["test"]
+    truth = parts.reference.outputs.rows(parts.rest[test])
+    some = next(iter(pairs.values())).rows(test)
+    found = {}
+    for name in dict.fromkeys([*names, FULL]):
+        own = answers[name].rows(test) if name in answers else None
+        own = own or answers_of(graphs[name], cache, parts, parts.rest[test], False, bars)
+        lost = fidelity.loss(replace(some, low=own, high=truth, reference=None))
+        found[name] = float(1 - lost.mean())
+    return found
