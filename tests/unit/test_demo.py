@@ -174,4 +174,4 @@ def test_the_demo_exports_two_resolutions_and_what_a_user_could_serve_instead():
     assert export[export.index("--low") + 1] == "px=112"
     assert export[export.index("--high") + 1] == "px=224"
     beside = [export[i + 1] for i, argument in enumerate(export) if argument == "--beside"]
-    assert beside == ["px=140", "px=168", "px=196"]
+    assert beside == ["px=140", "px=168", "px=196", "tome=8"]
