@@ -33,8 +33,10 @@ def write(summary: dict[str, Any], path: Path) -> None:
 
 
 def model_section(rung_set: RungSet) -> dict[str, Any]:
-    """What is served."""
+    """What is served; `reference` where the full rung is not the full model."""
+    reference = rung_set.reference
     return {
+        **({} if reference is None else {"reference": reference.recipe}),
         "backbone": rung_set.backbone,
         "image_shape": list(rung_set.image_shape),
         "low": rung_set.rungs["vit_low"].recipe,

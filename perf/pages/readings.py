@@ -204,8 +204,7 @@ def title(summary: Summary) -> str:
     """The line under the heading: model, rungs, device."""
     model = summary.get("model") or {}
     environment = summary.get("environment") or {}
-    rungs = "; ".join(
-        short_name(system, summary) for system in ("static-low", "static-high") if model
-    )
+    full = "static-escalation" if "reference" in model else "static-high"
+    rungs = "; ".join(short_name(system, summary) for system in ("static-low", full) if model)
     named = [model.get("backbone"), rungs, environment.get("device")]
     return " · ".join(part for part in named if part) or "model and machine not recorded"

@@ -89,8 +89,11 @@ def recipe_of(system: str, summary: Summary) -> str | None:
     if not system.startswith("static-"):
         return None
     slug = system.removeprefix("static-")
-    if slug in ("low", "high"):
-        return (summary.get("model") or {}).get(slug)
+    model = summary.get("model") or {}
+    if slug == "high":
+        return model.get("reference") or model.get("high")
+    if slug in ("low", "escalation"):
+        return model.get("low" if slug == "low" else "high")
     return ",".join(_part(piece) for piece in slug.split("-"))
 
 
@@ -119,9 +122,14 @@ def cheaper_ways(system: str, summary: Summary) -> dict[str, str] | None:
 def short_name(system: str, summary: Summary) -> str:
     """A system in a few words, for labels and legends."""
     recipe = recipe_of(system, summary)
-    if system in ("static-low", "static-high"):
-        kind = "cheap rung" if system == "static-low" else "full rung"
-        return f"{kind}, {rung_words(recipe)}" if recipe else kind
+    has_reference = "reference" in (summary.get("model") or {})
+    kinds = {
+        "static-low": "cheap rung",
+        "static-high": "full model" if has_reference else "full rung",
+        "static-escalation": "full rung",
+    }
+    if system in kinds:
+        return f"{kinds[system]}, {rung_words(recipe)}" if recipe else kinds[system]
     if recipe is not None:
         return f"static {rung_words(recipe)}"
     names = {

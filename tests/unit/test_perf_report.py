@@ -425,6 +425,14 @@ def test_numbers_carry_about_three_digits():
     assert Cell.of(None) == Cell("–") and Cell.of(spread(2.0)) == Cell("2.00", "")
 
 
+def test_a_full_rung_that_is_not_the_full_model_is_named_apart_from_it():
+    summary = sample_summary()
+    summary["model"] |= {"reference": "px=224", "high": "px=224,int8=static"}
+    space = "\N{NO-BREAK SPACE}"
+    assert short_name("static-high", summary) == f"full model, 224{space}px"
+    assert short_name("static-escalation", summary) == f"full rung, 224{space}px, int8"
+
+
 def test_systems_have_short_names_and_an_order():
     summary = sample_summary()
     assert short_name("static-low", summary) == "cheap rung, 112\N{NO-BREAK SPACE}px"
