@@ -1,11 +1,14 @@
 """What sharing weights costs is measured on rungs that share some, and refused on others."""
 
+import contextlib
+
 import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
 
 from export.shared_weights import share_weights
+from perf.costs.session_process import SessionProcess
 from perf.costs.sharing import REQUESTS, WAYS, measure_sharing
 from perf.errors import PerfError
 from routing import RUNGS
@@ -64,3 +67,45 @@ def test_a_rung_that_does_not_load_is_named(folder):
     onnx.save(model, folder / "vit_high.onnx")
     with pytest.raises(PerfError, match="vit_high.onnx: .*NoSuchOperator"):
         measure_sharing(folder, 1, lambda: None)
+
+
+def write_product(file, weights, scale):
+    """image (batch, n) -> embedding (batch, m): a product with the weights, times a number."""
+    tensor = onnx.TensorProto.FLOAT
+    rows, columns = weights.shape
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("MatMul", ["image", "weights"], ["product"]),
+            onnx.helper.make_node("Mul", ["product", "scale"], ["embedding"]),
+        ],
+        "product",
+        [onnx.helper.make_tensor_value_info("image", tensor, ["batch", rows])],
+        [onnx.helper.make_tensor_value_info("embedding", tensor, ["batch", columns])],
+        [
+            numpy_helper.from_array(weights, "weights"),
+            numpy_helper.from_array(np.array([scale], np.float32), "scale"),
+        ],
+    )
+    opsets = [onnx.helper.make_opsetid("", 18)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10), file)
+
+
+def pss_mib(files):
+    """PSS of two processes that each serve one file, after they have answered."""
+    with contextlib.ExitStack() as stack:
+        servers = [SessionProcess(file, prepacking=False) for file in files]
+        for server in servers:
+            stack.callback(server.close)
+            server.open()
+            server.run((1, 2048))
+        return sum(server.pss() for server in servers) / 2**20
+
+
+def test_without_prepacking_two_processes_hold_shared_weights_once(tmp_path):
+    weights = np.random.default_rng(0).normal(size=(2048, 4096)).astype(np.float32)  # 32 MiB
+    files = [tmp_path / f"{scale}.onnx" for scale in (1, 2)]
+    for scale, file in enumerate(files, start=1):
+        write_product(file, weights, scale)
+    separate = pss_mib(files)
+    assert all(share_weights(files, tmp_path / "weights.bin").values())
+    assert separate - pss_mib(files) > 24
