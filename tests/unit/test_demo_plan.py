@@ -161,6 +161,15 @@ def test_the_best_alternative_is_the_cheapest_that_agrees_as_often():
     assert plan_entry(agreement=agreement)["best_alternative"]["name"] == "static_tome8"
 
 
+def test_the_cheap_rung_is_part_of_the_cascade_and_no_alternative_to_it():
+    agreement = {"low": 0.97, "high": 1.0, "adaptive": 0.97, "vit_high": 0.97, "static_tome8": 0.99}
+    plan = plan_entry(agreement=agreement)
+    assert plan["best_alternative"]["name"] == "vit_high"
+    assert "The cheap rung alone, for which nothing is certified, agrees on 97.0" in best_sentence(
+        plan
+    )
+
+
 def test_the_full_model_is_the_best_alternative_where_nothing_else_agrees_as_often():
     agreement = {"low": 0.9, "high": 1.0, "adaptive": 1.0, "vit_high": 0.97, "static_tome8": 0.99}
     plan = plan_entry(agreement=agreement)
