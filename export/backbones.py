@@ -15,11 +15,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from export.errors import UsageError
-from export.library import base_model, has_own_head
 from export.recipes.depth import first_blocks
 from export.recipes.recipe import Recipe
 from export.recipes.resize import bake_positions, downsample
 from export.recipes.token_merging import merge_tokens
+from export.vit_families import base_model, has_own_head
 from imaging import Preprocessing
 
 # The attention matrix of 4,096 patches (64 x 64) takes 3 GB at batch 8 and 6 heads, the largest

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from export.errors import UsageError
-from export.library import base_model, blocks
+from export.vit_families import base_model, blocks
 
 
 def first_blocks(model: PreTrainedModel, depth: int) -> PreTrainedModel:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from export.library import base_model
+from export.vit_families import base_model
 
 
 def downsample(image: torch.Tensor, px: int) -> torch.Tensor:

@@ -20,7 +20,7 @@ from transformers.models.dinov2.modeling_dinov2 import Dinov2ForImageClassificat
 from transformers.models.vit.modeling_vit import ViTLayer
 
 from export.errors import UsageError
-from export.library import base_model, blocks
+from export.vit_families import base_model, blocks
 
 
 def merge_tokens(model: PreTrainedModel, r: int) -> PreTrainedModel:

@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 
 from export.backbones import RungModule
 from export.errors import UsageError
-from export.library import base_model, blocks
 from export.onnx_graph import check_versions, export_onnx
 from export.parity import sample_images
 from export.pretrained import pretrained
 from export.recipes.resize import bake_positions
 from export.recipes.token_merging import match, merge, merge_tokens, token_counts
+from export.vit_families import base_model, blocks
 from tests.unit.export_tiny import LAYERS, PATCH, PX, save_tiny
 
 PATCHES = (PX // PATCH) ** 2
