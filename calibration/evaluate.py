@@ -5,7 +5,6 @@ Every test here asks for independent images, so one image of each group is drawn
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from routing import RUNGS, Calibration, Overrides, escalation_mask
 from .certify import one_per_group
 from .fidelity import Fidelity
 from .held_out import HeldOut
-from .outputs import FULL_RUNG, Outputs
+from .outputs import FULL_RUNG, Outputs, known_prefixes
 from .splits import group_keys
 
 INTERVAL = 0.95
@@ -216,8 +215,7 @@ def evaluate(calibration: Calibration, outputs: Outputs) -> Evaluation:
 
 def _unseen(calibration: Calibration, outputs: Outputs) -> tuple[Outputs, int]:
     """The images that the calibration has not seen, and how many it has."""
-    prefixes = base64.b64decode(calibration.data["image_hashes"])
-    seen = {prefixes[i : i + 8].hex() for i in range(0, len(prefixes), 8)}
+    seen = known_prefixes(calibration.data["image_hashes"])
     new = np.array([image[:16] not in seen for image in outputs.hashes])
     if not new.any():
         raise EvaluateError(

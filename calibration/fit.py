@@ -7,7 +7,6 @@ two, which nothing was fitted on, are kept as reference for drift.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ from . import certify, metrics
 from .coefficients import FOLDS, FitSample, applicable, fit_coefficients, out_of_fold, signal_values
 from .fidelity import Fidelity, oracle_l2
 from .held_out import HeldOut
-from .outputs import Outputs, hash_prefixes
+from .outputs import Outputs, hash_prefixes, known_prefixes
 from .record import FitRecord, record_path
 from .scoring import fit_score_map, learn_sign, threshold_for_rate
 from .splits import CERTIFIED, UNCERTIFIED, Rows, check_no_duplicates, group_keys, split_by_group
@@ -266,8 +265,7 @@ def without_learned(outputs: Outputs, rung_set: RungSet) -> Outputs:
     On those a graph answers better than on any other image, so nothing is fitted, certified or
     measured on them.
     """
-    prefixes = base64.b64decode(rung_set.fitted_on)
-    learned = {prefixes[i : i + 8].hex() for i in range(0, len(prefixes), 8)}
+    learned = known_prefixes(rung_set.fitted_on)
     return outputs.rows(np.flatnonzero([image[:16] not in learned for image in outputs.hashes]))
 
 

@@ -53,6 +53,12 @@ def hash_prefixes(hashes: Sequence[str]) -> str:
     return base64.b64encode(b"".join(bytes.fromhex(h[:16]) for h in hashes)).decode()
 
 
+def known_prefixes(prefixes: str) -> set[str]:
+    """What `hash_prefixes` wrote, as the first 16 hex digits of each hash."""
+    data = base64.b64decode(prefixes)
+    return {data[i : i + 8].hex() for i in range(0, len(data), 8)}
+
+
 @dataclass(frozen=True)
 class Outputs:
     """Both rungs' outputs for N images, in the order they were read.

@@ -87,11 +87,12 @@ def write_graphs(
             files[spec.name].write_bytes(model.SerializeToString(deterministic=True))
         graphs.ir_version = max(graphs.ir_version, model.ir_version)
     refers = share_weights(list(files.values()), folder / WEIGHTS)
+    weights = manifest.sha256_file(folder / WEIGHTS) if any(refers.values()) else None
     failures: list[parity.Failure] = []
     probe = _Fidelity(files[full], material)
     for spec in specs:
         file = files[spec.name]
-        entry = _entry(spec, file, refers[file], material.backbone)
+        entry = _entry(spec, file, weights if refers[file] else None, material.backbone)
         truth = "torch" if spec.recipe.precision == "fp32" else "the same graph in FP32"
         try:
             with steps.step(f"compare {spec.name} with {truth}"):
@@ -150,14 +151,15 @@ def _lowered(model: onnx.ModelProto, recipe: Recipe, material: Material) -> onnx
     return model
 
 
-def _entry(spec: RungSpec, file: Path, is_shared: bool, backbone: Backbone) -> dict[str, Any]:
-    weights = manifest.sha256_file(file.with_name(WEIGHTS)) if is_shared else None
+def _entry(
+    spec: RungSpec, file: Path, weights_sha256: str | None, backbone: Backbone
+) -> dict[str, Any]:
     return {
         "px": spec.px,
         "recipe": str(spec.recipe),
         "file": file.name,
         "sha256": manifest.sha256_file(file),
-        "weights_sha256": weights,
+        "weights_sha256": weights_sha256,
         "layers": backbone.layers if spec.recipe.depth is None else spec.recipe.depth,
     }
 

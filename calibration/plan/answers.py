@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +12,7 @@ from routing import RungOutputs, RungSet
 
 from ..align import ALIGN_SHARE
 from ..fidelity import Fidelity
-from ..outputs import Outputs
+from ..outputs import Outputs, known_prefixes
 from ..splits import CERTIFIED, Rows, group_keys, split_by_group
 from .bars import Bars
 from .candidates import FULL, Graph, shelf_graphs
@@ -78,8 +77,7 @@ def divide(
     full = shelf_graphs(rung_set)[FULL]
     with bars.stage("the full model answers every image", len(everything)) as advance:
         reference = cache.get(full.record, full.file, everything, False, advance)
-    prefixes = base64.b64decode(rung_set.fitted_on)
-    learned = {prefixes[i : i + 8].hex() for i in range(0, len(prefixes), 8)}
+    learned = known_prefixes(rung_set.fitted_on)
     taught = np.array([image[:16] in learned for image in reference.hashes])
     groups = group_keys(reference, request.group_by)
     if aligns:

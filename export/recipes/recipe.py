@@ -56,14 +56,6 @@ class Recipe:
         """The same recipe, its resolution written out: its own, or this one."""
         return self if self.px is not None else replace(self, px=px)
 
-    def unaligned(self) -> Recipe:
-        """The same recipe without its alignment, which is fitted on what this one answers."""
-        return replace(self, align=False)
-
-    def is_full_model(self, px: int) -> bool:
-        """Whether it is the model itself at this resolution, with nothing made cheaper."""
-        return self.at(px) == Recipe(px)
-
     def slug(self, full_px: int) -> str:
         """A short name for files and models: `140`, `tome8`, `112_int8static_align`."""
         numbers = {"depth": self.depth or 0, "tome": self.tome}

@@ -98,11 +98,3 @@ def test_a_bad_part_is_named_in_one_line(text, message):
     with pytest.raises(UsageError, match=re.escape(message)) as caught:
         Recipe.parse(text)
     assert "\n" not in str(caught.value)
-
-
-def test_what_is_the_full_model_and_what_a_recipe_is_without_its_alignment():
-    assert Recipe().is_full_model(224) and Recipe(224).is_full_model(224)
-    for text in ("px=112", "tome=8", "fp16", "depth=11", "align"):
-        assert not Recipe.parse(text).is_full_model(224)
-    assert Recipe.parse("px=112,align").unaligned() == Recipe(112)
-    assert Recipe(112).at(224) == Recipe(112)
