@@ -98,3 +98,8 @@ def test_a_bad_part_is_named_in_one_line(text, message):
     with pytest.raises(UsageError, match=re.escape(message)) as caught:
         Recipe.parse(text)
     assert "\n" not in str(caught.value)
+
+
+def test_a_resolution_is_filled_in_only_where_none_is_said():
+    assert Recipe(112).at(224) == Recipe(112)
+    assert Recipe(tome=8).at(224) == Recipe(224, tome=8)
