@@ -20,8 +20,9 @@ app = typer.Typer(add_completion=False)
 progress = Console(stderr=True)
 
 
-@app.command()
+@app.callback(invoke_without_command=True)
 def serve(
+    context: typer.Context,
     repository: Annotated[
         Path, typer.Option(help="Model repository to serve.", show_default=True)
     ] = Path("build/model_repository"),
@@ -53,6 +54,8 @@ def serve(
 
     Ready means: every model by name, and an answered request if the repository has `adaptive_vit`.
     """
+    if context.invoked_subcommand is not None:
+        return
     status = progress.status("preparing")
     server = TritonServer(
         repository,

@@ -1,5 +1,6 @@
 """The deployed router on a real server: how often it calls, and what it refuses."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,6 +15,9 @@ from tests.triton.test_keystone import statistics
 NEVER, ALWAYS = 1e9, -1e9
 
 
+SETTLE_S = 0.3  # a model counts its executions after it has answered
+
+
 @pytest.fixture(scope="module")
 def client(server):
     with GrpcClient(server.grpc_url) as open_client:
@@ -22,8 +26,10 @@ def client(server):
 
 def calls(server, run):
     """Executions of (vit_low, vit_high) that `run` caused."""
+    time.sleep(SETTLE_S)
     before = [statistics(server, name)[1] for name in ("vit_low", "vit_high")]
     run()
+    time.sleep(SETTLE_S)
     after = [statistics(server, name)[1] for name in ("vit_low", "vit_high")]
     return tuple(np.subtract(after, before))
 
