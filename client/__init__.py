@@ -1,28 +1,41 @@
 """Clients of a served adaptive ViT: gRPC, HTTP and asyncio gRPC."""
 
 from .aio import AsyncGrpcClient
+from .base import DEFAULT_GRPC_URL, DEFAULT_HTTP_URL
 from .errors import (
+    AccessDeniedError,
     ClientError,
     DeadlineError,
     InvalidRequestError,
+    NotServedError,
+    OverloadedError,
+    RequestCancelledError,
     ServerError,
     UnavailableError,
 )
 from .messages import ENSEMBLE, ROUTER, Prediction
-from .sync import DEFAULT_GRPC_URL, DEFAULT_HTTP_URL, GrpcClient, HttpClient
+from .retry import Retry
+from .sync import GrpcClient, HttpClient
+from .tls import Tls
 
 __all__ = [
     "DEFAULT_GRPC_URL",
     "DEFAULT_HTTP_URL",
     "ENSEMBLE",
     "ROUTER",
+    "AccessDeniedError",
     "AsyncGrpcClient",
     "ClientError",
     "DeadlineError",
     "GrpcClient",
     "HttpClient",
     "InvalidRequestError",
+    "NotServedError",
+    "OverloadedError",
     "Prediction",
+    "RequestCancelledError",
+    "Retry",
     "ServerError",
+    "Tls",
     "UnavailableError",
 ]

@@ -15,11 +15,14 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .base import DEFAULT_GRPC_URL, DEFAULT_HTTP_URL, DEFAULT_TIMEOUT_S
 from .errors import ClientError
-from .files import UsageError, find_images, read_labels
+from .files import UsageError, find_images, read_admin_key, read_labels
 from .many import Outcome, Question, ask_grpc, ask_http, summarise
 from .render import as_dict, summary_line, table
-from .sync import DEFAULT_GRPC_URL, DEFAULT_HTTP_URL, GrpcClient, HttpClient
+from .retry import DEFAULT_RETRY, Retry
+from .sync import GrpcClient, HttpClient
+from .tls import Tls
 
 POLICIES = ("auto", "low", "high")
 PROTOCOLS = ("grpc", "http")
@@ -57,6 +60,23 @@ def infer(
     top: Annotated[int, typer.Option(min=1, help="Classes to show per image.")] = 5,
     labels: Annotated[Path | None, typer.Option(help="Class names, one per line.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 1,
+    timeout_s: Annotated[
+        float, typer.Option(help="Seconds per image, with all tries.")
+    ] = DEFAULT_TIMEOUT_S,
+    retries: Annotated[
+        int, typer.Option(min=0, help="Further tries where the server is away or overloaded.")
+    ] = DEFAULT_RETRY.attempts - 1,
+    tls_ca: Annotated[
+        Path | None,
+        typer.Option(help="Encrypt; trust servers whose certificate these sign (PEM)."),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="Encrypt; our certificate, for mutual TLS (PEM).")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Key of --tls-cert (PEM).")] = None,
+    admin_key_file: Annotated[
+        Path | None, typer.Option(help="File with the key of the server's restricted APIs.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Send images, print each answer and a summary."""
@@ -64,15 +84,22 @@ def infer(
     _one_of("--policy", policy, POLICIES)
     if threshold is not None and math.isnan(threshold):
         raise UsageError("--threshold must be a number, in oracle units")
+    if not 0 < timeout_s < math.inf:
+        raise UsageError(f"--timeout-s must be a positive number of seconds; got {timeout_s:g}")
     if threshold is not None and policy != "auto":
         raise UsageError(f"--threshold has no meaning with --policy {policy}; give one of them")
     files = find_images(paths)
     names = read_labels(labels) if labels else None
     address = url or (DEFAULT_GRPC_URL if protocol == "grpc" else DEFAULT_HTTP_URL)
-    server = _look_at_server(address, protocol, names)
-    question = Question(policy, threshold)
+    options = {
+        "retry": Retry(attempts=retries + 1),
+        "tls": _tls(tls_ca, tls_cert, tls_key),
+        "admin_key": read_admin_key(admin_key_file) if admin_key_file else None,
+    }
+    server = _look_at_server(address, protocol, names, options)
+    question = Question(policy, threshold, timeout_s)
     started = time.perf_counter()
-    outcomes = _ask(protocol, address, files, question, concurrency)
+    outcomes = _ask(protocol, address, files, question, concurrency, options)
     summary = summarise(outcomes, time.perf_counter() - started)
     if as_json:
         asked = {"policy": policy, "threshold": threshold, "concurrency": concurrency}
@@ -90,10 +117,18 @@ def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
         raise UsageError(f"{option} must be {choices}; got {value!r}")
 
 
-def _look_at_server(address: str, protocol: str, labels: list[str] | None) -> dict[str, Any]:
+def _tls(ca: Path | None, cert: Path | None, key: Path | None) -> Tls | None:
+    if (cert is None) != (key is None):
+        raise UsageError("--tls-cert and --tls-key belong together; give both or none")
+    return None if ca is None and cert is None else Tls(ca, cert, key)
+
+
+def _look_at_server(
+    address: str, protocol: str, labels: list[str] | None, options: dict[str, Any]
+) -> dict[str, Any]:
     """Fail before the first image where the server is absent or is not what was asked for."""
     kind = GrpcClient if protocol == "grpc" else HttpClient
-    with kind(address) as client:
+    with kind(address, **options) as client:
         version = client.server_version()
         client.metadata()  # is the ensemble served?
         if labels is not None:
@@ -112,15 +147,20 @@ def _check_labels(labels: list[str], router: dict[str, Any]) -> None:
 
 
 def _ask(
-    protocol: str, address: str, files: list[Path], question: Question, concurrency: int
+    protocol: str,
+    address: str,
+    files: list[Path],
+    question: Question,
+    concurrency: int,
+    options: dict[str, Any],
 ) -> list[Outcome]:
     columns = (TextColumn("infer"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("infer", total=len(files))
         done: Callable[[], None] = lambda: progress.advance(task)  # noqa: E731
         if protocol == "grpc":
-            return asyncio.run(ask_grpc(address, files, question, concurrency, done))
-        return ask_http(address, files, question, concurrency, done)
+            return asyncio.run(ask_grpc(address, files, question, concurrency, done, **options))
+        return ask_http(address, files, question, concurrency, done, **options)
 
 
 def main() -> None:

@@ -2,51 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import aclosing
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import tritonclient.grpc as grpc_protocol
 import tritonclient.grpc.aio as grpc_aio
 from numpy.typing import NDArray
 
-from .errors import check_url, server_errors
-from .messages import (
-    ENSEMBLE,
-    ROUTER,
-    Prediction,
-    as_batch,
-    build_input,
-    encode_images,
-    predictions,
-    request_parameters,
-    split,
-)
-from .sync import DEFAULT_GRPC_URL, DEFAULT_TIMEOUT_S, QUESTION_TIMEOUT_S, metadata_as_dict
+from .base import DEFAULT_GRPC_URL, DEFAULT_TIMEOUT_S, ClientBase
+from .channel import open_channel
+from .errors import ClientError, server_errors
+from .messages import Prediction, Request, metadata_as_dict, predictions
+from .retry import Tries
+from .stream import in_order
+
+AnswerT = TypeVar("AnswerT")
 
 
-class AsyncGrpcClient:
-    """gRPC client for asyncio: the methods of `GrpcClient`, awaited.
+class AsyncGrpcClient(ClientBase):
+    """gRPC client for asyncio: the methods of `GrpcClient`, awaited, and `stream`.
 
     Make it inside the running event loop; use as `async with`, or await `close()`.
 
     Args:
         url: HOST:PORT, without a scheme.
-        model: the model that takes `image_bytes`.
-        tensor_model: the model that takes `image`.
-
-    Raises:
-        InvalidRequestError: `url` is not HOST:PORT.
+        options: as in `ClientBase`.
     """
 
-    def __init__(
-        self, url: str = DEFAULT_GRPC_URL, *, model: str = ENSEMBLE, tensor_model: str = ROUTER
-    ) -> None:
-        self.url = check_url(url)
-        self.model = model
-        self.tensor_model = tensor_model
-        self._client = grpc_aio.InferenceServerClient(url)
-        self._max_batch: dict[str, int] = {}
+    def __init__(self, url: str = DEFAULT_GRPC_URL, **options: Any) -> None:
+        super().__init__(url, **options)
+        self._client = open_channel(grpc_aio, url, self._tls, self._admin_key)
 
     async def infer(
         self,
@@ -57,8 +45,7 @@ class AsyncGrpcClient:
         timeout_s: float | None = DEFAULT_TIMEOUT_S,
     ) -> list[Prediction]:
         """Ask about encoded images; arguments, result and errors as `GrpcClient.infer`."""
-        rows = encode_images(images)
-        return await self._run(self.model, "image_bytes", rows, policy, threshold, timeout_s)
+        return await self._run(self._about_images(images, policy, threshold), timeout_s)
 
     async def infer_tensor(
         self,
@@ -66,56 +53,112 @@ class AsyncGrpcClient:
         *,
         policy: str = "auto",
         threshold: float | None = None,
+        version: int | None = None,
         timeout_s: float | None = DEFAULT_TIMEOUT_S,
     ) -> list[Prediction]:
         """Ask about preprocessed images; as `GrpcClient.infer_tensor`."""
-        rows = as_batch(image)
-        return await self._run(self.tensor_model, "image", rows, policy, threshold, timeout_s)
+        return await self._run(self._about_tensor(image, policy, threshold, version), timeout_s)
 
-    async def _run(
+    async def stream(
         self,
-        model: str,
-        name: str,
-        rows: NDArray[Any],
-        policy: str,
-        threshold: float | None,
-        timeout_s: float | None,
-    ) -> list[Prediction]:
-        answers: list[Prediction] = []
-        parameters = request_parameters(policy, threshold)
-        with server_errors(self.url, timeout_s):
-            max_batch = await self._batch_limit(model, timeout_s) if len(rows) > 1 else 1
-            for piece in split(rows, max_batch):
-                tensor = build_input(grpc_protocol, name, piece)
-                result = await self._client.infer(
-                    model, [tensor], parameters=parameters, client_timeout=timeout_s
+        images: Iterable[bytes] | AsyncIterable[bytes],
+        *,
+        concurrency: int = 8,
+        policy: str = "auto",
+        threshold: float | None = None,
+        timeout_s: float | None = DEFAULT_TIMEOUT_S,
+    ) -> AsyncIterator[Prediction | ClientError]:
+        """Ask about any number of encoded images, one image per request.
+
+        An image that gets no answer yields its error and the stream goes on: an image that
+        nobody can decode among a million is no reason to stop. Raise it where it is one.
+
+        To leave before the end, use `async with contextlib.aclosing(client.stream(...))`: what
+        is in flight is then cancelled on the spot, else once Python drops the generator.
+
+        Args:
+            images: read as answers are taken, at most twice `concurrency` ahead of them. A plain
+                iterable holds up the event loop while it makes the next one.
+            concurrency: requests in flight, at least 1.
+            policy: as in `infer`.
+            threshold: as in `infer`.
+            timeout_s: as in `infer`, for each image from when its request is sent.
+
+        Yields:
+            For every image, in their order, its prediction or the error that `infer` would raise.
+
+        Raises:
+            InvalidRequestError: `concurrency` is less than 1.
+        """
+
+        async def ask(image: bytes) -> Prediction | ClientError:
+            try:
+                (answer,) = await self.infer(
+                    [image], policy=policy, threshold=threshold, timeout_s=timeout_s
                 )
-                answers.extend(predictions(result, len(piece)))
+            except ClientError as error:
+                return error
+            return answer
+
+        async with aclosing(in_order(images, ask, concurrency)) as answers:
+            async for answer in answers:
+                yield answer
+
+    async def _run(self, request: Request, timeout_s: float | None) -> list[Prediction]:
+        answers: list[Prediction] = []
+        several = len(request.rows) > 1
+        max_batch = await self._batch_limit(request.model, timeout_s) if several else 1
+        for piece in request.split(max_batch):
+
+            def send(left_s: float | None, piece: Request = piece) -> Awaitable[Any]:
+                arguments = piece.arguments(grpc_protocol, left_s)
+                return self._client.infer(**arguments, client_timeout=left_s)
+
+            result = await self._ask(send, timeout_s, timeout_s)
+            answers.extend(predictions(result, len(piece.rows)))
         return answers
 
     async def _batch_limit(self, model: str, timeout_s: float | None) -> int:
         if model not in self._max_batch:
-            answer = await self._client.get_model_config(model, client_timeout=timeout_s)
+            answer = await self._ask(
+                lambda left_s: self._client.get_model_config(model, client_timeout=left_s),
+                timeout_s,
+                timeout_s,
+            )
             self._max_batch[model] = max(1, int(answer.config.max_batch_size))
         return self._max_batch[model]
 
+    async def _question(self, call: Callable[..., Awaitable[AnswerT]], *names: str) -> AnswerT:
+        return await self._ask(
+            lambda left_s: call(*names, client_timeout=left_s), self._question_timeout_s, None
+        )
+
+    async def _ask(
+        self,
+        call: Callable[[float | None], Awaitable[AnswerT]],
+        timeout_s: float | None,
+        named_s: float | None,
+    ) -> AnswerT:
+        """As `SyncClient._ask`."""
+        tries = Tries(self.retry, timeout_s)
+        while True:
+            try:
+                with server_errors(self.url, named_s):
+                    return await call(tries.left_s())
+            except ClientError as error:
+                pause_s = tries.pause_s(error)
+                if pause_s is None:
+                    raise
+            await asyncio.sleep(pause_s)
+
     async def metadata(self, model: str | None = None) -> dict[str, Any]:
         """A model's name, versions, inputs and outputs; as `GrpcClient.metadata`."""
-        with server_errors(self.url):
-            answer = await self._client.get_model_metadata(
-                model or self.model, client_timeout=QUESTION_TIMEOUT_S
-            )
+        answer = await self._question(self._client.get_model_metadata, model or self.model)
         return metadata_as_dict(answer)
 
     async def server_version(self) -> str:
-        """Triton's version.
-
-        Raises:
-            ClientError: as `GrpcClient.infer`.
-        """
-        with server_errors(self.url):
-            answer = await self._client.get_server_metadata(client_timeout=QUESTION_TIMEOUT_S)
-        return str(answer.version)
+        """Triton's version; as `GrpcClient.server_version`."""
+        return str((await self._question(self._client.get_server_metadata)).version)
 
     async def close(self) -> None:
         """Close the channel."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,15 +11,41 @@ from tritonclient.utils import InferenceServerException
 
 
 class ClientError(Exception):
-    """A request got no answer. The message is one line, fit for a user."""
+    """A request got no answer. The message is one line, fit for a user.
+
+    Attributes:
+        retryable: the same request may well succeed if it is sent again.
+    """
+
+    retryable = False
 
 
 class InvalidRequestError(ClientError):
-    """The server refused the request: INVALID_ARGUMENT in gRPC, 400 in HTTP."""
+    """The request is wrong: the client found out, or the server (INVALID_ARGUMENT, HTTP's 400)."""
 
 
 class UnavailableError(ClientError):
-    """No server answers at this address, or it does not serve this model now."""
+    """No server answers at this address, or not now."""
+
+    retryable = True
+
+
+class OverloadedError(UnavailableError):
+    """The server has more requests than it can take: its queue is full, or the wait too long."""
+
+
+class NotServedError(UnavailableError):
+    """What answers at this address has no such model or version, or another protocol."""
+
+    retryable = False
+
+
+class AccessDeniedError(ClientError):
+    """One side does not trust the other: a key or certificate is missing or not accepted."""
+
+
+class RequestCancelledError(ClientError):
+    """The request was cancelled, by closing the client or on the server."""
 
 
 class DeadlineError(ClientError):
@@ -36,22 +63,40 @@ _BY_STATUS: dict[str, type[ClientError]] = {
     "400": InvalidRequestError,
     "413": InvalidRequestError,
     "StatusCode.UNAVAILABLE": UnavailableError,
-    "StatusCode.NOT_FOUND": UnavailableError,
-    "StatusCode.RESOURCE_EXHAUSTED": UnavailableError,
-    "404": UnavailableError,
-    "429": UnavailableError,
     "503": UnavailableError,
+    "StatusCode.RESOURCE_EXHAUSTED": OverloadedError,
+    "429": OverloadedError,
+    "StatusCode.NOT_FOUND": NotServedError,
+    "404": NotServedError,
+    "StatusCode.UNAUTHENTICATED": AccessDeniedError,
+    "StatusCode.PERMISSION_DENIED": AccessDeniedError,
+    "401": AccessDeniedError,
+    "403": AccessDeniedError,
+    "StatusCode.CANCELLED": RequestCancelledError,
     "StatusCode.DEADLINE_EXCEEDED": DeadlineError,
     "504": DeadlineError,
 }
 
+# What the status does not tell: Triton answers UNAVAILABLE to a call that wants a key, INTERNAL
+# where a model's process has died (another instance may live), gRPC RESOURCE_EXHAUSTED to its own
+# limit on a message.
+_BY_TEXT: tuple[tuple[re.Pattern[str], type[ClientError]], ...] = (
+    (re.compile(r"is restricted, expecting header"), AccessDeniedError),
+    (re.compile(r"Exceeds maximum queue size|Request timeout expired"), OverloadedError),
+    (re.compile(r"Stub process .* is not healthy"), UnavailableError),
+    (re.compile(r"message larger than max"), InvalidRequestError),
+)
+
 _URL = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s/:]+):\d{1,5}")
 _NO_SERVER = re.compile(r"failed to connect|connection refused|errors resolving", re.I)
 _WRONG_PROTOCOL = re.compile(r"failed to connect.*Socket closed|http1\.x", re.I)
+_DISTRUST = re.compile(r"handshake failed|SSL_ERROR", re.I)
+_OPENSSL = re.compile(r"OPENSSL_internal:(.+?)(?:: OK)?$", re.S)  # in gRPC's texts
 _SILENT = re.compile(r"settings frame", re.I)  # gRPC waits 20 s for the server's first word
 # Triton's wrappings around the sentence that matters.
+_REQUEST_ID = re.compile(r"\[request id: [^\]]*\] ")
 _NOISE = re.compile(
-    r"^(\[[^\]]*\] )?(\[request id: [^\]]*\] )?(in ensemble '[^']*', )?"
+    r"^(\[[^\]]*\] )?(in ensemble '[^']*', )?"
     r"(Failed to process the request\(s\) for model (instance )?'[^']*', message: )?"
 )
 _ADVICE = re.compile(r"\s*NOTE: Setting a non-zero max_batch_size.*", re.S)  # to model authors
@@ -60,7 +105,8 @@ _TRACEBACK = re.compile(r"\n\s*At:\n.*", re.S)  # the Python backend appends whe
 
 def one_line(message: str) -> str:
     """The server's own sentence: no ids, no wrapping, no traceback, no line breaks."""
-    sentence = _NOISE.sub("", _ADVICE.sub("", _TRACEBACK.sub("", message.strip())))
+    sentence = _ADVICE.sub("", _TRACEBACK.sub("", _REQUEST_ID.sub("", message.strip())))
+    sentence = _NOISE.sub("", sentence)
     return " ".join(sentence.split()) or "the server gave no reason"
 
 
@@ -83,11 +129,20 @@ def no_server(url: str) -> UnavailableError:
     return UnavailableError(f"no server answers at {url}; start one with python -m server")
 
 
-def wrong_protocol(url: str) -> UnavailableError:
+def wrong_protocol(url: str) -> NotServedError:
     """The error for an address that speaks the other protocol, or none of ours."""
-    return UnavailableError(
-        f"what answers at {url} does not speak this protocol; "
-        "gRPC and HTTP have ports of their own (8001 and 8000 by default)"
+    return NotServedError(
+        f"what answers at {url} does not speak this protocol: gRPC and HTTP have ports of their "
+        "own (8001 and 8000 by default), and a server may want TLS, or a client certificate with it"
+    )
+
+
+def distrusted(url: str, reason: str) -> AccessDeniedError:
+    """The error for a TLS connection that one side gave up."""
+    known = _OPENSSL.search(reason)
+    return AccessDeniedError(
+        f"no TLS connection to {url}, check the certificates on both sides: "
+        f"{one_line(known[1].replace('_', ' ').lower() if known else reason)}"
     )
 
 
@@ -121,15 +176,27 @@ def translate(
     if status is None:
         return InvalidRequestError(one_line(message))
     kind = _BY_STATUS.get(status, ServerError)
-    if kind is UnavailableError and _WRONG_PROTOCOL.search(message):
-        return wrong_protocol(url)
-    if kind is UnavailableError and _SILENT.search(message):
-        return timed_out(url, None)
-    if kind is UnavailableError and _NO_SERVER.search(message):
-        return no_server(url)
+    if status == "StatusCode.UNAVAILABLE":
+        lost = _without_connection(message, url)
+        if lost is not None:
+            return lost
+    kind = next((kind for pattern, kind in _BY_TEXT if pattern.search(message)), kind)
     if kind is DeadlineError:
         return timed_out(url, timeout_s)
+    if kind is OverloadedError:
+        return OverloadedError(f"the server at {url} is overloaded: {one_line(message)}")
     return kind(one_line(message))
+
+
+def _without_connection(message: str, url: str) -> ClientError | None:
+    """The error where gRPC got no connection; None where it had one."""
+    if _DISTRUST.search(message):
+        return distrusted(url, message)
+    if _WRONG_PROTOCOL.search(message):
+        return wrong_protocol(url)
+    if _SILENT.search(message):
+        return timed_out(url, None)
+    return no_server(url) if _NO_SERVER.search(message) else None
 
 
 @contextmanager
@@ -151,5 +218,7 @@ def server_errors(url: str, timeout_s: float | None = None) -> Iterator[None]:
         raise timed_out(url, timeout_s) from None
     except ConnectionRefusedError:
         raise no_server(url) from None
+    except ssl.SSLError as error:
+        raise distrusted(url, str(error)) from None
     except OSError as error:  # a dropped connection, an unknown host name
         raise UnavailableError(f"the connection to {url} failed: {one_line(str(error))}") from None

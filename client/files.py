@@ -1,4 +1,4 @@
-"""Which files a command line names: images and class labels."""
+"""Which files a command line names: images, class labels and an admin key."""
 
 from __future__ import annotations
 
@@ -53,3 +53,16 @@ def read_labels(path: Path) -> list[str]:
     if not labels:
         raise UsageError(f"{path} holds no labels; it needs one class name per line")
     return labels
+
+
+def read_admin_key(path: Path) -> str:
+    """The key in a text file, without the line break that editors end it with.
+
+    Raises:
+        UsageError: the file cannot be read as UTF-8 text.
+    """
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UsageError(f"cannot read the admin key from {path}: {reason}") from None

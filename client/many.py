@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from .aio import AsyncGrpcClient
 from .errors import ClientError
 from .messages import Prediction
+from .stream import in_order
 from .sync import HttpClient
 
 
@@ -40,7 +42,7 @@ class Outcome:
         file: as found.
         prediction: None where `error` is set.
         error: one line, None where `prediction` is set.
-        latency_ms: from sending the bytes to having read the answer.
+        latency_ms: from sending the bytes to having read the answer, with all tries.
     """
 
     file: Path
@@ -87,6 +89,7 @@ async def ask_grpc(
     question: Question,
     concurrency: int,
     done: Callable[[], None],
+    **options: Any,
 ) -> list[Outcome]:
     """Ask over gRPC, with asyncio.
 
@@ -96,29 +99,28 @@ async def ask_grpc(
         question: the same for every file.
         concurrency: requests in flight, at least 1.
         done: called after each file.
+        options: of the client, see `ClientBase`.
 
     Returns:
         One outcome per file, in the order of `files`. A refused file does not stop the rest.
     """
-    outcomes: dict[Path, Outcome] = {}
-    waiting = iter(files)
 
-    async def worker(client: AsyncGrpcClient) -> None:
-        for file in waiting:
-            started, prediction, failure = time.perf_counter(), None, None
-            try:
-                image = file.read_bytes()
-                started = time.perf_counter()
-                answers = await client.infer([image], **asdict(question))
-                prediction = answers[0]
-            except (ClientError, OSError) as error:
-                failure = error
-            outcomes[file] = _outcome(file, started, prediction, failure)
-            done()
+    async def ask(file: Path) -> Outcome:
+        started, prediction, failure = time.perf_counter(), None, None
+        try:
+            image = file.read_bytes()
+            started = time.perf_counter()
+            (prediction,) = await client.infer([image], **asdict(question))
+        except (ClientError, OSError) as error:
+            failure = error
+        done()
+        return _outcome(file, started, prediction, failure)
 
-    async with AsyncGrpcClient(url) as client:
-        await asyncio.gather(*(worker(client) for _ in range(concurrency)))
-    return [outcomes[file] for file in files]
+    async with (
+        AsyncGrpcClient(url, **options) as client,
+        aclosing(in_order(files, ask, concurrency)) as outcomes,
+    ):
+        return [outcome async for outcome in outcomes]
 
 
 def ask_http(
@@ -127,6 +129,7 @@ def ask_http(
     question: Question,
     concurrency: int,
     done: Callable[[], None],
+    **options: Any,
 ) -> list[Outcome]:
     """Ask over HTTP, with threads; arguments and result as `ask_grpc`."""
 
@@ -135,12 +138,12 @@ def ask_http(
         try:
             image = file.read_bytes()
             started = time.perf_counter()
-            prediction = client.infer([image], **asdict(question))[0]
+            (prediction,) = client.infer([image], **asdict(question))
         except (ClientError, OSError) as error:
             failure = error
         return _outcome(file, started, prediction, failure)
 
-    with HttpClient(url) as client, ThreadPoolExecutor(concurrency) as pool:
+    with HttpClient(url, **options) as client, ThreadPoolExecutor(concurrency) as pool:
         futures = [pool.submit(ask, client, file) for file in files]
         try:
             for _ in as_completed(futures):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from types import ModuleType
 from typing import Any, Protocol
@@ -121,10 +121,58 @@ def build_input(protocol: ModuleType, name: str, rows: NDArray[Any]) -> Any:
     return tensor
 
 
-def split(rows: NDArray[Any], max_batch: int) -> Iterator[NDArray[Any]]:
-    """Cut a batch into pieces of at most `max_batch` rows, in order."""
-    for start in range(0, len(rows), max_batch):
-        yield rows[start : start + max_batch]
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What to ask a model, in tritonclient's words but for no protocol yet.
+
+    Attributes:
+        model: its name.
+        version: its version; None lets the server choose, which takes the newest it serves.
+        name: of the input.
+        rows: the input, shape (N, ...).
+        parameters: see `request_parameters`.
+
+    Raises:
+        InvalidRequestError: `version` is none that a model can have.
+    """
+
+    model: str
+    version: int | None
+    name: str
+    rows: NDArray[Any]
+    parameters: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        # Over HTTP the server would only say that it has no such page.
+        if self.version is not None and (type(self.version) is not int or self.version < 1):
+            raise InvalidRequestError(
+                f"version must be a whole number from 1, or None; got {self.version!r}"
+            )
+
+    def split(self, max_batch: int) -> Iterator[Request]:
+        """The same for pieces of at most `max_batch` rows, in order."""
+        for start in range(0, len(self.rows), max_batch):
+            yield replace(self, rows=self.rows[start : start + max_batch])
+
+    def arguments(self, protocol: ModuleType, left_s: float | None) -> dict[str, Any]:
+        """Arguments for `infer` of `tritonclient.grpc` or `tritonclient.http`.
+
+        Args:
+            protocol: one of those two.
+            left_s: seconds until the deadline; None where there is none. The server learns it,
+                and drops the request rather than start on it later.
+
+        Raises:
+            InvalidRequestError: Triton has no such dtype.
+        """
+        return {
+            "model_name": self.model,
+            "model_version": "" if self.version is None else str(self.version),
+            "inputs": [build_input(protocol, self.name, self.rows)],
+            "parameters": self.parameters,
+            # 0 would be no limit.
+            "timeout": None if left_s is None else max(1, int(left_s * 1e6)),
+        }
 
 
 def predictions(result: Result, count: int) -> list[Prediction]:
@@ -160,6 +208,24 @@ def predictions(result: Result, count: int) -> list[Prediction]:
             zip(*outputs.values(), strict=True)
         )
     ]
+
+
+def metadata_as_dict(message: Any) -> dict[str, Any]:
+    """Model metadata from gRPC in the shape that HTTP's has."""
+
+    def tensors(field: Any) -> list[dict[str, Any]]:
+        return [
+            {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape)}
+            for tensor in field
+        ]
+
+    return {
+        "name": message.name,
+        "versions": list(message.versions),
+        "platform": message.platform,
+        "inputs": tensors(message.inputs),
+        "outputs": tensors(message.outputs),
+    }
 
 
 def number_or_none(value: float) -> float | None:

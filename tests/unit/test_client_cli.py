@@ -13,7 +13,7 @@ from rich.console import Console
 import client.__main__ as command_line
 import client.many as many
 from client import InvalidRequestError, Prediction
-from client.files import UsageError, find_images, read_labels
+from client.files import UsageError, find_images, read_admin_key, read_labels
 from client.many import Outcome, Question, ask_grpc, ask_http, summarise
 from client.render import as_dict, summary_line, table
 
@@ -56,6 +56,12 @@ def test_labels_need_a_text_file_with_lines(tmp_path):
             read_labels(path)
 
 
+def test_an_admin_keys_file_may_end_in_a_line_break(tmp_path):
+    path = tmp_path / "key"
+    path.write_text("secret\n")
+    assert read_admin_key(path) == "secret"
+
+
 # --- many files --------------------------------------------------------------------------------
 
 
@@ -64,8 +70,8 @@ class FakeHttpClient:
 
     opened = []
 
-    def __init__(self, url):
-        self.url = url
+    def __init__(self, url, **options):
+        self.url, self.options = url, options
         self.closed = False
         self.opened.append(self)
 
@@ -97,9 +103,9 @@ def ask(protocol, monkeypatch, files, concurrency, done):
 
     if protocol == "http":
         monkeypatch.setattr(many, "HttpClient", FakeHttpClient)
-        return ask_http("h:1", files, Question(), concurrency, done)
+        return ask_http("h:1", files, Question(), concurrency, done, admin_key="k")
     monkeypatch.setattr(many, "AsyncGrpcClient", FakeAsyncClient)
-    return asyncio.run(ask_grpc("h:1", files, Question(), concurrency, done))
+    return asyncio.run(ask_grpc("h:1", files, Question(), concurrency, done, admin_key="k"))
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
@@ -119,7 +125,9 @@ def test_a_refused_or_unreadable_file_does_not_stop_the_rest(
     ]
     assert [o.prediction.escalated for o in outcomes[1:3]] == [True, False]
     assert len(ticks) == len(files)
-    assert FakeHttpClient.opened.pop().closed
+    client = FakeHttpClient.opened.pop()
+    assert client.closed
+    assert client.options == {"admin_key": "k"}
 
 
 # --- what is shown -----------------------------------------------------------------------------
@@ -199,6 +207,13 @@ def test_json_is_strict_json():
         (["a.png", "--url", "http://127.0.0.1:1"], "HOST:PORT"),
         (["a.png", "--url", "127.0.0.1:1"], "no server answers at 127.0.0.1:1; start one with"),
         (["a.png", "--url", "127.0.0.1:1", "--protocol", "http"], "no server answers at"),
+        (["a.png", "--timeout-s", "0"], "--timeout-s must be a positive number"),
+        (["a.png", "--timeout-s", "nan"], "--timeout-s must be a positive number"),
+        (["a.png", "--retries", "-1"], "--retries"),
+        (["a.png", "--tls-cert", "a.png"], "--tls-cert and --tls-key belong together"),
+        (["a.png", "--tls-ca", "none.pem"], "cannot read none.pem for TLS: No such file"),
+        (["a.png", "--tls-ca", "a.png"], "a.png holds no certificate in PEM format"),
+        (["a.png", "--admin-key-file", "none"], "cannot read the admin key from none: No such"),
         (["a.png", "--colour"], "--colour"),
         ([], "paths"),
     ],

@@ -4,12 +4,16 @@ import pytest
 from tritonclient.utils import InferenceServerException
 
 from client import (
+    AccessDeniedError,
     AsyncGrpcClient,
     ClientError,
     DeadlineError,
     GrpcClient,
     HttpClient,
     InvalidRequestError,
+    NotServedError,
+    OverloadedError,
+    RequestCancelledError,
     ServerError,
     UnavailableError,
 )
@@ -25,9 +29,14 @@ URL = "127.0.0.1:8001"
         ("400", InvalidRequestError),
         (None, InvalidRequestError),  # tritonclient's own refusal, before sending
         ("StatusCode.UNAVAILABLE", UnavailableError),
-        ("StatusCode.NOT_FOUND", UnavailableError),
-        ("404", UnavailableError),
         ("503", UnavailableError),
+        ("429", OverloadedError),
+        ("StatusCode.RESOURCE_EXHAUSTED", OverloadedError),
+        ("StatusCode.NOT_FOUND", NotServedError),
+        ("404", NotServedError),
+        ("StatusCode.PERMISSION_DENIED", AccessDeniedError),
+        ("403", AccessDeniedError),
+        ("StatusCode.CANCELLED", RequestCancelledError),
         ("StatusCode.DEADLINE_EXCEEDED", DeadlineError),
         ("504", DeadlineError),
         ("StatusCode.INTERNAL", ServerError),
@@ -39,12 +48,64 @@ def test_the_status_decides_the_class(status, kind):
 
 
 @pytest.mark.parametrize(
+    ("text", "status", "kind"),
+    [
+        ("in ensemble 'm', Exceeds maximum queue size", "StatusCode.UNAVAILABLE", OverloadedError),
+        ("in ensemble 'm', Request timeout expired", "503", OverloadedError),
+        ("vit_low failed: Exceeds maximum queue size", "StatusCode.UNAVAILABLE", OverloadedError),
+        ("Stub process 'router_0_1' is not healthy.", "StatusCode.INTERNAL", UnavailableError),
+        (
+            "This protocol is restricted, expecting header 'triton-grpc-protocol-admin-key'",
+            "StatusCode.UNAVAILABLE",
+            AccessDeniedError,
+        ),
+        (
+            "CLIENT: Sent message larger than max (8 vs. 4)",
+            "StatusCode.RESOURCE_EXHAUSTED",
+            InvalidRequestError,
+        ),
+    ],
+)
+def test_the_text_tells_what_the_status_does_not(text, status, kind):
+    error = translate(InferenceServerException(text, status), URL)
+    assert type(error) is kind
+    assert "in ensemble" not in str(error)
+
+
+def test_an_overloaded_server_is_named():
+    text = InferenceServerException("Exceeds maximum queue size", "503")
+    expected = f"the server at {URL} is overloaded: Exceeds maximum queue size"
+    assert str(translate(text, URL)) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "retryable"),
+    [
+        (UnavailableError, True),
+        (OverloadedError, True),
+        (NotServedError, False),
+        (InvalidRequestError, False),
+        (AccessDeniedError, False),
+        (RequestCancelledError, False),
+        (DeadlineError, False),
+        (ServerError, False),
+    ],
+)
+def test_only_what_may_pass_is_worth_another_try(kind, retryable):
+    assert kind("x").retryable is retryable
+
+
+@pytest.mark.parametrize(
     ("said", "kept"),
     [
         ("the image is empty (0 bytes)", "the image is empty (0 bytes)"),
         (
             "[request id: <id_unknown>] inference request batch-size must be <= 32 for 'm'",
             "inference request batch-size must be <= 32 for 'm'",
+        ),
+        (
+            "in ensemble 'm', [request id: <id_unknown>] Exceeds maximum queue size",
+            "Exceeds maximum queue size",
         ),
         (
             "in ensemble 'adaptive_vit', Failed to process the request(s) for model 'router_0', "
@@ -83,6 +144,7 @@ def test_the_other_protocols_port_is_recognised():
     )
     error = translate(InferenceServerException(grpc_text, "StatusCode.UNAVAILABLE"), URL)
     assert "does not speak this protocol" in str(error)
+    assert not error.retryable
 
 
 def test_a_silent_server_is_not_taken_for_another_protocol():

@@ -7,15 +7,15 @@ import pytest
 import tritonclient.grpc as grpc_protocol
 import tritonclient.http as http_protocol
 
-from client import Prediction, ServerError
+from client import InvalidRequestError, Prediction, ServerError
 from client.messages import (
+    Request,
     as_batch,
     build_input,
     encode_images,
     number_or_none,
     predictions,
     request_parameters,
-    split,
 )
 
 
@@ -113,9 +113,38 @@ def test_what_is_no_number_is_left_for_the_server_to_refuse(threshold):
     assert request_parameters("auto", threshold)["threshold"] is threshold
 
 
+def request(rows=None, version=None):
+    rows = np.zeros((1, 3, 2, 2), np.float32) if rows is None else rows
+    return Request("router", version, "image", rows, {"policy": "auto"})
+
+
 def test_batches_are_cut_in_order_with_the_rest_last():
-    pieces = [piece.tolist() for piece in split(np.arange(7), 3)]
+    pieces = [piece.rows.tolist() for piece in request(np.arange(7), version=2).split(3)]
     assert pieces == [[0, 1, 2], [3, 4, 5], [6]]
+    assert {piece.version for piece in request(np.arange(7), version=2).split(3)} == {2}
+
+
+@pytest.mark.parametrize("protocol", [grpc_protocol, http_protocol])
+def test_a_request_carries_version_and_the_time_that_is_left_in_microseconds(protocol):
+    arguments = request(version=3).arguments(protocol, left_s=1.5)
+    assert (arguments["model_name"], arguments["model_version"]) == ("router", "3")
+    assert arguments["timeout"] == 1_500_000
+    assert arguments["inputs"][0].name() == "image"
+
+
+def test_without_version_or_deadline_none_is_sent():
+    arguments = request().arguments(grpc_protocol, left_s=None)
+    assert (arguments["model_version"], arguments["timeout"]) == ("", None)
+
+
+def test_a_deadline_that_is_all_but_over_is_not_sent_as_no_limit():
+    assert request().arguments(grpc_protocol, left_s=1e-9)["timeout"] == 1
+
+
+@pytest.mark.parametrize("version", [0, -1, 1.0, "1", True])
+def test_a_version_that_no_model_has_is_refused(version):
+    with pytest.raises(InvalidRequestError, match="version must be a whole number from 1"):
+        request(version=version)
 
 
 def test_json_gets_null_for_nan():

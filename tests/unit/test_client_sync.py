@@ -15,9 +15,8 @@ from client import (
     HttpClient,
     InvalidRequestError,
     UnavailableError,
-    aio,
-    sync,
 )
+from client.base import ClientBase
 from client.sync import SyncClient
 
 
@@ -33,8 +32,6 @@ class FakeResult:
 
 
 class FakeClient(SyncClient):
-    _protocol = http_protocol
-
     def __init__(self, max_batch=32):
         super().__init__("127.0.0.1:1")
         self.sent = []
@@ -45,29 +42,30 @@ class FakeClient(SyncClient):
     def close(self):
         self.closed = True
 
-    def _send(self, model, inputs, parameters, timeout_s):
-        (tensor,) = inputs
-        self.sent.append((model, tensor.name(), tensor.shape(), parameters, timeout_s))
+    def _send(self, request, left_s):
+        tensor = request.arguments(http_protocol, left_s)["inputs"][0]
+        self.sent.append((request.model, tensor.name(), tensor.shape(), request.parameters))
+        self.sent_with = (request.version, left_s)
         return FakeResult(tensor.shape()[0])
 
-    def _max_batch_size(self, model, timeout_s):
-        self.asked_for_maximum.append((model, timeout_s))
+    def _max_batch_size(self, model, left_s):
+        self.asked_for_maximum.append(model)
         return self.max_batch
 
-    def _metadata(self, model):
+    def _metadata(self, model, left_s):
         return {"name": model}
 
-    def _server_version(self):
+    def _server_version(self, left_s):
         return "2.51.0"
 
 
 def test_a_batch_over_the_maximum_is_split_and_answered_in_order():
     client = FakeClient(max_batch=32)
     found = client.infer([b"x"] * 70)
-    assert [shape for _, _, shape, _, _ in client.sent] == [[32, 1], [32, 1], [6, 1]]
+    assert [shape for _, _, shape, _ in client.sent] == [[32, 1], [32, 1], [6, 1]]
     assert len(found) == 70
     client.infer([b"x"] * 2, timeout_s=3)
-    assert client.asked_for_maximum == [("adaptive_vit", 60.0)]  # remembered
+    assert client.asked_for_maximum == ["adaptive_vit"]  # remembered
 
 
 def test_a_single_image_asks_nothing_first():
@@ -79,7 +77,7 @@ def test_a_single_image_asks_nothing_first():
 def test_a_model_that_does_not_batch_gets_one_image_at_a_time():
     client = FakeClient(max_batch=0)
     client.infer([b"x"] * 3)
-    assert [shape for _, _, shape, _, _ in client.sent] == [[1, 1]] * 3
+    assert [shape for _, _, shape, _ in client.sent] == [[1, 1]] * 3
 
 
 def test_no_images_are_no_request():
@@ -91,11 +89,30 @@ def test_no_images_are_no_request():
 def test_options_reach_the_transport():
     client = FakeClient()
     client.infer([b"x"], policy="auto", threshold=0.25, timeout_s=3)
-    client.infer_tensor(np.zeros((3, 4, 4), np.float32), policy="low")
+    version, left_s = client.sent_with
+    assert version is None and 2 < left_s <= 3
+    client.infer_tensor(np.zeros((3, 4, 4), np.float32), policy="low", version=2, timeout_s=None)
+    assert client.sent_with == (2, None)
     assert client.sent == [
-        ("adaptive_vit", "image_bytes", [1, 1], {"policy": "auto", "threshold": 0.25}, 3),
-        ("router", "image", [1, 3, 4, 4], {"policy": "low"}, 60.0),
+        ("adaptive_vit", "image_bytes", [1, 1], {"policy": "auto", "threshold": 0.25}),
+        ("router", "image", [1, 3, 4, 4], {"policy": "low"}),
     ]
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1, float("nan"), float("inf")])
+def test_a_timeout_that_is_none_is_refused(timeout_s):
+    client = FakeClient()
+    with pytest.raises(InvalidRequestError, match="timeout_s must be a positive number"):
+        client.infer([b"x"], timeout_s=timeout_s)
+    assert client.sent == []
+
+
+@pytest.mark.parametrize("kind", [GrpcClient, HttpClient])
+@pytest.mark.parametrize("key", ["", "two\nlines", "k\u00e9y", " padded"])
+def test_an_admin_key_that_fits_no_header_is_refused_without_showing_it(kind, key):
+    with pytest.raises(InvalidRequestError, match="admin key must be one line") as caught:
+        kind("127.0.0.1:1", admin_key=key)
+    assert "\n" not in str(caught.value) and (not key or key not in str(caught.value))
 
 
 def test_metadata_is_of_the_ensemble_unless_named():
@@ -129,8 +146,7 @@ def test_a_dtype_that_triton_lacks_is_an_invalid_request():
 @pytest.fixture
 def silent_url(monkeypatch):
     """What a stopped server looks like: the kernel accepts connections, nobody answers."""
-    for module in (sync, aio):
-        monkeypatch.setattr(module, "QUESTION_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(ClientBase, "_question_timeout_s", 0.3)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()

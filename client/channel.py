@@ -1,0 +1,75 @@
+"""gRPC connections that survive idle hours, dead peers and restarts; admin keys for both protocols.
+
+A client has one connection and uses it for every request.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+from .errors import InvalidRequestError
+from .tls import Tls
+
+GRPC_ADMIN_HEADER = "triton-grpc-protocol-admin-key"
+HTTP_ADMIN_HEADER = "admin-key"
+
+CHANNEL_ARGUMENTS = [
+    ("grpc.max_send_message_length", -1),  # the server sets the limits
+    ("grpc.max_receive_message_length", -1),
+    # Triton, as gRPC servers do, ends a connection (GOAWAY, too_many_pings) after the third ping
+    # that comes within 5 minutes of the last one without data, or, where no request is open,
+    # within 2 hours. So: a ping after 5 minutes and a margin, and only while a request is open.
+    ("grpc.keepalive_time_ms", 330_000),
+    ("grpc.keepalive_permit_without_calls", 0),
+    # Also how long sent bytes may stay unacknowledged (TCP_USER_TIMEOUT): a peer that has
+    # vanished is noticed after this long instead of the kernel's quarter of an hour.
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # By default gRPC waits 1 s before it connects again and, later, up to 2 minutes: no retry
+    # would find a server that has come back.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+]
+
+
+def open_channel(module: ModuleType, url: str, tls: Tls | None, admin_key: str | None) -> Any:
+    """A client of `tritonclient.grpc` or `tritonclient.grpc.aio`.
+
+    Args:
+        module: one of those two.
+        url: HOST:PORT.
+        tls: None for a plain connection.
+        admin_key: sent with every request; None for none.
+
+    Raises:
+        InvalidRequestError: a TLS file or the key cannot be used.
+    """
+    credentials = None if tls is None else tls.grpc_credentials()
+    client = module.InferenceServerClient(url, creds=credentials, channel_args=CHANNEL_ARGUMENTS)
+    add_admin_key(client, GRPC_ADMIN_HEADER, admin_key)
+    return client
+
+
+def add_admin_key(client: Any, header: str, key: str | None) -> None:
+    """Let a tritonclient client send the key of the server's restricted APIs, if there is one.
+
+    Args:
+        client: of either protocol.
+        header: the key's name.
+        key: None for none.
+    """
+    if key is not None:
+        client.register_plugin(lambda request: request.headers.update({header: key}))
+
+
+def check_admin_key(key: str | None) -> str | None:
+    """The key, if it fits into a header.
+
+    Raises:
+        InvalidRequestError: it does not. The message does not repeat it.
+    """
+    if key is not None and not (key and key.isascii() and key.isprintable() and key == key.strip()):
+        raise InvalidRequestError(
+            "the admin key must be one line of ASCII characters, without spaces around it"
+        )
+    return key

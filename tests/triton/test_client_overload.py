@@ -1,0 +1,181 @@
+"""The clients against a real server that has too much to do, other versions, keys."""
+
+import asyncio
+import io
+import re
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from client import (
+    AccessDeniedError,
+    AsyncGrpcClient,
+    ClientError,
+    DeadlineError,
+    GrpcClient,
+    HttpClient,
+    InvalidRequestError,
+    NotServedError,
+    OverloadedError,
+    Prediction,
+    Retry,
+)
+from server import TritonServer
+from tests.triton.conftest import run_command
+
+KEY = "not much of a secret"
+PATIENT = Retry(attempts=500, first_backoff_s=0.05, max_backoff_s=0.2)
+
+
+@pytest.fixture(scope="module")
+def narrow(build, tmp_path_factory):
+    """The session's models behind queues of one request; sizes of batches only with a key."""
+    repository = tmp_path_factory.mktemp("narrow") / "repository"
+    run_command(
+        *("export", "repository", "--onnx", build / "onnx", "--out", repository),
+        *("--calibration", build / "calibration.json", "--max-queue", 1),
+    )
+    restricted = [
+        f"--grpc-restricted-protocol=model-config:admin-key={KEY}",
+        f"--http-restricted-api=model-config:admin-key={KEY}",
+    ]
+    with TritonServer(repository, free_ports=True, extra_args=restricted) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def slow_image():
+    """A few kilobytes that take a good part of a second to decode."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (7000, 7000)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+both = pytest.mark.parametrize("kind", [GrpcClient, HttpClient])
+
+
+def connect(kind, server, **options):
+    return kind(server.grpc_url if kind is GrpcClient else server.http_url, **options)
+
+
+def ask_at_once(client, images):
+    """Every image in a request of its own, all at the same time: answers and errors."""
+
+    def ask(image):
+        try:
+            return client.infer([image])[0]
+        except ClientError as error:
+            return error
+
+    with ThreadPoolExecutor(len(images)) as pool:
+        return list(pool.map(ask, images))
+
+
+# --- too much to do ----------------------------------------------------------------------------
+
+
+@both
+def test_a_full_queue_is_an_overloaded_server(narrow, kind, slow_image):
+    with connect(kind, narrow, retry=None) as client:
+        found = ask_at_once(client, [slow_image] * 12)
+    errors = [answer for answer in found if isinstance(answer, ClientError)]
+    assert errors and len(errors) < len(found)
+    assert {type(error) for error in errors} == {OverloadedError}
+    assert all("overloaded: Exceeds maximum queue size" in str(e) for e in errors), errors
+
+
+@both
+def test_who_tries_again_is_answered(narrow, kind, slow_image):
+    with connect(kind, narrow, retry=PATIENT) as client:
+        found = ask_at_once(client, [slow_image] * 12)
+    assert all(isinstance(answer, Prediction) for answer in found), found
+
+
+def rejected(server):
+    with urllib.request.urlopen(server.metrics_url, timeout=30) as response:
+        metrics = response.read().decode()
+    pattern = r'nv_inference_request_failure\{[^}]*model="preprocess"[^}]*\} (\d+)'
+    lines = [line for line in re.finditer(pattern, metrics) if 'reason="REJECTED"' in line[0]]
+    return sum(int(line[1]) for line in lines)
+
+
+@contextmanager
+def busy(server, slow_image):
+    """Both instances of `preprocess` decode, and as many requests wait."""
+    with GrpcClient(server.grpc_url) as client, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask_at_once, client, [slow_image] * 4)
+        time.sleep(0.1)
+        yield
+        assert all(isinstance(answer, Prediction) for answer in asked.result())
+
+
+@both
+def test_a_deadline_reaches_the_server_which_drops_what_waited_too_long(
+    server, kind, crops, slow_image
+):
+    before = rejected(server)
+    with connect(kind, server) as client:
+        with busy(server, slow_image), pytest.raises((DeadlineError, OverloadedError)):
+            client.infer(crops[:1], timeout_s=0.05)
+        if kind is HttpClient:  # over gRPC the server also learns that the client is gone
+            until = time.monotonic() + 20
+            while rejected(server) == before and time.monotonic() < until:
+                time.sleep(0.05)
+            assert rejected(server) > before
+        assert len(client.infer(crops[:1])) == 1
+
+
+# --- versions ----------------------------------------------------------------------------------
+
+
+@both
+def test_a_pinned_version_answers_and_another_is_not_served(server, kind, images):
+    with connect(kind, server) as client:
+        (pinned,) = client.infer_tensor(images[:1], version=1)
+        (chosen,) = client.infer_tensor(images[:1])
+        np.testing.assert_allclose(pinned.embedding, chosen.embedding, rtol=1e-4, atol=1e-5)
+        with pytest.raises(NotServedError, match="'router' version 9 is not found"):
+            client.infer_tensor(images[:1], version=9)
+
+
+# --- keys --------------------------------------------------------------------------------------
+
+
+@both
+def test_restricted_apis_want_the_key(narrow, kind, images):
+    with connect(kind, narrow, admin_key=KEY) as client:
+        assert len(client.infer_tensor(images[:2])) == 2  # asks for the largest batch first
+    for options in ({}, {"admin_key": "another"}):
+        with connect(kind, narrow, **options) as client:
+            assert len(client.infer_tensor(images[:1])) == 1
+            with pytest.raises(AccessDeniedError, match="restricted") as caught:
+                client.infer_tensor(images[:2])
+            assert KEY not in str(caught.value)
+
+
+# --- streams -----------------------------------------------------------------------------------
+
+
+def test_a_stream_answers_in_order_and_goes_on_after_a_bad_image(server, crops):
+    async def ask():
+        async def images():
+            for index, crop in enumerate(crops):
+                yield b"not an image" if index == 5 else crop
+
+        async with AsyncGrpcClient(server.grpc_url) as client:
+            return [answer async for answer in client.stream(images(), concurrency=6)]
+
+    found = asyncio.run(ask())
+    assert isinstance(found[5], InvalidRequestError)
+    with GrpcClient(server.grpc_url) as client:
+        expected = client.infer(crops)
+    assert len(found) == len(expected) == len(crops)
+    for index, (one, other) in enumerate(zip(found, expected, strict=True)):
+        if index != 5:
+            np.testing.assert_allclose(one.embedding, other.embedding, rtol=1e-4, atol=1e-5)
+            assert one.escalated == other.escalated

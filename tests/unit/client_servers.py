@@ -1,0 +1,217 @@
+"""Servers that speak just enough of Triton's protocols, on loopback, and do as they are told."""
+
+import json
+import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import grpc
+import numpy as np
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+
+@dataclass
+class Asked:
+    """One request as it arrived: an image is scored with its own number, see `image`."""
+
+    peer: str
+    images: list
+    version: str
+    parameters: dict
+    headers: dict
+    left_s: float | None = None
+
+
+def image(number):
+    """Bytes that the servers answer with the score `number`."""
+    return number.to_bytes(4, "big")
+
+
+class TritonService(service_pb2_grpc.GRPCInferenceServiceServicer):
+    """Does what `answer(number of the request, Asked, context)` says, then answers.
+
+    `answer` returns a (grpc.StatusCode, text) to fail with, or None.
+    """
+
+    def __init__(self, answer):
+        self.answer = answer
+        self.asked = []
+        self._lock = threading.Lock()
+
+    def _note(self, request, context, images=(), version="", parameters=None):
+        asked = Asked(
+            context.peer(),
+            images,
+            version,
+            parameters or {},
+            dict(context.invocation_metadata()),
+            context.time_remaining(),
+        )
+        with self._lock:
+            self.asked.append(asked)
+            number = len(self.asked)
+        failure = self.answer(number, asked, context)
+        if failure:
+            context.abort(*failure)
+
+    def ServerMetadata(self, request, context):  # noqa: N802 (the service's names)
+        self._note(request, context)
+        return service_pb2.ServerMetadataResponse(name="triton", version="2.51.0")
+
+    def ModelMetadata(self, request, context):  # noqa: N802
+        self._note(request, context)
+        return service_pb2.ModelMetadataResponse(name=request.name, versions=["1"])
+
+    def ModelConfig(self, request, context):  # noqa: N802
+        answer = service_pb2.ModelConfigResponse()
+        answer.config.max_batch_size = 32
+        return answer
+
+    def ModelInfer(self, request, context):  # noqa: N802
+        parameters = {
+            name: getattr(value, value.WhichOneof("parameter_choice"))
+            for name, value in request.parameters.items()
+        }
+        images, raw = [], request.raw_input_contents[0]
+        while raw and request.inputs[0].datatype == "BYTES":
+            size = int.from_bytes(raw[:4], "little")
+            images.append(raw[4 : 4 + size])
+            raw = raw[4 + size :]
+        self._note(request, context, images, request.model_version, parameters)
+        return infer_response([int.from_bytes(i, "big") for i in images] or [0])
+
+
+def infer_response(numbers):
+    rows = len(numbers)
+    answer = service_pb2.ModelInferResponse(model_name="adaptive_vit")
+    for name, datatype, values in (
+        ("embedding", "FP32", np.zeros((rows, 4), np.float32)),
+        ("escalated", "BOOL", np.zeros((rows, 1), np.bool_)),
+        ("score", "FP32", np.array(numbers, np.float32).reshape(rows, 1)),
+        ("degraded", "BOOL", np.zeros((rows, 1), np.bool_)),
+    ):
+        answer.outputs.add(name=name, datatype=datatype, shape=values.shape)
+        answer.raw_output_contents.append(values.tobytes())
+    return answer
+
+
+@contextmanager
+def grpc_server(answer=lambda number, asked, context: None, *, credentials=None, address=None):
+    """A `TritonService` and its HOST:PORT."""
+    service = TritonService(answer)
+    server = grpc.server(ThreadPoolExecutor(16), options=[("grpc.so_reuseport", 0)])
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(service, server)
+    where = address or "127.0.0.1:0"
+    if credentials is None:
+        port = server.add_insecure_port(where)
+    else:
+        port = server.add_secure_port(where, credentials)
+    server.start()
+    try:
+        yield service, f"127.0.0.1:{port}"
+    finally:
+        server.stop(None).wait()
+
+
+@contextmanager
+def http_server(answer=lambda number, asked: None, *, context=None):
+    """The requests that it was asked, and its HOST:PORT.
+
+    `answer(number of the request, Asked)` returns None, a (status, text) to fail with, or "drop"
+    to close the connection instead of answering. `context` is for HTTPS.
+    """
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
+
+        def do_POST(self):  # noqa: N802
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            head = json.loads(body[: int(self.headers["Inference-Header-Content-Length"])])
+            parameters = head["parameters"]
+            asked.append(Asked(str(self.client_address), [], "", parameters, dict(self.headers)))
+            failure = answer(len(asked), asked[-1])
+            if failure == "drop":
+                self.close_connection = True
+                return
+            status, text = failure or (200, None)
+            self._send(status, {"error": text} if text else OUTPUTS)
+
+        def _send(self, status, answer):
+            data = json.dumps(answer).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    if context is not None:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    try:
+        yield asked, f"127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+OUTPUTS = {
+    "outputs": [
+        {"name": "embedding", "datatype": "FP32", "shape": [1, 4], "data": [0, 0, 0, 0]},
+        {"name": "escalated", "datatype": "BOOL", "shape": [1, 1], "data": [False]},
+        {"name": "score", "datatype": "FP32", "shape": [1, 1], "data": [0.5]},
+        {"name": "degraded", "datatype": "BOOL", "shape": [1, 1], "data": [False]},
+    ]
+}
+
+
+@dataclass(frozen=True)
+class Certificates:
+    """PEM files in a folder: `NAME.pem` and `NAME.key`."""
+
+    folder: object
+
+    def make(self, name, *, signed_by=None):
+        """A key and its certificate: for 127.0.0.1 if signed, an authority's own if not."""
+        key, request = self.key(name), self.folder / f"{name}.csr"
+        curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+        subject = ("-keyout", key, "-subj", f"/CN={name}")
+        if signed_by is None:
+            openssl("req", "-x509", *curve, *subject, "-out", self.cert(name), "-days", 2)
+            return
+        openssl("req", *curve, *subject, "-out", request)
+        extension = self.folder / f"{name}.ext"
+        extension.write_text("subjectAltName=IP:127.0.0.1\n")
+        openssl(
+            *("x509", "-req", "-in", request, "-out", self.cert(name), "-days", 2),
+            *("-CA", self.cert(signed_by), "-CAkey", self.key(signed_by), "-CAcreateserial"),
+            *("-extfile", extension),
+        )
+
+    def lock(self, name, locked):
+        """A copy of a key that wants a passphrase."""
+        source, copy = self.key(name), self.key(locked)
+        openssl("ec", "-in", source, "-out", copy, "-aes128", "-passout", "pass:secret")
+
+    def cert(self, name):
+        return self.folder / f"{name}.pem"
+
+    def key(self, name):
+        return self.folder / f"{name}.key"
+
+
+def openssl(*arguments):
+    done = subprocess.run(
+        ["openssl", *map(str, arguments)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr

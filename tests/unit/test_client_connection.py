@@ -1,0 +1,241 @@
+"""Connections: reused, encrypted, with the key of restricted APIs."""
+
+import asyncio
+import json
+import ssl
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+
+import client.__main__ as command_line
+from client import (
+    AccessDeniedError,
+    AsyncGrpcClient,
+    GrpcClient,
+    HttpClient,
+    InvalidRequestError,
+    NotServedError,
+    Tls,
+    UnavailableError,
+)
+from client.channel import CHANNEL_ARGUMENTS
+from tests.unit.client_servers import Certificates, grpc_server, http_server, image
+
+
+def score(kind, url, **options):
+    async def call():
+        async with AsyncGrpcClient(url, **options) as client:
+            return (await client.infer([image(7)], timeout_s=20))[0].score
+
+    if kind is AsyncGrpcClient:
+        return asyncio.run(call())
+    with kind(url, **options) as client:
+        return client.infer([image(7)], timeout_s=20)[0].score
+
+
+# --- one connection ----------------------------------------------------------------------------
+
+
+def test_a_grpc_client_has_one_connection_for_all_threads():
+    with grpc_server() as (service, url), GrpcClient(url) as client, ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda number: client.infer([image(number)]), range(20)))
+    assert len(service.asked) == 20
+    assert len({asked.peer for asked in service.asked}) == 1
+
+
+def test_an_asyncio_client_has_one_connection_for_all_requests():
+    async def main(url):
+        async with AsyncGrpcClient(url) as client:
+            await asyncio.gather(*(client.infer([image(number)]) for number in range(20)))
+
+    with grpc_server() as (service, url):
+        asyncio.run(main(url))
+    assert len(service.asked) == 20
+    assert len({asked.peer for asked in service.asked}) == 1
+
+
+def test_an_http_client_keeps_its_connection():
+    with http_server() as (asked, url), HttpClient(url) as client:
+        for number in range(5):
+            client.infer([image(number)])
+    assert len(asked) == 5
+    assert len({request.peer for request in asked}) == 1
+
+
+def test_keep_alive_stays_within_what_triton_permits_by_default():
+    arguments = dict(CHANNEL_ARGUMENTS)
+    assert arguments["grpc.keepalive_time_ms"] > 300_000  # else GOAWAY, too_many_pings
+    assert arguments["grpc.keepalive_permit_without_calls"] == 0
+
+
+# --- keys --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [GrpcClient, AsyncGrpcClient])
+def test_an_admin_key_goes_with_every_grpc_request(kind):
+    with grpc_server() as (service, url):
+        assert score(kind, url, admin_key="secret") == 7
+        assert score(kind, url) == 7
+        with GrpcClient(url, admin_key="secret") as client:
+            client.server_version()
+    keys = [asked.headers.get("triton-grpc-protocol-admin-key") for asked in service.asked]
+    assert keys == ["secret", None, "secret"]
+
+
+def test_an_admin_key_goes_with_every_http_request():
+    with http_server() as (asked, url):
+        score(HttpClient, url, admin_key="secret")
+        score(HttpClient, url)
+    assert [request.headers.get("admin-key") for request in asked] == ["secret", None]
+
+
+# --- TLS ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    """`ours` signed `server` and `client`; `others` signed `stranger`."""
+    made = Certificates(tmp_path_factory.mktemp("certificates"))
+    for name, authority in (
+        *(("ours", None), ("others", None)),
+        *(("server", "ours"), ("client", "ours"), ("stranger", "others")),
+    ):
+        made.make(name, signed_by=authority)
+    # OpenSSL would ask for its passphrase on the terminal.
+    made.lock("client", "locked")
+    return made
+
+
+def tls_of(certificates, ca="ours", client=None):
+    if client is None:
+        return Tls(certificates.cert(ca))
+    return Tls(certificates.cert(ca), certificates.cert(client), certificates.key(client))
+
+
+def grpc_over_tls(certificates, mutual):
+    pair = (certificates.key("server").read_bytes(), certificates.cert("server").read_bytes())
+    roots = certificates.cert("ours").read_bytes() if mutual else None
+    return grpc_server(credentials=grpc.ssl_server_credentials([pair], roots, mutual))
+
+
+def http_over_tls(certificates, mutual):
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificates.cert("server"), certificates.key("server"))
+    if mutual:
+        context.load_verify_locations(certificates.cert("ours"))
+        context.verify_mode = ssl.CERT_REQUIRED
+    return http_server(context=context)
+
+
+def serve(kind, certificates, mutual=False):
+    return (http_over_tls if kind is HttpClient else grpc_over_tls)(certificates, mutual)
+
+
+every = pytest.mark.parametrize("kind", [GrpcClient, AsyncGrpcClient, HttpClient])
+
+
+@every
+def test_a_server_that_our_authority_signed_is_trusted(kind, certificates):
+    with serve(kind, certificates) as (_, url):
+        assert score(kind, url, tls=tls_of(certificates)) == (0.5 if kind is HttpClient else 7)
+
+
+@every
+@pytest.mark.parametrize("ca", ["others", None])
+def test_any_other_server_is_not(kind, ca, certificates):
+    tls = Tls() if ca is None else tls_of(certificates, ca)  # or the well-known authorities
+    with serve(kind, certificates) as (found, url):
+        with pytest.raises(AccessDeniedError, match="certificate verify failed") as caught:
+            score(kind, url, tls=tls)
+    assert "\n" not in str(caught.value) and url in str(caught.value)
+    assert not getattr(found, "asked", found)
+
+
+@every
+def test_mutual_tls_shows_our_certificate(kind, certificates):
+    with serve(kind, certificates, mutual=True) as (_, url):
+        assert score(kind, url, tls=tls_of(certificates, client="client")) in (7, 0.5)
+
+
+@every
+@pytest.mark.parametrize("client", [None, "stranger"])
+def test_mutual_tls_refuses_who_shows_none_of_ours(kind, client, certificates):
+    with serve(kind, certificates, mutual=True) as (found, url):
+        with pytest.raises((AccessDeniedError, NotServedError), match="certificate"):
+            score(kind, url, tls=tls_of(certificates, client=client))
+    assert not getattr(found, "asked", found)
+
+
+@every
+def test_a_plain_client_gets_nothing_from_a_server_with_tls(kind, certificates):
+    with serve(kind, certificates) as (found, url):
+        with pytest.raises(UnavailableError):
+            score(kind, url)
+    assert not getattr(found, "asked", found)
+
+
+@every
+def test_a_client_with_tls_asks_no_plain_server(kind, certificates):
+    with (http_server if kind is HttpClient else grpc_server)() as (found, url):
+        with pytest.raises(AccessDeniedError, match="wrong version number"):
+            score(kind, url, tls=tls_of(certificates), admin_key="secret")
+    assert not getattr(found, "asked", found)
+
+
+def test_the_command_line_takes_certificates_and_a_key_from_files(
+    certificates, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "a.png").write_bytes(image(7))
+    (tmp_path / "key").write_text("secret\n")
+    away = (grpc.StatusCode.UNAVAILABLE, "away")
+    with grpc_over_tls(certificates, mutual=True) as (service, url):
+        service.answer = lambda number, *_: away if number == 3 else None  # the first image
+        arguments = [
+            *("infer", tmp_path / "a.png", "--url", url, "--json", "--timeout-s", 9),
+            *("--tls-ca", certificates.cert("ours"), "--tls-cert", certificates.cert("client")),
+            *("--tls-key", certificates.key("client"), "--admin-key-file", tmp_path / "key"),
+        ]
+        for retries, code in ((1, 0), (0, 1)):
+            service.asked.clear()
+            monkeypatch.setattr(
+                sys, "argv", ["client", *map(str, arguments), "--retries", str(retries)]
+            )
+            with pytest.raises(SystemExit) as left:
+                command_line.main()
+            assert (left.value.code or 0) == code
+            report = json.loads(capsys.readouterr().out)
+            assert report["summary"]["errors"] == code
+            assert len(service.asked) == 3 + retries
+            headers = [asked.headers["triton-grpc-protocol-admin-key"] for asked in service.asked]
+            assert set(headers) == {"secret"}
+            assert service.asked[2].parameters["timeout"] <= 9_000_000
+
+
+def test_half_a_pair_is_refused(certificates):
+    with pytest.raises(InvalidRequestError, match="a client cert without a key"):
+        Tls(cert=certificates.cert("client"))
+    with pytest.raises(InvalidRequestError, match="a client key without a cert"):
+        Tls(key=certificates.key("client"))
+
+
+@every
+@pytest.mark.parametrize(
+    ("ca", "cert", "key", "said"),
+    [
+        ("none.pem", None, None, r"cannot read .*none.pem for TLS: No such file"),
+        ("ours.key", None, None, r"ours.key holds no certificate in PEM format"),
+        ("ours.pem", "client.pem", "none.key", r"cannot read .*none.key for TLS: No such file"),
+        ("ours.pem", "client.pem", "server.key", r"a passphrase \(key values mismatch\)"),
+        ("ours.pem", "client.csr", "client.key", r"client.csr and .* in PEM format"),
+        ("ours.pem", "client.pem", "locked.key", r"locked.key must be .* without a passphrase"),
+    ],
+)
+def test_files_that_cannot_be_used_are_refused_before_connecting(
+    kind, ca, cert, key, said, certificates
+):
+    files = (None if name is None else certificates.folder / name for name in (ca, cert, key))
+    with pytest.raises(InvalidRequestError, match=said) as caught:
+        kind("127.0.0.1:1", tls=Tls(*files))
+    assert "\n" not in str(caught.value)
