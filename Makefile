@@ -39,7 +39,8 @@ original: $(INSTALLED)  ## the tables of the research script this began with, me
 	$(PY) -m calibration fit --escalation-rate 0.095 --onnx $(ORIGINAL)/onnx \
 	  --outputs $(ORIGINAL)/outputs.npz --out $(ORIGINAL)/calibration.json
 	$(PY) -m export repository --onnx $(ORIGINAL)/onnx \
-	  --calibration $(ORIGINAL)/calibration.json --out $(ORIGINAL)/model_repository
+	  --calibration $(ORIGINAL)/calibration.json --out $(ORIGINAL)/model_repository \
+	  --client-parameters any
 	$(PY) -m perf original --build $(ORIGINAL)
 
 test: $(INSTALLED)  ## unit tests, then tests against a real tritonserver

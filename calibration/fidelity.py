@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from routing import Calibration
+from routing import fidelity as routing_fidelity
+from routing.fidelity import KINDS
 
 from .outputs import Outputs
 
 FloatVector = NDArray[np.float64]
 BoolVector = NDArray[np.bool_]
-
-KINDS = ("top1", "cosine")
 
 
 class FidelityError(ValueError):
@@ -56,12 +56,9 @@ class Fidelity:
         Raises:
             FidelityError: `top1` for a model without a head.
         """
-        if self.kind == "cosine":
-            return np.asarray(~(oracle_cosine(outputs) >= 1 - self.tolerance))
-        loss = disagrees(outputs)
-        if loss is None:
+        if self.kind == "top1" and disagrees(outputs) is None:
             raise FidelityError("--fidelity top1 needs a head, the model has none; use cosine")
-        return loss
+        return routing_fidelity.fidelity_loss(self.kind, self.tolerance, outputs.low, outputs.truth)
 
     def high_loss(self, outputs: Outputs) -> BoolVector | None:
         """The fidelity loss of the full rung's own answers, BOOL (N,).
@@ -87,14 +84,9 @@ def oracle_l2(outputs: Outputs) -> FloatVector:
 
 def oracle_cosine(outputs: Outputs) -> FloatVector:
     """Cosine between the cheap rung's and the reference's embeddings, FP64 (N,)."""
-    low = outputs.low.embedding.astype(np.float64)
-    high = outputs.truth.embedding.astype(np.float64)
-    lengths = np.linalg.norm(low, axis=1) * np.linalg.norm(high, axis=1)
-    return np.asarray((low * high).sum(axis=1) / np.maximum(lengths, np.finfo(np.float64).tiny))
+    return routing_fidelity.cosine(outputs.low.embedding, outputs.truth.embedding)
 
 
 def disagrees(outputs: Outputs) -> BoolVector | None:
     """Whether cheap rung and reference name different classes, BOOL (N,); None without a head."""
-    if outputs.low.logits is None or outputs.truth.logits is None:
-        return None
-    return np.asarray(outputs.low.logits.argmax(axis=1) != outputs.truth.logits.argmax(axis=1))
+    return routing_fidelity.disagrees(outputs.low, outputs.truth)

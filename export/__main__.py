@@ -1,4 +1,4 @@
-"""`python -m export rungs | align | choose | repository`: a torch backbone to what is served."""
+"""`python -m export rungs | align | choose | repository | versions`: from a model to Triton."""
 
 from __future__ import annotations
 
@@ -16,14 +16,19 @@ from export.errors import ExportError, UsageError, first_line
 from export.progress import Steps
 from export.recipes.recipe import Recipe
 from export.repository import RepositoryError, assemble
+from export.settings import ClientParameters, OnHighFailure, Settings
+from export.versions import add_version
 from routing import (
     WEIGHTS,
     Alignment,
     AlignmentError,
     CalibrationError,
+    ManifestError,
     RungSet,
     RungSetError,
 )
+from routing.versions import VersionError, Versions, switch
+from routing.versions import drop as drop_version
 
 RECIPE = "RECIPE"
 
@@ -153,13 +158,92 @@ def repository(
     instances: Annotated[
         int, typer.Option(min=1, help="Instances of each rung on a CPU; times threads, the cores.")
     ] = 1,
+    max_queue: Annotated[
+        int, typer.Option(min=1, help="Requests that may wait in front of each model.")
+    ] = 64,
+    on_high_failure: Annotated[
+        OnHighFailure, typer.Option(help="Answer of an image whose full rung failed.")
+    ] = OnHighFailure.ERROR,
+    high_timeout_ms: Annotated[
+        int, typer.Option(min=1, help="How long a call of the full rung may take.")
+    ] = 10_000,
+    client_parameters: Annotated[
+        ClientParameters,
+        typer.Option(help="careful: a request may only lower the threshold or ask for high."),
+    ] = ClientParameters.CAREFUL,
+    degrade_queue_depth: Annotated[
+        int,
+        typer.Option(metavar="IMAGES", help="A batch of so many raises the threshold; 0: never."),
+    ] = 0,
+    degrade_threshold: Annotated[
+        float | None, typer.Option(help="The highest it is raised to, oracle units.")
+    ] = None,
+    audit_fraction: Annotated[
+        float, typer.Option(help="Share of the images kept low that are checked by the full rung.")
+    ] = 0.0,
+    add: Annotated[
+        bool,
+        typer.Option(
+            "--add-version", help="Add --calibration to the repository at --out, beside what is."
+        ),
+    ] = False,
+    shadow: Annotated[
+        float | None,
+        typer.Option(help="With it: share of the live images that it scores and does not answer."),
+    ] = None,
 ) -> None:
     """Assemble the model repository that Triton serves.
 
-    An assembled repository at --out is replaced; anything else there is left alone.
+    An assembled repository at --out is replaced, or gets another version of its router with
+    --add-version; anything else there is left alone.
     """
-    assemble(RungSet.load(onnx), calibration, out, intra_op_threads, instances)
+    settings = Settings(
+        intra_op_threads=intra_op_threads,
+        instances=instances,
+        max_queue=max_queue,
+        on_high_failure=on_high_failure,
+        high_timeout_ms=high_timeout_ms,
+        client_parameters=client_parameters,
+        degrade_queue_depth=degrade_queue_depth,
+        degrade_threshold=degrade_threshold,
+        audit_fraction=audit_fraction,
+    )
+    if add:
+        if settings != Settings():
+            raise UsageError("--add-version changes the artifact only; assemble for other settings")
+        version = add_version(out, calibration, shadow or 0.0)
+        typer.echo(
+            f"added router/{version} to {out}; load it with python -m server rollout "
+            f"--repository {out}, and let it answer with --to {version}"
+        )
+        return
+    if shadow is not None:
+        raise UsageError("--shadow goes with --add-version")
+    assemble(RungSet.load(onnx), calibration, out, settings)
     typer.echo(f"wrote {out}; serve it with python -m server --repository {out}")
+
+
+@app.command("versions")
+def versions_command(
+    repository: Annotated[Path, typer.Option(help="An assembled repository.")] = Path(
+        "build/model_repository"
+    ),
+    live: Annotated[
+        int | None, typer.Option(metavar="N", help="Let this version of the router answer.")
+    ] = None,
+    drop: Annotated[
+        int | None, typer.Option(metavar="N", help="Remove this version, which must not answer.")
+    ] = None,
+) -> None:
+    """Print which versions of the router a repository serves; change them where no server runs.
+
+    For a running server, python -m server rollout --to N does what --live does, and loads it.
+    """
+    if live is not None:
+        switch(repository, live)
+    if drop is not None:
+        drop_version(repository, drop)
+    typer.echo(Versions.load(repository).sentence)
 
 
 @app.command("align")
@@ -236,9 +320,11 @@ def main(arguments: list[str] | None = None) -> int:
     except (
         AlignmentError,
         CalibrationError,
+        ManifestError,
         RepositoryError,
         RungSetError,
         UsageError,
+        VersionError,
     ) as error:
         return _complain(str(error), 2)
     except ExportError as error:

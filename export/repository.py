@@ -11,10 +11,10 @@ old one and takes its place only when it is complete.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 
+from export.settings import Settings
 from export.staging import folder_beside, link_or_copy
 from imaging import Preprocessing, PreprocessingError
 from routing import RUNGS, WEIGHTS, Calibration, RungSet, manifest
@@ -33,8 +33,7 @@ def assemble(
     rung_set: RungSet,
     calibration_file: Path,
     out: Path,
-    intra_op_threads: int = 1,
-    instances: int = 1,
+    settings: Settings | None = None,
 ) -> Path:
     """Assemble the repository.
 
@@ -42,30 +41,29 @@ def assemble(
         rung_set: the exported rungs.
         calibration_file: the artifact made with exactly these rungs.
         out: folder to write; replaced if it is an assembled repository.
-        intra_op_threads: CPU threads of each rung's instance.
-        instances: of each rung, where it runs on a CPU.
+        settings: how it behaves; as in `model_repository/` if not given.
 
     Returns:
         `out`.
 
     Raises:
-        RepositoryError: `out` is something else, a bad thread count, or a preprocessing that is
-            invalid or not the one of the artifact.
+        RepositoryError: `out` is something else, or the preprocessing is invalid or not the one
+            of the artifact.
+        UsageError: a setting makes no sense.
         CalibrationError: the artifact is invalid or was made with other ONNX files.
         OSError: a file cannot be read or written.
     """
-    for option, number in (("--intra-op-threads", intra_op_threads), ("--instances", instances)):
-        if number < 1:
-            raise RepositoryError(f"{option} {number} must be 1 or more")
+    settings = settings or Settings()
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not _is_assembled(out))):
         raise RepositoryError(f"{out} exists and is no assembled repository; choose another --out")
     calibration = Calibration.load(calibration_file)
     calibration.check_rungs(rung_set.files)
+    settings.check(calibration.threshold)
     preprocessing = _preprocessing(rung_set, calibration)
     with folder_beside(out) as folder:
         # A child, because a temporary directory itself is closed to other users.
         fresh = folder / "repository"
-        _fill(fresh, rung_set, calibration, preprocessing, intra_op_threads, instances)
+        _fill(fresh, rung_set, calibration, preprocessing, settings)
         if out.exists():
             out.rename(folder / "replaced")
         fresh.rename(out)
@@ -97,14 +95,12 @@ def _fill(
     rung_set: RungSet,
     calibration: Calibration,
     preprocessing: Preprocessing,
-    intra_op_threads: int,
-    instances: int,
+    settings: Settings,
 ) -> None:
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
     shutil.copytree(ROOT / "model_repository", repository, ignore=ignore)
-    shutil.copytree(ROOT / "routing", repository / "router/1/routing", ignore=ignore)
     shutil.copytree(ROOT / "imaging", repository / "preprocess/1/imaging", ignore=ignore)
-    calibration.save(repository / "router/1/calibration.json")
+    complete_router(repository / "router/1", calibration)
     path = repository / "preprocess/1/preprocessing.json"
     path.write_text(json.dumps(preprocessing.to_dict(), indent=2) + "\n")
     if rung_set.labels:
@@ -117,13 +113,20 @@ def _fill(
         # The ensemble's stays: an empty version directory would not survive git or object stores.
         (repository / name / "1" / ".gitkeep").unlink(missing_ok=True)
         config = repository / name / "config.pbtxt"
-        text = _with_threads(config.read_text(), intra_op_threads)
-        text = _with_instances(text, instances)
-        config.write_text(text + _warmup(rung_set.image_shape))
+        config.write_text(config.read_text() + _warmup(rung_set.image_shape))
+    for config in repository.glob("*/config.pbtxt"):
+        config.write_text(settings.configure(config.parent.name, config.read_text()))
     if rung_set.classes is None:
         config = repository / "adaptive_vit/config.pbtxt"
         config.write_text(_without_logits(config.read_text()))
     manifest.write(repository)
+
+
+def complete_router(version: Path, calibration: Calibration) -> None:
+    """Put what `model.py` needs beside it: the core, as it is now, and the artifact."""
+    ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
+    shutil.copytree(ROOT / "routing", version / "routing", ignore=ignore)
+    calibration.save(version / "calibration.json")
 
 
 def _place_weights(source: Path, version: Path, repository: Path) -> None:
@@ -134,23 +137,6 @@ def _place_weights(source: Path, version: Path, repository: Path) -> None:
             link_or_copy(placed, version / WEIGHTS)
             return
     shutil.copyfile(source, version / WEIGHTS)
-
-
-def _with_threads(config: str, intra_op_threads: int) -> str:
-    pattern = r'(key: "intra_op_thread_count" value: \{ string_value: ")\d+'
-    text, count = re.subn(pattern, rf"\g<1>{intra_op_threads}", config)
-    if count != 1:
-        raise RepositoryError("a rung's config.pbtxt no longer sets intra_op_thread_count once")
-    return text
-
-
-def _with_instances(config: str, instances: int) -> str:
-    if instances == 1:
-        return config
-    text, count = re.subn(r"(instance_group \[ \{ count: )1\b", rf"\g<1>{instances}", config)
-    if count != 1:
-        raise RepositoryError("a rung's config.pbtxt no longer sets the count of instances once")
-    return text
 
 
 def _warmup(image_shape: tuple[int, int, int]) -> str:

@@ -6,19 +6,32 @@ image gets the same score and the same decision offline and on the server.
 
 Reading order: `outputs` (what a rung returns) -> `signals` (outputs to a raw number) ->
 `scoremap` (raw number to predicted change) -> `calibration` (the artifact that holds both and the
-threshold) -> `policy` (what a request may ask for) -> `cascade` (the control flow).
-`rungset`, `alignment` and `manifest` read and guard the files.
+threshold) -> `policy` (what a request may ask for) -> `relief` (what pressure may change) ->
+`cascade` (the control flow). `fidelity` says when a cheap answer is a loss; `audit` holds the
+certificate against live traffic, `shadow` compares two artifacts on it. `rungset`, `alignment`,
+`manifest` and `versions` read and guard the files.
 """
 
 from .alignment import Alignment, AlignmentError
+from .audit import RiskTest
 from .calibration import RUNGS, WEIGHTS, Calibration, CalibrationError, RungRecord
-from .cascade import CascadeAnswer, CascadeRequest, RequestError, RungError, run_cascade
+from .cascade import (
+    CascadeAnswer,
+    CascadeRequest,
+    GoneError,
+    RequestError,
+    RungError,
+    run_cascade,
+)
+from .fidelity import fidelity_loss
 from .manifest import ManifestError
 from .outputs import RungOutputs
-from .policy import Overrides, Policy, escalation_mask, parse_overrides
+from .policy import Allowance, Overrides, Policy, escalation_mask, parse_overrides
+from .relief import Relief
 from .rungset import RungSet, RungSetError
 from .scoremap import ScoreMap
 from .signals import SIGNALS, Signal
+from .statuses import is_outage
 
 __all__ = [
     "RUNGS",
@@ -26,14 +39,18 @@ __all__ = [
     "WEIGHTS",
     "Alignment",
     "AlignmentError",
+    "Allowance",
     "Calibration",
     "CalibrationError",
     "CascadeAnswer",
     "CascadeRequest",
+    "GoneError",
     "ManifestError",
     "Overrides",
     "Policy",
+    "Relief",
     "RequestError",
+    "RiskTest",
     "RungError",
     "RungOutputs",
     "RungRecord",
@@ -42,6 +59,8 @@ __all__ = [
     "ScoreMap",
     "Signal",
     "escalation_mask",
+    "fidelity_loss",
+    "is_outage",
     "parse_overrides",
     "run_cascade",
 ]

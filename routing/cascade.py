@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from .calibration import Calibration
 from .outputs import FloatArray, RungOutputs
 from .policy import Overrides, always_high, escalation_mask
+from .relief import Relief
 
 Rung = Callable[[FloatArray], RungOutputs]
 
@@ -23,15 +24,49 @@ class RequestError(Exception):
 
 
 class RungError(Exception):
-    """A rung that did not answer; raised by the callables given to `run_cascade`."""
+    """A rung that did not answer; raised by the callables given to `run_cascade`.
+
+    Attributes:
+        is_outage: it cannot be had now, so that a later try may be answered; else it failed.
+    """
+
+    def __init__(self, message: str, is_outage: bool = False) -> None:
+        super().__init__(message)
+        self.is_outage = is_outage
+
+
+class GoneError(Exception):
+    """A request whose client no longer waits.
+
+    Attributes:
+        cancelled: the client hung up; else the request's own timeout has passed.
+    """
+
+    def __init__(self, message: str, cancelled: bool) -> None:
+        super().__init__(message)
+        self.cancelled = cancelled
+
+
+Failure = RequestError | RungError | GoneError
+
+
+def _still_waiting() -> None:
+    return None
 
 
 @dataclass(frozen=True)
 class CascadeRequest:
-    """One client's request: `image` FP32 (b, 3, H, W) and its checked parameters."""
+    """One client's request.
+
+    Attributes:
+        image: FP32 (b, 3, H, W).
+        overrides: its checked parameters.
+        gone: asked before the full rung is called for it; the error if its client no longer waits.
+    """
 
     image: FloatArray
     overrides: Overrides
+    gone: Callable[[], GoneError | None] = _still_waiting
 
 
 @dataclass(frozen=True)
@@ -44,6 +79,8 @@ class CascadeAnswer:
         escalated: BOOL (b,), answered by the full rung.
         score: FP32 (b,), oracle units; NaN where the cheap rung was not asked.
         degraded: BOOL (b,), escalation was wanted but the low answer is returned.
+        relieved: BOOL (b,), those of the degraded that pressure kept low.
+        low: what the cheap rung said of the b images; None where it was not asked.
     """
 
     embedding: FloatArray
@@ -51,6 +88,8 @@ class CascadeAnswer:
     escalated: NDArray[np.bool_]
     score: FloatArray
     degraded: NDArray[np.bool_]
+    relieved: NDArray[np.bool_]
+    low: RungOutputs | None = None
 
 
 @dataclass
@@ -58,16 +97,18 @@ class _Case:
     """One request on its way through the cascade."""
 
     request: CascadeRequest
-    error: RequestError | RungError | None = None
+    error: Failure | None = None
     low: RungOutputs | None = None
     high: RungOutputs | None = None  # only the wanted rows, in order
     score: FloatArray = field(init=False)
     wanted: NDArray[np.bool_] = field(init=False)
+    relieved: NDArray[np.bool_] = field(init=False)
 
     def __post_init__(self) -> None:
         rows = len(self.request.image)
         self.score = np.full(rows, np.nan, dtype=np.float32)
         self.wanted = np.ones(rows, dtype=np.bool_)
+        self.relieved = np.zeros(rows, dtype=np.bool_)
         self.error = _not_finite(self.request.image)
 
 
@@ -78,7 +119,8 @@ def run_cascade(
     high: Rung,
     *,
     degrade_on_high_failure: bool = False,
-) -> list[CascadeAnswer | RequestError | RungError]:
+    relief: Relief | None = None,
+) -> list[CascadeAnswer | Failure]:
     """Answer several requests with at most one call of each rung.
 
     Args:
@@ -89,6 +131,8 @@ def run_cascade(
         high: the full rung, called once with every image that escalates, or not at all.
         degrade_on_high_failure: when the full rung fails, return the low answers marked
             `degraded`, where there are any, instead of an error.
+        relief: raises the threshold of requests without parameters when many images wait; the
+            images that it keeps low are marked `degraded`.
 
     Returns:
         For each request its answer or its own error; a bad request never fails its neighbours.
@@ -96,12 +140,15 @@ def run_cascade(
     cases = [_Case(request) for request in requests]
     sound = [case for case in cases if case.error is None]
     scored = [c for c in sound if not always_high(calibration.threshold, c.request.overrides)]
-    _ask_low(scored, calibration, low)
+    waiting = sum(len(request.image) for request in requests)
+    _ask_low(scored, calibration, low, relief, waiting)
     _ask_high([case for case in sound if case.error is None and case.wanted.any()], high)
     return [_answer(case, degrade_on_high_failure) for case in cases]
 
 
-def _ask_low(cases: list[_Case], calibration: Calibration, low: Rung) -> None:
+def _ask_low(
+    cases: list[_Case], calibration: Calibration, low: Rung, relief: Relief | None, waiting: int
+) -> None:
     if not cases:
         return
     try:
@@ -118,9 +165,22 @@ def _ask_low(cases: list[_Case], calibration: Calibration, low: Rung) -> None:
         case.low = outputs.rows(rows)
         case.score = scores[rows]
         case.wanted = escalation_mask(case.score, calibration.threshold, case.request.overrides)
+        if relief is not None and calibration.threshold is not None:
+            _relieve(case, relief.threshold(calibration.threshold, waiting))
 
 
-def _ask_high(cases: list[_Case], high: Rung) -> None:
+def _relieve(case: _Case, threshold: float) -> None:
+    if case.request.overrides != Overrides():
+        return  # it said itself how careful it wants the router to be
+    still_wanted = escalation_mask(case.score, threshold, case.request.overrides)
+    case.relieved = case.wanted & ~still_wanted
+    case.wanted = still_wanted
+
+
+def _ask_high(wanting: list[_Case], high: Rung) -> None:
+    for case in wanting:
+        case.error = case.request.gone()
+    cases = [case for case in wanting if case.error is None]
     if not cases:
         return
     images = [
@@ -139,14 +199,12 @@ def _ask_high(cases: list[_Case], high: Rung) -> None:
         start += len(image)
 
 
-def _answer(case: _Case, degrade: bool) -> CascadeAnswer | RequestError | RungError:
-    nobody = np.zeros_like(case.wanted)
+def _answer(case: _Case, degrade: bool) -> CascadeAnswer | Failure:
+    failed = np.zeros_like(case.wanted)
     if case.error is not None:
-        if isinstance(case.error, RungError) and degrade and case.low is not None:
-            return CascadeAnswer(
-                case.low.embedding, case.low.logits, nobody, case.score, degraded=case.wanted
-            )
-        return case.error
+        if not (isinstance(case.error, RungError) and degrade and case.low is not None):
+            return case.error
+        failed = case.wanted
     if case.low is None:
         chosen = case.high
     elif case.high is None:
@@ -156,7 +214,15 @@ def _answer(case: _Case, degrade: bool) -> CascadeAnswer | RequestError | RungEr
     assert chosen is not None  # a sound case was answered by at least one rung
     if not np.isfinite(chosen.embedding).all():
         return RequestError("the model answers with NaN or Inf: is `image` normalised?")
-    return CascadeAnswer(chosen.embedding, chosen.logits, case.wanted, case.score, nobody)
+    return CascadeAnswer(
+        chosen.embedding,
+        chosen.logits,
+        escalated=case.wanted & ~failed,
+        score=case.score,
+        degraded=failed | case.relieved,
+        relieved=case.relieved,
+        low=case.low,
+    )
 
 
 def _merge(low: RungOutputs, high: RungOutputs, wanted: NDArray[np.bool_]) -> RungOutputs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -32,35 +33,89 @@ class Overrides:
     threshold: float | None = None
 
 
-def parse_overrides(parameters: Mapping[str, object]) -> Overrides:
+@dataclass(frozen=True)
+class Allowance:
+    """How far a request's parameters may go.
+
+    Attributes:
+        careful_only: a request may only make routing more careful: lower the threshold or send
+            `policy=high`. Otherwise it may ask for anything.
+        threshold: the calibrated one, which `careful_only` compares with, in oracle units; None:
+            all images escalate anyway, so that no request can be more careful.
+    """
+
+    careful_only: bool = False
+    threshold: float | None = None
+
+    def check(self, overrides: Overrides) -> None:
+        """Refuse what is less careful than the artifact.
+
+        Raises:
+            ValueError: one line, fit for a client.
+        """
+        if not self.careful_only:
+            return
+        if overrides.policy is Policy.LOW:
+            raise ValueError(f"policy=low is not allowed here; {_CAREFUL}")
+        if overrides.threshold is None:
+            return
+        if self.threshold is None:
+            raise ValueError("no threshold was certified, so requests may not bring one here")
+        if overrides.threshold > self.threshold:
+            raise ValueError(
+                f"threshold {overrides.threshold:g} is above the calibrated {self.threshold:g}; "
+                f"{_CAREFUL}"
+            )
+
+
+_CAREFUL = "a request may only lower the threshold or send policy=high"
+
+
+def parse_overrides(
+    parameters: Mapping[str, object], allowance: Allowance | None = None
+) -> Overrides:
     """Check a request's parameters.
 
     Args:
         parameters: as decoded from Triton's JSON: str, bool, int or float values.
+        allowance: how far they may go; anywhere if not given.
 
     Raises:
         ValueError: an unknown parameter or policy, a threshold that is no number and no text of
-            one, or a threshold beside a policy that ignores it. One line, fit for a client.
+            one, a threshold beside a policy that ignores it, or one that is not allowed. One line,
+            fit for a client.
     """
+    overrides = _parsed(parameters)
+    (allowance or Allowance()).check(overrides)
+    return overrides
+
+
+def _parsed(parameters: Mapping[str, object]) -> Overrides:
     unknown = sorted(set(parameters) - {"policy", "threshold"})
     if unknown:
-        raise ValueError(f"unknown parameter {unknown[0]!r}; known are policy and threshold")
+        raise ValueError(f"unknown parameter {_short(unknown[0])}; known are policy and threshold")
     policy = parameters.get("policy", Policy.AUTO.value)
     try:
         chosen = Policy(policy)
     except ValueError:
-        raise ValueError(f"policy {policy!r} is none of auto, low, high") from None
+        raise ValueError(f"policy {_short(policy)} is none of auto, low, high") from None
     threshold = parameters.get("threshold")
     if threshold is None:
         return Overrides(chosen)
     number = _number(threshold)
     if number is None:
-        raise ValueError(f"threshold {threshold!r} is not a number; send a float in oracle units")
+        raise ValueError(
+            f"threshold {_short(threshold)} is not a number; send a float in oracle units"
+        )
     if math.isnan(number):
         raise ValueError("threshold is NaN; send a float in oracle units")
     if chosen is not Policy.AUTO:
         raise ValueError(f"threshold has no meaning with policy={chosen.value}; send one of them")
     return Overrides(chosen, number)
+
+
+# What a client sent comes back to it and into logs, cut to a few words.
+_short = reprlib.repr
 
 
 def _number(value: object) -> float | None:

@@ -6,7 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
-from routing import WEIGHTS, RungRecord, RungSet
+from routing import WEIGHTS, RungRecord, RungSet, manifest
+from routing.versions import with_parameter
 
 from ..errors import PerfError
 
@@ -28,7 +29,8 @@ def assembled(repository: Path) -> Path:
 def with_alternatives(repository: Path, rung_set: RungSet, folder: Path) -> Path:
     """Lay out an assembled repository with one more model for each static alternative.
 
-    An alternative is served as the full rung is: same configuration, warm-up and threads.
+    An alternative is served as the full rung is: same configuration, warm-up and threads. Requests
+    may ask for any threshold there, whatever the repository allows.
 
     Args:
         repository: what `python -m export repository` wrote.
@@ -46,10 +48,21 @@ def with_alternatives(repository: Path, rung_set: RungSet, folder: Path) -> Path
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(repository, folder, copy_function=_link_or_copy)
+    _let_requests_choose(folder)
     for model, file in rung_set.alternative_files.items():
         lay_out_graph(file, rung_set.alternatives[model], folder / model / "1")
         shutil.copyfile(repository / "vit_high" / "config.pbtxt", folder / model / "config.pbtxt")
     return folder
+
+
+def _let_requests_choose(repository: Path) -> None:
+    """Accept any threshold from requests: the measured rates of escalation are chosen that way.
+
+    The copy's file is replaced, so that the original it may be linked to stays as it is.
+    """
+    name = "router/config.pbtxt"
+    text = with_parameter((repository / name).read_text(), "client_parameters", "any")
+    manifest.update(repository, {name: text})
 
 
 def lay_out_graph(file: Path, record: RungRecord, version: Path) -> None:

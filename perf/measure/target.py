@@ -16,6 +16,7 @@ from server import TritonServer
 
 from ..errors import PerfError
 from .server_times import ModelTimes, server_times
+from .systems import NEVER
 
 NEEDED = ("vit_low", "vit_high", "router")
 # Another device, precision or batch changes embeddings a little; other weights change them a lot.
@@ -103,7 +104,8 @@ class Target:
                 )
             if model == "vit_low":
                 expected = float(calibration.score(local)[0])
-        score = float(self._ask("router", batch, ["score"], {"threshold": 0.0})["score"].item())
+        parameters = {"threshold": float(NEVER)}  # as the systems that are measured will ask
+        score = float(self._ask("router", batch, ["score"], parameters)["score"].item())
         if not abs(score - expected) <= SAME_SCORE * max(1.0, abs(expected)):  # nor where it is NaN
             raise PerfError(
                 f"the router at {self.grpc_url} scores an image {score:.3g}, the local artifact "
@@ -125,6 +127,12 @@ class Target:
                 model, [tensor], outputs=wanted, parameters=dict(parameters or {})
             )
         except InferenceServerException as error:
+            if "may only lower" in str(error.message()):
+                raise PerfError(
+                    f"the router at {self.grpc_url} lets requests only lower the threshold, and "
+                    "measuring needs others too; serve a repository assembled with "
+                    "--client-parameters any"
+                ) from None
             raise PerfError(
                 f"{model} at {self.grpc_url} does not take the local rungs' images: "
                 f"{' '.join(str(error.message()).split())}"

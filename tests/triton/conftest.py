@@ -42,7 +42,7 @@ def build(tmp_path_factory):
     )
     run_command(
         *("export", "repository", "--onnx", onnx, "--calibration", artifact),
-        *("--out", folder / "model_repository"),
+        *("--out", folder / "model_repository", "--client-parameters", "any"),
     )
     return folder
 

@@ -1,7 +1,6 @@
 """When the cascade is not whole: an artifact without a threshold, a full rung that fails."""
 
 import json
-import re
 import urllib.request
 from contextlib import contextmanager
 
@@ -9,9 +8,9 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 
-from client import GrpcClient, ServerError
+from client import GrpcClient, UnavailableError
 from export.repository import assemble
-from routing import manifest
+from export.settings import ClientParameters, OnHighFailure, Settings
 from server import TritonServer
 from tests.triton.test_keystone import statistics
 
@@ -25,7 +24,8 @@ def always_high(build, rung_set, tmp_path_factory):
     artifact = json.loads((build / "calibration.json").read_text())
     artifact["threshold"] = None
     (folder / "calibration.json").write_text(json.dumps(artifact))
-    repository = assemble(rung_set, folder / "calibration.json", folder / "repository")
+    settings = Settings(client_parameters=ClientParameters.ANY)
+    repository = assemble(rung_set, folder / "calibration.json", folder / "repository", settings)
     with TritonServer(repository, free_ports=True, extra_args=MODEL_CONTROL) as running:
         yield running
 
@@ -34,12 +34,8 @@ def always_high(build, rung_set, tmp_path_factory):
 def degrading(build, rung_set, tmp_path_factory):
     """The session's repository with `on_high_failure` set to `low`."""
     folder = tmp_path_factory.mktemp("degrading")
-    repository = assemble(rung_set, build / "calibration.json", folder / "repository")
-    config = repository / "router" / "config.pbtxt"
-    text, count = re.subn(r'("on_high_failure" .*)"error"', r'\1"low"', config.read_text())
-    assert count == 1
-    config.write_text(text)
-    manifest.write(repository)
+    settings = Settings(on_high_failure=OnHighFailure.LOW, client_parameters=ClientParameters.ANY)
+    repository = assemble(rung_set, build / "calibration.json", folder / "repository", settings)
     with TritonServer(repository, free_ports=True, extra_args=MODEL_CONTROL) as running:
         yield running
 
@@ -110,7 +106,9 @@ def test_a_failing_full_rung_is_a_clear_error_and_the_server_goes_on(always_high
     with GrpcClient(always_high.grpc_url) as client:
         with without_vit_high(always_high):
             for options in ({}, {"policy": "high"}, {"threshold": -1e9}):
-                with pytest.raises(ServerError, match="^vit_high failed: .*vit_high") as caught:
+                with pytest.raises(
+                    UnavailableError, match="^vit_high failed: .*vit_high"
+                ) as caught:
                     client.infer(crops[:4], **options)
                 assert "\n" not in str(caught.value)
             low = client.infer(crops[:4], policy="low")
@@ -124,7 +122,7 @@ def test_a_failing_full_rung_is_replaced_by_marked_low_answers(degrading, crops)
         with without_vit_high(degrading):
             found = client.infer(crops[:16])
             # Without a low answer there is nothing to fall back on.
-            with pytest.raises(ServerError, match="^vit_high failed: "):
+            with pytest.raises(UnavailableError, match="^vit_high failed: "):
                 client.infer(crops[:2], policy="high")
         again = client.infer(crops[:16])
     wanted = [p.escalated for p in whole]

@@ -1,12 +1,16 @@
 """What `python -m perf run` needs before it starts, made without torch and without a server."""
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 from routing import RungSet, manifest
 from tests.unit.fakes import make_calibration
 from tests.unit.image_files import write_images
 from tests.unit.onnx_files import CLASSES, LAYERS, D, write_rung, write_rung_set
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def write_rungs(folder, alternatives=(), seeds=(1, 2)):
@@ -46,6 +50,8 @@ def write_repository(folder, rung_set):
         version.mkdir(parents=True)
         (version / "model.onnx").write_bytes(file.read_bytes())
         (folder / name / "config.pbtxt").write_text(f'backend: "onnxruntime" # of {name}\n')
+    (folder / "router").mkdir()
+    shutil.copy(ROOT / "model_repository/router/config.pbtxt", folder / "router")
     manifest.write(folder)
     return folder
 

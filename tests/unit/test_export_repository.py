@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import re
 import shutil
@@ -6,9 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from export import staging
+from export.errors import UsageError
 from export.repository import RepositoryError, assemble
+from export.settings import MAX_BATCH_SIZE, Settings
 from export.shared_weights import share_weights
 from routing import WEIGHTS, Calibration, CalibrationError, RungSet, manifest
 from tests.unit.export_tiny import run_export
@@ -17,7 +22,7 @@ from tests.unit.onnx_files import CLASSES, LAYERS, SIZE, D, write_rung_set
 from tests.unit.quantised_files import ask
 
 
-def write_inputs(folder, classes=CLASSES, shared=()):
+def write_inputs(folder, classes=CLASSES, shared=(), **changes):
     """Rungs and their artifact; those of the rungs in `shared` read weights that lie beside."""
     onnx = write_rung_set(folder / "onnx", classes)
     if shared:
@@ -30,6 +35,7 @@ def write_inputs(folder, classes=CLASSES, shared=()):
         embedding_dim=D,
         layers=LAYERS,
         classes=classes,
+        **changes,
     )
     calibration.save(folder / "calibration.json")
     return rung_set, folder / "calibration.json"
@@ -91,7 +97,7 @@ def test_everything_a_server_needs_is_there_and_listed(tmp_path):
 
 def test_threads_are_set_on_both_rungs(tmp_path):
     rung_set, artifact = write_inputs(tmp_path)
-    out = assemble(rung_set, artifact, tmp_path / "repository", intra_op_threads=6)
+    out = assemble(rung_set, artifact, tmp_path / "repository", Settings(intra_op_threads=6))
     for name in ("vit_low", "vit_high"):
         config = (out / name / "config.pbtxt").read_text()
         assert re.search(r'"intra_op_thread_count" value: \{ string_value: "6" \}', config)
@@ -101,7 +107,7 @@ def test_threads_are_set_on_both_rungs(tmp_path):
 def test_instances_are_set_on_both_rungs_and_nowhere_else(tmp_path):
     rung_set, artifact = write_inputs(tmp_path)
     one = contents(assemble(rung_set, artifact, tmp_path / "one"))
-    three = contents(assemble(rung_set, artifact, tmp_path / "three", instances=3))
+    three = contents(assemble(rung_set, artifact, tmp_path / "three", Settings(instances=3)))
     changed = {name for name in one if one[name] != three[name]} - {manifest.NAME}
     assert changed == {"vit_low/config.pbtxt", "vit_high/config.pbtxt"}
     for name in changed:
@@ -109,11 +115,142 @@ def test_instances_are_set_on_both_rungs_and_nowhere_else(tmp_path):
         assert "instance_group [ { count: 3 " in three[name].decode()
 
 
-@pytest.mark.parametrize("options", [{"instances": 0}, {"intra_op_threads": 0}])
-def test_fewer_than_one_of_either_is_refused(tmp_path, options):
+def read_configs(repository):
+    return {
+        path.parent.name: text_format.Parse(path.read_text(), ModelConfig())
+        for path in repository.glob("*/config.pbtxt")
+    }
+
+
+def router_parameters(repository):
+    found = read_configs(repository)["router"].parameters
+    return {name: value.string_value for name, value in found.items()}
+
+
+def test_the_defaults_are_what_stands_in_git(tmp_path):
     rung_set, artifact = write_inputs(tmp_path)
-    with pytest.raises(RepositoryError, match=r"--(instances|intra-op-threads) 0 must be 1 or"):
-        assemble(rung_set, artifact, tmp_path / "repository", **options)
+    out = assemble(rung_set, artifact, tmp_path / "repository")
+    for name in ("router", "preprocess", "adaptive_vit"):
+        config = Path("model_repository") / name / "config.pbtxt"
+        assert (out / name / "config.pbtxt").read_text() == config.read_text()
+    assert router_parameters(out) == {
+        "on_high_failure": "error",
+        "high_timeout_ms": "10000",
+        "client_parameters": "careful",
+        "degrade_queue_depth": "0",
+        "degrade_threshold": "",
+        "audit_fraction": "0",
+        "shadow_version": "0",
+        "shadow_fraction": "0",
+    }
+
+
+def test_every_option_reaches_the_router(tmp_path):
+    write_inputs(tmp_path)
+    options = {
+        "--on-high-failure": "low",
+        "--high-timeout-ms": "750",
+        "--client-parameters": "any",
+        "--degrade-queue-depth": "16",
+        "--degrade-threshold": "0.62500000001",
+        "--audit-fraction": "0.05",
+    }
+    flat = [word for pair in options.items() for word in pair]
+    result = run_repository(tmp_path, tmp_path / "repository", *flat)
+    assert (result.exit_code, result.stderr) == (0, "")
+    found = router_parameters(tmp_path / "repository")
+    assert {f"--{name.replace('_', '-')}": value for name, value in found.items()} == {
+        **options,
+        "--shadow-version": "0",
+        "--shadow-fraction": "0",
+    }
+
+
+def test_the_queue_of_every_model_is_bounded(tmp_path):
+    rung_set, artifact = write_inputs(tmp_path)
+    out = assemble(rung_set, artifact, tmp_path / "repository", Settings(max_queue=7))
+    configs = read_configs(out)
+    assert not configs.pop("adaptive_vit").HasField("dynamic_batching")
+    assert len(configs) == 4
+    for name, config in configs.items():
+        policy = config.dynamic_batching.default_queue_policy
+        assert (policy.max_queue_size, policy.allow_timeout_override) == (7, True), name
+        assert policy.timeout_action == policy.REJECT
+        # Without one Triton takes no request's own timeout, which may only be shorter.
+        assert policy.default_timeout_microseconds > 0
+    assert list(configs["preprocess"].dynamic_batching.preferred_batch_size) == [1]
+
+
+def test_only_the_first_version_of_the_router_is_served(tmp_path):
+    rung_set, artifact = write_inputs(tmp_path)
+    configs = read_configs(assemble(rung_set, artifact, tmp_path / "repository"))
+    assert list(configs["router"].version_policy.specific.versions) == [1]
+    steps = {step.model_name: step for step in configs["adaptive_vit"].ensemble_scheduling.step}
+    assert steps["router"].model_version == 1
+
+
+def test_the_largest_batch_is_that_of_the_models(tmp_path):
+    assert {c.max_batch_size for c in read_configs(Path("model_repository")).values()} == {
+        MAX_BATCH_SIZE
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"instances": 0}, "--instances 0 must be 1 or more"),
+        ({"intra_op_threads": 0}, "--intra-op-threads 0 must be 1 or more"),
+        ({"max_queue": 0}, "--max-queue 0 must be 1 or more"),
+        ({"high_timeout_ms": -1}, "--high-timeout-ms -1 must be 1 or more"),
+        ({"audit_fraction": 1.5}, "--audit-fraction 1.5 must be between 0 and 1"),
+        ({"audit_fraction": math.nan}, "--audit-fraction nan must be between 0 and 1"),
+        ({"degrade_queue_depth": 8}, "--degrade-queue-depth and --degrade-threshold go together"),
+        ({"degrade_threshold": 0.9}, "--degrade-queue-depth and --degrade-threshold go together"),
+        (
+            {"degrade_queue_depth": 33, "degrade_threshold": 0.9},
+            r"--degrade-queue-depth 33 must be 1 to 32 \(the largest batch\)",
+        ),
+        ({"degrade_queue_depth": -1}, "--degrade-queue-depth -1 must be 1 to 32"),
+        (
+            {"degrade_queue_depth": 8, "degrade_threshold": 0.5},
+            "--degrade-threshold 0.5 must be finite and above the calibrated threshold 0.5",
+        ),
+        (
+            {"degrade_queue_depth": 8, "degrade_threshold": math.inf},
+            "--degrade-threshold inf must be finite",
+        ),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_refused(tmp_path, options, message):
+    rung_set, artifact = write_inputs(tmp_path)
+    with pytest.raises(UsageError, match=message) as refusal:
+        assemble(rung_set, artifact, tmp_path / "repository", Settings(**options))
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "repository").exists()
+
+
+def test_what_always_escalates_cannot_be_degraded(tmp_path):
+    rung_set, artifact = write_inputs(tmp_path, threshold=None)
+    settings = Settings(degrade_queue_depth=8, degrade_threshold=0.9)
+    with pytest.raises(UsageError, match="this one always escalates"):
+        assemble(rung_set, artifact, tmp_path / "repository", settings)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--on-high-failure", "panic"),
+        ("--client-parameters", "none"),
+        ("--max-queue", "many"),
+        ("--audit-fraction", "2"),
+        ("--shadow", "0.1"),
+    ],
+)
+def test_a_bad_option_is_one_line(tmp_path, options):
+    write_inputs(tmp_path)
+    result = run_repository(tmp_path, tmp_path / "repository", *options)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert options[0] in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 def test_shared_weights_lie_once_under_a_name_in_each_version_directory(tmp_path):

@@ -38,7 +38,7 @@ def test_alternatives_are_served_as_the_full_rung_is(tmp_path, rung_set, reposit
         weights = rung_set.alternative_files[f"static_{px}"].read_bytes()
         assert laid_out[f"static_{px}/1/model.onnx"] == weights
     assert b"vit_high" in laid_out["vit_high/config.pbtxt"]
-    models = {"vit_low", "vit_high", "static_5", "static_6"}
+    models = {"vit_low", "vit_high", "router", "static_5", "static_6"}
     assert {path.name for path in folder.iterdir()} == {*models, "MANIFEST.json"}
 
 
@@ -48,8 +48,16 @@ def test_the_assembled_repository_is_copied_whole_and_stays_as_it_was(
     before = contents(repository)
     folder = with_alternatives(repository, rung_set, tmp_path / "out")
     assert contents(repository) == before
-    assert {name: contents(folder)[name] for name in before} == before
+    changed = {name for name in before if contents(folder)[name] != before[name]}
+    assert changed == {"router/config.pbtxt", "MANIFEST.json"}
     manifest.verify(folder)  # the router checks it when it starts
+
+
+def test_requests_may_choose_any_threshold_in_the_copy_only(tmp_path, rung_set, repository):
+    folder = with_alternatives(repository, rung_set, tmp_path / "out")
+    careful = '"client_parameters" value: { string_value: "careful" }'
+    assert careful in (repository / "router/config.pbtxt").read_text()
+    assert careful.replace("careful", "any") in (folder / "router/config.pbtxt").read_text()
 
 
 def test_weights_are_second_names_of_the_same_files(tmp_path, rung_set, repository):
@@ -109,9 +117,9 @@ def test_what_lay_there_before_is_gone(tmp_path, rung_set, repository):
     assert not old.exists()
 
 
-def test_without_alternatives_it_is_the_assembled_repository(tmp_path, repository):
+def test_without_alternatives_it_has_the_models_of_the_assembled_repository(tmp_path, repository):
     folder = with_alternatives(repository, write_rungs(tmp_path / "again"), tmp_path / "out")
-    assert contents(folder) == contents(repository)
+    assert contents(folder).keys() == contents(repository).keys()
 
 
 @pytest.mark.parametrize("place", [".", "..", "vit_high"])

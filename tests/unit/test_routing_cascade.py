@@ -6,8 +6,10 @@ from hypothesis import strategies as st
 from routing import (
     CascadeAnswer,
     CascadeRequest,
+    GoneError,
     Overrides,
     Policy,
+    Relief,
     RequestError,
     RungError,
     run_cascade,
@@ -138,3 +140,68 @@ def test_grouping_into_requests_changes_nothing(groups):
             assert alone.escalated[0] == answer.escalated[row]
             assert alone.score[0] == answer.score[row]
             np.testing.assert_array_equal(alone.embedding[0], answer.embedding[row])
+
+
+# --- clients that are gone -----------------------------------------------------------------------
+
+
+def gone_request(image, cancelled=True):
+    return CascadeRequest(image, Overrides(), lambda: GoneError("gone", cancelled))
+
+
+def test_a_client_that_is_gone_costs_no_full_call():
+    answers, low, high = run([gone_request(images(0.9)), gone_request(images(0.8))])
+    assert all(isinstance(answer, GoneError) for answer in answers)
+    assert len(low.batches) == 1 and high.batches == []
+
+
+def test_a_client_that_is_gone_takes_no_neighbour_along():
+    answers, _, high = run([gone_request(images(0.9)), ask(images(0.8)), ask(images(0.1))])
+    assert isinstance(answers[0], GoneError)
+    np.testing.assert_allclose(high.batches[0][:, 0, 0, 0], [0.8])
+    assert [a.escalated.tolist() for a in answers[1:]] == [[True], [False]]
+
+
+def test_an_answer_that_is_ready_is_not_withheld_from_a_client_that_may_be_gone():
+    answers, _, _ = run([gone_request(images(0.1))])
+    assert answers[0].escalated.tolist() == [False]
+
+
+# --- pressure ------------------------------------------------------------------------------------
+
+
+def test_pressure_keeps_images_low_and_says_so():
+    relief = Relief(depth=2, full=2, highest=0.85)
+    answers, _, high = run([ask(images(0.8)), ask(images(0.9))], relief=relief)
+    assert [a.escalated.tolist() for a in answers] == [[False], [True]]
+    assert [a.degraded.tolist() for a in answers] == [[True], [False]]
+    assert [a.relieved.tolist() for a in answers] == [[True], [False]]
+    np.testing.assert_allclose(answers[0].embedding[:, 0], [LOW + 0.8])
+    np.testing.assert_allclose(high.batches[0][:, 0, 0, 0], [0.9])
+
+
+def test_without_pressure_the_calibrated_threshold_decides():
+    relief = Relief(depth=3, full=4, highest=0.85)
+    answers, _, _ = run([ask(images(0.8)), ask(images(0.9))], relief=relief)
+    assert [a.escalated.tolist() for a in answers] == [[True], [True]]
+    assert not any(a.degraded.any() for a in answers)
+
+
+def test_pressure_leaves_requests_with_parameters_of_their_own_alone():
+    relief = Relief(depth=1, full=1, highest=0.95)
+    requests = [ask(images(0.8), threshold=0.4), ask(images(0.1), policy=Policy.HIGH)]
+    answers, _, _ = run(requests, relief=relief)
+    assert [a.escalated.tolist() for a in answers] == [[True], [True]]
+
+
+def test_a_failing_full_rung_and_pressure_are_told_apart():
+    relief = Relief(depth=2, full=2, highest=0.85)
+    answers, _, _ = run(
+        [ask(images(0.8)), ask(images(0.9))],
+        high=FakeRung(HIGH, fail=True),
+        degrade_on_high_failure=True,
+        relief=relief,
+    )
+    assert [a.degraded.tolist() for a in answers] == [[True], [True]]
+    assert [a.relieved.tolist() for a in answers] == [[True], [False]]
+    assert not any(a.escalated.any() for a in answers)

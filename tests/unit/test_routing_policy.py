@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from routing import Overrides, Policy, escalation_mask, parse_overrides
+from routing import Allowance, Overrides, Policy, escalation_mask, parse_overrides
 
 SCORES = np.array([0.1, 0.5, 0.9], np.float32)
 
@@ -82,3 +82,36 @@ def test_no_certified_threshold_means_always_high():
     assert escalation_mask(SCORES, None, Overrides()).all()
     assert not escalation_mask(SCORES, None, Overrides(Policy.LOW)).any()
     assert not escalation_mask(SCORES, None, Overrides(threshold=1.0)).any()
+
+
+CAREFUL = Allowance(careful_only=True, threshold=0.5)
+
+
+@pytest.mark.parametrize(
+    "parameters", [{}, {"policy": "high"}, {"threshold": 0.5}, {"threshold": "-inf"}]
+)
+def test_a_request_may_always_be_more_careful(parameters):
+    assert parse_overrides(parameters, CAREFUL) == parse_overrides(parameters)
+
+
+@pytest.mark.parametrize(
+    "parameters", [{"policy": "low"}, {"threshold": 0.500001}, {"threshold": "inf"}]
+)
+def test_a_request_may_be_less_careful_only_where_the_operator_says_so(parameters):
+    parse_overrides(parameters, Allowance(careful_only=False, threshold=0.5))
+    with pytest.raises(ValueError, match="may only lower the threshold or send policy=high"):
+        parse_overrides(parameters, CAREFUL)
+
+
+def test_where_all_escalate_no_threshold_is_more_careful():
+    nothing_certified = Allowance(careful_only=True, threshold=None)
+    assert parse_overrides({"policy": "high"}, nothing_certified).policy is Policy.HIGH
+    with pytest.raises(ValueError, match="no threshold was certified"):
+        parse_overrides({"threshold": -1e9}, nothing_certified)
+
+
+@pytest.mark.parametrize("name", ["policy", "threshold", "x" * 10**6])
+def test_a_refusal_repeats_only_the_beginning_of_what_was_sent(name):
+    with pytest.raises(ValueError) as refused:
+        parse_overrides({name: "a\n" * 10**6})
+    assert len(str(refused.value)) < 200 and "\n" not in str(refused.value)

@@ -3,27 +3,32 @@
 Input `image` FP32 [B, 3, H, W]. Outputs `embedding` FP32 [B, D], `logits` FP32 [B, C] (models with
 a head), `escalated` BOOL [B, 1], `score` FP32 [B, 1], `degraded` BOOL [B, 1].
 Request parameters: `policy` (auto, low, high) and `threshold` (a float in oracle units, or its
-text).
+text), as far as config.pbtxt lets clients go.
 """
 
 import json
+import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from .metrics import Metrics
 from .routing import (
+    Allowance,
     Calibration,
     CascadeRequest,
+    GoneError,
     RequestError,
     RungError,
-    RungOutputs,
     manifest,
     parse_overrides,
     run_cascade,
 )
-
-_ON_HIGH_FAILURE = ("error", "low")
+from .rungs import Budgeted, LateError, call_rung
+from .settings import Settings
+from .watch import Watch
 
 
 def _version_dir():
@@ -47,79 +52,145 @@ class TritonPythonModel:
         return config
 
     def initialize(self, args):
-        """Load the artifact and refuse files that it was not made with."""
-        config = json.loads(args["model_config"])
-        on_high_failure = config["parameters"]["on_high_failure"]["string_value"]
-        if on_high_failure not in _ON_HIGH_FAILURE:
-            raise ValueError(f"on_high_failure {on_high_failure!r} is none of error, low")
-        self.degrade = on_high_failure == "low"
-        self.calibration = Calibration.load(_version_dir() / "calibration.json")
-        repository = _version_dir().parent.parent
-        self.calibration.check_rungs(
-            {name: repository / name / "1" / "model.onnx" for name in self.calibration.rungs}
-        )
-        manifest.verify(repository)
+        """Load the artifact, refuse files that it was not made with, and start the watch."""
+        self.settings = Settings.of(json.loads(args["model_config"]))
+        self.calibration = _load_artifact(_version_dir())
+        manifest.verify(_version_dir().parent.parent)
+        self.allowance = Allowance(self.settings.careful_only, self.calibration.threshold)
         head = ["logits"] if self.calibration.classes is not None else []
-        self.low_outputs = ["embedding", "cls_layers", *head]
-        self.high_outputs = ["embedding", *head]
+        self.low = partial(call_rung, "vit_low", output_names=["embedding", "cls_layers", *head])
+        budget_s = self.settings.high_timeout_s
+        ask_high = partial(
+            call_rung, "vit_high", output_names=["embedding", *head], timeout_s=budget_s
+        )
+        self.high = Budgeted("vit_high", ask_high, budget_s)
+        version = int(args["model_version"])
+        # A version that runs in the shadow of another has no shadow itself.
+        candidate = self.settings.shadow_version if self.settings.shadow_version != version else 0
+        artifact = manifest.sha256_file(_version_dir() / "calibration.json")
+        self.metrics = Metrics(str(version), self.calibration, artifact, candidate)
+        self.watch = Watch(
+            self.settings,
+            self.calibration,
+            _load_artifact(_version_dir().parent / str(candidate)) if candidate else None,
+            lambda image: ask_high(pb_utils.Tensor("image", image)),
+            self.metrics,
+        )
+
+    def finalize(self):
+        """Hand on the last counts."""
+        self.watch.stop()
+        self.metrics.stop()
 
     def execute(self, requests):
         """Answer all requests with at most one call of each rung."""
-        results = [None] * len(requests)
-        sound = []
-        tensors = {}
-        for i, request in enumerate(requests):
+        started = time.perf_counter()
+        asked, results, tensors = [], [], {}
+        for request in requests:
             tensor = pb_utils.get_input_tensor_by_name(request, "image")
             image = tensor.as_numpy()
+            tensors[id(image)] = tensor  # `image` lives in `asked`, so its id stays its own
             try:
-                overrides = parse_overrides(json.loads(request.parameters() or "{}"))
+                parameters = json.loads(request.parameters() or "{}")
+                overrides = parse_overrides(parameters, self.allowance)
+                asked.append(CascadeRequest(image, overrides, partial(_gone, request, started)))
             except ValueError as error:
-                results[i] = RequestError(str(error))
-                continue
-            sound.append((i, CascadeRequest(image, overrides)))
-            tensors[id(image)] = tensor  # `image` lives in `sound`, so its id stays its own
-
-        def rung(model_name, output_names):
-            def call(image):
-                # A lone request's tensor is already in shared memory: hand on that one.
-                tensor = tensors.get(id(image)) or pb_utils.Tensor("image", image)
-                return _infer(model_name, tensor, output_names)
-
-            return call
-
-        answers = run_cascade(
-            [request for _, request in sound],
-            self.calibration,
-            low=rung("vit_low", self.low_outputs),
-            high=rung("vit_high", self.high_outputs),
-            degrade_on_high_failure=self.degrade,
-        )
-        for (i, _), answer in zip(sound, answers, strict=True):
-            results[i] = answer
+                asked.append(RequestError(str(error)))
+        sound = [request for request in asked if isinstance(request, CascadeRequest)]
+        images = sum(len(request.image) for request in sound)
+        self.metrics.count("images_in_flight", images)
+        try:
+            answers = iter(self._run(sound, tensors))
+        finally:
+            self.metrics.count("images_in_flight", -images)
+        results = [r if isinstance(r, RequestError) else next(answers) for r in asked]
+        self._take_note(asked, results, time.perf_counter() - started)
         return [_response(result) for result in results]
+
+    def _run(self, requests, tensors):
+        def low(image):
+            # A lone request's tensor is already in shared memory: hand on that one.
+            return self.low(tensors.get(id(image)) or pb_utils.Tensor("image", image))
+
+        def high(image):
+            # Always a copy: a call that is given up outlives the requests that it was made for.
+            try:
+                return self.high(pb_utils.Tensor("image", np.array(image)))
+            except RungError as error:
+                reason = error.reason if isinstance(error, LateError) else "error"
+                self.metrics.count("high_failures_total", reason=reason)
+                raise
+
+        return run_cascade(
+            requests,
+            self.calibration,
+            low=low,
+            high=high,
+            degrade_on_high_failure=self.settings.degrade_on_high_failure,
+            relief=self.settings.relief,
+        )
+
+    def _take_note(self, asked, results, duration_s):
+        for request, result in zip(asked, results, strict=True):
+            self.metrics.count("requests_total", outcome=_outcome(result))
+            if isinstance(result, Exception):
+                continue
+            escalated, degraded = int(result.escalated.sum()), int(result.degraded.sum())
+            relieved = int(result.relieved.sum())
+            images = self.metrics.count
+            images("images_total", len(result.score) - escalated - degraded, path="low")
+            images("images_total", escalated, path="high")
+            images("images_total", degraded, path="degraded")
+            images("degraded_images_total", relieved, cause="pressure")
+            images("degraded_images_total", degraded - relieved, cause="high_failed")
+            path = "high" if escalated else "low"
+            self.metrics.observe("request_duration_seconds", [duration_s], path=path)
+            self.metrics.observe("score", result.score[np.isfinite(result.score)].tolist())
+            self.watch.look(request, result)
+
+
+def _load_artifact(version_dir):
+    calibration = Calibration.load(version_dir / "calibration.json")
+    repository = version_dir.parent.parent
+    calibration.check_rungs(
+        {name: repository / name / "1" / "model.onnx" for name in calibration.rungs}
+    )
+    return calibration
 
 
 def _tensor(name, data_type, dims):
     return {"name": name, "data_type": data_type, "dims": list(dims)}
 
 
-def _infer(model_name, image, output_names):
-    response = pb_utils.InferenceRequest(
-        model_name=model_name,
-        requested_output_names=output_names,
-        inputs=[image],
-        preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU),
-    ).exec()
-    if response.has_error():
-        raise RungError(f"{model_name} failed: {response.error().message()}")
-    arrays = {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
-    return RungOutputs(arrays["embedding"], arrays.get("cls_layers"), arrays.get("logits"))
+def _gone(request, started):
+    if request.is_cancelled():
+        return GoneError("the client has hung up or its deadline has passed", cancelled=True)
+    timeout_us = request.timeout()
+    if timeout_us and (time.perf_counter() - started) * 1e6 > timeout_us:
+        return GoneError(f"the request's timeout of {timeout_us} microseconds has passed", False)
+    return None
+
+
+def _outcome(result):
+    if isinstance(result, RequestError):
+        return "invalid"
+    if isinstance(result, GoneError):
+        return "cancelled" if result.cancelled else "expired"
+    if isinstance(result, RungError):
+        return "unavailable" if result.is_outage else "failed"
+    return "ok"
 
 
 def _response(result):
     if isinstance(result, Exception):
         codes = pb_utils.TritonError  # not there yet when Triton imports this for auto-complete
-        code = codes.INVALID_ARG if isinstance(result, RequestError) else codes.INTERNAL
+        code = {
+            "invalid": codes.INVALID_ARG,
+            "cancelled": codes.CANCELLED,
+            "expired": codes.UNAVAILABLE,
+            "unavailable": codes.UNAVAILABLE,
+            "failed": codes.INTERNAL,
+        }[_outcome(result)]
         return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(result), code))
     tensors = [pb_utils.Tensor("embedding", result.embedding)]
     if result.logits is not None:

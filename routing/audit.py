@@ -1,0 +1,68 @@
+"""The certificate held against live traffic: a sequential test of the realised risk.
+
+A random share of all images asked about without parameters is looked at. One that escalated has no
+loss; one that was kept low is also given to the full rung, off the request path, and has a loss if
+the cheap answer is not acceptable. Each such image is an independent draw of the risk, the share of
+*all* images that were kept low and have a loss.
+
+The test may be read after every image: it is a mixture likelihood ratio against "risk at most
+epsilon", a non-negative supermartingale under that hypothesis, so that by Ville's inequality it
+ever reaches 1/alpha with probability at most alpha (Robbins 1970; Ramdas et al. 2023,
+"Game-theoretic statistics and safe anytime-valid inference").
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+# Risks above epsilon that the mixture looks for: a grid, because a sum of likelihood ratios needs
+# no special functions. Denser towards epsilon, where the ones are that would really occur.
+_ALTERNATIVES = 64
+
+
+@dataclass
+class RiskTest:
+    """Whether the realised risk contradicts a certificate.
+
+    Attributes:
+        epsilon: the certified risk, 0 < epsilon < 1.
+        alpha: probability of an alarm, ever, while the risk is at most epsilon.
+        images: looked at so far.
+        losses: among them.
+    """
+
+    epsilon: float
+    alpha: float = 0.01
+    images: int = 0
+    losses: int = 0
+    _log_ratios: list[tuple[float, float]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.epsilon < 1:
+            raise ValueError(f"epsilon {self.epsilon} is not between 0 and 1")
+        self._log_ratios = []
+        for step in range(1, _ALTERNATIVES + 1):
+            risk = self.epsilon + (1 - self.epsilon) * (step / (_ALTERNATIVES + 1)) ** 2
+            loss = math.log(risk / self.epsilon)
+            sound = math.log((1 - risk) / (1 - self.epsilon))
+            self._log_ratios.append((loss, sound))
+
+    def observe(self, lost: bool) -> None:
+        """Count one image: whether it was kept low and has a loss."""
+        self.images += 1
+        self.losses += lost
+
+    @property
+    def log_evidence(self) -> float:
+        """Natural logarithm of the evidence against "risk at most epsilon"; 0 at the start."""
+        sound = self.images - self.losses
+        terms = [self.losses * a + sound * b for a, b in self._log_ratios]
+        largest = max(terms)
+        total = math.fsum(math.exp(term - largest) for term in terms)
+        return largest + math.log(total / len(terms))
+
+    @property
+    def is_contradicted(self) -> bool:
+        """Whether the evidence has reached 1/alpha."""
+        return self.log_evidence >= -math.log(self.alpha)

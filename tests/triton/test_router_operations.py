@@ -1,0 +1,338 @@
+"""The router as an operator sees it: limits on clients, metrics, pressure, a hung full rung."""
+
+import json
+import os
+import re
+import signal
+import threading
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+import tritonclient.http as triton_http
+from tritonclient.utils import InferenceServerException
+
+from client import GrpcClient, HttpClient, InvalidRequestError
+from export.repository import assemble
+from export.settings import ClientParameters, OnHighFailure, Settings
+from server import TritonServer
+from tests.triton.test_keystone import statistics
+
+HIGH_TIMEOUT_MS = 400
+# tritonserver gives up a stopped process after a second, and aborts when it goes on after that.
+PAUSE_S = 0.8
+FLUSHED_S = 1.2  # the router hands its counts on twice a second
+RELIEF_DEPTH = 12
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory):
+    return tmp_path_factory.mktemp("operated") / "triton.log"
+
+
+@pytest.fixture(scope="module")
+def operated(build, rung_set, calibration, log, tmp_path_factory):
+    """Relief under pressure, an audit of every image, a short budget and a short queue.
+
+    The artifact claims a risk of 0.1 %, which the small random model is far from.
+    """
+    folder = tmp_path_factory.mktemp("operated")
+    artifact = json.loads((build / "calibration.json").read_text())
+    artifact["certificate"] = {"certified": True, "epsilon": 0.001}
+    artifact["chosen_by"] = {**artifact["chosen_by"], "fidelity": "cosine", "tolerance": 1e-9}
+    (folder / "calibration.json").write_text(json.dumps(artifact))
+    settings = Settings(
+        max_queue=4,
+        high_timeout_ms=HIGH_TIMEOUT_MS,
+        degrade_queue_depth=RELIEF_DEPTH,
+        degrade_threshold=1e6,
+        audit_fraction=1.0,
+    )
+    repository = assemble(rung_set, folder / "calibration.json", folder / "repository", settings)
+    with TritonServer(repository, free_ports=True, log=log) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def falling_back(build, rung_set, tmp_path_factory):
+    """`on_high_failure=low` with a short budget."""
+    folder = tmp_path_factory.mktemp("falling_back")
+    settings = Settings(
+        on_high_failure=OnHighFailure.LOW,
+        high_timeout_ms=HIGH_TIMEOUT_MS,
+        client_parameters=ClientParameters.ANY,
+    )
+    repository = assemble(rung_set, build / "calibration.json", folder / "repository", settings)
+    with TritonServer(repository, free_ports=True) as running:
+        yield running
+
+
+def metrics(server):
+    """Every series of the router, by name and labels as printed."""
+    with urllib.request.urlopen(server.metrics_url, timeout=10) as response:
+        lines = response.read().decode().splitlines()
+    series = (line.rsplit(" ", 1) for line in lines if line.startswith("adaptive_vit_"))
+    return {name: float(value) for name, value in series}
+
+
+def series(name, **labels):
+    # As the server prints it: in alphabetical order, but for a bucket's bound.
+    ordered = sorted(labels, key=lambda label: (label == "le", label))
+    inner = ",".join(f'{label}="{labels[label]}"' for label in ordered)
+    return f"adaptive_vit_{name}{{{inner}}}"
+
+
+def bucket(server, bound):
+    """A bound of the score's buckets as the server prints it."""
+    printed = re.findall(
+        r'adaptive_vit_score_bucket{version="1",le="([-\d.e+]+)"', "\n".join(metrics(server))
+    )
+    return min(printed, key=lambda text: abs(float(text) - bound))
+
+
+def grown(server, name, **labels):
+    """Waits are for the caller: a function of how much a series has grown since now."""
+    time.sleep(FLUSHED_S)  # what was asked before is counted before
+    key = series(name, version="1", **labels)
+    before = metrics(server)[key]
+    return lambda: metrics(server)[key] - before
+
+
+def wait_for(condition, timeout_s=20.0):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def stub_of(server, model):
+    """Process ids of a model's instances."""
+    found = []
+    for pid in server.process_ids():
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+        if "triton_python_backend_stub" in command[0] and any(model in part for part in command):
+            found.append(pid)
+    assert found
+    return found
+
+
+@contextmanager
+def paused(server, model):
+    """Stops a model's processes; they go on after `PAUSE_S`, which the end waits for."""
+    stubs = stub_of(server, model)
+    signal_all(stubs, signal.SIGSTOP)
+    timer = threading.Timer(PAUSE_S, signal_all, (stubs, signal.SIGCONT))
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.join()
+
+
+def signal_all(pids, number):
+    for pid in pids:
+        os.kill(pid, number)
+
+
+# --- what clients may ask for --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"policy": "low"}, {"threshold": 1e9}])
+@pytest.mark.parametrize("protocol", [GrpcClient, HttpClient])
+def test_a_client_cannot_make_routing_less_careful(operated, crops, protocol, options):
+    url = operated.grpc_url if protocol is GrpcClient else operated.http_url
+    with protocol(url) as client, pytest.raises(InvalidRequestError, match="may only lower"):
+        client.infer(crops[:1], **options)
+
+
+@pytest.mark.parametrize("options", [{"policy": "high"}, {"threshold": -1e9}])
+def test_a_client_can_make_it_more_careful(operated, crops, options):
+    with GrpcClient(operated.grpc_url) as client:
+        assert all(p.escalated for p in client.infer(crops[:3], **options))
+
+
+# --- metrics -------------------------------------------------------------------------------------
+
+
+def test_outcomes_and_paths_are_counted(server, crops):
+    ok, invalid = (
+        grown(server, "requests_total", outcome="ok"),
+        grown(server, "requests_total", outcome="invalid"),
+    )
+    low, high = (grown(server, "images_total", path=path) for path in ("low", "high"))
+    with GrpcClient(server.grpc_url) as client:
+        predictions = client.infer(crops[:16])
+        with pytest.raises(InvalidRequestError):
+            client.infer(crops[:1], policy="sideways")
+    escalated = sum(p.escalated for p in predictions)
+    wait_for(lambda: ok() + invalid() == 2)
+    assert (ok(), invalid()) == (1, 1)
+    assert (low(), high()) == (16 - escalated, escalated)
+    assert metrics(server)[series("images_in_flight", version="1")] == 0
+
+
+def test_scores_and_durations_are_histograms(server, calibration, crops):
+    scores = grown(server, "score_count")
+    times = grown(server, "request_duration_seconds_count", path="high")
+    below = grown(server, "score_bucket", le=bucket(server, calibration.threshold))
+    with GrpcClient(server.grpc_url) as client:
+        predictions = client.infer(crops[:16], threshold=-1e9)
+    wait_for(lambda: scores() == 16)
+    assert times() == 1
+    kept = sum(p.score <= calibration.threshold for p in predictions)
+    assert below() == kept
+
+
+def test_the_artifact_is_told_by_name(server, calibration):
+    (info,) = [name for name in metrics(server) if name.startswith("adaptive_vit_router_info")]
+    assert f'low="{calibration.rungs["vit_low"].fingerprint[:12]}"' in info
+    assert f'signal="{calibration.signal}"' in info
+    assert re.search(r'artifact="[0-9a-f]{12}"', info)
+    found = metrics(server)[series("threshold", version="1")]
+    assert found == pytest.approx(calibration.threshold, rel=1e-5)
+
+
+# --- pressure ------------------------------------------------------------------------------------
+
+
+def test_many_waiting_images_raise_the_threshold_and_are_marked(operated, server, images):
+    relieved = grown(operated, "degraded_images_total", cause="pressure")
+    with GrpcClient(operated.grpc_url) as client, GrpcClient(server.grpc_url) as other:
+        expected = other.infer_tensor(images[:32])
+        alone = client.infer_tensor(images[: RELIEF_DEPTH - 1])
+        pressed = client.infer_tensor(images[:32])
+    wanted = [p.escalated for p in expected]
+    assert [p.escalated for p in alone] == wanted[: RELIEF_DEPTH - 1]
+    assert not any(p.degraded for p in alone)
+    assert [p.degraded for p in pressed] == wanted and any(wanted)
+    assert not any(p.escalated for p in pressed)
+    wait_for(lambda: relieved() == sum(wanted))
+
+
+def test_a_full_queue_refuses_at_once_and_counts(operated, images):
+    client = triton_http.InferenceServerClient(operated.http_url, concurrency=64)
+    tensor = triton_http.InferInput("image", [32, *images.shape[1:]], "FP32")
+    tensor.set_data_from_numpy(images[:32])
+    with ThreadPoolExecutor(1):
+        calls = [client.async_infer("router", [tensor]) for _ in range(64)]
+        refused = 0
+        for call in calls:
+            try:
+                call.get_result()
+            except InferenceServerException as error:
+                assert error.status() == "503" and "Exceeds maximum queue size" in error.message()
+                refused += 1
+    assert 0 < refused < 64
+    client.close()
+
+
+# --- the audit -----------------------------------------------------------------------------------
+
+
+def test_an_audit_contradicts_a_certificate_that_is_not_true(operated, crops, log):
+    lost = grown(operated, "audited_images_total", outcome="kept_lost")
+    with GrpcClient(operated.grpc_url) as client:
+        for _ in range(6):
+            kept = sum(not p.escalated for p in client.infer(crops[:8]))
+    assert kept > 0
+    wait_for(lambda: lost() > 0)
+    name = series("certificate_contradicted_total", version="1")
+    wait_for(lambda: metrics(operated)[name] >= 1)
+    assert "live traffic contradicts the certificate" in log.read_text()
+
+
+# --- a full rung that is slow --------------------------------------------------------------------
+
+
+def ask_high(url, image):
+    """The error of one request for the full rung, None where it is answered."""
+    tensor = triton.InferInput("image", [1, *image.shape], "FP32")
+    tensor.set_data_from_numpy(image[None])
+    try:
+        with triton.InferenceServerClient(url) as client:
+            client.infer("router", [tensor], parameters={"policy": "high"})
+    except InferenceServerException as error:
+        return error
+    return None
+
+
+def test_a_slow_full_rung_costs_one_budget_and_kept_images_are_answered(operated, images):
+    late = grown(operated, "high_failures_total", reason="timeout")
+    refused = grown(operated, "high_failures_total", reason="open")
+    with GrpcClient(operated.grpc_url, retry=None) as client:
+        predictions = client.infer_tensor(images[: RELIEF_DEPTH - 1])
+        easy = images[[i for i, p in enumerate(predictions) if not p.escalated][0]]
+        with paused(operated, "vit_high"):
+            errors = [ask_high(operated.grpc_url, images[0]) for _ in range(8)]
+            assert not client.infer_tensor(easy[None])[0].escalated
+    failed = [error for error in errors if error is not None]
+    assert failed and all(e.status() == "StatusCode.UNAVAILABLE" for e in failed)
+    assert all("vit_high failed: " in e.message() for e in failed)
+    wait_for(lambda: late() + refused() == len(failed))
+    # At most one budget for each of the two instances; the others were refused at once.
+    assert 1 <= late() <= 2 and refused() >= 1
+    wait_for(lambda: ask_high(operated.grpc_url, images[0]) is None)
+
+
+def test_a_slow_full_rung_degrades_where_the_operator_chose_so(falling_back, images):
+    with GrpcClient(falling_back.grpc_url, retry=None) as client:
+        whole = client.infer_tensor(images[:16])
+        with paused(falling_back, "vit_high"):
+            found = client.infer_tensor(images[:16])
+        wanted = [p.escalated for p in whole]
+        assert any(wanted)
+        assert [p.degraded for p in found] == wanted
+        assert not any(p.escalated for p in found)
+        wait_for(lambda: not any(p.degraded for p in client.infer_tensor(images[:16])))
+
+
+# --- clients that are gone -----------------------------------------------------------------------
+
+
+def test_a_passed_deadline_costs_no_full_call(falling_back, images):
+    """The cheap rung hangs until the deadline has passed, then would have escalated."""
+    time.sleep(0.3)
+    before = statistics(falling_back, "vit_high")
+    cancelled = grown(falling_back, "requests_total", outcome="cancelled")
+    client = triton.InferenceServerClient(falling_back.grpc_url)
+    tensor = triton.InferInput("image", [4, *images.shape[1:]], "FP32")
+    tensor.set_data_from_numpy(images[:4])
+    with paused(falling_back, "vit_low"):
+        with pytest.raises(InferenceServerException, match="Deadline"):
+            client.infer("router", [tensor], parameters={"threshold": -1e9}, client_timeout=0.2)
+    wait_for(lambda: cancelled() == 1)
+    time.sleep(0.3)
+    assert statistics(falling_back, "vit_high") == before
+
+
+def test_a_passed_timeout_of_the_request_costs_no_full_call(falling_back, images):
+    """HTTP has no deadline of its own: the request's `timeout` stands in for it."""
+    time.sleep(0.3)
+    before = statistics(falling_back, "vit_high")
+    expired = grown(falling_back, "requests_total", outcome="expired")
+    client = triton_http.InferenceServerClient(falling_back.http_url)
+    tensor = triton_http.InferInput("image", [4, *images.shape[1:]], "FP32")
+    tensor.set_data_from_numpy(images[:4])
+    with paused(falling_back, "vit_low"):
+        call = client.async_infer(
+            "router", [tensor], parameters={"threshold": -1e9}, timeout=200_000
+        )
+    with pytest.raises(InferenceServerException, match="timeout of 200000 microseconds") as error:
+        call.get_result()
+    assert error.value.status() == "503"
+    wait_for(lambda: expired() == 1)
+    client.close()
+    time.sleep(0.3)
+    assert statistics(falling_back, "vit_high") == before
+
+
+def test_all_of_it_left_the_models_healthy(operated, falling_back, crops):
+    for running in (operated, falling_back):
+        with GrpcClient(running.grpc_url) as client:
+            assert len(client.infer(crops[:4])) == 4
+    assert np.isfinite(list(metrics(operated).values())).all()

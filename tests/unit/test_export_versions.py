@@ -1,0 +1,331 @@
+"""Another version of the router in an assembled repository: added, switched to, dropped."""
+
+import errno
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from export import versions as export_versions
+from export.repository import RepositoryError, assemble
+from export.versions import add_version
+from routing import Calibration, CalibrationError, ManifestError, RungRecord, manifest
+from routing.versions import VersionError, Versions, drop, present, switch
+from tests.unit.export_tiny import run_export
+from tests.unit.test_export_repository import contents, write_inputs
+
+CONFIGS = {"router/config.pbtxt", "adaptive_vit/config.pbtxt"}
+
+
+@pytest.fixture
+def repository(tmp_path):
+    return assemble(*write_inputs(tmp_path), tmp_path / "repository")
+
+
+@pytest.fixture
+def artifact(tmp_path, repository):
+    """Another threshold for the same rungs."""
+    return change_artifact(tmp_path, "second", threshold=0.75)
+
+
+def change_artifact(folder, name, **changes):
+    path = folder / f"{name}.json"
+    replace(Calibration.load(folder / "calibration.json"), **changes).save(path)
+    return path
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def left_over(folder):
+    """Files and folders that only an unfinished command leaves."""
+    beside = [path for path in folder.iterdir() if path.name.startswith(".")]
+    listed = set(json.loads((folder / "repository/MANIFEST.json").read_text())["files"])
+    return beside + sorted(set(contents(folder / "repository")) - listed - {manifest.NAME})
+
+
+# --- added ---------------------------------------------------------------------------------------
+
+
+def test_a_version_is_complete_and_listed_and_answers_nobody(tmp_path, repository, artifact):
+    before = contents(repository)
+    assert add_version(repository, artifact) == 2
+    after = contents(repository)
+    manifest.verify(repository)
+    first = {name[9:] for name in after if name.startswith("router/1/")}
+    second = {name[9:] for name in after if name.startswith("router/2/")}
+    assert first == second
+    assert {n for n in second if after[f"router/1/{n}"] != after[f"router/2/{n}"]} == {
+        "calibration.json"
+    }
+    assert Calibration.load(repository / "router/2/calibration.json").threshold == 0.75
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"router/config.pbtxt", manifest.NAME}
+    assert Versions.load(repository) == Versions(live=1, served=(1, 2))
+    assert left_over(tmp_path) == []
+
+
+def test_a_version_may_shadow_the_one_that_answers(repository, artifact):
+    add_version(repository, artifact, shadow_fraction=0.1)
+    assert Versions.load(repository) == Versions(1, (1, 2), shadow=2, shadow_fraction=0.1)
+
+
+def test_the_third_stands_beside_the_one_that_answers(tmp_path, repository, artifact):
+    add_version(repository, artifact)
+    switch(repository, 2)
+    assert add_version(repository, change_artifact(tmp_path, "third", threshold=0.9)) == 3
+    assert Versions.load(repository) == Versions(live=2, served=(2, 3))
+    assert present(repository) == [1, 2, 3]
+
+
+def test_the_command_needs_no_rungs(tmp_path, repository, artifact):
+    shutil.rmtree(tmp_path / "onnx")
+    options = ("--calibration", artifact, "--out", repository, "--shadow", 0.25)
+    result = run_export("repository", "--add-version", *options)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "added router/2" in result.stdout and "--to 2" in result.stdout
+    assert Versions.load(repository).shadow_fraction == 0.25
+
+
+# --- refused -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rung", ["vit_low", "vit_high"])
+def test_an_artifact_of_other_rungs_is_refused(tmp_path, repository, rung):
+    rungs = dict(Calibration.load(tmp_path / "calibration.json").rungs)
+    rungs[rung] = RungRecord(8, "px=8", "f" * 64)
+    before = contents(repository)
+    with pytest.raises(CalibrationError, match=f"{rung}: .* is not the file that was calibrated"):
+        add_version(repository, change_artifact(tmp_path, "others", rungs=rungs))
+    assert contents(repository) == before
+
+
+def test_an_artifact_of_another_preprocessing_is_refused(tmp_path, repository):
+    others = change_artifact(tmp_path, "others", preprocessing_sha256="3" * 64)
+    with pytest.raises(RepositoryError, match="another preprocessing than the repository's"):
+        add_version(repository, others)
+
+
+def test_an_artifact_that_is_there_already_is_refused(tmp_path, repository, artifact):
+    with pytest.raises(RepositoryError, match="router/1 has this artifact already"):
+        add_version(repository, tmp_path / "calibration.json")
+    add_version(repository, artifact)
+    with pytest.raises(RepositoryError, match="router/2 has this artifact already"):
+        add_version(repository, artifact)
+
+
+@pytest.mark.parametrize("name", ["vit_low/1/model.onnx", "router/config.pbtxt"])
+def test_a_repository_that_is_not_as_assembled_is_refused_and_not_blessed(
+    repository, artifact, name
+):
+    flip_a_bit(repository / name)
+    before = contents(repository)
+    with pytest.raises(ManifestError, match=f"{name} differs from its SHA-256"):
+        add_version(repository, artifact)
+    assert contents(repository) == before
+
+
+def test_what_an_interrupted_command_left_is_not_overwritten(repository, artifact):
+    (repository / "router/2").mkdir()
+    with pytest.raises(RepositoryError, match="router/2 is not listed .*; remove it and try again"):
+        add_version(repository, artifact)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--shadow", 2), "--shadow 2 must be between 0 and 1"),
+        (("--shadow", "nan"), "--shadow nan must be between 0 and 1"),
+        (("--max-queue", 9), "--add-version changes the artifact only"),
+        (("--out", "nowhere"), "MANIFEST.json is missing or unreadable"),
+    ],
+)
+def test_a_bad_request_is_one_line(tmp_path, repository, artifact, options, message):
+    before = contents(repository)
+    known = ("--calibration", artifact, "--out", repository)
+    result = run_export("repository", "--add-version", *known, *options)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr and len(result.stderr.splitlines()) == 1
+    assert contents(repository) == before
+
+
+# --- a full disk, a sudden end -------------------------------------------------------------------
+
+
+def full(path):
+    return OSError(errno.ENOSPC, "No space left on device", str(path))
+
+
+def failing_at(call, number):
+    """The method `call`, whose call of that number, from 0, finds the disk full."""
+    calls = []
+
+    def instead(path, *arguments, **options):
+        calls.append(path)
+        if len(calls) == number + 1:
+            raise full(path)
+        return call(path, *arguments, **options)
+
+    return instead
+
+
+def test_a_disk_full_while_copying_changes_nothing(tmp_path, repository, artifact, monkeypatch):
+    def copy_half(version, calibration):
+        (version / "routing").mkdir()
+        (version / "routing/policy.py").write_text("half a li")
+        raise full(version / "routing/policy.py")
+
+    before = contents(repository)
+    monkeypatch.setattr(export_versions, "complete_router", copy_half)
+    options = ("--calibration", artifact, "--out", repository)
+    result = run_export("repository", "--add-version", *options)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.endswith("routing/policy.py: No space left on device\n")
+    assert len(result.stderr.splitlines()) == 1
+    assert contents(repository) == before and left_over(tmp_path) == []
+
+
+# The new artifact, then the files beside those that they replace.
+@pytest.mark.parametrize("number", range(5))
+def test_a_disk_full_at_any_write_changes_nothing(
+    tmp_path, repository, artifact, monkeypatch, number
+):
+    before = contents(repository)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", failing_at(Path.write_text, number))
+        with pytest.raises(OSError, match="No space left on device"):
+            add_version(repository, artifact, shadow_fraction=0.1)
+    assert contents(repository) == before and left_over(tmp_path) == []
+    manifest.verify(repository)
+    add_version(repository, artifact)  # nothing is in the way of the next attempt
+
+
+def nothing(repository, artifact):
+    pass
+
+
+def add_with_shadow(repository, artifact):
+    add_version(repository, artifact, shadow_fraction=0.1)
+
+
+def switch_to_2(repository, artifact):
+    switch(repository, 2)
+
+
+@pytest.mark.parametrize(
+    ("before", "change"), [(nothing, add_with_shadow), (add_with_shadow, switch_to_2)]
+)
+def test_a_sudden_end_between_any_two_renames_leaves_what_verifies(
+    tmp_path, repository, artifact, monkeypatch, before, change
+):
+    before(repository, artifact)
+    found = []
+    rename = Path.replace
+
+    def look_first(path, target):
+        as_it_is = shutil.copytree(repository, tmp_path / f"killed-{len(found)}")
+        manifest.verify(as_it_is)
+        found.append(Versions.load(as_it_is))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", look_first)
+    change(repository, artifact)
+    manifest.verify(repository)
+    assert len(found) == 4  # the manifest, both configs, the manifest
+    for versions in (*found, Versions.load(repository)):
+        assert versions.live in versions.served
+        assert versions.shadow in (0, *versions.served)
+
+
+# --- switched to and dropped ---------------------------------------------------------------------
+
+
+def test_the_switch_keeps_the_former_version_and_ends_its_shadow(repository, artifact):
+    add_version(repository, artifact, shadow_fraction=0.1)
+    assert switch(repository, 2) == Versions.load(repository) == Versions(2, (1, 2))
+    manifest.verify(repository)
+    assert switch(repository, 1) == Versions.load(repository) == Versions(1, (1, 2))
+    assert {name for name in contents(repository) if name in CONFIGS} == CONFIGS
+
+
+def test_switching_to_what_answers_only_ends_the_shadow(repository, artifact):
+    add_version(repository, artifact, shadow_fraction=0.1)
+    assert switch(repository, 1) == Versions(1, (1, 2))
+
+
+def test_a_version_is_dropped_with_its_shadow(tmp_path, repository, artifact):
+    before = contents(repository)
+    add_version(repository, artifact, shadow_fraction=0.1)
+    drop(repository, 2)
+    assert contents(repository) == before
+    assert left_over(tmp_path) == []
+
+
+def test_a_damaged_version_can_be_dropped(repository, artifact):
+    add_version(repository, artifact)
+    flip_a_bit(repository / "router/2/calibration.json")
+    with pytest.raises(ManifestError, match=r"router/2/calibration\.json differs"):
+        switch(repository, 2)
+    drop(repository, 2)
+    manifest.verify(repository)
+    assert present(repository) == [1]
+
+
+def test_the_version_that_answers_is_not_dropped(repository, artifact):
+    with pytest.raises(VersionError, match="version 1 is the one that answers; switch"):
+        drop(repository, 1)
+    add_version(repository, artifact)
+    switch(repository, 2)
+    drop(repository, 1)
+    assert Versions.load(repository) == Versions(2, (2,))
+
+
+@pytest.mark.parametrize("change", [switch, drop])
+@pytest.mark.parametrize("version", [0, 2, -1])
+def test_an_unknown_version_is_named_with_those_there_are(repository, change, version):
+    before = contents(repository)
+    with pytest.raises(VersionError, match=f"has no version {version}; in .*repository: 1$"):
+        change(repository, version)
+    assert contents(repository) == before
+
+
+def test_a_config_of_another_make_is_refused(repository):
+    path = repository / "router/config.pbtxt"
+    path.write_text(path.read_text().replace("specific { versions: [ 1 ] }", "latest { }"))
+    manifest.write(repository)
+    with pytest.raises(VersionError, match="not once; assemble again") as refusal:
+        Versions.load(repository)
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_command_switches_drops_and_says_what_is_served(repository, artifact):
+    add_version(repository, artifact, shadow_fraction=0.1)
+
+    def versions(*options):
+        result = run_export("versions", "--repository", repository, *options)
+        assert (result.exit_code, result.stderr) == (0, "")
+        return result.stdout
+
+    both = "router/1 and router/2 can be pinned"
+    assert versions() == f"router/1 answers; {both}; router/2 shadows 10% of the images\n"
+    assert versions("--live", 2) == f"router/2 answers; {both}\n"
+    assert versions("--drop", 1) == "router/2 answers; router/2 can be pinned\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--live", 3), "the router has no version 3"),
+        (("--drop", 1), "version 1 is the one that answers"),
+        (("--repository", "nowhere"), "nowhere/router/config.pbtxt: No such file or directory"),
+    ],
+)
+def test_a_change_that_cannot_be_is_one_line(repository, options, message):
+    result = run_export("versions", "--repository", repository, *options)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr and len(result.stderr.splitlines()) == 1

@@ -1,0 +1,375 @@
+"""The parts of the `router` model without Triton: settings, time budgets, metrics, the watch."""
+
+import importlib
+import shutil
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from routing import CascadeRequest, Overrides
+from tests.unit.fakes import FakeRung, images, make_calibration
+
+ROOT = Path(__file__).resolve().parents[2]
+DEFAULTS = {
+    "on_high_failure": "error",
+    "high_timeout_ms": "10000",
+    "client_parameters": "careful",
+    "degrade_queue_depth": "0",
+    "degrade_threshold": "",
+    "audit_fraction": "0",
+    "shadow_version": "0",
+    "shadow_fraction": "0",
+}
+CERTIFIED = {
+    "chosen_by": {"fidelity": "top1", "tolerance": None},
+    "certificate": {"certified": True, "epsilon": 0.05},
+}
+
+
+class FakeMetric:
+    def __init__(self):
+        self.value, self.observed = 0.0, []
+
+    def increment(self, amount):
+        self.value += amount
+
+    def set(self, value):
+        self.value = value
+
+    def observe(self, value):
+        self.observed.append(value)
+
+
+class FakeFamily:
+    COUNTER, GAUGE, HISTOGRAM = "counter", "gauge", "histogram"
+
+    def __init__(self, name, description, kind):
+        assert description and name not in SERIES
+        self.name = name
+        SERIES[name] = {}
+
+    def Metric(self, labels, buckets=None):  # noqa: N802, as Triton spells it
+        return SERIES[self.name].setdefault(tuple(sorted(labels.items())), FakeMetric())
+
+
+SERIES: dict[str, dict] = {}
+WARNINGS: list[str] = []
+
+
+@pytest.fixture
+def deployed(tmp_path, monkeypatch):
+    """Imports a module of the deployed router, laid out as `export repository` does."""
+    SERIES.clear()
+    WARNINGS.clear()
+    folder = tmp_path / "deployed_router"
+    folder.mkdir()
+    for file in (ROOT / "model_repository/router/1").glob("*.py"):
+        shutil.copy(file, folder)
+    shutil.copytree(ROOT / "routing", folder / "routing")
+    backend = SimpleNamespace(
+        MetricFamily=FakeFamily, Logger=SimpleNamespace(log_warn=WARNINGS.append)
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", backend)
+    yield lambda name: importlib.import_module(f"deployed_router.{name}")
+    for name in [name for name in sys.modules if name.startswith("deployed_router")]:
+        del sys.modules[name]
+
+
+def config(**changed):
+    parameters = {k: {"string_value": v} for k, v in {**DEFAULTS, **changed}.items()}
+    return {"parameters": parameters, "max_batch_size": 32}
+
+
+# --- settings ------------------------------------------------------------------------------------
+
+
+def test_the_defaults_change_no_answer(deployed):
+    settings = deployed("settings").Settings.of(config())
+    assert not settings.degrade_on_high_failure and settings.careful_only
+    assert settings.relief is None and settings.high_timeout_s == 10
+    assert settings.audit_fraction == settings.shadow_fraction == settings.shadow_version == 0
+
+
+def test_what_an_operator_chooses_is_read(deployed):
+    chosen = config(
+        on_high_failure="low",
+        client_parameters="any",
+        degrade_queue_depth="8",
+        degrade_threshold="2.5",
+        audit_fraction="0.01",
+    )
+    settings = deployed("settings").Settings.of(chosen)
+    assert settings.degrade_on_high_failure and not settings.careful_only
+    assert (settings.relief.depth, settings.relief.full, settings.relief.highest) == (8, 32, 2.5)
+    assert settings.audit_fraction == 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("on_high_failure", "maybe"),
+        ("client_parameters", ""),
+        ("high_timeout_ms", "0"),
+        ("high_timeout_ms", "soon"),
+        ("degrade_queue_depth", "33"),
+        ("audit_fraction", "1.5"),
+        ("audit_fraction", "nan"),
+        ("shadow_fraction", "-0.1"),
+    ],
+)
+def test_a_setting_that_means_nothing_stops_the_load_by_name(deployed, name, value):
+    with pytest.raises(ValueError, match=name):
+        deployed("settings").Settings.of(config(**{name: value}))
+
+
+def test_pressure_relief_needs_a_limit(deployed):
+    with pytest.raises(ValueError, match="degrade_threshold"):
+        deployed("settings").Settings.of(config(degrade_queue_depth="8"))
+
+
+# --- the full rung's time budget -----------------------------------------------------------------
+
+
+def test_a_call_in_time_is_answered_and_its_error_passed_on(deployed):
+    rungs = deployed("rungs")
+
+    def call(x):
+        if x < 0:
+            raise rungs.RungError("vit_high failed: bad", is_outage=False)
+        return x + 1
+
+    budgeted = rungs.Budgeted("vit_high", call, budget_s=5)
+    assert budgeted(1) == 2
+    with pytest.raises(rungs.RungError, match="bad"):
+        budgeted(-1)
+    assert budgeted(2) == 3
+
+
+def test_a_hung_call_costs_one_budget_and_then_refuses_until_it_returns(deployed):
+    rungs = deployed("rungs")
+    released, calls = threading.Event(), []
+
+    def call(x):
+        calls.append(x)
+        released.wait(30)
+        return x
+
+    budgeted = rungs.Budgeted("vit_high", call, budget_s=0.2)
+    with pytest.raises(rungs.LateError, match=r"no answer within 0.2 s") as late:
+        budgeted(1)
+    assert late.value.reason == "timeout" and late.value.is_outage
+    for _ in range(3):
+        with pytest.raises(rungs.LateError, match="has not answered") as refused:
+            budgeted(2)
+        assert refused.value.reason == "open"
+    assert calls == [1]
+    released.set()
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            assert budgeted(3) == 3
+            return
+        except rungs.LateError:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_an_outage_that_took_long_to_show_is_not_waited_for_again_at_once(deployed, monkeypatch):
+    rungs = deployed("rungs")
+    now, calls = [100.0], []
+    monkeypatch.setattr(rungs, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def call(takes_s, is_outage):
+        calls.append(takes_s)
+        now[0] += takes_s
+        raise rungs.RungError("vit_high failed: away", is_outage)
+
+    budgeted = rungs.Budgeted("vit_high", call, budget_s=5)
+    for takes_s, is_outage in ((0.01, True), (1.0, False), (1.0, True)):
+        with pytest.raises(rungs.RungError, match="away"):
+            budgeted(takes_s, is_outage)
+    with pytest.raises(rungs.LateError, match="not there a moment ago") as refused:
+        budgeted(0.0, True)
+    assert refused.value.reason == "open" and calls == [0.01, 1.0, 1.0]
+    now[0] += 2.01
+    with pytest.raises(rungs.RungError, match="away"):
+        budgeted(0.0, True)
+
+
+# --- metrics -------------------------------------------------------------------------------------
+
+
+def value(name, **labels):
+    return SERIES[f"adaptive_vit_{name}"][tuple(sorted({"version": "1", **labels}.items()))].value
+
+
+@pytest.fixture
+def make_metrics(deployed):
+    made = []
+
+    def make(calibration=None, candidate=0):
+        calibration = calibration or make_calibration(**CERTIFIED)
+        made.append(deployed("metrics").Metrics("1", calibration, "ab" * 32, candidate))
+        return made[-1]
+
+    yield make
+    for metrics in made:
+        metrics.stop()
+
+
+def test_counts_reach_triton_as_sums(make_metrics):
+    metrics = make_metrics()
+    for _ in range(3):
+        metrics.count("images_total", 2, path="low")
+    metrics.count("images_in_flight", 5)
+    metrics.count("images_in_flight", -5)
+    metrics.observe("score", [0.1, 0.2])
+    metrics.stop()
+    assert value("images_total", path="low") == 6
+    assert value("images_total", path="high") == 0
+    assert value("images_in_flight") == 0
+    (score,) = SERIES["adaptive_vit_score"].values()
+    assert score.observed == [0.1, 0.2]
+
+
+def test_identity_threshold_and_certified_risk_are_told(make_metrics):
+    make_metrics()
+    assert value("threshold") == 0.5 and value("certified_risk") == 0.05
+    assert (
+        value("router_info", artifact="ab" * 6, signal="cls_path", low="0" * 12, high="1" * 12) == 1
+    )
+
+
+def test_without_a_certificate_there_is_no_certified_risk(make_metrics):
+    make_metrics(make_calibration(threshold=None))
+    assert "adaptive_vit_certified_risk" not in SERIES
+    assert "adaptive_vit_threshold" not in SERIES
+
+
+# --- the watch: audit and shadow -----------------------------------------------------------------
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def look(deployed, make_metrics):
+    """Sends images through the cascade and its watch; returns the metrics."""
+    watches = []
+    deployed_routing = None
+
+    def run(scores, high, calibration, candidate=None, overrides=None, repeats=1, **settings):
+        nonlocal deployed_routing
+        deployed_routing = importlib.import_module("deployed_router.routing")
+        number = 2 if candidate else 0
+        chosen = deployed("settings").Settings.of(config(shadow_version=str(number), **settings))
+        metrics = make_metrics(calibration, number)
+        watch = deployed("watch").Watch(chosen, calibration, candidate, high, metrics)
+        watches.append(watch)
+        request = CascadeRequest(images(*scores), overrides or Overrides())
+        run_cascade = importlib.import_module("routing").run_cascade
+        for _ in range(repeats):
+            (answer,) = run_cascade([request], calibration, FakeRung(1.0), FakeRung(2.0))
+            # The deployed copy compares with its own class of the same fields.
+            asked = deployed_routing.CascadeRequest(
+                request.image, deployed_routing.Overrides(**vars(request.overrides))
+            )
+            watch.look(asked, answer)
+        return metrics
+
+    yield run
+    for watch in watches:
+        watch.stop()
+
+
+def audited(outcome):
+    return value("audited_images_total", outcome=outcome)
+
+
+def test_an_audit_asks_the_full_rung_about_kept_images_only(look):
+    high = FakeRung(2.0)
+    look([0.1, 0.2, 0.9], high, make_calibration(**CERTIFIED), audit_fraction="1")
+    wait_for(lambda: audited("kept_ok") == 2)
+    assert audited("escalated") == 1 and audited("kept_lost") == 0
+    np.testing.assert_allclose([b[0, 0, 0, 0] for b in high.batches], [0.1, 0.2])
+
+
+def other_class(image):
+    outputs = FakeRung(2.0)(image)
+    outputs.logits[:, 1] += 1
+    return outputs
+
+
+def test_traffic_that_contradicts_the_certificate_is_told_once(look):
+    look([0.1], other_class, make_calibration(**CERTIFIED), audit_fraction="1", repeats=25)
+    wait_for(lambda: audited("kept_lost") == 25)
+    wait_for(lambda: value("certificate_contradicted_total") == 1)
+    assert len(WARNINGS) == 1 and "contradicts the certificate" in WARNINGS[0]
+
+
+def test_a_certificate_about_a_model_that_is_not_served_is_not_held_against_it(look):
+    certificate = {"certified": True, "epsilon": 0.05, "reference": "full FP32 model"}
+    calibration = make_calibration(**{**CERTIFIED, "certificate": certificate})
+    look([0.1], other_class, calibration, audit_fraction="1", repeats=25)
+    wait_for(lambda: audited("kept_lost") == 25)
+    time.sleep(0.6)
+    assert value("certificate_contradicted_total") == 0 and not WARNINGS
+
+
+def test_requests_with_parameters_of_their_own_are_no_sample_of_the_traffic(look):
+    high = FakeRung(2.0)
+    look(
+        [0.1],
+        high,
+        make_calibration(**CERTIFIED),
+        overrides=Overrides(threshold=0.4),
+        audit_fraction="1",
+    )
+    time.sleep(0.6)
+    assert high.batches == [] and audited("kept_ok") == 0
+
+
+def test_a_failing_full_rung_drops_audits_and_counts_them(look, deployed):
+    def failing(image):
+        raise deployed("rungs").RungError("vit_high is away", is_outage=True)
+
+    look([0.1, 0.2], failing, make_calibration(**CERTIFIED), audit_fraction="1")
+    wait_for(lambda: value("audit_dropped_total") == 2)
+
+
+def test_a_full_waiting_line_drops_images_before_it_is_known_what_became_of_them(look):
+    released = threading.Event()
+
+    def stuck(image):
+        released.wait(30)
+        return FakeRung(2.0)(image)
+
+    calibration = make_calibration(**CERTIFIED)
+    look([0.1, 0.9], stuck, calibration, audit_fraction="1", repeats=100)
+    wait_for(lambda: value("audit_dropped_total") > 100)
+    counted = audited("escalated")
+    released.set()
+    assert counted < 50, "escalated images were counted while kept ones were dropped"
+
+
+def test_a_shadow_is_counted_without_another_call(look):
+    high = FakeRung(2.0)
+    calibration = make_calibration(0.5, **CERTIFIED)
+    look([0.1, 0.4, 0.9], high, calibration, make_calibration(0.3), shadow_fraction="1")
+
+    def counted(outcome):
+        return value("shadow_images_total", candidate="2", outcome=outcome)
+
+    wait_for(lambda: counted("both_low") == 1)
+    assert (counted("only_candidate_high"), counted("both_high")) == (1, 1)
+    assert counted("only_live_high") == 0 and high.batches == []
