@@ -8,14 +8,22 @@ with TritonServer("build/model_repository", free_ports=True) as server:
 ```
 """
 
+from .admin_key import AdminKey
+from .channel import Channel
 from .errors import ServerError, ServerStartError, ServerUsageError
 from .finding import Tritonserver, Wheel, find_tritonserver, find_wheel
 from .launcher import TritonServer
+from .security import Security
+from .tls import Tls
 
 __all__ = [
+    "AdminKey",
+    "Channel",
+    "Security",
     "ServerError",
     "ServerStartError",
     "ServerUsageError",
+    "Tls",
     "TritonServer",
     "Tritonserver",
     "Wheel",

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from contextlib import suppress
+from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -13,8 +16,16 @@ from rich.console import Console
 
 from .errors import ServerStartError, ServerUsageError
 from .launcher import TritonServer
+from .ports import Ports
+from .rollout import RolloutError
+from .rollout_command import rollout_command
+from .security import exposure_warning, security_options
+from .supervise import DEFAULT_MAX_RESTARTS, Rules, Supervisor
+from .watch import DEFAULT_INTERVAL_S, DEFAULT_TIMEOUT_S, Watch, watch_triton
 
 _TAIL_LINES = 20
+_SECURITY = "Security"
+_SUPERVISION = "Supervision"
 
 app = typer.Typer(add_completion=False)
 progress = Console(stderr=True)
@@ -49,6 +60,95 @@ def serve(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print where it serves as one line of JSON.")
     ] = False,
+    supervise: Annotated[
+        bool,
+        typer.Option(
+            "--supervise",
+            help="Watch it with canary images; restart it when it fails.",
+            rich_help_panel=_SUPERVISION,
+        ),
+    ] = False,
+    max_restarts: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Restarts without a healthy minute between them before it gives up.",
+            rich_help_panel=_SUPERVISION,
+        ),
+    ] = DEFAULT_MAX_RESTARTS,
+    canary_interval_s: Annotated[
+        float,
+        typer.Option(
+            "--canary-interval-s",
+            min=0.1,
+            help="Seconds between canaries.",
+            rich_help_panel=_SUPERVISION,
+        ),
+    ] = DEFAULT_INTERVAL_S,
+    canary_timeout_s: Annotated[
+        float,
+        typer.Option(
+            "--canary-timeout-s",
+            min=0.1,
+            help="Seconds without any answer that mean failure; more than the slowest batch takes.",
+            rich_help_panel=_SUPERVISION,
+        ),
+    ] = DEFAULT_TIMEOUT_S,
+    production: Annotated[
+        bool,
+        typer.Option(
+            "--production",
+            help="Turn on every protection there is, and say what cannot be (SECURITY.md).",
+            rich_help_panel=_SECURITY,
+        ),
+    ] = False,
+    allow_reload: Annotated[
+        bool,
+        typer.Option(
+            "--allow-reload",
+            help="Models can be loaded and unloaded while it serves.",
+            rich_help_panel=_SECURITY,
+        ),
+    ] = False,
+    admin_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Administration APIs ask for the key in this file.", rich_help_panel=_SECURITY
+        ),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(help="Certificate: serve gRPC over TLS.", rich_help_panel=_SECURITY),
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(help="Its private key.", rich_help_panel=_SECURITY)
+    ] = None,
+    tls_client_ca: Annotated[
+        Path | None,
+        typer.Option(
+            help="Clients must show a certificate of this authority.", rich_help_panel=_SECURITY
+        ),
+    ] = None,
+    tls_own_cert: Annotated[
+        Path | None,
+        typer.Option(
+            help="What our own checks show it. Default: --tls-cert.", rich_help_panel=_SECURITY
+        ),
+    ] = None,
+    tls_own_key: Annotated[
+        Path | None, typer.Option(help="Its private key.", rich_help_panel=_SECURITY)
+    ] = None,
+    http_host: Annotated[
+        str | None,
+        typer.Option(
+            help="Address for HTTP, which has no TLS. Default: --host; loopback in production.",
+            rich_help_panel=_SECURITY,
+        ),
+    ] = None,
+    metrics_host: Annotated[
+        str | None,
+        typer.Option(help="Address for the metrics. Default: likewise.", rich_help_panel=_SECURITY),
+    ] = None,
 ) -> None:
     """Serve a model repository on NVIDIA Triton until Ctrl-C.
 
@@ -56,31 +156,72 @@ def serve(
     """
     if context.invoked_subcommand is not None:
         return
-    status = progress.status("preparing")
-    server = TritonServer(
-        repository,
-        http_port=http_port,
-        grpc_port=grpc_port,
-        metrics_port=metrics_port,
-        free_ports=free_ports,
-        host=host,
-        timeout_s=timeout_s,
-        tritonserver=tritonserver,
-        backend_directory=backend_directory,
-        log=log,
-        on_progress=status.update,
+    security = security_options(
+        production=production,
+        allow_reload=allow_reload,
+        admin_key_file=admin_key_file,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        tls_client_ca=tls_client_ca,
+        tls_own_cert=tls_own_cert,
+        tls_own_key=tls_own_key,
+        http_host=http_host,
+        metrics_host=metrics_host,
     )
+    warning = exposure_warning(security, security.addresses(host))
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr)
+    status = progress.status("preparing")
+
+    def make_server(ports: Ports | None = None) -> TritonServer:
+        given = ports or Ports(http_port, grpc_port, metrics_port)
+        if ports is not None and log is not None:
+            with suppress(OSError):  # Why it failed stands in the log that the next one replaces.
+                log.replace(log.with_name(f"{log.name}.previous"))
+        return TritonServer(
+            repository,
+            http_port=given.http,
+            grpc_port=given.grpc,
+            metrics_port=given.metrics,
+            free_ports=free_ports and ports is None,
+            host=host,
+            timeout_s=timeout_s,
+            tritonserver=tritonserver,
+            backend_directory=backend_directory,
+            log=log,
+            security=security,
+            on_progress=status.update,
+        )
+
+    def make_watch(server: TritonServer) -> Watch:
+        return watch_triton(server, _event, canary_interval_s, canary_timeout_s)
+
+    server = make_server()
+    supervisor = Supervisor(server, make_server, make_watch, _event, rules=Rules(max_restarts))
     try:
         with status:
             server.start()
         _report(server, as_json)
+        if supervise:
+            supervisor.run()
         server.wait()
+    except KeyboardInterrupt:  # Told to stop, which typer would make exit code 130.
+        return
     finally:
         try:
             with progress.status("stopping tritonserver"):
-                server.stop()
+                supervisor.stop()
         finally:
-            server.stop()  # Where that line could not be written; else it does nothing.
+            supervisor.stop()  # Where that line could not be written; else it does nothing.
+
+
+app.command("rollout")(rollout_command)
+
+
+def _event(line: str) -> None:
+    now = datetime.now().astimezone().isoformat(timespec="milliseconds")
+    with suppress(OSError):  # The server is worth more than the line.
+        print(f"{now} {line}", file=sys.stderr, flush=True)
 
 
 def _report(server: TritonServer, as_json: bool) -> None:
@@ -93,14 +234,18 @@ def _report(server: TritonServer, as_json: bool) -> None:
         "tritonserver": str(server.server.binary) if server.server else "",
         "log": str(server.log_path),
     }
+    controls = server.controls()
     if as_json:
-        print(json.dumps(facts), flush=True)
+        listed = {"controls": [asdict(control) for control in controls]} if controls else {}
+        print(json.dumps({**facts, **listed}), flush=True)
         return
     print(f"Triton {server.version} serves {server.repository}")
     print(f"  HTTP     {server.http_url}")
     print(f"  gRPC     {server.grpc_url}")
     print(f"  metrics  {server.metrics_url}")
     print(f"  log      {server.log_path}")
+    for control in controls:
+        print(f"  {'on ' if control.is_on else 'OFF'}  {control.name:<20}  {control.detail}")
     print("Stop with Ctrl-C.", flush=True)
 
 
@@ -114,7 +259,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0 when it was told to stop, 1 when the server failed, 2 for bad usage.
+        The exit code: 0 when it was told to stop, 1 when the server failed or refused a rollout, 2
+        for bad usage, 130 for a rollout that was interrupted.
     """
     # A supervisor's SIGTERM, and a Ctrl-C where the shell started us with SIGINT ignored.
     signal.signal(signal.SIGTERM, _interrupt)
@@ -122,7 +268,7 @@ def main(arguments: list[str] | None = None) -> int:
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # As nohup leaves it.
         signal.signal(signal.SIGHUP, _interrupt)
     try:
-        app(args=arguments, standalone_mode=False)
+        return app(args=arguments, standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
         return 0
     except typer.TyperException as error:
@@ -130,10 +276,11 @@ def main(arguments: list[str] | None = None) -> int:
         return _complain(f"{message}; see python -m server --help", error.exit_code)
     except ServerUsageError as error:
         return _complain(str(error), 2)
+    except RolloutError as error:
+        return _complain(str(error), 1)
     except ServerStartError as error:
         print("\n".join(error.log_tail.splitlines()[-_TAIL_LINES:]), file=sys.stderr)
         return _complain(str(error), 1)
-    return 0
 
 
 def _complain(message: str, code: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .ports import Ports
+from .ports import Addresses, Ports
 
 # Per Python model instance. Holds a batch of 8 images of 3x224x224 FP32 (4.6 MiB) without growing.
 # An adaptive ViT on the stand-in backend has six; they start with 48 of the 64 MiB of /dev/shm that
@@ -22,7 +22,7 @@ def triton_command(
     server_id: str,
     repository: Path,
     backends: Path,
-    host: str,
+    addresses: Addresses,
     ports: Ports,
     extra_args: Sequence[str] = (),
 ) -> list[str]:
@@ -35,7 +35,7 @@ def triton_command(
         server_id: name that the server reports, and begins its shared-memory segments with.
         repository: the model repository.
         backends: the backend directory.
-        host: address to bind, for all three ports; Triton's own default is every address.
+        addresses: addresses to bind; Triton's own default is every address.
         ports: the ports.
         extra_args: arguments that come last and so win.
     """
@@ -45,8 +45,9 @@ def triton_command(
         f"--model-repository={repository}",
         f"--backend-directory={backends}",
     ]
-    for name, port in (("http", ports.http), ("grpc", ports.grpc), ("metrics", ports.metrics)):
-        command += [f"--{name}-address={host}", f"--{name}-port={port}"]
+    for name in ("http", "grpc", "metrics"):
+        address, port = getattr(addresses, name), getattr(ports, name)
+        command += [f"--{name}-address={address}", f"--{name}-port={port}"]
     command.append(f"--exit-timeout-secs={_EXIT_TIMEOUT_S}")
     for setting in (
         f"shm-region-prefix-name={server_id}_",

@@ -1,4 +1,7 @@
-"""Run a command that must not outlive its launcher: `guard.py LAUNCHER_PID SCRATCH COMMAND...`.
+"""Run a command that must not outlive its launcher: `guard.py LAUNCHER_PID SCRATCH`.
+
+The command comes as one line of JSON on stdin, because every user of the machine may read the
+arguments of every process, and the command can hold a key.
 
 The server runs in a session of its own, so neither a closed terminal nor a kill of the launcher
 reaches it. This program stands between the two. It prints the command's process id, waits, and
@@ -11,6 +14,7 @@ forked would hold that pipe open. It runs as a file, outside this package, and n
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -30,12 +34,13 @@ def main() -> int:
     Returns:
         Its exit code, as a shell gives it: 128 more than the signal that ended it.
     """
-    launcher, scratch, *command = sys.argv[1:]
+    launcher, scratch = sys.argv[1:]
+    command = json.loads(sys.stdin.readline())  # To the end would wait for what a fork holds open.
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         # What the group is sent is for the command. Not SIG_IGN, which the command would inherit.
         signal.signal(number, lambda number, frame: None)
     try:
-        running = subprocess.Popen(command, stdout=sys.stderr)
+        running = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr)
     except OSError as error:
         sys.stderr.write(f"error: {command[0]} does not start: {error.strerror}\n")
         return _CANNOT_RUN

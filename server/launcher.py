@@ -6,28 +6,32 @@ import os
 import secrets
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from . import triton_log
 from .backend_directory import prepare_backend_directory
+from .channel import PLAIN, Channel
 from .command import triton_command
+from .concealing import overwrite_arguments, shows_any
+from .controls import Control, Situation, controls
 from .environment import server_environment
 from .errors import ServerStartError
 from .failures import start_error
 from .finding import Tritonserver, find_tritonserver, find_wheel
-from .ports import Ports, check_ports, pick_free_ports
+from .ports import Ports, check_ports, pick_free_ports, url
 from .process import ProcessGroup
-from .readiness import ENTRY_MODEL, Canary, adaptive_vit_canary, server_version, wait_until_ready
+from .readiness import Canary
 from .repository import bytecode_folders, models_in, remove_new_bytecode
+from .security import Security
 from .shared_memory import SEGMENT_PREFIX, remove_dead_segments
+from .startup import Startup
+from .triton_options import known_options
 
 _STOP_TIMEOUT_S = 40.0  # Triton itself gives running requests 30 s.
 _ABORT_TIMEOUT_S = 5.0  # Without requests to wait for, while models may still be loading.
 _PORT_ATTEMPTS = 3
-_POLL_S = 0.05
 
 
 class TritonServer:
@@ -37,7 +41,9 @@ class TritonServer:
 
     Attributes:
         repository: the model repository, absolute.
-        host: address it binds.
+        addresses: addresses it binds.
+        security: what of it is open to whom.
+        channel: how to connect to its gRPC port; known once it has started.
         ports: ports it listens on; with `free_ports` known once it has started.
         version: the version that the server reports, such as `2.51.0`; empty before it is ready.
         server: which tritonserver runs; None before it has started.
@@ -60,6 +66,7 @@ class TritonServer:
         models: Sequence[str] | None = None,
         extra_args: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
+        security: Security | None = None,
         on_progress: Callable[[str], None] | None = None,
     ) -> None:
         """Say what to run; nothing starts yet.
@@ -70,7 +77,7 @@ class TritonServer:
             grpc_port: gRPC port.
             metrics_port: Prometheus port.
             free_ports: pick three free ports instead of those.
-            host: address to bind.
+            host: address to bind; `security` may bind HTTP and metrics elsewhere.
             timeout_s: seconds until every model must be ready.
             tritonserver: binary to run instead of the one on PATH or in the wheel.
             backend_directory: its backends, where they are not in their usual place.
@@ -81,10 +88,17 @@ class TritonServer:
             models: models that must be ready, every one in the repository if not given.
             extra_args: more arguments for tritonserver; HTTP, gRPC and metrics must stay on.
             env: more environment variables.
+            security: what of the server is open to whom; everything but loading models if not
+                given. A canary of your own has to connect as `channel` says.
             on_progress: called with a line for people whenever something has changed.
+
+        Raises:
+            ServerUsageError: other machines could load models without a key.
         """
         self.repository = Path(repository).absolute()
-        self.host = host
+        self.security = security or Security()
+        self.addresses = self.security.addresses(host)
+        self.channel: Channel = PLAIN
         self.ports = Ports(http_port, grpc_port, metrics_port)
         self.version = ""
         self.server: Tritonserver | None = None
@@ -102,6 +116,7 @@ class TritonServer:
         self._work: Path | None = None
         self._is_ready = False
         self._bytecode_before: set[Path] = set()
+        self._known_options: frozenset[str] = frozenset()
         # A name of its own tells it from another server on the same port, and its shared-memory
         # segments from those of others.
         self._server_id = f"{SEGMENT_PREFIX}{os.getpid()}_{secrets.token_hex(4)}"
@@ -109,17 +124,17 @@ class TritonServer:
     @property
     def http_url(self) -> str:
         """`host:port`, as `tritonclient.http` takes it."""
-        return f"{self._client_host}:{self.ports.http}"
+        return url(self.addresses.http, self.ports.http)
 
     @property
     def grpc_url(self) -> str:
         """`host:port`, as `tritonclient.grpc` takes it."""
-        return f"{self._client_host}:{self.ports.grpc}"
+        return url(self.addresses.grpc, self.ports.grpc)
 
     @property
     def metrics_url(self) -> str:
         """Full URL of the Prometheus metrics."""
-        return f"http://{self._client_host}:{self.ports.metrics}/metrics"
+        return f"http://{url(self.addresses.metrics, self.ports.metrics)}/metrics"
 
     @property
     def pid(self) -> int:
@@ -132,6 +147,19 @@ class TritonServer:
         if self._log is None and self._work is None:
             raise RuntimeError("the server is not running")
         return self._log or self._work_directory() / "tritonserver.log"
+
+    def controls(self) -> list[Control]:
+        """What `production` turned on and what it could not, once the server is ready.
+
+        Empty without `production`.
+        """
+        if not self.security.production:
+            return []
+        shows_key = shows_any(self.process_ids(), self.security.secrets)
+        now = Situation(
+            self.repository, self.addresses, self.version, self._known_options, shows_key
+        )
+        return controls(self.security, now)
 
     def memory_mib(self) -> float:
         """Proportional set size of the server and all its model processes, in MiB."""
@@ -156,7 +184,7 @@ class TritonServer:
             ServerStartError: it did, with the reason out of its log.
         """
         code = self._running().wait()
-        raise self._failure(f"tritonserver ended by itself (exit code {code})")
+        raise start_error(f"tritonserver ended by itself (exit code {code})", self.log_path)
 
     def start(self) -> None:
         """Start the server and wait until every model is ready and the canary has answered.
@@ -169,7 +197,8 @@ class TritonServer:
             raise RuntimeError("the server is already running")
         models = list(models_in(self.repository) if self._models is None else self._models)
         if not self._free_ports:
-            check_ports(self.host, self.ports)
+            check_ports(self.addresses, self.ports)
+        self.channel = self.security.channel()
         wheel = find_wheel()
         self.server = find_tritonserver(self._explicit, self._backend_directory, wheel=wheel)
         if self._log is not None:
@@ -180,16 +209,28 @@ class TritonServer:
             self._work = Path(tempfile.mkdtemp(prefix="adaptive-vit-server-"))
             backends = prepare_backend_directory(self.server, self._work / "backends", wheel)
             environment = {**server_environment(self.server, backends), **self._env}
+            if self.security.production:
+                self._known_options = known_options(self.server.binary, environment)
             self._start_on_free_ports(models, backends.path, environment)
         except BaseException:
             self.stop()
             raise
 
-    def stop(self) -> None:
-        """Stop the server and remove what it left behind; does nothing if it is not running."""
+    def stop(self, patience_s: float | None = None) -> None:
+        """Stop the server and remove what it left behind; does nothing if it is not running.
+
+        Args:
+            patience_s: seconds to let it finish its requests before it is killed; what Triton
+                itself allows for them if not given.
+
+        Raises:
+            ServerError: some of its processes cannot even be killed.
+        """
+        if patience_s is None:
+            patience_s = _STOP_TIMEOUT_S if self._is_ready else _ABORT_TIMEOUT_S
         try:
             if self._process is not None:
-                self._process.stop(_STOP_TIMEOUT_S if self._is_ready else _ABORT_TIMEOUT_S)
+                self._process.stop(patience_s)
         finally:
             self._process = None
             self._is_ready = False
@@ -211,12 +252,6 @@ class TritonServer:
     ) -> None:
         self.stop()
 
-    @property
-    def _client_host(self) -> str:
-        # A wildcard address is one to bind, not one to call.
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        return f"[{host}]" if ":" in host else host
-
     def _running(self) -> ProcessGroup:
         if self._process is None:
             raise RuntimeError("the server is not running")
@@ -232,7 +267,7 @@ class TritonServer:
     ) -> None:
         for attempt in range(_PORT_ATTEMPTS):
             if self._free_ports:
-                self.ports = pick_free_ports(self.host)
+                self.ports = pick_free_ports(self.addresses.grpc)
             self._launch(backends, environment)
             try:
                 self._await(models)
@@ -252,9 +287,9 @@ class TritonServer:
             self._server_id,
             self.repository,
             backends,
-            self.host,
+            self.addresses,
             self.ports,
-            self._extra_args,
+            [*self.security.arguments(self._known_options), *self._extra_args],
         )
         # Its own working directory: Python models have the working directory first on sys.path, and
         # would import this project's packages when started from a checkout.
@@ -263,51 +298,15 @@ class TritonServer:
         )
 
     def _await(self, models: Sequence[str]) -> None:
-        shown: set[str] = set()
-        self._on_progress(f"starting tritonserver, {len(models)} models to load")
-
-        def watch() -> None:
-            loaded = triton_log.loaded_models(self._log_while_running(models)) & set(models)
-            if len(loaded) > len(shown):
-                shown.update(loaded)
-                self._on_progress(f"{len(shown)} of {len(models)} models loaded")
-
-        deadline = time.monotonic() + self._timeout_s
-        missing = wait_until_ready(self.grpc_url, self._server_id, models, self._timeout_s, watch)
-        if missing:
-            raise self._failure(f"not ready after {self._timeout_s:g} s", missing)
-        self.version = server_version(self.grpc_url)
-        # Metrics come up last: gRPC answers for a moment even if their port is taken.
-        while not self._running().listens_on(self.ports.all):
-            self._log_while_running(models)
-            if time.monotonic() > deadline:
-                raise self._failure(f"not listening on all ports after {self._timeout_s:g} s")
-            time.sleep(_POLL_S)
-        self._run_canary(models)
-
-    def _log_while_running(self, models: Sequence[str]) -> str:
-        code = self._running().exit_code  # Before the log, which is complete if it has ended.
-        log = self.log_path.read_text(errors="replace")
-        if code is not None:
-            loaded = triton_log.loaded_models(log)
-            missing = [model for model in models if model not in loaded]
-            raise self._failure(f"tritonserver ended while starting (exit code {code})", missing)
-        return log
-
-    def _run_canary(self, models: Sequence[str]) -> None:
-        canary = self._canary
-        if canary is None and ENTRY_MODEL in models:
-            canary = adaptive_vit_canary
-        if canary is None:
-            return
-        self._on_progress("waiting for the answer to a first request")
-        try:
-            canary(self.grpc_url)
-        except Exception as error:
-            reason = triton_log.first_line(str(error))
-            raise self._failure(
-                f"every model is ready, but the first request failed: {reason}"
-            ) from error
-
-    def _failure(self, what: str, missing: Sequence[str] = ()) -> ServerStartError:
-        return start_error(what, self.log_path, missing)
+        startup = Startup(
+            self._running(),
+            self._server_id,
+            models,
+            self.grpc_url,
+            self.channel,
+            self.log_path,
+            self._on_progress,
+        )
+        self.version = startup.wait(self.ports, self._timeout_s)
+        overwrite_arguments(self.process_ids(), self.security.secrets)
+        startup.ask(self._canary)

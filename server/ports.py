@@ -1,7 +1,8 @@
-"""Ports for a server: check the ones asked for, or pick free ones."""
+"""Addresses and ports for a server: check the ports asked for, or pick free ones."""
 
 from __future__ import annotations
 
+import ipaddress
 import random
 import socket
 from contextlib import ExitStack
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from .errors import ServerUsageError
 
+LOOPBACK = "127.0.0.1"
 _EPHEMERAL_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _LOWEST_PORT = 20000
 _ATTEMPTS = 200
@@ -29,13 +31,44 @@ class Ports:
         return self.http, self.grpc, self.metrics
 
 
-def check_ports(host: str, ports: Ports) -> None:
+@dataclass(frozen=True)
+class Addresses:
+    """The addresses to bind, one for each port."""
+
+    http: str = LOOPBACK
+    grpc: str = LOOPBACK
+    metrics: str = LOOPBACK
+
+    @property
+    def exposed(self) -> list[str]:
+        """Those that other machines may reach, each once."""
+        all_three = dict.fromkeys((self.http, self.grpc, self.metrics))
+        return [address for address in all_three if not is_loopback(address)]
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine reaches an address; a name other than localhost counts as not."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
+
+
+def url(address: str, port: int) -> str:
+    """`host:port` to call a server that binds this address."""
+    # A wildcard address is one to bind, not one to call.
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def check_ports(addresses: Addresses, ports: Ports) -> None:
     """Refuse ports that cannot be bound, before a server is started for nothing.
 
     Raises:
         ServerUsageError: naming the port and what is wrong with it.
     """
     named = {"HTTP": ports.http, "gRPC": ports.grpc, "metrics": ports.metrics}
+    hosts = (addresses.http, addresses.grpc, addresses.metrics)
     for name, port in named.items():
         if not 0 < port < 65536:
             raise ServerUsageError(f"{name} port {port} is not between 1 and 65535")
@@ -43,7 +76,7 @@ def check_ports(host: str, ports: Ports) -> None:
         listed = ", ".join(f"{name} {port}" for name, port in named.items())
         raise ServerUsageError(f"the three ports must differ: {listed}")
     with ExitStack() as held:
-        for name, port in named.items():
+        for host, (name, port) in zip(hosts, named.items(), strict=True):
             try:
                 held.enter_context(_bound(host, port))
             except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 
 import psutil
+
+from .errors import ServerError
 
 _GUARD = Path(__file__).with_name("guard.py")
 _POLL_S = 0.05
@@ -42,14 +45,17 @@ class ProcessGroup:
         guard = [sys.executable, "-I", "-S", str(_GUARD), str(os.getpid()), str(cwd)]
         with log.open("wb") as output:
             self._guard = subprocess.Popen(
-                [*guard, *command],
+                guard,
                 env=dict(environment),
                 cwd=cwd,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=output,
                 start_new_session=True,
             )
+        assert self._guard.stdin is not None
+        with self._guard.stdin as told:
+            told.write(json.dumps(list(command)).encode() + b"\n")
 
     @cached_property
     def pid(self) -> int:
@@ -71,10 +77,12 @@ class ProcessGroup:
         """The processes of the group that are alive, the guard among them."""
         self._guard.poll()  # Reaps it.
         found = []
-        for process in psutil.process_iter():
+        for pid in psutil.pids():
             try:
-                is_member = os.getpgid(process.pid) == self._guard.pid
-                if is_member and process.status() != psutil.STATUS_ZOMBIE:
+                if os.getpgid(pid) != self._guard.pid:  # First, as it is cheap and true of most.
+                    continue
+                process = psutil.Process(pid)
+                if process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
             except (ProcessLookupError, psutil.Error):
                 continue
@@ -120,6 +128,10 @@ class ProcessGroup:
 
         Args:
             timeout_s: seconds to wait after SIGTERM; half of it more after SIGINT.
+
+        Raises:
+            ServerError: a process is left that cannot be killed, as one can be that waits for a
+                broken disk.
         """
         try:
             # To all of the group, as the first process may be a wrapper that passes nothing on.
@@ -128,9 +140,12 @@ class ProcessGroup:
                 if self._signal(number, patience_s):
                     return
         finally:
-            self._signal(signal.SIGKILL, _KILL_TIMEOUT_S)
+            is_gone = self._signal(signal.SIGKILL, _KILL_TIMEOUT_S)
             assert self._guard.stdout is not None
             self._guard.stdout.close()
+            if not is_gone:
+                left = ", ".join(str(process.pid) for process in self.members())
+                raise ServerError(f"processes of the server cannot be killed: {left}")
 
     def _signal(self, number: signal.Signals, patience_s: float) -> bool:
         deadline = time.monotonic() + patience_s

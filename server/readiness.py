@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import time
 from collections.abc import Callable, Sequence
 
@@ -12,7 +13,11 @@ import tritonclient.grpc as triton
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
+from .channel import PLAIN, Channel
+
 ENTRY_MODEL = "adaptive_vit"
+# Triton's words, which its other statuses may wrap.
+QUEUE_FULL = re.compile(r"exceeds maximum queue size", re.IGNORECASE)
 _POLL_S = 0.1
 _CALL_TIMEOUT_S = 5.0
 _CANARY_TIMEOUT_S = 60.0
@@ -27,6 +32,7 @@ def wait_until_ready(
     models: Sequence[str],
     timeout_s: float,
     watch: Callable[[], None],
+    channel: Channel = PLAIN,
 ) -> list[str]:
     """Wait until the server answers and each model is ready.
 
@@ -39,13 +45,14 @@ def wait_until_ready(
         models: names of the models.
         timeout_s: seconds to wait at most.
         watch: called between attempts; what it raises ends the wait.
+        channel: how to connect there.
 
     Returns:
         The models that are not ready in the end: empty unless the time ran out.
     """
     deadline = time.monotonic() + timeout_s
     waiting = list(models)
-    with triton.InferenceServerClient(grpc_url) as client:
+    with channel.open(grpc_url) as client:
         while True:
             if _answers(client, server_id):
                 waiting = [model for model in waiting if not _is_ready(client, model)]
@@ -55,14 +62,17 @@ def wait_until_ready(
             time.sleep(_POLL_S)
 
 
-def server_version(grpc_url: str) -> str:
+def server_version(grpc_url: str, channel: Channel = PLAIN) -> str:
     """The version that the server reports, such as `2.51.0`."""
-    with triton.InferenceServerClient(grpc_url) as client:
+    with channel.open(grpc_url) as client:
         return str(client.get_server_metadata(client_timeout=_CALL_TIMEOUT_S).version)
 
 
-def adaptive_vit_canary(grpc_url: str) -> None:
+def adaptive_vit_canary(grpc_url: str, channel: Channel = PLAIN) -> None:
     """Send one small generated PNG through the whole ensemble.
+
+    A queue that clients have filled already, as they do where a server is restarted under load, is
+    no error: their requests are being answered.
 
     Raises:
         InferenceServerException: no answer, or an error.
@@ -73,8 +83,12 @@ def adaptive_vit_canary(grpc_url: str) -> None:
     Image.fromarray(pixels).save(encoded, format="PNG")
     image = triton.InferInput("image_bytes", [1, 1], "BYTES")
     image.set_data_from_numpy(np.array([[encoded.getvalue()]], dtype=np.object_))
-    with triton.InferenceServerClient(grpc_url) as client:
-        client.infer(ENTRY_MODEL, [image], client_timeout=_CANARY_TIMEOUT_S)
+    with channel.open(grpc_url) as client:
+        try:
+            client.infer(ENTRY_MODEL, [image], client_timeout=_CANARY_TIMEOUT_S)
+        except InferenceServerException as error:
+            if not QUEUE_FULL.search(error.message()):
+                raise
 
 
 def _answers(client: triton.InferenceServerClient, server_id: str) -> bool:

@@ -25,7 +25,8 @@ _ENDING = re.compile(
     r"^(?:error: (?:creating server: )?(?!.*failed to load all models)|\S*tritonserver: )(.+)$",
     re.M,
 )
-_HARMLESS = "CudaDriverHelper"  # Logged as an error on every machine without a GPU.
+# Logged as errors on every machine without a GPU.
+_HARMLESS = re.compile("CudaDriverHelper|CUDA driver version is insufficient")
 # Protobuf's own line says what is wrong in a configuration, Triton's only which one it is.
 _CONFIG_UNREADABLE = "failed to read text proto from"
 _CONFIG_ERROR = re.compile(r"Error parsing text-format inference\.ModelConfig: (.+)")
@@ -74,7 +75,7 @@ def last_error(log: str) -> str:
     endings = _ENDING.findall(log)
     if endings:
         return first_line(endings[-1])
-    errors = [text for level, text in _entries(log) if level == "E" and _HARMLESS not in text]
+    errors = [text for level, text in _entries(log) if level == "E" and not _HARMLESS.search(text)]
     return first_line(errors[-1]) if errors else ""
 
 

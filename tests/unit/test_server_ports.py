@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from server import ServerUsageError
-from server.ports import Ports, check_ports, pick_free_ports
+from server.ports import Addresses, Ports, check_ports, pick_free_ports
 
 HOST = "127.0.0.1"
 
@@ -22,7 +22,7 @@ def taken() -> Iterator[int]:
 def test_picked_ports_differ_and_pass_the_check():
     ports = pick_free_ports(HOST)
     assert len(set(ports.all)) == 3
-    check_ports(HOST, ports)
+    check_ports(Addresses(), ports)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_a_port_in_use_is_named(taken: int, index: int, name: str, flag: str):
     ports = list(pick_free_ports(HOST).all)
     ports[index] = taken
     with pytest.raises(ServerUsageError) as caught:
-        check_ports(HOST, Ports(*ports))
+        check_ports(Addresses(), Ports(*ports))
     message = str(caught.value)
     assert f"{name} port {taken} on {HOST}" in message
     assert flag in message
@@ -52,18 +52,18 @@ def test_a_recently_closed_connection_is_no_obstacle():
         server.close()  # The side that closes first keeps the port in TIME_WAIT.
         client.close()
     free = pick_free_ports(HOST)
-    check_ports(HOST, Ports(port, free.grpc, free.metrics))
+    check_ports(Addresses(), Ports(port, free.grpc, free.metrics))
 
 
 @pytest.mark.parametrize("port", [0, -1, 65536])
 def test_an_impossible_port_is_refused(port: int):
     with pytest.raises(ServerUsageError, match="not between 1 and 65535"):
-        check_ports(HOST, Ports(http=port))
+        check_ports(Addresses(), Ports(http=port))
 
 
 def test_equal_ports_are_refused():
     with pytest.raises(ServerUsageError, match="must differ: HTTP 9000, gRPC 9000"):
-        check_ports(HOST, Ports(9000, 9000, 9001))
+        check_ports(Addresses(), Ports(9000, 9000, 9001))
 
 
 def test_an_address_of_somebody_else_is_refused():

@@ -1,5 +1,6 @@
 """A command ends with its launcher, however that goes. Real processes, no server."""
 
+import json
 import os
 import signal
 import subprocess
@@ -98,9 +99,10 @@ def test_the_guard_kills_what_does_not_listen(scratch: Path, tmp_path: Path):
 
 
 def test_a_launcher_that_is_gone_before_the_guard_looks_is_noticed(scratch: Path):
-    guard = [sys.executable, str(GUARD), "0", str(scratch), "sleep", "61"]
+    guard = [sys.executable, str(GUARD), "0", str(scratch)]
+    told = json.dumps(["sleep", "61"]) + "\n"
     started = time.monotonic()
-    ran = subprocess.run(guard, start_new_session=True, capture_output=True, text=True)
+    ran = subprocess.run(guard, input=told, start_new_session=True, capture_output=True, text=True)
     assert ran.returncode == -signal.SIGKILL
     assert time.monotonic() - started < 20
     assert not alive(int(ran.stdout))

@@ -1,0 +1,186 @@
+"""What of tritonserver is open to whom: the options, what they require, the arguments they become.
+
+Nothing here is on unless asked for, except that the models cannot be changed while it serves.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .admin_key import HOW_TO_MAKE, KEY_NAME, AdminKey
+from .channel import PLAIN, Channel
+from .errors import ServerUsageError
+from .ports import LOOPBACK, Addresses, is_loopback
+from .tls import HOW_TO_MAKE as HOW_TO_MAKE_TLS
+from .tls import Tls
+
+# Of these, `logging` and `trace` can make the server write requests' content to any file it may.
+ADMIN_APIS = ("model-repository", "trace", "logging")
+SHARED_MEMORY = "shared-memory"
+# The traffic of everybody. Open outside production, where perf and people look at it.
+STATISTICS = "statistics"
+_SWITCHED_OFF = "switched-off"
+_HTTP_MAX_BYTES = 64 * 2**20
+HTTP_MAX_INPUT = "http-max-input-size"
+CLIENT_SHARED_MEMORY = "allow-client-shm"
+# Front ends beside HTTP and gRPC that the restrictions do not cover; the second one opens by itself
+# in an environment with AIP_MODE=PREDICTION.
+OTHER_FRONT_ENDS = ("allow-sagemaker", "allow-vertex-ai")
+
+
+@dataclass(frozen=True)
+class Security:
+    """Who may do what to the server.
+
+    Attributes:
+        production: turn on everything below that Triton has (`arguments`), and refuse to start
+            without the files that it takes.
+        tls: encrypts gRPC, and with a client authority asks clients who they are.
+        admin_key: requests to the administration APIs must carry it.
+        allow_reload: models can be loaded and unloaded while the server runs.
+        http_host: address for HTTP, which has no TLS; if not given the loopback address in
+            production, else the server's.
+        metrics_host: address for the metrics, likewise.
+        token: key of what nobody may use, so nobody is told it; a new one for each object.
+
+    Raises:
+        ServerUsageError: `production` without TLS or a key.
+    """
+
+    production: bool = False
+    tls: Tls | None = None
+    admin_key: AdminKey | None = None
+    allow_reload: bool = False
+    http_host: str | None = None
+    metrics_host: str | None = None
+    token: str = field(default_factory=lambda: secrets.token_hex(32), repr=False)
+
+    def __post_init__(self) -> None:
+        if self.production and self.tls is None:
+            raise ServerUsageError(
+                "--production serves gRPC over TLS only; give --tls-cert and --tls-key, for a "
+                f"test made with: {HOW_TO_MAKE_TLS}"
+            )
+        if self.production and self.admin_key is None:
+            raise ServerUsageError(
+                "--production restricts the administration APIs to those who hold a key; give "
+                f"--admin-key-file, made with: {HOW_TO_MAKE}"
+            )
+
+    def addresses(self, host: str) -> Addresses:
+        """The addresses to bind when the server's is `host`.
+
+        Raises:
+            ServerUsageError: other machines could load models, which is to run code, without a key.
+        """
+        plain = host if is_loopback(host) or not self.production else LOOPBACK
+        addresses = Addresses(
+            http=plain if self.http_host is None else self.http_host,
+            grpc=host,
+            metrics=plain if self.metrics_host is None else self.metrics_host,
+        )
+        if self.allow_reload and self.admin_key is None and addresses.exposed:
+            raise ServerUsageError(
+                f"--allow-reload on {addresses.exposed[0]} would let everyone who reaches it load "
+                f"models, and so run code; give --admin-key-file, made with: {HOW_TO_MAKE}"
+            )
+        return addresses
+
+    def channel(self) -> Channel:
+        """Check the files of TLS and keep what our own calls need of them.
+
+        Raises:
+            ServerUsageError: as `Tls.channel`.
+        """
+        return PLAIN if self.tls is None else self.tls.channel()
+
+    def arguments(self, known: Collection[str] = ()) -> list[str]:
+        """Tritonserver's arguments.
+
+        Args:
+            known: names of the options that this tritonserver has, for those not all have.
+        """
+        arguments = ["--model-control-mode=none"]
+        if self.allow_reload:
+            arguments = ["--model-control-mode=explicit", "--load-model=*"]
+        if self.tls is not None:
+            arguments += self.tls.arguments()
+        if self.admin_key is not None:
+            open_to_key = (*ADMIN_APIS, STATISTICS if self.production else SHARED_MEMORY)
+            arguments += _restricted(open_to_key, KEY_NAME, self.admin_key.value)
+        if self.production:
+            # Where Triton has no switch for it, a key that nobody has does the same.
+            arguments += _restricted((SHARED_MEMORY,), _SWITCHED_OFF, self.token)
+            arguments += ["--strict-readiness=true", "--exit-on-error=true", "--log-verbose=0"]
+            arguments += ["--trace-config=level=OFF"]
+            switches = dict.fromkeys((*OTHER_FRONT_ENDS, CLIENT_SHARED_MEMORY), "false")
+            switches[HTTP_MAX_INPUT] = str(_HTTP_MAX_BYTES)
+            arguments += [f"--{name}={value}" for name, value in switches.items() if name in known]
+        return arguments
+
+    @property
+    def secrets(self) -> list[str]:
+        """What stands in the arguments and should not be seen there."""
+        key = [] if self.admin_key is None else [self.admin_key.value]
+        return [*key, self.token]
+
+
+def security_options(
+    *,
+    production: bool = False,
+    allow_reload: bool = False,
+    admin_key_file: Path | None = None,
+    tls_cert: Path | None = None,
+    tls_key: Path | None = None,
+    tls_client_ca: Path | None = None,
+    tls_own_cert: Path | None = None,
+    tls_own_key: Path | None = None,
+    http_host: str | None = None,
+    metrics_host: str | None = None,
+) -> Security:
+    """Turn the command line's options into one object.
+
+    Raises:
+        ServerUsageError: options that only make sense together, a bad key file, or as `Security`.
+    """
+    _require_both("--tls-cert", tls_cert, "--tls-key", tls_key)
+    _require_both("--tls-own-cert", tls_own_cert, "--tls-own-key", tls_own_key)
+    if tls_own_cert is not None and tls_client_ca is None:
+        raise ServerUsageError("--tls-own-cert is for --tls-client-ca; give both or neither")
+    tls = None
+    if tls_cert is not None and tls_key is not None:
+        tls = Tls(tls_cert, tls_key, tls_client_ca, tls_own_cert, tls_own_key)
+    elif tls_client_ca is not None:
+        raise ServerUsageError("--tls-client-ca needs --tls-cert and --tls-key")
+    return Security(
+        production=production,
+        tls=tls,
+        admin_key=None if admin_key_file is None else AdminKey.read(admin_key_file),
+        allow_reload=allow_reload,
+        http_host=http_host,
+        metrics_host=metrics_host,
+    )
+
+
+def exposure_warning(security: Security, addresses: Addresses) -> str | None:
+    """One line about a server that other machines reach without `--production`, else None."""
+    if security.production or not addresses.exposed:
+        return None
+    return (
+        f"{' and '.join(addresses.exposed)} can be reached from other machines, without the "
+        "protection of --production (see SECURITY.md)"
+    )
+
+
+def _restricted(apis: Collection[str], name: str, value: str) -> list[str]:
+    setting = f"{','.join(apis)}:{name}={value}"
+    return [f"--grpc-restricted-protocol={setting}", f"--http-restricted-api={setting}"]
+
+
+def _require_both(one: str, first: Path | None, other: str, second: Path | None) -> None:
+    if (first is None) != (second is None):
+        given, missing = (one, other) if second is None else (other, one)
+        raise ServerUsageError(f"{given} needs {missing}")

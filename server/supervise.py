@@ -1,0 +1,184 @@
+"""Keep a server answering: watch it, replace it when it fails, give up when that does not help.
+
+Triton neither restarts a model instance that died nor says so in its readiness, so a failure ends
+the whole server, and a new one takes its ports.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from .errors import ServerError, ServerStartError
+from .ports import Ports
+
+_POLL_S = 0.25
+# A server that failed has little to finish: what still runs there gets a moment, no more.
+_STOP_PATIENCE_S = 1.0
+DEFAULT_MAX_RESTARTS = 5
+
+
+class Supervised(Protocol):
+    """What a supervisor needs of a server; `launcher.TritonServer` has it."""
+
+    ports: Ports
+
+    @property
+    def pid(self) -> int:
+        """Id of its process."""
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+
+    def stop(self, patience_s: float | None = None) -> None:
+        """End all its processes."""
+
+
+class Watcher(Protocol):
+    """What looks after one running server; `watch.Watch` does."""
+
+    def look(self, now: float) -> str:
+        """What failed, in one line; an empty string if nothing did."""
+
+    def close(self) -> None:
+        """Stop watching."""
+
+
+Server = TypeVar("Server", bound=Supervised)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """When to start again, and when not.
+
+    Attributes:
+        max_restarts: restarts without a healthy period between them before it gives up.
+        first_delay_s: seconds before the second restart in a row; the first follows at once.
+            Each further one waits twice as long.
+        longest_delay_s: limit of that.
+        healthy_s: a server that answered for so many seconds was healthy: the count begins anew.
+    """
+
+    max_restarts: int = DEFAULT_MAX_RESTARTS
+    first_delay_s: float = 1.0
+    longest_delay_s: float = 30.0
+    healthy_s: float = 60.0
+
+    def delay_s(self, restarts: int) -> float:
+        """Seconds to wait before the next restart.
+
+        Args:
+            restarts: restarts in a row before it.
+        """
+        if restarts == 0:
+            return 0.0
+        return min(self.longest_delay_s, self.first_delay_s * 2.0 ** (restarts - 1))
+
+
+class Supervisor(Generic[Server]):
+    """Runs one server after another, never two, on the ports of the first.
+
+    Attributes:
+        server: the server that runs, or ran last.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        make_server: Callable[[Ports], Server],
+        make_watch: Callable[[Server], Watcher],
+        say: Callable[[str], None],
+        *,
+        rules: Rules | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Say what to run; nothing starts yet.
+
+        Args:
+            server: the first server, whose start is the caller's: one that does not come up at
+                all is no reason to try again.
+            make_server: makes another one, not started, on these ports.
+            make_watch: makes what looks after a server that has just started.
+            say: called with one line per event.
+            rules: when to start again.
+            sleep: waits for so many seconds.
+            clock: the time in seconds.
+        """
+        self.server = server
+        self._make_server = make_server
+        self._make_watch = make_watch
+        self._say = say
+        self._rules = rules or Rules()
+        self._sleep = sleep
+        self._clock = clock
+        self._restarts = 0
+        self._answering_since: float | None = None
+
+    def run(self) -> None:
+        """Watch the server, which answers, and restart it until interrupted.
+
+        Raises:
+            ServerStartError: too many restarts in a row; nothing is left running.
+        """
+        self._answering_since = self._clock()
+        while True:
+            self._recover(self._wait_for_failure())
+
+    def stop(self) -> None:
+        """Stop the server; does nothing if none runs."""
+        self.server.stop()
+
+    def _wait_for_failure(self) -> str:
+        watch = self._make_watch(self.server)
+        try:
+            while not (failure := watch.look(self._clock())):
+                self._sleep(_POLL_S)
+            return failure
+        finally:
+            watch.close()
+
+    def _recover(self, failure: str) -> None:
+        failed_at = self._clock()
+        log_tail = ""
+        while True:
+            self._say(f"failure: {failure}")
+            self._stop_failed()
+            delay_s = self._next_delay(failed_at, failure, log_tail)
+            number = f"restart {self._restarts} of {self._rules.max_restarts}"
+            self._say(f"{number} {f'in {delay_s:g} s' if delay_s else 'now'}")
+            self._sleep(delay_s)
+            try:
+                self.server = self._make_server(self.server.ports)
+                self.server.start()
+            except ServerError as error:
+                failure = f"{number} did not come up: {error}"
+                log_tail = getattr(error, "log_tail", "")
+                continue
+            self._answering_since = self._clock()
+            took_s = self._answering_since - failed_at
+            self._say(f"answering again after {took_s:.1f} s, process {self.server.pid}")
+            return
+
+    def _stop_failed(self) -> None:
+        began = self._clock()
+        self.server.stop(_STOP_PATIENCE_S)
+        self._say(f"stopped what was left of it in {self._clock() - began:.1f} s")
+
+    def _next_delay(self, failed_at: float, failure: str, log_tail: str) -> float:
+        """Count one more restart and say how long to wait before it."""
+        since = self._answering_since
+        if since is not None and failed_at - since >= self._rules.healthy_s:
+            self._restarts = 0
+        self._answering_since = None
+        if self._restarts >= self._rules.max_restarts:
+            raise ServerStartError(
+                f"gave up after {self._restarts} restarts without {self._rules.healthy_s:g} s of "
+                f"health between them, and nothing runs now; the last failure: {failure}",
+                log_tail=log_tail,
+            )
+        delay_s = self._rules.delay_s(self._restarts)
+        self._restarts += 1
+        return delay_s

@@ -1,0 +1,163 @@
+"""TLS on the gRPC port: the files, checked against each other before a server is started.
+
+A wrong file would otherwise show as a server that is never ready, or as clients that are refused
+for no reason they are told. So the handshake that clients will make is made here first, in memory.
+"""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from .channel import Channel
+from .errors import ServerUsageError
+
+HOW_TO_MAKE = (
+    "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 30 "
+    "-subj /CN=localhost -addext subjectAltName=DNS:localhost,IP:127.0.0.1 "
+    "-keyout tls.key -out tls.crt"
+)
+
+
+@dataclass(frozen=True)
+class Tls:
+    """The files of the gRPC port's TLS, all PEM.
+
+    Attributes:
+        certificate: the server's certificate, with its intermediate ones after it.
+        key: its private key, without a password.
+        client_ca: clients must show a certificate of this authority; None asks for none.
+        own_certificate: shown by this program's own calls where `client_ca` asks for one; the
+            server's certificate if not given.
+        own_key: private key of `own_certificate`.
+    """
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None = None
+    own_certificate: Path | None = None
+    own_key: Path | None = None
+
+    def arguments(self) -> list[str]:
+        """Tritonserver's arguments, with absolute paths: it starts in another folder."""
+        arguments = [
+            "--grpc-use-ssl=true",
+            f"--grpc-server-cert={self.certificate.absolute()}",
+            f"--grpc-server-key={self.key.absolute()}",
+        ]
+        if self.client_ca is not None:
+            arguments += [
+                "--grpc-use-ssl-mutual=true",
+                f"--grpc-root-cert={self.client_ca.absolute()}",
+            ]
+        return arguments
+
+    def channel(self) -> Channel:
+        """Check the files, and keep what our own calls need of them.
+
+        Our calls trust this one certificate and nothing else. They keep what the files hold now,
+        which is what the server reads at its start: files renewed later change nothing for either.
+
+        Raises:
+            ServerUsageError: a file is missing or not PEM, the key is not the certificate's, the
+                certificate is out of date, or `client_ca` does not accept our own.
+        """
+        own = self._own_pair()
+        name = _name_of(self._handshake(own))
+        if name is None:
+            raise ServerUsageError(
+                f"the certificate {self.certificate} holds no host name, so no client can check "
+                f"it; make one with a subjectAltName, such as {HOW_TO_MAKE}"
+            )
+        chain, key = (own[0].read_bytes(), own[1].read_bytes()) if own else (None, None)
+        credentials = grpc.ssl_channel_credentials(self.certificate.read_bytes(), key, chain)
+        return Channel(credentials, name)
+
+    def _own_pair(self) -> tuple[Path, Path] | None:
+        if self.client_ca is None:
+            return None
+        if self.own_certificate is None or self.own_key is None:
+            return self.certificate, self.key
+        return self.own_certificate, self.own_key
+
+    def _handshake(self, own: tuple[Path, Path] | None) -> dict[str, Any]:
+        """Let a client and a server with these files meet; returns the server's certificate."""
+        server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        _load_pair(server, self.certificate, self.key)
+        client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        client.check_hostname = False  # Which name to check is what this is to find out.
+        client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # Trusts a certificate, not its CA.
+        _load_authority(client, self.certificate)
+        if self.client_ca is not None:
+            server.verify_mode = ssl.CERT_REQUIRED
+            _load_authority(server, self.client_ca)
+        if own is not None:
+            _load_pair(client, *own)
+        to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+        asking = client.wrap_bio(to_client, to_server)
+        answering = server.wrap_bio(to_server, to_client, server_side=True)
+        for _ in range(4):  # TLS 1.3 needs two turns, TLS 1.2 three.
+            _step(asking, f"the certificate {self.certificate} is not valid")
+            _step(
+                answering,
+                f"{self.client_ca} does not accept the certificate of our own checks, "
+                f"{own[0] if own else ''}; give --tls-own-cert and --tls-own-key",
+            )
+        return dict(asking.getpeercert() or {})
+
+
+def _load_pair(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
+    _require_readable(certificate)
+    _require_readable(key)
+    try:
+        # A password would be asked for at the terminal.
+        context.load_cert_chain(certificate, key, password="")
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            problem = f"{key} is not the private key of the certificate {certificate}"
+        else:
+            problem = f"{certificate} and {key} are not a PEM certificate and its unencrypted key"
+        raise ServerUsageError(f"{problem}; a pair for tests: {HOW_TO_MAKE}") from error
+
+
+def _load_authority(context: ssl.SSLContext, authority: Path) -> None:
+    _require_readable(authority)
+    try:
+        context.load_verify_locations(authority)
+    except ssl.SSLError as error:
+        raise ServerUsageError(f"{authority} is not a PEM certificate") from error
+
+
+def _require_readable(path: Path) -> None:
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise ServerUsageError(f"the TLS file {path} cannot be read ({error.strerror})") from error
+
+
+def _step(side: ssl.SSLObject, otherwise: str) -> None:
+    try:
+        side.do_handshake()
+    except ssl.SSLWantReadError:
+        return
+    except ssl.SSLError as error:
+        reason = getattr(error, "verify_message", "") or error.reason or str(error)
+        raise ServerUsageError(f"{otherwise} ({reason})") from error
+
+
+def _name_of(certificate: dict[str, Any]) -> str | None:
+    """A name that the certificate is good for: of a host, else an address, else its common one."""
+    names = list(certificate.get("subjectAltName", ()))
+    hosts = [value.replace("*", "check", 1) for kind, value in names if kind == "DNS"]
+    addresses = [value for kind, value in names if kind == "IP Address"]
+    common = [
+        value
+        for group in certificate.get("subject", ())
+        for kind, value in group
+        if kind == "commonName"
+    ]
+    return next(iter([*hosts, *addresses, *common]), None)

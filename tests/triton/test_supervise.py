@@ -1,0 +1,244 @@
+"""`python -m server --supervise` against real faults of a real server."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import tritonclient.grpc as triton
+
+from client import GrpcClient
+from server.backend_directory import STUB_NAME
+from server.shared_memory import SHM_DIRECTORY
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def is_alive(pid: int) -> bool:
+    # An orphan that nobody has reaped yet is dead.
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+class Supervised:
+    """The command line, what it says on stderr, and the processes below it."""
+
+    def __init__(self, repository: Path, *arguments: object) -> None:
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "server", "--supervise", "--free-ports", "--json"),
+                *("--repository", str(repository), *map(str, arguments)),
+            ],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+        assert self.process.stdout is not None
+        self.facts = json.loads(self.process.stdout.readline())
+        self.url = self.facts["grpc_url"]
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line.rstrip())
+
+    def below(self) -> list[psutil.Process]:
+        found = []
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                if child.status() != psutil.STATUS_ZOMBIE:
+                    found.append(child)
+            except psutil.NoSuchProcess:
+                continue
+        return found
+
+    def servers(self) -> list[int]:
+        return [child.pid for child in self.below() if child.name() == "tritonserver"]
+
+    def stub(self, model: str) -> int:
+        """An instance of a model."""
+        for child in self.below():
+            arguments = child.cmdline()
+            if arguments and Path(arguments[0]).name == STUB_NAME and f"/{model}/" in arguments[1]:
+                return child.pid
+        raise AssertionError(f"no instance of {model}")
+
+    def segments(self) -> set[str]:
+        return {path.name for path in SHM_DIRECTORY.glob(f"triton_{self.process.pid}_*")}
+
+    def wait_for(self, text: str, timeout_s: float = 120) -> float:
+        """Wait for a line with this text; returns the seconds that took."""
+        began = time.monotonic()
+        while time.monotonic() - began < timeout_s:
+            if any(text in line for line in self.lines):
+                return time.monotonic() - began
+            time.sleep(0.02)
+        raise AssertionError("\n".join(self.lines))
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        code = self.process.wait(timeout=90)
+        self._reader.join()
+        return code
+
+
+@pytest.fixture
+def supervised(build: Path) -> Iterator[Supervised]:
+    running = Supervised(build / "model_repository")
+    yield running
+    running.end()
+
+
+@pytest.mark.parametrize(
+    ("model", "number", "what"),
+    [
+        ("router", signal.SIGKILL, "1 of 2 instances of router (version 1) ended"),
+        ("preprocess", signal.SIGKILL, "1 of 2 instances of preprocess (version 1) ended"),
+        ("vit_low", signal.SIGSTOP, "vit_low"),
+        ("vit_high", signal.SIGSTOP, "vit_high"),
+        ("", signal.SIGKILL, "tritonserver ended by itself (exit code 137)"),
+    ],
+)
+def test_a_fault_is_healed_by_one_new_server_on_the_same_ports(
+    supervised: Supervised, crops: list[bytes], model: str, number: signal.Signals, what: str
+):
+    with GrpcClient(supervised.url) as client:
+        before = client.infer(crops[:8])
+    segments, old = supervised.segments(), supervised.servers()
+    os.kill(supervised.stub(model) if model else old[0], number)
+    seen_s = supervised.wait_for("failure: ")
+    supervised.wait_for("answering again")
+    assert seen_s < 10
+    assert what in next(line for line in supervised.lines if "failure: " in line)
+    assert not any(is_alive(pid) for pid in old)
+    assert len(supervised.servers()) == 1
+    assert len(supervised.segments()) == len(segments)
+    assert not supervised.segments() & segments
+    with GrpcClient(supervised.url) as client:
+        after = client.infer(crops[:8])
+    assert [p.escalated for p in after] == [p.escalated for p in before]
+    assert {p.escalated for p in after} == {True, False}
+    np.testing.assert_allclose(
+        [p.embedding for p in after], [p.embedding for p in before], rtol=1e-4, atol=1e-5
+    )
+    assert supervised.end() == 0
+    assert supervised.segments() == set()
+
+
+def test_a_repository_that_does_not_load_again_ends_it_and_leaves_nothing(
+    build: Path, tmp_path: Path
+):
+    repository = shutil.copytree(build / "model_repository", tmp_path / "model_repository")
+    log = tmp_path / "triton.log"
+    supervised = Supervised(repository, "--max-restarts", 1, "--log", log)
+    everyone, (server,) = supervised.below(), supervised.servers()
+    (repository / "router" / "1" / "calibration.json").write_text("{}")
+    os.kill(server, signal.SIGKILL)
+    assert supervised.process.wait(timeout=120) == 1
+    supervised.end()
+    last = supervised.lines[-1]
+    assert last.startswith("error: gave up after 1 restarts without 60 s of health")
+    assert "model 'router' failed to load" in last
+    assert sum("gave up" in line for line in supervised.lines) == 1
+    assert not any(is_alive(process.pid) for process in everyone)
+    assert supervised.segments() == set()
+    assert "successfully loaded 'router'" in (tmp_path / "triton.log.previous").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_it_restarts_ends_it_cleanly(supervised: Supervised, number: signal.Signals):
+    os.kill(supervised.servers()[0], signal.SIGKILL)
+    supervised.wait_for("restart 1 of 5 now")
+    time.sleep(0.5)
+    everyone = supervised.below()
+    assert supervised.end(number) == 0
+    assert not any(is_alive(process.pid) for process in everyone)
+    assert supervised.segments() == set()
+    assert not any("Traceback" in line for line in supervised.lines)
+
+
+def test_reloading_and_unloading_a_model_is_no_failure(build: Path, crops: list[bytes]):
+    supervised = Supervised(build / "model_repository", "--allow-reload")
+    try:
+        first = supervised.servers()
+        with (
+            triton.InferenceServerClient(supervised.url) as control,
+            GrpcClient(supervised.url) as client,
+        ):
+            control.load_model("router")
+            time.sleep(5)
+            control.unload_model("vit_high")
+            supervised.wait_for("vit_high is not served any more")
+            time.sleep(8)
+            control.load_model("vit_high")
+            supervised.wait_for("vit_high is served again")
+            assert client.infer(crops[:1], policy="high")[0].escalated
+        assert supervised.servers() == first
+        assert not any("failure" in line for line in supervised.lines)
+    finally:
+        supervised.end()
+
+
+# --- a deadlock --------------------------------------------------------------------------------
+
+IMAGE = "input [ { name: 'image' data_type: TYPE_FP32 dims: [ 3, 4, 4 ] } ]"
+BYTES = "input [ { name: 'image_bytes' data_type: TYPE_STRING dims: [ 1 ] } ]"
+CONFIG = """backend: "python"
+max_batch_size: 4
+INPUT
+output [ { name: "embedding" data_type: TYPE_FP32 dims: [ 1 ] } ]
+instance_group [ { kind: KIND_CPU count: 1 } ]
+"""
+MODEL = """
+import os, time
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    def execute(self, requests):
+        while os.path.exists(HANG):
+            time.sleep(0.1)
+        answer = pb_utils.Tensor("embedding", np.zeros((1, 1), np.float32))
+        return [pb_utils.InferenceResponse([answer]) for _ in requests]
+"""
+
+
+def test_a_rung_that_hangs_with_its_process_alive_is_seen_within_10_s(tmp_path: Path):
+    repository, hang = tmp_path / "repository", tmp_path / "hang"
+    models = {"adaptive_vit": BYTES, "preprocess": BYTES, "vit_low": IMAGE, "vit_high": IMAGE}
+    for name, tensors in models.items():
+        folder = repository / name / "1"
+        folder.mkdir(parents=True)
+        (folder.parent / "config.pbtxt").write_text(CONFIG.replace("INPUT", tensors))
+        where = str(hang) if name == "vit_high" else ""
+        (folder / "model.py").write_text(MODEL.replace("HANG", repr(where)))
+    supervised = Supervised(repository)
+    try:
+        time.sleep(3)
+        assert not supervised.lines or "failure" not in "".join(supervised.lines)
+        hang.touch()
+        seen_s = supervised.wait_for("failure: vit_high gave no answer within 5 s")
+        hang.unlink()
+        supervised.wait_for("answering again")
+        assert seen_s < 10
+        assert len(supervised.servers()) == 1
+    finally:
+        supervised.end()
