@@ -1,0 +1,138 @@
+"""deploy/observability in a real Prometheus that scrapes the real server."""
+
+import json
+import re
+import subprocess
+import time
+import urllib.request
+from urllib.parse import urlsplit
+
+import pytest
+
+from client import GrpcClient
+from export.repository import assemble
+from export.settings import Settings
+from export.versions import add_version
+from server import TritonServer
+from tests.triton.prometheus import Prometheus, find
+from tests.unit.observability import FOLDER, alerts, expressions, panel_expressions, rules
+from tests.unit.promql import grouping_labels, metric, selectors
+
+REQUESTS = 12  # of 32 images each: enough for the audit to be sure
+
+
+@pytest.fixture(scope="module")
+def watched(build, rung_set, tmp_path_factory):
+    """A server with all there is to watch: an audit, a shadow, and a certificate it cannot keep.
+
+    Hardly any two embeddings are as close as the fidelity asks for, so that of the images kept low
+    nearly all have a loss.
+    """
+    folder = tmp_path_factory.mktemp("watched")
+    artifact = json.loads((build / "calibration.json").read_text())
+    artifact["chosen_by"] |= {"fidelity": "cosine", "tolerance": 1e-9}
+    artifact["certificate"] = {"certified": True, "epsilon": 0.05}
+    (folder / "calibration.json").write_text(json.dumps(artifact))
+    artifact["threshold"] *= 1.05
+    (folder / "candidate.json").write_text(json.dumps(artifact))
+    settings = Settings(audit_fraction=1.0)
+    repository = assemble(rung_set, folder / "calibration.json", folder / "repository", settings)
+    add_version(repository, folder / "candidate.json", shadow_fraction=1.0)
+    with TritonServer(repository, free_ports=True) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def prometheus(watched, crops, tmp_path_factory):
+    """Prometheus, with some traffic to show."""
+    target = urlsplit(watched.metrics_url).netloc
+    with Prometheus(target, tmp_path_factory.mktemp("prometheus")) as running:
+        with GrpcClient(watched.grpc_url) as client:
+            for _ in range(REQUESTS):
+                client.infer(crops[:32])
+        running.wait_for(f"sum(adaptive_vit_images_total) >= {32 * REQUESTS}")
+        running.wait_for("count(adaptive_vit:error_ratio:rate5m)")
+        yield running
+
+
+def promtool(*arguments):
+    command = [find() / "promtool", *arguments]
+    done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def missing(prometheus, wanted):
+    """Those selectors that no series answers to."""
+    return sorted(s for s in wanted if not prometheus.get("series", **{"match[]": s}))
+
+
+# --- the files ---------------------------------------------------------------------------------
+
+
+def test_promtool_finds_nothing_wrong_with_the_files():
+    promtool("check", "config", "prometheus.yml")
+    assert f"{len(rules())} rules found" in promtool("check", "rules", "alerts.yml")
+
+
+def test_each_alert_fires_on_its_fault_and_none_while_all_is_well():
+    assert "SUCCESS" in promtool("test", "rules", "alerts_test.yml")
+
+
+# --- against the server ------------------------------------------------------------------------
+
+
+def test_every_rule_is_evaluated_without_an_error(prometheus):
+    groups = prometheus.get("rules")["groups"]
+    found = [rule for group in groups for rule in group["rules"]]
+    assert len(found) == len(rules())
+    deadline = time.monotonic() + 30
+    while any(rule["health"] == "unknown" for rule in found) and time.monotonic() < deadline:
+        time.sleep(0.5)
+        groups = prometheus.get("rules")["groups"]
+        found = [rule for group in groups for rule in group["rules"]]
+    assert {rule["name"]: rule["health"] for rule in found if rule["health"] != "ok"} == {}
+
+
+def test_every_series_that_the_files_name_exists(prometheus):
+    named = {selector for expression in expressions() for selector in selectors(expression)}
+    scraped = {selector for selector in named if ":" not in metric(selector)}
+    assert len({metric(selector) for selector in scraped}) > 20
+    assert missing(prometheus, scraped) == []
+    # Which would be found, as would a misspelt label or value.
+    wrong = ['adaptive_vit_images_total{path="hihg"}', "adaptive_vit_request_total"]
+    assert missing(prometheus, wrong) == wrong
+
+
+def test_every_label_that_the_files_group_by_exists(prometheus):
+    named = {label for expression in expressions() for label in grouping_labels(expression)}
+    assert named <= set(prometheus.get("labels"))
+
+
+def test_every_expression_of_the_dashboard_gets_an_answer(prometheus):
+    empty = [title for title, expr in panel_expressions() if not prometheus.query(expr)]
+    # Compares with the day before, which a Prometheus as young as this one has not seen.
+    assert set(empty) == {"Distance of the scores from the day before"}
+
+
+def test_what_the_router_counts_is_on_the_dashboard_or_in_the_rules(watched):
+    with urllib.request.urlopen(watched.metrics_url, timeout=30) as response:
+        # Prometheus 3 refuses a scrape without it.
+        assert response.headers["Content-Type"].startswith("text/plain")
+        families = set(re.findall(r"^# TYPE (adaptive_vit_\w+)", response.read().decode(), re.M))
+    used = {metric(s) for expression in expressions() for s in selectors(expression)}
+    used = {re.sub(r"_(bucket|count|sum)$", "", name) for name in used}
+    assert families and families <= used
+
+
+def test_a_contradicted_certificate_raises_its_alert_with_the_figures_filled_in(prometheus):
+    name = "AdaptiveVitCertificateContradicted"
+    prometheus.wait_for(f'ALERTS{{alertname="{name}", alertstate="firing", version="1"}}')
+    found = [a for a in prometheus.get("alerts")["alerts"] if a["labels"]["alertname"] == name]
+    assert {alert["labels"]["severity"] for alert in found} == {"critical"}
+    assert all("router version 1 at 127.0.0.1:" in a["annotations"]["summary"] for a in found)
+    assert {a["annotations"]["description"] for a in found} == {
+        alerts()[name]["annotations"]["description"]
+    }
+    (risk,) = prometheus.query('adaptive_vit:realised_risk:increase1d{version="1"}')
+    assert float(risk["value"][1]) > 0.05
