@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo perf original test test-slow lint format clean
+.PHONY: help install demo perf original test test-faults test-slow lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -45,6 +45,9 @@ original: $(INSTALLED)  ## the tables of the research script this began with, me
 
 test: $(INSTALLED)  ## unit tests, then tests against a real tritonserver
 	$(PY) -m pytest tests/unit tests/triton
+
+test-faults: $(INSTALLED)  ## half an hour: kill, hang, starve and flood a server under load; a table of what happened
+	$(PY) -m pytest tests/faults --log-cli-level=INFO
 
 test-slow: $(INSTALLED)  ## a minute: exports of real weights
 	$(PY) -m pytest tests/slow

@@ -91,7 +91,8 @@ def update(repository: Path, texts: Mapping[str, str], added: str = "", removed:
                 after[path.relative_to(repository).as_posix()] = sha256_file(path)
     for name, text in texts.items():
         after[name] = hashlib.sha256(text.encode()).hexdigest()
-    replaced = {name: before[name] for name in texts}
+    # As they lie there, which after an interrupted update may be what that one was to replace.
+    replaced = {name: sha256_file(repository / name) for name in texts}
     # All are written before the first is renamed: a disk is full before anything has changed.
     steps = [(NAME, _text(after, replaced)), *texts.items(), (NAME, _text(after, {}))]
     fresh: list[Path] = []

@@ -237,9 +237,29 @@ def test_a_sudden_end_between_any_two_renames_leaves_what_verifies(
     change(repository, artifact)
     manifest.verify(repository)
     assert len(found) == 4  # the manifest, both configs, the manifest
+    monkeypatch.undo()
+    for number in range(4):  # whatever was left, a switch completes it
+        switch(tmp_path / f"killed-{number}", 1)
+        manifest.verify(tmp_path / f"killed-{number}")
     for versions in (*found, Versions.load(repository)):
         assert versions.live in versions.served
         assert versions.shadow in (0, *versions.served)
+
+
+def test_a_second_sudden_end_leaves_what_verifies_too(repository, artifact, monkeypatch):
+    add_version(repository, artifact)
+    rename = Path.replace
+    for renames in (1, 1, 2, 1, 3):
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "replace", failing_at(rename, renames))
+            with pytest.raises(OSError, match="No space"):
+                switch(repository, 3 - Versions.load(repository).live)
+        manifest.verify(repository)
+    switch(repository, 2)
+    assert json.loads((repository / manifest.NAME).read_text()).keys() == {
+        "schema_version",
+        "files",
+    }
 
 
 # --- switched to and dropped ---------------------------------------------------------------------

@@ -83,7 +83,8 @@ def deployed(tmp_path, monkeypatch):
 
 def config(**changed):
     parameters = {k: {"string_value": v} for k, v in {**DEFAULTS, **changed}.items()}
-    return {"parameters": parameters, "max_batch_size": 32}
+    queue = {"default_queue_policy": {"max_queue_size": 64}}
+    return {"parameters": parameters, "max_batch_size": 32, "dynamic_batching": queue}
 
 
 # --- settings ------------------------------------------------------------------------------------
@@ -215,7 +216,7 @@ def make_metrics(deployed):
 
     def make(calibration=None, candidate=0):
         calibration = calibration or make_calibration(**CERTIFIED)
-        made.append(deployed("metrics").Metrics("1", calibration, "ab" * 32, candidate))
+        made.append(deployed("metrics").Metrics("1", calibration, "ab" * 32, candidate, 64))
         return made[-1]
 
     yield make
@@ -240,6 +241,7 @@ def test_counts_reach_triton_as_sums(make_metrics):
 
 def test_identity_threshold_and_certified_risk_are_told(make_metrics):
     make_metrics()
+    assert value("queue_limit") == 64
     assert value("threshold") == 0.5 and value("certified_risk") == 0.05
     assert (
         value("router_info", artifact="ab" * 6, signal="cls_path", low="0" * 12, high="1" * 12) == 1

@@ -63,10 +63,16 @@ class Metrics:
         calibration: for the identity, the threshold and the buckets of the score.
         artifact: SHA-256 of calibration.json.
         candidate: version that runs in the shadow; 0: none.
+        queue_limit: requests that may wait for the router.
     """
 
     def __init__(
-        self, version: str, calibration: Calibration, artifact: str, candidate: int
+        self,
+        version: str,
+        calibration: Calibration,
+        artifact: str,
+        candidate: int,
+        queue_limit: int,
     ) -> None:
         self._version = version
         self._lock = threading.Lock()
@@ -75,7 +81,7 @@ class Metrics:
         self._families: dict[str, Any] = {}  # a metric ends with its family
         self._metrics: dict[_Key, Any] = {}
         self._add_counters(candidate)
-        self._add_gauges(calibration, artifact)
+        self._add_gauges(calibration, artifact, queue_limit)
         self._add_histograms(calibration)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
@@ -141,8 +147,10 @@ class Metrics:
             labels = {"candidate": str(candidate), "outcome": outcome}
             self._add("shadow_images_total", text, counter, labels)
 
-    def _add_gauges(self, calibration: Calibration, artifact: str) -> None:
+    def _add_gauges(self, calibration: Calibration, artifact: str, queue_limit: int) -> None:
         gauge = pb_utils.MetricFamily.GAUGE
+        text = "Requests that may wait for the router; more are refused."
+        self._add("queue_limit", text, gauge, {}).set(queue_limit)
         self._add("images_in_flight", "Images that the router is working on.", gauge, {})
         identity = {
             "artifact": artifact[:_HASH_LENGTH],

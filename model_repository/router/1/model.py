@@ -68,7 +68,9 @@ class TritonPythonModel:
         # A version that runs in the shadow of another has no shadow itself.
         candidate = self.settings.shadow_version if self.settings.shadow_version != version else 0
         artifact = manifest.sha256_file(_version_dir() / "calibration.json")
-        self.metrics = Metrics(str(version), self.calibration, artifact, candidate)
+        self.metrics = Metrics(
+            str(version), self.calibration, artifact, candidate, self.settings.queue_limit
+        )
         self.watch = Watch(
             self.settings,
             self.calibration,

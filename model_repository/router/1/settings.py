@@ -23,6 +23,7 @@ class Settings:
         audit_fraction: share of images whose realised risk is measured, 0..1.
         shadow_version: version of the router whose artifact is tried beside this one's; 0: none.
         shadow_fraction: share of images that it sees, 0..1.
+        queue_limit: requests that may wait for the router.
     """
 
     degrade_on_high_failure: bool
@@ -32,6 +33,7 @@ class Settings:
     audit_fraction: float
     shadow_version: int
     shadow_fraction: float
+    queue_limit: int
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Settings:
@@ -59,6 +61,7 @@ class Settings:
             audit_fraction=_number(given, "audit_fraction", 0, 1),
             shadow_version=int(_number(given, "shadow_version", 0, math.inf)),
             shadow_fraction=_number(given, "shadow_fraction", 0, 1),
+            queue_limit=config["dynamic_batching"]["default_queue_policy"]["max_queue_size"],
         )
 
 

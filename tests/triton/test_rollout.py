@@ -1,0 +1,376 @@
+"""Another calibration beside the served one, switched to and back from while clients ask."""
+
+import json
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections import Counter
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+from tritonclient.utils import InferenceServerException
+
+from client import ClientError, GrpcClient, HttpClient
+from routing import manifest
+from routing.versions import Versions
+from server import AdminKey, Security, Tls, TritonServer
+from tests.triton.conftest import ROOT, run_command
+from tests.unit.certificate_files import authority, issued
+
+BATCH = 6
+WAIT_S = 60.0
+
+
+def try_command(*arguments):
+    """Run `python -m ...` that is to fail; returns its exit code and its one line of complaint."""
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout == "" and len(done.stderr.splitlines()) == 1, done.stdout + done.stderr
+    return done.returncode, done.stderr
+
+
+def add_version(repository, artifact, *more):
+    options = ("--calibration", artifact, "--out", repository, *more)
+    return run_command("export", "repository", "--add-version", *options)
+
+
+def drop(repository, version):
+    run_command("export", "versions", "--repository", repository, "--drop", version)
+
+
+def rollout(server, repository, *more, run=run_command):
+    url = ("--url", server.grpc_url)
+    return run("server", "rollout", "--repository", repository, *url, *more)
+
+
+def refused_rollout(server, repository, *more):
+    return rollout(server, repository, *more, run=try_command)
+
+
+def serving(repository, allow_reload=True):
+    security = Security(allow_reload=allow_reload)
+    return TritonServer(repository, free_ports=True, security=security)
+
+
+def flip_a_bit(path):
+    """What a bad disk does to a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def assembled(build, artifact, folder):
+    run_command(
+        *("export", "repository", "--onnx", build / "onnx", "--calibration", artifact),
+        *("--out", folder / "repository", "--client-parameters", "any"),
+    )
+    return folder / "repository"
+
+
+@pytest.fixture(scope="module")
+def artifacts(build, images, server, tmp_path_factory):
+    """The session's artifact, and the same score with another threshold."""
+    with GrpcClient(server.grpc_url) as client:
+        scores = [answer.score for answer in client.infer_tensor(images)]
+    second = tmp_path_factory.mktemp("second") / "calibration.json"
+    run_command(
+        *("calibration", "fit", "--threshold", float(np.median(scores)), "--onnx", build / "onnx"),
+        *("--outputs", build / "outputs.npz", "--out", second),
+    )
+    return build / "calibration.json", second
+
+
+@pytest.fixture
+def repository(build, artifacts, tmp_path):
+    """A repository of a test's own, with the first artifact."""
+    return assembled(build, artifacts[0], tmp_path)
+
+
+@pytest.fixture(scope="module")
+def reloadable(build, artifacts, tmp_path_factory):
+    """A server that loads models when told to, and its repository, which tests leave as it is."""
+    repository = assembled(build, artifacts[0], tmp_path_factory.mktemp("reloadable"))
+    with serving(repository) as server:
+        yield server, repository
+
+
+class Question:
+    """One batch, and each version's right answers to it from the rungs and thresholds alone."""
+
+    def __init__(self, server, artifacts, images, crops):
+        thresholds = [json.loads(path.read_text())["threshold"] for path in artifacts]
+        with GrpcClient(server.grpc_url) as client:
+            scores = np.array([answer.score for answer in client.infer_tensor(images)])
+            chosen = np.argsort(scores)[np.linspace(0, len(scores) - 1, BATCH).astype(int)]
+            self.images, self.crops = images[chosen], [crops[index] for index in chosen]
+            low = client.infer_tensor(self.images, policy="low")
+            high = client.infer_tensor(self.images, policy="high")
+        embeddings = [np.stack([answer.embedding for answer in rung]) for rung in (low, high)]
+        self._right = {}
+        for version, threshold in enumerate(thresholds, start=1):
+            escalated = scores[chosen] > threshold
+            self._right[version] = escalated, np.where(escalated[:, np.newaxis], *embeddings[::-1])
+        assert (self._right[1][0] != self._right[2][0]).any()  # else every answer suits both
+
+    def version_of(self, answers):
+        """Which version gave these answers; None: they are right for neither."""
+        for version, (escalated, embeddings) in self._right.items():
+            if [answer.escalated for answer in answers] == escalated.tolist():
+                found = np.stack([answer.embedding for answer in answers])
+                if np.allclose(found, embeddings, rtol=1e-3, atol=1e-4):
+                    return version
+        return None
+
+
+@pytest.fixture(scope="module")
+def question(server, artifacts, images, crops):
+    return Question(server, artifacts, images, crops)
+
+
+class Traffic:
+    """Clients that neither pause nor try again; `found` is what became of their requests."""
+
+    def __init__(self, server, question):
+        grpc, http = server.grpc_url, server.http_url
+        self.found = Counter()
+        self._question = question
+        self._stop = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._ask, args=arguments)
+            for arguments in (
+                ("ensemble", GrpcClient, grpc),
+                ("ensemble", HttpClient, http),
+                ("router", GrpcClient, grpc),
+                ("pinned", HttpClient, http),
+            )
+        ]
+
+    def _ask(self, kind, protocol, url):
+        with protocol(url, retry=None) as client:
+            while not self._stop.is_set():
+                try:
+                    if kind == "ensemble":
+                        answers = client.infer(self._question.crops)
+                    else:
+                        version = 1 if kind == "pinned" else None
+                        answers = client.infer_tensor(self._question.images, version=version)
+                    outcome = self._question.version_of(answers)
+                except Exception as error:
+                    outcome = str(error)
+                self.found[kind, outcome] += 1
+
+    def goes_on(self):
+        """Wait until clients have had a good many answers more."""
+        enough, deadline = self.found.total() + 20, time.monotonic() + WAIT_S
+        while self.found.total() < enough:
+            assert time.monotonic() < deadline, f"no answers any more; so far {self.found}"
+            time.sleep(0.05)
+
+    def __enter__(self):
+        for thread in self._threads:
+            thread.start()
+        self.goes_on()
+        return self
+
+    def __exit__(self, *error):
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def versions_that_answer(server, question):
+    """Of the ensemble, of a request pinned to 1, of one pinned to 2 (None: not there)."""
+    with GrpcClient(server.grpc_url, retry=None) as client:
+        found = [question.version_of(client.infer(question.crops))]
+        for version in (1, 2):
+            try:
+                answers = client.infer_tensor(question.images, version=version)
+            except ClientError:
+                found.append(None)
+            else:
+                found.append(question.version_of(answers))
+    return found
+
+
+def wait_for_disagreement(server):
+    """Until images were counted that one of the two versions alone would escalate."""
+    pattern = r'adaptive_vit_shadow_images_total{(.*outcome="only_.*)} ([1-9]\d*)'
+    deadline = time.monotonic() + WAIT_S
+    while True:
+        with urllib.request.urlopen(server.metrics_url, timeout=WAIT_S) as answer:
+            found = re.findall(pattern, answer.read().decode())
+        if found:
+            assert all('candidate="2"' in labels for labels, _ in found)
+            return
+        assert time.monotonic() < deadline, "the shadow has seen no difference"
+        time.sleep(0.1)
+
+
+# --- while clients ask -------------------------------------------------------------------------
+
+
+def test_no_request_fails_while_a_version_comes_answers_and_goes_back(
+    repository, artifacts, question
+):
+    with serving(repository) as server, Traffic(server, question) as traffic:
+        assert versions_that_answer(server, question) == [1, 1, None]
+        added = add_version(repository, artifacts[1], "--shadow", "0.5")
+        assert "added router/2" in added
+        traffic.goes_on()  # it lies there, and nobody has loaded it
+        assert versions_that_answer(server, question) == [1, 1, None]
+
+        said = rollout(server, repository)
+        assert "router/1 answers; router/1 and router/2 can be pinned" in said
+        assert "router/2 shadows 50% of the images" in said
+        assert versions_that_answer(server, question) == [1, 1, 2]
+        wait_for_disagreement(server)
+        traffic.goes_on()
+
+        assert rollout(server, repository, "--to", 2).startswith("router/2 answers; ")
+        assert versions_that_answer(server, question) == [2, 1, 2]
+        traffic.goes_on()
+
+        assert rollout(server, repository, "--to", 1).startswith("router/1 answers; ")
+        assert versions_that_answer(server, question) == [1, 1, 2]
+        traffic.goes_on()
+
+        run_command("export", "versions", "--repository", repository, "--drop", 2)
+        assert "router/1 answers; router/1 can be pinned" in rollout(server, repository)
+        traffic.goes_on()
+    manifest.verify(repository)
+    kinds = {kind: {o for k, o in traffic.found if k == kind} for kind, _ in traffic.found}
+    # A request to the router that pins nothing gets the newest version, which is Triton's rule.
+    assert kinds == {"ensemble": {1, 2}, "router": {1, 2}, "pinned": {1}}, traffic.found
+
+
+def test_a_repository_changed_twice_while_nobody_looked_is_loaded_without_a_failure(
+    repository, artifacts, question
+):
+    with serving(repository) as server, Traffic(server, question) as traffic:
+        add_version(repository, artifacts[1])
+        run_command("export", "versions", "--repository", repository, "--live", 2, "--drop", 1)
+        # The server's ensemble names a version that its router is about to lose.
+        rollout(server, repository)
+        assert versions_that_answer(server, question)[0] == 2
+    ensemble = {outcome for kind, outcome in traffic.found if kind == "ensemble"}
+    assert ensemble == {1, 2}, traffic.found
+
+
+def test_a_switched_repository_is_served_by_a_new_server(repository, artifacts, question):
+    add_version(repository, artifacts[1])
+    run_command("export", "versions", "--repository", repository, "--live", 2)
+    with serving(repository, allow_reload=False) as server:
+        assert versions_that_answer(server, question) == [2, 1, 2]
+
+
+# --- refused, and the old version goes on --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (flip_a_bit, "router/2/calibration.json differs from its SHA-256"),
+        (lambda path: path.write_bytes(path.read_bytes()[:100]), "calibration.json differs"),
+        (lambda path: path.unlink(), "router/2/calibration.json is listed .* but missing"),
+    ],
+    ids=["a flipped bit", "half written", "missing"],
+)
+def test_a_damaged_artifact_is_refused_by_hash(reloadable, artifacts, question, damage, said):
+    server, repository = reloadable
+    add_version(repository, artifacts[1])
+    path = repository / "router/2/calibration.json"
+    intact = path.read_bytes()
+    damage(path)
+    try:
+        with triton.InferenceServerClient(server.grpc_url) as control:
+            with pytest.raises(InferenceServerException) as refusal:
+                control.load_model("router")  # past our own check, as other tools do
+        code, complaint = refused_rollout(server, repository, "--to", 2)
+        assert versions_that_answer(server, question) == [1, 1, None]
+    finally:
+        path.write_bytes(intact)
+        drop(repository, 2)
+    assert re.search(said, complaint) and code == 2
+    if damage is flip_a_bit:
+        assert re.search(said, refusal.value.message())
+
+
+def test_a_version_that_does_not_load_leaves_server_and_repository_as_they_were(
+    reloadable, artifacts, question
+):
+    server, repository = reloadable
+    add_version(repository, artifacts[1], "--shadow", "0.5")
+    before = Versions.load(repository)
+    with (repository / "router/2/model.py").open("a") as file:
+        file.write("raise RuntimeError('no such luck')\n")
+    manifest.write(repository)  # its hashes are right, its code is not
+    try:
+        code, complaint = refused_rollout(server, repository, "--to", 2)
+        assert versions_that_answer(server, question) == [1, 1, None]
+        assert Versions.load(repository) == before
+        manifest.verify(repository)
+    finally:
+        drop(repository, 2)
+    assert code == 1
+    assert complaint.startswith("error: router was not loaded; router/1 goes on answering: ")
+    assert "no such luck" in complaint
+
+
+def test_a_server_with_fixed_models_says_how_to_start_it(server, build):
+    repository = build / "model_repository"
+    code, complaint = refused_rollout(server, repository)
+    assert code == 1
+    assert "loads no models while it serves; router/1 goes on answering" in complaint
+    assert "--allow-reload" in complaint
+
+
+def test_an_unknown_version_is_refused_before_anything_is_touched(reloadable):
+    server, repository = reloadable
+    files = {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()}
+    code, complaint = refused_rollout(server, repository, "--to", 7)
+    assert (code, files) == (2, {path: path.read_bytes() for path in files})
+    assert "the router has no version 7" in complaint
+
+
+def test_where_no_server_answers_the_repository_stays(repository, artifacts):
+    add_version(repository, artifacts[1])
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        url = f"127.0.0.1:{held.getsockname()[1]}"
+        options = ("--repository", repository, "--url", url)
+        code, complaint = try_command("server", "rollout", *options, "--to", 2)
+    assert code == 2 and f"no answer from a server at {url}" in complaint
+    assert Versions.load(repository).live == 1
+
+
+# --- in production -------------------------------------------------------------------------------
+
+
+def test_over_tls_and_with_the_admin_key_and_not_without(repository, artifacts, tmp_path):
+    key = tmp_path / "admin.key"
+    key.write_text("0123456789abcdef0123456789abcdef\n")
+    key.chmod(0o600)
+    ca = authority(tmp_path, "ca")
+    pair = issued(tmp_path, ca, "server", "DNS:localhost,IP:127.0.0.1")
+    add_version(repository, artifacts[1])
+    security = Security(
+        production=True,
+        allow_reload=True,
+        tls=Tls(pair.certificate, pair.key),
+        admin_key=AdminKey.read(key),
+    )
+    trusting = ("--tls-ca", ca.certificate)
+    with TritonServer(repository, free_ports=True, security=security) as server:
+        code, complaint = refused_rollout(server, repository, "--to", 2)
+        assert code == 2 and "no answer from a server" in complaint
+        code, complaint = refused_rollout(server, repository, "--to", 2, *trusting)
+        assert code == 1 and "--admin-key-file" in complaint and "0123456789" not in complaint
+        assert Versions.load(repository).live == 1
+        said = rollout(server, repository, "--to", 2, *trusting, "--admin-key-file", key)
+        assert said.startswith("router/2 answers; ")
