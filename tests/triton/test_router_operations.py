@@ -24,6 +24,7 @@ from server import TritonServer
 from tests.triton.test_keystone import statistics
 
 HIGH_TIMEOUT_MS = 400
+SHORT_TIMEOUT_MS = 200  # several of them fit into a pause
 # tritonserver gives up a stopped process after a second, and aborts when it goes on after that.
 PAUSE_S = 0.8
 FLUSHED_S = 1.2  # the router hands its counts on twice a second
@@ -48,7 +49,7 @@ def operated(build, rung_set, calibration, log, tmp_path_factory):
     (folder / "calibration.json").write_text(json.dumps(artifact))
     settings = Settings(
         max_queue=4,
-        high_timeout_ms=HIGH_TIMEOUT_MS,
+        high_timeout_ms=SHORT_TIMEOUT_MS,
         degrade_queue_depth=RELIEF_DEPTH,
         degrade_threshold=1e6,
         audit_fraction=1.0,
@@ -264,7 +265,8 @@ def ask_high(url, image):
 def test_a_slow_full_rung_costs_one_budget_and_kept_images_are_answered(operated, images):
     late = grown(operated, "high_failures_total", reason="timeout")
     refused = grown(operated, "high_failures_total", reason="open")
-    with GrpcClient(operated.grpc_url, retry=None) as client:
+    # A busy machine may be late by itself: the first question is tried again.
+    with GrpcClient(operated.grpc_url) as client:
         predictions = client.infer_tensor(images[: RELIEF_DEPTH - 1])
         easy = images[[i for i, p in enumerate(predictions) if not p.escalated][0]]
         with paused(operated, "vit_high"):

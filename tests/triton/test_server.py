@@ -113,7 +113,7 @@ def test_a_server_starts_answers_and_leaves_nothing_behind(repository: Path, oth
         work, processes = server.log_path.parent, [psutil.Process(server.pid), *tree]
     assert not server.is_running()
     assert wait_for(lambda: not any(is_alive(process) for process in processes), 5)
-    assert segments(os.getpid()) == others
+    assert segments(os.getpid()) <= others
     assert not work.exists()
     assert not list(repository.rglob("__pycache__"))
 
@@ -136,7 +136,7 @@ def test_a_killed_server_is_noticed_and_cleared_away(repository: Path, others: s
         assert not server.is_running()
     finally:
         server.stop()
-    assert segments(os.getpid()) == others
+    assert segments(os.getpid()) <= others
 
 
 def test_a_failing_model_is_named_with_its_reason(repository: Path, others: set[str]):
@@ -149,7 +149,7 @@ def test_a_failing_model_is_named_with_its_reason(repository: Path, others: set[
     assert caught.value.not_ready == {"router": reason}
     assert reason in caught.value.log_tail
     assert not server.is_running()
-    assert segments(os.getpid()) == others
+    assert segments(os.getpid()) <= others
 
 
 def test_a_model_that_silently_vanishes_is_named(repository: Path):
