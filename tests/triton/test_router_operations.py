@@ -23,10 +23,10 @@ from export.settings import ClientParameters, OnHighFailure, Settings
 from server import TritonServer
 from tests.triton.test_keystone import statistics
 
-HIGH_TIMEOUT_MS = 400
-SHORT_TIMEOUT_MS = 200  # several of them fit into a pause
+HIGH_TIMEOUT_MS = 300
+SHORT_TIMEOUT_MS = 150  # several of them fit into a pause
 # tritonserver gives up a stopped process after a second, and aborts when it goes on after that.
-PAUSE_S = 0.8
+PAUSE_S = 0.6
 FLUSHED_S = 1.2  # the router hands its counts on twice a second
 RELIEF_DEPTH = 12
 

@@ -174,8 +174,10 @@ def test_the_queue_of_every_model_is_bounded(tmp_path):
     assert len(configs) == 4
     for name, config in configs.items():
         policy = config.dynamic_batching.default_queue_policy
-        assert (policy.max_queue_size, policy.allow_timeout_override) == (7, True), name
-        assert policy.timeout_action == policy.REJECT
+        assert policy.max_queue_size == 7, name
+        if name == "preprocess":  # its config says why
+            continue
+        assert policy.allow_timeout_override and policy.timeout_action == policy.REJECT
         # Without one Triton takes no request's own timeout, which may only be shorter.
         assert policy.default_timeout_microseconds > 0
     assert list(configs["preprocess"].dynamic_batching.preferred_batch_size) == [1]

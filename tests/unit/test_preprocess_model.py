@@ -61,6 +61,7 @@ def model(tmp_path, monkeypatch, logged):
     shutil.copytree(ROOT / "imaging", folder / "imaging")
     (folder / "preprocessing.json").write_text(json.dumps(SPEC.to_dict()))
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("os.nice", lambda more: None)  # this process goes on with other tests
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", fake_backend(folder, logged))
     module = importlib.import_module("deployed_preprocess.model")
     limits = {"max_bytes": {"string_value": "1000000"}, "max_pixels": {"string_value": "1000000"}}
@@ -112,3 +113,11 @@ def test_what_nobody_foresaw_fails_one_request_alone(model, logged, error):
     assert len(logged) == 1
     for response in (before, after):
         assert response.error is None and len(response.tensors) == 1
+
+
+@pytest.mark.parametrize("shape", [(0, 1), (1, 0), (0,)])
+def test_a_request_without_images_is_refused(model, shape):
+    request = FakeRequest()
+    request.encoded = np.zeros(shape, dtype=object)
+    (answer,) = model.execute([request])
+    assert answer.error.code == "INVALID_ARG" and "no image" in str(answer.error)

@@ -6,12 +6,18 @@ others of its batch are answered.
 """
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from .imaging import ImageError, Limits, Preprocessing, decode
+
+# Images that are decoded and then refused by the router's full queue are work for nothing, and an
+# ensemble has no back-pressure. Where the processor is scarce the rungs go first, so that requests
+# wait, or are refused, in the queue in front of decoding.
+_NICENESS = 10
 
 
 def _version_dir():
@@ -35,7 +41,8 @@ class TritonPythonModel:
         return config
 
     def initialize(self, args):
-        """Read the preprocessing and the limits."""
+        """Read the preprocessing and the limits; leave the processor to the rungs first."""
+        os.nice(_NICENESS)
         parameters = json.loads(args["model_config"])["parameters"]
         self.preprocessing = _load_preprocessing()
         self.limits = Limits(
@@ -59,9 +66,12 @@ class TritonPythonModel:
         return pb_utils.InferenceResponse([pb_utils.Tensor("image", image)])
 
     def _images(self, request):
-        encoded = pb_utils.get_input_tensor_by_name(request, "image_bytes").as_numpy()  # (B, 1)
+        # (B, 1) -> (B,); without images the shape that arrives is not to be relied on.
+        encoded = pb_utils.get_input_tensor_by_name(request, "image_bytes").as_numpy().reshape(-1)
+        if encoded.size == 0:
+            raise ImageError("the request holds no image; send at least one")
         images = []
-        for row, (data,) in enumerate(encoded):
+        for row, data in enumerate(encoded):
             try:
                 images.append(self.preprocessing(decode(data, self.limits)))
             except ImageError as error:

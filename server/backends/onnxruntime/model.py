@@ -20,6 +20,7 @@ import numpy as np
 import onnx_model_config as model_config
 import triton_python_backend_utils as pb_utils
 from onnx_session_settings import SessionSettings, names_gpu, session_settings
+from stall_guard import StallGuard
 
 
 class TritonPythonModel:
@@ -61,12 +62,18 @@ class TritonPythonModel:
         self._strings = {t.name for t in inputs if t.data_type == "TYPE_STRING"}
         self._scalar_inputs = {t.name for t in inputs if not t.shape}
         self._scalar_outputs = {t.name for t in outputs if not t.shape}
+        self._guard = StallGuard()  # last: opening a session may keep other threads waiting
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer all requests with one run of the session.
 
         Requests that cannot run together run alone, so that each gets its own answer or error.
         """
+        answers = self._answer(requests)
+        self._guard.check()
+        return answers
+
+    def _answer(self, requests: list[Any]) -> list[Any]:
         if len(requests) > 1 and self._batched:
             try:
                 return self._answer_together(requests)
