@@ -53,6 +53,9 @@ def check_answer(result):
     }
     given_back = {name: values for name, values in outputs.items() if values is not None}
     assert given_back
+    # A batch of none that holds an image: Triton's ensemble takes it for one without a batch.
+    if "escalated" in given_back and given_back["escalated"].ndim == 1:
+        given_back = {name: values[None] for name, values in given_back.items()}
     assert len({len(values) for values in given_back.values()}) == 1
     for name in ("image", "embedding", "logits"):
         assert name not in given_back or np.isfinite(given_back[name]).all()

