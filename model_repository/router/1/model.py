@@ -91,6 +91,9 @@ class TritonPythonModel:
         for request in requests:
             tensor = pb_utils.get_input_tensor_by_name(request, "image")
             image = tensor.as_numpy()
+            if image.ndim != 4 or len(image) == 0:  # Triton hands on a batch of none without one
+                asked.append(RequestError("the request holds no image; send at least one"))
+                continue
             tensors[id(image)] = tensor  # `image` lives in `asked`, so its id stays its own
             try:
                 parameters = json.loads(request.parameters() or "{}")
