@@ -25,7 +25,7 @@ TIMEOUT_S = 60
 GRPC_ERRORS = {"INVALID_ARGUMENT", "NOT_FOUND", "UNAVAILABLE", "UNIMPLEMENTED"}
 HTTP_ERRORS = {"400", "404", "503"}
 # What Triton's own parsers call INTERNAL; of our models nothing may.
-PARSERS = re.compile(r"parse|request params|access JSON", re.IGNORECASE)
+PARSERS = re.compile(r"parse|request params|access JSON|found in the JSON", re.IGNORECASE)
 MODELS = ("preprocess", "adaptive_vit", "router")
 # Each may grow with the largest batch it has seen, which the warm-up has not quite sent.
 MEMORY_GROWTH, SEGMENT_GROWTH = 1.05, 1.05
