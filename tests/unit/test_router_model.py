@@ -5,6 +5,7 @@ import shutil
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -362,6 +363,21 @@ def test_a_full_waiting_line_drops_images_before_it_is_known_what_became_of_them
     counted = audited("escalated")
     released.set()
     assert counted < 50, "escalated images were counted while kept ones were dropped"
+
+
+def test_a_candidate_of_other_rungs_is_refused(deployed, tmp_path):
+    live = make_calibration()
+    (tmp_path / "2").mkdir()
+    make_calibration(0.3).save(tmp_path / "2/calibration.json")
+    load = deployed("model")._load_candidate
+    deployed_live = importlib.import_module("deployed_router.routing").Calibration.load(
+        tmp_path / "2/calibration.json"
+    )
+    assert load(tmp_path / "2", deployed_live).threshold == 0.3
+    other = {**live.rungs, "vit_low": replace(live.rungs["vit_low"], sha256="9" * 64)}
+    make_calibration(rungs=other).save(tmp_path / "2/calibration.json")
+    with pytest.raises(ValueError, match="made with other rungs"):
+        load(tmp_path / "2", deployed_live)
 
 
 def test_a_shadow_is_counted_without_another_call(look):

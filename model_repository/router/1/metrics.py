@@ -80,7 +80,9 @@ class Metrics:
         self._values: defaultdict[_Key, list[float]] = defaultdict(list)
         self._families: dict[str, Any] = {}  # a metric ends with its family
         self._metrics: dict[_Key, Any] = {}
-        self._add_counters(candidate)
+        self._add_counters()
+        if candidate:
+            self._add_shadow(candidate)
         self._add_gauges(calibration, artifact, queue_limit)
         self._add_histograms(calibration)
         self._stopping = threading.Event()
@@ -137,11 +139,14 @@ class Metrics:
         self._metrics[_key(name, labels)] = metric
         return metric
 
-    def _add_counters(self, candidate: int) -> None:
+    def _add_counters(self) -> None:
         counter = pb_utils.MetricFamily.COUNTER
         for name, (text, label, allowed) in _COUNTERS.items():
             for labels in [{label: value} for value in allowed] or [{}]:
                 self._add(name, text, counter, labels)
+
+    def _add_shadow(self, candidate: int) -> None:
+        counter = pb_utils.MetricFamily.COUNTER
         text = "Images scored by a candidate version too, by which of the two escalate."
         for outcome in SHADOW_OUTCOMES:
             labels = {"candidate": str(candidate), "outcome": outcome}
