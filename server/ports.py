@@ -103,6 +103,8 @@ def pick_free_ports(host: str) -> Ports:
         problem: OSError | None = None
         for _ in range(_ATTEMPTS):
             port = random.randint(_LOWEST_PORT, highest)
+            if port in ports:  # Binding it again works as long as nobody listens.
+                continue
             try:
                 held.enter_context(_bound(host, port))
             except OSError as error:

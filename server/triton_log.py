@@ -25,6 +25,8 @@ _ENDING = re.compile(
     r"^(?:error: (?:creating server: )?(?!.*failed to load all models)|\S*tritonserver: )(.+)$",
     re.M,
 )
+# A refused argument is named after all of the help.
+_USAGE = re.compile(r"^Usage: tritonserver ", re.M)
 # Logged as errors on every machine without a GPU.
 _HARMLESS = re.compile("CudaDriverHelper|CUDA driver version is insufficient")
 # Protobuf's own line says what is wrong in a configuration, Triton's only which one it is.
@@ -75,6 +77,8 @@ def last_error(log: str) -> str:
     endings = _ENDING.findall(log)
     if endings:
         return first_line(endings[-1])
+    if _USAGE.search(log):
+        return log.rstrip().split("\n")[-1]
     errors = [text for level, text in _entries(log) if level == "E" and not _HARMLESS.search(text)]
     return first_line(errors[-1]) if errors else ""
 

@@ -73,6 +73,7 @@ def test_quotes_inside_a_reason_are_kept():
         (GPU_NOISE + ALL_FAILED, ""),
         (GPU_NOISE + "error: creating server: Internal - no disk\n", "no disk"),
         ("/x/bin/tritonserver: unrecognized option '--y'\nUsage:\n", "unrecognized option '--y'"),
+        ("Usage: tritonserver [options]\n  --help\n\nBad option: \"--id\".\nGot x\n\n\n", "Got x"),
         (PORT_TAKEN, "failed to start HTTP service: Unavailable - Socket '127.0.0.1:37989' "
          "already in use"),
     ],
