@@ -16,7 +16,8 @@ QUEUE = 16
 QUEUED = {"router": QUEUE, "adaptive_vit": 2 * QUEUE}
 IN_HAND = {"router": 2 * 32 // IMAGES, "adaptive_vit": 2 * 32 // IMAGES + 2}
 CONCURRENCIES = (2, 4, 8, 16)
-STEP_S, SETTLE_S, OVERLOAD_S = 5.0, 3.0, 30.0
+STEP_S, SETTLE_S, OVERLOAD_S = 5.0, 3.0, 12.0
+ROUNDS = 3  # saturation and overload in turn, as the machine's speed drifts
 OVERLOAD = 3.0
 MARGIN = 2.0  # of the bound on latency: an even pace is assumed in it
 
@@ -41,27 +42,27 @@ def answered_by(server, model):
     return int(found.inference_stats.success.count)
 
 
-def closed_loop(server, truth, questions, workers):
+def closed_loop(server, truth, questions, workers, seconds=STEP_S):
     """Right answers per second with so many requests in flight."""
     with Load(server, truth, [questions] * workers, timeout_s=60) as load:
         time.sleep(SETTLE_S / 2)
         start = time.monotonic()
-        time.sleep(STEP_S)
+        time.sleep(seconds)
         end = time.monotonic()
     assert not counts(load.requests)["wrong"]
     return answered_per_s(load.requests, start, end)
 
 
-def overload(server, truth, questions, rate):
-    """An open loop; what was answered, the server's memory over time, and the load's own CPU."""
+def open_loop(server, truth, questions, rate):
+    """What became of every request, right answers per second, and the server's memory over time."""
     with Load(server, truth, [questions], rate=rate, timeout_s=60) as load:
         time.sleep(SETTLE_S)
-        start, cpu_s, memory = time.monotonic(), time.process_time(), []
+        start, memory = time.monotonic(), []
         while time.monotonic() < start + OVERLOAD_S:
             memory.append(server.memory_mib())
             time.sleep(1.0)
-        end, cpu_s = time.monotonic(), time.process_time() - cpu_s
-    return load.requests, start, end, memory, cpu_s / (end - start)
+        end = time.monotonic()
+    return load.requests, answered_per_s(load.requests, start, end), memory
 
 
 @pytest.mark.parametrize("model", ["router", "adaptive_vit"])
@@ -69,16 +70,21 @@ def test_goodput_stays_at_three_times_saturation(server, truth, record, model):
     questions = mixed_questions(truth, "grpc", model, [IMAGES])
     # The largest batches first: what they make the models keep, they keep.
     closed_loop(server, truth, mixed_questions(truth, "grpc", model, [32]), QUEUE)
-    before = {n: closed_loop(server, truth, questions, n) for n in CONCURRENCIES}
-    best = max(before, key=before.get)
-    decoded = answered_by(server, "preprocess") - answered_by(server, "router")
-    requests, start, end, memory, cores = overload(
-        server, truth, questions, OVERLOAD * before[best]
-    )
-    decoded = answered_by(server, "preprocess") - answered_by(server, "router") - decoded
-    # A machine whose speed drifts: saturation is what was reached before and after, on average.
-    peak = statistics.mean([before[best], closed_loop(server, truth, questions, best)])
-    goodput = answered_per_s(requests, start, end)
+    saturation = {n: closed_loop(server, truth, questions, n) for n in CONCURRENCIES}
+    best = max(saturation, key=saturation.get)
+    offered = OVERLOAD * saturation[best]
+    # Measured again: the best of several is in part the luckiest.
+    peaks = [closed_loop(server, truth, questions, best, OVERLOAD_S)]
+    requests, goodputs, memory, decoded = [], [], [], 0
+    for _ in range(ROUNDS):
+        decoded -= answered_by(server, "preprocess") - answered_by(server, "router")
+        done, goodput, used = open_loop(server, truth, questions, offered)
+        decoded += answered_by(server, "preprocess") - answered_by(server, "router")
+        requests += done
+        goodputs.append(goodput)
+        memory += used
+        peaks.append(closed_loop(server, truth, questions, best, OVERLOAD_S))
+    goodput, peak = statistics.mean(goodputs), statistics.mean(peaks)
     accepted = [r for r in requests if r.outcome == "ok"]
     refused = [r for r in requests if r.outcome == "refused"]
     bound_ms = 1e3 * MARGIN * (QUEUED[model] + IN_HAND[model]) / goodput
@@ -86,10 +92,10 @@ def test_goodput_stays_at_three_times_saturation(server, truth, record, model):
     late = statistics.median(memory[-(len(memory) // 3) :])
     figures = {
         "images per request": IMAGES,
-        "saturation at concurrency": {n: round(rate, 2) for n, rate in before.items()},
-        "peak, requests/s": round(peak, 2),
-        "offered, requests/s": round(OVERLOAD * before[best], 2),
-        "goodput, requests/s": round(goodput, 2),
+        "saturation at concurrency": {n: round(rate, 2) for n, rate in saturation.items()},
+        "peak at the best of them, requests/s": [round(rate, 2) for rate in peaks],
+        "offered, requests/s": round(offered, 2),
+        "goodput, requests/s": [round(rate, 2) for rate in goodputs],
         "goodput / peak": round(goodput / peak, 3),
         "accepted": len(accepted),
         "refused": len(refused),
@@ -99,7 +105,6 @@ def test_goodput_stays_at_three_times_saturation(server, truth, record, model):
         "p99 of refused, ms": round(percentile_ms(refused, 99)),
         "memory early, MiB": round(early, 1),
         "memory late, MiB": round(late, 1),
-        "cores that the load took": round(cores, 3),
     }
     record(f"overload {model}", figures)
     assert {r.outcome for r in requests} <= {"ok", "refused"}, counts(requests)

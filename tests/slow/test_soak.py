@@ -13,6 +13,7 @@ from collections import Counter
 import grpc
 import numpy as np
 import pytest
+import tritonclient.grpc as triton
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -78,6 +79,16 @@ def send_bad(server, requests, stop, answers):
                 answers[error.code().name] += 1
 
 
+def reach_the_largest_batch(server, truth):
+    """Run a full batch through both rungs: ONNX Runtime keeps what its largest one took."""
+    with triton.InferenceServerClient(server.grpc_url) as client:
+        size = client.get_model_config("router").config.max_batch_size
+        images = np.resize(truth.images, (size, *truth.images.shape[1:]))
+        batch = triton.InferInput("image", images.shape, "FP32").set_data_from_numpy(images)
+        answer = client.infer("router", [batch], parameters={"policy": "high"})
+        assert answer.as_numpy("escalated").all()
+
+
 def drift(seconds, values):
     """Share by which a line through the samples rises, robust against jumps (Theil-Sen)."""
     times, levels = np.asarray(seconds), np.asarray(values)
@@ -91,6 +102,7 @@ def test_memory_stays_where_it_is_under_good_and_bad_requests(server, truth):
     processes = server.process_ids()
     sender = threading.Thread(target=send_bad, args=(server, bad, stop, answers))
     samples = []
+    reach_the_largest_batch(server, truth)
     with Load(server, truth, usual_workers(truth, [1, 2, 4, 16]), timeout_s=60) as load:
         sender.start()
         began = time.monotonic()
