@@ -296,8 +296,9 @@ def test_a_slow_full_rung_degrades_where_the_operator_chose_so(falling_back, ser
             found = client.infer_tensor(images[:16])
         assert [p.degraded for p in found] == wanted
         assert not any(p.escalated for p in found)
-        # On a busy machine it may be late by itself, now and then.
-        wait_for(lambda: not any(p.degraded for p in client.infer_tensor(images[:16])))
+        # One image: on a busy machine more of them may be late by themselves.
+        hard = images[[wanted.index(True)]]
+        wait_for(lambda: client.infer_tensor(hard)[0].escalated)
 
 
 # --- clients that are gone -----------------------------------------------------------------------

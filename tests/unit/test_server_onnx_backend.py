@@ -27,7 +27,8 @@ class FakeOnnxRuntime(ModuleType):
         self.entries: dict[str, str] = {}
 
     def SessionOptions(self) -> SimpleNamespace:  # noqa: N802
-        return SimpleNamespace(add_session_config_entry=self.entries.__setitem__)
+        self.options = SimpleNamespace(add_session_config_entry=self.entries.__setitem__)
+        return self.options
 
     def InferenceSession(self, path: str, options: Any, providers: list[Any]) -> Any:  # noqa: N802
         self.asked = [p if isinstance(p, str) else p[0] for p in providers]
@@ -133,3 +134,12 @@ def test_a_session_prepacks_unless_its_config_says_no(
     written = f'{{"session.disable_prepacking": {{"string_value": "{value}"}}}}'
     onnxruntime = initialize(backend, monkeypatch, folder, "KIND_GPU", [CUDA, CPU], written)
     assert onnxruntime.entries == entries
+
+
+@pytest.mark.parametrize(("value", "kept"), [("1", True), ("0", False)])
+def test_a_session_keeps_memory_as_its_config_says(
+    backend, triton, folder, monkeypatch, value: str, kept: bool
+):
+    written = f'{{"enable_mem_pattern": {{"string_value": "{value}"}}}}'
+    options = initialize(backend, monkeypatch, folder, "KIND_GPU", [CUDA], written).options
+    assert (options.enable_mem_pattern, options.enable_cpu_mem_arena) == (kept, True)

@@ -226,6 +226,17 @@ def test_prepacking_is_zero_or_one(settings: ModuleType, text: str, said: str):
         settings.session_settings(parameters(**{"session.disable_prepacking": text}))
 
 
+@pytest.mark.parametrize("key", ["memory_arena", "memory_pattern"])
+def test_memory_is_kept_unless_that_is_turned_off(settings: ModuleType, key: str):
+    name = key.replace("memory", "enable_mem")
+    assert getattr(settings.session_settings(config()), key)
+    for text, kept in (("1", True), ("True", True), ("0", False), ("false", False)):
+        read = settings.session_settings(parameters(**{name: text}))
+        assert getattr(read, key) is kept and read.warnings == []
+    with pytest.raises(ValueError, match=f"'{name}' must be true, 1, false or 0, got 'off'"):
+        settings.session_settings(parameters(**{name: "off"}))
+
+
 def test_unknown_parameters_and_unavailable_accelerators_warn(settings: ModuleType):
     written = parameters(intra_op_threads="2")
     written["optimization"] = {

@@ -155,6 +155,8 @@ def _open_session(config: dict[str, Any], settings: SessionSettings, kind: str, 
     if settings.parallel:
         options.execution_mode = ort.ExecutionMode.ORT_PARALLEL
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, settings.graph_level)
+    options.enable_cpu_mem_arena = settings.memory_arena
+    options.enable_mem_pattern = settings.memory_pattern
     if not settings.prepacking:
         options.add_session_config_entry("session.disable_prepacking", "1")
     providers: list[Any] = ["CPUExecutionProvider"]

@@ -19,7 +19,8 @@ from onnx_model_config import ConfigError
 
 _THREAD_KEYS = ("intra_op_thread_count", "inter_op_thread_count")
 _PREPACKING_KEY = "session.disable_prepacking"
-_KNOWN_KEYS = (*_THREAD_KEYS, "execution_mode", _PREPACKING_KEY)
+_ARENA_KEY, _PATTERN_KEY = "enable_mem_arena", "enable_mem_pattern"
+_KNOWN_KEYS = (*_THREAD_KEYS, "execution_mode", _PREPACKING_KEY, _ARENA_KEY, _PATTERN_KEY)
 # optimization.graph.level -> onnxruntime.GraphOptimizationLevel, as the C++ backend maps it.
 _GRAPH_LEVELS = {-1: "ORT_ENABLE_BASIC", 1: "ORT_ENABLE_EXTENDED", 2: "ORT_DISABLE_ALL"}
 
@@ -34,6 +35,8 @@ class SessionSettings:
         parallel: whether independent operators may run at the same time.
         graph_level: name in `onnxruntime.GraphOptimizationLevel`.
         prepacking: whether the weights are copied into the order that is fastest on the CPU.
+        memory_arena: whether memory on the CPU is kept for the next run.
+        memory_pattern: whether the memory that a batch size took is kept as one block for it.
         cuda_options: provider options for CUDA.
         warnings: lines worth a warning in the log.
     """
@@ -43,6 +46,8 @@ class SessionSettings:
     parallel: bool = False
     graph_level: str = "ORT_ENABLE_ALL"
     prepacking: bool = True
+    memory_arena: bool = True
+    memory_pattern: bool = True
     cuda_options: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -55,7 +60,8 @@ def session_settings(config: dict[str, Any]) -> SessionSettings:
 
     Raises:
         ConfigError: a value that is no integer, an execution mode or a prepacking value other than
-            0 and 1, or an execution accelerator that the C++ backend does not know.
+            0 and 1, a memory switch that is no boolean, or an execution accelerator that the C++
+            backend does not know.
     """
     model, parameters = config["name"], config.get("parameters", {})
     intra, inter = (_integer(model, parameters, key) for key in _THREAD_KEYS)
@@ -63,6 +69,8 @@ def session_settings(config: dict[str, Any]) -> SessionSettings:
     unpacked = _switch(model, parameters, _PREPACKING_KEY, "0 (prepack) or 1 (do not)")
     optimization = config.get("optimization", {})
     settings = SessionSettings(intra, inter, parallel=parallel, prepacking=not unpacked)
+    settings.memory_arena = _boolean(model, parameters, _ARENA_KEY, default=True)
+    settings.memory_pattern = _boolean(model, parameters, _PATTERN_KEY, default=True)
     level = int(optimization.get("graph", {}).get("level", 0))
     settings.graph_level = _GRAPH_LEVELS.get(level, settings.graph_level)
     _read_accelerators(model, optimization.get("execution_accelerators", {}), settings)
@@ -105,6 +113,16 @@ def _switch(model: str, parameters: dict[str, Any], key: str, meaning: str) -> b
             f"unable to load model '{model}', parameter '{key}' must be {meaning}, got {value}"
         )
     return value == 1
+
+
+def _boolean(model: str, parameters: dict[str, Any], key: str, default: bool) -> bool:
+    text = parameters.get(key, {}).get("string_value", str(default))
+    if text.lower() not in ("true", "1", "false", "0"):
+        raise ConfigError(
+            f"unable to load model '{model}', parameter '{key}' must be true, 1, false or 0, "
+            f"got '{text}'"
+        )
+    return text.lower() in ("true", "1")
 
 
 def _read_accelerators(model: str, accelerators: dict[str, Any], settings: SessionSettings) -> None:
