@@ -25,7 +25,9 @@ def remove_dead_segments(
 ) -> list[str]:
     """Delete Triton's segments that belong to this user and that no live process maps.
 
-    A process of another PID namespace that shares /dev/shm (`--ipc=host`) cannot be seen.
+    Where a Triton runs whose maps cannot be read, as from inside a user namespace, only those of
+    `own_prefix` go. A process of another PID namespace that shares /dev/shm (`--ipc=host`) cannot
+    be seen.
 
     Args:
         own_prefix: segments whose names begin so are removed at any age: their server is known to
@@ -43,15 +45,15 @@ def remove_dead_segments(
     candidates = [path for path in directory.iterdir() if path.name.startswith(SEGMENT_PREFIX)]
     if not candidates:
         return []
-    mapped = _mapped_names(directory, proc)
+    mapped, is_complete = _mapped_names(directory, proc)
     removed = []
     for path in candidates:
         is_own = own_prefix is not None and path.name.startswith(own_prefix)
         try:
             status = path.stat()
             age_s = time.time() - max(status.st_mtime, status.st_ctime)
-            is_old = is_own or age_s >= youngest_age_s
-            if path.name not in mapped and status.st_uid == os.geteuid() and is_old:
+            is_dead = is_own or (is_complete and age_s >= youngest_age_s)
+            if path.name not in mapped and status.st_uid == os.geteuid() and is_dead:
                 path.unlink()
                 removed.append(path.name)
         except FileNotFoundError:  # Its own server was quicker.
@@ -59,13 +61,25 @@ def remove_dead_segments(
     return sorted(removed)
 
 
-def _mapped_names(directory: Path, proc: Path) -> set[str]:
+def _mapped_names(directory: Path, proc: Path) -> tuple[set[str], bool]:
+    """Names that some process maps, and whether every Triton could be asked."""
     names: set[str] = set()
+    is_complete = True
     prefix = f"{directory}/"
-    for maps in proc.glob("[0-9]*/maps"):
+    for process in proc.glob("[0-9]*"):
         try:
-            lines = maps.read_text(errors="replace").splitlines()
-        except OSError:  # The process ended, or is another user's: its segments are too.
+            lines = (process / "maps").read_text(errors="replace").splitlines()
+        except (FileNotFoundError, ProcessLookupError):  # It has ended.
+            continue
+        except OSError:  # Another user's, or of another namespace.
+            is_complete = is_complete and not _is_triton(process)
             continue
         names.update(line.split(prefix, 1)[1].split(" ")[0] for line in lines if prefix in line)
-    return names
+    return names, is_complete
+
+
+def _is_triton(process: Path) -> bool:
+    try:
+        return b"triton" in (process / "cmdline").read_bytes()  # Everybody may read that.
+    except OSError:  # It has ended.
+        return False
