@@ -1,6 +1,8 @@
 """No shared memory, no disk: on small file systems of the server's own, which nobody else sees."""
 
 import logging
+import mmap
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -10,7 +12,7 @@ from tests.faults import inject
 from tests.faults.asking import question
 from tests.faults.experiment import measure, reasons
 from tests.faults.load import Load, counts
-from tests.faults.processes import ServerCommand, own_file_systems, run_beside, seen_by
+from tests.faults.processes import ROOT, ServerCommand, own_file_systems, run_beside, seen_by
 
 SHM = "/dev/shm"
 FAULT_S = 4.0
@@ -82,3 +84,24 @@ def test_a_full_disk_while_assembling_leaves_the_served_repository_whole(
 def files(folder):
     found = (path.relative_to(folder) for path in folder.rglob("*"))
     return sorted(str(path) for path in found if "__pycache__" not in path.parts)
+
+
+def test_a_launcher_in_a_user_namespace_leaves_a_live_segment(tmp_path):
+    """Root there may not read the maps of a process outside, though both are the same user."""
+    live = tmp_path / "triton_live"
+    live.write_bytes(bytes(mmap.PAGESIZE))
+    clear = (
+        "import sys; from pathlib import Path; from server.shared_memory import *; "
+        "print(remove_dead_segments(directory=Path(sys.argv[1]), youngest_age_s=0))"
+    )
+    command = [sys.executable, "-c", clear, str(tmp_path)]
+    hold = (
+        "import mmap, sys; file = open(sys.argv[1], 'r+b'); "
+        "held = mmap.mmap(file.fileno(), 0); print(flush=True); input()"
+    )
+    holder = [sys.executable, "-c", hold, str(live)]
+    with subprocess.Popen(holder, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holding:
+        holding.stdout.readline()
+        removed = subprocess.check_output(["unshare", "--map-root-user", *command], cwd=ROOT)
+    assert removed == b"[]\n"
+    assert subprocess.check_output(command, cwd=ROOT) == b"['triton_live']\n"
