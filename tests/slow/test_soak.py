@@ -100,7 +100,7 @@ def drift(seconds, values):
 def test_memory_stays_where_it_is_under_good_and_bad_requests(server, truth):
     bad, stop, answers = bad_requests(truth), threading.Event(), Counter()
     processes = server.process_ids()
-    sender = threading.Thread(target=send_bad, args=(server, bad, stop, answers))
+    sender = threading.Thread(target=send_bad, args=(server, bad, stop, answers), daemon=True)
     samples = []
     reach_the_largest_batch(server, truth)
     with Load(server, truth, usual_workers(truth, [1, 2, 4, 16]), timeout_s=60) as load:
