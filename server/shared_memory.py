@@ -25,9 +25,9 @@ def remove_dead_segments(
 ) -> list[str]:
     """Delete Triton's segments that belong to this user and that no live process maps.
 
-    Where a Triton runs whose maps cannot be read, as from inside a user namespace, only those of
-    `own_prefix` go. A process of another PID namespace that shares /dev/shm (`--ipc=host`) cannot
-    be seen.
+    Where a Triton of this user runs whose maps cannot be read, as from inside a user namespace,
+    only those of `own_prefix` go. A process of another PID namespace that shares /dev/shm
+    (`--ipc=host`) cannot be seen.
 
     Args:
         own_prefix: segments whose names begin so are removed at any age: their server is known to
@@ -62,7 +62,7 @@ def remove_dead_segments(
 
 
 def _mapped_names(directory: Path, proc: Path) -> tuple[set[str], bool]:
-    """Names that some process maps, and whether every Triton could be asked."""
+    """Names that some process maps, and whether every Triton of this user could be asked."""
     names: set[str] = set()
     is_complete = True
     prefix = f"{directory}/"
@@ -71,15 +71,16 @@ def _mapped_names(directory: Path, proc: Path) -> tuple[set[str], bool]:
             lines = (process / "maps").read_text(errors="replace").splitlines()
         except (FileNotFoundError, ProcessLookupError):  # It has ended.
             continue
-        except OSError:  # Another user's, or of another namespace.
-            is_complete = is_complete and not _is_triton(process)
+        except OSError:  # Another user's, whose segments are too, or of another namespace.
+            is_complete = is_complete and not _is_our_triton(process)
             continue
         names.update(line.split(prefix, 1)[1].split(" ")[0] for line in lines if prefix in line)
     return names, is_complete
 
 
-def _is_triton(process: Path) -> bool:
+def _is_our_triton(process: Path) -> bool:
     try:
-        return b"triton" in (process / "cmdline").read_bytes()  # Everybody may read that.
+        arguments = (process / "cmdline").read_bytes()  # Everybody may read that.
+        return process.stat().st_uid == os.geteuid() and b"triton" in arguments
     except OSError:  # It has ended.
         return False

@@ -139,10 +139,9 @@ def test_a_session_prepacks_unless_its_config_says_no(
     assert onnxruntime.entries == entries
 
 
-@pytest.mark.parametrize(("value", "kept"), [("1", True), ("0", False)])
-def test_a_session_keeps_memory_as_its_config_says(
-    backend, triton, folder, monkeypatch, value: str, kept: bool
-):
-    written = f'{{"enable_mem_pattern": {{"string_value": "{value}"}}}}'
+@pytest.mark.parametrize("off", ["enable_mem_arena", "enable_mem_pattern"])
+def test_a_session_keeps_memory_as_its_config_says(backend, triton, folder, monkeypatch, off: str):
+    written = f'{{"{off}": {{"string_value": "0"}}}}'
     options = initialize(backend, monkeypatch, folder, "KIND_GPU", [CUDA], written).options
-    assert (options.enable_mem_pattern, options.enable_cpu_mem_arena) == (kept, True)
+    assert options.enable_cpu_mem_arena is (off != "enable_mem_arena")
+    assert options.enable_mem_pattern is (off != "enable_mem_pattern")

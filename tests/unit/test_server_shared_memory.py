@@ -73,5 +73,23 @@ def test_where_a_triton_cannot_be_asked_only_what_is_known_to_be_dead_goes(
     assert remove_dead_segments(directory=shm, proc=proc, youngest_age_s=0) == expected
 
 
+def test_another_users_triton_does_not_stand_in_the_way(tmp_path: Path, monkeypatch):
+    shm, proc = tmp_path / "shm", tmp_path / "proc"
+    shm.mkdir()
+    (proc / "42" / "maps").mkdir(parents=True)
+    (proc / "42" / "cmdline").write_text("/usr/bin/tritonserver\0")
+    segment(shm, "triton_2_x")
+    own, stat = os.geteuid(), Path.stat
+
+    def other(path, **options):
+        found = list(stat(path, **options))
+        return os.stat_result([*found[:4], own + 1, *found[5:]])
+
+    monkeypatch.setattr(
+        type(proc), "stat", lambda p, **o: (other if p.parent == proc else stat)(p, **o)
+    )
+    assert remove_dead_segments(directory=shm, proc=proc, youngest_age_s=0) == ["triton_2_x"]
+
+
 def test_no_shared_memory_directory_is_fine(tmp_path: Path):
     assert remove_dead_segments(directory=tmp_path / "none") == []
