@@ -22,8 +22,9 @@ $(INSTALLED): requirements.txt requirements-wheels.txt requirements-dev.txt
 	@touch $@
 
 # PLAN=1 serves what the planner chooses, at most RISK (default 0.05) of the answers changed.
+# MODEL=static-vit does it all with a toy of random weights.
 demo: $(INSTALLED)  ## export, calibrate, serve, query and measure; PLAN=1 RISK=0.02 to plan
-	$(PY) -m demo$(if $(filter-out 0,$(PLAN)), --plan)$(if $(RISK), --risk $(RISK))
+	$(PY) -m demo$(if $(MODEL), --model $(MODEL))$(if $(filter-out 0,$(PLAN)), --plan)$(if $(RISK), --risk $(RISK))
 
 DEMO := build/demo
 perf: $(INSTALLED)  ## what the cascade costs beside its alternatives, in three minutes

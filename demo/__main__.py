@@ -18,7 +18,7 @@ from routing import CalibrationError, RungSetError
 from server import ServerError
 
 from .errors import DemoError
-from .roads import MAX_RISK, planned, prepare_road, resolutions
+from .roads import DEFAULT, MAX_RISK, MODELS, planned, prepare_road, resolutions
 from .run import PAGE, serve_and_measure
 from .tables import plan_table, result_table, sentences
 
@@ -31,7 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
     started = time.monotonic()
     os.chdir(ROOT)
     try:
-        road = planned(parsed.risk or MAX_RISK) if parsed.plan else resolutions()
+        model = MODELS[parsed.model]
+        road = planned(model, parsed.risk or MAX_RISK) if parsed.plan else resolutions(model)
         prepare_road(road)
         summary = None if parsed.prepare else serve_and_measure(road)
     except (
@@ -67,8 +68,15 @@ def main(arguments: list[str] | None = None) -> None:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m demo",
-        description="Export, calibrate, serve, query and measure DINOv2 ViT-S/14 on crops of "
+        description="Export, calibrate, serve, query and measure a Vision Transformer on crops of "
         "shipped photographs. Steps done before are not done again. Writes build/demo/.",
+    )
+    parser.add_argument(
+        "--model",
+        choices=MODELS,
+        default=DEFAULT,
+        help="what to serve: pretrained DINOv2 ViT-S/14, or a toy with random weights that is "
+        f"through in a fraction of the time (default: {DEFAULT})",
     )
     parser.add_argument(
         "--prepare",

@@ -14,10 +14,6 @@ from pathlib import Path
 from .errors import DemoError, StepError
 from .steps import OUT, Step, code_hash, prepare
 
-BACKBONE = "dinov2-small"
-LOW, HIGH = "px=112", "px=224"
-# What a user could serve instead; `python -m perf` measures them beside the router.
-BESIDE = ("px=140", "px=168", "px=196", "tome=8")
 MAX_RISK, CONFIDENCE = 0.05, 0.9
 HEAD_CROPS, HEAD_SEED = 600, 11
 CALIBRATION_CROPS, CALIBRATION_SEED = 1200, 12
@@ -25,15 +21,60 @@ TEST_CROPS, TEST_SEED = 200, 13
 HEAD = OUT / "head"
 
 PLAN, PLAN_CACHES = OUT / "plan", OUT / "plan-cache"
-PLAN_PX, PLAN_CROPS = 224, 2400
-PLAN_CANDIDATES = (
-    "px=112,int8=static,align; px=84,int8=static,align; px=70,int8=static,align; "
-    "px=84,depth=8,int8=static,align"
-)
+PLAN_CROPS = 2400
 PLAN_HIGHS = "fp32; int8=static"
-PLAN_BESIDE = "px=140; px=168; px=196; tome=8; tome=16"
 # One for each core that the demo assumes: a cascade's two graphs take turns on them.
 PLAN_INSTANCES = 2
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the demo serves, and how it makes it cheap.
+
+    Attributes:
+        name: as `export rungs --model`.
+        low_px: of the cheap rung of the two resolutions.
+        high_px: of the full rung.
+        beside: recipes of what a user could serve instead; `python -m perf` measures them beside
+            the router.
+        plan_candidates: recipes of the planner's cheap graphs.
+        plan_beside: recipes of what it compares with.
+    """
+
+    name: str
+    low_px: int
+    high_px: int
+    beside: tuple[str, ...]
+    plan_candidates: str
+    plan_beside: str
+
+
+MODELS = {
+    model.name: model
+    for model in (
+        Model(
+            "dinov2-small",
+            low_px=112,
+            high_px=224,
+            beside=("px=140", "px=168", "px=196", "tome=8"),
+            plan_candidates="px=112,int8=static,align; px=84,int8=static,align; "
+            "px=70,int8=static,align; px=84,depth=8,int8=static,align",
+            plan_beside="px=140; px=168; px=196; tome=8; tome=16",
+        ),
+        # A toy whose weights are random: a minute instead of many, and nothing to learn from it
+        # but that every step works.
+        Model(
+            "static-vit",
+            low_px=32,
+            high_px=64,
+            beside=("px=48", "tome=8"),
+            plan_candidates="px=48,int8=static,align; px=32,int8=static,align; "
+            "px=32,depth=8,int8=static,align",
+            plan_beside="px=48; tome=8",
+        ),
+    )
+}
+DEFAULT = "dinov2-small"
 
 
 @dataclass(frozen=True)
@@ -63,16 +104,17 @@ class Road:
         return f"{count}/{count} Serve, query and measure"
 
 
-def resolutions() -> Road:
-    """The model at two resolutions, the threshold certified for that pair."""
+def resolutions(model: Model) -> Road:
+    """A model at two resolutions, the threshold certified for that pair."""
     onnx, outputs, artifact = OUT / "onnx", OUT / "outputs.npz", OUT / "calibration.json"
     report, repository = OUT / "report.html", OUT / "model_repository"
-    beside = [argument for recipe in BESIDE for argument in ("--beside", recipe)]
+    beside = [argument for recipe in model.beside for argument in ("--beside", recipe)]
     export = Step(
         "2/7 Export the cheap and the full rung",
         onnx,
         (
-            *("export", "rungs", "--model", BACKBONE, "--low", LOW, "--high", HIGH, *beside),
+            *("export", "rungs", "--model", model.name, "--low", f"px={model.low_px}"),
+            *("--high", f"px={model.high_px}", *beside),
             *("--head", "linear", "--images", HEAD, "--out", onnx),
         ),
     )
@@ -104,10 +146,11 @@ def resolutions() -> Road:
     return Road(steps, onnx, artifact, report, repository)
 
 
-def planned(max_risk: float) -> Road:
+def planned(model: Model, max_risk: float) -> Road:
     """The cheapest certified cascade that the planner finds.
 
     Args:
+        model: to plan for.
         max_risk: the largest share of answers that may differ from the full model's.
     """
     onnx, artifact = PLAN / "onnx", PLAN / "calibration.json"
@@ -116,10 +159,18 @@ def planned(max_risk: float) -> Road:
         "2/5 Plan: export, run and price the candidates, certify and choose a cascade",
         PLAN,
         (
-            *("calibration", "plan", "--model", BACKBONE, "--px", PLAN_PX, "--images", "sample"),
-            *("--limit", PLAN_CROPS, "--seed", CALIBRATION_SEED, "--head-images", HEAD),
+            *("calibration", "plan", "--model", model.name, "--px", model.high_px),
+            *("--images", "sample", "--limit", PLAN_CROPS, "--seed", CALIBRATION_SEED),
+            *("--head-images", HEAD),
             *("--max-risk", max_risk, "--confidence", CONFIDENCE),
-            *("--candidates", PLAN_CANDIDATES, "--highs", PLAN_HIGHS, "--beside", PLAN_BESIDE),
+            *(
+                "--candidates",
+                model.plan_candidates,
+                "--highs",
+                PLAN_HIGHS,
+                "--beside",
+                model.plan_beside,
+            ),
             *("--instances", PLAN_INSTANCES, "--out", PLAN, "--cache", _cache()),
             "--require-certificate",
         ),

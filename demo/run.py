@@ -19,7 +19,7 @@ from server import TritonServer
 
 from .page import write_page
 from .plan_summary import summarise_plan
-from .roads import BACKBONE, PLAN, TEST_CROPS, TEST_SEED, Road
+from .roads import PLAN, TEST_CROPS, TEST_SEED, Road
 from .saturated import measure_saturated
 from .serve import ask_beside, image_tensors, measure, measure_overhead, query
 from .steps import OUT
@@ -62,9 +62,8 @@ def serve_and_measure(road: Road) -> dict[str, Any]:
     finally:
         server.stop()
     certificate = calibration.certificate or {}
-    summary = summarise(
-        *(BACKBONE, resolutions_px(rung_set), served, passes, overhead, certificate, environment)
-    )
+    measured = (served, passes, overhead, certificate, environment)
+    summary = summarise(rung_set.backbone, resolutions_px(rung_set), *measured)
     if road.plan is not None:
         rungs = (rung_set.rungs["vit_low"].recipe, rung_set.rungs["vit_high"].recipe)
         summary["plan"] = summarise_plan(

@@ -9,7 +9,7 @@ import pytest
 
 from calibration.sample import crops as sample_crops
 from demo import __main__ as demo
-from demo import roads, steps
+from demo import steps
 from demo.page import write_page
 from demo.summary import Pass, Served, summarise
 
@@ -118,11 +118,13 @@ class Commands:
 
     def __init__(self, failing=None):
         self.verbs = []
+        self.lines = []
         self.failing = failing
 
     def run(self, line):
         assert line[:2] == [sys.executable, "-m"]
         self.verbs.append(f"{line[2]} {line[3]}")
+        self.lines.append(line)
         if line[3] == self.failing:
             return CompletedProcess(line, 2)
         Path(line[line.index("--out") + 1]).write_text("made")
@@ -165,13 +167,26 @@ def test_a_step_that_fails_ends_the_preparation(elsewhere, monkeypatch, capsys):
     assert re.search(r"^error: `python -m calibration fit .*` failed with exit", printed.err, re.M)
 
 
-def test_the_demo_exports_two_resolutions_and_what_a_user_could_serve_instead():
-    (export,) = (
-        step.arguments
-        for step in roads.resolutions().steps
-        if step.arguments[:2] == ("export", "rungs")
-    )
-    assert export[export.index("--low") + 1] == "px=112"
-    assert export[export.index("--high") + 1] == "px=224"
-    beside = [export[i + 1] for i, argument in enumerate(export) if argument == "--beside"]
-    assert beside == ["px=140", "px=168", "px=196", "tome=8"]
+@pytest.mark.parametrize(
+    ("options", "model", "low", "high", "beside"),
+    [
+        ([], "dinov2-small", "px=112", "px=224", ["px=140", "px=168", "px=196", "tome=8"]),
+        (["--model", "static-vit"], "static-vit", "px=32", "px=64", ["px=48", "tome=8"]),
+    ],
+)
+def test_the_demo_exports_two_resolutions_and_what_a_user_could_serve_instead(
+    elsewhere, monkeypatch, options, model, low, high, beside
+):
+    commands = Commands()
+    monkeypatch.setattr(steps, "subprocess", commands)
+    demo.main(["--prepare", *options])
+    (export,) = (line for line in commands.lines if line[2:4] == ["export", "rungs"])
+    said = dict(zip(export[4::2], export[5::2], strict=True))
+    assert (said["--model"], said["--low"], said["--high"]) == (model, low, high)
+    assert [export[i + 1] for i, word in enumerate(export) if word == "--beside"] == beside
+
+
+def test_a_model_that_the_demo_does_not_know_is_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        demo.main(["--model", "resnet"])
+    assert ended.value.code == 2 and "static-vit" in capsys.readouterr().err

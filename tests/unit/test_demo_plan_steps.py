@@ -147,6 +147,15 @@ def test_a_risk_that_means_nothing_is_refused(arguments, said, capsys):
     assert ended.value.code == 2 and said in capsys.readouterr().err
 
 
+def test_another_model_is_planned_for_with_graphs_of_its_own(elsewhere, monkeypatch):
+    commands = prepare(monkeypatch, "--plan", "--model", "static-vit")
+    assert commands.option("calibration plan", "--model") == ["static-vit"]
+    assert commands.option("calibration plan", "--px") == ["64"]
+    (candidates,) = commands.option("calibration plan", "--candidates")
+    assert "px=32,int8=static,align" in candidates and "px=112" not in candidates
+    assert "calibration plan" in prepare(monkeypatch, "--plan").verbs
+
+
 def test_the_test_crops_are_no_draw_of_the_others():
     seeds = (roads.HEAD_SEED, roads.CALIBRATION_SEED, roads.TEST_SEED)
     assert len(set(seeds)) == 3
