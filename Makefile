@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo perf original test test-faults soak test-slow lint format clean
+.PHONY: help install demo perf original test test-unit test-triton test-faults soak test-slow lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -44,8 +44,14 @@ original: $(INSTALLED)  ## the tables of the research script this began with, me
 	  --client-parameters any
 	$(PY) -m perf original --build $(ORIGINAL)
 
-test: $(INSTALLED)  ## unit tests, then tests against a real tritonserver
-	$(PY) -m pytest tests/unit tests/triton
+test: test-unit test-triton  ## unit tests, then tests against a real tritonserver
+
+# One process a core, each with one thread: a file's fixtures are made once, by the process it goes to.
+test-unit: $(INSTALLED)  ## two minutes on two cores
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/unit -n auto --dist loadfile
+
+test-triton: $(INSTALLED)  ## against a real tritonserver
+	$(PY) -m pytest tests/triton
 
 test-faults: $(INSTALLED)  ## half an hour: kill, hang, starve and flood a server under load; a table of what happened
 	$(PY) -m pytest tests/faults --log-cli-level=INFO

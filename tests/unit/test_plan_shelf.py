@@ -102,7 +102,7 @@ def test_a_shelf_that_was_never_finished_is_made_anew(tmp_path, commands):
         {"source": TwoColours(701)},
         {"source": TwoColours(700, seed=1)},
     ],
-    ids=str,
+    ids=["px", "model", "seed", "group_by", "one more image", "other images"],
 )
 def test_whatever_decides_what_lies_on_a_shelf_makes_another(tmp_path, commands, change):
     shelf = export_shelf(make_request(tmp_path), RECIPES, QUIET)
