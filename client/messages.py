@@ -127,7 +127,7 @@ class Request:
 
     Attributes:
         model: its name.
-        version: its version; None lets the server choose, which takes the newest it serves.
+        version: its version; None lets the server choose, which takes the one that answers.
         name: of the input.
         rows: the input, shape (N, ...).
         parameters: see `request_parameters`.

@@ -212,9 +212,11 @@ def repository(
         if settings != Settings():
             raise UsageError("--add-version changes the artifact only; assemble for other settings")
         version = add_version(out, calibration, shadow or 0.0)
+        rollout = f"python -m server rollout --repository {out}"
+        shadowing = f"let it score with {rollout}; " if shadow else ""
         typer.echo(
-            f"added router/{version} to {out}; load it with python -m server rollout "
-            f"--repository {out}, and let it answer with --to {version}"
+            f"added router/{version} to {out}; {shadowing}let it answer with {rollout} "
+            f"--to {version}"
         )
         return
     if shadow is not None:
@@ -243,7 +245,10 @@ def versions_command(
         switch(repository, live)
     if drop is not None:
         drop_version(repository, drop)
-    typer.echo(Versions.load(repository).sentence)
+    versions = Versions.load(repository)
+    typer.echo(versions.sentence)
+    if versions.warning:
+        typer.echo(f"warning: {versions.warning}", err=True)
 
 
 @app.command("align")

@@ -1,10 +1,10 @@
 """Add a version of the router to an assembled repository: another calibration of the same rungs.
 
     build/calibration/new.json ─┐
-    model_repository/, routing/ ┴─► router/<N+1>/, served beside the version that answers
+    model_repository/, routing/ ┴─► router/<N+1>/, beside the version that answers
 
-The version is built beside and takes its place with one rename; what serves goes on unchanged until
-`python -m server rollout` loads it.
+The version is built beside and takes its place with one rename. Triton loads it when it is to
+answer, with `python -m server rollout --to N`, and not before (see `routing.versions`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from routing.versions import Versions, present
 
 
 def add_version(repository: Path, calibration_file: Path, shadow_fraction: float = 0.0) -> int:
-    """Add a version that is served, and answers whoever pins it, but nobody else.
+    """Add a version that answers nobody yet; the one that answers can score in its place.
 
     Args:
         repository: an assembled repository.
@@ -39,24 +39,28 @@ def add_version(repository: Path, calibration_file: Path, shadow_fraction: float
         OSError: a file cannot be read or written; the repository is as before.
     """
     check_fraction("--shadow", shadow_fraction)
+    versions = present(repository)
+    version = max(versions) + 1
+    _check_is_free(repository, version)
     manifest.verify(repository)
     calibration = Calibration.load(calibration_file)
     calibration.check_rungs({name: repository / name / "1" / "model.onnx" for name in RUNGS})
-    versions = present(repository)
     _check_is_new(repository, calibration, versions)
-    version = max(versions) + 1
-    before = Versions.load(repository)
-    after = replace(before, served=(before.live, version))
+    after = Versions.load(repository)
     if shadow_fraction > 0:
         after = replace(after, shadow=version, shadow_fraction=shadow_fraction)
-    configs = after.configs(repository)
-    folder = _place(repository, version, calibration)
-    try:
-        manifest.update(repository, configs, added=folder)
-    except BaseException:
-        if version not in present(repository):
-            shutil.rmtree(repository / folder)
-        raise
+    name = f"router/{version}"
+    with folder_beside(repository) as beside:
+        fresh = beside / "version"
+        ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
+        shutil.copytree(ROOT / "model_repository/router/1", fresh, ignore=ignore)
+        complete_router(fresh, calibration)
+        try:
+            manifest.update(repository, after.configs(repository), added=(name, fresh))
+        except BaseException:
+            if version not in present(repository):
+                shutil.rmtree(repository / name, ignore_errors=True)
+            raise
     return version
 
 
@@ -72,17 +76,10 @@ def _check_is_new(repository: Path, calibration: Calibration, versions: list[int
             )
 
 
-def _place(repository: Path, version: int, calibration: Calibration) -> str:
-    name = f"router/{version}"
-    if (repository / name).exists():
+def _check_is_free(repository: Path, version: int) -> None:
+    place = repository / f"router/{version}"
+    if place.exists():
         raise RepositoryError(
-            f"{repository / name} is not listed in {manifest.NAME}, as an interrupted command "
-            "leaves it; remove it and try again"
+            f"{place} is not listed in {manifest.NAME}, as an interrupted command leaves it; "
+            "remove it and try again"
         )
-    with folder_beside(repository) as beside:
-        fresh = beside / "version"
-        ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
-        shutil.copytree(ROOT / "model_repository/router/1", fresh, ignore=ignore)
-        complete_router(fresh, calibration)
-        fresh.rename(repository / name)
-    return name

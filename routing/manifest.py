@@ -1,11 +1,17 @@
-"""SHA-256 of every file of an assembled model repository, so that a mixed one cannot start."""
+"""SHA-256 of every file of an assembled model repository, so that a mixed one cannot start.
+
+Nor one with more in it: Triton takes a folder of any number for a version of its model, and Python
+a file of the right name for a module, so what is not listed could be served in place of what is.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from pathlib import Path
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 NAME = "MANIFEST.json"
@@ -30,9 +36,9 @@ def write(repository: Path) -> None:
     files = {
         path.relative_to(repository).as_posix(): sha256_file(path)
         for path in sorted(repository.rglob("*"))
-        if path.is_file() and path.name != NAME
+        if path.is_file() and path != repository / NAME
     }
-    (repository / NAME).write_text(_text(files, {}))
+    (repository / NAME).write_text(_text(files))
 
 
 def listed(repository: Path) -> dict[str, str]:
@@ -45,18 +51,21 @@ def listed(repository: Path) -> dict[str, str]:
 
 
 def verify(repository: Path, but: str = "") -> None:
-    """Compare every listed file with its hash. Files that are not listed are not looked at.
+    """Compare every listed file with its hash, and refuse whatever is not listed.
 
     Args:
         repository: the assembled repository.
         but: a folder of it that does not matter.
 
     Raises:
-        ManifestError: no readable manifest, or a file that is missing or differs, by name.
+        ManifestError: no readable manifest; a file that is missing or differs, or a file, a folder
+            or a link that is not listed, by name.
     """
-    files, replaced = _load(repository)
+    files, replaced, apart = _load(repository)
+    passed = [folder for folder in (*apart, but) if folder]
+    _refuse_unlisted(repository, files, passed)
     for name, expected in files.items():
-        if _is_below(name, but):
+        if _is_below(name, passed):
             continue
         path = repository / name
         if not path.is_file():
@@ -65,68 +74,146 @@ def verify(repository: Path, but: str = "") -> None:
             raise ManifestError(f"{name} differs from its SHA-256 in {NAME}; assemble again")
 
 
-def update(repository: Path, texts: Mapping[str, str], added: str = "", removed: str = "") -> None:
-    """Replace small files of an assembled repository, and list or unlist a folder of it.
+def refuse_unlisted(repository: Path) -> None:
+    """The part of `verify` that reads no file but the manifest, and takes milliseconds.
+
+    Raises:
+        ManifestError: no readable manifest, or a file, a folder or a link that is not listed.
+    """
+    files, _, apart = _load(repository)
+    _refuse_unlisted(repository, files, apart)
+
+
+def update(
+    repository: Path,
+    texts: Mapping[str, str],
+    added: tuple[str, Path] | None = None,
+    removed: str = "",
+) -> None:
+    """Replace small files of an assembled repository, and add or remove a folder of it.
 
     Everything that stays is verified first, so that no other change is taken for good. Each step
     is one rename, and the repository verifies between any two: while files are being replaced the
-    manifest accepts what they were, too.
+    manifest accepts what they were, too, and a folder that comes or goes is not looked at. One that
+    an interrupted update left half way stays so marked until it is gone.
 
     Args:
         repository: the assembled repository.
         texts: new content of listed files, by path in the repository.
-        added: a folder that lies there complete and is not listed yet.
-        removed: a folder whose files are no longer listed; it is left where it is.
+        added: a folder's name in the repository, and where it lies complete, on the same file
+            system; it is moved.
+        removed: a folder that is deleted.
 
     Raises:
         ManifestError: as `verify`.
-        OSError: a file cannot be written, a full disk for one; nothing has changed.
+        OSError: a file cannot be written, a full disk for one; nothing has changed. Or the removed
+            folder cannot be deleted; nothing of it is listed any more.
     """
     verify(repository, but=removed)
-    before, _ = _load(repository)
-    after = {name: digest for name, digest in before.items() if not _is_below(name, removed)}
-    if added:
-        for path in sorted((repository / added).rglob("*")):
-            if path.is_file():
-                after[path.relative_to(repository).as_posix()] = sha256_file(path)
+    before, _, apart = _load(repository)
+    left = [name for name in apart if (repository / name).exists()]
+    after = {name: digest for name, digest in before.items() if not _is_below(name, [removed])}
     for name, text in texts.items():
         after[name] = hashlib.sha256(text.encode()).hexdigest()
     # As they lie there, which after an interrupted update may be what that one was to replace.
     replaced = {name: sha256_file(repository / name) for name in texts}
+    passing = [*left, *([added[0]] if added else []), *([removed] if removed else [])]
+    meanwhile = _text(after, replaced, passing)
+    if added:
+        folder, source = added
+        for path in sorted(source.rglob("*")):
+            if path.is_file():
+                name = f"{folder}/{path.relative_to(source).as_posix()}"
+                after[name] = sha256_file(path)
     # All are written before the first is renamed: a disk is full before anything has changed.
-    steps = [(NAME, _text(after, replaced)), *texts.items(), (NAME, _text(after, {}))]
+    steps = [(NAME, meanwhile), *texts.items(), (NAME, _text(after, {}, left))]
     fresh: list[Path] = []
     try:
         for index, (name, text) in enumerate(steps):
             fresh.append(repository / f"{name}.{index}")
             fresh[-1].write_text(text)
-        for (name, _), file in zip(steps, fresh, strict=True):
+        for index, ((name, _), file) in enumerate(zip(steps, fresh, strict=True)):
+            if removed and index == len(steps) - 1:
+                shutil.rmtree(repository / removed)
             file.replace(repository / name)
+            if added and index == 0:
+                added[1].rename(repository / added[0])
     finally:
         for file in fresh:
             file.unlink(missing_ok=True)
 
 
-def _is_below(name: str, folder: str) -> bool:
-    return bool(folder) and name.startswith(folder + "/")
+def _is_below(name: str, folders: list[str]) -> bool:
+    return any(folder and name.startswith(folder + "/") for folder in folders)
 
 
-def _load(repository: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """The hashes of all files, and what files that are being replaced had before."""
+def _refuse_unlisted(repository: Path, files: Mapping[str, str], passed: list[str]) -> None:
+    """Refuse the first entry that nobody listed.
+
+    Not looked at: the manifest, Python's bytecode, the folders in `passed`, and the new content of
+    a listed file that an interrupted `update` has not put in its place.
+    """
+    folders = {parent.as_posix() for name in files for parent in PurePosixPath(name).parents}
+    for name, is_folder in _entries(repository, passed):
+        if name in (folders if is_folder else files):
+            continue
+        base, _, number = name.rpartition(".")
+        if not is_folder and (name == NAME or (number.isdigit() and base in {NAME, *files})):
+            continue
+        raise ManifestError(
+            f"{name} is not listed in {NAME}, and could be served in place of what is; remove it, "
+            "or assemble again"
+        )
+
+
+def _entries(repository: Path, passed: list[str]) -> Iterator[tuple[str, bool]]:
+    """Paths in the repository, a folder's content before itself, and whether each is a folder.
+
+    A link to a folder counts as a file: no such thing is ever listed.
+    """
+
+    def complain(error: OSError) -> None:
+        name = Path(error.filename).relative_to(repository).as_posix()
+        raise ManifestError(f"{name} cannot be looked at ({error.strerror})") from None
+
+    for place, folders, names in os.walk(repository, onerror=complain):
+        here = Path(place)
+        below = here.relative_to(repository)
+        inner = [name for name in sorted(folders) if not (here / name).is_symlink()]
+        names += [name for name in folders if name not in inner]
+        folders[:] = [
+            name
+            for name in inner
+            if name != "__pycache__" and (below / name).as_posix() not in passed
+        ]
+        yield from (((below / name).as_posix(), False) for name in sorted(names))
+        if not folders and not names and here != repository:
+            yield below.as_posix(), True
+
+
+def _load(repository: Path) -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """The hashes of all files, those that files being replaced had, and folders on their way."""
     try:
         content = json.loads((repository / NAME).read_text())
         files: dict[str, str] = content["files"]
         replaced: dict[str, str] = content.get("replaced", {})
+        apart: list[str] = content.get("apart", [])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ManifestError(
             f"{NAME} is missing or unreadable ({error}); copy it along with the models, or run "
             "python -m export repository again"
         ) from None
-    return files, replaced
+    return files, replaced, apart
 
 
-def _text(files: Mapping[str, str], replaced: Mapping[str, str]) -> str:
+def _text(
+    files: Mapping[str, str],
+    replaced: Mapping[str, str] | None = None,
+    apart: list[str] | None = None,
+) -> str:
     content: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "files": files}
     if replaced:
         content["replaced"] = replaced
+    if apart:
+        content["apart"] = apart
     return json.dumps(content, indent=2, sort_keys=True) + "\n"

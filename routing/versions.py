@@ -3,12 +3,17 @@
 Two files say so: `router/config.pbtxt` lists the versions to load and the one that only scores in
 the shadow of the other; `adaptive_vit/config.pbtxt` names the one that answers. Here they are read
 and changed, by the lines `export repository` wrote and nothing else of them.
+
+Triton gives a request to the router that pins no version the highest one that is loaded. So none
+above the one that answers is: a candidate lies on disk, where the one that answers can read its
+artifact as a shadow's, and is loaded when it is to answer. Lower ones stay loaded, for clients that
+pin them, only where clients may leave the certificate anyway: pinning a former version with a
+higher threshold would be a way around `client_parameters: careful`.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,7 +36,8 @@ class Versions:
 
     Attributes:
         live: the version that answers.
-        served: versions that are loaded; a client can pin any of them.
+        served: versions that are loaded; a client can pin any of them. The one that answers is
+            the highest, but for the moments of a switch back.
         shadow: the version whose decisions are compared with the live ones; 0: none.
         shadow_fraction: share of the images that are compared.
     """
@@ -59,10 +65,37 @@ class Versions:
     @property
     def sentence(self) -> str:
         """For people, in one line."""
-        served = " and ".join(f"router/{number}" for number in sorted(self.served))
+        others = " and ".join(f"router/{number}" for number in self.served if number != self.live)
+        pinned = f"; {others} can be pinned too" if others else ""
         share = f"{self.shadow_fraction:.0%} of the images"
         shadow = f"; router/{self.shadow} shadows {share}" if self.shadow else ""
-        return f"router/{self.live} answers; {served} can be pinned{shadow}"
+        return f"router/{self.live} answers{pinned}{shadow}"
+
+    @property
+    def warning(self) -> str:
+        """What is wrong with them, in one line; empty where no version is above the live one."""
+        higher = " and ".join(f"router/{number}" for number in self.served if number > self.live)
+        if not higher:
+            return ""
+        return (
+            f"{higher} is loaded above router/{self.live}, so it answers requests to the router "
+            "that pin no version, as an earlier release or an interrupted rollout left it; run "
+            "python -m server rollout, or python -m export versions --live "
+            f"{self.live} and start again"
+        )
+
+    def settled(self, careful: bool) -> Versions:
+        """With none loaded that should not be, by the rule in the module's text.
+
+        Args:
+            careful: whether requests may only make routing more careful.
+        """
+        kept = (number for number in self.served if number < self.live and not careful)
+        return replace(self, served=tuple(sorted({self.live, *kept})))
+
+    def beside(self, former: int) -> Versions:
+        """With a version loaded that answered before: on the way, as long as both are needed."""
+        return replace(self, served=tuple(sorted({*self.served, former})))
 
     def configs(self, repository: Path) -> dict[str, str]:
         """The text of both configs with these versions in them, by path in the repository."""
@@ -75,7 +108,9 @@ class Versions:
 
 
 def switch(repository: Path, version: int) -> Versions:
-    """Let another version answer; the one that did stays loaded, and nothing is shadowed.
+    """Let another version answer, in an assembled repository that nobody serves; end the shadow.
+
+    The one that answered stays loaded if it is a lower one and requests may pin it.
 
     Returns:
         What the configs say now.
@@ -85,12 +120,45 @@ def switch(repository: Path, version: int) -> Versions:
         ManifestError: the repository is not as it was assembled.
         OSError: a file cannot be written; the repository is as before.
     """
+    after = switched(repository, version)
+    put(repository, after)
+    return after
+
+
+def switched(repository: Path, version: int) -> Versions:
+    """What a repository is to say once a version answers instead.
+
+    Raises:
+        VersionError: there is no such version.
+    """
     before = Versions.load(repository)
     _check_is_there(repository, version)
-    previous = {before.live} if version != before.live else set(before.served)
-    after = Versions(version, tuple(sorted({version, *previous})))
-    manifest.update(repository, after.configs(repository))
-    return after
+    former = {before.live} if version != before.live else set(before.served)
+    after = Versions(version, tuple(sorted({version, *former})))
+    return after.settled(is_careful(repository))
+
+
+def put(repository: Path, versions: Versions) -> None:
+    """Let the configs say so. Between any two steps they name a version that is loaded, too.
+
+    Raises:
+        VersionError: the configs are not as they were assembled.
+        ManifestError: the repository is not as it was assembled.
+        OSError: a file cannot be written.
+    """
+    now = Versions.load(repository)
+    if now.live not in versions.served:  # the router's config is replaced before the ensemble's
+        manifest.update(repository, versions.beside(now.live).configs(repository))
+    manifest.update(repository, versions.configs(repository))
+
+
+def is_careful(repository: Path) -> bool:
+    """Whether requests to its router may only make routing more careful.
+
+    Raises:
+        VersionError: a config is missing, or it is not as it was assembled.
+    """
+    return _find(_PARAMETER % "client_parameters", _read(repository, ROUTER_CONFIG)) != "any"
 
 
 def drop(repository: Path, version: int) -> None:
@@ -109,9 +177,7 @@ def drop(repository: Path, version: int) -> None:
     after = replace(before, served=served)
     if version == before.shadow:
         after = replace(after, shadow=0, shadow_fraction=0.0)
-    folder = f"router/{version}"
-    manifest.update(repository, after.configs(repository), removed=folder)
-    shutil.rmtree(repository / folder)
+    manifest.update(repository, after.configs(repository), removed=f"router/{version}")
 
 
 def _check_is_there(repository: Path, version: int) -> None:

@@ -17,6 +17,7 @@ from rich.console import Console
 from .errors import ServerStartError, ServerUsageError
 from .launcher import TritonServer
 from .ports import Ports
+from .repository import versions_warning
 from .rollout import RolloutError
 from .rollout_command import rollout_command
 from .security import exposure_warning, security_options
@@ -169,8 +170,8 @@ def serve(
         metrics_host=metrics_host,
     )
     warning = exposure_warning(security, security.addresses(host))
-    if warning:
-        print(f"warning: {warning}", file=sys.stderr)
+    for line in filter(None, (warning, versions_warning(repository))):
+        print(f"warning: {line}", file=sys.stderr)
     status = progress.status("preparing")
 
     def make_server(ports: Ports | None = None) -> TritonServer:

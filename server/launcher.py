@@ -23,7 +23,7 @@ from .finding import Tritonserver, find_tritonserver, find_wheel
 from .ports import Ports, check_ports, pick_free_ports, url
 from .process import ProcessGroup
 from .readiness import Canary
-from .repository import bytecode_folders, models_in, remove_new_bytecode
+from .repository import bytecode_folders, models_in, refuse_unlisted, remove_new_bytecode
 from .security import Security
 from .shared_memory import SEGMENT_PREFIX, remove_dead_segments
 from .startup import Startup
@@ -196,6 +196,7 @@ class TritonServer:
         if self._process is not None:
             raise RuntimeError("the server is already running")
         models = list(models_in(self.repository) if self._models is None else self._models)
+        refuse_unlisted(self.repository)
         if not self._free_ports:
             check_ports(self.addresses, self.ports)
         self.channel = self.security.channel()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from routing import ManifestError, manifest
+from routing.versions import VersionError, Versions
+
 from .errors import ServerUsageError
 
 
@@ -26,6 +29,31 @@ def models_in(repository: Path) -> list[str]:
             "`python -m export repository`"
         )
     return names
+
+
+def refuse_unlisted(repository: Path) -> None:
+    """Refuse a repository with more in it than was assembled; one without a manifest passes.
+
+    Its router compares every file with its hash when it starts; but Triton then has already loaded
+    what else there is.
+
+    Raises:
+        ServerUsageError: naming the first file, folder or link that is not listed.
+    """
+    if not (repository / manifest.NAME).is_file():
+        return
+    try:
+        manifest.refuse_unlisted(repository)
+    except ManifestError as error:
+        raise ServerUsageError(f"{repository}: {error}") from error
+
+
+def versions_warning(repository: Path) -> str:
+    """What is wrong with the router's versions, in one line; empty where nothing is."""
+    try:
+        return Versions.load(repository).warning
+    except VersionError:
+        return ""
 
 
 def bytecode_folders(repository: Path) -> set[Path]:

@@ -1,26 +1,34 @@
 """Let a running server load what its repository says now, without dropping a request.
 
 `export repository --add-version` has put a version of the router beside the one that answers; here
-the server loads it, and with `switch_to` lets it answer: forward, or back. Triton keeps the old
-models until the new ones are ready, and requests that run end where they began.
+the server lets it answer, or score as a shadow: forward, or back. Triton keeps the old models until
+the new ones are ready, and requests that run end where they began.
 
-The order matters. The router first: a version that does not load is refused while everything else
-stays. But if the router no longer has the version that the server's ensemble names, the ensemble
-would lose its footing; then the ensemble first, with which Triton loads what it is made of.
+The ensemble must never name a version that the router has not, on disk or in the server. So first
+the router gets both versions, then the ensemble names the other, then the router keeps what is to
+stay. A version that does not load is refused at the first step, while everything else stays. Only
+where the version that answers is no longer on disk does the ensemble go first, with which Triton
+loads what it is made of.
+
+Whatever goes wrong, an answer that does not come or Ctrl-C too: the server is asked what it serves.
+If that is what was wanted, it is kept; else disk and server go the same way back; and where that
+cannot be, the error says what the disk says, what the server says, and what makes them agree.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
 from routing import ManifestError, manifest
-from routing.versions import VersionError, Versions, switch
+from routing.versions import VersionError, Versions, is_careful, present, put, switched
 
 from .channel import PLAIN, Channel
 from .errors import ServerError, ServerUsageError
@@ -30,10 +38,21 @@ from .triton_log import first_line
 ROUTER = "router"
 _QUESTION_TIMEOUT_S = 5.0
 _POLL_S = 0.1
+# Triton has loaded when it says so; longer only for answers that come late.
+_SHOW_S = 15.0
+# For a connection that was lost to come back.
+_ASK_AGAIN_S = 15.0
+# These do not tell whether the server has done what it was told.
+_LOST = ("CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL", "UNAVAILABLE", "UNKNOWN")
+_DISK_ERRORS = (ManifestError, VersionError, OSError)
 
 
 class RolloutError(ServerError):
-    """The server did not load it; it goes on with what it had."""
+    """The server did not load it. One line: what went wrong, and what answers now."""
+
+
+class RolloutInterruptedError(RolloutError):
+    """Somebody interrupted it. One line: what answers now."""
 
 
 @dataclass(frozen=True)
@@ -61,119 +80,352 @@ def rollout(repository: Path, access: Access, switch_to: int | None = None) -> V
     Args:
         repository: the assembled repository that the server serves.
         access: how to reach the server, which must have been started with `--allow-reload`.
-        switch_to: the version of the router that is to answer; None changes nothing on disk.
+        switch_to: the version of the router that is to answer; None changes nothing on disk, but
+            for versions that should not be loaded (see `routing.versions`).
 
     Returns:
-        What the server serves now.
+        What the server serves now, and the repository says.
 
     Raises:
-        ServerUsageError: no such version, a repository that is not as it was assembled, or no
-            server there.
-        RolloutError: the server did not load it.
+        ServerUsageError: no such version, a repository that is not as it was assembled or cannot be
+            changed, or no server there. Nothing has changed.
+        RolloutError: the server did not load it, or did not say so.
+        RolloutInterruptedError: by Ctrl-C.
     """
     with access.channel.open(access.url) as client:
         server = _Server(client, access)
-        answering = server.answering()
+        try:
+            answering = server.answering()
+        except _NoAnswerError as error:
+            raise ServerUsageError(
+                f"no answer from a server at {access.url} ({error}); start it with python -m "
+                "server --allow-reload, or give its --url"
+            ) from error
         try:
             manifest.verify(repository)
             before = Versions.load(repository)
-            wanted = before if switch_to is None else switch(repository, switch_to)
-        except (ManifestError, VersionError) as error:
+            if switch_to is None:
+                wanted = before.settled(is_careful(repository))
+            else:
+                wanted = switched(repository, switch_to)
+        except _DISK_ERRORS as error:
             raise ServerUsageError(str(error)) from error
-        except OSError as error:
-            raise ServerUsageError(f"{repository} cannot be changed: {error}") from error
+        change = _Change(repository, server, answering, before, wanted, switch_to is not None)
         try:
-            server.load(wanted, answering)
-        except RolloutError as refusal:
-            if wanted != before:
-                _change_back(repository, before, refusal)
-            raise
+            change.make(wanted, answering)
+        except BaseException as error:
+            change.settle(error)
     return wanted
 
 
-def _change_back(repository: Path, before: Versions, refusal: RolloutError) -> None:
+@dataclass
+class _Change:
+    """From what disk and server say to what they are to say.
+
+    Attributes:
+        repository: the repository.
+        server: the server.
+        answering: the version that answered before; None: there was no ensemble.
+        before: what the repository said before.
+        wanted: what both are to say.
+        goes_back: whether the server is to serve again what it did where it fails. Not where the
+            repository had been changed earlier: the server is to follow that.
+    """
+
+    repository: Path
+    server: _Server
+    answering: int | None
+    before: Versions
+    wanted: Versions
+    goes_back: bool
+
+    def make(self, target: Versions, answering: int | None) -> None:
+        """Take disk and server there, step by step.
+
+        Args:
+            target: what they are to say.
+            answering: the version that the server's ensemble names.
+
+        Raises:
+            _StepError: the server refused, did not answer, or serves something else.
+            ManifestError, VersionError, OSError: the repository cannot be changed.
+        """
+        way, order = target, (ENTRY_MODEL, ROUTER)
+        if answering is not None and answering in present(self.repository):
+            way, order = target.beside(answering), (ROUTER, ENTRY_MODEL)
+        put(self.repository, way)
+        for model in order:
+            self.server.load(model)
+        self.server.wait_until(way)
+        if way != target:
+            put(self.repository, target)
+            self.server.load(ROUTER)
+            self.server.wait_until(target)
+
+    def settle(self, error: BaseException) -> None:
+        """After a failure: confirm what was wanted, or go back, and say where both stand.
+
+        Returns:
+            Where the server serves what was wanted all the same.
+
+        Raises:
+            ServerUsageError, RolloutError, RolloutInterruptedError: as `rollout`.
+        """
+        try:
+            self._settle(error)
+        except KeyboardInterrupt:
+            with suppress(Exception, KeyboardInterrupt):
+                put(self.repository, self.before)
+            raise RolloutInterruptedError(
+                f"interrupted twice; the repository says {self._said_on_disk()}, and the server at "
+                f"{self.server.url} was not asked what it serves; {self._remedy()}"
+            ) from error
+
+    def _settle(self, error: BaseException) -> None:
+        seen = self.server.ask_again() if self.server.is_touched else None
+        if seen == self.wanted == self._on_disk():
+            if isinstance(error, KeyboardInterrupt):
+                raise RolloutInterruptedError(
+                    f"interrupted; {seen.sentence}, as the repository says"
+                ) from error
+            return
+        troubles = []
+        if seen is not None and self.goes_back:
+            trouble = _attempt(lambda: self.make(self.before, seen.live or None))
+            troubles += [f"the way back failed: {trouble}"] if trouble else []
+        if self._on_disk() != self.before:  # there was no way back, or it ended early
+            trouble = _attempt(lambda: put(self.repository, self.before))
+            troubles += [f"the repository cannot be changed back: {trouble}"] if trouble else []
+        if isinstance(error, _DISK_ERRORS) and not self.server.is_touched and not troubles:
+            raise ServerUsageError(f"{self.repository} cannot be changed: {error}") from error
+        kind = RolloutInterruptedError if isinstance(error, KeyboardInterrupt) else RolloutError
+        raise kind(self._outcome(_what_failed(error), troubles)) from error
+
+    def _outcome(self, failure: _StepError, troubles: list[str]) -> str:
+        """One line: what failed, and what disk and server say now."""
+        on_disk = self._on_disk()
+        if self.server.is_touched:
+            seen = self.server.ask_again()
+            agree = seen is not None and seen == on_disk
+            live = 0 if seen is None else seen.live
+        else:  # it goes on with what it had, whatever that is
+            seen = None
+            live = self.answering or 0
+            agree = on_disk == self.before and live in (0, self.before.live)
+        goes_on = f"; router/{live} goes on answering" if live and live == self.answering else ""
+        if agree:
+            now = f"; {self._said_on_disk()}, here and there" if seen and not goes_on else goes_on
+            return f"{failure.what}{now}{failure.rest}"
+        server = goes_on.removeprefix("; ")
+        if self.server.is_touched:
+            server = f"the server at {self.server.url} " + (
+                f"does not say what it serves ({self.server.silence})"
+                if seen is None
+                else f"says {_said(seen)}"
+            )
+        parts = [f"{failure.what}{failure.rest}", *troubles]
+        parts.append(f"the repository says {self._said_on_disk()}")
+        parts += [f"but {server}" if server else "but nothing answers", self._remedy()]
+        return "; ".join(parts)
+
+    def _on_disk(self) -> Versions | None:
+        try:
+            return Versions.load(self.repository)
+        except VersionError:
+            return None
+
+    def _said_on_disk(self) -> str:
+        on_disk = self._on_disk()
+        return "nothing that can be read" if on_disk is None else _said(on_disk)
+
+    def _remedy(self) -> str:
+        """The command that makes disk and server agree."""
+        command = f"python -m server rollout --repository {self.repository} --url {self.server.url}"
+        if self._on_disk() != self.before:
+            command += f" --to {self.before.live}"
+        return f"to make them agree, run {command}"
+
+
+def _said(versions: Versions) -> str:
+    return versions.sentence if versions.live else "nothing answers"
+
+
+class _StepError(Exception):
+    """A step failed: `what`, and the `rest` of the line, after what answers now."""
+
+    def __init__(self, what: str, rest: str = "") -> None:
+        super().__init__(what + rest)
+        self.what = what
+        self.rest = rest
+
+
+class _NoAnswerError(Exception):
+    """The server did not answer a question; the reason, in one line."""
+
+
+def _what_failed(error: BaseException) -> _StepError:
+    if isinstance(error, _StepError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return _StepError("interrupted")
+    if isinstance(error, _DISK_ERRORS):
+        return _StepError(f"the repository cannot be changed: {error}")
+    return _StepError(f"{type(error).__name__}: {first_line(str(error))}")
+
+
+def _attempt(step: Callable[[], None]) -> str:
+    """Do it, and say why it could not be done; empty: it was."""
     try:
-        manifest.update(repository, before.configs(repository))
-    except (ManifestError, OSError) as error:
-        raise RolloutError(
-            f"{refusal}; and the repository still says otherwise, which matters when the server "
-            f"starts again ({error}): run python -m export versions --live {before.live}"
-        ) from error
+        step()
+    except Exception as error:
+        return first_line(str(error))
+    return ""
 
 
 class _Server:
-    """The running server."""
+    """The running server.
+
+    Attributes:
+        url: `host:port`.
+        is_touched: whether it may have loaded anything since.
+        silence: why it did not answer, where it did not.
+    """
 
     def __init__(self, client: triton.InferenceServerClient, access: Access) -> None:
         self._client = client
         self._access = access
+        self.url = access.url
+        self.is_touched = False
+        self.silence = ""
 
     def answering(self) -> int | None:
-        """The router's version that the ensemble names; None while there is no ensemble."""
-        try:
-            config = self._client.get_model_config(
-                ENTRY_MODEL,
-                headers=dict(self._access.headers),
-                client_timeout=_QUESTION_TIMEOUT_S,
-            ).config
-        except InferenceServerException as error:
-            if error.status() == "StatusCode.NOT_FOUND":
-                return None
-            raise ServerUsageError(
-                f"no answer from a server at {self._access.url} ({first_line(error.message())}); "
-                "start it with python -m server --allow-reload, or give its --url"
-            ) from error
-        steps = config.ensemble_scheduling.step
+        """The router's version that the ensemble names; None while there is no ensemble.
+
+        Raises:
+            _NoAnswerError: it does not say.
+        """
+        config = self._config(ENTRY_MODEL)
+        steps = [] if config is None else config.ensemble_scheduling.step
         return next((int(step.model_version) for step in steps if step.model_name == ROUTER), None)
 
-    def load(self, wanted: Versions, answering: int | None) -> None:
-        """Load both models in the order that the module's text gives, and wait until it shows."""
-        order = (ROUTER, ENTRY_MODEL)
-        if answering not in wanted.served:
-            order = (ENTRY_MODEL, ROUTER)
-        for model in order:
+    def serves(self) -> Versions:
+        """What it serves; `live` is 0 where there is no ensemble.
+
+        Raises:
+            _NoAnswerError: it does not say.
+        """
+        live = self.answering() or 0
+        index = self._ask(self._client.get_model_repository_index)
+        config = self._config(ROUTER)
+        if config is None:
+            return Versions(live, ())
+        return Versions(
+            live,
+            tuple(
+                sorted(
+                    int(model.version)
+                    for model in index.models
+                    if model.name == ROUTER and model.state == "READY"
+                )
+            ),
+            int(config.parameters["shadow_version"].string_value),
+            float(config.parameters["shadow_fraction"].string_value),
+        )
+
+    def ask_again(self) -> Versions | None:
+        """What it serves, asked until it says so; None: it does not, see `silence`."""
+        deadline = time.monotonic() + min(_ASK_AGAIN_S, self._access.timeout_s)
+        while True:
             try:
-                self._client.load_model(
-                    model,
-                    headers=dict(self._access.headers),
-                    client_timeout=self._access.timeout_s,
-                )
-            except InferenceServerException as error:
-                raise self._refusal(model, answering, error) from error
-        deadline = time.monotonic() + self._access.timeout_s
-        while not self._serves(wanted):
+                return self.serves()
+            except _NoAnswerError as error:
+                self.silence = str(error)
             if time.monotonic() > deadline:
-                raise RolloutError(
-                    f"the server at {self._access.url} loaded its models, but they are not those "
-                    "of this repository; give the --repository that it serves"
-                )
+                return None
             time.sleep(_POLL_S)
 
-    def _serves(self, wanted: Versions) -> bool:
-        try:
-            ready = all(
-                self._client.is_model_ready(
-                    ROUTER, str(version), client_timeout=_QUESTION_TIMEOUT_S
-                )
-                for version in wanted.served
-            )
-        except InferenceServerException:
-            return False
-        return ready and self.answering() == wanted.live
+    def load(self, model: str) -> None:
+        """Load a model as the disk has it, and what it is made of; wait until that is done.
 
-    def _refusal(
-        self, model: str, answering: int | None, error: InferenceServerException
-    ) -> RolloutError:
-        reason = first_line(error.message())
-        goes_on = "" if answering is None else f"; router/{answering} goes on answering"
-        if "explicit model load" in reason:
-            return RolloutError(
-                f"the server at {self._access.url} loads no models while it serves{goes_on}; start "
-                "it with --allow-reload, or restart it to serve what the repository says"
+        Raises:
+            _StepError: it refused, or did not answer.
+        """
+        was_touched, self.is_touched = self.is_touched, True
+        try:
+            self._client.load_model(
+                model, headers=dict(self._access.headers), client_timeout=self._access.timeout_s
             )
-        if "restricted" in reason:
-            return RolloutError(
-                f"the server at {self._access.url} wants the admin key for this{goes_on}; give "
-                "--admin-key-file"
+        except InferenceServerException as error:
+            reason = first_line(error.message())
+            if "restricted" in reason:
+                self.is_touched = was_touched
+                raise _StepError(
+                    f"the server at {self.url} wants the admin key for this",
+                    "; give --admin-key-file",
+                ) from error
+            if "explicit model load" in reason:
+                self.is_touched = was_touched
+                raise _StepError(
+                    f"the server at {self.url} loads no models while it serves",
+                    "; start it with --allow-reload, or restart it to serve what the repository "
+                    "says",
+                ) from error
+            if str(error.status()).removeprefix("StatusCode.") in _LOST:
+                raise _StepError(
+                    f"the server at {self.url} did not answer while it was to load {model}",
+                    f": {reason}",
+                ) from error
+            self.is_touched = was_touched
+            raise _StepError(f"{model} was not loaded", f": {reason}") from error
+
+    def wait_until(self, versions: Versions) -> None:
+        """Wait until it serves just these.
+
+        Raises:
+            _StepError: it does not, or does not say.
+        """
+        deadline = time.monotonic() + min(_SHOW_S, self._access.timeout_s)
+        while True:
+            seen = None
+            try:
+                seen = self.serves()
+            except _NoAnswerError as error:
+                self.silence = str(error)
+            if seen == versions:
+                return
+            if time.monotonic() > deadline:
+                break
+            time.sleep(_POLL_S)
+        if seen is None:
+            raise _StepError(
+                f"the server at {self.url} was told to load, and does not say what it serves",
+                f": {self.silence}",
             )
-        return RolloutError(f"{model} was not loaded{goes_on}: {reason}")
+        raise _StepError(
+            f"the server at {self.url} loaded its models, but they are not those of this "
+            "repository",
+            "; give the --repository that it serves",
+        )
+
+    def _config(self, model: str) -> Any:
+        """A model's configuration, None where there is no such model."""
+        try:
+            return self._ask(self._client.get_model_config, model).config
+        except _NoModelError:
+            return None
+
+    def _ask(self, call: Callable[..., Any], *arguments: str) -> Any:
+        try:
+            return call(
+                *arguments,
+                headers=dict(self._access.headers),
+                client_timeout=_QUESTION_TIMEOUT_S,
+            )
+        except InferenceServerException as error:
+            if error.status() == "StatusCode.NOT_FOUND":
+                raise _NoModelError(first_line(error.message())) from error
+            raise _NoAnswerError(first_line(error.message())) from error
+
+
+class _NoModelError(_NoAnswerError):
+    """The server has no such model."""

@@ -11,7 +11,7 @@ import typer
 from .admin_key import AdminKey
 from .channel import PLAIN, Channel
 from .errors import ServerUsageError
-from .rollout import Access, rollout
+from .rollout import Access, RolloutInterruptedError, rollout
 
 
 def rollout_command(
@@ -41,21 +41,19 @@ def rollout_command(
     """Make a running server serve what its repository says now; with --to N, switch or roll back.
 
     No request is dropped. The server must have been started with --allow-reload. What it cannot
-    load it refuses, and goes on with what it had.
+    load it refuses, and goes on with what it had; a failure says what answers then.
     """
     headers = {} if admin_key_file is None else AdminKey.read(admin_key_file).grpc_headers
     access = Access(url, _channel(tls_ca, tls_cert, tls_key), headers, timeout_s)
     try:
         served = rollout(repository, access, switch_to=to)
     except KeyboardInterrupt:
-        typer.echo("interrupted; what is loaded may not be what the repository says", err=True)
+        typer.echo("interrupted before anything was changed", err=True)
+        raise typer.Exit(130) from None
+    except RolloutInterruptedError as interruption:
+        typer.echo(str(interruption), err=True)
         raise typer.Exit(130) from None
     typer.echo(served.sentence)
-    if served.live != max(served.served):
-        # Triton's rule, which no setting changes.
-        typer.echo(
-            f"A request to `router` itself that pins no version goes to router/{max(served.served)}"
-        )
 
 
 def _channel(ca: Path | None, certificate: Path | None, key: Path | None) -> Channel:

@@ -147,5 +147,5 @@ class Pair:
     def _successes(self) -> tuple[int, int]:
         """Requests that the server has answered, and their time in ns, queue and compute."""
         found = self._client.get_inference_statistics(MODEL, client_timeout=_TIMEOUT_S)
-        success = found.model_stats[0].inference_stats.success
-        return success.count, success.ns
+        versions = [entry.inference_stats.success for entry in found.model_stats]
+        return sum(version.count for version in versions), sum(version.ns for version in versions)

@@ -52,6 +52,7 @@ def with_alternatives(repository: Path, rung_set: RungSet, folder: Path) -> Path
     for model, file in rung_set.alternative_files.items():
         lay_out_graph(file, rung_set.alternatives[model], folder / model / "1")
         shutil.copyfile(repository / "vit_high" / "config.pbtxt", folder / model / "config.pbtxt")
+    manifest.write(folder)  # the rest has just been verified; what is not listed is not served
     return folder
 
 

@@ -45,6 +45,13 @@ class ModelTimes:
             *(getattr(self, field) - getattr(before, field) for field in _FIELDS),
         )
 
+    def __add__(self, other: ModelTimes) -> ModelTimes:
+        return ModelTimes(
+            self.requests + other.requests,
+            self.images + other.images,
+            *(getattr(self, field) + getattr(other, field) for field in _FIELDS),
+        )
+
     def per_request_ms(self) -> dict[str, float]:
         """Milliseconds per request by part; zeros where there was no request."""
         parts = ("queue", "input", "infer", "output")
@@ -68,16 +75,20 @@ class ModelTimes:
 
 
 def server_times(client: triton.InferenceServerClient) -> dict[str, ModelTimes]:
-    """The server's times since it started, by model.
+    """The server's times since it started, by model, over all of its versions that are loaded.
+
+    Of the router there may be several, each with counters of its own. Who is asked which does not
+    matter here: what passes between two readings are the requests that were sent, to whichever.
 
     Raises:
         InferenceServerException: no answer.
     """
     answer = client.get_inference_statistics(client_timeout=30.0)
-    return {
-        entry.name: _times(entry.inference_stats, entry.inference_count)
-        for entry in answer.model_stats
-    }
+    found: dict[str, ModelTimes] = {}
+    for entry in answer.model_stats:
+        times = _times(entry.inference_stats, entry.inference_count)
+        found[entry.name] = found[entry.name] + times if entry.name in found else times
+    return found
 
 
 def since(before: dict[str, ModelTimes], after: dict[str, ModelTimes]) -> dict[str, ModelTimes]:

@@ -2,9 +2,14 @@
 
 import shutil
 
+import numpy as np
 import pytest
+import tritonclient.grpc as triton
+from tritonclient.utils import InferenceServerException
 
-from server import ServerStartError, TritonServer
+import server.launcher
+from routing import manifest
+from server import ServerStartError, ServerUsageError, TritonServer
 
 
 @pytest.fixture
@@ -36,3 +41,28 @@ def test_a_missing_onnx_file_is_named(repository):
     (repository / "vit_high/1/model.onnx").unlink()
     with pytest.raises(ServerStartError, match=r"vit_high.*model\.onnx"):
         start(repository)
+
+
+def test_another_version_of_a_rung_is_refused_and_would_not_be_served(
+    repository, images, monkeypatch
+):
+    (repository / "vit_low/2").mkdir()
+    shutil.copyfile(repository / "vit_high/1/model.onnx", repository / "vit_low/2/model.onnx")
+    with pytest.raises(ServerUsageError, match=r"vit_low/2/model\.onnx is not listed"):
+        start(repository)
+    monkeypatch.setattr(server.launcher, "refuse_unlisted", lambda repository: None)
+    with pytest.raises(ServerStartError, match=r"router.*vit_low/2/model\.onnx is not listed"):
+        start(repository)
+    # Nor where somebody lists it.
+    manifest.write(repository)
+    with (
+        TritonServer(repository, free_ports=True) as running,
+        triton.InferenceServerClient(running.grpc_url) as client,
+    ):
+        image = triton.InferInput("image", [1, *images[0].shape], "FP32")
+        image.set_data_from_numpy(images[:1])
+        unpinned, first = (client.infer("vit_low", [image], version) for version in ("", "1"))
+        assert unpinned.get_response().model_version == "1"
+        assert np.array_equal(unpinned.as_numpy("embedding"), first.as_numpy("embedding"))
+        with pytest.raises(InferenceServerException, match="'vit_low' version 2 is not"):
+            client.infer("vit_low", [image], "2")

@@ -65,10 +65,10 @@ def flip_a_bit(path):
     path.write_bytes(content)
 
 
-def assembled(build, artifact, folder):
+def assembled(build, artifact, folder, client_parameters="any"):
     run_command(
         *("export", "repository", "--onnx", build / "onnx", "--calibration", artifact),
-        *("--out", folder / "repository", "--client-parameters", "any"),
+        *("--out", folder / "repository", "--client-parameters", client_parameters),
     )
     return folder / "repository"
 
@@ -136,7 +136,7 @@ def question(server, artifacts, images, crops):
 class Traffic:
     """Clients that neither pause nor try again; `found` is what became of their requests."""
 
-    def __init__(self, server, question):
+    def __init__(self, server, question, pins=True):
         grpc, http = server.grpc_url, server.http_url
         self.found = Counter()
         self._question = question
@@ -149,6 +149,7 @@ class Traffic:
                 ("router", GrpcClient, grpc),
                 ("pinned", HttpClient, http),
             )
+            if pins or arguments[0] != "pinned"
         ]
 
     def _ask(self, kind, protocol, url):
@@ -198,6 +199,24 @@ def versions_that_answer(server, question):
     return found
 
 
+def unpinned(server, image):
+    """The version of the router that answers a request to it that names none, as the answer says.
+
+    And the highest of those that answer a request that names them.
+    """
+    found = []
+    with triton.InferenceServerClient(server.grpc_url) as client:
+        tensor = triton.InferInput("image", [1, *image.shape], "FP32")
+        tensor.set_data_from_numpy(image[np.newaxis])
+        for version in ("", "1", "2"):
+            try:
+                answer = client.infer("router", [tensor], model_version=version).get_response()
+                found.append(int(answer.model_version))
+            except InferenceServerException as error:
+                assert f"'router' version {version} is not" in error.message(), error
+    return found[0], found[1:]
+
+
 def wait_for_disagreement(server):
     """Until images were counted that one of the two versions alone would escalate."""
     pattern = r'adaptive_vit_shadow_images_total{(.*outcome="only_.*)} ([1-9]\d*)'
@@ -226,27 +245,47 @@ def test_no_request_fails_while_a_version_comes_answers_and_goes_back(
         assert versions_that_answer(server, question) == [1, 1, None]
 
         said = rollout(server, repository)
-        assert "router/1 answers; router/1 and router/2 can be pinned" in said
-        assert "router/2 shadows 50% of the images" in said
-        assert versions_that_answer(server, question) == [1, 1, 2]
+        assert said == "router/1 answers; router/2 shadows 50% of the images\n"
+        # A candidate answers nobody: not who pins none, not who pins it.
+        assert unpinned(server, question.images[0]) == (1, [1])
+        assert versions_that_answer(server, question) == [1, 1, None]
         wait_for_disagreement(server)
         traffic.goes_on()
+        assert {o for kind, o in traffic.found if kind == "router"} == {1}, traffic.found
 
-        assert rollout(server, repository, "--to", 2).startswith("router/2 answers; ")
+        said = rollout(server, repository, "--to", 2)
+        assert said == "router/2 answers; router/1 can be pinned too\n"
         assert versions_that_answer(server, question) == [2, 1, 2]
+        assert unpinned(server, question.images[0]) == (2, [1, 2])
         traffic.goes_on()
 
-        assert rollout(server, repository, "--to", 1).startswith("router/1 answers; ")
-        assert versions_that_answer(server, question) == [1, 1, 2]
+        assert rollout(server, repository, "--to", 1) == "router/1 answers\n"
+        assert versions_that_answer(server, question) == [1, 1, None]
+        assert unpinned(server, question.images[0]) == (1, [1])
         traffic.goes_on()
 
         run_command("export", "versions", "--repository", repository, "--drop", 2)
-        assert "router/1 answers; router/1 can be pinned" in rollout(server, repository)
+        assert rollout(server, repository) == "router/1 answers\n"
         traffic.goes_on()
     manifest.verify(repository)
     kinds = {kind: {o for k, o in traffic.found if k == kind} for kind, _ in traffic.found}
-    # A request to the router that pins nothing gets the newest version, which is Triton's rule.
     assert kinds == {"ensemble": {1, 2}, "router": {1, 2}, "pinned": {1}}, traffic.found
+
+
+def test_a_careful_repository_serves_what_answers_and_nothing_else(
+    build, artifacts, question, tmp_path
+):
+    repository = assembled(build, artifacts[0], tmp_path, "careful")
+    with serving(repository) as server, Traffic(server, question, pins=False) as traffic:
+        add_version(repository, artifacts[1])
+        for version in (2, 1):
+            said = rollout(server, repository, "--to", version)
+            assert said == f"router/{version} answers\n"
+            assert unpinned(server, question.images[0]) == (version, [version])
+            traffic.goes_on()
+    # None of them failed, on the way neither.
+    kinds = {kind: {o for k, o in traffic.found if k == kind} for kind, _ in traffic.found}
+    assert kinds == {"ensemble": {1, 2}, "router": {1, 2}}, traffic.found
 
 
 def test_a_repository_changed_twice_while_nobody_looked_is_loaded_without_a_failure(

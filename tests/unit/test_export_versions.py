@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import pytest
 
 from export import versions as export_versions
 from export.repository import RepositoryError, assemble
+from export.settings import ClientParameters, Settings
 from export.versions import add_version
 from routing import Calibration, CalibrationError, ManifestError, RungRecord, manifest
-from routing.versions import VersionError, Versions, drop, present, switch
+from routing.versions import VersionError, Versions, drop, present, put, switch
 from tests.unit.export_tiny import run_export
 from tests.unit.test_export_repository import contents, write_inputs
 
@@ -22,6 +24,13 @@ CONFIGS = {"router/config.pbtxt", "adaptive_vit/config.pbtxt"}
 @pytest.fixture
 def repository(tmp_path):
     return assemble(*write_inputs(tmp_path), tmp_path / "repository")
+
+
+@pytest.fixture
+def permissive(tmp_path):
+    """Clients may leave the certificate, so they may pin a former version as well."""
+    settings = Settings(client_parameters=ClientParameters.ANY)
+    return assemble(*write_inputs(tmp_path), tmp_path / "permissive", settings)
 
 
 @pytest.fixture
@@ -64,22 +73,22 @@ def test_a_version_is_complete_and_listed_and_answers_nobody(tmp_path, repositor
         "calibration.json"
     }
     assert Calibration.load(repository / "router/2/calibration.json").threshold == 0.75
-    changed = {name for name in before if before[name] != after[name]}
-    assert changed == {"router/config.pbtxt", manifest.NAME}
-    assert Versions.load(repository) == Versions(live=1, served=(1, 2))
+    assert {name for name in before if before[name] != after[name]} == {manifest.NAME}
+    # Triton would hand it to whoever asks the router and pins no version.
+    assert Versions.load(repository) == Versions(live=1, served=(1,))
     assert left_over(tmp_path) == []
 
 
-def test_a_version_may_shadow_the_one_that_answers(repository, artifact):
+def test_a_version_may_shadow_the_one_that_answers_and_is_not_loaded(repository, artifact):
     add_version(repository, artifact, shadow_fraction=0.1)
-    assert Versions.load(repository) == Versions(1, (1, 2), shadow=2, shadow_fraction=0.1)
+    assert Versions.load(repository) == Versions(1, (1,), shadow=2, shadow_fraction=0.1)
 
 
 def test_the_third_stands_beside_the_one_that_answers(tmp_path, repository, artifact):
     add_version(repository, artifact)
     switch(repository, 2)
     assert add_version(repository, change_artifact(tmp_path, "third", threshold=0.9)) == 3
-    assert Versions.load(repository) == Versions(live=2, served=(2, 3))
+    assert Versions.load(repository) == Versions(live=2, served=(2,))
     assert present(repository) == [1, 2, 3]
 
 
@@ -217,11 +226,21 @@ def switch_to_2(repository, artifact):
     switch(repository, 2)
 
 
+def drop_2(repository, artifact):
+    drop(repository, 2)
+
+
+# Each time the manifest, both configs, the manifest; a switch by way of both versions loaded.
 @pytest.mark.parametrize(
-    ("before", "change"), [(nothing, add_with_shadow), (add_with_shadow, switch_to_2)]
+    ("before", "change", "renames"),
+    [
+        (nothing, add_with_shadow, 4),
+        (add_with_shadow, switch_to_2, 8),
+        (add_with_shadow, drop_2, 4),
+    ],
 )
 def test_a_sudden_end_between_any_two_renames_leaves_what_verifies(
-    tmp_path, repository, artifact, monkeypatch, before, change
+    tmp_path, repository, artifact, monkeypatch, before, change, renames
 ):
     before(repository, artifact)
     found = []
@@ -236,14 +255,14 @@ def test_a_sudden_end_between_any_two_renames_leaves_what_verifies(
     monkeypatch.setattr(Path, "replace", look_first)
     change(repository, artifact)
     manifest.verify(repository)
-    assert len(found) == 4  # the manifest, both configs, the manifest
+    assert len(found) == renames
     monkeypatch.undo()
-    for number in range(4):  # whatever was left, a switch completes it
+    for number in range(renames):  # whatever was left, a switch completes it
         switch(tmp_path / f"killed-{number}", 1)
         manifest.verify(tmp_path / f"killed-{number}")
     for versions in (*found, Versions.load(repository)):
         assert versions.live in versions.served
-        assert versions.shadow in (0, *versions.served)
+        assert versions.shadow in (0, 2)
 
 
 def test_a_second_sudden_end_leaves_what_verifies_too(repository, artifact, monkeypatch):
@@ -265,17 +284,41 @@ def test_a_second_sudden_end_leaves_what_verifies_too(repository, artifact, monk
 # --- switched to and dropped ---------------------------------------------------------------------
 
 
-def test_the_switch_keeps_the_former_version_and_ends_its_shadow(repository, artifact):
+def test_the_switch_ends_the_shadow_and_leaves_only_what_answers_loaded(repository, artifact):
     add_version(repository, artifact, shadow_fraction=0.1)
-    assert switch(repository, 2) == Versions.load(repository) == Versions(2, (1, 2))
+    assert switch(repository, 2) == Versions.load(repository) == Versions(2, (2,))
     manifest.verify(repository)
-    assert switch(repository, 1) == Versions.load(repository) == Versions(1, (1, 2))
+    assert switch(repository, 1) == Versions.load(repository) == Versions(1, (1,))
     assert {name for name in contents(repository) if name in CONFIGS} == CONFIGS
+
+
+def test_a_former_version_can_be_pinned_where_clients_may_leave_the_certificate(
+    tmp_path, permissive, artifact
+):
+    add_version(permissive, artifact)
+    assert Versions.load(permissive) == Versions(1, (1,))
+    assert switch(permissive, 2) == Versions.load(permissive) == Versions(2, (1, 2))
+    add_version(permissive, change_artifact(tmp_path, "third", threshold=0.9))
+    assert switch(permissive, 2) == Versions(2, (1, 2))
+    assert switch(permissive, 3) == Versions(3, (2, 3))
+    # A higher one would answer whoever pins none.
+    assert switch(permissive, 2) == Versions.load(permissive) == Versions(2, (2,))
 
 
 def test_switching_to_what_answers_only_ends_the_shadow(repository, artifact):
     add_version(repository, artifact, shadow_fraction=0.1)
-    assert switch(repository, 1) == Versions(1, (1, 2))
+    assert switch(repository, 1) == Versions(1, (1,))
+
+
+def test_a_candidate_that_an_earlier_release_loaded_is_named_and_taken_out(repository, artifact):
+    add_version(repository, artifact)
+    put(repository, Versions(1, (1, 2)))
+    result = run_export("versions", "--repository", repository)
+    assert result.stdout == "router/1 answers; router/2 can be pinned too\n"
+    assert "router/2 is loaded above router/1" in result.stderr
+    assert "versions --live 1" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert run_export("versions", "--repository", repository, "--live", 1).stderr == ""
+    assert Versions.load(repository) == Versions(1, (1,))
 
 
 def test_a_version_is_dropped_with_its_shadow(tmp_path, repository, artifact):
@@ -305,6 +348,30 @@ def test_the_version_that_answers_is_not_dropped(repository, artifact):
     assert Versions.load(repository) == Versions(2, (2,))
 
 
+def test_a_drop_that_ends_early_leaves_what_verifies(repository, artifact, monkeypatch):
+    def remove_half(folder):
+        (folder / "calibration.json").unlink()
+        raise OSError(errno.EACCES, "Permission denied", str(folder))
+
+    add_version(repository, artifact)
+    monkeypatch.setattr(manifest.shutil, "rmtree", remove_half)
+    with pytest.raises(OSError, match="Permission denied"):
+        drop(repository, 2)
+    monkeypatch.undo()
+    assert present(repository) == [1]
+    manifest.verify(repository)
+    for number in range(5):  # the next changes do not forget what still lies there
+        with monkeypatch.context() as patched, suppress(OSError):
+            patched.setattr(Path, "replace", failing_at(Path.replace, number))
+            switch(repository, 1)
+        manifest.verify(repository)
+    with pytest.raises(RepositoryError, match="router/2 is not listed .*; remove it and try again"):
+        add_version(repository, artifact)
+    shutil.rmtree(repository / "router/2")
+    assert add_version(repository, artifact) == 2
+    assert "apart" not in json.loads((repository / manifest.NAME).read_text())
+
+
 @pytest.mark.parametrize("change", [switch, drop])
 @pytest.mark.parametrize("version", [0, 2, -1])
 def test_an_unknown_version_is_named_with_those_there_are(repository, change, version):
@@ -323,18 +390,17 @@ def test_a_config_of_another_make_is_refused(repository):
     assert "\n" not in str(refusal.value)
 
 
-def test_the_command_switches_drops_and_says_what_is_served(repository, artifact):
-    add_version(repository, artifact, shadow_fraction=0.1)
+def test_the_command_switches_drops_and_says_what_is_served(permissive, artifact):
+    add_version(permissive, artifact, shadow_fraction=0.1)
 
     def versions(*options):
-        result = run_export("versions", "--repository", repository, *options)
+        result = run_export("versions", "--repository", permissive, *options)
         assert (result.exit_code, result.stderr) == (0, "")
         return result.stdout
 
-    both = "router/1 and router/2 can be pinned"
-    assert versions() == f"router/1 answers; {both}; router/2 shadows 10% of the images\n"
-    assert versions("--live", 2) == f"router/2 answers; {both}\n"
-    assert versions("--drop", 1) == "router/2 answers; router/2 can be pinned\n"
+    assert versions() == "router/1 answers; router/2 shadows 10% of the images\n"
+    assert versions("--live", 2) == "router/2 answers; router/1 can be pinned too\n"
+    assert versions("--drop", 1) == "router/2 answers\n"
 
 
 @pytest.mark.parametrize(

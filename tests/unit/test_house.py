@@ -137,6 +137,16 @@ def test_the_configs_in_git_are_complete_and_agree():
         assert models[name].backend == "python" and len(models[name].instance_group) == 1
 
 
+def test_every_config_names_its_versions_and_every_step_the_one_it_asks():
+    models = configs()
+    assert {tuple(model.version_policy.specific.versions) for model in models.values()} == {(1,)}
+    steps = models["adaptive_vit"].ensemble_scheduling.step
+    assert [(step.model_name, step.model_version) for step in steps] == [
+        ("preprocess", 1),
+        ("router", 1),
+    ]
+
+
 def test_every_committed_test_is_run_nowhere_skipped():
     words = re.compile(r"pytest\.skip|mark\.skip|mark\.xfail|importorskip")
     for path in (ROOT / "tests").rglob("test_*.py"):

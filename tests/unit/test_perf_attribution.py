@@ -1,8 +1,7 @@
 """Where a request spends its time: Triton's times and how they are taken apart."""
 
-from types import SimpleNamespace
-
 import pytest
+from tritonclient.grpc.service_pb2 import ModelStatisticsResponse
 
 from perf.errors import PerfError
 from perf.measure import attribution
@@ -142,25 +141,42 @@ def test_scoring_takes_a_moment(classes):
 
 
 class FakeClient:
-    """Statistics of two models: n requests with 1, 2, 3, ... n ms in Triton's five fields."""
+    """Statistics in Triton's own messages; `answered` is requests by model and version.
+
+    The n-th field of a request takes n ms, and each request holds three images.
+    """
+
+    def __init__(self, answered):
+        self.answered = answered
 
     def get_inference_statistics(self, client_timeout):
         fields = ("success", "queue", "compute_input", "compute_infer", "compute_output")
-        stats = {
-            field: SimpleNamespace(ns=(i + 1) * 10**6, count=4) for i, field in enumerate(fields)
-        }
-        entry = SimpleNamespace(
-            name="vit_low", inference_stats=SimpleNamespace(**stats), inference_count=12
-        )
-        return SimpleNamespace(model_stats=[entry])
+        answer = ModelStatisticsResponse()
+        for (name, version), count in self.answered.items():
+            entry = answer.model_stats.add(name=name, version=version, inference_count=3 * count)
+            for index, field in enumerate(fields, start=1):
+                getattr(entry.inference_stats, field).count = count
+                getattr(entry.inference_stats, field).ns = count * index * 10**6
+        return answer
 
 
 def test_tritons_statistics_are_read_by_model():
-    times = server_times(FakeClient())["vit_low"]
-    assert times == ModelTimes(4, 12, *(i * 10**6 for i in (1, 2, 3, 4, 5)))
-    assert (times.total_ms, times.queue_ms, times.compute_ms) == (1.0, 2.0, 12.0)
-    assert times.per_request_ms() == {"queue": 0.5, "input": 0.75, "infer": 1.0, "output": 1.25}
+    times = server_times(FakeClient({("vit_low", "1"): 4}))["vit_low"]
+    assert times == ModelTimes(4, 12, *(4 * i * 10**6 for i in (1, 2, 3, 4, 5)))
+    assert (times.total_ms, times.queue_ms, times.compute_ms) == (4.0, 8.0, 48.0)
+    assert times.per_request_ms() == {"queue": 2.0, "input": 3.0, "infer": 4.0, "output": 5.0}
     assert make_times(0).per_request_ms()["infer"] == 0.0
+
+
+@pytest.mark.parametrize("answering", ["1", "2"])
+@pytest.mark.parametrize("order", [("1", "2"), ("2", "1")])
+def test_a_router_of_two_versions_is_counted_whichever_of_them_answers(answering, order):
+    client = FakeClient({("router", version): 7 for version in order} | {("vit_low", "1"): 9})
+    before = server_times(client)
+    client.answered["router", answering] += 5
+    assert since(before, server_times(client)) == {
+        "router": ModelTimes(5, 15, *(5 * i * 10**6 for i in (1, 2, 3, 4, 5)))
+    }
 
 
 def test_between_two_readings_only_models_that_were_asked_count():

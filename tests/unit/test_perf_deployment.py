@@ -78,6 +78,7 @@ def test_weights_that_graphs_share_are_served_beside_those_that_name_them(
     shared = tmp_path / "onnx" / WEIGHTS
     shared.write_bytes(b"weights of several graphs")
     (repository / "vit_high/1" / WEIGHTS).hardlink_to(shared)
+    manifest.write(repository)
     record = rung_set.alternatives["static_5"]
     named = replace(record, weights_sha256=manifest.sha256_file(shared))
     rungs = replace(rung_set, alternatives={**rung_set.alternatives, "static_5": named})
@@ -103,8 +104,8 @@ def test_where_no_second_name_can_be_given_weights_are_copied(
 def test_a_link_in_the_repository_is_followed(tmp_path, rung_set, repository):
     weights = repository / "vit_high/1/model.onnx"
     content = weights.read_bytes()
-    weights.rename(repository / "weights.onnx")
-    weights.symlink_to("../../weights.onnx")
+    weights.rename(tmp_path / "weights.onnx")
+    weights.symlink_to(tmp_path / "weights.onnx")
     folder = with_alternatives(repository, rung_set, tmp_path / "deep" / "er" / "out")
     assert not (folder / "vit_high/1/model.onnx").is_symlink()
     assert (folder / "vit_high/1/model.onnx").read_bytes() == content

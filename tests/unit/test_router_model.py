@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -86,6 +87,30 @@ def config(**changed):
     parameters = {k: {"string_value": v} for k, v in {**DEFAULTS, **changed}.items()}
     queue = {"default_queue_policy": {"max_queue_size": 64}}
     return {"parameters": parameters, "max_batch_size": 32, "dynamic_batching": queue}
+
+
+class FakeInferenceRequest:
+    """Triton's request to another model; keeps what it is made with."""
+
+    made: ClassVar[list[dict]] = []
+
+    def __init__(self, **arguments):
+        self.made.append(arguments)
+
+    def exec(self):
+        tensor = SimpleNamespace(name=lambda: "embedding", as_numpy=lambda: np.zeros((1, 2)))
+        return SimpleNamespace(has_error=lambda: False, output_tensors=lambda: [tensor])
+
+
+def test_a_call_of_a_rung_names_the_version(deployed):
+    rungs = deployed("rungs")
+    rungs.pb_utils.InferenceRequest = FakeInferenceRequest
+    rungs.pb_utils.PreferredMemory = lambda kind: kind
+    rungs.pb_utils.TRITONSERVER_MEMORY_CPU = 0
+    FakeInferenceRequest.made.clear()
+    rungs.call_rung("vit_low", None, ["embedding"])
+    (made,) = FakeInferenceRequest.made
+    assert (made["model_name"], made["model_version"]) == ("vit_low", 1)
 
 
 # --- settings ------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -173,8 +174,6 @@ def test_the_manifest_names_what_changed(tmp_path):
     file.write_text("a")
     manifest.write(tmp_path)
     manifest.verify(tmp_path)
-    (tmp_path / "another_model").mkdir()  # the user's own models may stand beside ours
-    manifest.verify(tmp_path)
     file.write_text("b")
     with pytest.raises(ManifestError, match=r"router/config\.pbtxt differs"):
         manifest.verify(tmp_path)
@@ -184,6 +183,82 @@ def test_the_manifest_names_what_changed(tmp_path):
     (tmp_path / "MANIFEST.json").unlink()
     with pytest.raises(ManifestError, match="missing or unreadable"):
         manifest.verify(tmp_path)
+
+
+def write_listed(folder):
+    """A repository of two models, with a manifest over it."""
+    for name in ("vit_low/1/model.onnx", "router/1/model.py", "router/1/routing/policy.py"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text(name)
+    (folder / "router/config.pbtxt").write_text("router")
+    manifest.write(folder)
+    return folder
+
+
+def write_file(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("something else")
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("vit_low/2/model.onnx", write_file),
+        ("vit_low/2", Path.mkdir),
+        ("vit_low/2", lambda path: path.symlink_to("1", target_is_directory=True)),
+        ("vit_low/1/model.onnx.data", write_file),
+        ("another_model/1/model.py", write_file),
+        ("another_model", Path.mkdir),
+        ("another_model", lambda path: path.symlink_to("vit_low")),
+        ("router/1/policy.py", write_file),
+        ("router/1/routing/signals", lambda path: path.symlink_to("/nowhere")),
+        ("router/1/routing/policy.so", write_file),
+        ("router/1/MANIFEST.json", write_file),
+        ("router/configs/other.pbtxt", write_file),
+        ("router/2.onnx/1/model.onnx", write_file),
+        ("notes.txt", write_file),
+    ],
+)
+def test_what_the_manifest_does_not_list_is_refused_by_name(tmp_path, name, make):
+    write_listed(tmp_path)
+    make(tmp_path / name)
+    for check in (manifest.verify, manifest.refuse_unlisted):
+        with pytest.raises(ManifestError, match=f"^{name} is not listed .*; remove it") as error:
+            check(tmp_path)
+        assert "\n" not in str(error.value)
+    manifest.write(tmp_path)  # it may be listed, but for a link to a folder
+    if (tmp_path / name).is_file():
+        manifest.verify(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "router/1/__pycache__/model.cpython-311.pyc",
+        "router/1/routing/__pycache__/policy.cpython-311.pyc",
+        "MANIFEST.json.0",
+        "router/config.pbtxt.1",
+    ],
+)
+def test_what_python_and_an_interrupted_update_leave_is_let_be(tmp_path, name):
+    write_file(write_listed(tmp_path) / name)
+    manifest.verify(tmp_path)
+    manifest.refuse_unlisted(tmp_path)
+
+
+def test_bytecode_makes_no_version(tmp_path):
+    write_file(write_listed(tmp_path) / "router/2/__pycache__/model.cpython-311.pyc")
+    with pytest.raises(ManifestError, match="^router/2 is not listed"):
+        manifest.verify(tmp_path)
+
+
+def test_a_repository_may_be_reached_by_a_link_and_a_listed_file_be_one(tmp_path):
+    repository = write_listed(tmp_path / "repository")
+    file = repository / "vit_low/1/model.onnx"
+    file.rename(tmp_path / "elsewhere.onnx")
+    file.symlink_to(tmp_path / "elsewhere.onnx")
+    (tmp_path / "link").symlink_to(repository)
+    manifest.verify(tmp_path / "link")
 
 
 def test_a_folder_without_rungs_says_what_to_run(tmp_path):

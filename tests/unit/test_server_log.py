@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from server import ServerUsageError
+from routing import manifest
+from server import ServerUsageError, TritonServer
 from server.failures import start_error
 from server.repository import bytecode_folders, models_in, remove_new_bytecode
 from server.triton_log import (
@@ -129,6 +130,24 @@ def test_models_are_the_folders(tmp_path: Path):
     (tmp_path / "adaptive_vit").mkdir()
     (tmp_path / "MANIFEST.json").write_text("{}")
     assert models_in(tmp_path) == ["adaptive_vit", "vit_low"]
+
+
+def test_a_server_with_more_than_was_assembled_is_not_started(tmp_path: Path):
+    model = tmp_path / "vit_low/1/model.onnx"
+    model.parent.mkdir(parents=True)
+    model.write_text("assembled")
+    server = TritonServer(tmp_path, free_ports=True, tritonserver=tmp_path / "nowhere")
+    with pytest.raises(ServerUsageError, match="nowhere"):  # without a manifest nothing is checked
+        server.start()
+    manifest.write(tmp_path)
+    with pytest.raises(ServerUsageError, match="nowhere"):
+        server.start()
+    (tmp_path / "vit_low/2").mkdir()
+    (tmp_path / "vit_low/2/model.onnx").write_text("something else")
+    with pytest.raises(
+        ServerUsageError, match=r": vit_low/2/model\.onnx is not listed in MANIFEST"
+    ):
+        server.start()
 
 
 def test_a_missing_or_empty_repository_is_refused(tmp_path: Path):

@@ -1,22 +1,28 @@
-"""The order and the refusals of a rollout; the server is a fake that keeps what it was told."""
+"""The order, the refusals and the failures of a rollout; the server is a fake that loads from disk.
+
+Whatever fails, and wherever: afterwards disk and server agree, or the error says how they differ.
+"""
 
 import errno
 import re
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
-from tritonclient.grpc.service_pb2 import ModelConfigResponse
+from tritonclient.grpc.service_pb2 import ModelConfigResponse, RepositoryIndexResponse
 from tritonclient.utils import InferenceServerException
 
 import server.__main__ as command_line
+import server.rollout as server_rollout
 from export.repository import assemble
+from export.settings import ClientParameters, Settings
 from export.versions import add_version
 from routing import manifest
-from routing.versions import Versions, drop, switch
+from routing.versions import Versions, drop, put, switch
 from server import rollout_command
 from server.errors import ServerUsageError
-from server.rollout import Access, RolloutError, rollout
+from server.rollout import Access, RolloutError, RolloutInterruptedError, rollout
 from tests.unit.test_export_repository import contents, write_inputs
 from tests.unit.test_export_versions import change_artifact, flip_a_bit
 
@@ -28,15 +34,21 @@ NOT_LOADED = (
 
 
 class FakeTriton:
-    """A server of a repository: loads what its files say, some polls later."""
+    """A server of a repository: loads what its files say, as Triton does.
 
-    def __init__(self, repository, refusal=None, polls=0):
+    `fault(number, name)` is called before and after each call, from 0, and may raise; `states` are
+    the versions it went through, as (the ensemble's, the router's).
+    """
+
+    def __init__(self, repository, refusal=None):
         self.repository = repository
         self.served = Versions.load(repository)
         self.refusals = refusal or {}
-        self.polls = polls
+        self.fault = lambda number, name, is_done: None
+        self.number = -1
         self.calls = []
         self.headers = []
+        self.states = []
 
     def open(self, url):
         self.url = url
@@ -48,40 +60,92 @@ class FakeTriton:
     def __exit__(self, *error):
         pass
 
-    def get_model_config(self, model, headers, client_timeout):
-        assert model == "adaptive_vit"
+    def _call(self, name, headers, effect):
+        self.number += 1
+        number = self.number
         self.headers.append(headers)
-        if self.refusals.get("get_model_config"):
-            raise self.refusals["get_model_config"]
+        self.fault(number, name, False)
+        if name in self.refusals:
+            raise self.refusals[name]
+        answer = effect()
+        self.fault(number, name, True)
+        return answer
+
+    def get_model_config(self, model, headers, client_timeout):
+        return self._call("get_model_config", headers, lambda: self._config(model))
+
+    def _config(self, model):
         answer = ModelConfigResponse()
+        if model == "router":
+            parameters = answer.config.parameters
+            parameters["shadow_version"].string_value = str(self.served.shadow)
+            parameters["shadow_fraction"].string_value = f"{self.served.shadow_fraction:g}"
+            return answer
+        if not self.served.live:
+            raise refusal("unknown model: 'adaptive_vit'", "StatusCode.NOT_FOUND")
         steps = answer.config.ensemble_scheduling.step
-        steps.add(model_name="preprocess", model_version=-1)
+        steps.add(model_name="preprocess", model_version=1)
         steps.add(model_name="router", model_version=self.served.live)
         return answer
 
+    def get_model_repository_index(self, headers, client_timeout):
+        def index():
+            answer = RepositoryIndexResponse()
+            answer.models.add(name="preprocess", version="1", state="READY")
+            for version in (1, 2, 3):
+                state = "READY" if version in self.served.served else "UNAVAILABLE"
+                answer.models.add(name="router", version=str(version), state=state)
+            return answer
+
+        return self._call("get_model_repository_index", headers, index)
+
     def load_model(self, model, headers, client_timeout):
         self.calls.append(model)
-        self.headers.append(headers)
-        if model in self.refusals:
-            raise self.refusals[model]
-        if model == "adaptive_vit":
-            self.served = Versions.load(self.repository)
+        self._call(model, headers, lambda: self._load(model))
 
-    def is_model_ready(self, model, version, client_timeout):
-        self.polls -= 1
-        return self.polls < 0 and int(version) in self.served.served
+    def _load(self, model):
+        said = Versions.load(self.repository)
+        if model == "router":
+            said = Versions(self.served.live, said.served, said.shadow, said.shadow_fraction)
+        assert said.live in (0, *said.served), f"the ensemble would name a missing version: {said}"
+        manifest.verify(self.repository)  # as its router does
+        self.served = said
+        self.states.append((said.live, said.served))
 
 
 def refusal(text, status="StatusCode.INVALID_ARGUMENT"):
     return InferenceServerException(text, status=status)
 
 
+@pytest.fixture(scope="module")
+def assembled(tmp_path_factory):
+    """Two repositories with a version that answers and a shadow beside it, and their inputs."""
+    folder = tmp_path_factory.mktemp("assembled")
+    inputs = write_inputs(folder)
+    second = change_artifact(folder, "second", threshold=0.75)
+    for name, kind in (("careful", ClientParameters.CAREFUL), ("any", ClientParameters.ANY)):
+        out = assemble(*inputs, folder / name, Settings(client_parameters=kind))
+        add_version(out, second, shadow_fraction=0.1)
+    return folder
+
+
 @pytest.fixture
-def repository(tmp_path):
-    """One version answers, a second stands beside it."""
-    out = assemble(*write_inputs(tmp_path), tmp_path / "repository")
-    add_version(out, change_artifact(tmp_path, "second", threshold=0.75), shadow_fraction=0.1)
-    return out
+def repository(assembled, tmp_path):
+    return shutil.copytree(assembled / "careful", tmp_path / "repository")
+
+
+@pytest.fixture
+def permissive(assembled, tmp_path):
+    """Where a former version may be pinned."""
+    return shutil.copytree(assembled / "any", tmp_path / "permissive")
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(server_rollout, "_POLL_S", 0.001)
+
+
+BEFORE = Versions(1, (1,), 2, 0.1)
 
 
 def access(triton, **more):
@@ -91,25 +155,51 @@ def access(triton, **more):
 # --- loaded --------------------------------------------------------------------------------------
 
 
-def test_what_the_repository_says_is_loaded_the_router_first(repository):
+def test_a_shadow_is_loaded_by_the_version_that_answers_and_answers_nobody(repository):
     triton = FakeTriton(repository)
+    triton.served = Versions(1, (1,))
     before = contents(repository)
-    assert rollout(repository, access(triton)) == Versions(1, (1, 2), 2, 0.1)
+    assert rollout(repository, access(triton)) == BEFORE == triton.served
     assert triton.calls == ["router", "adaptive_vit"]
     assert contents(repository) == before
 
 
 @pytest.mark.parametrize("versions", [(2,), (2, 1)])
-def test_a_switch_is_written_then_loaded_forward_and_back(repository, versions):
-    triton = FakeTriton(repository, polls=3)
+def test_a_switch_goes_by_way_of_both_and_leaves_what_answers(repository, versions):
+    triton = FakeTriton(repository)
     for version in versions:
-        assert rollout(repository, access(triton), version) == Versions(version, (1, 2))
-        assert triton.served == Versions.load(repository)
-    assert triton.calls == ["router", "adaptive_vit"] * len(versions)
+        other = 3 - version
+        assert rollout(repository, access(triton), version) == Versions(version, (version,))
+        assert triton.served == Versions.load(repository) == Versions(version, (version,))
+        assert triton.states[-3:] == [(other, (1, 2)), (version, (1, 2)), (version, (version,))]
+    assert triton.calls == ["router", "adaptive_vit", "router"] * len(versions)
     manifest.verify(repository)
 
 
-def test_the_ensemble_goes_first_where_its_version_is_about_to_leave(repository):
+def test_a_former_version_stays_where_it_may_be_pinned_unless_it_is_a_higher_one(permissive):
+    triton = FakeTriton(permissive)
+    assert rollout(permissive, access(triton), 2) == triton.served == Versions(2, (1, 2))
+    assert triton.calls == ["router", "adaptive_vit"]
+    assert rollout(permissive, access(triton), 1) == triton.served == Versions(1, (1,))
+    assert Versions.load(permissive) == triton.served
+
+
+def test_a_candidate_that_an_earlier_release_loaded_is_taken_out(permissive):
+    put(permissive, Versions(1, (1, 2), 2, 0.1))
+    triton = FakeTriton(permissive)
+    assert rollout(permissive, access(triton)) == triton.served == BEFORE
+    assert Versions.load(permissive) == BEFORE
+
+
+def test_what_was_switched_while_nobody_looked_is_loaded_beside_what_answers(repository):
+    triton = FakeTriton(repository)
+    switch(repository, 2)
+    assert rollout(repository, access(triton)) == triton.served == Versions(2, (2,))
+    assert triton.states == [(1, (1, 2)), (2, (1, 2)), (2, (2,))]
+    assert Versions.load(repository) == triton.served
+
+
+def test_the_ensemble_goes_first_where_its_version_is_gone(repository):
     triton = FakeTriton(repository)
     switch(repository, 2)
     drop(repository, 1)
@@ -119,58 +209,71 @@ def test_the_ensemble_goes_first_where_its_version_is_about_to_leave(repository)
 
 def test_a_server_without_the_ensemble_gets_it(repository):
     triton = FakeTriton(repository)
-    missing = refusal("unknown model: 'adaptive_vit'", "StatusCode.NOT_FOUND")
-    triton.refusals["get_model_config"] = missing
-
-    def load_model(model, headers, client_timeout):
-        triton.refusals.clear()
-        triton.calls.append(model)
-
-    triton.load_model = load_model
-    rollout(repository, access(triton))
+    triton.served = Versions(0, (1,))
+    assert rollout(repository, access(triton)) == triton.served == BEFORE
     assert triton.calls == ["adaptive_vit", "router"]
 
 
 def test_every_restricted_call_carries_the_key(repository):
     triton = FakeTriton(repository)
     headers = {"triton-grpc-protocol-admin-key": "secret"}
-    rollout(repository, access(triton, headers=headers))
-    assert triton.headers and all(found == headers for found in triton.headers)
+    rollout(repository, access(triton, headers=headers), 2)
+    assert len(triton.headers) == CALLS and all(found == headers for found in triton.headers)
 
 
 # --- refused -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", ["router", "adaptive_vit"])
-def test_a_refused_switch_is_taken_back_on_disk(repository, model):
+def test_a_refused_switch_is_taken_back(repository, model):
     before = contents(repository)
     triton = FakeTriton(repository, {model: refusal(NOT_LOADED)})
     with pytest.raises(RolloutError) as caught:
-        rollout(repository, access(triton), 2)
+        rollout(repository, access(triton, timeout_s=0.05), 2)
+    message = str(caught.value)
     assert contents(repository) == before
-    goes_on = f"{model} was not loaded; router/1 goes on answering: "
-    assert str(caught.value).startswith(goes_on) and "no such luck" in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert message.startswith(f"{model} was not loaded; ") and "no such luck" in message
+    assert "\n" not in message
+    if model == "router":  # nothing was loaded, and nothing has to be
+        assert "; router/1 goes on answering: " in message
+        assert triton.served == BEFORE and triton.calls == ["router"]
+
+
+def test_a_switch_that_is_refused_halfway_goes_back_in_the_server_too(repository):
+    triton = FakeTriton(repository)
+
+    def refuse_once(number, name, is_done):
+        if triton.calls == ["router", "adaptive_vit"] and name == "adaptive_vit":
+            raise refusal(NOT_LOADED)
+
+    triton.fault = refuse_once
+    with pytest.raises(RolloutError, match="adaptive_vit was not loaded; router/1 goes on ans"):
+        rollout(repository, access(triton), 2)
+    assert triton.served == Versions.load(repository) == BEFORE
+    assert triton.states[0] == (1, (1, 2)) and triton.states[-1] == (1, (1,))
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "status", "message"),
     [
         (
             "explicit model load / unload is not allowed if polling is enabled",
+            "StatusCode.UNAVAILABLE",
             "loads no models while it serves; router/1 goes on answering; start it with "
             "--allow-reload",
         ),
         (
             "This protocol is restricted, expecting header 'triton-grpc-protocol-admin-key'",
+            "StatusCode.UNAVAILABLE",
             "wants the admin key for this; router/1 goes on answering; give --admin-key-file",
         ),
     ],
 )
-def test_a_server_that_may_not_be_told_says_what_is_needed(repository, text, message):
-    triton = FakeTriton(repository, {"router": refusal(text)})
+def test_a_server_that_may_not_be_told_says_what_is_needed(repository, text, status, message):
+    triton = FakeTriton(repository, {"router": refusal(text, status)})
     with pytest.raises(RolloutError, match=re.escape(message)):
-        rollout(repository, access(triton))
+        rollout(repository, access(triton), 2)
+    assert triton.served == Versions.load(repository) == BEFORE
 
 
 def test_without_an_answer_nothing_is_changed(repository):
@@ -182,12 +285,12 @@ def test_without_an_answer_nothing_is_changed(repository):
     assert contents(repository) == before and triton.calls == []
 
 
-def test_a_server_of_another_repository_is_noticed(tmp_path, repository):
+def test_a_server_of_another_repository_is_noticed(assembled, repository, tmp_path):
     other = assemble(*write_inputs(tmp_path), tmp_path / "other")
     triton = FakeTriton(other)
     with pytest.raises(RolloutError, match="not those of this repository; give the --repository"):
-        rollout(repository, access(triton, timeout_s=0.2), 2)
-    assert Versions.load(repository) == Versions(1, (1, 2), 2, 0.1)
+        rollout(repository, access(triton, timeout_s=0.1), 2)
+    assert Versions.load(repository) == BEFORE
 
 
 @pytest.mark.parametrize(
@@ -195,6 +298,7 @@ def test_a_server_of_another_repository_is_noticed(tmp_path, repository):
     [
         (lambda r: flip_a_bit(r / "router/2/calibration.json"), 2, "differs from its SHA-256"),
         (lambda r: flip_a_bit(r / "vit_high/1/model.onnx"), None, "differs from its SHA-256"),
+        (lambda r: (r / "vit_low/2").mkdir(), None, "vit_low/2 is not listed"),
         (lambda r: (r / "MANIFEST.json").unlink(), None, "missing or unreadable"),
         (lambda r: None, 3, "the router has no version 3"),
     ],
@@ -209,30 +313,170 @@ def test_what_is_wrong_with_the_repository_is_said_before_anything_is_loaded(
     assert triton.calls == []
 
 
+# --- failures at every step ----------------------------------------------------------------------
+
+CALLS = 10  # of a switch: a question, both models, three questions, the router, three questions
+LAST_LOAD = 6
+RENAMES = 8  # on disk: the manifest, both configs and the manifest, and so again
+
+
+def lost():
+    return refusal("Deadline Exceeded", "StatusCode.DEADLINE_EXCEEDED")
+
+
+def test_a_switch_is_so_many_steps(repository, monkeypatch):
+    triton = FakeTriton(repository)
+    renames = []
+    rename = Path.replace
+
+    def count(path, target):
+        renames.append(path)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", count)
+    rollout(repository, access(triton), 2)
+    assert (triton.number + 1, len(renames)) == (CALLS, RENAMES)
+
+
+def check_outcome(repository, triton, error):
+    """Disk and server agree, or the error says what each says; returns what the disk says."""
+    manifest.verify(repository)
+    on_disk, message = Versions.load(repository), str(error)
+    assert on_disk in (BEFORE, Versions(2, (2,))) and "\n" not in message
+    if triton.served != on_disk:
+        assert f"the repository says {on_disk.sentence}" in message
+        assert "to make them agree, run python -m server rollout --repository" in message
+    return on_disk
+
+
+@pytest.mark.parametrize("is_done", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("number", range(1, CALLS))
+def test_an_answer_that_is_lost_at_any_step_leaves_both_agreeing(repository, number, is_done):
+    triton = FakeTriton(repository)
+
+    def lose_one(this, name, done):
+        if (this, done) == (number, is_done):
+            raise lost()
+
+    triton.fault = lose_one
+    try:
+        error = None
+        assert rollout(repository, access(triton), 2) == Versions(2, (2,))
+    except RolloutError as failure:
+        error = failure
+        assert "did not answer while it was to load" in str(error)
+        assert "; router/1 goes on answering: Deadline Exceeded" in str(error)
+    assert check_outcome(repository, triton, error) == triton.served
+    assert triton.served == (Versions(2, (2,)) if error is None else BEFORE)
+    # A question is asked again, and the last step may have been taken.
+    assert (error is None) == (
+        number not in (1, 2, LAST_LOAD) or (number, is_done) == (LAST_LOAD, True)
+    )
+
+
+@pytest.mark.parametrize("is_done", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("number", range(1, CALLS))
+def test_a_server_that_is_gone_at_any_step_is_said_to_be(repository, number, is_done):
+    triton = FakeTriton(repository)
+
+    def be_gone(this, name, done):
+        if this > number or (this, done) == (number, is_done):
+            raise refusal("failed to connect to all addresses", "StatusCode.UNAVAILABLE")
+
+    triton.fault = be_gone
+    with pytest.raises(RolloutError) as caught:
+        rollout(repository, access(triton, timeout_s=0.05), 2)
+    # It starts again with what the disk says.
+    assert check_outcome(repository, triton, caught.value) == BEFORE
+    said = "at 127.0.0.1:8001 does not say what it serves (failed to connect to all addresses)"
+    assert said in str(caught.value) and "to make them agree, run" in str(caught.value)
+
+
+@pytest.mark.parametrize("is_done", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("number", range(1, CALLS))
+def test_ctrl_c_at_any_step_leaves_both_agreeing(repository, number, is_done):
+    triton = FakeTriton(repository)
+
+    def interrupt(this, name, done):
+        if (this, done) == (number, is_done):
+            raise KeyboardInterrupt
+
+    triton.fault = interrupt
+    with pytest.raises(RolloutInterruptedError) as caught:
+        rollout(repository, access(triton), 2)
+    on_disk = check_outcome(repository, triton, caught.value)
+    assert on_disk == triton.served
+    says = "router/2 answers, as the repository says"
+    says = says if on_disk.live == 2 else "router/1 goes on answering"
+    assert str(caught.value) == f"interrupted; {says}"
+    assert (on_disk.live == 2) == (number > LAST_LOAD or (number, is_done) == (LAST_LOAD, True))
+
+
+@pytest.mark.parametrize("number", range(1, CALLS))
+def test_a_second_ctrl_c_says_that_nobody_was_asked(repository, number):
+    triton = FakeTriton(repository)
+
+    def interrupt(this, name, done):
+        if this >= number:
+            raise KeyboardInterrupt
+
+    triton.fault = interrupt
+    with pytest.raises(RolloutInterruptedError, match="was not asked what it serves") as caught:
+        rollout(repository, access(triton), 2)
+    assert check_outcome(repository, triton, caught.value) == BEFORE
+    assert "to make them agree, run" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("number", range(RENAMES))
+def test_a_change_of_the_disk_that_ends_early_is_taken_back(repository, monkeypatch, number, kind):
+    triton = FakeTriton(repository)
+    rename, renames = Path.replace, []
+
+    def fail_once(path, target):
+        renames.append(path)
+        if len(renames) == number + 1:
+            raise kind(errno.EIO, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", fail_once)
+    halfway = RolloutError if number >= RENAMES // 2 else ServerUsageError
+    expected = RolloutInterruptedError if kind is KeyboardInterrupt else halfway
+    with pytest.raises(expected) as caught:
+        rollout(repository, access(triton), 2)
+    assert check_outcome(repository, triton, caught.value) == BEFORE == triton.served
+
+
 def no_space(path, *arguments, **options):
     raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
 
 def test_a_full_disk_is_said_before_anything_is_loaded(repository, monkeypatch):
     triton = FakeTriton(repository)
+    before = contents(repository)
     monkeypatch.setattr(Path, "write_text", no_space)
     with pytest.raises(ServerUsageError, match="cannot be changed: .*No space left on device"):
         rollout(repository, access(triton), 2)
-    assert triton.calls == []
+    assert triton.calls == [] and contents(repository) == before
 
 
-def test_what_cannot_be_taken_back_is_said(repository, monkeypatch):
+@pytest.mark.parametrize("model", ["router", "adaptive_vit"])
+def test_what_cannot_be_taken_back_is_said(repository, monkeypatch, model):
     triton = FakeTriton(repository)
 
-    def refuse(model, headers, client_timeout):
-        monkeypatch.setattr(Path, "write_text", no_space)
-        raise refusal(NOT_LOADED)
+    def refuse(number, name, is_done):
+        if name == model:
+            monkeypatch.setattr(Path, "write_text", no_space)
+            raise refusal(NOT_LOADED)
 
-    triton.load_model = refuse
-    with pytest.raises(
-        RolloutError, match="no such luck; and the repository still says .*--live 1"
-    ):
-        rollout(repository, access(triton), 2)
+    triton.fault = refuse
+    with pytest.raises(RolloutError) as caught:
+        rollout(repository, access(triton, timeout_s=0.05), 2)
+    message = str(caught.value)
+    assert "no such luck" in message and "cannot be changed back: " in message
+    assert "the repository says router/2 answers; router/1 can be pinned too; but" in message
+    says = "router/1 goes on answering" if model == "router" else "says router/1 answers; router/2"
+    assert says in message and message.endswith("--url 127.0.0.1:8001 --to 1")
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -259,15 +503,12 @@ def test_the_command_says_what_is_served(monkeypatch, capsys):
 
     def instead(repository, access, switch_to):
         asked.append((repository, access.url, access.timeout_s, switch_to))
-        return Versions(1, (1, 2))
+        return Versions(2, (1, 2))
 
     options = ("--repository", "r", "--to", 1, "--url", "host:9", "--timeout-s", 7)
     code, out, err = run(monkeypatch, capsys, instead, *options)
     assert (code, err) == (0, "") and asked == [(Path("r"), "host:9", 7.0, 1)]
-    assert out.splitlines() == [
-        "router/1 answers; router/1 and router/2 can be pinned",
-        "A request to `router` itself that pins no version goes to router/2",
-    ]
+    assert out == "router/2 answers; router/1 can be pinned too\n"
 
 
 @pytest.mark.usefixtures("handlers")
@@ -276,7 +517,8 @@ def test_the_command_says_what_is_served(monkeypatch, capsys):
     [
         (RolloutError("router was not loaded"), 1, "error: router was not loaded\n"),
         (ServerUsageError("no version 7"), 2, "error: no version 7\n"),
-        (KeyboardInterrupt(), 130, "interrupted; "),
+        (KeyboardInterrupt(), 130, "interrupted before anything was changed\n"),
+        (RolloutInterruptedError("interrupted; router/1"), 130, "interrupted; router/1\n"),
     ],
 )
 def test_the_exit_code_tells_whose_move_it_is(monkeypatch, capsys, error, expected, said):

@@ -20,6 +20,8 @@ Answer = TypeVar("Answer")
 # 2.51) would hold an instance of the router for that time at every call.
 _SLOW_OUTAGE_S = 0.25
 _PAUSE_S = 2.0
+# Every rung has this version and no other; a call without one would get the highest that is there.
+_VERSION = 1
 
 
 def call_rung(
@@ -38,6 +40,7 @@ def call_rung(
     """
     response = pb_utils.InferenceRequest(
         model_name=model,
+        model_version=_VERSION,
         requested_output_names=list(output_names),
         inputs=[image],
         preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU),
