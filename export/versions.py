@@ -16,7 +16,7 @@ from pathlib import Path
 from export.repository import ROOT, RepositoryError, complete_router
 from export.settings import check_fraction
 from export.staging import folder_beside
-from routing import RUNGS, Calibration, manifest
+from routing import REFERENCE_MODEL, RUNGS, Calibration, manifest
 from routing.versions import Versions, present
 
 
@@ -41,7 +41,8 @@ def add_version(repository: Path, calibration_file: Path, shadow_fraction: float
     check_fraction("--shadow", shadow_fraction)
     manifest.verify(repository)
     calibration = Calibration.load(calibration_file)
-    calibration.check_rungs({name: repository / name / "1" / "model.onnx" for name in RUNGS})
+    names = [*RUNGS, *[REFERENCE_MODEL] * (repository / REFERENCE_MODEL).is_dir()]
+    calibration.check_rungs({name: repository / name / "1" / "model.onnx" for name in names})
     versions = present(repository)
     _check_is_new(repository, calibration, versions)
     version = max(versions) + 1
