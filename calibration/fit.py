@@ -216,6 +216,7 @@ def fit(
             "image_hashes": hash_prefixes(outputs.hashes),
         },
         reference_scores=_thinned(np.sort(scores[np.concatenate(list(independent.values()))])),
+        reference=rung_set.reference,
     )
     return Fit(calibration, splits, values, scores, loss, high_loss)
 

@@ -21,10 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from routing import RungOutputs
+from routing.calibration import FULL_RUNG
 
 from .npz import NpzError, load_npz, save_npz
 
-FULL_RUNG, FULL_MODEL = "full rung", "full FP32 model"  # what answers are held against
+FULL_MODEL = "full FP32 model"  # what answers are held against where it is not the full rung
 
 # Every array with a row for each image. N images, D of the embedding, C classes.
 AXES = {

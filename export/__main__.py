@@ -173,13 +173,15 @@ def repository(
     ] = ClientParameters.CAREFUL,
     degrade_queue_depth: Annotated[
         int,
-        typer.Option(metavar="IMAGES", help="A batch of so many raises the threshold; 0: never."),
+        typer.Option(
+            metavar="IMAGES", help="So many that had to wait raise the threshold; 0: never."
+        ),
     ] = 0,
     degrade_threshold: Annotated[
         float | None, typer.Option(help="The highest it is raised to, oracle units.")
     ] = None,
     audit_fraction: Annotated[
-        float, typer.Option(help="Share of the images kept low that are checked by the full rung.")
+        float, typer.Option(help="Share of the images that the full rung checks.")
     ] = 0.0,
     add: Annotated[
         bool,

@@ -17,12 +17,13 @@ from pathlib import Path
 from export.settings import Settings
 from export.staging import folder_beside, link_or_copy
 from imaging import Preprocessing, PreprocessingError
-from routing import RUNGS, WEIGHTS, Calibration, RungSet, manifest
+from routing import REFERENCE_MODEL, RUNGS, WEIGHTS, Calibration, RungSet, manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 # Batch sizes the rungs run before they report ready: a lone request, and a batch as it forms
 # under load. Larger ones cost seconds of start-up on a CPU.
 WARMUP_BATCHES = (1, 8)
+AUDIT_BATCHES = (1,)  # the audit asks about one image at a time
 
 
 class RepositoryError(ValueError):
@@ -59,6 +60,8 @@ def assemble(
     calibration = Calibration.load(calibration_file)
     calibration.check_rungs(rung_set.files)
     settings.check(calibration.threshold)
+    if _audits_by_reference(calibration, settings):
+        _check_reference(rung_set, calibration)
     preprocessing = _preprocessing(rung_set, calibration)
     with folder_beside(out) as folder:
         # A child, because a temporary directory itself is closed to other users.
@@ -68,6 +71,26 @@ def assemble(
             out.rename(folder / "replaced")
         fresh.rename(out)
     return out
+
+
+def _audits_by_reference(calibration: Calibration, settings: Settings) -> bool:
+    """Whether there is an audit, and it must ask another model than the rungs."""
+    audited = settings.audit_fraction > 0 and calibration.threshold is not None
+    return audited and not calibration.is_about_full_rung
+
+
+def _check_reference(rung_set: RungSet, calibration: Calibration) -> None:
+    if calibration.reference is None:
+        raise RepositoryError(
+            "--audit-fraction: the artifact is about the full model and, being of an earlier "
+            "release, does not say which file that is; run python -m calibration fit again"
+        )
+    if rung_set.reference_file is None:
+        raise RepositoryError(
+            "--audit-fraction: the artifact is about the full model, and rungs.json names no "
+            "reference; give the --onnx folder that it was calibrated with"
+        )
+    calibration.check_rungs({**rung_set.files, REFERENCE_MODEL: rung_set.reference_file})
 
 
 def _is_assembled(folder: Path) -> bool:
@@ -113,13 +136,31 @@ def _fill(
         # The ensemble's stays: an empty version directory would not survive git or object stores.
         (repository / name / "1" / ".gitkeep").unlink(missing_ok=True)
         config = repository / name / "config.pbtxt"
-        config.write_text(config.read_text() + _warmup(rung_set.image_shape))
+        config.write_text(config.read_text() + _warmup(rung_set.image_shape, WARMUP_BATCHES))
+    if _audits_by_reference(calibration, settings):
+        _add_reference(repository, rung_set)
     for config in repository.glob("*/config.pbtxt"):
         config.write_text(settings.configure(config.parent.name, config.read_text()))
     if rung_set.classes is None:
         config = repository / "adaptive_vit/config.pbtxt"
         config.write_text(_without_logits(config.read_text()))
     manifest.write(repository)
+
+
+def _add_reference(repository: Path, rung_set: RungSet) -> None:
+    """The full model as a model of its own, configured as the full rung is."""
+    assert rung_set.reference is not None and rung_set.reference_file is not None
+    version = repository / REFERENCE_MODEL / "1"
+    version.mkdir(parents=True)
+    shutil.copyfile(rung_set.reference_file, version / "model.onnx")
+    if rung_set.reference.weights_sha256 is not None:
+        _place_weights(rung_set.reference_file.with_name(WEIGHTS), version, repository)
+    config = (ROOT / "model_repository/vit_high/config.pbtxt").read_text()
+    (version.parent / "config.pbtxt").write_text(
+        "# The full model in FP32, which only the router's audit asks; configured as vit_high is:\n"
+        + config
+        + _warmup(rung_set.image_shape, AUDIT_BATCHES)
+    )
 
 
 def complete_router(version: Path, calibration: Calibration) -> None:
@@ -139,12 +180,12 @@ def _place_weights(source: Path, version: Path, repository: Path) -> None:
     shutil.copyfile(source, version / WEIGHTS)
 
 
-def _warmup(image_shape: tuple[int, int, int]) -> str:
+def _warmup(image_shape: tuple[int, int, int], batches: tuple[int, ...]) -> str:
     dims = ", ".join(str(size) for size in image_shape)
     samples = ",\n".join(
         f'  {{ name: "batch of {batch}" batch_size: {batch} inputs {{ key: "image" value: '
         f"{{ data_type: TYPE_FP32 dims: [ {dims} ] zero_data: true }} }} }}"
-        for batch in WARMUP_BATCHES
+        for batch in batches
     )
     return f"\nmodel_warmup [\n{samples}\n]\n"
 

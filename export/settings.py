@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from export.errors import UsageError
-from routing import RUNGS
+from routing import REFERENCE_MODEL, RUNGS
 from routing.versions import with_parameter
 
 MAX_BATCH_SIZE = 32  # of every model, as written in model_repository/
@@ -43,10 +43,12 @@ class Settings:
         on_high_failure: answer of an image whose full rung failed.
         high_timeout_ms: how long one call of the full rung may take.
         client_parameters: what a request may change.
-        degrade_queue_depth: images in one batch of the router from which on the threshold rises;
-            0: never.
-        degrade_threshold: where it arrives in a full batch; oracle units, above the calibrated one.
-        audit_fraction: share of the images kept low that also run through the full rung.
+        degrade_queue_depth: images of one batch of the router that had to wait from which on the
+            threshold rises; 0: never.
+        degrade_threshold: where it arrives when a full batch has waited; oracle units, above the
+            calibrated one.
+        audit_fraction: share of the images that also run through the full rung, to watch the risk,
+            and through the full model where that is another.
     """
 
     intra_op_threads: int = 1
@@ -104,9 +106,10 @@ class Settings:
         """Write these settings into the text of a model's `config.pbtxt`."""
         if model != "adaptive_vit":  # an ensemble queues nothing itself
             config = _with_number(config, r"(max_queue_size: )\d+\b", self.max_queue)
-        if model in RUNGS:
+        if model in (*RUNGS, REFERENCE_MODEL):
             threads = str(self.intra_op_threads)
             config = with_parameter(config, "intra_op_thread_count", threads)
+        if model in RUNGS:
             config = _with_number(config, r"(instance_group \[ \{ count: )\d+\b", self.instances)
         if model == "router":
             for key, value in self._router_parameters().items():

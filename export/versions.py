@@ -16,7 +16,7 @@ from pathlib import Path
 from export.repository import ROOT, RepositoryError, complete_router
 from export.settings import check_fraction
 from export.staging import folder_beside
-from routing import RUNGS, Calibration, manifest
+from routing import REFERENCE_MODEL, RUNGS, Calibration, manifest
 from routing.versions import Versions, present
 
 
@@ -44,7 +44,8 @@ def add_version(repository: Path, calibration_file: Path, shadow_fraction: float
     _check_is_free(repository, version)
     manifest.verify(repository)
     calibration = Calibration.load(calibration_file)
-    calibration.check_rungs({name: repository / name / "1" / "model.onnx" for name in RUNGS})
+    names = [*RUNGS, *[REFERENCE_MODEL] * (repository / REFERENCE_MODEL).is_dir()]
+    calibration.check_rungs({name: repository / name / "1" / "model.onnx" for name in names})
     _check_is_new(repository, calibration, versions)
     after = Versions.load(repository)
     if shadow_fraction > 0:

@@ -14,10 +14,18 @@ certificate against live traffic, `shadow` compares two artifacts on it. `rungse
 
 from .alignment import Alignment, AlignmentError
 from .audit import RiskTest
-from .calibration import RUNGS, WEIGHTS, Calibration, CalibrationError, RungRecord
+from .calibration import (
+    REFERENCE_MODEL,
+    RUNGS,
+    WEIGHTS,
+    Calibration,
+    CalibrationError,
+    RungRecord,
+)
 from .cascade import (
     CascadeAnswer,
     CascadeRequest,
+    Decision,
     GoneError,
     RequestError,
     RungError,
@@ -34,6 +42,7 @@ from .signals import SIGNALS, Signal
 from .statuses import is_outage
 
 __all__ = [
+    "REFERENCE_MODEL",
     "RUNGS",
     "SIGNALS",
     "WEIGHTS",
@@ -44,6 +53,7 @@ __all__ = [
     "CalibrationError",
     "CascadeAnswer",
     "CascadeRequest",
+    "Decision",
     "GoneError",
     "ManifestError",
     "Overrides",

@@ -1,9 +1,9 @@
 """The certificate held against live traffic: a sequential test of the realised risk.
 
-A random share of all images asked about without parameters is looked at. One that escalated has no
-loss; one that was kept low is also given to the full rung, off the request path, and has a loss if
-the cheap answer is not acceptable. Each such image is an independent draw of the risk, the share of
-*all* images that were kept low and have a loss.
+A random share of all images asked about without parameters is looked at, off the request path: each
+has a loss if the answer that the certified threshold decides on is not acceptable in place of the
+reference's. Where the full rung is the reference, an image that is to escalate has none. Each such
+image is an independent draw of the risk, the share of *all* images that have a loss.
 
 The test may be read after every image: it is a mixture likelihood ratio against "risk at most
 epsilon", a non-negative supermartingale under that hypothesis, so that by Ville's inequality it
@@ -14,7 +14,9 @@ ever reaches 1/alpha with probability at most alpha (Robbins 1970; Ramdas et al.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 # Risks above epsilon that the mixture looks for: a grid, because a sum of likelihood ratios needs
 # no special functions. Denser towards epsilon, where the ones are that would really occur.
@@ -48,8 +50,21 @@ class RiskTest:
             sound = math.log((1 - risk) / (1 - self.epsilon))
             self._log_ratios.append((loss, sound))
 
+    @classmethod
+    def of(cls, certificate: Mapping[str, Any]) -> RiskTest:
+        """The test of a certificate of `calibration.certify` that certifies a threshold.
+
+        `ltt` bounds the risk by epsilon. `crc` bounds its average over calibrations, of which many
+        exceed epsilon: with k errors allowed among n certify images the risk is stochastically at
+        most Beta(k + 1, n - k), so its quantile at 1 - alpha/2 is tested, at alpha/2.
+        """
+        if certificate.get("method") != "crc":
+            return cls(certificate["epsilon"])
+        half = cls.alpha / 2
+        return cls(_beta_quantile(certificate["allowed"], certificate["n"], half), half)
+
     def observe(self, lost: bool) -> None:
-        """Count one image: whether it was kept low and has a loss."""
+        """Count one image: whether it has a loss."""
         self.images += 1
         self.losses += lost
 
@@ -66,3 +81,15 @@ class RiskTest:
     def is_contradicted(self) -> bool:
         """Whether the evidence has reached 1/alpha."""
         return self.log_evidence >= -math.log(self.alpha)
+
+
+def _beta_quantile(k: int, n: int, above: float) -> float:
+    """The p that Beta(k + 1, n - k) exceeds with this probability, which is P(Bin(n, p) <= k)."""
+    ways = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(k + 1)]
+    low, high = 0.0, 1.0
+    for _ in range(50):  # bisection, to the last bits
+        p = (low + high) / 2
+        hit, miss = math.log(p), math.log1p(-p)
+        at_most = math.fsum(math.exp(w + i * hit + (n - i) * miss) for i, w in enumerate(ways))
+        low, high = (p, high) if at_most > above else (low, p)
+    return high

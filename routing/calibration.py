@@ -26,6 +26,9 @@ from .signals import SIGNALS
 
 SCHEMA_VERSION = 1
 RUNGS = ("vit_low", "vit_high")
+# The full model where `vit_high` is a cheaper graph; deployed only where an audit asks it.
+REFERENCE_MODEL = "vit_reference"
+FULL_RUNG = "full rung"  # what losses are about where a certificate names nothing else
 WEIGHTS = "weights.bin"  # beside the graphs that share what is in it
 READABLE_LENGTH = 32  # longer arrays are stored as base64 of their little-endian bytes
 
@@ -93,6 +96,7 @@ class Calibration:
         data: number, source and fingerprint of the images, and the splits.
         reference_scores: FP32, ascending: scores of images that fitted nothing, for comparison
             with the scores of later images.
+        reference: the full model in FP32, which losses are about; None: `vit_high` is it.
     """
 
     backbone: str
@@ -111,6 +115,7 @@ class Calibration:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     reference_scores: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
+    reference: RungRecord | None = None
 
     def __post_init__(self) -> None:
         """Validate.
@@ -168,16 +173,26 @@ class Calibration:
         """The coefficients as every signal computes with them, converted once."""
         return {name: array.astype(np.float64) for name, array in self.coefficients.items()}
 
+    @property
+    def is_about_full_rung(self) -> bool:
+        """Whether losses are about `vit_high`'s answers, not about those of another model."""
+        # Artifacts of earlier releases name the other model in words only.
+        named = (self.certificate or {}).get("reference", FULL_RUNG)
+        return self.reference is None and named == FULL_RUNG
+
     def check_rungs(self, files: Mapping[str, Path]) -> None:
         """Compare ONNX files with the hashes they had at calibration.
 
         Args:
-            files: the file of each rung, by name.
+            files: the file of each rung, by name, and of `REFERENCE_MODEL` where there is one.
 
         Raises:
             CalibrationError: a file is missing, or it is not the one that was calibrated.
         """
-        for name, record in self.rungs.items():
+        records = dict(self.rungs)
+        if self.reference is not None and REFERENCE_MODEL in files:
+            records[REFERENCE_MODEL] = self.reference
+        for name, record in records.items():
             if not files[name].is_file():
                 raise CalibrationError(
                     f"{name}: no ONNX file at {files[name]}; run python -m export repository"
@@ -200,6 +215,7 @@ class Calibration:
             **{name: getattr(self, name) for name in self.__dataclass_fields__},
         }
         content["rungs"] = {name: asdict(self.rungs[name]) for name in RUNGS}
+        content["reference"] = None if self.reference is None else asdict(self.reference)
         content["image_shape"] = list(self.image_shape)
         content["score_map"] = asdict(self.score_map)
         content["coefficients"] = {k: _encode(v) for k, v in self.coefficients.items()}
@@ -244,6 +260,8 @@ class Calibration:
             score_map["sign"], tuple(score_map["knots"]), tuple(score_map["values"])
         )
         fields["rungs"] = {name: RungRecord(**rung) for name, rung in fields["rungs"].items()}
+        if fields.get("reference") is not None:  # artifacts of earlier releases have no such field
+            fields["reference"] = RungRecord(**fields["reference"])
         channels, height, width = fields["image_shape"]
         fields["image_shape"] = (channels, height, width)
         fields["coefficients"] = {k: _decode(v) for k, v in fields["coefficients"].items()}

@@ -80,7 +80,6 @@ class CascadeAnswer:
         score: FP32 (b,), oracle units; NaN where the cheap rung was not asked.
         degraded: BOOL (b,), escalation was wanted but the low answer is returned.
         relieved: BOOL (b,), those of the degraded that pressure kept low.
-        low: what the cheap rung said of the b images; None where it was not asked.
     """
 
     embedding: FloatArray
@@ -89,7 +88,22 @@ class CascadeAnswer:
     score: FloatArray
     degraded: NDArray[np.bool_]
     relieved: NDArray[np.bool_]
-    low: RungOutputs | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was decided about one request's b images, whatever became of the request then.
+
+    Attributes:
+        request: it.
+        low: what the cheap rung said of the images.
+        wanted: BOOL (b,), which of them the threshold escalates: those that pressure kept low too,
+            and those of a request that got no answer because the full rung failed.
+    """
+
+    request: CascadeRequest
+    low: RungOutputs
+    wanted: NDArray[np.bool_]
 
 
 @dataclass
@@ -120,6 +134,8 @@ def run_cascade(
     *,
     degrade_on_high_failure: bool = False,
     relief: Relief | None = None,
+    waiting: int = 0,
+    decided: Callable[[Decision], None] = lambda _: None,
 ) -> list[CascadeAnswer | Failure]:
     """Answer several requests with at most one call of each rung.
 
@@ -133,6 +149,8 @@ def run_cascade(
             `degraded`, where there are any, instead of an error.
         relief: raises the threshold of requests without parameters when many images wait; the
             images that it keeps low are marked `degraded`.
+        waiting: images of these requests that had to wait for the router.
+        decided: told of every request that the cheap rung was asked about.
 
     Returns:
         For each request its answer or its own error; a bad request never fails its neighbours.
@@ -140,9 +158,11 @@ def run_cascade(
     cases = [_Case(request) for request in requests]
     sound = [case for case in cases if case.error is None]
     scored = [c for c in sound if not always_high(calibration.threshold, c.request.overrides)]
-    waiting = sum(len(request.image) for request in requests)
     _ask_low(scored, calibration, low, relief, waiting)
     _ask_high([case for case in sound if case.error is None and case.wanted.any()], high)
+    for case in cases:
+        if case.low is not None:
+            decided(Decision(case.request, case.low, case.wanted | case.relieved))
     return [_answer(case, degrade_on_high_failure) for case in cases]
 
 
@@ -221,7 +241,6 @@ def _answer(case: _Case, degrade: bool) -> CascadeAnswer | Failure:
         score=case.score,
         degraded=failed | case.relieved,
         relieved=case.relieved,
-        low=case.low,
     )
 
 

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Relief:
-    """How far the threshold rises with the number of images that wait together.
+    """How far the threshold rises with the number of images that had to wait.
 
     Attributes:
-        depth: images in one batch of the router from which on the threshold rises. A batch holds
-            what had queued up when the router became free.
-        full: images in a full batch; there the threshold is `highest`.
+        depth: images of one batch that had to wait from which on the threshold rises.
+        full: images in a full batch; where all have waited the threshold is `highest`.
         highest: the limit, oracle units.
     """
 
@@ -29,7 +28,7 @@ class Relief:
 
         Args:
             calibrated: the certified threshold, oracle units.
-            waiting: images in the batch.
+            waiting: images in the batch that had to wait.
 
         Returns:
             `calibrated` below `depth`; from there in equal steps up to `highest` at `full`. Never

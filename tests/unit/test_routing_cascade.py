@@ -172,7 +172,7 @@ def test_an_answer_that_is_ready_is_not_withheld_from_a_client_that_may_be_gone(
 
 def test_pressure_keeps_images_low_and_says_so():
     relief = Relief(depth=2, full=2, highest=0.85)
-    answers, _, high = run([ask(images(0.8)), ask(images(0.9))], relief=relief)
+    answers, _, high = run([ask(images(0.8)), ask(images(0.9))], relief=relief, waiting=2)
     assert [a.escalated.tolist() for a in answers] == [[False], [True]]
     assert [a.degraded.tolist() for a in answers] == [[True], [False]]
     assert [a.relieved.tolist() for a in answers] == [[True], [False]]
@@ -181,8 +181,8 @@ def test_pressure_keeps_images_low_and_says_so():
 
 
 def test_without_pressure_the_calibrated_threshold_decides():
-    relief = Relief(depth=3, full=4, highest=0.85)
-    answers, _, _ = run([ask(images(0.8)), ask(images(0.9))], relief=relief)
+    relief = Relief(depth=2, full=2, highest=0.85)
+    answers, _, _ = run([ask(images(0.8)), ask(images(0.9))], relief=relief, waiting=1)
     assert [a.escalated.tolist() for a in answers] == [[True], [True]]
     assert not any(a.degraded.any() for a in answers)
 
@@ -190,7 +190,7 @@ def test_without_pressure_the_calibrated_threshold_decides():
 def test_pressure_leaves_requests_with_parameters_of_their_own_alone():
     relief = Relief(depth=1, full=1, highest=0.95)
     requests = [ask(images(0.8), threshold=0.4), ask(images(0.1), policy=Policy.HIGH)]
-    answers, _, _ = run(requests, relief=relief)
+    answers, _, _ = run(requests, relief=relief, waiting=2)
     assert [a.escalated.tolist() for a in answers] == [[True], [True]]
 
 
@@ -201,7 +201,47 @@ def test_a_failing_full_rung_and_pressure_are_told_apart():
         high=FakeRung(HIGH, fail=True),
         degrade_on_high_failure=True,
         relief=relief,
+        waiting=2,
     )
     assert [a.degraded.tolist() for a in answers] == [[True], [True]]
     assert [a.relieved.tolist() for a in answers] == [[True], [False]]
     assert not any(a.escalated.any() for a in answers)
+
+
+# --- what was decided, whatever was answered -----------------------------------------------------
+
+
+def decisions(requests, **options):
+    told = []
+    answers, _, _ = run(requests, decided=told.append, **options)
+    return told, answers
+
+
+def test_every_request_that_was_scored_is_told_with_what_its_threshold_wants():
+    requests = [ask(images(0.1, 0.9)), ask(images(0.9), policy=Policy.HIGH), ask(images(0.8))]
+    told, _ = decisions(requests)
+    assert [d.request for d in told] == [requests[0], requests[2]]
+    assert [d.wanted.tolist() for d in told] == [[False, True], [True]]
+    np.testing.assert_allclose(told[0].low.embedding[:, 0], [LOW + 0.1, LOW + 0.9])
+
+
+def test_pressure_changes_answers_and_not_what_was_decided():
+    relief = Relief(depth=1, full=1, highest=0.85)
+    (told,), (answer,) = decisions([ask(images(0.1, 0.8, 0.9))], relief=relief, waiting=3)
+    assert answer.escalated.tolist() == [False, False, True]
+    assert told.wanted.tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("degrade", [True, False])
+def test_a_failing_full_rung_changes_answers_and_not_what_was_decided(degrade):
+    high = FakeRung(HIGH, fail=True)
+    told, answers = decisions(
+        [ask(images(0.1, 0.9)), ask(images(0.2))], high=high, degrade_on_high_failure=degrade
+    )
+    assert isinstance(answers[0], CascadeAnswer if degrade else RungError)
+    assert [d.wanted.tolist() for d in told] == [[False, True], [False]]
+
+
+def test_what_was_decided_of_a_client_that_is_gone_is_told_too():
+    (told,), (answer,) = decisions([gone_request(images(0.1, 0.9))])
+    assert isinstance(answer, GoneError) and told.wanted.tolist() == [False, True]

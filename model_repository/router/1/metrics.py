@@ -43,9 +43,13 @@ _COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "audited_images_total": (
         "Images whose realised loss was looked at.",
         "outcome",
-        ("kept_ok", "kept_lost", "escalated"),
+        ("kept_ok", "kept_lost", "escalated", "escalated_lost"),
     ),
-    "audit_dropped_total": ("Images not looked at, for want of time or an answer.", "", ()),
+    "audit_dropped_total": (
+        "Images not looked at, for want of time or an answer, or by an error.",
+        "",
+        (),
+    ),
     "certificate_contradicted_total": (
         "Instances of the router whose audit contradicts the certificate.",
         "",

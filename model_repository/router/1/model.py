@@ -16,6 +16,7 @@ import triton_python_backend_utils as pb_utils
 
 from .metrics import Metrics
 from .routing import (
+    REFERENCE_MODEL,
     Allowance,
     Calibration,
     CascadeRequest,
@@ -28,6 +29,7 @@ from .routing import (
 )
 from .rungs import Budgeted, LateError, call_rung
 from .settings import Settings
+from .waiting import Waiting
 from .watch import Watch
 
 
@@ -55,7 +57,8 @@ class TritonPythonModel:
         """Load the artifact, refuse files that it was not made with, and start the watch."""
         self.settings = Settings.of(json.loads(args["model_config"]))
         self.calibration = _load_artifact(_version_dir())
-        manifest.verify(_version_dir().parent.parent)
+        repository = _version_dir().parent.parent
+        manifest.verify(repository)
         self.allowance = Allowance(self.settings.careful_only, self.calibration.threshold)
         head = ["logits"] if self.calibration.classes is not None else []
         self.low = partial(call_rung, "vit_low", output_names=["embedding", "cls_layers", *head])
@@ -64,6 +67,10 @@ class TritonPythonModel:
             call_rung, "vit_high", output_names=["embedding", *head], timeout_s=budget_s
         )
         self.high = Budgeted("vit_high", ask_high, budget_s)
+        ask_reference = partial(
+            call_rung, REFERENCE_MODEL, output_names=["embedding", *head], timeout_s=budget_s
+        )
+        self.waiting = Waiting()
         version = int(args["model_version"])
         # A version that runs in the shadow of another has no shadow itself.
         candidate = self.settings.shadow_version if self.settings.shadow_version != version else 0
@@ -79,6 +86,9 @@ class TritonPythonModel:
             else None,
             lambda image: ask_high(pb_utils.Tensor("image", image)),
             self.metrics,
+            (lambda image: ask_reference(pb_utils.Tensor("image", image)))
+            if self.calibration.reference is not None and _has_reference(repository)
+            else None,
         )
 
     def finalize(self):
@@ -105,16 +115,19 @@ class TritonPythonModel:
                 asked.append(RequestError(str(error)))
         sound = [request for request in asked if isinstance(request, CascadeRequest)]
         images = sum(len(request.image) for request in sound)
+        waiting = self.waiting.images([request.image for request in sound], started)
         self.metrics.count("images_in_flight", images)
         try:
-            answers = iter(self._run(sound, tensors))
+            answers = iter(self._run(sound, tensors, waiting))
         finally:
             self.metrics.count("images_in_flight", -images)
         results = [r if isinstance(r, RequestError) else next(answers) for r in asked]
-        self._take_note(asked, results, time.perf_counter() - started)
-        return [_response(result) for result in results]
+        self._take_note(results, time.perf_counter() - started)
+        responses = [_response(result) for result in results]
+        self.waiting.free_since_s = time.perf_counter()
+        return responses
 
-    def _run(self, requests, tensors):
+    def _run(self, requests, tensors, waiting):
         def low(image):
             # A lone request's tensor is already in shared memory: hand on that one.
             return self.low(tensors.get(id(image)) or pb_utils.Tensor("image", image))
@@ -135,10 +148,12 @@ class TritonPythonModel:
             high=high,
             degrade_on_high_failure=self.settings.degrade_on_high_failure,
             relief=self.settings.relief,
+            waiting=waiting,
+            decided=self.watch.look,
         )
 
-    def _take_note(self, asked, results, duration_s):
-        for request, result in zip(asked, results, strict=True):
+    def _take_note(self, results, duration_s):
+        for result in results:
             self.metrics.count("requests_total", outcome=_outcome(result))
             if isinstance(result, Exception):
                 continue
@@ -153,16 +168,18 @@ class TritonPythonModel:
             path = "high" if escalated else "low"
             self.metrics.observe("request_duration_seconds", [duration_s], path=path)
             self.metrics.observe("score", result.score[np.isfinite(result.score)].tolist())
-            self.watch.look(request, result)
 
 
 def _load_artifact(version_dir):
     calibration = Calibration.load(version_dir / "calibration.json")
     repository = version_dir.parent.parent
-    calibration.check_rungs(
-        {name: repository / name / "1" / "model.onnx" for name in calibration.rungs}
-    )
+    names = [*calibration.rungs, *[REFERENCE_MODEL] * _has_reference(repository)]
+    calibration.check_rungs({name: repository / name / "1" / "model.onnx" for name in names})
     return calibration
+
+
+def _has_reference(repository):
+    return (repository / REFERENCE_MODEL).is_dir()
 
 
 def _load_candidate(version_dir, live):

@@ -1,14 +1,22 @@
 """What is measured on live traffic beside answering it: the realised risk, and a candidate version.
 
 Both look at a random share of the images that came without parameters. Nothing here makes a client
-wait: what is needed is copied, and a thread of its own does the rest.
+wait, or an answer fail: what is needed is copied, and a thread of its own does the rest.
+
+The audit is about decisions, so an image that the threshold escalates counts as escalated whether
+or not it got the full rung's answer: pressure, a failing full rung or a client that hung up take
+escalated images only, and leaving those out would make the risk look larger than it is. What does
+leave an image out must know nothing of its decision or its neighbours'. So every image drawn takes
+its place in one queue, in random order, and costs the same there: the full rung is asked about
+each, although only the answers to kept ones are compared. Images escalated and kept are thus
+dropped alike where the queue is full because asking takes long, and where asking fails.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import Empty, Full, Queue
 from typing import Any
 
@@ -17,9 +25,9 @@ import triton_python_backend_utils as pb_utils
 
 from .metrics import Metrics
 from .routing import (
+    REFERENCE_MODEL,
     Calibration,
-    CascadeAnswer,
-    CascadeRequest,
+    Decision,
     Overrides,
     RiskTest,
     RungError,
@@ -34,11 +42,12 @@ _POLL_S = 0.5
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """An image that was kept low, as a batch of one."""
+class _Drawn:
+    """An image to audit, as a batch of one."""
 
     image: Any  # FP32 (1, 3, H, W)
     low: RungOutputs
+    escalated: bool
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,8 @@ class Watch:
         candidate: the artifact in the shadow, if there is one.
         high: asks the full rung; called from this object's thread.
         metrics: where the findings go.
+        reference: asks the full model, where it is not the full rung that losses are about; None:
+            it is, or the full model is not deployed, and then nothing is audited.
     """
 
     def __init__(
@@ -67,63 +78,69 @@ class Watch:
         candidate: Calibration | None,
         high: Callable[[Any], RungOutputs],
         metrics: Metrics,
+        reference: Callable[[Any], RungOutputs] | None = None,
     ) -> None:
         audited = calibration.threshold is not None and calibration.chosen_by.get("fidelity")
-        self._audit_fraction = settings.audit_fraction if audited else 0.0
+        askable = calibration.is_about_full_rung or reference is not None
+        if settings.audit_fraction and audited and not askable:
+            pb_utils.Logger.log_warn(
+                "router: no audit: the artifact is about the full model, which is not deployed as "
+                f"{REFERENCE_MODEL}; calibrate again if this artifact is of an earlier release, "
+                "and assemble again with --audit-fraction"
+            )
+        self._audit_fraction = settings.audit_fraction if audited and askable else 0.0
         self._shadow_fraction = settings.shadow_fraction if candidate is not None else 0.0
         self._shadow_version = str(settings.shadow_version)
         self._calibration = calibration
         self._candidate = candidate
         self._high = high
+        self._reference = None if calibration.is_about_full_rung else reference
         self._metrics = metrics
-        self._test = _risk_test(calibration)
-        self._lock = threading.Lock()  # of the test, which two threads feed
+        self._test = _risk_test(calibration)  # only this object's thread touches it
         self._random = np.random.default_rng()
-        self._waiting: Queue[_Kept | _Scored] = Queue(_WAITING)
+        self._waiting: Queue[_Drawn | _Scored] = Queue(_WAITING)
+        self._last_failure = ""
         self._stopping = threading.Event()
         if self._audit_fraction or self._shadow_fraction:
             threading.Thread(target=self._run, name="watch", daemon=True).start()
 
-    def look(self, request: CascadeRequest, answer: CascadeAnswer) -> None:
-        """Take note of an answer; returns at once.
-
-        Args:
-            request: what was asked.
-            answer: what was answered.
-        """
-        if request.overrides != Overrides() or answer.low is None:
-            return
-        wanted = answer.escalated | answer.degraded
-        if self._audit_fraction:
-            chosen = self._random.random(len(wanted)) < self._audit_fraction
-            for row in np.flatnonzero(chosen & ~answer.degraded):
-                self._audit(request, answer, row)
-        if self._shadow_fraction:
-            chosen = self._random.random(len(wanted)) < self._shadow_fraction
-            if chosen.any():
-                self._queue(_Scored(_copy(answer.low, chosen), wanted[chosen]))
+    def look(self, decision: Decision) -> None:
+        """Take note of what was decided about a request; returns at once, and never raises."""
+        try:
+            self._look(decision)
+        except Exception as error:  # its client has an answer all the same
+            self._failed(error)
 
     def stop(self) -> None:
         """End the thread after what it is doing."""
         self._stopping.set()
 
-    def _audit(self, request: CascadeRequest, answer: CascadeAnswer, row: int) -> None:
-        # Dropped before it is known whether the image was kept: else only those would be missing,
-        # and the risk would look smaller than it is.
-        if self._waiting.full():
-            self._metrics.count("audit_dropped_total")
-        elif answer.escalated[row]:
-            self._found("escalated", lost=False)
-        else:
-            assert answer.low is not None
-            rows = slice(row, row + 1)
-            self._queue(_Kept(request.image[rows].copy(), _copy(answer.low, rows)))
+    def _look(self, decision: Decision) -> None:
+        if decision.request.overrides != Overrides():
+            return
+        images = len(decision.wanted)
+        if self._audit_fraction:
+            chosen = np.flatnonzero(self._random.random(images) < self._audit_fraction)
+            for row in self._random.permutation(chosen):  # a client may sort what it sends
+                self._draw(decision, row)
+        if self._shadow_fraction:
+            chosen = self._random.random(images) < self._shadow_fraction
+            if chosen.any():
+                self._queue(_Scored(_copy(decision.low, chosen), decision.wanted[chosen]))
 
-    def _queue(self, item: _Kept | _Scored) -> None:
+    def _draw(self, decision: Decision, row: int) -> None:
+        if self._waiting.full():  # before anything is copied
+            self._metrics.count("audit_dropped_total")
+            return
+        rows = slice(row, row + 1)
+        low = _copy(replace(decision.low, cls_layers=None), rows)
+        self._queue(_Drawn(decision.request.image[rows].copy(), low, bool(decision.wanted[row])))
+
+    def _queue(self, item: _Drawn | _Scored) -> None:
         try:
             self._waiting.put_nowait(item)
         except Full:
-            if isinstance(item, _Kept):
+            if isinstance(item, _Drawn):
                 self._metrics.count("audit_dropped_total")
 
     def _run(self) -> None:
@@ -132,14 +149,22 @@ class Watch:
                 item = self._waiting.get(timeout=_POLL_S)
             except Empty:
                 continue
-            try:
-                if isinstance(item, _Scored):
-                    self._compare(item)
-                else:
-                    self._ask_high(item)
-            except Exception as error:  # one image must not end the watch over all others
-                pb_utils.Logger.log_warn(f"router: an image was not audited: {error}")
-                self._metrics.count("audit_dropped_total")
+            self._work(item)
+
+    def _work(self, item: _Drawn | _Scored) -> None:
+        try:
+            if isinstance(item, _Scored):
+                self._compare(item)
+            else:
+                self._audit(item)
+        except Exception as error:  # one image must not end the watch over all others
+            self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        self._metrics.count("audit_dropped_total")
+        if str(error) != self._last_failure:  # it may be every image's
+            self._last_failure = str(error)
+            pb_utils.Logger.log_warn(f"router: an image was not watched: {error!r}")
 
     def _compare(self, item: _Scored) -> None:
         assert self._candidate is not None
@@ -148,40 +173,46 @@ class Watch:
                 "shadow_images_total", images, candidate=self._shadow_version, outcome=outcome
             )
 
-    def _ask_high(self, item: _Kept) -> None:
+    def _audit(self, item: _Drawn) -> None:
         try:
             high = self._high(item.image)
+            truth = high if self._reference is None else self._reference(item.image)
         except RungError:
             self._metrics.count("audit_dropped_total")
             return
+        answer = high if item.escalated else item.low
+        lost = answer is not truth and self._is_lost(answer, truth)
+        outcome = ("escalated", "escalated_lost") if item.escalated else ("kept_ok", "kept_lost")
+        self._metrics.count("audited_images_total", outcome=outcome[lost])
+        self._observe(lost)
+
+    def _is_lost(self, answer: RungOutputs, truth: RungOutputs) -> bool:
         chosen = self._calibration.chosen_by
         kind, tolerance = chosen["fidelity"], chosen.get("tolerance")
-        lost = bool(fidelity_loss(kind, tolerance, item.low, high)[0])
-        self._found("kept_lost" if lost else "kept_ok", lost)
+        return bool(fidelity_loss(kind, tolerance, answer, truth)[0])
 
-    def _found(self, outcome: str, lost: bool) -> None:
-        self._metrics.count("audited_images_total", outcome=outcome)
+    def _observe(self, lost: bool) -> None:
         if self._test is None:
             return
-        with self._lock:
-            self._test.observe(lost)
-            if not self._test.is_contradicted:
-                return
-            test, self._test = self._test, None  # said once
+        self._test.observe(lost)
+        if not (lost and self._test.is_contradicted):  # an image without a loss only calms it
+            return
+        test, self._test = self._test, None  # said once
         self._metrics.count("certificate_contradicted_total")
         pb_utils.Logger.log_warn(
             f"router: live traffic contradicts the certificate: {test.losses} of {test.images} "
-            f"audited images were kept low and changed, at most {test.epsilon:g} are certified; "
-            "the images are not as they were when it was calibrated: calibrate again"
+            f"audited images get an unacceptable answer, the certificate allows a share of "
+            f"{test.epsilon:.3g}; the images are not as they were when it was calibrated: "
+            "calibrate again"
         )
 
 
 def _risk_test(calibration: Calibration) -> RiskTest | None:
-    """None where nothing is certified, or with respect to a model that is not served."""
+    """None where nothing is certified."""
     certificate = calibration.certificate
-    if certificate is None or not certificate.get("certified") or "reference" in certificate:
+    if certificate is None or not certificate.get("certified"):
         return None
-    return RiskTest(certificate["epsilon"])
+    return RiskTest.of(certificate)
 
 
 def _copy(outputs: RungOutputs, rows: Any) -> RungOutputs:
