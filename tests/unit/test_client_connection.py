@@ -139,7 +139,7 @@ every = pytest.mark.parametrize("kind", [GrpcClient, AsyncGrpcClient, HttpClient
 @every
 def test_a_server_that_our_authority_signed_is_trusted(kind, certificates):
     with serve(kind, certificates) as (_, url):
-        assert score(kind, url, tls=tls_of(certificates)) == (0.5 if kind is HttpClient else 7)
+        assert score(kind, url, tls=tls_of(certificates)) == 7
 
 
 @every
@@ -156,7 +156,7 @@ def test_any_other_server_is_not(kind, ca, certificates):
 @every
 def test_mutual_tls_shows_our_certificate(kind, certificates):
     with serve(kind, certificates, mutual=True) as (_, url):
-        assert score(kind, url, tls=tls_of(certificates, client="client")) in (7, 0.5)
+        assert score(kind, url, tls=tls_of(certificates, client="client")) == 7
 
 
 @every
