@@ -30,6 +30,9 @@ CHANNEL_ARGUMENTS = [
     # would find a server that has come back.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 5_000),
+    # By default channels to one address share a connection: a forked child's new channel would
+    # get its parent's, and a connection that is not to be trusted would go on in another client.
+    ("grpc.use_local_subchannel_pool", 1),
 ]
 
 

@@ -2,7 +2,9 @@
 
 import json
 import subprocess
+import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,7 +82,8 @@ class TritonService(service_pb2_grpc.GRPCInferenceServiceServicer):
         }
         images = encoded_images(request.inputs[0].datatype, request.raw_input_contents[0])
         asked = self._note(request, context, images, request.model_version, parameters, request.id)
-        answer = infer_response([int.from_bytes(i, "big") for i in images] or [0])
+        port = int(asked.peer.rpartition(":")[2])
+        answer = infer_response([int.from_bytes(i, "big") for i in images] or [0], port)
         answer.id = asked.id  # `answer` may have changed it
         return answer
 
@@ -95,11 +98,12 @@ def encoded_images(datatype, raw):
     return images
 
 
-def infer_response(numbers):
+def infer_response(numbers, port):
+    """Rows in the order of the numbers, each the score; the embeddings tell the client's port."""
     rows = len(numbers)
     answer = service_pb2.ModelInferResponse(model_name="adaptive_vit")
     for name, datatype, values in (
-        ("embedding", "FP32", np.zeros((rows, 4), np.float32)),
+        ("embedding", "FP32", np.full((rows, 4), port, np.float32)),
         ("escalated", "BOOL", np.zeros((rows, 1), np.bool_)),
         ("score", "FP32", np.array(numbers, np.float32).reshape(rows, 1)),
         ("degraded", "BOOL", np.zeros((rows, 1), np.bool_)),
@@ -160,8 +164,9 @@ def http_server(answer=lambda number, asked: None, *, context=None):
                 self.wfile.write(b"" if failure == "drop" else failure)
                 return
             status, text = failure or (200, None)
+            port = self.client_address[1]
             numbers = [int.from_bytes(image, "big") for image in found.images] or [0]
-            self._send(status, {"error": text} if text else http_outputs(numbers, found.id))
+            self._send(status, {"error": text} if text else http_outputs(numbers, port, found.id))
 
         def do_GET(self):  # noqa: N802
             self._send(200, {"name": "triton", "version": "2.51.0", "max_batch_size": 32})
@@ -190,14 +195,15 @@ def http_server(answer=lambda number, asked: None, *, context=None):
         server.server_close()
 
 
-def http_outputs(numbers, asked_id):
+def http_outputs(numbers, port, asked_id):
+    """As `infer_response`."""
     rows = len(numbers)
     return {
         "id": asked_id,
         "outputs": [
             {"name": name, "datatype": datatype, "shape": [rows, len(data) // rows], "data": data}
             for name, datatype, data in (
-                ("embedding", "FP32", [0] * 4 * rows),
+                ("embedding", "FP32", [port] * 4 * rows),
                 ("escalated", "BOOL", [False] * rows),
                 ("score", "FP32", numbers),
                 ("degraded", "BOOL", [False] * rows),
@@ -246,3 +252,19 @@ def openssl(*arguments):
         ["openssl", *map(str, arguments)], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
+
+
+SLOW = 9_999  # the image that `python -m tests.unit.client_servers` takes a second for
+
+
+def _at_its_own_pace(number, asked, *_):
+    """Answers overtake each other."""
+    slow = SLOW.to_bytes(4, "big") in asked.images
+    time.sleep(1.0 if slow else 0.002 * (number % 4))
+
+
+if __name__ == "__main__":  # both until stdin ends, in a process that nobody forks
+    with grpc_server(_at_its_own_pace) as (_, grpc_url), http_server(_at_its_own_pace) as (_, url):
+        sys.stdout.write(f"{grpc_url} {url}\n")
+        sys.stdout.flush()
+        sys.stdin.read()
