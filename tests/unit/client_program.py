@@ -18,7 +18,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from client import AsyncGrpcClient, ForkedError, GrpcClient, HttpClient, forks
-from tests.unit.client_servers import SLOW, image
+from tests.unit.client_servers import HELD, SLOW, image
 
 KINDS = {"grpc": GrpcClient, "http": HttpClient}
 WORKERS = 4
@@ -228,13 +228,14 @@ class Descriptors:
         return {"before": self.before, "most": self.most, "after": self.now()}
 
 
-def threads(kind, url, number, at_once):
-    """A shared client and a thread per request."""
+def threads(kind, url, number, at_once, asked=None):
+    """A shared client and a thread per request: about images of their own, or all about one."""
     limit_descriptors()
     seen, wrong = Descriptors(), []
     client = KINDS[kind](url)
 
     def call(n):
+        n = n if asked is None else asked
         score = client.infer([image(n)], timeout_s=PATIENCE_S)[0].score
         seen.look()
         if score != n:
@@ -309,7 +310,7 @@ SCENARIOS = {
     "in-flight-too-long": lambda kind, url: in_flight(kind, url, 0.1),
     "asyncio-open": asyncio_open,
     "threads": lambda kind, url: threads(kind, url, 1200, 4),
-    "threads-at-once": lambda kind, url: threads(kind, url, 200, 200),
+    "threads-at-once": lambda kind, url: threads(kind, url, 200, 200, HELD),
     "event-loops": event_loops,
     "web-server": web_server,
 }

@@ -45,6 +45,15 @@ def test_a_grpc_client_has_one_connection_for_all_threads():
     assert len({asked.peer for asked in service.asked}) == 1
 
 
+def test_two_grpc_clients_have_connections_of_their_own():
+    # gRPC would share them, across a fork too: what closes one would end the other's requests.
+    with grpc_server() as (service, url), GrpcClient(url) as one, GrpcClient(url) as other:
+        for client in (one, other, one):
+            client.infer([image(1)])
+    first, second, third = (asked.peer for asked in service.asked)
+    assert first == third != second
+
+
 def test_an_asyncio_client_has_one_connection_for_all_requests():
     async def main(url):
         async with AsyncGrpcClient(url) as client:
