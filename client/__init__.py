@@ -4,8 +4,10 @@ from .aio import AsyncGrpcClient
 from .base import DEFAULT_GRPC_URL, DEFAULT_HTTP_URL
 from .errors import (
     AccessDeniedError,
+    AnswerMismatchError,
     ClientError,
     DeadlineError,
+    ForkedError,
     InvalidRequestError,
     NotServedError,
     OverloadedError,
@@ -24,9 +26,11 @@ __all__ = [
     "ENSEMBLE",
     "ROUTER",
     "AccessDeniedError",
+    "AnswerMismatchError",
     "AsyncGrpcClient",
     "ClientError",
     "DeadlineError",
+    "ForkedError",
     "GrpcClient",
     "HttpClient",
     "InvalidRequestError",

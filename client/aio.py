@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from .base import DEFAULT_GRPC_URL, DEFAULT_TIMEOUT_S, ClientBase
 from .channel import open_channel
-from .errors import ClientError, server_errors
-from .messages import Prediction, Request, metadata_as_dict, predictions
+from .errors import AnswerMismatchError, ClientError, closed_client, server_errors
+from .forks import asyncio_closed, check_grpc
+from .messages import Prediction, Request, Result, metadata_as_dict, own_answer, predictions
 from .retry import Tries
 from .stream import in_order
 
@@ -25,7 +26,9 @@ AnswerT = TypeVar("AnswerT")
 class AsyncGrpcClient(ClientBase):
     """gRPC client for asyncio: the methods of `GrpcClient`, awaited, and `stream`.
 
-    Make it inside the running event loop; use as `async with`, or await `close()`.
+    Make it inside the running event loop; use as `async with`, or await `close()`. It belongs to
+    that loop: threads share a `GrpcClient` instead. What is forked off while one is open cannot use
+    gRPC, see `client.forks`.
 
     Args:
         url: HOST:PORT, without a scheme.
@@ -34,7 +37,28 @@ class AsyncGrpcClient(ClientBase):
 
     def __init__(self, url: str = DEFAULT_GRPC_URL, **options: Any) -> None:
         super().__init__(url, **options)
-        self._client = open_channel(grpc_aio, url, self._tls, self._admin_key)
+        self._closed = False
+        self._channel: Any = self._open()
+
+    def _open(self) -> Any:
+        return open_channel(grpc_aio, self.url, self._tls, self._admin_key, asyncio_client=self)
+
+    @asynccontextmanager
+    async def _calling(self) -> AsyncIterator[Any]:
+        """Around one call: the channel for it."""
+        check_grpc()
+        if self._closed:
+            raise closed_client()
+        if self._channel is None:
+            self._channel = self._open()
+        channel = self._channel
+        try:
+            yield channel
+        except AnswerMismatchError:
+            if self._channel is channel:
+                self._channel = None
+                await channel.close()
+            raise
 
     async def infer(
         self,
@@ -111,26 +135,37 @@ class AsyncGrpcClient(ClientBase):
         for piece in request.split(max_batch):
 
             def send(left_s: float | None, piece: Request = piece) -> Awaitable[Any]:
-                arguments = piece.arguments(grpc_protocol, left_s)
-                return self._client.infer(**arguments, client_timeout=left_s)
+                return self._send(piece, left_s)
 
             result = await self._ask(send, timeout_s, timeout_s)
             answers.extend(predictions(result, len(piece.rows)))
         return answers
 
+    async def _send(self, request: Request, left_s: float | None) -> Result:
+        arguments = request.arguments(grpc_protocol, left_s)
+        async with self._calling() as channel:
+            with own_answer(arguments["request_id"], self.url) as check:
+                result = await channel.infer(**arguments, client_timeout=left_s)
+                check(result.get_response().id)
+        return result
+
     async def _batch_limit(self, model: str, timeout_s: float | None) -> int:
         if model not in self._max_batch:
             answer = await self._ask(
-                lambda left_s: self._client.get_model_config(model, client_timeout=left_s),
+                lambda left_s: self._call("get_model_config", left_s, model),
                 timeout_s,
                 timeout_s,
             )
             self._max_batch[model] = max(1, int(answer.config.max_batch_size))
         return self._max_batch[model]
 
-    async def _question(self, call: Callable[..., Awaitable[AnswerT]], *names: str) -> AnswerT:
+    async def _call(self, method: str, left_s: float | None, *names: str) -> Any:
+        async with self._calling() as channel:
+            return await getattr(channel, method)(*names, client_timeout=left_s)
+
+    async def _question(self, method: str, *names: str) -> Any:
         return await self._ask(
-            lambda left_s: call(*names, client_timeout=left_s), self._question_timeout_s, None
+            lambda left_s: self._call(method, left_s, *names), self._question_timeout_s, None
         )
 
     async def _ask(
@@ -153,16 +188,20 @@ class AsyncGrpcClient(ClientBase):
 
     async def metadata(self, model: str | None = None) -> dict[str, Any]:
         """A model's name, versions, inputs and outputs; as `GrpcClient.metadata`."""
-        answer = await self._question(self._client.get_model_metadata, model or self.model)
+        answer = await self._question("get_model_metadata", model or self.model)
         return metadata_as_dict(answer)
 
     async def server_version(self) -> str:
         """Triton's version; as `GrpcClient.server_version`."""
-        return str((await self._question(self._client.get_server_metadata)).version)
+        return str((await self._question("get_server_metadata")).version)
 
     async def close(self) -> None:
-        """Close the channel."""
-        await self._client.close()
+        """Close the channel; a closed client answers nothing any more."""
+        self._closed = True
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            await channel.close()
+        asyncio_closed(self)
 
     async def __aenter__(self) -> AsyncGrpcClient:
         return self

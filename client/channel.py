@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from .errors import InvalidRequestError
+from .forks import start_grpc
 from .tls import Tls
 
 GRPC_ADMIN_HEADER = "triton-grpc-protocol-admin-key"
@@ -29,10 +30,19 @@ CHANNEL_ARGUMENTS = [
     # would find a server that has come back.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 5_000),
+    # By default channels to one address share a connection: a forked child's new channel would
+    # get its parent's, and a connection that is not to be trusted would go on in another client.
+    ("grpc.use_local_subchannel_pool", 1),
 ]
 
 
-def open_channel(module: ModuleType, url: str, tls: Tls | None, admin_key: str | None) -> Any:
+def open_channel(
+    module: ModuleType,
+    url: str,
+    tls: Tls | None,
+    admin_key: str | None,
+    asyncio_client: object | None = None,
+) -> Any:
     """A client of `tritonclient.grpc` or `tritonclient.grpc.aio`.
 
     Args:
@@ -40,26 +50,19 @@ def open_channel(module: ModuleType, url: str, tls: Tls | None, admin_key: str |
         url: HOST:PORT.
         tls: None for a plain connection.
         admin_key: sent with every request; None for none.
+        asyncio_client: whose channel it is, where `module` is that for asyncio.
 
     Raises:
         InvalidRequestError: a TLS file or the key cannot be used.
+        ForkedError: gRPC cannot be used in this process.
     """
+    start_grpc(asyncio_client)
     credentials = None if tls is None else tls.grpc_credentials()
     client = module.InferenceServerClient(url, creds=credentials, channel_args=CHANNEL_ARGUMENTS)
-    add_admin_key(client, GRPC_ADMIN_HEADER, admin_key)
+    if admin_key is not None:
+        key = {GRPC_ADMIN_HEADER: admin_key}
+        client.register_plugin(lambda request: request.headers.update(key))
     return client
-
-
-def add_admin_key(client: Any, header: str, key: str | None) -> None:
-    """Let a tritonclient client send the key of the server's restricted APIs, if there is one.
-
-    Args:
-        client: of either protocol.
-        header: the key's name.
-        key: None for none.
-    """
-    if key is not None:
-        client.register_plugin(lambda request: request.headers.update({header: key}))
 
 
 def check_admin_key(key: str | None) -> str | None:

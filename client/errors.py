@@ -56,6 +56,14 @@ class ServerError(ClientError):
     """The server failed on a request that it had accepted."""
 
 
+class AnswerMismatchError(ServerError):
+    """What came was the answer to another request. Its connection is closed."""
+
+
+class ForkedError(ClientError):
+    """gRPC cannot be used here: this process was forked when its parent could not let go of it."""
+
+
 # Keys are tritonclient's `status()`: a gRPC code or an HTTP status.
 _BY_STATUS: dict[str, type[ClientError]] = {
     "StatusCode.INVALID_ARGUMENT": InvalidRequestError,
@@ -94,7 +102,7 @@ _DISTRUST = re.compile(r"handshake failed|SSL_ERROR", re.I)
 _OPENSSL = re.compile(r"OPENSSL_internal:(.+?)(?:: OK)?$", re.S)  # in gRPC's texts
 _SILENT = re.compile(r"settings frame", re.I)  # gRPC waits 20 s for the server's first word
 # Triton's wrappings around the sentence that matters.
-_REQUEST_ID = re.compile(r"\[request id: [^\]]*\] ")
+_REQUEST_ID = re.compile(r"\[request id: ([^\]]*)\] ")
 _NOISE = re.compile(
     r"^(\[[^\]]*\] )?(in ensemble '[^']*', )?"
     r"(Failed to process the request\(s\) for model (instance )?'[^']*', message: )?"
@@ -108,6 +116,12 @@ def one_line(message: str) -> str:
     sentence = _ADVICE.sub("", _TRACEBACK.sub("", _REQUEST_ID.sub("", message.strip())))
     sentence = _NOISE.sub("", sentence)
     return " ".join(sentence.split()) or "the server gave no reason"
+
+
+def named_request(message: str) -> str | None:
+    """The id of the request that Triton's text is about; None where it names none."""
+    found = _REQUEST_ID.match(message)
+    return None if found is None or found[1] == "<id_unknown>" else found[1]
 
 
 def check_url(url: str) -> str:
@@ -127,6 +141,11 @@ def check_url(url: str) -> str:
 def no_server(url: str) -> UnavailableError:
     """The error for an address where nothing listens."""
     return UnavailableError(f"no server answers at {url}; start one with python -m server")
+
+
+def closed_client() -> ClientError:
+    """The error for a request through a client that was closed before."""
+    return InvalidRequestError("this client is closed; make another one")
 
 
 def wrong_protocol(url: str) -> NotServedError:

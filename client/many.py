@@ -143,7 +143,10 @@ def ask_http(
             failure = error
         return _outcome(file, started, prediction, failure)
 
-    with HttpClient(url, **options) as client, ThreadPoolExecutor(concurrency) as pool:
+    with (
+        HttpClient(url, concurrency=concurrency, **options) as client,
+        ThreadPoolExecutor(concurrency) as pool,
+    ):
         futures = [pool.submit(ask, client, file) for file in files]
         try:
             for _ in as_completed(futures):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Real
 from types import ModuleType
@@ -11,9 +13,9 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from tritonclient.utils import np_to_triton_dtype
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from .errors import InvalidRequestError, ServerError
+from .errors import AnswerMismatchError, InvalidRequestError, ServerError, named_request
 
 ENSEMBLE = "adaptive_vit"
 ROUTER = "router"
@@ -166,6 +168,8 @@ class Request:
             InvalidRequestError: Triton has no such dtype.
         """
         return {
+            # Of this try: the answer to an earlier one is not this one's.
+            "request_id": uuid.uuid4().hex,
             "model_name": self.model,
             "model_version": "" if self.version is None else str(self.version),
             "inputs": [build_input(protocol, self.name, self.rows)],
@@ -173,6 +177,41 @@ class Request:
             # 0 would be no limit.
             "timeout": None if left_s is None else max(1, int(left_s * 1e6)),
         }
+
+
+@contextmanager
+def own_answer(asked: str, url: str) -> Iterator[Callable[[str | None], None]]:
+    """Around reading an answer: hold it against the request that it came for.
+
+    A refusal that is raised inside is held against it too, where it names a request, as Triton's
+    texts do; gRPC's and a proxy's own do not.
+
+    Args:
+        asked: the request's id.
+        url: the server, for the message.
+
+    Yields:
+        What to call with the answer's id: None or empty where it has none.
+
+    Raises:
+        AnswerMismatchError: they differ. Whoever reads the connection has to close it.
+    """
+
+    def check(answered: str | None) -> None:
+        if answered != asked:
+            whose = f"belongs to request {answered}" if answered else "names no request"
+            raise AnswerMismatchError(
+                f"an answer from {url} {whose}, where request {asked} was asked; it is not used, "
+                "and its connection is closed"
+            )
+
+    try:
+        yield check
+    except InferenceServerException as refusal:
+        named = named_request(refusal.message() or "")
+        if named is not None:
+            check(named)
+        raise
 
 
 def predictions(result: Result, count: int) -> list[Prediction]:
@@ -196,6 +235,8 @@ def predictions(result: Result, count: int) -> list[Prediction]:
         if len(values) != count:
             raise ServerError(f"{name!r} has {len(values)} rows for {count} images")
     logits = result.as_numpy("logits")
+    if logits is not None and len(logits) != count:
+        raise ServerError(f"'logits' has {len(logits)} rows for {count} images")
     return [
         Prediction(
             embedding=embedding,

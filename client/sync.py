@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TypeVar
+from urllib.parse import quote
 
-import gevent
 import tritonclient.grpc as grpc_protocol
 import tritonclient.http as http_protocol
-from geventhttpclient.response import HTTPConnectionClosed, HTTPParseError
 from numpy.typing import NDArray
+from tritonclient.utils import InferenceServerException
 
 from .base import DEFAULT_GRPC_URL, DEFAULT_HTTP_URL, DEFAULT_TIMEOUT_S, ClientBase
-from .channel import HTTP_ADMIN_HEADER, add_admin_key, open_channel
-from .errors import ClientError, server_errors, wrong_protocol
-from .messages import Prediction, Request, Result, metadata_as_dict, predictions
+from .channel import HTTP_ADMIN_HEADER, open_channel
+from .connections import Answer, Connections
+from .errors import (
+    AnswerMismatchError,
+    ClientError,
+    RequestCancelledError,
+    closed_client,
+    server_errors,
+    wrong_protocol,
+)
+from .forks import forget_after_fork, grpc_call
+from .messages import (
+    Prediction,
+    Request,
+    Result,
+    metadata_as_dict,
+    own_answer,
+    predictions,
+)
 from .retry import Tries
 
 ClientT = TypeVar("ClientT", bound="SyncClient")
@@ -29,6 +47,7 @@ class SyncClient(ClientBase, ABC):
     """What the blocking clients share: everything but the transport.
 
     Use as a context manager, or call `close()`. Options and errors are those of `ClientBase`.
+    Safe to share between threads. In a forked process a client opens connections of its own.
     """
 
     def infer(
@@ -59,7 +78,8 @@ class SyncClient(ClientBase, ABC):
             AccessDeniedError: a certificate or key is missing or wrong.
             DeadlineError: no answer in time.
             RequestCancelledError: somebody cancelled it.
-            ServerError: the server failed.
+            ServerError: the server failed; `AnswerMismatchError` where it answered another request.
+            ForkedError: gRPC cannot be used in this process; see `client.forks`.
         """
         return self._run(self._about_images(images, policy, threshold), timeout_s)
 
@@ -125,10 +145,7 @@ class SyncClient(ClientBase, ABC):
                 pause_s = tries.pause_s(error)
                 if pause_s is None:
                     raise
-            self._sleep(pause_s)
-
-    def _sleep(self, seconds: float) -> None:
-        time.sleep(seconds)
+            time.sleep(pause_s)
 
     def metadata(self, model: str | None = None) -> dict[str, Any]:
         """A model's name, versions, inputs and outputs (each with name, datatype and shape).
@@ -162,7 +179,7 @@ class SyncClient(ClientBase, ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections; a closed client answers nothing any more."""
 
     @abstractmethod
     def _send(self, request: Request, left_s: float | None) -> Result: ...
@@ -178,7 +195,9 @@ class SyncClient(ClientBase, ABC):
 
 
 class GrpcClient(SyncClient):
-    """Blocking client over gRPC. Safe to share between threads, which share its connection.
+    """Blocking client over gRPC: one connection, which all threads share.
+
+    A fork waits for requests in flight, and they for it; see `client.forks`.
 
     Args:
         url: HOST:PORT, without a scheme.
@@ -187,93 +206,170 @@ class GrpcClient(SyncClient):
 
     def __init__(self, url: str = DEFAULT_GRPC_URL, **options: Any) -> None:
         super().__init__(url, **options)
-        self._client = open_channel(grpc_protocol, url, self._tls, self._admin_key)
+        self._lock = threading.Lock()
+        self._closed = False
+        self._channel: Any = open_channel(grpc_protocol, url, self._tls, self._admin_key)
+        forget_after_fork(self)
 
     def close(self) -> None:
-        """Close the channel."""
-        self._client.close()
+        """Close the channel; a closed client answers nothing any more."""
+        with self._lock:
+            self._closed = True
+            channel = self._channel
+        self._drop(channel)
+
+    def forget(self) -> None:
+        """In a forked child: open another channel at the next request."""
+        self._lock = threading.Lock()
+        self._channel = None
+
+    def _drop(self, channel: Any) -> None:
+        with self._lock:
+            if self._channel is channel:
+                self._channel = None
+        if channel is not None:
+            channel.close()
+
+    def _open(self) -> Any:
+        with self._lock:
+            if self._closed:
+                raise closed_client()
+            if self._channel is None:
+                self._channel = open_channel(grpc_protocol, self.url, self._tls, self._admin_key)
+            return self._channel
+
+    @contextmanager
+    def _calling(self, left_s: float | None) -> Iterator[tuple[Any, float | None]]:
+        """Around one call: the channel for it, and the seconds that are left of its time."""
+        with grpc_call(left_s) as still_s:
+            channel = self._open()
+            try:
+                yield channel, still_s
+            except AnswerMismatchError:
+                self._drop(channel)
+                raise
+            except ValueError:  # gRPC's, where another thread closed it just before
+                if self._channel is channel:
+                    raise
+                raise RequestCancelledError("the client was closed before the answer") from None
 
     def _send(self, request: Request, left_s: float | None) -> Result:
         arguments = request.arguments(grpc_protocol, left_s)
-        return self._client.infer(**arguments, client_timeout=left_s)
+        with self._calling(left_s) as (channel, still_s):
+            with own_answer(arguments["request_id"], self.url) as check:
+                result = channel.infer(**arguments, client_timeout=still_s)
+                check(result.get_response().id)
+        return result
 
     def _max_batch_size(self, model: str, left_s: float | None) -> int:
-        answer = self._client.get_model_config(model, client_timeout=left_s)
+        with self._calling(left_s) as (channel, still_s):
+            answer = channel.get_model_config(model, client_timeout=still_s)
         return int(answer.config.max_batch_size)
 
     def _metadata(self, model: str, left_s: float | None) -> dict[str, Any]:
-        return metadata_as_dict(self._client.get_model_metadata(model, client_timeout=left_s))
+        with self._calling(left_s) as (channel, still_s):
+            return metadata_as_dict(channel.get_model_metadata(model, client_timeout=still_s))
 
     def _server_version(self, left_s: float | None) -> str:
-        return str(self._client.get_server_metadata(client_timeout=left_s).version)
+        with self._calling(left_s) as (channel, still_s):
+            return str(channel.get_server_metadata(client_timeout=still_s).version)
 
 
 class HttpClient(SyncClient):
-    """Blocking client over HTTP. Safe to share between threads.
+    """Blocking client over HTTP: a bounded number of connections, which all threads share.
 
-    tritonclient's connections belong to the thread that made them (gevent), so each thread gets
-    its own, on first use. `tls` is for a proxy in front of Triton, which speaks no HTTPS itself.
+    `tls` is for a proxy in front of Triton, which speaks no HTTPS itself. Where greenlets are to
+    share it, let gevent replace the standard library's sockets first, as Locust does.
 
     Args:
         url: HOST:PORT, without a scheme.
-        concurrency: connections per thread. 1 is right for threads; set it to the number of
-            greenlets where several share this client, because they would queue behind one.
+        concurrency: connections at most, each for one request at a time. Requests beyond it wait
+            for one, within their own time.
         options: as in `ClientBase`.
     """
 
     def __init__(
-        self, url: str = DEFAULT_HTTP_URL, *, concurrency: int = 1, **options: Any
+        self, url: str = DEFAULT_HTTP_URL, *, concurrency: int = 64, **options: Any
     ) -> None:
         super().__init__(url, **options)
-        self._concurrency = concurrency
-        self._context = None if self._tls is None else self._tls.http_context()
-        self._thread = threading.local()
-
-    @property
-    def _client(self) -> http_protocol.InferenceServerClient:
-        client = getattr(self._thread, "client", None)
-        if client is None:
-            client = self._thread.client = http_protocol.InferenceServerClient(
-                self.url,
-                concurrency=self._concurrency,
-                # No limit here: `_within` limits the whole request, where these limit single reads.
-                network_timeout=None,
-                ssl=self._context is not None,
-                # Its own well-known certificates are offered to it: ours are in the context.
-                ssl_context_factory=lambda cafile=None: self._context,
-            )
-            add_admin_key(client, HTTP_ADMIN_HEADER, self._admin_key)
-        return client
+        context = None if self._tls is None else self._tls.http_context()
+        self._connections = Connections(url, context, concurrency)
+        self._headers = {} if self._admin_key is None else {HTTP_ADMIN_HEADER: self._admin_key}
 
     def close(self) -> None:
-        """Close this thread's connections. Those of other threads close when the threads end."""
-        client = getattr(self._thread, "client", None)
-        if client is not None:
-            client.close()
-            del self._thread.client
-
-    def _within(self, left_s: float | None, call: Any, *arguments: Any, **options: Any) -> Any:
-        try:
-            with gevent.Timeout(left_s, TimeoutError()):
-                return call(*arguments, **options)
-        except HTTPConnectionClosed:
-            raise ConnectionResetError("closed before the answer") from None
-        except HTTPParseError:
-            raise wrong_protocol(self.url) from None
-
-    def _sleep(self, seconds: float) -> None:
-        gevent.sleep(seconds)  # other greenlets of this thread go on meanwhile
+        """Close the connections; a closed client answers nothing any more."""
+        self._connections.close()
 
     def _send(self, request: Request, left_s: float | None) -> Result:
         arguments = request.arguments(http_protocol, left_s)
-        return self._within(left_s, self._client.infer, **arguments)
+        model, version = arguments.pop("model_name"), arguments.pop("model_version")
+        asked = arguments["request_id"]
+        body, json_bytes = http_protocol.InferenceServerClient.generate_request_body(**arguments)
+        headers = {**self._headers, "Content-Type": "application/octet-stream"}
+        if json_bytes is not None:
+            headers["Inference-Header-Content-Length"] = str(json_bytes)
+
+        def read(answer: Answer) -> Result:
+            length = answer.headers.get("Inference-Header-Content-Length")
+            with own_answer(asked, self.url) as check:
+                _raise_refusal(answer)
+                result = http_protocol.InferResult.from_response_body(
+                    answer.body, header_length=None if length is None else int(length)
+                )
+                check(result.get_response().get("id"))
+            return result
+
+        of_version = f"/versions/{version}" if version else ""
+        path = f"/v2/models/{quote(model, safe='')}{of_version}/infer"
+        return self._exchange("POST", path, body, headers, left_s, read)
+
+    def _get(self, path: str, left_s: float | None) -> dict[str, Any]:
+        def read(answer: Answer) -> dict[str, Any]:
+            _raise_refusal(answer)
+            return dict(json.loads(answer.body))
+
+        return self._exchange("GET", path, None, self._headers, left_s, read)
+
+    def _exchange(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        headers: dict[str, str],
+        left_s: float | None,
+        read: Callable[[Answer], AnswerT],
+    ) -> AnswerT:
+        def read_it(answer: Answer) -> AnswerT | InferenceServerException:
+            try:
+                return read(answer)
+            except InferenceServerException as refusal:
+                return refusal  # is no reason to close the connection
+            except (AttributeError, KeyError, TypeError, ValueError):  # no JSON, or not Triton's
+                raise wrong_protocol(self.url) from None
+
+        found = self._connections.exchange(method, path, body, headers, left_s, read_it)
+        if isinstance(found, InferenceServerException):
+            raise found
+        return found
 
     def _max_batch_size(self, model: str, left_s: float | None) -> int:
-        config = self._within(left_s, self._client.get_model_config, model)
+        config = self._get(f"/v2/models/{quote(model, safe='')}/config", left_s)
         return int(config["max_batch_size"])
 
     def _metadata(self, model: str, left_s: float | None) -> dict[str, Any]:
-        return dict(self._within(left_s, self._client.get_model_metadata, model))
+        return self._get(f"/v2/models/{quote(model, safe='')}", left_s)
 
     def _server_version(self, left_s: float | None) -> str:
-        return str(self._within(left_s, self._client.get_server_metadata)["version"])
+        return str(self._get("/v2", left_s)["version"])
+
+
+def _raise_refusal(answer: Answer) -> None:
+    """Raise Triton's reason, or a proxy's page, where that is the answer."""
+    if answer.status == 200:
+        return
+    text = answer.body.decode("utf-8", "replace")
+    try:
+        text = str(json.loads(text)["error"])
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise InferenceServerException(text, status=str(answer.status))

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
-from gevent.ssl import SSLContext, create_default_context
 
 from .errors import InvalidRequestError
 
@@ -49,7 +48,7 @@ class Tls:
             *(path and path.read_bytes() for path in (self.ca, self.key, self.cert))
         )
 
-    def http_context(self) -> SSLContext:
+    def http_context(self) -> ssl.SSLContext:
         """For HTTP connections.
 
         Raises:
@@ -58,7 +57,7 @@ class Tls:
         for path in (self.ca, self.cert, self.key):
             _check_readable(path)
         try:
-            context = create_default_context(cafile=self.ca)
+            context = ssl.create_default_context(cafile=self.ca)
         except ssl.SSLError:
             raise InvalidRequestError(f"{self.ca} holds no certificate in PEM format") from None
         if self.cert is not None:

@@ -73,7 +73,8 @@ class VitUser(User):
     def _open(self) -> None:
         self.settings = Settings.of(self.environment.parsed_options)
         self.images = image_round(self.settings.images, self.settings.image_limit)
-        self.client = CLIENTS[self.protocol](self.host, retry=None)
+        connections = {"concurrency": MAX_OUTSTANDING} if self.protocol == "http" else {}
+        self.client = CLIENTS[self.protocol](self.host, retry=None, **connections)
         self._prove()
 
     def _prove(self) -> None:

@@ -22,7 +22,7 @@ from tests.faults.asking import OUTCOMES, Asker, Question, Request, mixed_questi
 from tests.faults.truth import Truth
 
 WINDOW_S = 1.0  # success without a break for so long is recovery
-_PAUSE_S = 0.05  # after a failure, or a refusing server would be all that is measured
+PAUSE_S = 0.05  # after a failure, or a refusing server would be all that is measured
 _POLL_S = 0.1
 
 
@@ -108,7 +108,7 @@ class Load:
                 break
             done = await self._ask(asker, asked)
             if done.outcome != "ok":
-                await asyncio.sleep(_PAUSE_S)
+                await asyncio.sleep(PAUSE_S)
         await asker.close()
 
     async def _poisson(self, rate: float) -> None:

@@ -1,17 +1,18 @@
-"""The one row in which clients try again: a server that is killed costs them time, no answer."""
+"""The rows in which clients try again: as often as they do by default, and until it is back."""
 
 import itertools
 import threading
 import time
 
 import numpy as np
+import pytest
 
 from client import ClientError, GrpcClient, HttpClient
-from client.retry import Retry
+from client.retry import DEFAULT_RETRY, Retry
 from tests.faults import inject
 from tests.faults.asking import Question, Request
 from tests.faults.experiment import reasons
-from tests.faults.load import recovery_s
+from tests.faults.load import PAUSE_S, recovery_s
 from tests.faults.processes import ServerCommand, wait_for
 from tests.faults.results import row
 
@@ -32,6 +33,7 @@ def ask_on_and_on(client, truth, first, stop, requests):
             (found,) = client.infer_tensor(truth.images[[index]], timeout_s=TIMEOUT_S)
         except ClientError as error:
             outcome, detail = "failed", str(error)
+            time.sleep(PAUSE_S)
         else:
             answer = {name: np.atleast_2d(getattr(found, name)) for name in NAMES}
             detail = truth.wrong([index], answer) or ""
@@ -39,11 +41,21 @@ def ask_on_and_on(client, truth, first, stop, requests):
         requests.append(Request(asked, started, time.monotonic(), outcome, degraded, detail))
 
 
-def test_clients_that_try_again_see_a_killed_server_as_a_pause(assembled, truth, record, tmp_path):
+@pytest.mark.parametrize(
+    ("retry", "called"),
+    [
+        (DEFAULT_RETRY, "clients as they are by default, 3 attempts"),
+        (PATIENT, "clients with 1,000 attempts"),
+    ],
+    ids=["default", "patient"],
+)
+def test_a_killed_server_costs_clients_that_try_again_no_wrong_answer(
+    assembled, truth, record, tmp_path, retry, called
+):
     stop, requests = threading.Event(), []
     with ServerCommand(assembled(), tmp_path / "server.log", ["--supervise"]) as server:
-        clients = [GrpcClient(server.grpc_url, retry=PATIENT) for _ in range(2)]
-        clients += [HttpClient(server.http_url, retry=PATIENT) for _ in range(2)]
+        clients = [GrpcClient(server.grpc_url, retry=retry) for _ in range(2)]
+        clients += [HttpClient(server.http_url, retry=retry) for _ in range(2)]
         workers = [
             threading.Thread(target=ask_on_and_on, args=(client, truth, first, stop, requests))
             for first, client in enumerate(clients)
@@ -65,7 +77,10 @@ def test_clients_that_try_again_see_a_killed_server_as_a_pause(assembled, truth,
             worker.join()
     after = [request for request in requests if request.ended >= since]
     recovered_s = recovery_s(requests, since, time.monotonic())
-    fault = "kill -9 of tritonserver, clients with retries"
     note = "recovery: the first request that did not wait"
-    record(row(fault, after, recovered_s, note))
-    assert {request.outcome for request in requests} == {"ok"}, reasons(requests, "failed")
+    found = row(f"kill -9 of tritonserver, {called}", after, recovered_s, note)
+    record(found)
+    assert found.wrong == 0, reasons(requests, "wrong")
+    assert recovered_s is not None, reasons(requests, "failed")
+    if retry is PATIENT:  # a pause to them, no lost answer
+        assert {request.outcome for request in requests} == {"ok"}, reasons(requests, "failed")

@@ -3,9 +3,10 @@
 import asyncio
 import io
 import json
+import multiprocessing
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -136,6 +137,26 @@ def test_one_http_client_serves_many_threads(server, crops):
     with HttpClient(server.http_url) as client, ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda crop: client.infer([crop])[0], crops))
         assert_equal(found[:4], [client.infer([crop])[0] for crop in crops[:4]])
+
+
+_forked = {}  # the clients that a pool's processes inherit
+
+
+def ask_in_child(protocol, crop):
+    (found,) = _forked[protocol].infer([crop])
+    return found
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_processes_that_inherit_a_client_get_their_own_answers(server, crops, protocol):
+    with clients(server)[protocol] as client:
+        expected = [client.infer([crop])[0] for crop in crops]
+        _forked[protocol] = client
+        context = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(4, mp_context=context) as pool:
+            found = list(pool.map(ask_in_child, [protocol] * len(crops), crops))
+        assert_equal(found, expected)
+        assert_equal([client.infer([crop])[0] for crop in crops[:4]], expected[:4])
 
 
 # --- refusals ----------------------------------------------------------------------------------

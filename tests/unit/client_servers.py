@@ -2,7 +2,9 @@
 
 import json
 import subprocess
+import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ class Asked:
     parameters: dict
     headers: dict
     left_s: float | None = None
+    id: str = ""
 
 
 def image(number):
@@ -41,7 +44,7 @@ class TritonService(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.asked = []
         self._lock = threading.Lock()
 
-    def _note(self, request, context, images=(), version="", parameters=None):
+    def _note(self, request, context, images=(), version="", parameters=None, asked_id=""):
         asked = Asked(
             context.peer(),
             images,
@@ -49,6 +52,7 @@ class TritonService(service_pb2_grpc.GRPCInferenceServiceServicer):
             parameters or {},
             dict(context.invocation_metadata()),
             context.time_remaining(),
+            asked_id,
         )
         with self._lock:
             self.asked.append(asked)
@@ -56,6 +60,7 @@ class TritonService(service_pb2_grpc.GRPCInferenceServiceServicer):
         failure = self.answer(number, asked, context)
         if failure:
             context.abort(*failure)
+        return asked
 
     def ServerMetadata(self, request, context):  # noqa: N802 (the service's names)
         self._note(request, context)
@@ -75,20 +80,30 @@ class TritonService(service_pb2_grpc.GRPCInferenceServiceServicer):
             name: getattr(value, value.WhichOneof("parameter_choice"))
             for name, value in request.parameters.items()
         }
-        images, raw = [], request.raw_input_contents[0]
-        while raw and request.inputs[0].datatype == "BYTES":
-            size = int.from_bytes(raw[:4], "little")
-            images.append(raw[4 : 4 + size])
-            raw = raw[4 + size :]
-        self._note(request, context, images, request.model_version, parameters)
-        return infer_response([int.from_bytes(i, "big") for i in images] or [0])
+        images = encoded_images(request.inputs[0].datatype, request.raw_input_contents[0])
+        asked = self._note(request, context, images, request.model_version, parameters, request.id)
+        port = int(asked.peer.rpartition(":")[2])
+        answer = infer_response([int.from_bytes(i, "big") for i in images] or [0], port)
+        answer.id = asked.id  # `answer` may have changed it
+        return answer
 
 
-def infer_response(numbers):
+def encoded_images(datatype, raw):
+    """The elements of a BYTES tensor."""
+    images = []
+    while raw and datatype == "BYTES":
+        size = int.from_bytes(raw[:4], "little")
+        images.append(raw[4 : 4 + size])
+        raw = raw[4 + size :]
+    return images
+
+
+def infer_response(numbers, port):
+    """Rows in the order of the numbers, each the score; the embeddings tell the client's port."""
     rows = len(numbers)
     answer = service_pb2.ModelInferResponse(model_name="adaptive_vit")
     for name, datatype, values in (
-        ("embedding", "FP32", np.zeros((rows, 4), np.float32)),
+        ("embedding", "FP32", np.full((rows, 4), port, np.float32)),
         ("escalated", "BOOL", np.zeros((rows, 1), np.bool_)),
         ("score", "FP32", np.array(numbers, np.float32).reshape(rows, 1)),
         ("degraded", "BOOL", np.zeros((rows, 1), np.bool_)),
@@ -120,8 +135,9 @@ def grpc_server(answer=lambda number, asked, context: None, *, credentials=None,
 def http_server(answer=lambda number, asked: None, *, context=None):
     """The requests that it was asked, and its HOST:PORT.
 
-    `answer(number of the request, Asked)` returns None, a (status, text) to fail with, or "drop"
-    to close the connection instead of answering. `context` is for HTTPS.
+    `answer(number of the request, Asked)` returns None, a (status, text) to fail with, "drop"
+    to close the connection instead of answering, or bytes to send instead of any HTTP. `context`
+    is for HTTPS.
     """
     asked = []
 
@@ -131,15 +147,29 @@ def http_server(answer=lambda number, asked: None, *, context=None):
 
         def do_POST(self):  # noqa: N802
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            head = json.loads(body[: int(self.headers["Inference-Header-Content-Length"])])
-            parameters = head["parameters"]
-            asked.append(Asked(str(self.client_address), [], "", parameters, dict(self.headers)))
-            failure = answer(len(asked), asked[-1])
-            if failure == "drop":
+            length = int(self.headers["Inference-Header-Content-Length"])
+            head = json.loads(body[:length])
+            found = Asked(
+                str(self.client_address),
+                encoded_images(head["inputs"][0]["datatype"], body[length:]),
+                "",
+                head["parameters"],
+                dict(self.headers),
+                id=head["id"],
+            )
+            asked.append(found)
+            failure = answer(len(asked), found)
+            if failure == "drop" or isinstance(failure, bytes):
                 self.close_connection = True
+                self.wfile.write(b"" if failure == "drop" else failure)
                 return
             status, text = failure or (200, None)
-            self._send(status, {"error": text} if text else OUTPUTS)
+            port = self.client_address[1]
+            numbers = [int.from_bytes(image, "big") for image in found.images] or [0]
+            self._send(status, {"error": text} if text else http_outputs(numbers, port, found.id))
+
+        def do_GET(self):  # noqa: N802
+            self._send(200, {"name": "triton", "version": "2.51.0", "max_batch_size": 32})
 
         def _send(self, status, answer):
             data = json.dumps(answer).encode()
@@ -165,14 +195,21 @@ def http_server(answer=lambda number, asked: None, *, context=None):
         server.server_close()
 
 
-OUTPUTS = {
-    "outputs": [
-        {"name": "embedding", "datatype": "FP32", "shape": [1, 4], "data": [0, 0, 0, 0]},
-        {"name": "escalated", "datatype": "BOOL", "shape": [1, 1], "data": [False]},
-        {"name": "score", "datatype": "FP32", "shape": [1, 1], "data": [0.5]},
-        {"name": "degraded", "datatype": "BOOL", "shape": [1, 1], "data": [False]},
-    ]
-}
+def http_outputs(numbers, port, asked_id):
+    """As `infer_response`."""
+    rows = len(numbers)
+    return {
+        "id": asked_id,
+        "outputs": [
+            {"name": name, "datatype": datatype, "shape": [rows, len(data) // rows], "data": data}
+            for name, datatype, data in (
+                ("embedding", "FP32", [port] * 4 * rows),
+                ("escalated", "BOOL", [False] * rows),
+                ("score", "FP32", numbers),
+                ("degraded", "BOOL", [False] * rows),
+            )
+        ],
+    }
 
 
 @dataclass(frozen=True)
@@ -215,3 +252,20 @@ def openssl(*arguments):
         ["openssl", *map(str, arguments)], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
+
+
+# Images that `python -m tests.unit.client_servers` takes longer for, in seconds.
+SLOW, HELD = 9_999, 9_998
+_TAKES_S = {image(SLOW): 1.0, image(HELD): 0.2}
+
+
+def _at_its_own_pace(number, asked, *_):
+    """Answers overtake each other."""
+    time.sleep(max(_TAKES_S.get(one, 0.002 * (number % 4)) for one in asked.images))
+
+
+if __name__ == "__main__":  # both until stdin ends, in a process that nobody forks
+    with grpc_server(_at_its_own_pace) as (_, grpc_url), http_server(_at_its_own_pace) as (_, url):
+        sys.stdout.write(f"{grpc_url} {url}\n")
+        sys.stdout.flush()
+        sys.stdin.read()

@@ -127,7 +127,8 @@ def test_a_refused_or_unreadable_file_does_not_stop_the_rest(
     assert len(ticks) == len(files)
     client = FakeHttpClient.opened.pop()
     assert client.closed
-    assert client.options == {"admin_key": "k"}
+    connections = {"concurrency": concurrency} if protocol == "http" else {}
+    assert client.options == {"admin_key": "k", **connections}
 
 
 # --- what is shown -----------------------------------------------------------------------------

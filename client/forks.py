@@ -1,0 +1,155 @@
+"""What a fork means for clients: connections belong to the process that opened them.
+
+A forked child has its parent's sockets. Whichever of the two reads first gets the next answer, the
+other's too; so a child forgets every connection that it inherits and opens its own.
+
+gRPC has threads besides, which a fork does not copy. It stops them before a fork and starts them
+again on both sides, but only where no thread is inside a call; else its child hangs or aborts. So a
+fork waits until the blocking clients' calls have ended, and calls that begin meanwhile wait for the
+fork. Where that was not to be had, clients in the child say so instead.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+from weakref import WeakSet
+
+from .errors import ForkedError
+
+FORK_WAIT_S = 10.0  # most that a fork waits for calls in flight
+
+# gRPC reads it once, when it is imported; unset, it supports forks.
+_SUPPORTED = os.environ.get("GRPC_ENABLE_FORK_SUPPORT", "1").lower() in ("1", "true", "yes", "on")
+
+
+class HoldsConnections(Protocol):
+    """What `forget_after_fork` takes."""
+
+    def forget(self) -> None:
+        """In a forked child: let go of every inherited connection, without a word to the server."""
+
+
+class _Grpc:
+    """gRPC in this process: what is in flight, and whether a fork has made it unusable."""
+
+    def __init__(self, unusable: str | None = None) -> None:
+        self.changed = threading.Condition()
+        self.calls = 0
+        self.forks = 0
+        self.used = False
+        self.asyncio_clients: WeakSet[object] = WeakSet()
+        self.unusable = unusable
+
+
+_holders: WeakSet[HoldsConnections] = WeakSet()
+_grpc = _Grpc()
+
+
+def forget_after_fork(holder: HoldsConnections) -> None:
+    """Have `holder.forget()` called in every child that is forked off, for as long as it lives."""
+    _holders.add(holder)
+
+
+def start_grpc(asyncio_client: object | None = None) -> None:
+    """Say that a gRPC channel is about to be opened.
+
+    Args:
+        asyncio_client: whose it is, if it is one for asyncio; until `asyncio_closed`.
+
+    Raises:
+        ForkedError: gRPC cannot be used in this process.
+    """
+    check_grpc()
+    _grpc.used = True
+    if asyncio_client is not None:
+        _grpc.asyncio_clients.add(asyncio_client)
+
+
+def asyncio_closed(asyncio_client: object) -> None:
+    """Say that a client for asyncio has closed its channel."""
+    _grpc.asyncio_clients.discard(asyncio_client)
+
+
+def check_grpc() -> None:
+    """Raise where gRPC would hang.
+
+    Raises:
+        ForkedError: gRPC cannot be used in this process.
+    """
+    if _grpc.unusable is not None:
+        raise ForkedError(
+            f"gRPC cannot be used in this process, which was forked {_grpc.unusable}; start "
+            'processes with multiprocessing\'s "spawn" or "forkserver", or use HttpClient'
+        )
+
+
+@contextmanager
+def grpc_call(left_s: float | None) -> Iterator[float | None]:
+    """Around one blocking gRPC call, which no fork will interrupt.
+
+    Args:
+        left_s: seconds until the call's deadline; None where there is none.
+
+    Yields:
+        What is left of them after waiting for a fork.
+
+    Raises:
+        ForkedError: gRPC cannot be used in this process.
+        TimeoutError: nothing is left.
+    """
+    check_grpc()
+    state = _grpc
+    with state.changed:
+        if state.forks:
+            started = time.monotonic()
+            if not state.changed.wait_for(lambda: not state.forks, left_s):
+                raise TimeoutError
+            if left_s is not None:
+                left_s = max(1e-3, left_s - (time.monotonic() - started))
+        state.calls += 1
+    try:
+        yield left_s
+    finally:
+        with state.changed:
+            state.calls -= 1
+            state.changed.notify_all()
+
+
+def _before() -> None:
+    with _grpc.changed:
+        _grpc.forks += 1
+        _grpc.changed.wait_for(lambda: not _grpc.calls, FORK_WAIT_S)
+
+
+def _after_in_parent() -> None:
+    with _grpc.changed:
+        _grpc.forks -= 1
+        _grpc.changed.notify_all()
+
+
+def _after_in_child() -> None:
+    global _grpc
+    parents = _grpc
+    _grpc = _Grpc(parents.unusable or _why_unusable(parents))
+    for holder in list(_holders):
+        holder.forget()
+
+
+def _why_unusable(parents: _Grpc) -> str | None:
+    if parents.calls:
+        return f"while a gRPC request was in flight for more than {FORK_WAIT_S:g} s"
+    if len(parents.asyncio_clients):
+        return "while an asyncio gRPC client was open"
+    if parents.used and not _SUPPORTED:
+        return "after gRPC was used with GRPC_ENABLE_FORK_SUPPORT switched off"
+    return None
+
+
+os.register_at_fork(
+    before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child
+)

@@ -1,0 +1,322 @@
+"""A program that uses clients as users do: forks, pools, web servers, very many threads.
+
+`python -m tests.unit.client_program SCENARIO KIND URL` prints what it saw as one JSON object. It is
+a process of its own because forks, descriptors and gRPC's threads are properties of a process.
+"""
+
+import asyncio
+import json
+import multiprocessing
+import os
+import resource
+import sys
+import threading
+import time
+import traceback
+import urllib.request
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from client import AsyncGrpcClient, ForkedError, GrpcClient, HttpClient, forks
+from tests.unit.client_servers import HELD, SLOW, image
+
+KINDS = {"grpc": GrpcClient, "http": HttpClient}
+WORKERS = 4
+PATIENCE_S = 20.0
+MOST_DESCRIPTORS = 256
+_client = None
+
+
+def shared(kind, url):
+    """The client of this process, or the one that it inherited."""
+    global _client
+    if _client is None:
+        _client = KINDS[kind](url)
+    return _client
+
+
+def ask(client, first, count=12):
+    """Single images and a batch: what was asked, what came back, over which ports."""
+    numbers = [*range(first, first + count)]
+    found = [client.infer([image(number)], timeout_s=PATIENCE_S)[0] for number in numbers]
+    numbers += range(first, first + 40)  # more than the server takes at once
+    found += client.infer([image(number) for number in numbers[count:]], timeout_s=PATIENCE_S)
+    wrong = [(n, f.score) for n, f in zip(numbers, found, strict=True) if f.score != n]
+    return wrong, len(found), sorted({int(f.embedding[0]) for f in found})
+
+
+def ask_as_worker(kind, url, first):
+    return ask(shared(kind, url), first)
+
+
+def run_in_fork(call):
+    """What `call()` returns in a forked child, or its traceback; None if it never ends."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        try:
+            found = call()
+        except BaseException:
+            found = traceback.format_exc()
+        os.write(writer, json.dumps(found).encode())
+        os._exit(0)
+    os.close(writer)
+    return child, reader
+
+
+def result_of(child, reader):
+    ended = threading.Timer(PATIENCE_S, os.kill, (child, 9))
+    ended.start()
+    with open(reader, "rb") as pipe:
+        text = pipe.read()
+    os.waitpid(child, 0)
+    ended.cancel()
+    return json.loads(text) if text else "hung"
+
+
+def report(client, before, children):
+    after = ask(client, 0)
+    return {"before": before, "children": children, "after": after}
+
+
+def fork(kind, url):
+    """Children that use the parent's client, and one of their own, while its threads ask."""
+    client = shared(kind, url)
+    before, stop, wrong = ask(client, 0), threading.Event(), []
+
+    def go_on():
+        while not stop.is_set():
+            wrong.extend(ask(client, 5000, 3)[0])
+
+    asking = [threading.Thread(target=go_on) for _ in range(2)]
+    for thread in asking:
+        thread.start()
+
+    def child(first):
+        def call():
+            with KINDS[kind](url) as own:
+                return [ask(client, first), ask(own, first + 100)]
+
+        return call
+
+    running = [run_in_fork(child(1000 * number)) for number in range(1, 1 + WORKERS)]
+    answers = [result_of(*one) for one in running]
+    stop.set()
+    for thread in asking:
+        thread.join()
+    children = [one for pair in answers for one in (pair if isinstance(pair, list) else [pair])]
+    return {**report(client, before, children), "beside": wrong}
+
+
+def multiprocess(kind, url, method):
+    before = ask(shared(kind, url), 0)
+    context = multiprocessing.get_context(method)
+    with ProcessPoolExecutor(WORKERS, mp_context=context) as pool:
+        jobs = [pool.submit(ask_as_worker, kind, url, 1000 * n) for n in range(1, 1 + 2 * WORKERS)]
+        children = [job.result(timeout=3 * PATIENCE_S) for job in jobs]
+    return report(shared(kind, url), before, children)
+
+
+def prefork(kind, url):
+    """A web server that makes its client, uses it, then forks workers that share a socket."""
+    client = shared(kind, url)
+    before = ask(client, 0)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):  # noqa: N802
+            (found,) = client.infer([image(int(self.path[1:]))], timeout_s=PATIENCE_S)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps([found.score, int(found.embedding[0])]).encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    workers = []
+    for _ in range(WORKERS):
+        worker = os.fork()
+        if worker == 0:
+            server.serve_forever()
+        workers.append(worker)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda n: _get(server.server_port, n), range(60)))
+    finally:
+        for worker in workers:
+            os.kill(worker, 9)
+            os.waitpid(worker, 0)
+    wrong = [(n, score) for n, (score, _) in enumerate(answers) if score != n]
+    return report(client, before, [(wrong, len(answers), sorted({port for _, port in answers}))])
+
+
+def _get(port, number):
+    url = f"http://127.0.0.1:{port}/{number}"
+    with urllib.request.urlopen(url, timeout=PATIENCE_S) as answer:
+        return json.load(answer)
+
+
+def in_flight(kind, url, wait_s):
+    """Fork while a request of a second is in flight, which the fork may wait for so long."""
+    forks.FORK_WAIT_S = wait_s
+    client = shared(kind, url)
+    client.infer([image(1)])
+    asking = threading.Thread(target=client.infer, args=([image(SLOW)],))
+    asking.start()
+    time.sleep(0.2)
+    started = time.monotonic()
+    child = run_in_fork(lambda: refused(lambda: ask(client, 0, 1)))
+    waited_s = time.monotonic() - started
+    found = result_of(*child)
+    asking.join()
+    return {"waited_s": waited_s, "child": found, "after": ask(client, 0)}
+
+
+def asyncio_open(kind, url):
+    """Fork while a client for asyncio is open, and after."""
+
+    async def main():
+        async with AsyncGrpcClient(url) as client:
+            await client.infer([image(1)])
+            inside = result_of(*run_in_fork(lambda: refused(lambda: ask(GrpcClient(url), 0, 1))))
+            ours = result_of(*run_in_fork(lambda: refused(lambda: drive(client.infer([image(1)])))))
+            (after,) = await client.infer([image(7)])
+        return inside, ours, after.score
+
+    inside, ours, after = asyncio.run(main())
+    then = result_of(*run_in_fork(lambda: asyncio.run(one_answer(url, 8))))
+    return {"inside": inside, "ours": ours, "after": after, "then": then}
+
+
+async def one_answer(url, number):
+    async with AsyncGrpcClient(url) as client:
+        return (await client.infer([image(number)], timeout_s=PATIENCE_S))[0].score
+
+
+def drive(coroutine):
+    """Run a coroutine up to its first wait, outside any event loop."""
+    coroutine.send(None)
+
+
+def refused(call):
+    try:
+        return call()
+    except ForkedError as error:
+        return str(error)
+
+
+# --- descriptors -------------------------------------------------------------------------------
+
+
+class Descriptors:
+    def __init__(self):
+        self.before = self.now()
+        self.most = 0
+
+    def now(self):
+        return len(os.listdir("/proc/self/fd"))
+
+    def look(self):
+        self.most = max(self.most, self.now())
+
+    def after(self):
+        """Once nothing closes any more: gRPC does so in a thread of its own."""
+        until = time.monotonic() + 5
+        while self.now() > self.before and time.monotonic() < until:
+            time.sleep(0.02)
+        return {"before": self.before, "most": self.most, "after": self.now()}
+
+
+def threads(kind, url, number, at_once, asked=None):
+    """A shared client and a thread per request: about images of their own, or all about one."""
+    limit_descriptors()
+    seen, wrong = Descriptors(), []
+    client = KINDS[kind](url)
+
+    def call(n):
+        n = n if asked is None else asked
+        score = client.infer([image(n)], timeout_s=PATIENCE_S)[0].score
+        seen.look()
+        if score != n:
+            wrong.append((n, score))
+
+    for first in range(0, number, at_once):
+        batch = [threading.Thread(target=call, args=(first + n,)) for n in range(at_once)]
+        for thread in batch:
+            thread.start()
+        for thread in batch:
+            thread.join()
+    client.close()
+    return {**seen.after(), "wrong": wrong}
+
+
+def event_loops(_, url):
+    """One event loop after the other, and 200 requests at once in the last."""
+    limit_descriptors()
+    asyncio.run(one_answer(url, 1))
+    seen = Descriptors()
+    wrong = [n for n in range(40) if asyncio.run(one_answer(url, n)) != n]
+
+    async def at_once():
+        async with AsyncGrpcClient(url) as client:
+            found = await asyncio.gather(*(client.infer([image(n)]) for n in range(200)))
+            seen.look()
+            return [n for n, (answer,) in enumerate(found) if answer.score != n]
+
+    wrong += asyncio.run(at_once())
+    return {**seen.after(), "wrong": wrong}
+
+
+def web_server(kind, url):
+    """A thread per request of a web server, which shares one client."""
+    limit_descriptors()
+    seen = Descriptors()
+    client = KINDS[kind](url)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):  # noqa: N802
+            (found,) = client.infer([image(int(self.path[1:]))], timeout_s=PATIENCE_S)
+            seen.look()
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps([found.score, 0]).encode())
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        serving = threading.Thread(target=server.serve_forever, args=(0.02,))
+        serving.start()
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda n: _get(server.server_port, n)[0], range(300)))
+        server.shutdown()
+        serving.join()
+    client.close()
+    return {**seen.after(), "wrong": [(n, s) for n, s in enumerate(answers) if s != n]}
+
+
+def limit_descriptors():
+    resource.setrlimit(resource.RLIMIT_NOFILE, (MOST_DESCRIPTORS, MOST_DESCRIPTORS))
+
+
+SCENARIOS = {
+    "fork": fork,
+    "pool-fork": lambda kind, url: multiprocess(kind, url, "fork"),
+    "pool-spawn": lambda kind, url: multiprocess(kind, url, "spawn"),
+    "pool-forkserver": lambda kind, url: multiprocess(kind, url, "forkserver"),
+    "prefork": prefork,
+    "in-flight": lambda kind, url: in_flight(kind, url, 10.0),
+    "in-flight-too-long": lambda kind, url: in_flight(kind, url, 0.1),
+    "asyncio-open": asyncio_open,
+    "threads": lambda kind, url: threads(kind, url, 1200, 4),
+    "threads-at-once": lambda kind, url: threads(kind, url, 200, 200, HELD),
+    "event-loops": event_loops,
+    "web-server": web_server,
+}
+
+if __name__ == "__main__":
+    scenario, kind, url = sys.argv[1:]
+    sys.stdout.write(json.dumps(SCENARIOS[scenario](kind, url)))
+    sys.stdout.flush()
+    os._exit(0)  # also where a thread hangs

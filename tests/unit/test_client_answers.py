@@ -1,0 +1,301 @@
+"""An answer is its own request's, or an error; an HTTP answer is whole, in time and Triton's."""
+
+import asyncio
+import re
+import socket
+import threading
+import time
+from contextlib import contextmanager
+
+import grpc
+import numpy as np
+import pytest
+
+from client import (
+    AnswerMismatchError,
+    AsyncGrpcClient,
+    ClientError,
+    DeadlineError,
+    GrpcClient,
+    HttpClient,
+    InvalidRequestError,
+    NotServedError,
+    RequestCancelledError,
+    Retry,
+    ServerError,
+    UnavailableError,
+)
+from client.messages import predictions
+from tests.unit.client_servers import grpc_server, http_server, image
+
+FAST = Retry(attempts=3, first_backoff_s=0.001)
+every = pytest.mark.parametrize("kind", [GrpcClient, AsyncGrpcClient, HttpClient])
+blocking = pytest.mark.parametrize("kind", [GrpcClient, HttpClient])
+
+
+@contextmanager
+def served(kind, answer=lambda *_: None):
+    """What the server of that protocol was asked, and its address."""
+    serve = http_server if kind is HttpClient else grpc_server
+    with serve(answer) as (found, url):
+        yield getattr(found, "asked", found), url
+
+
+def ask_all(kind, url, calls, **options):
+    """What `infer` gave or raised for each list of numbers, one client asking in turn."""
+
+    async def ask():
+        async with AsyncGrpcClient(url, **options) as client:
+            return [await told(client, numbers) for numbers in calls]
+
+    async def told(client, numbers):
+        try:
+            return await client.infer([image(number) for number in numbers], timeout_s=20)
+        except ClientError as error:
+            return error
+
+    if kind is AsyncGrpcClient:
+        return asyncio.run(ask())
+    found = []
+    with kind(url, **options) as client:
+        for numbers in calls:
+            try:
+                found.append(client.infer([image(number) for number in numbers], timeout_s=20))
+            except ClientError as error:
+                found.append(error)
+    return found
+
+
+def scores(predictions):
+    return [prediction.score for prediction in predictions]
+
+
+# --- whose answer ------------------------------------------------------------------------------
+
+
+def answering_as(another, to=2):
+    """The `to`-th request is answered under that id."""
+
+    def answer(number, asked, *_):
+        if number == to:
+            asked.id = another
+
+    return answer
+
+
+@every
+@pytest.mark.parametrize("another", ["somebody-elses", ""])
+def test_anothers_answer_is_an_error_and_ends_its_connection(kind, another):
+    with served(kind, answering_as(another)) as (asked, url):
+        first, second, third = ask_all(kind, url, [[1], [2], [3]], retry=FAST)
+    said = "belongs to request somebody-elses" if another else "names no request"
+    assert type(second) is AnswerMismatchError and said in str(second) and "\n" not in str(second)
+    assert scores(first) + scores(third) == [1, 3]
+    before, during, after = (request.peer for request in asked)  # nor was it asked again
+    assert before == during != after
+
+
+@every
+def test_the_middle_of_a_batch_is_held_against_its_request_too(kind):
+    with served(kind, answering_as("x")) as (asked, url):
+        (found,) = ask_all(kind, url, [range(70)])
+    assert len(asked) == 2  # the third piece is not asked about any more
+    assert type(found) is AnswerMismatchError
+
+
+@every
+def test_a_refusal_that_names_another_request_is_an_error_too(kind):
+    def answer(number, asked, *_):
+        whose = "x" if number == 2 else asked.id
+        text = f"[request id: {whose}] no such image"
+        return (400, text) if kind is HttpClient else (grpc.StatusCode.INVALID_ARGUMENT, text)
+
+    with served(kind, answer) as (asked, url):
+        first, second, third = ask_all(kind, url, [[1], [2], [3]])
+    assert [type(e) for e in (first, second, third)] == [
+        InvalidRequestError,
+        AnswerMismatchError,
+        InvalidRequestError,
+    ]
+    assert str(first) == "no such image"
+    before, during, after = (request.peer for request in asked)
+    assert before == during != after
+
+
+@every
+def test_every_try_has_an_id_of_its_own(kind):
+    def answer(number, *_):
+        if number <= 2:
+            return (503, "away") if kind is HttpClient else (grpc.StatusCode.UNAVAILABLE, "away")
+        return None
+
+    with served(kind, answer) as (asked, url):
+        (found,) = ask_all(kind, url, [[7]], retry=FAST)
+    assert scores(found) == [7]
+    ids = {request.id for request in asked}
+    assert len(ids) == 3 and all(re.fullmatch("[0-9a-f]{32}", one) for one in ids)
+
+
+@every
+def test_a_batch_is_answered_in_its_order(kind):
+    numbers = [*range(500, 535), *range(100, 135)]
+    with served(kind) as (asked, url):
+        (found,) = ask_all(kind, url, [numbers])
+    assert scores(found) == numbers
+    assert [len(request.images) for request in asked if request.images] == [32, 32, 6]
+
+
+def test_a_stream_yields_an_error_for_anothers_answer_and_goes_on():
+    def answer(number, asked, *_):
+        if asked.images == [image(5)]:
+            asked.id = "x"
+
+    async def main(url):
+        async with AsyncGrpcClient(url, retry=Retry(20, 0.001)) as client:
+            images = (image(number) for number in range(20))
+            return [found async for found in client.stream(images, concurrency=1)]
+
+    with grpc_server(answer) as (_, url):
+        found = asyncio.run(main(url))
+    assert type(found.pop(5)) is AnswerMismatchError
+    assert scores(found) == [number for number in range(20) if number != 5]
+
+
+def test_logits_of_another_number_of_rows_are_refused():
+    class Result:
+        def as_numpy(self, name):
+            return np.zeros((3 if name == "logits" else 2, 1), np.float32)
+
+    with pytest.raises(ServerError, match="'logits' has 3 rows for 2 images"):
+        predictions(Result(), 2)
+
+
+# --- closed clients ----------------------------------------------------------------------------
+
+
+@every
+def test_a_closed_client_says_so(kind):
+    async def after():
+        client = AsyncGrpcClient(url)
+        await client.close()
+        await client.infer([image(1)])
+
+    with served(kind) as (_, url), pytest.raises(InvalidRequestError, match="client is closed"):
+        if kind is AsyncGrpcClient:
+            asyncio.run(after())
+        client = kind(url)
+        client.infer([image(1)])
+        client.close()
+        client.infer([image(1)])
+
+
+@blocking
+def test_closing_ends_the_requests_of_other_threads(kind):
+    arrived, found = threading.Event(), []
+
+    def answer(*_):
+        arrived.set()
+        time.sleep(0.5)
+
+    with served(kind, answer) as (_, url):
+        client = kind(url, **({"concurrency": 1} if kind is HttpClient else {}))
+
+        def ask():
+            try:
+                found.append(client.infer([image(1)], timeout_s=20))
+            except ClientError as error:
+                found.append(type(error))
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        assert arrived.wait(10)
+        client.close()
+        asking.join(10)
+    assert found == [RequestCancelledError]
+
+
+# --- HTTP: whole, in time, Triton's ------------------------------------------------------------
+
+
+def test_who_waits_for_a_connection_does_so_within_the_deadline():
+    arrived = threading.Event()
+
+    def answer(*_):
+        arrived.set()
+        time.sleep(0.6)
+
+    with http_server(answer) as (asked, url), HttpClient(url, concurrency=1) as client:
+        holding = threading.Thread(target=client.infer, args=([image(1)],))
+        holding.start()
+        assert arrived.wait(10)
+        started = time.monotonic()
+        with pytest.raises(DeadlineError, match="within 0.1 s"):
+            client.infer([image(2)], timeout_s=0.1)
+        assert time.monotonic() - started < 0.5
+        holding.join()
+        assert client.infer([image(3)], timeout_s=20)[0].score == 3
+    assert [request.images for request in asked] == [[image(1)], [image(3)]]
+
+
+def test_no_connections_are_refused():
+    with pytest.raises(InvalidRequestError, match="concurrency must be at least 1; got 0"):
+        HttpClient("127.0.0.1:1", concurrency=0)
+
+
+@contextmanager
+def dripping(text):
+    """A server that answers a byte at a time, each well before a reader's patience ends."""
+    stop = threading.Event()
+
+    def drip():
+        peer, _ = listener.accept()
+        with peer:
+            for byte in text:
+                if stop.wait(0.05):
+                    return
+                peer.send(bytes([byte]))
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        thread = threading.Thread(target=drip)
+        thread.start()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("head", [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\n\r\n"])
+def test_an_answer_that_drips_ends_at_the_deadline(head):
+    with dripping(head + b"a" * 1000) as url, HttpClient(url) as client:
+        started = time.monotonic()
+        with pytest.raises(DeadlineError, match=r"within 0\.4 s"):
+            client.infer([image(1)], timeout_s=0.4)
+        assert 0.3 < time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi", NotServedError),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", NotServedError),
+        (b"SSH-2.0-OpenSSH\r\n", NotServedError),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", UnavailableError),
+        (b"HTTP/1.1 502 Bad\r\nContent-Length: 4\r\n\r\n<p/>", ServerError),
+    ],
+    ids=["no JSON", "not Triton's", "no HTTP", "cut off", "a proxy's"],
+)
+def test_what_is_no_answer_of_tritons_is_one_clear_error(answer, kind):
+    with http_server(lambda *_: answer) as (_, url), HttpClient(url, retry=None) as client:
+        with pytest.raises(kind) as caught:
+            client.infer([image(1)], timeout_s=20)
+        assert type(caught.value) is kind and "\n" not in str(caught.value)
+
+
+def test_a_connection_that_was_closed_while_idle_is_not_used():
+    with http_server(lambda number, _: None) as (asked, url), HttpClient(url, retry=None) as client:
+        assert client.infer([image(1)])[0].score == 1
+        (idle,) = client._connections._idle
+        socket.socket.shutdown(idle._http.sock, socket.SHUT_RDWR)  # as the other side would
+        assert client.infer([image(2)])[0].score == 2
+    assert len({request.peer for request in asked}) == 2

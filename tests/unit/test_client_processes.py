@@ -1,0 +1,119 @@
+"""Clients across forks and in many threads: everybody's own answers, few descriptors."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.unit.client_program import MOST_DESCRIPTORS, WORKERS
+
+both = pytest.mark.parametrize("kind", ["grpc", "http"])
+
+
+@pytest.fixture(scope="module")
+def urls():
+    command = [sys.executable, "-m", "tests.unit.client_servers"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as running:
+        yield dict(zip(("grpc", "http"), running.stdout.readline().split(), strict=True))
+        running.stdin.close()
+        running.wait(30)
+
+
+def run(scenario, kind, urls):
+    command = [sys.executable, "-m", "tests.unit.client_program", scenario, kind, urls[kind]]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout)
+
+
+def assert_own_answers(found, children, answers):
+    """Everybody's own answers, over connections of their own; the parent kept its own."""
+    assert len(found["children"]) == children
+    for wrong, count, _ in found["children"]:
+        assert (wrong, count) == ([], answers)
+    before, after = found["before"], found["after"]
+    assert before[0] == after[0] == []
+    assert set(before[2]) <= set(after[2])
+    theirs = [set(ports) for _, _, ports in found["children"]]
+    assert all(ports and not ports & set(before[2]) for ports in theirs)
+    return theirs
+
+
+# --- forks -------------------------------------------------------------------------------------
+
+
+@both
+def test_forked_children_get_their_own_answers(urls, kind):
+    found = run("fork", kind, urls)
+    assert_own_answers(found, 2 * WORKERS, 52)
+    assert found["beside"] == []
+
+
+@both
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_pool_of_processes_gets_its_own_answers(urls, kind, method):
+    assert_own_answers(run(f"pool-{method}", kind, urls), 2 * WORKERS, 52)
+
+
+@both
+def test_a_web_server_that_forks_its_workers_gets_its_own_answers(urls, kind):
+    (ports,) = assert_own_answers(run("prefork", kind, urls), 1, 60)
+    assert len(ports) > 1  # or one worker answered everything
+
+
+def test_a_fork_waits_for_a_grpc_request_in_flight(urls):
+    found = run("in-flight", "grpc", urls)
+    assert 0.3 < found["waited_s"] < 5
+    assert found["child"][0] == found["after"][0] == []
+
+
+def test_where_it_cannot_wait_for_it_the_child_says_so(urls):
+    found = run("in-flight-too-long", "grpc", urls)
+    assert found["waited_s"] < 0.7
+    assert found["child"].startswith(
+        "gRPC cannot be used in this process, which was forked while a gRPC request was in flight"
+    )
+    assert found["after"][0] == []
+
+
+def test_http_needs_no_wait(urls):
+    found = run("in-flight-too-long", "http", urls)
+    assert found["child"][0] == found["after"][0] == []
+
+
+def test_a_child_of_an_open_asyncio_client_says_so_instead_of_hanging(urls):
+    found = run("asyncio-open", "grpc", urls)
+    for said in (found["inside"], found["ours"]):
+        assert "forked while an asyncio gRPC client was open" in said
+    assert (found["after"], found["then"]) == (7, 8)
+
+
+# --- descriptors -------------------------------------------------------------------------------
+
+
+def assert_few(found, most):
+    assert found["wrong"] == []
+    assert found["before"] < found["most"] <= found["before"] + most < MOST_DESCRIPTORS
+    assert found["after"] <= found["before"]
+
+
+@both
+def test_threads_that_come_and_go_leave_no_descriptors(urls, kind):
+    assert_few(run("threads", kind, urls), 16)
+
+
+@both
+def test_two_hundred_threads_at_once_share_a_bounded_number(urls, kind):
+    assert_few(run("threads-at-once", kind, urls), 16 if kind == "grpc" else 72)
+
+
+def test_event_loops_and_their_clients_leave_none(urls):
+    assert_few(run("event-loops", "grpc", urls), 24)
+
+
+@both
+def test_a_web_server_with_a_thread_per_request_needs_few(urls, kind):
+    assert_few(run("web-server", kind, urls), 64)
