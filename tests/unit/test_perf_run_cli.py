@@ -63,7 +63,7 @@ def free_url():
 class FakeTarget:
     """A server that passes every check."""
 
-    version, models = "2.51.0", {"vit_low", "vit_high", "router"}
+    version, models, server = "2.51.0", {"vit_low", "vit_high", "router"}, None
 
     def __init__(self, grpc_url, http_url, server):
         self.url = grpc_url
