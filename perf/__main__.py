@@ -15,12 +15,9 @@ from client import ClientError
 from server import ServerError
 
 from .analyzer import install as install_analyzer
-from .belief import TOO_BUSY, doubts_of
+from .belief import TOO_BUSY, doubts_of, load_of
 from .costs.commands import app as costs_app
 from .errors import PerfError
-
-# Figures of measurements of their own, which the doubts are not about.
-NOT_IN_TURN = ("peak_memory_ratio", "standin_over_ort_b1", "standin_over_ort_b8")
 
 app = typer.Typer(
     help="Measure a served adaptive ViT, and what its calibration costs.",
@@ -118,6 +115,7 @@ def _set_names(text: str) -> tuple[str, ...]:
 
 def _print_verdict(summary: dict[str, Any]) -> None:
     """The figures; of a load whose figures cannot be true that the machine was too busy."""
+    doubts: dict[str | None, list[str]]
     doubts = {load: doubts_of(summary, load) for load in ("c1", "saturated")}
     table = Table(title="one request in flight, the systems in turn on the same images")
     for heading in ("system", "agreement", "escalated", "ms", "cost / static high"):
@@ -133,10 +131,7 @@ def _print_verdict(summary: dict[str, Any]) -> None:
     Console().print(table)
     figures = Table("figure", "median", "min", "max", "runs")
     for name, value in summary.items():
-        load = "saturated" if name.endswith("_saturated") else "c1"
-        if name in NOT_IN_TURN:
-            load = ""
-        if isinstance(value, dict) and "median" in value and not doubts.get(load):
+        if isinstance(value, dict) and "median" in value and not doubts.get(load_of(name)):
             low, middle, high = (f"{value[key]:.3f}" for key in ("min", "median", "max"))
             figures.add_row(name, middle, low, high, str(value["runs"]))
     Console().print(figures)

@@ -58,3 +58,10 @@ def doubts_of(summary: Mapping[str, Any], load: str) -> list[str]:
     if any(spread is None for spread in spreads):
         return []
     return doubts(*(spread["median"] for spread in spreads if spread is not None))
+
+
+def load_of(figure: str) -> str | None:
+    """The load whose doubts a derived figure of a summary shares; None: it is of its own kind."""
+    if figure.endswith("_saturated"):
+        return "saturated"
+    return "c1" if figure.endswith("_c1") or figure == "ensemble_over_router" else None
