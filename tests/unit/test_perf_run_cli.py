@@ -246,9 +246,7 @@ def test_the_terminal_prints_no_ratio_that_cannot_be_true(capsys):
     command_line._print_verdict(summary)
     text = capsys.readouterr().out
     assert "2.340" in text and "0.43" in text and "too busy" not in text  # 44.9 of 105 ms
-    command_line._print_verdict(
-        sample_summary() | {"doubts": {"c1": ["a reason"], "saturated": []}}
-    )
+    command_line._print_verdict(summary | {"doubts": {"c1": ["a reason"], "saturated": []}})
     text = capsys.readouterr().out
     assert "one request in flight: the machine was too busy for a figure (a reason)" in text
     assert "2.340" not in text and "0.43" not in text and "speedup_saturated" in text
