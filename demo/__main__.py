@@ -12,7 +12,6 @@ from rich.console import Console
 from tritonclient.utils import InferenceServerException
 
 from client import ClientError
-from perf.analyzer import PerfAnalyzerError
 from perf.errors import PerfError
 from routing import CalibrationError, RungSetError
 from server import ServerError
@@ -40,7 +39,6 @@ def main(arguments: list[str] | None = None) -> None:
         ClientError,
         DemoError,
         InferenceServerException,
-        PerfAnalyzerError,
         PerfError,
         RungSetError,
         ServerError,

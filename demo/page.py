@@ -14,6 +14,7 @@ from PIL import Image
 
 from calibration.pages.page import HIGH_COLOUR, LOW_COLOUR, THUMBNAIL_PX, data_uri
 from calibration.pages.recipe_words import recipe_words
+from perf.belief import TOO_BUSY
 
 from .plan_summary import best_sentence, served_rows, speedup_sentence
 from .summary import Served
@@ -59,6 +60,7 @@ def write_page(
     )
     html = environment.get_template("page.html.j2").render(
         summary=summary,
+        too_busy=TOO_BUSY,
         threshold=threshold,
         kept=[card for card in cards if not card["escalated"]],
         escalated=[card for card in reversed(cards) if card["escalated"]],

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from calibration.pages.page import percent
 from calibration.pages.recipe_words import recipe_words
-from perf.spread import Spread
+from perf.belief import TOO_BUSY
+from perf.measure.paired import Paired
 
-from .systems import ADAPTIVE, HIGH, LOW, RUNG
+from .serve import Measured
+from .systems import ADAPTIVE, HIGH, LOW, RUNG, name_of
 
 Summary = Mapping[str, Any]
 
@@ -19,7 +21,7 @@ def summarise_plan(
     rungs: tuple[str, str],
     certificate: Mapping[str, Any],
     agreement: Mapping[str, float],
-    throughput: Mapping[str, Sequence[float]],
+    saturated: Measured,
 ) -> dict[str, Any]:
     """The entry `plan` of summary.json.
 
@@ -28,54 +30,52 @@ def summarise_plan(
         rungs: recipes of the cheap rung and of the graph that the router escalates to.
         certificate: of the calibration.
         agreement: share of crops that each system answers as the full model does.
-        throughput: images per second of each system, saturated, one value per turn.
+        saturated: what `serve.measure_saturated` returned; ratios are taken turn by turn.
     """
-    speedups = {
-        system: Spread.of(_ratios(values, throughput[HIGH]))
-        for system, values in throughput.items()
-    }
-    own = speedups[ADAPTIVE]
+    paired = saturated.paired
+    own, cpu_speedup = paired.speedup(), paired.cpu_speedup()
+    costs = {system: paired.cost(name_of(system)) for system in agreement}
+    cpu = {system: paired.cpu_cost(name_of(system)) for system in agreement}
     return {
         "low": rungs[0],
         "high": rungs[1],
         "reference": recipes[HIGH],
         "signal": certificate["signal"],
         "max_risk": certificate["epsilon"],
+        "disturbed": bool(saturated.doubts),
+        "doubts": list(saturated.doubts),
         "speedup_vs_high": own.median,
         "speedup_spread": {"min": own.min, "max": own.max},
+        "cpu_speedup_vs_high": None if cpu_speedup is None else cpu_speedup.median,
+        "cascade_bound": paired.bound().median,
         "agreement_with_high": agreement[ADAPTIVE],
         "recipes": dict(recipes),
-        "throughput_per_s": {
-            system: Spread.of(values).median for system, values in throughput.items()
+        "throughput_per_s": {system: 1e3 / cost.median for system, cost in costs.items()},
+        "cpu_ms": {
+            system: None if spread is None else spread.median for system, spread in cpu.items()
         },
-        "speedup": {system: spread.median for system, spread in speedups.items()},
+        "speedup": {
+            system: paired.cost_ratio(name_of(HIGH), to=name_of(system)).median
+            for system in agreement
+        },
         "agreement": dict(agreement),
-        "best_alternative": _best_alternative(agreement, throughput),
+        "best_alternative": _best_alternative(agreement, paired),
     }
 
 
-def _best_alternative(
-    agreement: Mapping[str, float], throughput: Mapping[str, Sequence[float]]
-) -> dict[str, Any]:
+def _best_alternative(agreement: Mapping[str, float], paired: Paired) -> dict[str, Any]:
     """The cheapest alternative that agrees with the full model at least as often as the plan.
 
     The cheap rung is part of the cascade, and alone not certified, so it is none. The full model
     itself is one, so there always is one.
     """
-    reaching = [
-        system
-        for system in throughput
+    ratios = {
+        system: paired.cost_ratio(name_of(system), to=name_of(ADAPTIVE)).median
+        for system in agreement
         if system not in (ADAPTIVE, LOW) and agreement[system] >= agreement[ADAPTIVE]
-    ]
-    plan = throughput[ADAPTIVE]
-    ratios = {system: Spread.of(_ratios(plan, throughput[system])).median for system in reaching}
+    }
     best = min(ratios, key=lambda system: ratios[system])
     return {"name": best, "agreement": agreement[best], "cost_ratio_to_plan": ratios[best]}
-
-
-def _ratios(fast: Sequence[float], slow: Sequence[float]) -> list[float]:
-    """How many times as fast one is as the other, turn by turn."""
-    return [one / other for one, other in zip(fast, slow, strict=True)]
 
 
 def served_rows(plan: Summary) -> list[dict[str, str]]:
@@ -91,18 +91,23 @@ def served_rows(plan: Summary) -> list[dict[str, str]]:
             "words": _words(plan, system),
             "agreement": percent(plan["agreement"][system]),
             "throughput": f"{throughput[system]:.1f}",
-            "speedup": f"{speedup[system]:.2f}×",
+            "cpu": "–" if plan["cpu_ms"][system] is None else f"{plan['cpu_ms'][system]:.1f}",
+            "speedup": "–" if plan["disturbed"] else f"{speedup[system]:.2f}×",
         }
         for system in sorted(throughput, key=lambda system: -throughput[system])
     ]
 
 
 def speedup_sentence(plan: Summary) -> str:
-    """How much faster the cascade is, as measured."""
+    """How much faster the cascade is, as measured, or that nothing can be said."""
+    if plan["disturbed"]:
+        return f"Saturated, {TOO_BUSY}: {'; '.join(plan['doubts'])}."
     low, high = plan["speedup_spread"]["min"], plan["speedup_spread"]["max"]
+    cpu = plan["cpu_speedup_vs_high"]
+    by_cpu = "" if cpu is None else f"; by CPU time {cpu:.2f}"
     return (
-        f"Saturated, the planned cascade answers {plan['speedup_vs_high']:.2f} times as many "
-        f"images as the full model ({low:.2f} to {high:.2f} over the turns)."
+        f"Saturated, on the same cores, the planned cascade answers {plan['speedup_vs_high']:.2f} "
+        f"times as many images as the full model ({low:.2f} to {high:.2f} over the turns{by_cpu})."
     )
 
 
@@ -110,12 +115,15 @@ def best_sentence(plan: Summary) -> str:
     """What the cascade has to beat, and by how much it does."""
     best = plan["best_alternative"]
     alone = plan["throughput_per_s"][ADAPTIVE] / plan["throughput_per_s"][LOW]
+    costs = f" and costs {best['cost_ratio_to_plan']:.2f} times as much"
+    of_cascade = f" and costs {alone:.2f} of the cascade"
+    if plan["disturbed"]:
+        costs = of_cascade = ""
     return (
         "Of the alternatives that agree with the full model at least as often as the cascade "
         f"({percent(plan['agreement_with_high'])}), the cheapest is {_words(plan, best['name'])}: "
-        f"it agrees on {percent(best['agreement'])} and costs {best['cost_ratio_to_plan']:.2f} "
-        "times as much. The cheap rung alone, for which nothing is certified, agrees "
-        f"on {percent(plan['agreement'][LOW])} and costs {alone:.2f} of the cascade."
+        f"it agrees on {percent(best['agreement'])}{costs}. The cheap rung alone, for which "
+        f"nothing is certified, agrees on {percent(plan['agreement'][LOW])}{of_cascade}."
     )
 
 

@@ -1,15 +1,12 @@
-"""Query the served demo and measure it with one request in flight."""
+"""Query the served demo, and measure it: one request in flight, and of a plan saturated."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import tritonclient.grpc as triton
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
@@ -17,176 +14,147 @@ from rich.progress import Progress
 from calibration.images import SourceImage
 from client import GrpcClient, HttpClient, Prediction
 from imaging import Preprocessing, decode
-from perf.analyzer import Load, run, write_tensors
+from perf.measure.asking import Answer, Asker
+from perf.measure.cpu import on_same_cores
+from perf.measure.paired import Paired, believed, measure_paired, measure_spans
+from perf.measure.sets import Pool
+from perf.measure.target import Target
 from server import TritonServer
 
 from .errors import DemoError
-from .summary import Pass, Served
-from .systems import HIGH, RUNG
+from .systems import CORE, NEVER, RUNG, asked, name_of
 
 console = Console(stderr=True)
 
-SHARES = 5
-NEVER_ESCALATE = 1e9  # far above any distance between embeddings
-BATCH, CLIENTS = 8, 2  # of requests for answers that nobody times
+SHARES = 5  # of the crops; a figure is the median of theirs
+TURNS = 3  # of saturated spans, each a part of the crops
+IN_FLIGHT = 16
 
 
-def query(server: TritonServer, crops: Sequence[SourceImage], labels: Sequence[str]) -> Served:
-    """Ask for every crop, one request each: adaptive over gRPC and HTTP, static low and high.
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What was measured, and why it cannot be believed where it cannot.
+
+    Attributes:
+        paired: shares of the crops, each with every system's answers in the crops' order.
+        doubts: one clause each; none: it can be believed.
+    """
+
+    paired: Paired
+    doubts: Sequence[str]
+
+    def classes(self, system: str) -> NDArray[np.int64]:
+        """Top-1 class of each crop, (N,)."""
+        return np.array([answer.logits.argmax() for answer in self._answers(system)])
+
+    def _answers(self, system: str) -> list[Answer]:
+        return [answer for share in self.paired.shares for answer in share[name_of(system)]]
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """The server's own decisions about the N crops, sent as image bytes.
+
+    Attributes:
+        classes: top-1, (N,).
+        escalated: (N,).
+        score: oracle units, (N,).
+    """
+
+    classes: NDArray[np.int64]
+    escalated: NDArray[np.bool_]
+    score: NDArray[np.float32]
+
+
+def query(server: TritonServer, crops: Sequence[SourceImage]) -> Asked:
+    """Ask for every crop, one request each, over gRPC and over HTTP.
 
     Raises:
         DemoError: gRPC and HTTP did not give the same answers.
     """
     predictions: dict[str, list[Prediction]] = {}
-    passes = (("adaptive", "auto"), ("http", "auto"), ("low", "low"), ("high", "high"))
     with (
         GrpcClient(server.grpc_url) as grpc,
         HttpClient(server.http_url) as http,
         Progress(console=console) as progress,
     ):
-        for name, policy in passes:
-            client = http if name == "http" else grpc
+        for name, client in (("gRPC", grpc), ("HTTP", http)):
             predictions[name] = [
-                client.infer([crop.data], policy=policy)[0]
-                for crop in progress.track(crops, description=f"{name:9}")
+                client.infer([crop.data])[0]
+                for crop in progress.track(crops, description=f"over {name}")
             ]
-    classes = {
-        name: np.array([prediction.logits.argmax() for prediction in answers])
+    found = {
+        name: Asked(
+            np.array([prediction.logits.argmax() for prediction in answers]),
+            np.array([prediction.escalated for prediction in answers]),
+            np.array([prediction.score for prediction in answers]),
+        )
         for name, answers in predictions.items()
     }
-    escalated = {
-        name: np.array([prediction.escalated for prediction in predictions[name]])
-        for name in ("adaptive", "http")
-    }
-    same = np.array_equal(classes["adaptive"], classes["http"])
-    if not same or not np.array_equal(escalated["adaptive"], escalated["http"]):
+    one, other = found["gRPC"], found["HTTP"]
+    same = np.array_equal(one.classes, other.classes)
+    if not same or not np.array_equal(one.escalated, other.escalated):
         raise DemoError("gRPC and HTTP gave different answers for the same crops")
-    return Served(
-        low=classes["low"],
-        high=classes["high"],
-        adaptive=classes["adaptive"],
-        escalated=escalated["adaptive"],
-        score=np.array([prediction.score for prediction in predictions["adaptive"]]),
-        truth=np.array([labels.index(crop.label) for crop in crops]),
-    )
+    return one
 
 
-def ask_beside(
-    server: TritonServer,
-    systems: Mapping[str, str],
-    tensors: Sequence[NDArray[np.float32]],
-    served: Served,
-) -> Served:
-    """Ask the graphs that `query` does not reach, each its model directly.
+def image_pool(crops: Sequence[SourceImage], preprocessing: Preprocessing) -> Pool:
+    """The crops as the graphs take them."""
+    tensors = [preprocessing(decode(crop.data)) for crop in crops]
+    data = [crop.data for crop in crops]
+    return Pool("crops", data, tensors, [crop.label for crop in crops], ())
+
+
+def measure(target: Target, systems: Mapping[str, str], pool: Pool) -> Measured:
+    """One request in flight: the systems of `CORE`, what escalations go to, and the router's cost.
+
+    The systems take turns crop by crop.
 
     Args:
-        server: that has them.
+        target: the server, asked by nobody else.
         systems: the model to ask for each, see `systems.served_systems`.
-        tensors: the N crops, each FP32 (3, H, W).
-        served: what `query` returned; its `high` is what the router escalates to.
-
-    Returns:
-        The same with the answers of every graph, `high` those of the full FP32 model.
+        pool: the crops.
     """
-    answers = {RUNG: served.high}
-    others = [model for model in systems.values() if model not in ("vit_low", "router", RUNG)]
-    batches = [np.stack(tensors[i : i + BATCH]) for i in range(0, len(tensors), BATCH)]
-    logits = [triton.InferRequestedOutput("logits")]
-    with (
-        triton.InferenceServerClient(server.grpc_url) as client,
-        ThreadPoolExecutor(CLIENTS) as threads,
-        Progress(console=console) as progress,
-    ):
+    names = [name for name in (*CORE, RUNG) if name in systems]
+    alone = [asked(name, systems) for name in names]
+    asker, threads = Asker(target, pool, True, target.meter()), target.cpu_threads()
+    with Progress(console=console) as progress:
+        task = progress.add_task("one at a time", total=len(pool))
 
-        def ask(model: str, batch: NDArray[np.float32]) -> NDArray[np.int64]:
-            image = triton.InferInput("image", list(batch.shape), "FP32")
-            image.set_data_from_numpy(batch)
-            answer = client.infer(model, [image], outputs=logits).as_numpy("logits")
-            return np.asarray(answer.argmax(axis=1))
+        def once() -> Paired:
+            advance = _advance(progress, task)
+            return measure_paired(asker, [*alone, NEVER], range(len(pool)), SHARES, 1, advance)
 
-        for model in progress.track(others, description="graphs   "):
-            asked = threads.map(ask, [model] * len(batches), batches)
-            answers[model] = np.concatenate(list(asked))
-    high = answers.pop(systems[HIGH])
-    return replace(served, high=high, beside=answers)
+        return Measured(*believed(once, threads == 1, _again(progress, task)))
 
 
-def image_tensors(
-    crops: Sequence[SourceImage], preprocessing: Preprocessing
-) -> list[NDArray[np.float32]]:
-    """The crops as image tensors, each FP32 (3, H, W)."""
-    return [preprocessing(decode(crop.data)) for crop in crops]
-
-
-def measure_overhead(
-    server: TritonServer, tensors: Sequence[NDArray[np.float32]]
-) -> list[tuple[float, float]]:
-    """Latency in ms of static low and of the router told never to escalate, crop by crop.
-
-    The two requests of a pair follow each other at once, so that what a shared machine does to
-    one it does to the other; passes of seconds differ by more than the router costs.
-    """
-    pairs = []
-    outputs = [triton.InferRequestedOutput(name) for name in ("embedding", "logits")]
-    with (
-        triton.InferenceServerClient(server.grpc_url) as client,
-        Progress(console=console) as progress,
-    ):
-        for index, tensor in enumerate(progress.track(tensors, description="overhead ")):
-            image = triton.InferInput("image", [1, *tensor.shape], "FP32")
-            image.set_data_from_numpy(tensor[np.newaxis])
-
-            def latency_ms(model: str, image: triton.InferInput = image) -> float:
-                never = {"threshold": NEVER_ESCALATE} if model == "router" else None
-                start = time.perf_counter()
-                client.infer(model, [image], outputs=outputs, parameters=never)
-                return 1e3 * (time.perf_counter() - start)
-
-            if index % 2:  # nobody is always first
-                router, low = latency_ms("router"), latency_ms("vit_low")
-            else:
-                low, router = latency_ms("vit_low"), latency_ms("router")
-            pairs.append((low, router))
-    return pairs
-
-
-def measure(
-    server: TritonServer,
-    systems: Mapping[str, str],
-    tensors: Sequence[NDArray[np.float32]],
-    folder: Path,
-) -> dict[str, list[Pass]]:
-    """Measure each system with perf_analyzer on the crops, in shares, taking turns.
-
-    No request warms up: the server has answered hundreds, and a connection's first request costs
-    every system the same.
+def measure_saturated(target: Target, systems: Mapping[str, str], pool: Pool) -> Measured:
+    """Many requests in flight: every system on spans of the crops, in turn, on the same cores.
 
     Args:
-        server: that has them.
-        systems: the model to ask for each.
-        tensors: the crops, each FP32 (3, H, W).
-        folder: for perf_analyzer's reports.
+        target: the server, on this machine, asked by nobody else.
+        systems: the model to ask for each, see `systems.served_systems`.
+        pool: the crops.
     """
-    names = list(systems)
-    passes: dict[str, list[Pass]] = {name: [] for name in names}
-    with Progress(console=console) as progress:
-        task = progress.add_task("perf_analyzer", total=SHARES * len(names))
-        for share in range(SHARES):
-            inputs = write_tensors(folder / "crops.json", tensors[share::SHARES])
-            turn = share % len(names)  # nobody is always first
-            for name in names[turn:] + names[:turn]:
-                progress.update(task, description=f"share {share + 1}: {name:10}")
-                load = Load(
-                    systems[name],
-                    server.grpc_url,
-                    inputs,
-                    warmup_requests=0,
-                    records=False,  # they would hold every image as text
-                )
-                figures = run(load, csv_path=folder / f"{share + 1}-{name}.csv").figures
-                passes[name].append(
-                    Pass(figures.requests, figures.latency_ms_p50, figures.throughput_per_s)
-                )
-                progress.advance(task)
-    inputs.path.unlink()
-    return passes
+    every = [asked(name, systems) for name in systems]
+    spans = [span.tolist() for span in np.array_split(np.arange(len(pool)), TURNS)]
+    asker, threads = Asker(target, pool, True, target.meter()), target.cpu_threads()
+    assert target.server is not None
+    with (
+        on_same_cores(target.server.process_ids(), threads or 1),
+        Progress(console=console) as progress,
+    ):
+        task = progress.add_task("saturated", total=TURNS * len(every))
+
+        def once() -> Paired:
+            return measure_spans(asker, every, spans, IN_FLIGHT, _advance(progress, task))
+
+        return Measured(*believed(once, threads is not None, _again(progress, task)))
+
+
+def _advance(progress: Progress, task: Any) -> Callable[[], None]:
+    return lambda: progress.advance(task)
+
+
+def _again(progress: Progress, task: Any) -> Callable[[str], None]:
+    return lambda words: progress.reset(task, description=words)

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -72,10 +73,12 @@ def prepare(steps: Sequence[Step]) -> None:
         stamp.unlink(missing_ok=True)
         if step.makes.is_dir():
             shutil.rmtree(step.makes)
+        started = time.monotonic()
         done = subprocess.run([sys.executable, *step.line[1:]])
         if done.returncode != 0:
             raise StepError(f"`{line}` failed with exit code {done.returncode}", step.makes)
         stamp.write_text(digest.hexdigest())
+        console.print(f"took {time.monotonic() - started:.0f} s", style="dim")
 
 
 def code_hash(folders: Iterable[str] = CODE) -> str:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from perf import derive
-
-from .systems import ADAPTIVE, HIGH, LOW, RUNG
+from .serve import Asked, Measured
+from .systems import ADAPTIVE, CORE, HIGH, LOW, RUNG, name_of
 
 CERTIFICATE = (
     *("epsilon", "confidence", "method", "n", "errors", "allowed", "certified", "signal"),
@@ -21,28 +20,13 @@ CERTIFICATE = (
 
 
 @dataclass(frozen=True)
-class Pass:
-    """One perf_analyzer pass of one system over one share of the test crops.
-
-    Attributes:
-        requests: how many crops were sent, one at a time.
-        latency_ms_p50: median request latency.
-        throughput_per_s: images per second.
-    """
-
-    requests: int
-    latency_ms_p50: float
-    throughput_per_s: float
-
-
-@dataclass(frozen=True)
 class Served:
     """The server's answers for the N test crops.
 
     Attributes:
-        low: top-1 class with policy=low, (N,).
+        low: top-1 class of the cheap rung, (N,).
         high: top-1 class of the full FP32 model, (N,): static high.
-        adaptive: top-1 class with policy=auto, (N,).
+        adaptive: top-1 class of the cascade, asked with image bytes, (N,).
         escalated: (N,).
         score: oracle units, (N,).
         truth: class index of the photograph each crop was cut from, (N,).
@@ -56,6 +40,39 @@ class Served:
     score: NDArray[np.float32]
     truth: NDArray[np.int64]
     beside: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        own: Asked,
+        truth: NDArray[np.int64],
+        alone: Measured,
+        saturated: Measured | None,
+        systems: Iterable[str],
+    ) -> Served:
+        """From what was asked and measured.
+
+        Args:
+            own: the cascade's answers.
+            truth: class index of each crop.
+            alone: of the systems of `systems.CORE` and what escalations go to.
+            saturated: of every system, where that was measured.
+            systems: names of all that are served.
+        """
+        beside = {
+            name: (alone if name == RUNG else saturated).classes(name)
+            for name in systems
+            if name not in CORE and (name == RUNG or saturated is not None)
+        }
+        return cls(
+            low=alone.classes(LOW),
+            high=alone.classes(HIGH),
+            adaptive=own.classes,
+            escalated=own.escalated,
+            score=own.score,
+            truth=truth,
+            beside=beside,
+        )
 
     def answers(self) -> dict[str, NDArray[np.int64]]:
         """Top-1 classes by system."""
@@ -72,58 +89,54 @@ def summarise(
     backbone: str,
     resolutions_px: tuple[int, int],
     served: Served,
-    passes: Mapping[str, Sequence[Pass]],
-    overhead: Sequence[tuple[float, float]],
+    alone: Measured,
     certificate: Mapping[str, Any],
     environment: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The content of summary.json.
 
-    Every system has sent every crop once, a share of them at a time and in turn with the others,
-    so that a machine whose speed drifts slows all of them alike. Throughput is all requests over
-    all time; the median latency is the median of the shares' medians.
+    All figures are of one request in flight, the systems taking turns crop by crop.
 
     Args:
         backbone: name of the model.
         resolutions_px: (low, high).
         served: the server's answers.
-        passes: one pass per share for each of `systems.CORE`, and for `vit_high` where that is not
-            the full FP32 model.
-        overhead: for each crop the latency of static low and, right beside it, of the router told
-            never to escalate, in ms.
+        alone: what `serve.measure` returned.
         certificate: of the calibration.
         environment: `triton_version` and whatever else describes the machine.
     """
-    escalation_rate = float(served.escalated.mean())
-    throughput = {
-        system: sum(p.requests for p in taken) / sum(p.requests / p.throughput_per_s for p in taken)
-        for system, taken in passes.items()
+    paired, answers = alone.paired, served.answers()
+    systems = [name for name in (*CORE, RUNG) if name_of(name) in paired.shares[0]]
+    latencies = {
+        name: [a.latency_ms for share in paired.shares for a in share[name_of(name)]]
+        for name in systems
     }
-    cost = {system: 1 / throughput[system] for system in passes}
-    speedup = derive.speedup(cost[ADAPTIVE], cost[HIGH])
-    rung = cost.get(RUNG, cost[HIGH])  # what an escalation costs
-    bound = derive.cascade_bound(cost[LOW], rung, escalation_rate)
-    bound *= derive.speedup(rung, cost[HIGH])
-    answers, agreement = served.answers(), served.agreement()[ADAPTIVE]
+    cpu = {name: paired.cpu_cost(name_of(name)) for name in systems}
+    cpu_speedup = paired.cpu_speedup()
+    speedup, bound = paired.speedup().median, paired.bound().median
     others = {name: value for name, value in environment.items() if name != "triton_version"}
     return {
         "backbone": backbone,
         "low_px": resolutions_px[0],
         "high_px": resolutions_px[1],
         "images": len(served.truth),
-        "escalation_rate": escalation_rate,
+        "disturbed": bool(alone.doubts),
+        "doubts": list(alone.doubts),
+        "escalation_rate": float(served.escalated.mean()),
         "certificate": {name: certificate[name] for name in CERTIFICATE},
         "realised_risk": float((served.adaptive != served.high).mean()),
-        "agreement_with_high": agreement,
-        "accuracy": {system: float((answers[system] == served.truth).mean()) for system in passes},
-        "latency_ms_p50": {
-            system: median(p.latency_ms_p50 for p in taken) for system, taken in passes.items()
+        "agreement_with_high": served.agreement()[ADAPTIVE],
+        "accuracy": {system: float((answers[system] == served.truth).mean()) for system in systems},
+        "latency_ms_p50": {system: median(taken) for system, taken in latencies.items()},
+        "throughput_per_s": {system: 1e3 / mean(taken) for system, taken in latencies.items()},
+        "cpu_ms": {
+            system: None if spread is None else spread.median for system, spread in cpu.items()
         },
-        "throughput_per_s": throughput,
         "speedup_vs_high": speedup,
+        "cpu_speedup_vs_high": None if cpu_speedup is None else cpu_speedup.median,
         "cascade_bound": bound,
         "cascade_efficiency": speedup / bound,
-        "router_overhead": median(derive.router_overhead(router, low) for low, router in overhead),
+        "router_overhead": paired.router_overhead().median,
         "protocols": ["grpc", "http"],
         "triton_version": environment["triton_version"],
         "environment": others,

@@ -7,6 +7,10 @@ full FP32 model, which certificates are about. Other graphs go by the name of th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from perf.measure import systems as measured
+from perf.measure.systems import System
 from routing import RungRecord, RungSet
 
 from .errors import DemoError
@@ -14,6 +18,29 @@ from .errors import DemoError
 LOW, HIGH, ADAPTIVE = "low", "high", "adaptive"
 RUNG = "vit_high"  # what the router escalates to
 CORE = (LOW, HIGH, ADAPTIVE)
+NEVER = System("adaptive-0", "never escalating", "router", {"threshold": measured.NEVER})
+# As `perf` calls them, which derives the figures.
+_MEASURED = {
+    LOW: measured.LOW,
+    HIGH: measured.HIGH,
+    ADAPTIVE: measured.ADAPTIVE,
+    RUNG: measured.ESCALATION,
+}
+
+
+def name_of(system: str) -> str:
+    """A system's name in a `perf.measure.paired.Paired`."""
+    return _MEASURED.get(system, system)
+
+
+def asked(system: str, served: Mapping[str, str]) -> System:
+    """A system for `perf` to ask.
+
+    Args:
+        system: one of ours.
+        served: what `served_systems` returned.
+    """
+    return System(name_of(system), system, served[system])
 
 
 def served_systems(rung_set: RungSet) -> dict[str, str]:

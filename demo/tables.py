@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from calibration.pages.recipe_words import recipe_words
+from perf.belief import TOO_BUSY
 
 from .plan_summary import best_sentence, served_rows, speedup_sentence
 from .systems import ADAPTIVE, HIGH, LOW
@@ -20,7 +21,7 @@ def result_table(summary: Summary) -> Table:
     how = "planned" if "plan" in summary else f"at {summary['low_px']}/{summary['high_px']} px"
     table = Table(title=f"{summary['images']} unseen crops, {summary['backbone']} {how}")
     table.add_column("")
-    for column in ("accuracy", "p50 latency", "images/s"):
+    for column in ("accuracy", "p50 latency", "images/s", "CPU/image"):
         table.add_column(column, justify="right")
     full = _full(summary)
     names = {LOW: "cheap rung always", HIGH: f"{full} always", ADAPTIVE: "adaptive"}
@@ -30,18 +31,19 @@ def result_table(summary: Summary) -> Table:
             f"{summary['accuracy'][key]:.1%}",
             f"{summary['latency_ms_p50'][key]:.1f} ms",
             f"{summary['throughput_per_s'][key]:.1f}",
+            "–" if summary["cpu_ms"][key] is None else f"{summary['cpu_ms'][key]:.1f} ms",
         )
     return table
 
 
 def plan_table(summary: Summary) -> Table:
     """Saturated: everything that was served, the fastest first."""
-    table = Table(title="the same crops, saturated")
+    table = Table(title="the same crops, saturated, each on the same cores")
     table.add_column("")
-    for column in ("agrees with full", "images/s", "speed-up"):
+    for column in ("agrees with full", "images/s", "CPU ms/image", "speed-up"):
         table.add_column(column, justify="right")
     for row in served_rows(summary["plan"]):
-        cells = (row["words"], row["agreement"], row["throughput"], row["speedup"])
+        cells = (row["words"], row["agreement"], row["throughput"], row["cpu"], row["speedup"])
         table.add_row(*cells, style="bold" if row["system"] == ADAPTIVE else None)
     return table
 
@@ -50,10 +52,9 @@ def sentences(summary: Summary) -> list[str]:
     """What the figures mean, one line each."""
     full, certificate = _full(summary), summary["certificate"]
     said = [
-        f"{summary['speedup_vs_high']:.2f}x as fast as the {full} (bound "
-        f"{summary['cascade_bound']:.2f}x, efficiency {summary['cascade_efficiency']:.2f}); "
+        speed_sentence(summary),
         f"{summary['escalation_rate']:.1%} escalated; {summary['agreement_with_high']:.1%} "
-        f"answered as the {full}; router overhead {summary['router_overhead']:.2f}",
+        f"answered as the {full}",
         f"certified before: risk at most {certificate['epsilon']:.0%} with confidence "
         f"{certificate['confidence']:.0%}; seen on these crops: {summary['realised_risk']:.1%}"
         if certificate["certified"]
@@ -65,6 +66,19 @@ def sentences(summary: Summary) -> list[str]:
     low, high = recipe_words(plan["low"]), recipe_words(plan["high"])
     chosen = f"planned: {low}, escalating by {plan['signal']} to {high}"
     return [chosen, *said, speedup_sentence(plan), best_sentence(plan)]
+
+
+def speed_sentence(summary: Summary) -> str:
+    """How much faster the cascade is, or that the machine was too busy to say."""
+    if summary["doubts"]:
+        return f"one request in flight, {TOO_BUSY}: {'; '.join(summary['doubts'])}"
+    cpu = summary["cpu_speedup_vs_high"]
+    return (
+        f"{summary['speedup_vs_high']:.2f}x as fast as the {_full(summary)}"
+        f"{'' if cpu is None else f', {cpu:.2f}x by CPU time'} (bound "
+        f"{summary['cascade_bound']:.2f}x, efficiency {summary['cascade_efficiency']:.2f}); "
+        f"router overhead {summary['router_overhead']:.2f}"
+    )
 
 
 def _full(summary: Summary) -> str:

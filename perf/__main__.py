@@ -15,6 +15,7 @@ from client import ClientError
 from server import ServerError
 
 from .analyzer import install as install_analyzer
+from .belief import TOO_BUSY, doubts_of, load_of
 from .costs.commands import app as costs_app
 from .errors import PerfError
 
@@ -113,6 +114,9 @@ def _set_names(text: str) -> tuple[str, ...]:
 
 
 def _print_verdict(summary: dict[str, Any]) -> None:
+    """The figures; of a load whose figures cannot be true that the machine was too busy."""
+    doubts: dict[str | None, list[str]]
+    doubts = {load: doubts_of(summary, load) for load in ("c1", "saturated")}
     table = Table(title="one request in flight, the systems in turn on the same images")
     for heading in ("system", "agreement", "escalated", "ms", "cost / static high"):
         table.add_column(heading, justify="left" if heading == "system" else "right")
@@ -122,15 +126,18 @@ def _print_verdict(summary: dict[str, Any]) -> None:
             f"{answer['agreement_with_high']:.1%}",
             f"{answer['escalation_rate']:.1%}",
             f"{answer['cost_ms']['median']:.1f}",
-            f"{answer['cost_ratio']['median']:.2f}",
+            "–" if doubts["c1"] else f"{answer['cost_ratio']['median']:.2f}",
         )
     Console().print(table)
     figures = Table("figure", "median", "min", "max", "runs")
     for name, value in summary.items():
-        if isinstance(value, dict) and "median" in value:
+        if isinstance(value, dict) and "median" in value and not doubts.get(load_of(name)):
             low, middle, high = (f"{value[key]:.3f}" for key in ("min", "median", "max"))
             figures.add_row(name, middle, low, high, str(value["runs"]))
     Console().print(figures)
+    for load, words in (("c1", "one request in flight"), ("saturated", "saturated")):
+        if doubts[load]:
+            print(f"{words}: {TOO_BUSY} ({'; '.join(doubts[load])})")
 
 
 @app.command()

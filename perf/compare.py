@@ -1,7 +1,7 @@
 """What changed between two runs, beyond noise.
 
-Absolute times of different runs do not compare on a shared machine, so throughputs and latencies
-are compared relative to static high's of the same run; see `comparable`.
+Absolute times of different runs do not compare on a shared machine, so ratios are compared whose
+requests took turns; see `comparable`.
 
 A figure that was measured several times has changed if the ranges of its runs do not overlap and
 both have four runs or more. Where nothing has changed, ranges of four against four lie apart by

@@ -28,7 +28,7 @@ from .errors import PerfError
 from .measure.asking import Asker
 from .measure.deployment import assembled
 from .measure.memory import MemoryUse, serving
-from .measure.paired import Paired, measure_paired
+from .measure.paired import Paired, believed, measure_paired
 from .measure.peaks import CASCADES, PeakLoad, peak_memory
 from .measure.sets import Pool, open_pool_source, read_pool
 from .measure.systems import ADAPTIVE, HIGH, LOW, System
@@ -75,7 +75,7 @@ def measure_original(build: Path, images: int, on_progress: Progressed) -> dict[
     forward_ms = measure_forward(rung_set, on_progress)
     pool = _read(rung_set, images, on_progress)
     has_head = rung_set.classes is not None
-    paired, version = _latencies(repository, pool, has_head, on_progress)
+    paired, doubts, version = _latencies(repository, pool, has_head, on_progress)
     memory = _memory(repository, rung_set, pool, on_progress)
     return {
         "kind": "original",
@@ -90,6 +90,8 @@ def measure_original(build: Path, images: int, on_progress: Progressed) -> dict[
         "escalation_rate": paired.escalation_rate(ADAPTIVE),
         "speedup": paired.speedup().to_dict(),
         "bound": paired.bound().to_dict(),
+        "disturbed": bool(doubts),
+        "doubts": doubts,
         "source": SOURCE,
         "notes": list(NOTES),
     }
@@ -138,25 +140,26 @@ def _read(rung_set: RungSet, images: int, on_progress: Progressed) -> Pool:
 
 def _latencies(
     repository: Path, pool: Pool, has_head: bool, on_progress: Progressed
-) -> tuple[Paired, str]:
-    """One server, the systems in turn on each image; and Triton's version."""
+) -> tuple[Paired, list[str], str]:
+    """One server, the systems in turn on each image; why not to believe it; Triton's version."""
     with (
         serving(repository, CASCADES[ADAPTIVE]) as server,
         Target(server.grpc_url, server.http_url, server) as target,
     ):
-        asker = Asker(target, pool, has_head)
+        asker = Asker(target, pool, has_head, target.meter())
         for row in range(min(FORWARD_WARMUP, len(pool))):
             for system in SYSTEMS:
                 asker.ask(system, row)
-        paired = measure_paired(
-            asker,
-            SYSTEMS,
-            range(len(pool)),
-            shares=ROUNDS,
-            repeats=1,
-            on_image=lambda: on_progress("the three systems in turn", len(pool)),
-        )
-        return paired, target.version
+
+        def measure() -> Paired:
+            def on_image() -> None:
+                on_progress("the three systems in turn", len(pool))
+
+            return measure_paired(asker, SYSTEMS, range(len(pool)), ROUNDS, 1, on_image)
+
+        cpu_counts = target.cpu_threads() == 1
+        paired, doubts = believed(measure, cpu_counts, again=lambda words: None)
+        return paired, doubts, target.version
 
 
 def _memory(

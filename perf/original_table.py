@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from . import derive
+from .belief import TOO_BUSY
 from .measure.systems import ADAPTIVE, HIGH, LOW
 
 # The script's own figures. Latency in ms, memory in MB.
@@ -52,13 +53,18 @@ def original_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         ]
     rate, speedup = source["escalation_rate"], source["speedup"]
     bound = derive.cascade_bound(theirs[LOW], theirs[HIGH], rate)
-    return [
-        *rows,
+    ratios = [
         _ratio("average latency, static high / low", HIGH, LOW, ours, theirs),
         ("escalated", f"{result['escalation_rate']:.1%}", f"{rate:.1%}"),
         ("speed-up over static high", f"{result['speedup']['median']:.2f}x", f"{speedup:g}x"),
         ("cascade bound", f"{result['bound']['median']:.2f}x", f"{bound:.2f}x"),
     ]
+    if result["doubts"]:
+        ratios = [
+            (title, mine if title == "escalated" else "not believed", their)
+            for title, mine, their in ratios
+        ]
+    return [*rows, *ratios]
 
 
 def _ratio(
@@ -70,7 +76,10 @@ def _ratio(
 def original_table(result: dict[str, Any]) -> Table:
     """Our figures beside the source's, with what to keep in mind."""
     title = f"{result['backbone']}, {result['images']['count']} {result['images']['source']}"
-    table = Table(title=title, caption="\n".join(result["notes"]), caption_justify="left")
+    notes = list(result["notes"])
+    if result["doubts"]:
+        notes.append(f"In turn, {TOO_BUSY}: {'; '.join(result['doubts'])}.")
+    table = Table(title=title, caption="\n".join(notes), caption_justify="left")
     table.add_column("")
     table.add_column(result["environment"]["device"], justify="right")
     table.add_column("source", justify="right")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +38,10 @@ class Bar:
         """So many more steps are done."""
         self._progress.advance(self._task, count)
 
+    def begin_again(self, text: str) -> None:
+        """Everything of this stage is done once more."""
+        self._progress.reset(self._task, description=text)
+
     def describe(self, text: str) -> None:
         """Say what is going on."""
         self._progress.update(self._task, description=text)
@@ -69,6 +73,8 @@ class Record:
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "seconds": 0.0,
             "complete": False,
+            "disturbed": False,
+            "doubts": {},
             "notes": [],
             **header,
         }
@@ -100,6 +106,11 @@ class Record:
         """Keep one line for the reader of the summary, and say it now."""
         self.summary["notes"].append(line)
         self._progress.console.print(f"note: {line}", markup=False, highlight=False)
+
+    def doubt(self, load: str, reasons: Sequence[str]) -> None:
+        """Keep why the figures under a load, `c1` or `saturated`, cannot be believed, if so."""
+        self.summary["doubts"][load] = list(reasons)
+        self.summary["disturbed"] = any(self.summary["doubts"].values())
 
     @contextlib.contextmanager
     def stage(self, title: str, total: int) -> Iterator[Bar]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .belief import doubts_of
 from .compare import load_summary, read_json
 from .errors import PerfError
 from .pages.words import rung_words
@@ -96,7 +97,7 @@ def _adaptive(key: str) -> Callable[[Summary], str]:
 
 
 def _speedup(load: str) -> Callable[[Summary], str]:
-    """Speed-up, bound and efficiency under a load, `c1` or `saturated`."""
+    """Speed-up, bound and efficiency under a load, `c1` or `saturated`, if they can be true."""
 
     def show(summary: Summary) -> str:
         speed, bound, efficiency = (
@@ -104,9 +105,9 @@ def _speedup(load: str) -> Callable[[Summary], str]:
         )
         if speed == _NONE:
             return _NONE
-        unstable = load == "saturated" and any("did not stabilise" in n for n in summary["notes"])
-        figures = f"{speed}× (bound {bound}×, efficiency {efficiency})"
-        return f"{figures}, not stable" if unstable else figures
+        if doubts_of(summary, load):
+            return "not believed"
+        return f"{speed}× (bound {bound}×, efficiency {efficiency})"
 
     return show
 
@@ -118,7 +119,9 @@ _COLUMNS: Mapping[str, Callable[[Summary], str]] = {
     "agreement": _adaptive("agreement_with_high"),
     "speed-up, one request in flight": _speedup("c1"),
     "speed-up, saturated": _speedup("saturated"),
-    "router overhead": lambda summary: _ratio(summary, "router_overhead_c1"),
+    "router overhead": lambda summary: (
+        "not believed" if doubts_of(summary, "c1") else _ratio(summary, "router_overhead_c1")
+    ),
     "memory ratio": lambda summary: _ratio(summary, "peak_memory_ratio"),
     "command": lambda summary: f"`{summary['command']}`",
 }

@@ -1,7 +1,7 @@
 """`python -m perf run`: measure the deployed cascade beside what a user would run instead.
 
 images ─► pool, scored by the router ─► easy, hard and mixed sets
-server ─► systems in turn ─► where the time goes ─► loads ─► ONNX Runtime ─► Locust ─► memory
+server ─► systems in turn ─► saturated ─► where the time goes ─► loads ─► ONNX Runtime ─► ...
 └────────► summary.json, report.html
 """
 
@@ -124,6 +124,7 @@ def measure(options: Options, console: Console) -> Record:
             costs = stages.ask_in_turn(record, bench)
             # Once more, while the clocks of a GPU are those it is measured at.
             record.summary["environment"] = _environment(options, inputs, target)
+            stages.saturate(record, bench)
             stages.attribute_costs(record, bench)
             stages.load_with_perf_analyzer(record, bench, inputs.analyzer, costs)
             stages.compare_with_onnxruntime(record, bench)

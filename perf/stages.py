@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,16 +23,33 @@ from .errors import PerfError
 from .measure.asking import Asker
 from .measure.attribution import attribute, scoring_ms, together
 from .measure.backend import measure_backend
+from .measure.cpu import on_same_cores
 from .measure.levels import COMPARED, closed_levels, open_levels, saturated
 from .measure.loads import Level, LoadRunner, Measured
 from .measure.locust_runs import run_locust
 from .measure.memory import MemoryUse
-from .measure.paired import has_cosine_below, measure_paired, names_another_class
+from .measure.paired import (
+    Paired,
+    believed,
+    has_cosine_below,
+    measure_paired,
+    measure_spans,
+    names_another_class,
+)
 from .measure.peaks import MEASURED, PeakLoad, peak_memory
 from .measure.scoring import score_pool
 from .measure.sets import ImageSets, Pool, choose_sets, read_pool, sent_under_load
 from .measure.suites import Suite
-from .measure.systems import ADAPTIVE, ENSEMBLE, System, systems, threshold_for
+from .measure.systems import (
+    ADAPTIVE,
+    ENSEMBLE,
+    ESCALATION,
+    HIGH,
+    LOW,
+    System,
+    systems,
+    threshold_for,
+)
 from .measure.target import Target
 from .record import Record
 
@@ -64,6 +82,12 @@ class Bench:
     def asker(self) -> Asker:
         """Sends the pool's images."""
         return Asker(self.target, self.pool, self.rung_set.classes is not None)
+
+    @property
+    def metered_asker(self) -> Asker:
+        """The same, with the CPU time of a server of ours."""
+        has_head = self.rung_set.classes is not None
+        return Asker(self.target, self.pool, has_head, self.target.meter())
 
     def system(self, name: str) -> System | None:
         """The system of this name, if it can be asked."""
@@ -132,15 +156,17 @@ def ask_in_turn(record: Record, bench: Bench) -> dict[str, float]:
         The median cost of each system's request in milliseconds.
     """
     rows, suite = bench.sets.rows["mixed"], bench.suite
-    with record.stage("systems in turn", len(rows) * suite.repeats) as bar:
-        paired = measure_paired(
-            bench.asker,
-            bench.systems,
-            rows,
-            min(suite.shares, len(rows)),
-            suite.repeats,
-            bar.advance,
-        )
+    asker, title = bench.metered_asker, "systems in turn"
+    with record.stage(title, len(rows) * suite.repeats) as bar:
+
+        def measure() -> Paired:
+            shares = min(suite.shares, len(rows))
+            systems = bench.systems
+            return measure_paired(asker, systems, rows, shares, suite.repeats, bar.advance)
+
+        cpu_counts = bench.target.cpu_threads() == 1
+        paired, doubts = believed(measure, cpu_counts, again=bar.begin_again)
+        record.doubt("c1", doubts)
         fidelity = Fidelity.of(bench.calibration)
         by_class = fidelity.kind == "top1"
         disagrees = names_another_class if by_class else has_cosine_below(1 - fidelity.tolerance)
@@ -155,6 +181,31 @@ def ask_in_turn(record: Record, bench: Bench) -> dict[str, float]:
             "threshold: the server has another one; give the --calibration it was assembled with"
         )
     return {system.name: paired.cost(system.name).median for system in bench.systems}
+
+
+def saturate(record: Record, bench: Bench) -> None:
+    """Static low, static high and the cascade saturated, on the same cores, spans in turn."""
+    target, suite = bench.target, bench.suite
+    if target.server is None:
+        record.note("the server is not ours, so systems cannot be given the same cores: no figures")
+        return
+    rows, in_flight = bench.sets.rows["mixed"], suite.concurrency[-1]
+    names = (LOW, HIGH, ESCALATION, ADAPTIVE)
+    systems = [system for system in bench.systems if system.name in names]
+    asker, threads, ids = bench.metered_asker, target.cpu_threads(), target.server.process_ids()
+    with (
+        record.stage("saturated, in turn", suite.spans * len(systems)) as bar,
+        # A GPU is the same for every system as it is.
+        on_same_cores(ids, threads or len(os.sched_getaffinity(0))) as cores,
+    ):
+
+        def measure() -> Paired:
+            spans = [rows] * suite.spans
+            return measure_spans(asker, systems, spans, in_flight, bar.advance)
+
+        paired, doubts = believed(measure, threads is not None, again=bar.begin_again)
+        record.doubt("saturated", doubts)
+        record.summary |= summary.saturated_figures(paired, cores, in_flight)
 
 
 def _labels(bench: Bench, rows: Sequence[int]) -> list[int] | None:
@@ -213,10 +264,9 @@ def load_with_perf_analyzer(
         inputs = _write_inputs(Path(scratch), bench.pool, sent)
         runner = LoadRunner(target, analyzer, inputs, folder, suite.pass_s, costs_ms)
         closed = _run_levels(record, runner, levels, suite.turns, "closed loop")
-        record.summary |= summary.saturated_figures(closed, bench.escalation_rate(sent["mixed"]))
         for name, entry in saturated(closed).items():
             if name in COMPARED and entry.instability():
-                record.note(f"saturated, {name} did not stabilise: {entry.instability()}")
+                record.note(f"under load, {name} did not stabilise: {entry.instability()}")
         levels = open_levels(suite, bench.systems, closed)
         _run_levels(record, runner, levels, suite.turns, "open loop")
 

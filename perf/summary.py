@@ -13,11 +13,9 @@ from routing import Calibration, RungSet
 
 from . import derive
 from .measure.asking import Answer
-from .measure.levels import saturated
-from .measure.loads import Measured
 from .measure.memory import MemoryUse
 from .measure.paired import Paired
-from .measure.systems import ADAPTIVE, ENSEMBLE, ESCALATION, HIGH, LOW, System
+from .measure.systems import ADAPTIVE, ENSEMBLE, HIGH, LOW, System
 from .spread import Spread
 
 SCHEMA_VERSION = 1
@@ -75,10 +73,15 @@ def answers_section(
             "escalation_rate": paired.escalation_rate(system.name),
             "accuracy": _accuracy(paired, system.name, labels),
             "cost_ms": paired.cost(system.name).to_dict(),
+            "cpu_ms": _or_none(paired.cpu_cost(system.name)),
             "cost_ratio": paired.cost_ratio(system.name).to_dict(),
         }
         for system in systems
     }
+
+
+def _or_none(spread: Spread | None) -> dict[str, Any] | None:
+    return None if spread is None else spread.to_dict()
 
 
 def _accuracy(paired: Paired, system: str, labels: Sequence[int] | None) -> float | None:
@@ -95,40 +98,42 @@ def _accuracy(paired: Paired, system: str, labels: Sequence[int] | None) -> floa
 
 def paired_figures(paired: Paired, has_ensemble: bool) -> dict[str, Any]:
     """The figures with one request in flight."""
-    found = {
-        "router_overhead_c1": paired.router_overhead(),
-        "cascade_efficiency_c1": paired.efficiency(),
-        "speedup_c1": paired.speedup(),
-        "bound_c1": paired.bound(),
-    }
+    found = {"router_overhead_c1": paired.router_overhead().to_dict(), **_figures(paired, "c1")}
     if has_ensemble:
-        found["ensemble_over_router"] = paired.cost_ratio(ENSEMBLE, to=ADAPTIVE)
-    return {name: spread.to_dict() for name, spread in found.items()}
+        found["ensemble_over_router"] = paired.cost_ratio(ENSEMBLE, to=ADAPTIVE).to_dict()
+    return found
 
 
-def saturated_figures(measured: Sequence[Measured], escalation_rate: float) -> dict[str, Any]:
-    """The figures under the highest closed-loop load, one value per turn.
+def saturated_figures(paired: Paired, cores: int, in_flight: int) -> dict[str, Any]:
+    """The figures of saturated spans, every system on the same cores, one value per turn.
 
     Args:
-        measured: the closed loops.
-        escalation_rate: of the images that were sent, 0..1.
+        paired: what was measured.
+        cores: that the server had.
+        in_flight: requests that were always unanswered.
     """
-    entries = saturated(measured)
-    if not {LOW, HIGH, ADAPTIVE} <= set(entries):
-        return {}
-    names = (ADAPTIVE, LOW, HIGH, ESCALATION if ESCALATION in entries else HIGH)
-    turns = zip(*([1 / t for t in entries[name].throughput.values] for name in names), strict=True)
-    speedups, bounds, efficiencies = [], [], []
-    for cost, low, high, escalated in turns:
-        speedups.append(derive.speedup(cost, high))
-        costs = (low, high, escalation_rate, escalated)
-        bounds.append(derive.cascade_bound(*costs))
-        efficiencies.append(derive.cascade_efficiency(cost, *costs))
-    return {
-        "speedup_saturated": Spread.of(speedups).to_dict(),
-        "bound_saturated": Spread.of(bounds).to_dict(),
-        "cascade_efficiency_saturated": Spread.of(efficiencies).to_dict(),
+    systems = {
+        name: {
+            "cost_ms": paired.cost(name).to_dict(),
+            "cpu_ms": _or_none(paired.cpu_cost(name)),
+            "escalation_rate": paired.escalation_rate(name),
+        }
+        for name in paired.shares[0]
     }
+    section = {"cores": cores, "in_flight": in_flight, "systems": systems}
+    return {"saturated": section, **_figures(paired, "saturated")}
+
+
+def _figures(paired: Paired, load: str) -> dict[str, Any]:
+    found = {
+        f"speedup_{load}": paired.speedup(),
+        f"bound_{load}": paired.bound(),
+        f"cascade_efficiency_{load}": paired.efficiency(),
+    }
+    cpu = paired.cpu_speedup()
+    if cpu is not None:
+        found[f"cpu_speedup_{load}"] = cpu
+    return {name: spread.to_dict() for name, spread in found.items()}
 
 
 def memory_figures(peaks: Mapping[str, Sequence[MemoryUse]]) -> dict[str, Any]:

@@ -1,18 +1,21 @@
 """Every system on the same images, image by image: costs that compare, and agreement.
 
 Passes of seconds drift by more than a router costs. Here the systems take turns on each image, in
-an order drawn anew, so that what a shared machine does to one it does to all.
+an order drawn anew, so that what a shared machine does to one it does to all. Saturated they take
+turns on spans of images, on the same cores each. The CPU time of the server's processes stands
+beside the clock, and figures that cannot be true are measured once more (`believed`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from statistics import mean, median
 
 import numpy as np
 
-from .. import derive
+from .. import belief, derive
 from ..spread import Spread
 from .asking import Answer, Asker
 from .systems import ADAPTIVE, ENSEMBLE, ESCALATION, HIGH, LOW, System
@@ -20,6 +23,7 @@ from .target import cosine
 
 # Asked right after one another, in either order: their ratio is what the second one adds.
 PAIRS = {"adaptive-0": LOW, ENSEMBLE: ADAPTIVE}
+ATTEMPTS = 2  # at figures that can be true
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +40,18 @@ class Paired:
     def costs_ms(self, system: str) -> list[float]:
         """Mean latency of each share, milliseconds."""
         return [mean(a.latency_ms for a in share[system]) for share in self.shares]
+
+    def cpu_costs_ms(self, system: str) -> list[float] | None:
+        """Mean CPU time of the server of each share, milliseconds; None where not measured."""
+        taken = [[a.cpu_ms for a in share[system]] for share in self.shares]
+        if any(cpu_ms is None for share in taken for cpu_ms in share):
+            return None
+        return [mean(cpu_ms for cpu_ms in share if cpu_ms is not None) for share in taken]
+
+    def cpu_cost(self, system: str) -> Spread | None:
+        """Mean CPU time of the server, one value per share; None where it was not measured."""
+        costs = self.cpu_costs_ms(system)
+        return None if costs is None else Spread.of(costs)
 
     def cost(self, system: str) -> Spread:
         """Mean latency, one value per share."""
@@ -74,6 +90,31 @@ class Paired:
         both = zip(self.costs_ms(ADAPTIVE), self.costs_ms(HIGH), strict=True)
         return Spread.of([derive.speedup(cost, high) for cost, high in both])
 
+    def cpu_speedup(self) -> Spread | None:
+        """The same by CPU time; None where that was not measured, or took none."""
+        own, high = self.cpu_costs_ms(ADAPTIVE), self.cpu_costs_ms(HIGH)
+        if own is None or high is None or min(*own, *high) <= 0:
+            return None
+        return Spread.of([derive.speedup(*both) for both in zip(own, high, strict=True)])
+
+    def doubts(self, cpu_counts: bool) -> list[str]:
+        """Why the figures cannot be believed, see `belief.doubts`.
+
+        Args:
+            cpu_counts: whether CPU time grows as the time by the clock does: no GPU, and requests
+                of one thread, or saturated cores.
+        """
+        over_low = self.cost_ratio(ADAPTIVE, to=LOW).median
+        if "adaptive-0" in self.shares[0]:
+            over_low = min(over_low, self.router_overhead().median)
+        cpu = self.cpu_speedup() if cpu_counts else None
+        return belief.doubts(
+            self.speedup().median,
+            self.efficiency().median,
+            over_low,
+            None if cpu is None else cpu.median,
+        )
+
     def bound(self) -> Spread:
         """The cascade bound at each share's own escalation rate."""
         return Spread.of([derive.cascade_bound(*costs) for _, *costs in self._cascade])
@@ -86,9 +127,12 @@ class Paired:
     def _cascade(self) -> list[tuple[float, float, float, float, float]]:
         """Of each share: costs of adaptive, low and high, escalation, cost of an escalation."""
         rates = [mean(a.escalated for a in share[ADAPTIVE]) for share in self.shares]
-        costs = (self.costs_ms(system) for system in (ADAPTIVE, LOW, HIGH))
+        adaptive, low, high = (self.costs_ms(system) for system in (ADAPTIVE, LOW, HIGH))
+        # Where nothing is certified no image is scored, and the cheap rung is no part of its cost.
+        scored = [mean(not np.isnan(a.score) for a in share[ADAPTIVE]) for share in self.shares]
+        low = [cost * share for cost, share in zip(low, scored, strict=True)]
         escalated = self.costs_ms(ESCALATION if ESCALATION in self.shares[0] else HIGH)
-        return list(zip(*costs, rates, escalated, strict=True))
+        return list(zip(adaptive, low, high, rates, escalated, strict=True))
 
 
 def measure_paired(
@@ -121,6 +165,63 @@ def measure_paired(
                 on_image()
             measured.append(answers)
     return Paired(measured)
+
+
+def measure_spans(
+    asker: Asker,
+    systems: Sequence[System],
+    spans: Sequence[Sequence[int]],
+    in_flight: int,
+    on_span: Callable[[], None],
+) -> Paired:
+    """Ask every system about spans of images, many requests in flight.
+
+    Args:
+        asker: sends the requests.
+        systems: static low, static high and the adaptive one among them.
+        spans: the images of each turn, in which every system is sent all of them.
+        in_flight: requests that are always unanswered.
+        on_span: called after each span.
+
+    Returns:
+        One share for each turn.
+    """
+    rng = np.random.default_rng(0)
+    measured = []
+    with ThreadPoolExecutor(in_flight) as threads:
+        for system in systems:  # what a size of batch costs when it is met first
+            asker.ask_span(system, spans[0][: 2 * in_flight], threads)
+        for span in spans:
+            answers = {}
+            for index in rng.permutation(len(systems)):
+                answers[systems[index].name] = asker.ask_span(systems[index], span, threads)
+                on_span()
+            measured.append(answers)
+    return Paired(measured)
+
+
+def believed(
+    measure: Callable[[], Paired], cpu_counts: bool, again: Callable[[str], None]
+) -> tuple[Paired, list[str]]:
+    """Measure, and once more where the figures cannot be true.
+
+    Args:
+        measure: measures everything.
+        cpu_counts: see `Paired.doubts`.
+        again: called with words for a bar before everything is measured once more.
+
+    Returns:
+        The first measurement without doubts, else the last, and its doubts.
+    """
+    paired = measure()
+    doubts = paired.doubts(cpu_counts)
+    for _ in range(ATTEMPTS - 1):
+        if not doubts:
+            break
+        again("disturbed, once more")
+        paired = measure()
+        doubts = paired.doubts(cpu_counts)
+    return paired, doubts
 
 
 def _order(names: list[str], rng: np.random.Generator) -> list[str]:

@@ -17,6 +17,7 @@ class Suite:
         repeats: how often each share is measured.
         set_size: images of the easy and the hard set, at most, and of a load's inputs.
         concurrency: requests in flight of the closed loops, the last one called saturated.
+        spans: how often the mixed set is sent to each system saturated, the systems taking turns.
         turns: how often each load is measured, the loads taking turns.
         pass_s: about how long one pass of a load lasts, in seconds.
         rates: of the open loops, in parts of the throughput that the closed loop reached.
@@ -36,6 +37,7 @@ class Suite:
     repeats: int
     set_size: int
     concurrency: tuple[int, ...]
+    spans: int
     turns: int
     pass_s: float
     rates: tuple[float, ...]
@@ -55,6 +57,7 @@ QUICK = Suite(
     repeats=1,
     set_size=10,
     concurrency=(1, 4),
+    spans=2,
     turns=2,
     pass_s=1.0,
     rates=(0.6,),
@@ -73,6 +76,7 @@ FULL = Suite(
     repeats=2,
     set_size=24,
     concurrency=(1, 2, 4, 8),
+    spans=4,
     turns=4,
     pass_s=2.0,
     rates=(0.5, 0.9),

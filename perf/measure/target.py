@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 import numpy as np
@@ -15,6 +16,8 @@ from routing import Calibration, RungSet
 from server import TritonServer
 
 from ..errors import PerfError
+from ..nvml import Nvml
+from .cpu import CpuMeter
 from .server_times import ModelTimes, server_times
 from .systems import NEVER
 
@@ -71,6 +74,23 @@ class Target:
     def cpu_s(self) -> float | None:
         """CPU seconds of the server's processes so far; None for a remote server."""
         return None if self.server is None else self.server.cpu_s()
+
+    def meter(self) -> CpuMeter | None:
+        """Of the server's processes as they are now; None for a remote server."""
+        return None if self.server is None else CpuMeter(self.server.process_ids())
+
+    def cpu_threads(self) -> int | None:
+        """CPU threads of a rung; None where the rungs run on a GPU or the server is remote."""
+        with Nvml() as nvml:
+            if self.server is None or nvml.handles:
+                return None
+        threads = []
+        with server_errors(self.grpc_url):
+            for model in ("vit_low", "vit_high"):
+                config = self.client.get_model_config(model, client_timeout=10.0).config
+                threads.append(int(config.parameters["intra_op_thread_count"].string_value or 0))
+        cores = len(os.sched_getaffinity(0))
+        return max(threads) if min(threads) > 0 else cores  # 0 is ONNX Runtime's own: all cores
 
     def check(
         self, rung_set: RungSet, calibration: Calibration, image: NDArray[np.float32]

@@ -7,6 +7,8 @@ from typing import Any
 
 from calibration.pages.page import count_of, percent
 
+from .. import belief
+from ..belief import doubts_of
 from ..spread import Spread as Runs
 from .words import (
     Spread,
@@ -20,13 +22,14 @@ from .words import (
     times,
 )
 
+# The figure, how it is written, its words, and the load whose doubts are its own.
 FACTS = (
-    ("speedup_c1", times, "speed-up over always running the full rung"),
-    ("bound_c1", times, "cascade bound: the best possible here"),
-    ("cascade_efficiency_c1", ratio, "cascade efficiency: speed-up / bound"),
-    ("cascade_efficiency_saturated", ratio, "the same with the server saturated"),
-    ("router_overhead_c1", ratio, "router overhead: never escalating / cheap rung"),
-    ("peak_memory_ratio", ratio, "peak memory: cascade's server / two servers of a rung each"),
+    ("speedup_c1", times, "speed-up over always running the full rung", "c1"),
+    ("bound_c1", times, "cascade bound: the best possible here", "c1"),
+    ("cascade_efficiency_c1", ratio, "cascade efficiency: speed-up / bound", "c1"),
+    ("cascade_efficiency_saturated", ratio, "the same with the server saturated", "saturated"),
+    ("router_overhead_c1", ratio, "router overhead: never escalating / cheap rung", "c1"),
+    ("peak_memory_ratio", ratio, "peak memory: cascade's server / two servers of a rung each", ""),
 )
 
 
@@ -38,6 +41,14 @@ def verdict(summary: Summary) -> dict[str, str]:
             "state": "unasked",
             "heading": "Faster than the alternatives? Not measured",
             "sentence": "The speed-up over always running the full rung was not measured.",
+        }
+    reasons = doubts_of(summary, "c1")
+    if reasons:
+        return {
+            "state": "unasked",
+            "heading": "Faster than the alternatives? The machine was too busy to say",
+            "sentence": f"What was measured cannot be true: {'; '.join(reasons)}. Measure again "
+            "while nothing else runs.",
         }
     rival = cheapest_rival(summary)
     costs = None if rival is None else rival[1]
@@ -181,22 +192,32 @@ def time_spent(attribution: Mapping[str, Any]) -> str:
     return f"Of the {amount(total)} ms of an average request: {named}."
 
 
+def disturbed(summary: Summary) -> list[str]:
+    """For each load whose figures cannot be true a sentence that says so, and why."""
+    loads = {"c1": "With one request in flight", "saturated": "Saturated"}
+    return [
+        f"{words} {belief.TOO_BUSY}: {'; '.join(reasons)}. The tables below hold what was "
+        "measured; do not rely on its ratios."
+        for load, words in loads.items()
+        if (reasons := doubts_of(summary, load))
+    ]
+
+
 def above_one(summary: Summary) -> str:
-    """Why a cascade efficiency above 1 is possible; empty where none is."""
+    """Why a cascade efficiency a little above 1 is possible; empty where none is believed."""
+    reasons = {
+        "saturated": "in the cascade fewer images share a batch of the full rung, and smaller "
+        "batches may cost less per image",
+        "c1": "the bound charges an escalated image two whole requests, but client and network "
+        "are paid once",
+    }
+    words = {"saturated": "saturated efficiency", "c1": "efficiency with one request in flight"}
     sentences = []
-    saturated, single = (summary.get(f"cascade_efficiency_{load}") for load in ("saturated", "c1"))
-    if saturated is not None and saturated["median"] > 1:
-        sentences.append(
-            f"The saturated efficiency is {fine(saturated['median'])}, above 1: under load the two "
-            "rungs may run at the same time, on cores that a static rung leaves idle, which the "
-            "bound (one after the other) does not allow for. What is more than that is noise."
-        )
-    if single is not None and single["median"] > 1:
-        sentences.append(
-            f"The efficiency with one request in flight is {fine(single['median'])}, above 1: the "
-            "bound charges an escalated image two whole requests, but client and network are paid "
-            "once."
-        )
+    for load, reason in reasons.items():
+        efficiency = summary.get(f"cascade_efficiency_{load}")
+        if efficiency is None or efficiency["median"] <= 1 or doubts_of(summary, load):
+            continue
+        sentences.append(f"The {words[load]} is {fine(efficiency['median'])}, above 1: {reason}.")
     return " ".join(sentences)
 
 

@@ -58,6 +58,7 @@ def write_report(summary: dict[str, Any], path: Path) -> None:
     html = environment.get_template("report.html.j2").render(
         title=readings.title(summary),
         complete=bool(summary.get("complete")),
+        disturbed=readings.disturbed(summary),
         verdict=readings.verdict(summary),
         promise=readings.promise(summary),
         agreement=readings.agreement(summary),

@@ -7,6 +7,7 @@ from typing import Any
 
 from calibration.pages.page import count_of
 
+from ..belief import doubts_of
 from .words import (
     MISSING,
     NONE,
@@ -26,6 +27,7 @@ from .words import (
 Entry = Mapping[str, Any]
 
 _BOUND = "1 ÷ (1/r + p), where r = {cost} of the full rung ÷ of the cheap rung, p = share escalated"
+_CPU = "CPU time of the server per image, the full rung always ÷ adaptive"
 _FIGURES: tuple[tuple[str, str, Callable[[float], str], str], ...] = (
     (
         "speedup_c1",
@@ -46,10 +48,16 @@ _FIGURES: tuple[tuple[str, str, Callable[[float], str], str], ...] = (
         "speed-up ÷ cascade bound",
     ),
     (
+        "cpu_speedup_c1",
+        "the same speed-up by CPU time, one request in flight",
+        times,
+        _CPU,
+    ),
+    (
         "speedup_saturated",
         "speed-up, saturated",
         times,
-        "throughput of adaptive ÷ throughput of the full rung always",
+        "throughput of adaptive ÷ throughput of the full rung always, on the same cores",
     ),
     (
         "bound_saturated",
@@ -62,6 +70,12 @@ _FIGURES: tuple[tuple[str, str, Callable[[float], str], str], ...] = (
         "cascade efficiency, saturated",
         fine,
         "speed-up ÷ cascade bound",
+    ),
+    (
+        "cpu_speedup_saturated",
+        "the same speed-up by CPU time, saturated",
+        times,
+        _CPU,
     ),
     (
         "router_overhead_c1",
@@ -134,6 +148,7 @@ def answers(summary: Summary) -> list[dict[str, Any]]:
             "accuracy": share(answer.get("accuracy")),
             "cost": Cell.of(answer.get("cost_ms")),
             "ratio": Cell.of(answer.get("cost_ratio"), fine),
+            "cpu": Cell.of(answer.get("cpu_ms")),
         }
         for name, answer in sorted(found.items(), key=lambda item: system_order(item[0]))
     ]
@@ -179,13 +194,17 @@ def memory(summary: Summary) -> list[dict[str, Any]]:
     return rows
 
 
-def facts(summary: Summary, shown: Iterable[tuple[str, Callable[[float], str], str]]) -> list[Any]:
+def facts(
+    summary: Summary, shown: Iterable[tuple[str, Callable[[float], str], str, str]]
+) -> list[Any]:
     """The boxes of the first screen: value, words, range; None for what was not measured."""
     boxes = []
-    for key, show, words in shown:
+    for key, show, words, load in shown:
         spread = summary.get(key)
         value = None if spread is None else show(spread["median"])
         runs = "" if spread is None else _runs(spread)
+        if spread is not None and load and doubts_of(summary, load):
+            value, runs = NONE, "not believed"
         boxes.append({"value": value, "words": words, "range": runs})
     return boxes
 

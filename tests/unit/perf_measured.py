@@ -22,10 +22,19 @@ def make_system(name, **changes):
     return System(name, f"title of {name}", MODELS.get(name, "router"), **fields)
 
 
-def make_answer(latency_ms=1.0, escalated=False, names=0, embedding=(1.0, 0.0), head=True):
-    """An answer that names class `names` of three."""
-    logits = np.eye(3, dtype=np.float32)[names] if head else None
-    return Answer(latency_ms, np.array(embedding, np.float32), logits, escalated, score=0.5)
+def make_answer(
+    latency_ms=1.0,
+    escalated=False,
+    names=0,
+    embedding=(1.0, 0.0),
+    head=True,
+    cpu_ms=None,
+    score=0.5,
+):
+    """An answer that names class `names` of four."""
+    logits = np.eye(4, dtype=np.float32)[names] if head else None
+    embedding = np.array(embedding, np.float32)
+    return Answer(latency_ms, embedding, logits, escalated, score, cpu_ms)
 
 
 def make_times(requests=1, queue=0, input=0, infer=0, output=0, rest=0, batch=1):

@@ -1,6 +1,5 @@
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -11,7 +10,10 @@ from calibration.sample import crops as sample_crops
 from demo import __main__ as demo
 from demo import steps
 from demo.page import write_page
-from demo.summary import Pass, Served, summarise
+from demo.serve import Asked
+from demo.summary import Served, summarise
+from demo.tables import sentences
+from tests.unit.demo_measured import measured
 
 CERTIFIED = {
     **{"epsilon": 0.05, "confidence": 0.9, "method": "ltt", "n": 480, "errors": 15, "allowed": 17},
@@ -19,75 +21,99 @@ CERTIFIED = {
 }
 
 
-def served(adaptive, escalated):
-    return Served(
-        low=np.array([0, 1, 0, 3]),
-        high=np.array([0, 1, 2, 3]),
-        adaptive=np.array(adaptive),
-        escalated=np.array(escalated),
-        score=np.zeros(4, np.float32),
-        truth=np.array([0, 1, 2, 2]),
-    )
+CLASSES = {"low": [0, 1, 0, 3], "high": [0, 1, 2, 3]}
+TRUTH = np.array([0, 1, 2, 2])
 
 
-def passes(low, high, adaptive):
-    systems = {"low": low, "high": high, "adaptive": adaptive}
-    return {
-        name: [Pass(40, 1000 / rate, rate) for rate in rates] for name, rates in systems.items()
-    }
+def alone(adaptive, escalated, *shares, never, **options):
+    """What `serve.measure` returns; a share is the milliseconds of low, high and adaptive."""
+    costs = [dict(zip(("low", "high", "adaptive"), share, strict=True)) for share in shares]
+    return measured({**CLASSES, "adaptive": adaptive}, escalated, costs, never, **options)
+
+
+def served(adaptive, escalated, found, scores=(0.0,) * 4):
+    own = Asked(np.array(adaptive), np.array(escalated), np.array(scores, np.float32))
+    return Served.of(own, TRUTH, found, None, ("low", "high", "adaptive"))
+
+
+ESCALATED = [False, False, True, False]
+ENVIRONMENT = {"triton_version": "2.51.0", "cpu": "<one> & only"}
+
+
+def summary_of(found, adaptive=(0, 1, 2, 3), escalated=ESCALATED, certificate=CERTIFIED):
+    answers = served(adaptive, escalated, found)
+    return summarise("tiny", (32, 64), answers, found, certificate, ENVIRONMENT)
 
 
 def test_figures_by_hand():
-    summary = summarise(
-        "tiny",
-        (32, 64),
-        served([0, 1, 2, 3], [False, False, True, False]),
-        passes([40], [10], [18]),
-        [(20.0, 21.0), (40.0, 44.0), (20.0, 90.0)],
-        CERTIFIED,
-        {"triton_version": "2.51.0", "cpu": "one"},
-    )
+    # Bound: 1 / (25/100 + 1/4) = 2; speed-up 100 / 55.
+    found = alone([0, 1, 2, 3], ESCALATED, (25.0, 100.0, 55.0), never=[27.5], cpu=0.9)
+    summary = summary_of(found)
     assert summary["escalation_rate"] == 0.25
     assert summary["agreement_with_high"] == 1.0
     assert summary["realised_risk"] == 0.0
     assert summary["certificate"] == CERTIFIED
     assert summary["accuracy"] == {"low": 0.5, "high": 0.75, "adaptive": 0.75}
-    assert summary["throughput_per_s"] == {"low": 40, "high": 10, "adaptive": 18}
-    assert summary["speedup_vs_high"] == pytest.approx(1.8)
+    assert summary["latency_ms_p50"] == {"low": 25.0, "high": 100.0, "adaptive": 55.0}
+    assert summary["throughput_per_s"] == pytest.approx(
+        {"low": 40, "high": 10, "adaptive": 1000 / 55}
+    )
+    assert summary["cpu_ms"] == pytest.approx({"low": 22.5, "high": 90, "adaptive": 49.5})
+    assert summary["speedup_vs_high"] == pytest.approx(100 / 55)
+    assert summary["cpu_speedup_vs_high"] == pytest.approx(100 / 55)
     assert summary["cascade_bound"] == pytest.approx(2.0)
-    assert summary["cascade_efficiency"] == pytest.approx(0.9)
+    assert summary["cascade_efficiency"] == pytest.approx(50 / 55)
     assert summary["router_overhead"] == pytest.approx(1.1)
-    assert summary["triton_version"] == "2.51.0" and summary["environment"] == {"cpu": "one"}
+    assert summary["disturbed"] is False and summary["doubts"] == []
+    assert summary["triton_version"] == "2.51.0"
+    assert summary["environment"] == {"cpu": "<one> & only"}
 
 
-def test_throughput_is_all_requests_over_all_time():
-    # 40 requests at 40/s take 1 s, 40 at 10/s take 4 s: 80 requests in 5 s.
-    summary = summarise(
-        "tiny",
-        (32, 64),
-        served([0, 1, 0, 3], [False] * 4),
-        passes([40, 10], [10, 2.5], [40, 10]),
-        [(1.0, 2.0)],
-        CERTIFIED,
-        {"triton_version": "x"},
+def test_ratios_are_taken_within_shares_of_the_crops():
+    # Of the slow second share every system takes four times as long.
+    shares = [(25.0, 100.0, 50.0), (100.0, 400.0, 200.0), (25.0, 100.0, 40.0)]
+    summary = summary_of(alone([0, 1, 0, 3], ESCALATED, *shares, never=[50, 110, 26]), (0, 1, 0, 3))
+    assert summary["speedup_vs_high"] == pytest.approx(2.0)
+    assert summary["router_overhead"] == pytest.approx(1.1)
+    assert summary["latency_ms_p50"]["low"] == 25.0
+    assert summary["throughput_per_s"]["high"] == pytest.approx(4 / 0.7)  # two, one and one crop
+    assert summary["agreement_with_high"] == 0.75 and summary["realised_risk"] == 0.25
+
+
+def test_a_ratio_that_cannot_be_true_is_not_said(tmp_path):
+    shares = (25.0, 100.0, 20.0)
+    steady = alone([0, 1, 2, 3], ESCALATED, shares, never=[27.0])
+    reasons = steady.paired.doubts(cpu_counts=True)
+    assert len(reasons) == 2  # above its bound, and faster than its own cheap rung
+    found = alone([0, 1, 2, 3], ESCALATED, shares, never=[27.0], doubts=reasons)
+    summary = summary_of(found)
+    assert summary["disturbed"] is True and summary["doubts"] == reasons
+    assert summary["speedup_vs_high"] == 5.0  # kept for machines
+    (line, *others) = sentences(summary)
+    assert "the machine was too busy for a figure" in line and reasons[0] in line
+    assert not re.search(r"\d\.\d\dx", "".join([line, *others]))
+    page = make_page(tmp_path / "index.html", ESCALATED, 1.5, CERTIFIED, found)
+    assert "machine was too busy" in page and reasons[0] in page
+    assert "5.00×" not in page and "best speed-up possible" not in page
+    assert "The router itself costs" not in page
+
+
+def test_a_ratio_that_can_be_true_is_said_with_the_one_by_cpu_time(tmp_path):
+    found = alone([0, 1, 2, 3], ESCALATED, (25.0, 100.0, 55.0), never=[27.5], cpu=0.9)
+    assert sentences(summary_of(found))[0] == (
+        "1.82x as fast as the full rung, 1.82x by CPU time (bound 2.00x, efficiency 0.91); "
+        "router overhead 1.10"
     )
-    assert summary["throughput_per_s"] == pytest.approx({"low": 16, "high": 4, "adaptive": 16})
-    assert summary["latency_ms_p50"]["low"] == (25 + 100) / 2
-    assert summary["cascade_efficiency"] == pytest.approx(1.0)
-    assert summary["router_overhead"] == pytest.approx(2.0)
-    assert summary["agreement_with_high"] == 0.75
-    assert summary["realised_risk"] == 0.25
+    page = make_page(tmp_path / "index.html", ESCALATED, 1.5, CERTIFIED, found)
+    assert "1.82×" in page and "too busy" not in page
 
 
-def make_page(path, escalated, threshold, certificate):
+def make_page(path, escalated, threshold, certificate, found=None):
     """The page of four crops: what a person sees of it."""
-    answers = served([0, 1, 2, 3], escalated)
-    scores = np.arange(4, dtype=np.float32) if threshold is not None else np.full(4, np.nan)
-    answers = replace(answers, score=scores)
-    summary = summarise(
-        *("tiny", (32, 64), answers, passes([40], [10], [18]), [(1.0, 1.1)], certificate),
-        {"triton_version": "2.51.0", "cpu": "<one> & only"},
-    )
+    found = found or alone([0, 1, 2, 3], escalated, (25.0, 100.0, 55.0), never=[27.5])
+    scores = np.arange(4) if threshold is not None else np.full(4, np.nan)
+    answers = served([0, 1, 2, 3], escalated, found, scores)
+    summary = summarise("tiny", (32, 64), answers, found, certificate, ENVIRONMENT)
     crops = [crop.data for crop in sample_crops(4, seed=0)]
     write_page(
         path, summary, answers, threshold, crops, ["ant", "bee", "cat", "dog"], "report.html"

@@ -2,23 +2,21 @@
 
 import io
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from calibration.sample import crops as sample_crops
-from demo import saturated
 from demo.errors import DemoError
 from demo.page import write_page
-from demo.plan_summary import best_sentence, served_rows, summarise_plan
-from demo.saturated import measure_saturated
-from demo.summary import Pass, Served, summarise
+from demo.plan_summary import best_sentence, served_rows, speedup_sentence, summarise_plan
+from demo.serve import Asked
+from demo.summary import Served, summarise
 from demo.systems import recipes, resolutions_px, served_systems
 from demo.tables import plan_table, result_table, sentences
-from perf.analyzer import AnalyzerResult, Figures
 from routing import RungRecord, RungSet
+from tests.unit.demo_measured import measured
 
 FULL = RungRecord(224, "px=224", "f" * 64)
 CHEAP = RungRecord(112, "px=112,int8=static,align", "c" * 64)
@@ -76,61 +74,42 @@ def test_a_cascade_without_its_full_model_beside_it_is_refused():
         served_systems(rung_set(INT8, FULL, {"static_tome8": MERGED}))
 
 
-class Analyzer:
-    """Stands in for perf_analyzer: notes each load, each image of which takes 10 ms."""
+CLASSES = {
+    **{"low": [0, 1, 0, 3], "high": [0, 1, 2, 3], "adaptive": [0, 1, 1, 3]},
+    **{"vit_high": [0, 1, 1, 3], "static_tome8": [0, 1, 2, 0]},
+}
+ESCALATED = [False, False, True, False]
+RATES = {
+    **{"low": [80, 88, 40], "high": [10, 11, 5], "adaptive": [60, 88, 20]},
+    **{"vit_high": [20, 22, 10], "static_tome8": [15, 16, 8]},
+}
 
-    def __init__(self):
-        self.loads = []
 
-    def run(self, load, csv_path):
-        self.loads.append(load)
-        figures = Figures(load.measured_requests, 100.0, *[160.0] * 4, escalation_rate=None)
-        return AnalyzerResult(load, figures, None, {})
+def saturated(doubts=()):
+    """Three turns at these images per second."""
+    turns = [{name: 1000 / rates[turn] for name, rates in RATES.items()} for turn in range(3)]
+    return measured(CLASSES, ESCALATED, turns, doubts=doubts)
 
 
-def test_every_system_is_measured_in_every_turn_and_none_is_always_first(tmp_path, monkeypatch):
-    analyzer = Analyzer()
-    monkeypatch.setattr(saturated, "run", analyzer.run)
-    systems = served_systems(rung_set(INT8, FULL, {"static_tome8": MERGED, "static_full": FULL}))
-    tensors = [np.zeros((3, 2, 2), np.float32)] * 10
-    server = SimpleNamespace(grpc_url="127.0.0.1:1")
-    found = measure_saturated(server, systems, tensors, tmp_path)
-    assert found == {name: [100.0] * saturated.TURNS for name in systems}
-    turns = np.array_split([load.model for load in analyzer.loads], saturated.TURNS)
-    assert all(set(turn) == set(systems.values()) for turn in turns)
-    assert len({turn[0] for turn in turns}) == saturated.TURNS
-    assert {load.shared_memory for load in analyzer.loads} == {"system"}
-    sent = {load.model: load.measured_requests for load in analyzer.loads}
-    assert sent["router"] % 10 == 0  # whole rounds, whatever the share that escalates
-    assert sent["router"] == max(sent.values())  # see saturated.py: the others are flattered more
-    assert sent["static_full"] == sent["vit_high"] == sent["vit_low"] == 10
-    assert list(tmp_path.glob("*.json")) == []  # hundreds of megabytes
+def alone():
+    costs = {"low": 25.0, "high": 100.0, "adaptive": 50.0, "vit_high": 50.0}
+    classes = {name: CLASSES[name] for name in costs}
+    return measured(classes, ESCALATED, [costs], never=[27.5])
 
 
 def served():
     """Four crops: adaptive escalates the third, and the int8 rung gets it wrong."""
-    return Served(
-        low=np.array([0, 1, 0, 3]),
-        high=np.array([0, 1, 2, 3]),
-        adaptive=np.array([0, 1, 1, 3]),
-        escalated=np.array([False, False, True, False]),
-        score=np.arange(4, dtype=np.float32),
-        truth=np.array([0, 1, 2, 2]),
-        beside={"vit_high": np.array([0, 1, 1, 3]), "static_tome8": np.array([0, 1, 2, 0])},
-    )
+    own = Asked(np.array(CLASSES["adaptive"]), np.array(ESCALATED), np.arange(4, dtype=np.float32))
+    return Served.of(own, np.array([0, 1, 2, 2]), alone(), saturated(), list(CLASSES))
 
 
-def plan_entry(throughput=None, agreement=None):
-    throughput = throughput or {
-        **{"low": [80, 88, 40], "high": [10, 11, 5], "adaptive": [60, 88, 20]},
-        **{"vit_high": [20, 22, 10], "static_tome8": [15, 16, 8]},
-    }
+def plan_entry(agreement=None, doubts=()):
     return summarise_plan(
         RECIPES,
         (CHEAP.recipe, INT8.recipe),
         CERTIFICATE,
         agreement or served().agreement(),
-        throughput,
+        saturated(doubts),
     )
 
 
@@ -138,7 +117,7 @@ def test_the_speedup_is_taken_within_turns():
     plan = plan_entry()
     assert plan["speedup_vs_high"] == pytest.approx(6.0)  # of 6, 8 and 4
     assert plan["speedup_spread"] == {"min": pytest.approx(4.0), "max": pytest.approx(8.0)}
-    assert plan["throughput_per_s"]["adaptive"] == 60
+    assert plan["throughput_per_s"]["adaptive"] == pytest.approx(60)
     assert (plan["low"], plan["high"]) == (CHEAP.recipe, INT8.recipe)
     assert (plan["signal"], plan["max_risk"]) == ("margin", 0.05)
 
@@ -189,18 +168,26 @@ def test_rows_stand_from_the_fastest_to_the_slowest():
             "words": "the full model (224 px)",
             "agreement": "100.0\N{NO-BREAK SPACE}%",
         },
-        **{"throughput": "10.0", "speedup": "1.00×"},
+        **{"throughput": "10.0", "cpu": "100.0", "speedup": "1.00×"},
     }
 
 
-def plan_summary():
-    rates = {"low": [40], "high": [10], "adaptive": [20], "vit_high": [20]}
-    passes = {name: [Pass(4, 1000 / r, r) for r in values] for name, values in rates.items()}
+def plan_summary(doubts=()):
     environment = {"triton_version": "2.51.0", "cpu": "one"}
-    summary = summarise(
-        *("tiny", (112, 224), served(), passes, [(1.0, 1.1)], CERTIFICATE, environment)
+    summary = summarise("tiny", (112, 224), served(), alone(), CERTIFICATE, environment)
+    return {**summary, "plan": plan_entry(doubts=doubts)}
+
+
+def test_a_plan_on_a_busy_machine_says_so_and_shows_no_ratio(tmp_path):
+    plan = plan_entry(doubts=["a reason"])
+    assert plan["disturbed"] is True and plan["speedup_vs_high"] == pytest.approx(6.0)
+    assert speedup_sentence(plan) == ("Saturated, the machine was too busy for a figure: a reason.")
+    assert "times as much" not in best_sentence(plan) and "of the cascade" not in best_sentence(
+        plan
     )
-    return {**summary, "plan": plan_entry()}
+    assert {row["speedup"] for row in served_rows(plan)} == {"–"}
+    believed = plan_entry()
+    assert believed["disturbed"] is False and "6.00 times" in speedup_sentence(believed)
 
 
 def test_the_bound_counts_what_an_escalation_really_costs():

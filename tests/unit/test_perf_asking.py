@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -95,6 +96,38 @@ def test_a_model_without_a_head_is_not_asked_for_logits(client):
     answer = ask(client, make_system("adaptive"), has_head=False)
     assert client.requests[0][2] == ["embedding", "escalated", "score"]
     assert answer.logits is None
+
+
+class Meter:
+    """Stands in for a `CpuMeter`: each reading is a second later, and idling takes nothing."""
+
+    def __init__(self):
+        self.now_s = 0.0
+
+    def read_s(self):
+        self.now_s += 1.0
+        return self.now_s
+
+    def used_s(self, before_s, seconds):
+        return self.read_s() - before_s
+
+
+def test_the_cpu_time_of_a_request_is_what_passed_meanwhile(client):
+    target = SimpleNamespace(client=client, grpc_url="host:1")
+    answer = Asker(target, POOL, True, Meter()).ask(make_system("adaptive"), 0)
+    assert answer.cpu_ms == 1000.0 and answer.latency_ms < 1000
+    assert ask(client, make_system("adaptive")).cpu_ms is None
+
+
+def test_requests_of_a_span_are_in_flight_together_and_share_its_time():
+    target = SimpleNamespace(client=FakeClient(takes_s=0.05), grpc_url="host:1")
+    with ThreadPoolExecutor(4) as threads:
+        answers = Asker(target, POOL, True, Meter()).ask_span(
+            make_system("adaptive"), [0, 1] * 4, threads
+        )
+    assert len(answers) == 8 and len({answer.latency_ms for answer in answers}) == 1
+    assert 2 * 50 / 8 <= answers[0].latency_ms < 6 * 50 / 8  # two rounds of four
+    assert {answer.cpu_ms for answer in answers} == {1000.0 / 8}
 
 
 def test_a_server_that_goes_away_is_an_error_of_ours():

@@ -35,6 +35,8 @@ RESULT = {
     "escalation_rate": 0.1,
     "speedup": Spread.of([2.0]).to_dict(),
     "bound": Spread.of([2.3077]).to_dict(),
+    "disturbed": False,
+    "doubts": [],
     "source": SOURCE,
     "notes": ["a note"],
 }
@@ -62,6 +64,17 @@ def test_the_table_names_the_machine_and_what_to_keep_in_mind():
     Console(file=written, width=120).print(original_table(RESULT))
     for words in ("static-vit, 2000 sample crops, seed 32", "2 cores of Some", "source", "a note"):
         assert words in written.getvalue()
+
+
+def test_ratios_that_cannot_be_true_are_not_shown():
+    disturbed = RESULT | {"disturbed": True, "doubts": ["a reason"]}
+    rows = {title: figures for title, *figures in original_rows(disturbed)}
+    assert rows["speed-up over static high"] == rows["cascade bound"][:1] + ["3.3x"]
+    assert rows["average latency, static high / low"][0] == "not believed"
+    assert rows["cascade bound"][0] == "not believed" and rows["escalated"][0] == "10.0%"
+    written = io.StringIO()
+    Console(file=written, width=120).print(original_table(disturbed))
+    assert "too busy for a figure: a reason" in written.getvalue()
 
 
 def test_a_forward_pass_is_timed_for_both_rungs(tmp_path, monkeypatch):

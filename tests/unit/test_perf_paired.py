@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 
 from perf.measure.paired import (
+    ATTEMPTS,
     PAIRS,
     Paired,
+    believed,
     has_cosine_below,
     measure_paired,
+    measure_spans,
     names_another_class,
 )
 from tests.unit.perf_measured import make_answer, make_system
@@ -98,6 +101,33 @@ def test_neighbours_come_into_the_same_share_and_repeats_are_shares_of_their_own
     assert found.escalation_rate("static-6") == pytest.approx(1 / 5)
 
 
+class SpanAsker:
+    """Logs each span, and whether all of them could be in flight together."""
+
+    def __init__(self):
+        self.log = []
+
+    def ask_span(self, system, rows, threads):
+        self.log.append((system.name, tuple(rows), threads._max_workers))
+        return [make_answer(float(row), cpu_ms=1.0) for row in rows]
+
+
+def test_saturated_the_systems_take_turns_on_spans_after_they_are_warm():
+    asker, steps = SpanAsker(), []
+    spans = [[1, 2, 3, 4, 5, 6, 7], [8, 9]] * 20
+    found = measure_spans(asker, SYSTEMS, spans, 3, lambda: steps.append(1))
+    warm, asked = asker.log[: len(NAMES)], asker.log[len(NAMES) :]
+    assert [entry[:2] for entry in warm] == [(name, (1, 2, 3, 4, 5, 6)) for name in NAMES]
+    assert {threads for *_, threads in asker.log} == {3}
+    turns = [asked[start : start + len(NAMES)] for start in range(0, len(asked), len(NAMES))]
+    for turn, span in zip(turns, spans, strict=True):
+        assert sorted(name for name, *_ in turn) == sorted(NAMES)
+        assert {rows for _, rows, _ in turn} == {tuple(span)}
+    assert {turn[0][0] for turn in turns} == set(NAMES)  # nobody is always first
+    assert len(steps) == len(asked)
+    assert found.costs_ms("adaptive")[:2] == [4.0, 8.5]
+
+
 # --- costs -------------------------------------------------------------------------------------
 
 # Two shares: low 20 and 10, high 100 and 40, adaptive 40 and 25 ms; 1/2 and none escalated.
@@ -133,6 +163,72 @@ def test_speedup_bound_and_efficiency_take_each_shares_own_costs_and_rate():
 def test_the_escalation_rate_counts_images_not_shares():
     case = paired(adaptive=[answers(1, 1, 1, escalated=[0]), answers(1, escalated=[0])])
     assert case.escalation_rate("adaptive") == 0.5
+
+
+def test_where_nothing_is_certified_the_cheap_rung_is_no_part_of_the_bound():
+    everything = [make_answer(100, escalated=True, score=float("nan")) for _ in range(4)]
+    case = paired(
+        static_low=[answers(*[30] * 4)], static_high=[answers(*[100] * 4)], adaptive=[everything]
+    )
+    assert case.bound().values == (1.0,) and case.doubts(cpu_counts=True) == []
+
+
+# --- CPU time, and belief ------------------------------------------------------------------------
+
+
+def with_cpu(*latencies, cpu_ms):
+    return [make_answer(ms, cpu_ms=cpu_ms) for ms in latencies]
+
+
+def measured(adaptive_ms, adaptive_cpu_ms, low_ms=10.0):
+    """One share of two images that stay cheap; the full rung takes 100 ms."""
+    return paired(
+        static_low=[with_cpu(low_ms, low_ms, cpu_ms=low_ms)],
+        static_high=[with_cpu(100, 100, cpu_ms=90)],
+        adaptive_0=[with_cpu(11, 11, cpu_ms=11)],
+        adaptive=[with_cpu(adaptive_ms, adaptive_ms, cpu_ms=adaptive_cpu_ms)],
+    )
+
+
+def test_the_speedup_by_cpu_time_is_beside_that_by_the_clock():
+    case = measured(20.0, 18.0)
+    assert case.cpu_cost("adaptive").values == (18.0,)
+    assert case.speedup().values == case.cpu_speedup().values == (5.0,)
+    assert CASE.cpu_cost("adaptive") is None and CASE.cpu_speedup() is None
+
+
+def test_a_cascade_that_beats_its_own_cheap_rung_is_doubted():
+    reasons = measured(8.0, 7.2).doubts(cpu_counts=True)
+    assert any("its own cheap rung" in reason for reason in reasons)
+
+
+def test_a_router_that_never_escalates_is_not_faster_than_what_it_calls():
+    reasons = measured(20.0, 18.0, low_ms=13.0).doubts(cpu_counts=True)  # adaptive-0 takes 11
+    assert reasons == ["the cascade took 0.85 of the time of its own cheap rung"]
+
+
+def test_clock_and_cpu_time_must_agree_where_they_can_be_compared():
+    apart = measured(20.0, 30.0)
+    assert "by the clock" in apart.doubts(cpu_counts=True)[0]
+    assert apart.doubts(cpu_counts=False) == []
+
+
+BELIEVED, DISTURBED = measured(20.0, 18.0), measured(5.0, 4.5)
+
+
+@pytest.mark.parametrize(
+    ("results", "kept", "repeats"),
+    [
+        ([BELIEVED, DISTURBED], BELIEVED, 0),
+        ([DISTURBED, BELIEVED], BELIEVED, 1),
+        ([DISTURBED] * (ATTEMPTS + 3), DISTURBED, ATTEMPTS - 1),
+    ],
+)
+def test_what_cannot_be_true_is_measured_again_and_not_for_ever(results, kept, repeats):
+    waiting, again = iter(results), []
+    found, reasons = believed(lambda: next(waiting), True, again.append)
+    assert found is kept and len(again) == repeats
+    assert bool(reasons) is (kept is DISTURBED)
 
 
 # --- agreement ---------------------------------------------------------------------------------

@@ -311,16 +311,40 @@ def test_a_run_that_was_cut_short_says_so(page, tmp_path):
     assert banner in cut.text and "loud" in cut.classes
 
 
-def test_an_efficiency_above_one_is_explained(page, tmp_path):
-    overlap = "under load the two rungs may run at the same time"
-    assert overlap not in page.text
-    summary = without_figures(cascade_efficiency_saturated=spread(1.07, 1.08, 1.09, 1.1))
+def test_an_efficiency_a_little_above_one_is_explained(page, tmp_path):
+    batches = "fewer images share a batch"
+    assert batches not in page.text
+    summary = without_figures(cascade_efficiency_saturated=spread(1.01, 1.02, 1.03))
     text = page_of(tmp_path, summary).text
-    assert f"The saturated efficiency is 1.085, above 1: {overlap}" in text
+    assert f"The saturated efficiency is 1.020, above 1: in the cascade {batches}" in text
     assert "client and network are paid once" not in text
     summary = without_figures(cascade_efficiency_c1=spread(1.01, 1.02))
     text = page_of(tmp_path, summary).text
-    assert "client and network are paid once" in text and overlap not in text
+    assert "client and network are paid once" in text and batches not in text
+
+
+@pytest.mark.parametrize(
+    ("load", "words", "box"),
+    [
+        ("c1", "With one request in flight the machine was too busy", "2.34× 2.31 to 2.38"),
+        ("saturated", "Saturated the machine was too busy", "0.94 0.93 to 0.95, 4 runs the same"),
+    ],
+)
+def test_figures_that_cannot_be_true_are_said_and_not_shown_in_large_type(
+    page, tmp_path, load, words, box
+):
+    assert words not in page.text and "loud" not in page.classes and box in page.text
+    summary = without_figures(disturbed=True, doubts={load: ["a reason"]})
+    disturbed = page_of(tmp_path, summary)
+    assert f"{words} for a figure: a reason." in disturbed.text and "loud" in disturbed.classes
+    assert box not in disturbed.text and "– not believed" in disturbed.text
+
+
+def test_a_disturbed_run_gives_no_verdict():
+    summary = sample_summary() | {"doubts": {"c1": ["a reason"]}}
+    found = verdict(summary)
+    assert found["heading"].endswith("The machine was too busy to say")
+    assert found["state"] == "unasked" and "2.34" not in found["sentence"]
 
 
 SECTIONS = {

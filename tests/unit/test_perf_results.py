@@ -5,7 +5,7 @@ import pytest
 
 from perf.errors import PerfError
 from perf.results_table import BEGIN, END, results_table, update_readme
-from tests.unit.perf_summary import sample_summary
+from tests.unit.perf_summary import sample_summary, spread
 
 ROOT = Path(__file__).resolve().parents[2]
 ROW = (
@@ -53,13 +53,17 @@ def test_what_was_not_measured_is_a_dash_and_a_cut_off_run_says_so(tmp_path):
     assert cells[4] == "2.34× (bound 2.44×, efficiency 0.96)" and cells[6] == "1.03"
 
 
-def test_saturated_figures_of_passes_that_did_not_agree_are_marked(tmp_path):
-    summary = sample_summary()
-    summary["notes"] = ["saturated, adaptive did not stabilise: throughput differs by 20%"]
+def test_speedups_that_cannot_be_true_are_not_shown(tmp_path):
+    summary = sample_summary() | {"cascade_efficiency_saturated": spread(1.2, 1.3, 1.4)}
     row = results_table(folder_with(tmp_path, cpu=summary)).splitlines()[2]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[5] == "2.23× (bound 2.38×, efficiency 0.94), not stable"
-    assert "not stable" not in cells[4]  # one request in flight is another measurement
+    assert cells[4] == "2.34× (bound 2.44×, efficiency 0.96)"
+    assert (cells[5], cells[6]) == ("not believed", "1.03")
+    summary["doubts"] = {"c1": ["a reason"], "saturated": []}
+    (tmp_path / "again").mkdir()
+    row = results_table(folder_with(tmp_path / "again", cpu=summary)).splitlines()[2]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[4] == cells[6] == "not believed" and cells[5].startswith("2.23×")
 
 
 def test_results_of_another_kind_are_passed_over(tmp_path):

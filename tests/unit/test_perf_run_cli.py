@@ -63,7 +63,7 @@ def free_url():
 class FakeTarget:
     """A server that passes every check."""
 
-    version, models = "2.51.0", {"vit_low", "vit_high", "router"}
+    version, models, server = "2.51.0", {"vit_low", "vit_high", "router"}, None
 
     def __init__(self, grpc_url, http_url, server):
         self.url = grpc_url
@@ -237,3 +237,17 @@ def test_the_summary_says_which_command_and_which_model_it_is_of(perf, workplace
     assert found["command"] == command
     assert (found["suite"], found["fidelity"]) == ("full", "names the same class")
     assert found["model"]["backbone"] == "tiny" and found["certificate"] is None
+
+
+def test_the_terminal_prints_no_ratio_that_cannot_be_true(capsys):
+    summary = sample_summary()
+    for answer in summary["answers"].values():
+        answer["escalation_rate"] = answer["escalation_rate"] or 0.0
+    command_line._print_verdict(summary)
+    text = capsys.readouterr().out
+    assert "2.340" in text and "0.43" in text and "too busy" not in text  # 44.9 of 105 ms
+    command_line._print_verdict(summary | {"doubts": {"c1": ["a reason"], "saturated": []}})
+    text = capsys.readouterr().out
+    assert "one request in flight: the machine was too busy for a figure (a reason)" in text
+    assert "2.340" not in text and "0.43" not in text and "speedup_saturated" in text
+    assert "router_overhead_c1" not in text and "peak_memory_ratio" in text

@@ -11,7 +11,7 @@ from perf.measure.paired import Paired, names_another_class
 from routing import RungSet
 from tests.unit.fakes import make_calibration
 from tests.unit.onnx_files import CLASSES, SIZE, D, write_rung_set
-from tests.unit.perf_measured import make_answer, make_measured, make_system
+from tests.unit.perf_measured import make_answer, make_system
 
 HIGH = [make_answer(100.0, names=0), make_answer(100.0, names=1)]
 LOW = [make_answer(10.0, names=0), make_answer(30.0, names=2)]
@@ -81,21 +81,26 @@ def test_the_figures_with_one_request_in_flight():
     assert "ensemble_over_router" not in summary.paired_figures(PAIRED, has_ensemble=False)
 
 
-def test_the_saturated_figures_take_one_over_the_throughput_turn_by_turn():
-    measured = [
-        make_measured("static-low", [40.0, 50.0]),
-        make_measured("static-high", [10.0, 10.0]),
-        make_measured("adaptive", [16.0, 20.0]),
-    ]
-    found = summary.saturated_figures(measured, 0.25)
+def test_the_saturated_figures_are_taken_turn_by_turn_with_the_cores_that_everybody_had():
+    def turn(low, high, adaptive):
+        costs = {"static-low": low, "static-high": high, "adaptive": adaptive}
+        return {
+            name: [
+                make_answer(ms, escalated=name == "adaptive" and i == 0, cpu_ms=0.9 * ms)
+                for i in range(4)
+            ]
+            for name, ms in costs.items()
+        }
+
+    found = summary.saturated_figures(Paired([turn(25, 100, 62.5), turn(20, 100, 50)]), 1, 8)
     assert found["speedup_saturated"]["values"] == pytest.approx([1.6, 2.0])
+    assert found["cpu_speedup_saturated"]["values"] == pytest.approx([1.6, 2.0])
     assert found["bound_saturated"]["values"] == pytest.approx([2.0, 1 / 0.45])
     assert found["cascade_efficiency_saturated"]["values"] == pytest.approx([0.8, 0.9])
-
-
-def test_without_both_static_rungs_nothing_is_said_of_saturation():
-    measured = [make_measured("static-low", [40.0]), make_measured("adaptive", [16.0])]
-    assert summary.saturated_figures(measured, 0.25) == {}
+    section = found["saturated"]
+    assert (section["cores"], section["in_flight"]) == (1, 8)
+    assert section["systems"]["adaptive"]["escalation_rate"] == 0.25
+    assert section["systems"]["static-high"]["cpu_ms"]["median"] == pytest.approx(90)
 
 
 def use(pss, gpu=None, weights=5.0):

@@ -1,0 +1,54 @@
+"""Figures that cannot be true are told from those that can."""
+
+import pytest
+
+from perf.belief import doubts, doubts_of
+from tests.unit.perf_summary import sample_summary, spread
+
+
+@pytest.mark.parametrize(
+    ("speedup", "efficiency", "over_low", "cpu_speedup"),
+    [
+        (2.55, 0.971, 1.25, 2.5),  # README's, on a quiet machine
+        (2.55, 0.971, None, None),  # a server elsewhere, or a GPU
+        (3.9, 1.04, 0.97, 3.5),  # noise, all three
+        (1.15, 0.9, 1.2, 1.0),
+        (1.0, 0.9, 1.2, 1.15),
+    ],
+)
+def test_what_can_be_true_is_believed(speedup, efficiency, over_low, cpu_speedup):
+    assert doubts(speedup, efficiency, over_low, cpu_speedup) == []
+
+
+@pytest.mark.parametrize(
+    ("figures", "said"),
+    [
+        # Printed by an earlier demo: on a busy machine, and on a quiet one.
+        ((4.02, 4.02 / 1.94), "efficiency of 2.07"),
+        ((2.93, 2.93 / 2.65), "efficiency of 1.11"),
+        ((2.0, 0.9, 8.8 / 14.5), "took 0.61 of the time of its own cheap rung"),
+        ((2.0, 0.9, 1.2, 1.7), "2.00 by the clock and 1.70 by CPU time"),
+        ((1.7, 0.9, 1.2, 2.0), "1.70 by the clock and 2.00 by CPU time"),
+    ],
+)
+def test_what_cannot_be_true_is_not_and_it_is_said_why(figures, said):
+    (reason,) = doubts(*figures)
+    assert said in reason
+
+
+def test_every_reason_is_given():
+    assert len(doubts(4.0, 2.0, 0.5, 2.0)) == 3
+
+
+def test_a_summary_of_earlier_code_is_judged_by_its_figures():
+    summary = sample_summary()
+    assert doubts_of(summary, "c1") == doubts_of(summary, "saturated") == []
+    summary["cascade_efficiency_saturated"] = spread(1.2, 1.3, 1.4)
+    assert "1.30" in doubts_of(summary, "saturated")[0] and doubts_of(summary, "c1") == []
+    summary["doubts"] = {"c1": ["noted by the run"], "saturated": []}
+    assert doubts_of(summary, "c1") == ["noted by the run"]
+    assert doubts_of(summary, "saturated") == []
+
+
+def test_nothing_is_doubted_that_was_not_measured():
+    assert doubts_of({"doubts": {}}, "c1") == []
