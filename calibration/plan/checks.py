@@ -128,14 +128,14 @@ def _described(
     for text in dict.fromkeys(written(r) for found in options.values() for r in found):
         arguments += ["--recipe", text]
     model = run_json(arguments, bars.say)
-    problems = {entry["asked"]: entry["problem"] for entry in model["recipes"]}
-    if request.px is not None and problems[f"px={request.px}"]:
-        raise PlanError(f"--px {request.px}: {problems[f'px={request.px}']}")
+    said = {entry["asked"]: entry for entry in model["recipes"]}
+    if request.px is not None and (problem := said[f"px={request.px}"]["problem"]):
+        raise PlanError(f"--px {request.px}: {problem}")
     found = [
-        f"{option} {written(recipe)}: {problems[written(recipe)]}"
+        f"{option} {entry['recipe'] or entry['asked']}: {entry['problem']}"
         for option, asked in options.items()
-        for recipe in asked
-        if problems[written(recipe)]
+        for entry in (said[written(recipe)] for recipe in asked)
+        if entry["problem"]
     ]
     if found:
         raise PlanError("; ".join(found))
@@ -168,7 +168,7 @@ def check_images(request: Request, asked: Asked, bars: Bars) -> list[str]:
     try:
         found = certify_groups(groups, learned, asked.aligns, request.seed)
     except SplitError as error:
-        raise PlanError(f"{error}; {_needed(request, asked)}") from None
+        raise PlanError(f"{error}; {needed(request, asked)}") from None
     check_certify_images(found, groups, request, asked)
     most = min(MOST, len(asked.lows) * len(asked.highs))
     goal = replace(request.goal, choices=choices_for(found, request.goal, most))
@@ -199,7 +199,7 @@ def check_certify_images(found: int, groups: Sequence[str], request: Request, as
     if found < images_needed(request.goal):
         raise PlanError(
             f"{_counted(groups)} are too few: {goal_words(request.goal)} "
-            f"{too_few(request.goal, found)}; {_needed(request, asked)}"
+            f"{too_few(request.goal, found)}; {needed(request, asked)}"
         )
 
 
@@ -209,7 +209,7 @@ def _counted(groups: Sequence[str]) -> str:
     return f"{len(groups):,} images{grouped}"
 
 
-def _needed(request: Request, asked: Asked) -> str:
+def needed(request: Request, asked: Asked) -> str:
     """What to do about too few images."""
     enough = images_for(request.goal, asked.aligns, asked.quantises)
     without = images_for(request.goal, False, asked.quantises)

@@ -17,6 +17,7 @@ from ..certify import Goal
 from ..fidelity import KINDS, Fidelity
 from ..images import open_images
 from ..pages.plan import write_plan
+from ..pages.plan_points import cascade_marks
 from ..pages.plan_readings import why_nothing
 from ..scoring import flat_score
 from ..source import ImageSource
@@ -174,22 +175,22 @@ def _print(content: dict[str, Any], request: Request) -> None:
     """The cascades that were tested, then everything about the chosen one."""
     if content["tested"]:
         console.print(_table(content))
-    for line in (*content["notes"], *_chosen(content, request)):
-        console.print(line, soft_wrap=True)  # a line that is broken cannot be pasted
+    for line in (*_recipes(content), *content["notes"], *_chosen(content, request)):
+        console.print(line, soft_wrap=True)  # a recipe or command that is broken cannot be pasted
 
 
 def _table(content: dict[str, Any]) -> Table:
-    """Recipes in full however narrow the terminal: other columns give way, then they are folded."""
+    """A letter for each cascade, as on the page: a column of recipes would be cut."""
     table = Table(title="cascades that were tested; costs without the router")
-    table.add_column("cheap, then full", no_wrap=True, overflow="fold")
-    table.add_column("signal", overflow="fold")
+    table.add_column("")
+    table.add_column("signal")
     for column in ("escalated", "ms/image", "speed-up"):
-        table.add_column(column, justify="right", overflow="fold")
-    table.add_column("certified", overflow="fold")
-    for entry in content["tested"]:
+        table.add_column(column, justify="right")
+    table.add_column("certified")
+    for mark, entry in zip(cascade_marks(content).values(), content["tested"], strict=True):
         figures, certificate = entry["certify"], entry["certificate"]
         table.add_row(
-            f"{entry['low_recipe']}\n{entry['high_recipe']}",
+            mark,
             entry["signal"],
             f"{figures['escalation_rate']:.1%}",
             f"{figures['ms_per_image']:.1f}",
@@ -199,6 +200,15 @@ def _table(content: dict[str, Any]) -> Table:
             else "no",
         )
     return table
+
+
+def _recipes(content: dict[str, Any]) -> list[str]:
+    """What each letter stands for."""
+    marks = cascade_marks(content).values()
+    return [
+        f"{mark}: {entry['low_recipe']}, then {entry['high_recipe']}"
+        for mark, entry in zip(marks, content["tested"], strict=True)
+    ]
 
 
 def _chosen(content: dict[str, Any], request: Request) -> list[str]:

@@ -18,7 +18,7 @@ from ..certify import one_per_group
 from ..fidelity import Fidelity
 from ..fit import Options, fit
 from ..outputs import Outputs
-from ..splits import check_grouping, group_keys
+from ..splits import SplitError, check_grouping, group_keys
 from .answers import (
     Parts,
     agreements,
@@ -31,12 +31,12 @@ from .answers import (
 )
 from .bars import Bars
 from .candidates import ALIGN, FULL, Graph, find, shelf_graphs
-from .checks import check_certify_images, check_images, check_recipes, choices_for
+from .checks import check_certify_images, check_images, check_recipes, choices_for, needed
 from .graph_outputs import OutputsCache
 from .request import Request
 from .select import MOST, Candidate, Pair, Tested, cascade_ms, choose, predict, shortlist
 from .shelf import align_graph, export_shelf
-from .subprocesses import run, run_json
+from .subprocesses import PlanError, run, run_json
 
 BATCH = 8  # images of a request when graphs are priced, as batches form under load
 TURNS = 3
@@ -106,8 +106,11 @@ def make_plan(request: Request, bars: Bars) -> Planned:
     rung_set = RungSet.load(shelf)
     cache = OutputsCache(request.cache / "outputs", request.source, rung_set)
     fidelity = request.fidelity or _default_fidelity(rung_set, request.tolerance)
-    parts = divide(request, rung_set, cache, asked.aligns, bars)
     # Images that cannot be read, or that are one group, are known only now.
+    try:
+        parts = divide(request, rung_set, cache, asked.aligns, bars)
+    except SplitError as error:
+        raise PlanError(f"{error}; {needed(request, asked)}") from None
     known = group_keys(parts.reference, request.group_by)
     check_certify_images(_certify_images(parts, request), known, request, asked)
 

@@ -187,6 +187,8 @@ class Commands:
             learned = sorted(Path(options["--fit-images"][0]).iterdir())
             digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in learned]
             beside = options.get("--beside", [])
+            if not any("int8=static" in text for text in [*options["--low"], *beside]):
+                digests = []
             write_shelf(
                 out["--out"], options["--low"][0], beside, hash_prefixes(digests), self._head
             )

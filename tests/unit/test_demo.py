@@ -79,11 +79,10 @@ def test_throughput_is_all_requests_over_all_time():
     assert summary["realised_risk"] == 0.25
 
 
-def make_page(path, escalated, threshold, certificate):
+def make_page(path, escalated, threshold, certificate, scores=(0, 1, 2, 3)):
     """The page of four crops: what a person sees of it."""
     answers = served([0, 1, 2, 3], escalated)
-    scores = np.arange(4, dtype=np.float32) if threshold is not None else np.full(4, np.nan)
-    answers = replace(answers, score=scores)
+    answers = replace(answers, score=np.float32(scores if threshold is not None else [np.nan] * 4))
     summary = summarise(
         *("tiny", (32, 64), answers, passes([40], [10], [18]), [(1.0, 1.1)], certificate),
         {"triton_version": "2.51.0", "cpu": "<one> & only"},
@@ -105,6 +104,18 @@ def test_the_page_shows_the_certificate_and_every_crop_once(tmp_path):
     assert "&lt;one&gt; &amp; only" in page
     loaded = re.findall(r'(?:src|href)="(?!data:)([^"]*)"', page)
     assert loaded == ["report.html"]  # its only reference is a link
+
+
+def test_scores_on_the_page_of_the_demo_lie_on_their_side_of_the_threshold(tmp_path):
+    scores = [15.6531, 15.65565, 15.655651, 15.6585]
+    threshold = float(np.float32(scores[1:3]).astype(np.float64).mean())
+    escalated = [False, False, True, True]
+    page = make_page(tmp_path / "index.html", escalated, threshold, CERTIFIED, scores)
+    kept, rest = page.split("Escalated: 2")
+    assert f"(at {threshold!r})" in kept
+    low, high = (list(map(float, re.findall(r"score ([\d.]+)<", part))) for part in (kept, rest))
+    assert len(low) == len(high) == 2
+    assert max(low) <= threshold < min(high)
 
 
 def test_the_page_of_an_uncertified_demo_says_that_everything_escalates(tmp_path):
