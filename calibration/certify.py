@@ -272,15 +272,27 @@ def statement(
 
 def _why_not(verdict: Verdict, goal: Goal, fidelity: Fidelity, reference: str) -> str:
     if verdict.allowed < 0:
-        return (
-            f"that takes {images_needed(goal)} independent certify images even if none of them is "
-            f"lost, and there are {verdict.n}"
-        )
+        return f"that {too_few(goal, verdict.n)}"
     return (
         f"even at the most careful threshold {verdict.errors} of {verdict.n} certify images get an "
         f"answer that {fidelity.words(reference)}, and up to {verdict.allowed} would have been "
         "allowed"
     )
+
+
+def too_few(goal: Goal, n: int) -> str:
+    """How many images a goal takes and how many there are, to be read after "that"."""
+    return (
+        f"takes {images_needed(goal)} independent certify images even if none of them is lost, and "
+        f"there are {n}"
+    )
+
+
+def goal_words(goal: Goal) -> str:
+    """What is to be proved, in plain words."""
+    crc = goal.method == "crc"
+    strength = "on average" if crc else f"with confidence {_percent(goal.confidence)}"
+    return f"a risk of at most {_percent(goal.max_risk)} {strength}"
 
 
 def _percent(share: float) -> str:

@@ -25,7 +25,7 @@ from .fidelity import Fidelity, oracle_l2
 from .held_out import HeldOut
 from .outputs import Outputs, hash_prefixes, known_prefixes
 from .record import FitRecord, record_path
-from .scoring import fit_score_map, learn_sign, threshold_for_rate
+from .scoring import fit_score_map, learn_sign, score_spread, threshold_for_rate
 from .splits import CERTIFIED, UNCERTIFIED, Rows, check_no_duplicates, group_keys, split_by_group
 
 FloatVector = NDArray[np.float64]
@@ -205,6 +205,7 @@ def fit(
         metrics={
             **test.figures(),
             **test.signals(values, oracle, name, max_risk, costs),
+            "score_spread": score_spread(scores[splits["test"]], oracle[splits["test"]]),
         },
         data={
             "source": outputs.title,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
@@ -12,6 +15,7 @@ from routing import ScoreMap
 
 FloatVector = NDArray[np.float64]
 MAX_KNOTS = 32
+FLAT = 0.05  # of the oracle's spread: a signal that correlates with it by 0.05 spans about as much
 
 
 def learn_sign(raw: FloatVector, oracle: FloatVector, loss: NDArray[np.bool_]) -> int:
@@ -52,6 +56,44 @@ def fit_score_map(raw: FloatVector, oracle: FloatVector, sign: int) -> ScoreMap:
     else:
         knots, values, _ = _pooled(blocks, knots, values, counts)
     return ScoreMap(sign, tuple(knots.tolist()), tuple(values.tolist()))
+
+
+def score_spread(scores: NDArray[np.floating[Any]], oracle: FloatVector) -> dict[str, float]:
+    """How far images lie apart by their score and by what it predicts.
+
+    Args:
+        scores: of n images that the score has not learned, oracle units.
+        oracle: of the same.
+
+    Returns:
+        `score` and `oracle`, the width of the middle 90 % of each, oracle units, and `tied`, the
+        share of the images that have the most frequent score.
+    """
+    low, high = np.quantile(scores, [0.05, 0.95])
+    least, most = np.quantile(oracle, [0.05, 0.95])
+    counts = np.unique(scores, return_counts=True)[1]
+    return {
+        "score": float(high) - float(low),
+        "oracle": float(most - least),
+        "tied": float(counts.max() / len(scores)),
+    }
+
+
+def flat_score(spread: Mapping[str, float]) -> str:
+    """A sentence where the score hardly tells images apart; else empty.
+
+    Args:
+        spread: from `score_spread`.
+    """
+    start = "The score hardly tells images apart"
+    if spread["tied"] > 0.5:
+        return f"{start}: {spread['tied']:.0%} of the test images share one value."
+    if spread["score"] < FLAT * spread["oracle"]:
+        return (
+            f"{start}: the middle 90 % of the test images span {spread['score']:.2g} of predicted "
+            f"change, where full cost makes changes that span {spread['oracle']:.2g}."
+        )
+    return ""
 
 
 def _pooled(

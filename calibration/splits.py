@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,23 +51,35 @@ def group_keys(outputs: Outputs, grouping: str) -> tuple[str, ...]:
 
 
 def split_by_group(
-    groups: tuple[str, ...], shares: Mapping[str, float], seed: int
+    groups: tuple[str, ...],
+    shares: Mapping[str, float],
+    seed: int,
+    first: Collection[str] = (),
 ) -> dict[str, Rows]:
     """Row indices of each split; a group is never divided.
 
     Groups are shuffled and each split gets its share of them, whatever their sizes: cutting by
     images would favour large groups at the edges.
 
+    Args:
+        groups: of the images.
+        shares: of the groups, by split.
+        seed: of the shuffle.
+        first: groups that all go to the first split, whatever its share.
+
     Raises:
         SplitError: a split would have fewer than `MIN_GROUPS` groups.
     """
     names, inverse = np.unique(np.array(groups), return_inverse=True)
-    rank = np.random.default_rng(seed).permutation(len(names))[inverse]  # of each image's group
+    order = np.random.default_rng(seed).permutation(len(names))
+    if first:
+        order = np.argsort(np.lexsort((order, ~np.isin(names, list(first)))))
+    rank = order[inverse]  # of each image's group
     splits: dict[str, Rows] = {}
     start, share = 0, 0.0
     for name, fraction in shares.items():
         share += fraction
-        stop = round(min(share, 1.0) * len(names))
+        stop = max(round(min(share, 1.0) * len(names)), len(first))
         splits[name] = np.flatnonzero((start <= rank) & (rank < stop))
         if stop - start < MIN_GROUPS:
             raise SplitError(

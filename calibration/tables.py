@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from routing import Calibration
+from routing import Calibration, threshold_text
 
 from .align import Aligned
+from .scoring import flat_score
 
 console = Console(highlight=False, markup=False)
 
@@ -39,6 +40,12 @@ def print_fit(calibration: Calibration) -> None:
     console.print(table)
     if metrics["no_better_than_random"]:
         console.print(f"{calibration.signal} is not shown to rank losses better than random")
+    flat = flat_score(metrics["score_spread"])
+    if flat:
+        console.print(flat)
+    if calibration.threshold is not None:
+        threshold = threshold_text(calibration.threshold)
+        console.print(f"threshold {threshold}: images with a larger score go to the full rung")
     certificate = calibration.certificate
     console.print("nothing is certified" if certificate is None else certificate["statement"])
 

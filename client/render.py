@@ -51,7 +51,8 @@ def table(outcomes: Sequence[Outcome], top: int, labels: Sequence[str] | None) -
         if prediction is None:
             rows.add_row(Text(str(outcome.file)), Text(str(outcome.error), style="red"))
             continue
-        score = "-" if math.isnan(prediction.score) else f"{prediction.score:.4g}"
+        # Four digits would show scores on both sides of a threshold as one number.
+        score = "-" if math.isnan(prediction.score) else str(np.float32(prediction.score))
         rows.add_row(
             Text(str(outcome.file)),
             _answer(prediction, top, labels),

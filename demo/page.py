@@ -15,6 +15,7 @@ from PIL import Image
 from calibration.pages.page import HIGH_COLOUR, LOW_COLOUR, THUMBNAIL_PX, data_uri
 from calibration.pages.recipe_words import recipe_words
 from perf.belief import TOO_BUSY
+from routing import score_texts, threshold_text
 
 from .plan_summary import best_sentence, served_rows, speedup_sentence
 from .summary import Served
@@ -42,6 +43,8 @@ def write_page(
         report: link to the page of the calibration.
         plan: link to the page of the plan, where the cascade was planned.
     """
+    order = np.argsort(served.score)
+    scores = score_texts(served.score[order].tolist(), threshold)
     cards = [
         {
             "image": _thumbnail(crops[i]),
@@ -50,10 +53,10 @@ def write_page(
             "agrees": bool(served.adaptive[i] == served.high[i]),
             "low": labels[served.low[i]],
             "low_agrees": bool(served.low[i] == served.high[i]),
-            "score": float(served.score[i]),
+            "score": score,
             "escalated": bool(served.escalated[i]),
         }
-        for i in np.argsort(served.score)
+        for i, score in zip(order, scores, strict=True)
     ]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True
@@ -61,7 +64,7 @@ def write_page(
     html = environment.get_template("page.html.j2").render(
         summary=summary,
         too_busy=TOO_BUSY,
-        threshold=threshold,
+        threshold=None if threshold is None else threshold_text(threshold),
         kept=[card for card in cards if not card["escalated"]],
         escalated=[card for card in reversed(cards) if card["escalated"]],
         histogram=None if threshold is None else _histogram(served, threshold),

@@ -122,24 +122,27 @@ def rungs(
         _print_summary(record, out)
 
 
-@app.command()
-def describe(
+@app.command("describe")
+def describe_command(
     model: Annotated[str, typer.Option(metavar="NAME|PATH|ID", help="As `rungs --model`.")],
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(metavar=RECIPE, help="Say whether it can be exported; may be repeated."),
+    ] = None,
+    px: Annotated[
+        int | None, typer.Option(help="Full resolution of those (default: the model's).")
+    ] = None,
+    head: Annotated[
+        Head | None, typer.Option(help="Of those: this head instead of the model's own.")
+    ] = None,
 ) -> None:
-    """Print what a model is, as JSON: its patch size, blocks, classes and resolutions."""
-    from export.rungs import load_backbone  # torch, as above
+    """Print what a model is, as JSON: its patch size, blocks, classes and resolutions.
 
-    backbone = load_backbone(model)
-    low_px, high_px = backbone.default_px
-    content = {
-        "backbone": backbone.name,
-        "patch_size": backbone.patch_size,
-        "layers": backbone.layers,
-        "embedding_dim": backbone.embedding_dim,
-        "classes": backbone.classes,
-        "low_px": low_px,
-        "high_px": high_px,
-    }
+    For each --recipe also what is wrong with it; nothing is exported.
+    """
+    from export.rungs import describe, load_backbone  # torch, as above
+
+    content = describe(load_backbone(model), recipe or (), px, own_head=head is None)
     typer.echo(json.dumps(content, indent=2))
 
 
@@ -292,7 +295,8 @@ def _print_summary(record: dict[str, Any], out: Path) -> None:
     classes = f", {record['classes']} classes" if record["classes"] else ", no head"
     table = Table(title=f"{record['backbone']}{classes}", caption=f"in {out}")
     table.add_column("graph", no_wrap=True)  # its file is this and .onnx
-    for heading in ("recipe", "MiB", "difference to torch", "cosine to full"):
+    table.add_column("recipe", overflow="fold")  # a cut one could not be asked for again
+    for heading in ("MiB", "difference to torch", "cosine to full"):
         table.add_column(heading)
     reference = {"reference": record["reference"]} if record["reference"] else {}
     for name, rung in {**record["rungs"], **reference, **record["alternatives"]}.items():

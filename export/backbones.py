@@ -15,11 +15,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from export.errors import UsageError
-from export.recipes.depth import first_blocks
+from export.recipes.depth import check_depth, first_blocks
 from export.recipes.recipe import Recipe
 from export.recipes.resize import bake_positions, downsample
 from export.recipes.token_merging import merge_tokens
-from export.vit_families import base_model, has_own_head
+from export.vit_families import base_model, has_own_head, head_reads_cls_alone
 from imaging import Preprocessing
 
 # The attention matrix of 4,096 patches (64 x 64) takes 3 GB at batch 8 and 6 heads, the largest
@@ -124,6 +124,37 @@ class Backbone:
             raise UsageError(
                 f"px={px} is no positive multiple of the patch size {self.patch_size}; "
                 f"use {choices}"
+            )
+
+    @property
+    def aligns(self) -> bool:
+        """Whether logits follow from the embedding alone, so that an alignment reaches them."""
+        own_head = self.probe is None and has_own_head(self.model)
+        return not own_head or head_reads_cls_alone(self.model)
+
+    def check(self, recipe: Recipe, image_px: int) -> None:
+        """Refuse a recipe that the model cannot be run by, before anything is exported.
+
+        Args:
+            recipe: of a graph.
+            image_px: H = W of the input `image`, the resolution where the recipe names none.
+
+        Raises:
+            UsageError: saying which part and why.
+        """
+        recipe = recipe.at(image_px)
+        assert recipe.px is not None
+        self.check_px(recipe.px)
+        if recipe.px > image_px:
+            raise UsageError(f"{recipe} looks at more than the full rung's {image_px} px")
+        if recipe.depth is not None:
+            check_depth(recipe.depth, self.layers)
+        if recipe.tome and recipe.px < 2 * self.patch_size:
+            raise UsageError(f"tome={recipe.tome} has one patch at {recipe.px} px, none to merge")
+        if recipe.align and not self.aligns:
+            raise UsageError(
+                "align does not reach this model's head, which reads more than the CLS token; "
+                "leave align out"
             )
 
     def rung(self, recipe: Recipe) -> RungModule:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from export import onnx_graph, parity
 from export.backbones import Backbone, RungSpec
-from export.errors import ExportError, UsageError
+from export.errors import ExportError
 from export.progress import Steps
 from export.recipes.half import to_half
 from export.recipes.quantise import quantise_dynamic, quantise_static
@@ -143,10 +143,7 @@ def _lowered(model: onnx.ModelProto, recipe: Recipe, material: Material) -> onnx
     elif recipe.precision == "int8":
         model = quantise_dynamic(model)
     elif recipe.precision == "int8=static":
-        if material.fit_images is None:
-            raise UsageError(
-                f"recipe {recipe}: int8=static learns ranges from images; give --fit-images DIR"
-            )
+        assert material.fit_images is not None  # `export_rungs` has refused
         model = quantise_static(model, material.fit_images)
     return model
 

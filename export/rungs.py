@@ -6,7 +6,8 @@ import json
 import math
 import os
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from export.progress import Steps
 from export.recipes.recipe import Recipe
 from export.staging import folder_beside
 from export.static_vit import static_vit
+from export.vit_families import base_model
 from routing import RUNGS, WEIGHTS
 from routing.rungset import NAME as RECORD
 from routing.rungset import REFERENCE, SCHEMA_VERSION
@@ -109,6 +111,49 @@ def load_backbone(model: str, seed: int = 0, checkpoint: Path | None = None) -> 
     return pretrained(model)
 
 
+def describe(
+    backbone: Backbone,
+    recipes: Sequence[str] = (),
+    px: int | None = None,
+    own_head: bool = True,
+) -> dict[str, Any]:
+    """What a model is, and by which recipes it can be exported, as JSON types.
+
+    Args:
+        backbone: the model.
+        recipes: to check, as users write them; nothing is exported.
+        px: the full rung's resolution; None: the model's own.
+        own_head: False: a linear head will take the place of the model's own.
+    """
+    if not own_head:
+        backbone = replace(backbone, model=base_model(backbone.model))
+    low_px, high_px = backbone.default_px
+    checked = [_checked(backbone, text, px or high_px) for text in recipes]
+    return {
+        "backbone": backbone.name,
+        "patch_size": backbone.patch_size,
+        "layers": backbone.layers,
+        "embedding_dim": backbone.embedding_dim,
+        "classes": backbone.classes,
+        "aligns": backbone.aligns,
+        "low_px": low_px,
+        "high_px": high_px,
+        "recipes": checked,
+    }
+
+
+def _checked(backbone: Backbone, text: str, image_px: int) -> dict[str, str | None]:
+    """A recipe as asked for, in canonical text (None: it has none), and what is wrong with it."""
+    canonical: str | None = None
+    try:
+        recipe = Recipe.parse(text)
+        canonical = str(replace(recipe, px=None) if recipe.px == image_px else recipe)
+        backbone.check(recipe, image_px)
+    except UsageError as error:
+        return {"asked": text, "recipe": canonical, "problem": str(error)}
+    return {"asked": text, "recipe": canonical, "problem": None}
+
+
 def _check_request(request: RungsRequest) -> None:
     onnx_graph.check_opset(request.opset)
     for option, tolerance in (("--rtol", request.rtol), ("--atol", request.atol)):
@@ -116,7 +161,12 @@ def _check_request(request: RungsRequest) -> None:
             raise UsageError(f"{option} {tolerance} must be a number of at least 0")
     if request.out.exists() and not request.out.is_dir():
         raise UsageError(f"--out {request.out} is a file; give a directory")
+    learns = request.fit_images or request.probe_images
     for recipe in (request.low, request.high, *request.beside):
+        if recipe is not None and recipe.precision == "int8=static" and not learns:
+            raise UsageError(
+                f"recipe {recipe}: int8=static learns ranges from images; give --fit-images DIR"
+            )
         if recipe is not None and recipe.align:
             raise UsageError(
                 f"recipe {recipe}: align is fitted on what the graph answers; export without it, "
@@ -163,9 +213,7 @@ def _specs(request: RungsRequest, backbone: Backbone) -> list[RungSpec]:
         RungSpec(f"static_{recipe.slug(high.px)}", recipe.at(high.px)) for recipe in request.beside
     ]
     for spec in specs:
-        backbone.check_px(spec.px)
-        if spec.px > high.px:
-            raise UsageError(f"{spec.recipe} looks at more than the full rung's {high.px} px")
+        backbone.check(spec.recipe, high.px)
     (recipe, count), *_ = Counter(str(spec.recipe) for spec in specs).most_common()
     if count > 1:
         raise UsageError(f"{recipe} is asked for {count} times; each graph needs another recipe")

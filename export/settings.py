@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from export.errors import UsageError
-from routing import REFERENCE_MODEL, RUNGS
+from routing import REFERENCE_MODEL, RUNGS, threshold_text
 from routing.versions import with_parameter
 
 MAX_BATCH_SIZE = 32  # of every model, as written in model_repository/
@@ -98,8 +98,9 @@ class Settings:
             )
         if not (math.isfinite(raised) and raised > threshold):
             raise UsageError(
-                f"--degrade-threshold {raised:g} must be finite and above the calibrated "
-                f"threshold {threshold:.6g}: under pressure fewer images escalate"
+                f"--degrade-threshold {threshold_text(raised)} must be finite and above the "
+                f"calibrated threshold {threshold_text(threshold)}: under pressure fewer images "
+                "escalate"
             )
 
     def configure(self, model: str, config: str) -> str:

@@ -8,8 +8,9 @@ Reading order: `outputs` (what a rung returns) -> `signals` (outputs to a raw nu
 `scoremap` (raw number to predicted change) -> `calibration` (the artifact that holds both and the
 threshold) -> `policy` (what a request may ask for) -> `relief` (what pressure may change) ->
 `cascade` (the control flow). `fidelity` says when a cheap answer is a loss; `audit` holds the
-certificate against live traffic, `shadow` compares two artifacts on it. `rungset`, `alignment`,
-`manifest` and `versions` read and guard the files.
+certificate against live traffic, `shadow` compares two artifacts on it. `decimals` writes
+thresholds and scores for people. `rungset`, `alignment`, `manifest` and `versions` read and guard
+the files.
 """
 
 from .alignment import Alignment, AlignmentError
@@ -31,6 +32,7 @@ from .cascade import (
     RungError,
     run_cascade,
 )
+from .decimals import score_texts, threshold_text
 from .fidelity import fidelity_loss
 from .manifest import ManifestError
 from .outputs import RungOutputs
@@ -73,4 +75,6 @@ __all__ = [
     "is_outage",
     "parse_overrides",
     "run_cascade",
+    "score_texts",
+    "threshold_text",
 ]

@@ -11,6 +11,8 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
+from .decimals import threshold_text
+
 
 class Policy(str, Enum):
     """Who answers: the calibrated threshold, or one rung for every image."""
@@ -63,8 +65,8 @@ class Allowance:
             raise ValueError("no threshold was certified, so requests may not bring one here")
         if overrides.threshold > self.threshold:
             raise ValueError(
-                f"threshold {overrides.threshold:g} is above the calibrated {self.threshold:g}; "
-                f"{_CAREFUL}"
+                f"threshold {threshold_text(overrides.threshold)} is above the calibrated "
+                f"{threshold_text(self.threshold)}; {_CAREFUL}"
             )
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from routing import score_texts
+
 from ..splits import Rows
 from .decisions import Decisions
 from .page import GALLERY, HIGH_COLOUR, LOW_COLOUR, Cards, count_of, percent
@@ -68,6 +70,7 @@ def galleries(decisions: Decisions, rows: Rows, cards: Cards) -> list[dict[str, 
     for key, members in decisions.cells().items():
         name, colour, meaning = _CELLS[key]
         drawn = _drawn(members, decisions)
+        scores = score_texts(decisions.scores[drawn].tolist(), decisions.threshold)
         reading = f"{len(members):,} of {count_of(len(decisions), 'image')}"
         reading += f" ({percent(len(members) / len(decisions))})"
         reading += f": {meaning}." if len(members) else "."
@@ -80,7 +83,10 @@ def galleries(decisions: Decisions, rows: Rows, cards: Cards) -> list[dict[str, 
                 "name": name,
                 "colour": colour,
                 "count": f"{len(members):,}",
-                "cards": [cards(int(rows[i]), f"score {decisions.scores[i]:.4g}") for i in drawn],
+                "cards": [
+                    cards(int(rows[i]), f"score {score}")
+                    for i, score in zip(drawn, scores, strict=True)
+                ],
                 "reading": reading,
             }
         )

@@ -29,7 +29,7 @@ _ROLES = {
     "beside": "alternative",
 }
 _PARTS = {
-    "align": "taught the alignments",
+    "align": "taught the graphs (alignments, ranges of int8)",
     "fit": "taught the signals and made the shortlist",
     "certify": "tested the shortlist",
     "test": "measured what this page shows; decided nothing",
@@ -73,6 +73,8 @@ def write_plan(path: Path, content: Mapping[str, Any]) -> None:
             for name, found in aligned.items()
             if not found["helps"]
         ],
+        given_back=plan_readings.given_back(content),
+        enough=plan_readings.enough(content),
         early=_early(content["early_decision"]),
         parts=[
             {"name": name, "images": f"{content['images'][name]:,}", "words": words}

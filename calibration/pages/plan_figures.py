@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -24,6 +25,7 @@ _DISTANCES, _DIRECTIONS = (9.0, 13.0, 18.0, 25.0, 34.0), 16  # where a mark may 
 _MARK, _MARKER = (5.0, 5.0), (4.5, 4.5)  # half width and height, in points
 _LEADER_FROM = 13.0  # further away than this a thin line tells which point is meant
 _PANELS = 3  # in a row
+_TITLE = 42  # characters in a line over a panel
 
 
 class _Look(NamedTuple):
@@ -99,7 +101,8 @@ def growth(curves: Sequence[Curve]) -> str:
         images, shares = [f["images"] for f in fits], [f["acceptable"] for f in fits]
         axes.axhline(without["acceptable"], color=GREY, linestyle="--", linewidth=1)
         axes.plot(images, shares, "o-", color=colour, markersize=5, clip_on=False)
-        axes.set_title(curve.title, color=INK if curve.helps else RED, fontsize=9, loc="left")
+        title = "\n".join(wrap(curve.title, _TITLE))  # a panel cuts what is wider than itself
+        axes.set_title(title, color=INK if curve.helps else RED, fontsize=9, loc="left")
         axes.set_xlim(0, 1.05 * max(images))
         axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
         axes.grid(color="#eeeeee")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from routing import threshold_text
+
 from ..fidelity import Fidelity
 from .page import count_of, percent, setting
 from .plan_points import (
@@ -48,8 +50,8 @@ def served(content: Content) -> str:
         return f"Every image runs through {full}, as without a plan."
     return (
         f"Every image runs through {named(content, chosen['low'])}. Where the signal "
-        f"{chosen['signal']} predicts a change above {chosen['threshold']:.4g}, the answer of "
-        f"{named(content, chosen['high'])} replaces the cheap one."
+        f"{chosen['signal']} predicts a change above {threshold_text(chosen['threshold'])}, the "
+        f"answer of {named(content, chosen['high'])} replaces the cheap one."
     )
 
 
@@ -172,8 +174,32 @@ def grown(content: Content, name: str, alignment: Mapping[str, Any]) -> str:
 def not_helping(content: Content, name: str) -> str:
     """The loud line of an alignment that does not help."""
     return (
-        f"{graph_words(content, name)}: the alignment does not help on images it has not learned; "
-        "leave align out of this recipe, or give more images."
+        f"{graph_words(content, name)}: the alignment does not help on images it has not learned, "
+        "so this graph takes its place as it is; with more images to learn from it may help."
+    )
+
+
+def given_back(content: Content) -> str:
+    """What became of the images of alignments of which none helps; empty where one does."""
+    found = [graph["alignment"] for graph in content["graphs"].values() if graph["alignment"]]
+    if not found or any(alignment["helps"] for alignment in found):
+        return ""
+    return (
+        "No alignment is part of anything that was tested, so the images that they were tried on "
+        "went to the fit split, and the other splits have their full share of the rest."
+    )
+
+
+def enough(content: Content) -> str:
+    """How many images the certify split had to have for any cascade to pass."""
+    goal = content["goal"]
+    needed = goal.get("certify_images_needed")  # plans of earlier releases do not say
+    if needed is None:
+        return ""
+    return (
+        f"A risk of at most {setting(goal['max_risk'])} with confidence "
+        f"{setting(goal['confidence'])} takes {needed:,} independent certify images even if none "
+        "of them is lost; several cascades tested at once take more."
     )
 
 

@@ -7,7 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from routing import score_texts, threshold_text
+
 from ..outputs import FULL_RUNG
+from ..scoring import flat_score
 from .decisions import Decisions, UnitBin
 from .figures import MAX_POINTS, REFERENCES
 from .page import count_of, percent, setting
@@ -45,8 +48,8 @@ def certificate(content: Mapping[str, Any] | None, threshold: float | None) -> s
         f"{setting(round(1 - content['confidence'], 12))} of calibrations"
     )
     return (
-        f"At the threshold {threshold:.4g}, {errors} of {images} {got}, and up to {allowed} were "
-        f"allowed; {mean}, provided that images are drawn as these were."
+        f"At the threshold {threshold_text(threshold)}, {errors} of {images} {got}, and up to "
+        f"{allowed} were allowed; {mean}, provided that images are drawn as these were."
     )
 
 
@@ -169,6 +172,12 @@ def warning(metrics: Mapping[str, Any], chosen: str) -> str:
     )
 
 
+def flat(metrics: Mapping[str, Any]) -> str:
+    """The loud line where the score hardly tells images apart; else empty."""
+    spread = metrics.get("score_spread")  # artifacts of earlier releases have none
+    return flat_score(spread) if spread else ""
+
+
 def scatter(decisions: Decisions, spearman: float | None) -> str:
     """How the score follows the change, and on which side of the threshold losses lie."""
     order = (
@@ -185,7 +194,7 @@ def scatter(decisions: Decisions, spearman: float | None) -> str:
     else:
         side = (
             f"{caught} of {count_of(lost, 'image')} with a loss lie above the threshold of "
-            f"{decisions.threshold:.4g}"
+            f"{threshold_text(decisions.threshold)}"
         )
     drawn = ""
     if len(decisions) > MAX_POINTS:
@@ -202,9 +211,10 @@ def units(bins: Sequence[UnitBin]) -> str:
     worst = bins[int(np.abs(gaps).argmax())]
     relative = f" ({percent(gap / mean)} of the mean change)" if mean > 0 else ""
     groups = "one bin" if len(bins) == 1 else f"{len(bins)} bins of equal count"
+    predicted, measured = score_texts([worst.score, worst.oracle])
     return (
         f"In {groups}, predicted and measured change lie {gap:.3g} apart on average{relative}; "
-        f"furthest where {worst.score:.4g} was predicted and {worst.oracle:.4g} measured."
+        f"furthest where {predicted} was predicted and {measured} measured."
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from routing import SIGNALS, Calibration
+from routing import SIGNALS, Calibration, threshold_text
 
 from ..fidelity import Fidelity
 from ..outputs import Outputs
@@ -106,6 +106,7 @@ def write_report(
             "cells": readings.cells(shown),
         },
         warning=readings.warning(metrics, calibration.signal),
+        flat=readings.flat(metrics),
         dots_label=dots_label,
         table=_signal_table(metrics["signals"], calibration.signal),
         gallery_rows=words_of_rows,
@@ -119,7 +120,7 @@ def write_report(
 def _verdict(calibration: Calibration) -> dict[str, Any]:
     """The first thing on the page: state, heading, statement, reading and facts."""
     content, threshold = calibration.certificate, calibration.threshold
-    shown = "none: always-high" if threshold is None else f"{threshold:.4g}"
+    shown = "none: always-high" if threshold is None else threshold_text(threshold)
     facts = [("signal", calibration.signal), ("threshold, in units of the oracle L2", shown)]
     if content is None:
         state, heading = "unasked", "No certificate was asked for"
@@ -154,7 +155,7 @@ def _goal(calibration: Calibration) -> str:
     if "escalation_rate" in goal:
         return f"an escalation rate of {setting(goal['escalation_rate'])}"
     if "threshold" in goal:
-        return f"hand ({goal['threshold']:.4g})"
+        return f"hand ({threshold_text(goal['threshold'])})"
     confidence = (
         "" if goal["method"] == "crc" else f" with confidence {setting(goal['confidence'])}"
     )

@@ -89,6 +89,27 @@ def divide(
     return Parts(reference, np.flatnonzero(taught), rest, splits, np.array(rest_groups))
 
 
+def give_back(parts: Parts, request: Request, rung_set: RungSet) -> Parts:
+    """Let the images play a part again that only alignments which are not served have seen.
+
+    Whether those alignments help was judged by these images, so they may not test what is served
+    instead: all of them go to the fit split, and certify and test have others, in their full share.
+
+    Args:
+        parts: with images to align on.
+        request: of the plan.
+        rung_set: of the shelf, without those alignments.
+    """
+    learned = known_prefixes(rung_set.fitted_on)
+    taught = np.array([image[:16] in learned for image in parts.reference.hashes])
+    groups = group_keys(parts.reference, request.group_by)
+    rest = np.flatnonzero(~taught)
+    rest_groups = tuple(groups[i] for i in rest)
+    seen = {groups[i] for i in parts.align if not taught[i]}
+    splits = split_by_group(rest_groups, CERTIFIED, request.seed, seen)
+    return Parts(parts.reference, np.flatnonzero(taught), rest, splits, np.array(rest_groups))
+
+
 def answers_of(
     graph: Graph, cache: OutputsCache, parts: Parts, positions: Rows, layers: bool, bars: Bars
 ) -> RungOutputs:

@@ -48,20 +48,26 @@ def recipes(text: str) -> list[frozenset[str]]:
     return found
 
 
-def default_candidates(patch_size: int, px: int) -> str:
+def default_candidates(patch_size: int, px: int, aligns: bool) -> str:
     """Cheap graphs worth trying where the user names none: fewer pixels, int8, aligned.
 
     Args:
         patch_size: of the model.
         px: its full resolution.
+        aligns: whether an alignment reaches its head; else they are not aligned.
     """
     sizes = (max(1, round(share * px / patch_size)) * patch_size for share in SHARES_OF_PX)
     smaller = [size for size in dict.fromkeys(sizes) if size < px]
-    return "; ".join(f"px={size},int8=static,{ALIGN}" for size in smaller)
+    return "; ".join(f"px={size},int8=static" + f",{ALIGN}" * aligns for size in smaller)
+
+
+def written(parts: frozenset[str]) -> str:
+    """A recipe as text."""
+    return said(parts) + (f",{ALIGN}" if ALIGN in parts else "")
 
 
 def said(parts: frozenset[str]) -> str:
-    """A recipe as text."""
+    """A recipe as text without its alignment, as `export rungs` takes it."""
     numbers = sorted((part for part in parts if part[-1:].isdecimal()), reverse=True)
     return ",".join([*numbers, *sorted(parts - set(numbers) - {ALIGN}, reverse=True)]) or "fp32"
 

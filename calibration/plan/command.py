@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,14 +11,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from routing import threshold_text
+
 from ..certify import Goal
 from ..fidelity import KINDS, Fidelity
 from ..images import open_images
 from ..pages.plan import write_plan
+from ..pages.plan_points import cascade_marks
+from ..pages.plan_readings import why_nothing
+from ..scoring import flat_score
 from ..source import ImageSource
 from ..splits import GROUPINGS
 from . import result
 from .bars import Bars
+from .candidates import ALIGN
 from .early import early_decision
 from .plan import Planned, choose_rungs, make_plan
 from .request import Request
@@ -115,7 +122,7 @@ def plan_command(
     if as_json:
         typer.echo(json.dumps(content))
     else:
-        _print(content)
+        _print(content, request)
         typer.echo(f"wrote {path} and {out / 'plan.html'}")
     if planned.chosen is None and require_certificate:
         raise typer.Exit(1)
@@ -148,26 +155,42 @@ def _early(planned: Planned) -> dict[str, Any] | None:
 
 def _notes(planned: Planned) -> list[str]:
     notes = [
-        f"{name}: its alignment does not help on held-out images"
-        for name, aligned in planned.aligned.items()
-        if not aligned.helps
+        *planned.notes,
+        *(
+            f"{planned.graphs[name].record.recipe},{ALIGN}: the alignment does not help on "
+            "held-out images; the graph without it took its place"
+            for name, aligned in planned.aligned.items()
+            if not aligned.helps
+        ),
     ]
-    if planned.chosen is None:
-        certified = any(entry.certified for entry in planned.tested)
-        reason = "is cheaper than the full model" if certified else "is certified"
-        notes.append(f"no cascade {reason}: keep serving the full model")
-    return notes
+    if planned.chosen is not None:
+        spread = planned.chosen.fit.calibration.metrics["score_spread"]
+        return [*notes, flat] if (flat := flat_score(spread)) else notes
+    certified = any(entry.certified for entry in planned.tested)
+    reason = "is cheaper than the full model" if certified else "is certified"
+    return [*notes, f"no cascade {reason}: keep serving the full model"]
 
 
-def _print(content: dict[str, Any]) -> None:
+def _print(content: dict[str, Any], request: Request) -> None:
+    """The cascades that were tested, then everything about the chosen one."""
+    if content["tested"]:
+        console.print(_table(content))
+    for line in (*_recipes(content), *content["notes"], *_chosen(content, request)):
+        console.print(line, soft_wrap=True)  # a recipe or command that is broken cannot be pasted
+
+
+def _table(content: dict[str, Any]) -> Table:
+    """A letter for each cascade, as on the page: a column of recipes would be cut."""
     table = Table(title="cascades that were tested; costs without the router")
-    for column in ("cheap", "full", "signal", "escalated", "ms/image", "speed-up", "certified"):
-        table.add_column(column)
-    for entry in content["tested"]:
+    table.add_column("")
+    table.add_column("signal")
+    for column in ("escalated", "ms/image", "speed-up"):
+        table.add_column(column, justify="right")
+    table.add_column("certified")
+    for mark, entry in zip(cascade_marks(content).values(), content["tested"], strict=True):
         figures, certificate = entry["certify"], entry["certificate"]
         table.add_row(
-            entry["low_recipe"],
-            entry["high_recipe"],
+            mark,
             entry["signal"],
             f"{figures['escalation_rate']:.1%}",
             f"{figures['ms_per_image']:.1f}",
@@ -176,8 +199,51 @@ def _print(content: dict[str, Any]) -> None:
             if entry["certified"]
             else "no",
         )
-    console.print(table)
-    for line in content["notes"]:
-        console.print(line)
-    if content["chosen"] is not None:
-        console.print(content["chosen"]["certificate"]["statement"])
+    return table
+
+
+def _recipes(content: dict[str, Any]) -> list[str]:
+    """What each letter stands for."""
+    marks = cascade_marks(content).values()
+    return [
+        f"{mark}: {entry['low_recipe']}, then {entry['high_recipe']}"
+        for mark, entry in zip(marks, content["tested"], strict=True)
+    ]
+
+
+def _chosen(content: dict[str, Any], request: Request) -> list[str]:
+    """What is to be served, what it promises, what it is worth, and how to go on."""
+    chosen, best = content["chosen"], content["best_alternative"]
+    if chosen is None:
+        return [why_nothing(content)]
+    test = chosen["test"]
+    ratio = best["cost_ratio_to_plan"]
+    worth = (
+        f"costs {ratio:.2f} times as much as the cascade"
+        if ratio >= 1
+        else f"WINS: it costs {ratio:.2f} of the cascade, though nothing is certified of it"
+    )
+    command = [
+        *("python", "-m", "export", "repository", "--onnx", request.out / "onnx"),
+        *("--calibration", request.out / "calibration.json", "--instances", request.instances),
+    ]
+    if request.threads > 1:
+        command += ["--intra-op-threads", request.threads]
+    return [
+        "",
+        "chosen",
+        f"  cheap graph: {chosen['low_recipe']}",
+        f"  full graph:  {chosen['high_recipe']}",
+        f"  signal:      {chosen['signal']}",
+        f"  threshold:   {threshold_text(chosen['threshold'])}; images with a larger score go to "
+        "the full graph",
+        f"  escalated:   {test['escalation_rate']:.1%} of {content['images']['test']} test images, "
+        f"{chosen['certify']['escalation_rate']:.1%} of the certify split",
+        f"  cost:        {test['ms_per_image']:.2f} ms per image without the router, "
+        f"{test['speedup']:.2f} times less than the full model; {test['acceptable']:.1%} of the "
+        "answers are acceptable",
+        f"  against:     {best['recipe']}, the best single graph that agrees as often "
+        f"({best['agreement']:.1%}): it {worth}",
+        f"  certificate: {chosen['certificate']['statement']}",
+        f"next: {shlex.join(map(str, command))}",
+    ]

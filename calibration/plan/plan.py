@@ -18,18 +18,20 @@ from ..certify import one_per_group
 from ..fidelity import Fidelity
 from ..fit import Options, fit
 from ..outputs import Outputs
-from ..splits import check_grouping
+from ..splits import SplitError, check_grouping, group_keys
 from .answers import (
     Parts,
     agreements,
     answers_of,
     divide,
+    give_back,
     outputs_to_align_on,
     pair_outputs,
     pair_rung_set,
 )
 from .bars import Bars
-from .candidates import ALIGN, FULL, Graph, default_candidates, find, recipes, shelf_graphs
+from .candidates import ALIGN, FULL, Graph, find, shelf_graphs
+from .checks import check_certify_images, check_images, check_recipes, choices_for, needed
 from .graph_outputs import OutputsCache
 from .request import Request
 from .select import MOST, Candidate, Pair, Tested, cascade_ms, choose, predict, shortlist
@@ -53,13 +55,15 @@ class Planned:
         beside: names of the graphs to compare with.
         parts: of the images.
         fidelity: when an answer is a loss.
-        aligned: what each alignment is worth, by the aligned graph's name.
+        aligned: what each alignment is worth, by the name of the graph that is aligned, or, where
+            it does not help, of the graph without it that takes its place.
         costs: of each graph, as `perf serving` measured them.
         agreement: share of test images without a loss if a graph alone answers, by name.
         candidates: every cascade, the cheapest predicted first.
         tested: the shortlist, tested.
         chosen: the cascade to serve; None: nothing certified is cheaper than the full model.
         pairs: outputs of each pair for `rest`.
+        notes: on what was asked for, one line each.
     """
 
     request: Request
@@ -77,6 +81,7 @@ class Planned:
     tested: Sequence[Tested]
     chosen: Tested | None
     pairs: Mapping[Pair, Outputs]
+    notes: Sequence[str] = ()
 
     @property
     def ms(self) -> dict[str, float]:
@@ -85,28 +90,32 @@ class Planned:
 
 
 def make_plan(request: Request, bars: Bars) -> Planned:
-    """Export, run, price, certify, choose.
+    """Check, export, run, price, certify, choose.
 
     Raises:
         PlanError: a command failed, or a request that cannot be met.
         ImagesError, SplitError, FidelityError, FitError, CertifyError: as `fit`.
     """
-    cheap = request.candidates or _default_candidates(request, bars)
-    lows, highs, beside = (recipes(text) for text in (cheap, request.highs, request.beside))
-    if not lows or not highs:
-        raise PlanError("a cascade needs a cheap and a full graph; give --candidates and --highs")
-    if any(_is_full(recipe - {ALIGN}, request) for recipe in lows):
-        raise PlanError("--candidates names the full model itself; a cheap graph must be cheaper")
     check_grouping(request.group_by)
+    asked = check_recipes(request, bars)
+    notes = [*asked.notes, *check_images(request, asked, bars)]
+    lows, highs, beside = asked.lows, asked.highs, asked.beside
     bases = [recipe - {ALIGN} for recipe in (*lows, *highs, *beside)]
-    bases = [recipe for recipe in dict.fromkeys(bases) if not _is_full(recipe, request)]
+    bases = [recipe for recipe in dict.fromkeys(bases) if recipe]  # the empty one is the full model
     shelf = export_shelf(request, bases, bars)
     rung_set = RungSet.load(shelf)
     cache = OutputsCache(request.cache / "outputs", request.source, rung_set)
     fidelity = request.fidelity or _default_fidelity(rung_set, request.tolerance)
-    parts = divide(request, rung_set, cache, any(ALIGN in recipe for recipe in lows), bars)
+    # Images that cannot be read, or that are one group, are known only now.
+    try:
+        parts = divide(request, rung_set, cache, asked.aligns, bars)
+    except SplitError as error:
+        raise PlanError(f"{error}; {needed(request, asked)}") from None
+    known = group_keys(parts.reference, request.group_by)
+    check_certify_images(_certify_images(parts, request), known, request, asked)
 
-    names, aligned = [], {}
+    names: list[str] = []
+    aligned: dict[str, Aligned] = {}
     for recipe in lows:
         graph = find(shelf_graphs(RungSet.load(shelf)), recipe - {ALIGN})
         name = graph.name
@@ -114,6 +123,9 @@ def make_plan(request: Request, bars: Bars) -> Planned:
             taught = outputs_to_align_on(graph, rung_set, cache, parts, bars)
             name, aligned[name] = align_graph(shelf, graph, taught, fidelity, request.seed, bars)
         names.append(name)
+    names = list(dict.fromkeys(names))
+    if aligned and not any(found.helps for found in aligned.values()):
+        parts = give_back(parts, request, rung_set)
     rung_set = RungSet.load(shelf)
     graphs = shelf_graphs(rung_set)
     high_names = [find(graphs, recipe).name for recipe in highs]
@@ -134,26 +146,27 @@ def make_plan(request: Request, bars: Bars) -> Planned:
     costs = _costs([*answers, *beside_names], shelf, request, bars)
     ms = costs_ms(costs)
 
-    certify_images = len(one_per_group(parts.groups, parts.splits["certify"], request.seed))
+    certify_images = _certify_images(parts, request)
+    most = choices_for(certify_images, request.goal, MOST)
     with bars.stage("predict on the fit split", len(names)) as advance:
         candidates = predict(
             pairs,
             parts.splits["fit"],
             parts.groups,
             fidelity,
-            replace(request.goal, choices=MOST),
+            replace(request.goal, choices=most),
             certify_images,
             ms,
             request.seed,
             lambda: advance(1),
         )
-    listed = shortlist(candidates, lambda pair: _within_budget(pair, costs, request))
+    listed = shortlist(candidates, lambda pair: _within_budget(pair, costs, request), most)
     tested = _test(listed, pairs, rung_set, graphs, ms, fidelity, request, parts, bars)
     best = choose(tested)
     chosen = best if best is not None and best.ms_per_image < ms[FULL] else None
     return Planned(
         request, rung_set, graphs, names, high_names, beside_names, parts, fidelity, aligned,
-        costs, agreement, candidates, tested, chosen, pairs,
+        costs, agreement, candidates, tested, chosen, pairs, notes,
     )  # fmt: skip
 
 
@@ -168,17 +181,13 @@ def costs_ms(costs: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     return {name: full_ms * float(cost["cost_ratio"]["median"]) for name, cost in costs.items()}
 
 
-def _default_candidates(request: Request, bars: Bars) -> str:
-    model = run_json(["export", "describe", "--model", request.model], bars.say)
-    return default_candidates(model["patch_size"], request.px or model["high_px"])
+def _certify_images(parts: Parts, request: Request) -> int:
+    """Independent images of the certify split."""
+    return len(one_per_group(parts.groups, parts.splits["certify"], request.seed))
 
 
 def _default_fidelity(rung_set: RungSet, tolerance: float) -> Fidelity:
     return Fidelity("cosine", tolerance) if rung_set.classes is None else Fidelity("top1")
-
-
-def _is_full(recipe: frozenset[str], request: Request) -> bool:
-    return recipe <= {f"px={request.px}"}
 
 
 def _costs(

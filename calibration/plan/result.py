@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..certify import images_needed
 from .candidates import FULL
 from .plan import Planned
 from .select import Tested, cascade_ms
@@ -42,6 +43,7 @@ def to_dict(planned: Planned, early: Mapping[str, Any] | None, notes: list[str])
             "fidelity": planned.fidelity.kind,
             "tolerance": planned.fidelity.tolerance if planned.fidelity.kind == "cosine" else None,
             "latency_budget_ms": request.latency_budget_ms,
+            "certify_images_needed": images_needed(request.goal),  # if none of them is lost
             "procedure": PROCEDURE,
         },
         "images": {

@@ -5,8 +5,9 @@ A x B x 6. What a choice among them does to a certificate is the point of this m
 
 1. On the **fit** split every cascade gets its predicted cost: the escalation that brings the
    cross-validated risk down to what the test will allow, priced with the measured costs. The K
-   cheapest (at most `MOST`, none dearer than `WITHIN` times the cheapest) are the shortlist.
-   K and who is in it depend on the fit split only.
+   cheapest (at most `MOST`, none dearer than `WITHIN` times the cheapest, and not so many that
+   the images of the certify split are too few for δ / K) are the shortlist. K and who is in it
+   depend on the fit split, and on how many images the certify split has.
 2. On the **certify** split each of the K is tested at δ / K (Bonferroni), so that with probability
    1 - δ all K statements hold at once, and with them that of any one we then choose, whatever the
    choice looks at. Thresholds within a cascade are a fixed sequence and cost nothing more.
@@ -130,18 +131,21 @@ def predict(
     return sorted(found, key=lambda candidate: candidate.ms_per_image)
 
 
-def shortlist(candidates: Sequence[Candidate], allowed: Callable[[Pair], bool]) -> list[Candidate]:
+def shortlist(
+    candidates: Sequence[Candidate], allowed: Callable[[Pair], bool], most: int = MOST
+) -> list[Candidate]:
     """The cascades to test: each pair's best signal, the cheapest pairs.
 
     Args:
         candidates: from `predict`, the cheapest first.
         allowed: whether a pair may be served, for instance within a latency budget.
+        most: cascades to test; fewer than `MOST` where more could not all pass.
     """
     best: dict[Pair, Candidate] = {}
     for candidate in candidates:
         if np.isfinite(candidate.ms_per_image) and allowed((candidate.low, candidate.high)):
             best.setdefault((candidate.low, candidate.high), candidate)
-    ordered = list(best.values())[:MOST]
+    ordered = list(best.values())[:most]
     return [c for c in ordered if c.ms_per_image <= WITHIN * ordered[0].ms_per_image]
 
 

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from imaging import ImageError
 from routing import Alignment, AlignmentError, RungSet
@@ -68,7 +69,7 @@ def align_graph(
     seed: int,
     bars: Bars,
 ) -> tuple[str, Aligned]:
-    """Align a graph of the shelf, unless that was done before.
+    """Align a graph of the shelf where that helps, unless it was done before.
 
     Args:
         shelf: the folder.
@@ -79,7 +80,8 @@ def align_graph(
         bars: where to say so.
 
     Returns:
-        The aligned graph's name, and what the alignment is worth.
+        The aligned graph's name, and what the alignment is worth; where it does not help on images
+        that it has not learned, nothing is exported and the name is that of the graph without.
 
     Raises:
         PlanError: a head that an alignment does not reach, or the export failed.
@@ -99,6 +101,12 @@ def align_graph(
         head,
         seed,
     )
+    if not aligned.helps:
+        bars.say(
+            f"{graph.record.recipe},{ALIGN}: the alignment does not help on held-out images; the "
+            "graph without it takes its place"
+        )
+        return graph.name, aligned
     name = f"{graph.name}_{ALIGN}"
     file = shelf / f"{name}.npz"
     if name not in rung_set.alternatives or not _same(aligned.alignment, file):
@@ -149,11 +157,15 @@ def _version(library: str) -> str | None:
         return None
 
 
+def fit_image_rows(count: int) -> NDArray[np.intp]:
+    """Which of `count` images teach `int8=static` its ranges: evenly spread ones."""
+    return np.unique(np.linspace(0, count - 1, FIT_IMAGES).round().astype(np.intp))
+
+
 def _write_images(request: Request, folder: Path) -> None:
     """Some of the images as files, for the ranges of `int8=static`."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    count = len(request.source)
-    for row in np.unique(np.linspace(0, count - 1, FIT_IMAGES).round().astype(int)):
+    for row in fit_image_rows(len(request.source)):
         with contextlib.suppress(ImageError):  # such an image is left out of everything
             (folder / f"{row:06d}").write_bytes(request.source[int(row)].data)

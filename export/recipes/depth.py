@@ -26,11 +26,7 @@ def first_blocks(model: PreTrainedModel, depth: int) -> PreTrainedModel:
     Raises:
         UsageError: not between 1 and one less than the model has.
     """
-    total = len(blocks(model))
-    if not 1 <= depth < total:
-        raise UsageError(
-            f"depth={depth} must be between 1 and {total - 1}; the model has {total} blocks"
-        )
+    check_depth(depth, len(blocks(model)))
     shallow = copy.deepcopy(model)
     base = base_model(shallow)
     kept = nn.ModuleList(blocks(shallow)[:depth])
@@ -40,3 +36,19 @@ def first_blocks(model: PreTrainedModel, depth: int) -> PreTrainedModel:
         base.layers = kept
     shallow.config.num_hidden_layers = depth
     return shallow
+
+
+def check_depth(depth: int, total: int) -> None:
+    """Refuse a depth that is no part of a model.
+
+    Args:
+        depth: how many blocks to keep.
+        total: how many the model has.
+
+    Raises:
+        UsageError: not between 1 and one less than the model has.
+    """
+    if not 1 <= depth < total:
+        raise UsageError(
+            f"depth={depth} must be between 1 and {total - 1}; the model has {total} blocks"
+        )

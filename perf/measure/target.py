@@ -12,7 +12,7 @@ from tritonclient.utils import InferenceServerException
 
 from calibration.sessions import open_session, run_session
 from client.errors import check_url, server_errors
-from routing import Calibration, RungSet
+from routing import Calibration, RungSet, score_texts
 from server import TritonServer
 
 from ..errors import PerfError
@@ -127,9 +127,10 @@ class Target:
         parameters = {"threshold": float(NEVER)}  # as the systems that are measured will ask
         score = float(self._ask("router", batch, ["score"], parameters)["score"].item())
         if not abs(score - expected) <= SAME_SCORE * max(1.0, abs(expected)):  # nor where it is NaN
+            served_score, local_score = score_texts([score, expected])
             raise PerfError(
-                f"the router at {self.grpc_url} scores an image {score:.3g}, the local artifact "
-                f"{expected:.3g}; give the --calibration it was assembled with"
+                f"the router at {self.grpc_url} scores an image {served_score}, the local artifact "
+                f"{local_score}; give the --calibration it was assembled with"
             )
 
     def _ask(

@@ -134,6 +134,7 @@ def plan_content(**changes):
             "fidelity": "top1",
             "tolerance": None,
             "latency_budget_ms": None,
+            "certify_images_needed": 45,
             "procedure": "The shortlist was made on the fit split; each cascade was tested.",
         },
         "images": {"source": "crops", "align": 960, "fit": 576, "certify": 560, "test": 288},

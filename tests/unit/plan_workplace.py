@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import transformers
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from rich.console import Console
@@ -21,7 +22,9 @@ from calibration.outputs import hash_prefixes
 from calibration.plan.bars import Bars
 from calibration.plan.request import Request
 from calibration.source import SourceImage
+from export.backbones import Backbone
 from export.recipes.recipe import Recipe
+from export.rungs import describe
 from export.shelf import align, choose
 from imaging import ImageError, Preprocessing
 from routing import Alignment, manifest
@@ -114,7 +117,7 @@ def write_shelf(folder, low, beside, fitted_on="", head=True):
     entries = {}
     for name, text in names.items():
         recipe, file = Recipe.parse(text).at(SIZE), folder / f"{name}.onnx"
-        cheap = recipe.px < SIZE
+        cheap = recipe.px < SIZE  # a graph of merged tokens answers as the full model does
         shift = 1.5 * cheap + 0.05 * (recipe.precision != "fp32") + 0.01 * (recipe.depth or 0)
         write_graph(file, SIZE // 2 if cheap else SIZE, shift, head)
         entries[name] = {
@@ -145,6 +148,21 @@ def write_shelf(folder, low, beside, fitted_on="", head=True):
     return folder
 
 
+def tiny_backbone(class_name="ViTForImageClassification"):
+    """A model that the shelf's graphs could be of, for what `export describe` says of it."""
+    family = next(f for f in ("ViT", "DeiT", "Dinov2") if class_name.startswith(f))
+    config = getattr(transformers, f"{family}Config")(
+        hidden_size=D,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=1,
+        image_size=SIZE,
+        patch_size=1,
+        num_labels=CLASSES,
+    )
+    model = getattr(transformers, class_name)(config)
+    return Backbone("tiny", {}, model, None, (SIZE // 2, SIZE), lambda px: None)
+
+
 def spread(value):
     return {"median": value, "min": value, "max": value, "runs": 1, "values": [value]}
 
@@ -152,9 +170,10 @@ def spread(value):
 class Commands:
     """Stands in for `run` and `run_json`; `said` holds every command's arguments."""
 
-    def __init__(self, ms=None, head=True):
+    def __init__(self, ms=None, head=True, model=None):
         self.said = []
         self._ms, self._head = ms or MS, head
+        self._model = model or ("ViTForImageClassification" if head else "ViTModel")
 
     def of(self, *verb):
         """The commands of one verb."""
@@ -168,6 +187,8 @@ class Commands:
             learned = sorted(Path(options["--fit-images"][0]).iterdir())
             digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in learned]
             beside = options.get("--beside", [])
+            if not any("int8=static" in text for text in [*options["--low"], *beside]):
+                digests = []
             write_shelf(
                 out["--out"], options["--low"][0], beside, hash_prefixes(digests), self._head
             )
@@ -181,7 +202,14 @@ class Commands:
     def run_json(self, arguments, say):
         self.said.append([str(argument) for argument in arguments])
         if self.said[-1][1] == "describe":
-            return {"patch_size": 1, "high_px": SIZE}
+            options = _options(self.said[-1][2:])
+            px = [int(text) for text in options.get("--px", [])]
+            return describe(
+                tiny_backbone(self._model),
+                options.get("--recipe", []),
+                *px,
+                own_head="--head" not in options,
+            )
         names = _options(self.said[-1][2:])["--graphs"][0].split(",")
         return {"graphs": {name: self._cost(name) for name in names}}
 
@@ -209,7 +237,8 @@ def patch_commands(monkeypatch, commands):
     """Let the planner's commands go to `commands`."""
     for module in ("shelf", "plan"):
         monkeypatch.setattr(f"calibration.plan.{module}.run", commands.run)
-    monkeypatch.setattr("calibration.plan.plan.run_json", commands.run_json)
+    for module in ("plan", "checks"):
+        monkeypatch.setattr(f"calibration.plan.{module}.run_json", commands.run_json)
 
 
 def make_request(folder, **changes):

@@ -1,4 +1,5 @@
 import hashlib
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -79,7 +80,7 @@ def write(tmp_path, **changes):
     n = changes.get("n", 240)
     test = np.array(changes.get("test", range(n // 2, n)))
     rest = np.setdiff1d(np.arange(n), test)
-    scores = np.arange(n, dtype=np.float32)
+    scores = changes.get("scores", np.arange(n, dtype=np.float32))
     loss = np.isin(np.arange(n), changes.get("loss", range(n - 20, n)))
     head = changes.get("head", True)
     certificate = changes.get("certificate", LTT)
@@ -137,6 +138,12 @@ def gallery(page, heading):
     """Rows shown under a heading such as "Kept low and wrong: 2"."""
     words = page.sections[heading].split()
     return [int(word[7:12]) for word in words if word.startswith("folder/") and word[-1] == "g"]
+
+
+def scores_under(page, start):
+    """Scores in the captions under headings that start so."""
+    text = " ".join(text for name, text in page.sections.items() if name.startswith(start))
+    return [float(score) for score in re.findall(r"score (\d+\.\d+) ", text)]
 
 
 def test_the_risk_at_the_same_escalation_is_exact_by_hand():
@@ -470,3 +477,23 @@ def test_the_page_names_the_reference_it_is_about(tmp_path, page):
     assert words in changed.text and "the full FP32 model is the reference" in changed.text
     assert "whose answer, low or escalated, has a loss" in changed.text
     assert "1 of 120 test images got an answer with a loss" in changed.text
+
+
+def test_what_is_printed_near_the_threshold_is_on_its_side_of_it(tmp_path):
+    scores = (15.65 + 2e-6 * np.arange(240)).astype(np.float32)
+    threshold = float(scores[200:202].astype(np.float64).mean())
+    page = write(tmp_path, scores=scores, threshold=threshold, loss=range(0, 240, 2))
+    assert page.text.count(f"{threshold!r}") >= 2
+    assert f"At the threshold {threshold!r}, " in page.text
+    low, high = (scores_under(page, cell) for cell in ("Kept low and", "Escalated"))
+    assert len(low) > 20 and len(high) > 20
+    assert max(low) <= threshold < min(high)
+
+
+def test_a_score_that_hardly_tells_images_apart_is_said_loudly(tmp_path, page):
+    assert "hardly tells" not in page.text
+    names = ("cls_path", "cls_regression", "entropy", "margin")
+    flat = {"score": 0.005, "oracle": 3.0, "tied": 0.1}
+    told = write(tmp_path, metrics=make_metrics(names, score_spread=flat))
+    assert "The score hardly tells images apart: the middle 90 %" in told.text
+    assert told.classes.count("loud") == 1

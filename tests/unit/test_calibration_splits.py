@@ -75,3 +75,17 @@ def test_copies_within_a_split_are_allowed(outputs):
     check_no_duplicates(copied, {"fit": np.array([0, 1]), "certify": np.array([2, 3])})
     by_content = split_by_group(group_keys(copied, "content"), CERTIFIED, 0)
     check_no_duplicates(copied, by_content)
+
+
+def test_groups_that_must_come_first_all_do_and_the_shares_stay():
+    groups = tuple(str(i // 2) for i in range(1000))
+    first = {str(i) for i in range(100, 250)}
+    plain = split_by_group(groups, CERTIFIED, 0)
+    splits = split_by_group(groups, CERTIFIED, 0, first)
+    assert {name: len(rows) for name, rows in splits.items()} == {
+        name: len(rows) for name, rows in plain.items()
+    }
+    assert first <= {groups[row] for row in splits["fit"]}
+    assert sorted(np.concatenate(list(splits.values()))) == list(range(1000))
+    many = {str(i) for i in range(300)}  # more than the share of the first split
+    assert {groups[row] for row in split_by_group(groups, CERTIFIED, 0, many)["fit"]} == many

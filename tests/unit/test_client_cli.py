@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -241,3 +242,10 @@ def test_without_a_verb_the_help_is_shown(monkeypatch, capsys):
     printed = capsys.readouterr()
     assert (left.value.code, printed.err) == (2, "")
     assert "Usage:" in printed.out and "infer" in printed.out
+
+
+def test_scores_on_both_sides_of_a_threshold_are_not_printed_as_one_number():
+    scores = [float(np.float32(score)) for score in (15.65565, 15.655651)]
+    outcomes = [Outcome(Path(f"{s}.jpg"), prediction(score=s), None, 1.0) for s in scores]
+    printed = re.findall(r"│\s+(15\.\d+) +│", rendered(outcomes))
+    assert [np.float32(text) for text in printed] == [np.float32(score) for score in scores]

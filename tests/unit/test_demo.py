@@ -108,10 +108,10 @@ def test_a_ratio_that_can_be_true_is_said_with_the_one_by_cpu_time(tmp_path):
     assert "1.82×" in page and "too busy" not in page
 
 
-def make_page(path, escalated, threshold, certificate, found=None):
+def make_page(path, escalated, threshold, certificate, found=None, scores=(0, 1, 2, 3)):
     """The page of four crops: what a person sees of it."""
     found = found or alone([0, 1, 2, 3], escalated, (25.0, 100.0, 55.0), never=[27.5])
-    scores = np.arange(4) if threshold is not None else np.full(4, np.nan)
+    scores = np.float32(scores if threshold is not None else [np.nan] * 4)
     answers = served([0, 1, 2, 3], escalated, found, scores)
     summary = summarise("tiny", (32, 64), answers, found, certificate, ENVIRONMENT)
     crops = [crop.data for crop in sample_crops(4, seed=0)]
@@ -131,6 +131,18 @@ def test_the_page_shows_the_certificate_and_every_crop_once(tmp_path):
     assert "&lt;one&gt; &amp; only" in page
     loaded = re.findall(r'(?:src|href)="(?!data:)([^"]*)"', page)
     assert loaded == ["report.html"]  # its only reference is a link
+
+
+def test_scores_on_the_page_of_the_demo_lie_on_their_side_of_the_threshold(tmp_path):
+    scores = [15.6531, 15.65565, 15.655651, 15.6585]
+    threshold = float(np.float32(scores[1:3]).astype(np.float64).mean())
+    escalated = [False, False, True, True]
+    page = make_page(tmp_path / "index.html", escalated, threshold, CERTIFIED, scores=scores)
+    kept, rest = page.split("Escalated: 2")
+    assert f"(at {threshold!r})" in kept
+    low, high = (list(map(float, re.findall(r"score ([\d.]+)<", part))) for part in (kept, rest))
+    assert len(low) == len(high) == 2
+    assert max(low) <= threshold < min(high)
 
 
 def test_the_page_of_an_uncertified_demo_says_that_everything_escalates(tmp_path):

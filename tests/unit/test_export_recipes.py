@@ -54,8 +54,10 @@ def exported(model, fit_images, tmp_path_factory) -> Path:
     options = ["--low", LOW, "--high", HIGH, "--fit-images", fit_images, "--out", out]
     result = run_export("rungs", "--model", model, *options, *beside)
     assert result.exit_code == 0, result.stderr
-    for name in RECIPES:
+    cells = [line.split("│")[2].strip() for line in result.stdout.splitlines() if "│" in line]
+    for name, text in RECIPES.items():
         assert name in result.stdout
+        assert str(Recipe.parse(text).at(PX)) in "".join(cells)  # folded, never cut
     return out
 
 

@@ -213,7 +213,7 @@ def test_labels_and_alternatives_that_only_an_earlier_export_wrote_go(tmp_path):
         (["--low", "px=8,align"], "recipe px=8,align: align is fitted on what the graph answers"),
         (["--low", "depth=2"], "depth=2 must be between 1 and 1; the model has 2 blocks"),
         (["--low", "depth=0"], "depth=0 must be between 1 and 1; the model has 2 blocks"),
-        (["--low", "int8=static"], "recipe px=16,int8=static: int8=static learns ranges from im"),
+        (["--low", "int8=static"], "recipe int8=static: int8=static learns ranges from images"),
         (["--low", "int8=static", "--fit-images", "no-such"], "--fit-images no-such: no such dir"),
         (["--opset", "17"], "--opset 17 is not supported; use 18 to 21"),
         (["--opset", "22"], "--opset 22 is not supported; use 18 to 21"),

@@ -95,6 +95,8 @@ def test_a_recipe_that_was_not_exported_is_one_line(graphs):
     ],
 )
 def test_default_candidates_are_smaller_and_hold_whole_patches(patch_size, px, sizes):
-    text = default_candidates(patch_size, px)
+    text = default_candidates(patch_size, px, aligns=True)
     assert text == "; ".join(f"px={size},int8=static,align" for size in sizes)
+    plain = default_candidates(patch_size, px, aligns=False)
+    assert plain == "; ".join(f"px={size},int8=static" for size in sizes)
     assert all(size % patch_size == 0 and size < px for size in sizes)

@@ -1,13 +1,18 @@
 """`python -m calibration plan`, its commands stood in for: what it prints, writes and refuses."""
 
 import json
+import shlex
 import sys
+from pathlib import Path
 
 import pytest
 
 from calibration.__main__ import main
+from calibration.plan.command import _chosen
+from export.__main__ import main as export_main
 from tests.unit.image_files import write_images
-from tests.unit.plan_workplace import Commands, TwoColours, patch_commands
+from tests.unit.plan_content import plan_content
+from tests.unit.plan_workplace import Commands, TwoColours, make_request, patch_commands
 
 PLAN = ("plan", "--model", "tiny", "--px", 8, "--candidates", "px=4,int8=static,align; px=4")
 RISK = ("--max-risk", 0.2)
@@ -43,11 +48,56 @@ def test_a_plan_is_printed_and_written_with_its_page_and_its_rungs(run, tmp_path
     words = " ".join(out.split())
     assert " ".join(content["chosen"]["certificate"]["statement"].split()) in words
     assert "wrote build/plan/plan.json and build/plan/plan.html" in words
+    lines = out.splitlines()  # 80 columns wide, as where nothing is a terminal
+    for letter, entry in zip("ABCD", content["tested"], strict=False):
+        assert f"{letter}: {entry['low_recipe']}, then {entry['high_recipe']}" in lines, out
+        assert any(f"│ {letter} │ {entry['signal']} " in line for line in lines), out
+    assert "…" not in out
+    chosen, best = content["chosen"], content["best_alternative"]
+    assert f"  cheap graph: {chosen['low_recipe']}" in lines
+    assert f"  full graph:  {chosen['high_recipe']}" in lines
+    assert f"  signal:      {chosen['signal']}" in lines
+    threshold = next(line for line in lines if line.startswith("  threshold: "))
+    assert float(threshold.split()[1].strip(";")) == chosen["threshold"]
+    against = next(line for line in lines if line.startswith("  against: "))
+    assert f"{best['recipe']}, the best single graph that agrees as often" in against
+    assert f"it costs {best['cost_ratio_to_plan']:.2f} times as much" in against
+    assert f"{chosen['test']['speedup']:.2f} times less than the full model" in out
+    assert (
+        "next: python -m export repository --onnx build/plan/onnx --calibration "
+        "build/plan/calibration.json --instances 2"
+    ) in lines
+    _try_next_command(next(line for line in lines if line.startswith("next: ")))
     assert content["chosen"]["signal"] in words
     assert content["early_decision"]["verdict"]
     files = {file.name for file in (tmp_path / "build/plan").iterdir()}
     assert {"plan.json", "plan.html", "onnx", "calibration.json", "outputs.npz"} <= files
     assert (tmp_path / "build/plan/plan.html").stat().st_size > 10_000
+
+
+def _try_next_command(line):
+    """The command that was printed, but for where it writes, is one that works."""
+    _, _, _, module, *arguments = shlex.split(line)
+    assert module == "export"
+    assert export_main([*arguments, "--out", "model_repository"]) == 0
+    assert Path("model_repository/MANIFEST.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "words"), [(1.5, "it costs 1.50 times"), (0.5, "WINS: it costs 0.50")]
+)
+def test_where_a_single_graph_costs_less_it_says_so(run, ratio, words):
+    content = plan_content()
+    content["best_alternative"]["cost_ratio_to_plan"] = ratio
+    assert words in "\n".join(_chosen(content, make_request(Path("out"))))
+
+
+def test_a_plan_that_can_certify_nothing_exports_nothing_and_is_no_result(run, tmp_path):
+    code, out, err = run(*PLAN, "--images", "images", "--max-risk", 0.001)
+    assert code == 2 and out == ""
+    assert "700 images are too few: a risk of at most 0.1 % with confidence 90 % takes 2302" in err
+    assert run.commands.of("export", "rungs") == []
+    assert not (tmp_path / "build/plan").exists()
 
 
 def test_json_is_all_that_is_printed_on_stdout(run, tmp_path):
@@ -57,7 +107,7 @@ def test_json_is_all_that_is_printed_on_stdout(run, tmp_path):
 
 
 def test_where_nothing_is_certified_it_says_so_and_can_fail(run, tmp_path):
-    strict = (*PLAN, "--images", "images", "--max-risk", 0.001)
+    strict = (*PLAN, "--highs", "int8=static", "--images", "images", "--max-risk", 0.02)
     code, out, _ = run(*strict)
     assert code == 0
     assert "no cascade is certified: keep serving the full model" in " ".join(out.split())
@@ -93,8 +143,7 @@ def test_misuse_is_one_line_and_exit_code_2(run, arguments, message):
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0], err
     assert "Traceback" not in err
-    if message != "groups are too few":  # which only the images themselves tell
-        assert run.commands.said == []
+    assert run.commands.of("export", "rungs") == []
 
 
 def test_a_folder_without_images_is_one_line(run, tmp_path):
@@ -107,6 +156,7 @@ def test_images_that_cannot_be_read_are_one_line(run, tmp_path):
     folder = write_images(tmp_path / "broken", *(f"{i}.png" for i in range(50)))
     for file in folder.iterdir():
         file.write_bytes(b"no image")
-    code, _, err = run(*PLAN, "--images", "broken", *RISK)
+    plain = ("--candidates", "px=4", "--highs", "fp32")
+    code, _, err = run(*PLAN, *plain, "--images", "broken", *RISK)
     assert code == 2
     assert "none of 50 images can be read" in err.splitlines()[-1]

@@ -261,7 +261,26 @@ def test_alignments_show_their_growth_and_warn_where_they_do_not_help(usual, tmp
     page = write(tmp_path, content)
     assert page.classes.count("loud") == 1
     assert "84 px, int8, aligned: the alignment does not help" in page.sections[ALIGNING]
+    assert "went to the fit split" not in page.text  # others help
+    for graph_of in content["graphs"].values():
+        graph_of["alignment"] = curve if graph_of["alignment"] else None
+    assert "went to the fit split" in write(tmp_path, content).sections[ALIGNING]
     assert "brought -1.0 points" in page.sections[ALIGNING]
+
+
+def test_the_page_says_how_many_images_the_test_took_at_the_least(usual):
+    assert (
+        "A risk of at most 5 % with confidence 90 % takes 45 independent certify images even if "
+        "none of them is lost"
+    ) in usual.text
+
+
+def test_a_long_recipe_is_whole_over_its_panel():
+    recipe = "112 px, 9 blocks, 4 tokens merged per block, int8, aligned"
+    svg = svg_of(plan_figures.growth([plan_figures.Curve(recipe, True, growth(0.9, 0.91))] * 3))
+    words = re.findall(r"<!-- (.*?) -->", svg)
+    assert " ".join(words).count("9 blocks") == 3 and recipe not in words
+    assert all(len(line) <= 42 for line in words)
 
 
 def test_an_alignment_that_does_not_help_is_red_in_its_figure():

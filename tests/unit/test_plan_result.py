@@ -6,15 +6,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from calibration.certify import Goal, allowed_errors, one_per_group
+from calibration.align import ALIGN_SHARE
+from calibration.certify import Goal, allowed_errors, images_needed, one_per_group
 from calibration.fidelity import Fidelity
 from calibration.fit import without_learned
-from calibration.outputs import Outputs
+from calibration.outputs import Outputs, known_prefixes
 from calibration.plan import result
+from calibration.plan.checks import images_for
 from calibration.plan.plan import choose_rungs, make_plan
 from calibration.plan.select import cascade_ms
 from calibration.plan.subprocesses import PlanError
 from calibration.record import FitRecord, record_path
+from calibration.splits import CERTIFIED, group_keys, split_by_group
 from routing import Calibration, Overrides, RungSet, escalation_mask
 from tests.unit.plan_workplace import (
     CHEAP_MS,
@@ -198,6 +201,7 @@ def test_graphs_to_compare_with_lie_beside_the_chosen_ones(planned):
 def test_commands_are_given_once_and_in_order(made):
     _, commands, _ = made
     assert [said[:2] for said in commands.said] == [
+        ["export", "describe"],
         ["export", "rungs"],
         ["export", "align"],
         ["perf", "serving"],
@@ -221,6 +225,7 @@ def test_another_risk_needs_no_graph_and_no_answer_again(tmp_path):
     second = plan(stricter, commands)
     assert source.read == []
     assert {tuple(said[:2]) for said in commands.said} <= {
+        ("export", "describe"),
         ("perf", "serving"),
         ("export", "choose"),
     }
@@ -228,6 +233,80 @@ def test_another_risk_needs_no_graph_and_no_answer_again(tmp_path):
     assert second.tested[0].fit.calibration.certificate["epsilon"] == 0.15
     allowed = [p.tested[0].fit.calibration.certificate["allowed"] for p in (first, second)]
     assert allowed[1] < allowed[0]
+
+
+@pytest.fixture(scope="module")
+def unhelped(tmp_path_factory):
+    """A plan whose one alignment has nothing to add: its graph answers as the full model does."""
+    commands = Commands()
+    request = make_request(
+        tmp_path_factory.mktemp("unhelped"), candidates="tome=2,align; px=4", beside=""
+    )
+    return plan(request, commands), commands
+
+
+def test_where_an_alignment_does_not_help_the_graph_without_it_takes_its_place(unhelped):
+    planned, commands = unhelped
+    content = result.to_dict(planned, None, [])
+    assert commands.of("export", "align") == []
+    assert planned.lows == ["vit_low", "static_4"]
+    graph = content["graphs"]["vit_low"]
+    assert graph["recipe"] == "px=8,tome=2" and graph["alignment"]["helps"] is False
+    assert planned.chosen.candidate.low == "vit_low"
+    served = RungSet.load(planned.request.out / "onnx")
+    assert served.rungs["vit_low"].recipe == "px=8,tome=2"
+    assert served.fitted_on == planned.rung_set.fitted_on
+
+
+def test_the_images_it_was_tried_on_are_fitted_on_and_test_nothing(unhelped):
+    """The decision against it was made on them, so they may not certify what came of it."""
+    planned, _ = unhelped
+    parts = planned.parts
+    learned = known_prefixes(planned.rung_set.fitted_on)
+    taught = np.array([image[:16] in learned for image in parts.reference.hashes])
+    np.testing.assert_array_equal(parts.align, np.flatnonzero(taught))
+    assert len(parts.rest) == IMAGES - taught.sum()
+    groups = group_keys(parts.reference, "source")
+    shares = {"align": ALIGN_SHARE, "rest": 1 - ALIGN_SHARE}
+    tried = set(split_by_group(groups, shares, 0)["align"]) - set(parts.align)
+    rows = {name: set(parts.rest[index]) for name, index in parts.splits.items()}
+    assert len(tried) > 150 and tried <= rows["fit"]
+    assert {name: len(found) for name, found in rows.items()} == {
+        name: pytest.approx(share * len(parts.rest), abs=1) for name, share in CERTIFIED.items()
+    }
+
+
+def test_where_one_alignment_helps_its_images_stay_out_of_everything(tmp_path):
+    request = make_request(tmp_path, candidates="tome=2,align; px=4,align", beside="")
+    planned = plan(request, Commands())
+    assert [planned.aligned[name].helps for name in planned.lows] == [False, True]
+    shares = {"align": ALIGN_SHARE, "rest": 1 - ALIGN_SHARE}
+    groups = group_keys(planned.parts.reference, "source")
+    assert set(split_by_group(groups, shares, 0)["align"]) <= set(planned.parts.align)
+    assert known_prefixes(planned.aligned["static_4_align"].alignment.image_hashes) <= (
+        known_prefixes(planned.rung_set.fitted_on)
+    )
+
+
+def test_an_alignment_that_does_not_help_beside_its_own_graph_is_one_candidate(tmp_path):
+    planned = plan(
+        make_request(tmp_path, candidates="tome=2,align; tome=2; px=4", beside=""), Commands()
+    )
+    assert planned.lows == ["vit_low", "static_4"]
+
+
+def test_few_images_test_no_more_cascades_than_could_pass(tmp_path):
+    source = TwoColours(images_for(GOAL, aligns=False, quantises=True) + 2)
+    request = make_request(tmp_path, source=source, candidates="px=4; px=3; px=2; px=5")
+    planned = plan(request, Commands())
+    assert len(planned.tested) == 1
+    certificate = planned.tested[0].fit.calibration.certificate
+    assert (certificate["choices"], certificate["allowed"]) == (1, 0)
+    assert len(planned.notes) == 1 and "only just enough" in planned.notes[0]
+
+
+def test_plan_json_says_how_many_images_were_needed(content):
+    assert content["goal"]["certify_images_needed"] == images_needed(GOAL) == 11
 
 
 def test_cheap_graphs_that_cost_more_than_the_full_model_are_not_chosen(tmp_path):
@@ -240,7 +319,7 @@ def test_cheap_graphs_that_cost_more_than_the_full_model_are_not_chosen(tmp_path
 
 
 def test_where_nothing_can_be_certified_nothing_is_chosen(tmp_path):
-    strict = make_request(tmp_path, goal=Goal(0.001, 0.99, "ltt"))
+    strict = make_request(tmp_path, goal=Goal(0.02, 0.9, "ltt"), highs="int8=static")
     planned = plan(strict, Commands())
     assert planned.chosen is None
     assert not any(entry.certified for entry in planned.tested)

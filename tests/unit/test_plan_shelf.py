@@ -4,10 +4,13 @@ from dataclasses import replace
 import numpy as np
 import onnxruntime as ort
 import pytest
+from rich.console import Console
 
 from calibration.fidelity import Fidelity
+from calibration.head import LinearHead
 from calibration.outputs import Outputs
 from calibration.plan import subprocesses
+from calibration.plan.bars import Bars
 from calibration.plan.candidates import recipes, shelf_graphs
 from calibration.plan.shelf import FIT_IMAGES, align_graph, export_shelf
 from calibration.plan.subprocesses import PlanError
@@ -15,7 +18,6 @@ from routing import Alignment, RungOutputs, RungSet
 from tests.unit.calibration_outputs import sha256
 from tests.unit.onnx_files import write_rung_set
 from tests.unit.plan_workplace import (
-    CLASSES,
     LAYERS,
     QUIET,
     SIZE,
@@ -123,14 +125,15 @@ def test_a_folder_whose_files_change_makes_another_shelf(tmp_path, commands, fie
 
 def outputs_of(rung_set, n=200, seed=0):
     """The cheap embedding is the full one, shifted."""
+    head = LinearHead.read(rung_set.files["vit_low"])
     rng = np.random.default_rng(seed)
     high = rng.normal(size=(n, D)).astype(np.float32)
     low = (high + 2).astype(np.float32)
     layers = np.repeat(low[:, None], LAYERS + 1, axis=1)
     names = tuple(f"{seed}-{i}" for i in range(n))
     return Outputs(
-        low=RungOutputs(low, layers, low[:, :CLASSES]),
-        high=RungOutputs(high, None, high[:, :CLASSES]),
+        low=RungOutputs(low, layers, None if head is None else head(low)),
+        high=RungOutputs(high, None, None if head is None else head(high)),
         labels=np.full(n, -1),
         names=names,
         groups=names,
@@ -183,6 +186,21 @@ def test_it_is_baked_in_once_for_the_same_images_and_again_for_others(shelf, com
     assert shelf_graphs(RungSet.load(shelf))[first].record.sha256 != before
 
 
+def test_an_alignment_that_does_not_help_leaves_the_graph_as_it_is(shelf, commands):
+    rung_set = RungSet.load(shelf)
+    graph = shelf_graphs(rung_set)["static_6"]
+    outputs = outputs_of(rung_set)
+    same = replace(outputs.low, embedding=outputs.high.embedding, logits=outputs.high.logits)
+    said = []
+    bars = Bars(Console(quiet=True))
+    bars.say = said.append
+    name, aligned = align_graph(shelf, graph, replace(outputs, low=same), TOP1, 0, bars)
+    assert name == "static_6" and not aligned.helps and len(aligned.growth) > 1
+    assert commands.said == [] and not list(shelf.glob("*.npz"))
+    assert RungSet.load(shelf).fitted_on == rung_set.fitted_on
+    assert len(said) == 1 and said[0].startswith("px=6,align: the alignment does not help")
+
+
 def test_an_alignment_whose_graph_was_never_baked_is_baked_again(shelf, commands):
     name, aligned = align(shelf)
     record = json.loads((shelf / "rungs.json").read_text())
@@ -202,9 +220,8 @@ def test_a_model_without_a_head_is_aligned_all_the_same(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr("calibration.plan.shelf.run", lambda arguments, say: said.append(arguments))
     rung_set = RungSet.load(write_rung_set(tmp_path / "onnx", classes=None))
-    outputs = outputs_of(rung_set)
-    low, high = (replace(rung, logits=None) for rung in (outputs.low, outputs.high))
-    headless = replace(outputs, low=low, high=high)
+    headless = outputs_of(rung_set)
+    assert headless.low.logits is None
     graph = shelf_graphs(rung_set)["vit_low"]
     name, aligned = align_graph(tmp_path / "onnx", graph, headless, Fidelity("cosine"), 0, QUIET)
     assert name == "vit_low_align" and aligned.helps

@@ -1,0 +1,208 @@
+"""What a plan refuses before it exports anything: recipes the model has not, too few images."""
+
+from dataclasses import replace
+
+import pytest
+
+from calibration.certify import Goal, images_needed
+from calibration.fidelity import Fidelity
+from calibration.plan.checks import (
+    Asked,
+    check_images,
+    check_recipes,
+    choices_for,
+    images_for,
+)
+from calibration.plan.plan import make_plan
+from calibration.plan.subprocesses import PlanError
+from tests.unit.plan_workplace import (
+    QUIET,
+    SIZE,
+    Commands,
+    TwoColours,
+    make_request,
+    patch_commands,
+)
+
+GOAL = Goal(0.05, 0.9, "ltt")
+CLS_HEADS = ("ViTForImageClassification", "DeiTForImageClassification", "ViTModel")
+OTHER_HEADS = ("Dinov2ForImageClassification", "DeiTForImageClassificationWithTeacher")
+
+
+class Saying:
+    """Bars that keep what was said."""
+
+    def __init__(self):
+        self.lines = []
+
+    def say(self, line):
+        self.lines.append(line)
+
+
+@pytest.fixture
+def refuse(tmp_path, monkeypatch):
+    """What a whole plan is refused with, after no command but `export describe`."""
+
+    def refuse(model="ViTForImageClassification", **changes):
+        commands, source = Commands(model=model), TwoColours(changes.pop("images", 700))
+        patch_commands(monkeypatch, commands)
+        with pytest.raises(PlanError) as error:
+            make_plan(make_request(tmp_path, source=source, **changes), QUIET)
+        assert [said[:2] for said in commands.said] == [["export", "describe"]]
+        assert source.read == [] and "\n" not in str(error.value)
+        return str(error.value)
+
+    return refuse
+
+
+@pytest.mark.parametrize("model", OTHER_HEADS)
+def test_align_is_refused_by_name_where_the_head_reads_more_than_the_cls_token(refuse, model):
+    message = refuse(model, candidates="px=4; px=4,tome=2,align; px=2,align")
+    for recipe in ("px=4,tome=2,align", "px=2,align"):
+        assert f"--candidates {recipe}: align does not reach this model's head" in message
+    assert "px=4:" not in message and "leave align out" in message
+
+
+@pytest.mark.parametrize("model", [*CLS_HEADS, *OTHER_HEADS])
+def test_default_candidates_are_aligned_where_that_reaches_the_head(tmp_path, monkeypatch, model):
+    patch_commands(monkeypatch, Commands(model=model))
+    bars = Saying()
+    asked = check_recipes(make_request(tmp_path, candidates=None), bars)
+    reaches = model in CLS_HEADS
+    assert all(("align" in recipe) == reaches for recipe in asked.lows) and asked.lows
+    assert asked.aligns == reaches
+    said = [line for line in bars.lines if "head" in line]
+    assert said == list(asked.notes)
+    assert len(said) == (0 if reaches else 1)
+
+
+def test_a_head_that_is_fitted_here_is_reached_whatever_the_model_has(tmp_path, monkeypatch):
+    commands = Commands(model=OTHER_HEADS[0])
+    patch_commands(monkeypatch, commands)
+    asked = check_recipes(make_request(tmp_path, head_images=tmp_path), Saying())
+    assert asked.aligns
+    assert "--head" in commands.said[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"candidates": "px=4,depth=3"}, "px=4,depth=3: depth=3 must be between 1 and 2; the"),
+        ({"candidates": "px=9"}, "--candidates px=9: px=9 looks at more than the full rung's 8"),
+        ({"candidates": "px=0"}, "--candidates px=0: px=0 is no positive multiple"),
+        ({"candidates": "px=1,tome=4"}, "px=1,tome=4: tome=4 has one patch at 1 px"),
+        ({"candidates": "px=4; speed=9"}, "--candidates speed=9: recipe 'speed=9': 'speed=9' is"),
+        ({"candidates": "px=four"}, "'px=four' in a recipe must be a whole number"),
+        ({"highs": "fp32; depth=0"}, "--highs depth=0: depth=0 must be between"),
+        ({"beside": "px=16"}, "--beside px=16: px=16 looks at more"),
+        ({"px": 100}, "--px 100: px=100 is too large"),
+        ({"candidates": "px=4; px=04"}, "px=4 is named more than once"),
+        ({"candidates": "px=4", "px": None, "highs": "px=8; fp32"}, "fp32 is named more than once"),
+        ({"candidates": f"px={SIZE}", "px": None}, "--candidates names the full model itself"),
+        ({"candidates": "tome=0"}, "--candidates names the full model itself"),
+    ],
+    ids=str,
+)
+def test_what_the_model_cannot_do_is_refused_before_the_first_export(refuse, changes, message):
+    assert message in refuse(**changes)
+
+
+def test_every_recipe_that_is_wrong_is_named_at_once(refuse):
+    message = refuse(candidates="px=4; depth=7", highs="fp32; depth=8", beside="px=99")
+    assert all(text in message for text in ("--candidates depth=7", "--highs depth=8", "px=99"))
+
+
+@pytest.mark.parametrize("option", ["highs", "beside"])
+def test_only_cheap_graphs_can_be_aligned(tmp_path, monkeypatch, option):
+    commands = Commands()
+    patch_commands(monkeypatch, commands)
+    request = make_request(tmp_path, **{option: "int8=static,align"})
+    with pytest.raises(PlanError, match=f"--{option} int8=static,align: only cheap graphs"):
+        make_plan(request, QUIET)
+    assert commands.said == []
+
+
+def test_a_fidelity_that_needs_a_head_is_refused_for_a_model_without(refuse):
+    message = refuse("ViTModel", fidelity=Fidelity("top1"))
+    assert message == "--fidelity top1 needs a head, the model has none; use cosine"
+
+
+def test_recipes_are_the_same_however_they_are_written(tmp_path, monkeypatch):
+    patch_commands(monkeypatch, Commands())
+    request = make_request(tmp_path, candidates="align, int8=static ,px=04,fp32", beside="px = 6")
+    asked = check_recipes(request, Saying())
+    assert asked.lows == [frozenset({"px=4", "int8=static", "align"})]
+    assert asked.beside == [frozenset({"px=6"})]
+    assert asked.highs == [frozenset(), frozenset({"int8=static"})]
+
+
+PLAIN = Asked([frozenset({"px=4"})], [frozenset()], [])
+ALIGNED = Asked([frozenset({"px=4", "int8=static", "align"})], [frozenset()], [])
+
+
+@pytest.mark.parametrize("asked", [PLAIN, ALIGNED], ids=["plain", "aligned"])
+@pytest.mark.parametrize("goal", [GOAL, Goal(0.2, 0.9, "ltt"), Goal(0.02, 0.95, "ltt")], ids=str)
+def test_as_many_images_as_are_asked_for_are_just_enough(tmp_path, goal, asked):
+    enough = images_for(goal, asked.aligns, asked.quantises)
+
+    def check(count):
+        return check_images(
+            make_request(tmp_path, goal=goal, source=TwoColours(count)), asked, QUIET
+        )
+
+    assert "only just enough" in check(enough)[0]
+    with pytest.raises(PlanError) as error:
+        check(enough - 1)
+    assert f"give about {enough:,} images" in str(error.value)
+    assert check(10 * enough) == []
+
+
+def test_the_number_needed_is_said_in_the_words_of_fit(refuse):
+    message = refuse(images=150, goal=GOAL)
+    needed = images_needed(GOAL)
+    assert needed == 45
+    assert message.startswith(
+        "150 images are too few: a risk of at most 5 % with confidence 90 % takes 45 independent "
+        "certify images even if none of them is lost, and there are "
+    )
+    aligned, plain = (images_for(GOAL, aligns, True) for aligns in (True, False))
+    assert f"give about {aligned} images (about {plain} without align in --candidates)" in message
+
+
+def test_images_too_few_to_divide_are_refused_with_the_number_needed(refuse):
+    message = refuse(images=20, candidates="px=4", highs="fp32")
+    assert "groups are too few" in message and "give about " in message
+
+
+def test_folders_count_as_one_where_they_are_groups(tmp_path):
+    source = TwoColours(700)
+    source.names = tuple(f"{index % 60:02d}/{index}.png" for index in range(700))
+    request = make_request(tmp_path, source=source, goal=GOAL)
+    assert check_images(request, PLAIN, QUIET) == []
+    with pytest.raises(
+        PlanError, match="700 images in 60 groups are too few: .* there are 24; give"
+    ):
+        check_images(replace(request, group_by="folder"), PLAIN, QUIET)
+
+
+@pytest.mark.parametrize(("images", "choices"), [(44, 1), (45, 1), (58, 1), (59, 2), (72, 4)])
+def test_no_more_cascades_are_tested_than_could_all_pass(images, choices):
+    assert choices_for(images, GOAL, 4) == choices
+    needed = images_needed(replace(GOAL, choices=choices))
+    assert needed <= images or choices == 1
+
+
+def test_images_that_turn_out_too_few_are_no_result(tmp_path, monkeypatch):
+    """A third of them cannot be read, which shows only once the full model has answered them."""
+    commands = Commands()
+    patch_commands(monkeypatch, commands)
+    enough = images_for(GOAL, aligns=False, quantises=False)
+    source = TwoColours(enough, gone=range(0, enough, 3))
+    plain = {"candidates": "px=4", "highs": "fp32", "beside": "", "goal": GOAL}
+    request = make_request(tmp_path, source=source, **plain)
+    with pytest.raises(
+        PlanError, match=f"{enough - len(range(0, enough, 3))} images are too few: a risk"
+    ):
+        make_plan(request, QUIET)
+    assert commands.of("perf", "serving") == []
+    assert not (tmp_path / "out").exists()
