@@ -15,7 +15,14 @@ from numpy.typing import NDArray
 from .base import DEFAULT_GRPC_URL, DEFAULT_TIMEOUT_S, ClientBase
 from .channel import open_channel
 from .errors import ClientError, server_errors
-from .messages import Prediction, Request, metadata_as_dict, predictions
+from .messages import (
+    Prediction,
+    Request,
+    Task,
+    metadata_as_dict,
+    parameters_as_dict,
+    predictions,
+)
 from .retry import Tries
 from .stream import in_order
 
@@ -155,6 +162,11 @@ class AsyncGrpcClient(ClientBase):
         """A model's name, versions, inputs and outputs; as `GrpcClient.metadata`."""
         answer = await self._question(self._client.get_model_metadata, model or self.model)
         return metadata_as_dict(answer)
+
+    async def task(self) -> Task:
+        """What the served model's logits mean; as `GrpcClient.task`."""
+        answer = await self._question(self._client.get_model_config, self.tensor_model)
+        return Task.of(parameters_as_dict(answer))
 
     async def server_version(self) -> str:
         """Triton's version; as `GrpcClient.server_version`."""

@@ -18,7 +18,15 @@ from numpy.typing import NDArray
 from .base import DEFAULT_GRPC_URL, DEFAULT_HTTP_URL, DEFAULT_TIMEOUT_S, ClientBase
 from .channel import HTTP_ADMIN_HEADER, add_admin_key, open_channel
 from .errors import ClientError, server_errors, wrong_protocol
-from .messages import Prediction, Request, Result, metadata_as_dict, predictions
+from .messages import (
+    Prediction,
+    Request,
+    Result,
+    Task,
+    metadata_as_dict,
+    parameters_as_dict,
+    predictions,
+)
 from .retry import Tries
 
 ClientT = TypeVar("ClientT", bound="SyncClient")
@@ -141,6 +149,14 @@ class SyncClient(ClientBase, ABC):
         """
         return self._question(lambda left_s: self._metadata(model or self.model, left_s))
 
+    def task(self) -> Task:
+        """What the served model's logits mean.
+
+        Raises:
+            ClientError: as in `infer`.
+        """
+        return Task.of(self._question(lambda left_s: self._parameters(self.tensor_model, left_s)))
+
     def server_version(self) -> str:
         """Triton's version.
 
@@ -169,6 +185,9 @@ class SyncClient(ClientBase, ABC):
 
     @abstractmethod
     def _max_batch_size(self, model: str, left_s: float | None) -> int: ...
+
+    @abstractmethod
+    def _parameters(self, model: str, left_s: float | None) -> dict[str, str]: ...
 
     @abstractmethod
     def _metadata(self, model: str, left_s: float | None) -> dict[str, Any]: ...
@@ -200,6 +219,9 @@ class GrpcClient(SyncClient):
     def _max_batch_size(self, model: str, left_s: float | None) -> int:
         answer = self._client.get_model_config(model, client_timeout=left_s)
         return int(answer.config.max_batch_size)
+
+    def _parameters(self, model: str, left_s: float | None) -> dict[str, str]:
+        return parameters_as_dict(self._client.get_model_config(model, client_timeout=left_s))
 
     def _metadata(self, model: str, left_s: float | None) -> dict[str, Any]:
         return metadata_as_dict(self._client.get_model_metadata(model, client_timeout=left_s))
@@ -271,6 +293,11 @@ class HttpClient(SyncClient):
     def _max_batch_size(self, model: str, left_s: float | None) -> int:
         config = self._within(left_s, self._client.get_model_config, model)
         return int(config["max_batch_size"])
+
+    def _parameters(self, model: str, left_s: float | None) -> dict[str, str]:
+        config = self._within(left_s, self._client.get_model_config, model)
+        given = config.get("parameters", {})
+        return {name: value["string_value"] for name, value in given.items()}
 
     def _metadata(self, model: str, left_s: float | None) -> dict[str, Any]:
         return dict(self._within(left_s, self._client.get_model_metadata, model))

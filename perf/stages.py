@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.fidelity import Fidelity
 from calibration.source import ImageSource
 from imaging import Preprocessing
 from routing import Calibration, Overrides, RungSet, escalation_mask
@@ -26,7 +25,7 @@ from .measure.levels import COMPARED, closed_levels, open_levels, saturated
 from .measure.loads import Level, LoadRunner, Measured
 from .measure.locust_runs import run_locust
 from .measure.memory import MemoryUse
-from .measure.paired import has_cosine_below, measure_paired, names_another_class
+from .measure.paired import is_a_loss, measure_paired
 from .measure.peaks import MEASURED, PeakLoad, peak_memory
 from .measure.scoring import score_pool
 from .measure.sets import ImageSets, Pool, choose_sets, read_pool, sent_under_load
@@ -141,9 +140,7 @@ def ask_in_turn(record: Record, bench: Bench) -> dict[str, float]:
             suite.repeats,
             bar.advance,
         )
-        fidelity = Fidelity.of(bench.calibration)
-        by_class = fidelity.kind == "top1"
-        disagrees = names_another_class if by_class else has_cosine_below(1 - fidelity.tolerance)
+        disagrees = is_a_loss(bench.calibration.chosen_by)
         record.summary["answers"] = summary.answers_section(
             paired, bench.systems, disagrees, _labels(bench, rows * suite.repeats)
         )
@@ -158,8 +155,8 @@ def ask_in_turn(record: Record, bench: Bench) -> dict[str, float]:
 
 
 def _labels(bench: Bench, rows: Sequence[int]) -> list[int] | None:
-    """Class indices, where every image has a label that the model knows."""
-    known = bench.rung_set.labels
+    """Class indices, where the model names classes and every image has a label that it knows."""
+    known = bench.rung_set.labels if bench.rung_set.task == "classes" else None
     labels = [bench.pool.labels[row] for row in rows]
     if known is None or any(label not in known for label in labels):
         return None

@@ -14,7 +14,14 @@ certificate against live traffic, `shadow` compares two artifacts on it. `rungse
 
 from .alignment import Alignment, AlignmentError
 from .audit import RiskTest
-from .calibration import RUNGS, WEIGHTS, Calibration, CalibrationError, RungRecord
+from .calibration import (
+    RUNGS,
+    WEIGHTS,
+    Calibration,
+    CalibrationError,
+    RungRecord,
+    answer_depends_on_batch,
+)
 from .cascade import (
     CascadeAnswer,
     CascadeRequest,
@@ -25,7 +32,7 @@ from .cascade import (
 )
 from .fidelity import fidelity_loss
 from .manifest import ManifestError
-from .outputs import RungOutputs
+from .outputs import TASKS, RungOutputs, default_task
 from .policy import Allowance, Overrides, Policy, escalation_mask, parse_overrides
 from .relief import Relief
 from .rungset import RungSet, RungSetError
@@ -36,6 +43,7 @@ from .statuses import is_outage
 __all__ = [
     "RUNGS",
     "SIGNALS",
+    "TASKS",
     "WEIGHTS",
     "Alignment",
     "AlignmentError",
@@ -58,6 +66,8 @@ __all__ = [
     "RungSetError",
     "ScoreMap",
     "Signal",
+    "answer_depends_on_batch",
+    "default_task",
     "escalation_mask",
     "fidelity_loss",
     "is_outage",

@@ -91,19 +91,21 @@ def make_plan(request: Request, bars: Bars) -> Planned:
         PlanError: a command failed, or a request that cannot be met.
         ImagesError, SplitError, FidelityError, FitError, CertifyError: as `fit`.
     """
-    cheap = request.candidates or _default_candidates(request, bars)
+    model = None if request.candidates else _describe(request, bars)
+    cheap = request.candidates or _default_candidates(request, model)
     lows, highs, beside = (recipes(text) for text in (cheap, request.highs, request.beside))
     if not lows or not highs:
         raise PlanError("a cascade needs a cheap and a full graph; give --candidates and --highs")
     if any(_is_full(recipe - {ALIGN}, request) for recipe in lows):
         raise PlanError("--candidates names the full model itself; a cheap graph must be cheaper")
     check_grouping(request.group_by)
+    model = model or _describe(request, bars)
+    fidelity = _fidelity(request, "classes" if request.head_images else model["task"])
     bases = [recipe - {ALIGN} for recipe in (*lows, *highs, *beside)]
     bases = [recipe for recipe in dict.fromkeys(bases) if not _is_full(recipe, request)]
     shelf = export_shelf(request, bases, bars)
     rung_set = RungSet.load(shelf)
     cache = OutputsCache(request.cache / "outputs", request.source, rung_set)
-    fidelity = request.fidelity or _default_fidelity(rung_set, request.tolerance)
     parts = divide(request, rung_set, cache, any(ALIGN in recipe for recipe in lows), bars)
 
     names, aligned = [], {}
@@ -168,13 +170,20 @@ def costs_ms(costs: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     return {name: full_ms * float(cost["cost_ratio"]["median"]) for name, cost in costs.items()}
 
 
-def _default_candidates(request: Request, bars: Bars) -> str:
-    model = run_json(["export", "describe", "--model", request.model], bars.say)
+def _describe(request: Request, bars: Bars) -> Mapping[str, Any]:
+    return run_json(["export", "describe", "--model", request.model], bars.say)
+
+
+def _default_candidates(request: Request, model: Mapping[str, Any]) -> str:
     return default_candidates(model["patch_size"], request.px or model["high_px"])
 
 
-def _default_fidelity(rung_set: RungSet, tolerance: float) -> Fidelity:
-    return Fidelity("cosine", tolerance) if rung_set.classes is None else Fidelity("top1")
+def _fidelity(request: Request, task: str | None) -> Fidelity:
+    """When an answer is a loss, refused before anything is exported if it means nothing."""
+    if request.fidelity is not None:
+        request.fidelity.check(task)
+        return request.fidelity
+    return Fidelity.asked(task, None, request.tolerance, request.relative, request.label_threshold)
 
 
 def _is_full(recipe: frozenset[str], request: Request) -> bool:

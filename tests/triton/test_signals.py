@@ -1,6 +1,7 @@
 """The keystone, for every signal: an artifact of each is served beside the others."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,10 +22,13 @@ def routers(build, tmp_path_factory):
     """(server, artifact of each signal): one router for each, before the same rungs."""
     repository = tmp_path_factory.mktemp("signals") / "model_repository"
     shutil.copytree(build / "model_repository", repository)
-    outputs, rung_set = Outputs.load(build / "outputs.npz"), RungSet.load(build / "onnx")
+    stored, rungs = Outputs.load(build / "outputs.npz"), RungSet.load(build / "onnx")
     artifacts = {}
-    for name in SIGNALS:
-        options = Options(Fidelity("top1"), signal=name)
+    for name, signal in SIGNALS.items():
+        # The same logits stand for independent labels where a signal is about those.
+        task = signal.task or "classes"
+        outputs, rung_set = replace(stored, task=task), replace(rungs, task=task)
+        options = Options(Fidelity.asked(task, None), signal=name)
         shutil.copytree(repository / "router", repository / f"router_{name}")
         path = repository / f"router_{name}/1/calibration.json"
         fit(outputs, rung_set, EscalationRate(ESCALATION_RATE), options).calibration.save(path)

@@ -181,7 +181,8 @@ class Commands:
     def run_json(self, arguments, say):
         self.said.append([str(argument) for argument in arguments])
         if self.said[-1][1] == "describe":
-            return {"patch_size": 1, "high_px": SIZE}
+            task = "classes" if self._head else None
+            return {"patch_size": 1, "high_px": SIZE, "task": task}
         names = _options(self.said[-1][2:])["--graphs"][0].split(",")
         return {"graphs": {name: self._cost(name) for name in names}}
 

@@ -38,6 +38,7 @@ class FakeClient(SyncClient):
         self.asked_for_maximum = []
         self.max_batch = max_batch
         self.closed = False
+        self.parameters = {}
 
     def close(self):
         self.closed = True
@@ -51,6 +52,10 @@ class FakeClient(SyncClient):
     def _max_batch_size(self, model, left_s):
         self.asked_for_maximum.append(model)
         return self.max_batch
+
+    def _parameters(self, model, left_s):
+        assert model == "router"
+        return self.parameters
 
     def _metadata(self, model, left_s):
         return {"name": model}

@@ -142,6 +142,8 @@ def test_the_defaults_are_what_stands_in_git(tmp_path):
         "audit_fraction": "0",
         "shadow_version": "0",
         "shadow_fraction": "0",
+        "task": "classes",
+        "label_threshold": "0.5",
     }
 
 
@@ -163,6 +165,8 @@ def test_every_option_reaches_the_router(tmp_path):
         **options,
         "--shadow-version": "0",
         "--shadow-fraction": "0",
+        "--task": "classes",
+        "--label-threshold": "0.5",
     }
 
 

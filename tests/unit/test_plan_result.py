@@ -198,6 +198,7 @@ def test_graphs_to_compare_with_lie_beside_the_chosen_ones(planned):
 def test_commands_are_given_once_and_in_order(made):
     _, commands, _ = made
     assert [said[:2] for said in commands.said] == [
+        ["export", "describe"],
         ["export", "rungs"],
         ["export", "align"],
         ["perf", "serving"],
@@ -221,6 +222,7 @@ def test_another_risk_needs_no_graph_and_no_answer_again(tmp_path):
     second = plan(stricter, commands)
     assert source.read == []
     assert {tuple(said[:2]) for said in commands.said} <= {
+        ("export", "describe"),
         ("perf", "serving"),
         ("export", "choose"),
     }

@@ -154,9 +154,7 @@ class Watch:
         except RungError:
             self._metrics.count("audit_dropped_total")
             return
-        chosen = self._calibration.chosen_by
-        kind, tolerance = chosen["fidelity"], chosen.get("tolerance")
-        lost = bool(fidelity_loss(kind, tolerance, item.low, high)[0])
+        lost = bool(fidelity_loss(self._calibration.chosen_by, item.low, high)[0])
         self._found("kept_lost" if lost else "kept_ok", lost)
 
     def _found(self, outcome: str, lost: bool) -> None:
