@@ -14,7 +14,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from export.backbones import Backbone, base_model, has_own_head
 from export.errors import UsageError, first_line
 from export.processor import Processor
-from routing import default_task, manifest
+from routing import manifest
 
 # Architecture as config.json names it -> (class that is loaded, options). A masked-image model's
 # decoder is of no use here, so its base model is loaded.
@@ -32,7 +32,11 @@ SUPPORTED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 BASE_MODELS = {"vit": "ViTModel", "deit": "DeiTModel", "dinov2": "Dinov2Model"}
 # `problem_type` of config.json -> one of `routing.TASKS`.
-PROBLEM_TYPES = {"multi_label_classification": "labels", "regression": "value"}
+PROBLEM_TYPES = {
+    "single_label_classification": "classes",
+    "multi_label_classification": "labels",
+    "regression": "value",
+}
 _CHOICES = "give static-vit, dinov2-small, a folder that save_pretrained wrote, or a hub id (a/b)"
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
@@ -63,20 +67,9 @@ def pretrained(model: str) -> Backbone:
         labels=_labels(config) if has_own_head(network) else None,
         default_px=(low_px, high_px),
         preprocessing=processor.preprocessing,
-        own_task=_task(config),
+        own_task=PROBLEM_TYPES.get(config.problem_type),
         notices=processor.notices,
     )
-
-
-def _task(config: PretrainedConfig) -> str | None:
-    """What the head was trained for, where config.json says so.
-
-    One output is a value whatever it says, unless it is one label's: among one class there is
-    nothing to choose.
-    """
-    if config.problem_type == "single_label_classification":
-        return default_task(config.num_labels)
-    return PROBLEM_TYPES.get(config.problem_type)
 
 
 def _load_config(model: str) -> PretrainedConfig:

@@ -14,6 +14,7 @@ from client import (
     GrpcClient,
     HttpClient,
     InvalidRequestError,
+    Task,
     UnavailableError,
 )
 from client.base import ClientBase
@@ -125,6 +126,15 @@ def test_metadata_is_of_the_ensemble_unless_named():
     assert client.metadata() == {"name": "adaptive_vit"}
     assert client.metadata("router") == {"name": "router"}
     assert client.server_version() == "2.51.0"
+
+
+def test_the_task_is_what_the_routers_configuration_says():
+    client = FakeClient()
+    assert client.task() == Task(None, 0.5)  # assembled before there was a task
+    client.parameters = {"task": "labels", "label_threshold": "0.3", "audit_fraction": "0"}
+    assert client.task() == Task("labels", 0.3)
+    client.parameters = {"task": "", "label_threshold": "0.5"}
+    assert client.task() == Task(None)
 
 
 def test_the_context_manager_closes():
