@@ -30,6 +30,7 @@ from .fit import (
     Options,
     Target,
     Threshold,
+    depends_on_batch,
     fit,
     without_learned,
 )
@@ -69,12 +70,26 @@ FidelityOption = Annotated[
     str | None,
     typer.Option(
         metavar="|".join(KINDS),
-        help="When a cheap answer is a loss: another class, or a cosine too small. "
-        "Default: top1 with a head, else cosine.",
+        help="When a cheap answer is a loss: another class, another set of labels, a value too far "
+        "off, or a cosine too small. Default: top1 of classes, labels of independent labels, "
+        "cosine without a head; of a value there is none.",
     ),
 ]
 ToleranceOption = Annotated[
-    float, typer.Option(help="With cosine: a cosine below 1 - tolerance is a loss.")
+    float | None,
+    typer.Option(
+        help="With cosine: a cosine below 1 - tolerance is a loss (default: 0.1). With value: a "
+        "larger difference is one."
+    ),
+]
+RelativeOption = Annotated[
+    bool, typer.Option("--relative", help="With value: the tolerance is a share of the value.")
+]
+LabelThresholdOption = Annotated[
+    float | None,
+    typer.Option(
+        help="With labels: from which probability on a label is in the set (default: 0.5)."
+    ),
 ]
 GroupByOption = Annotated[
     str,
@@ -125,14 +140,17 @@ def analyse_command(
     onnx: OnnxOption = ONNX,
     out: Annotated[Path, typer.Option(help="Page to write.")] = FOLDER / "analysis.html",
     fidelity: FidelityOption = None,
-    tolerance: ToleranceOption = 0.1,
+    tolerance: ToleranceOption = None,
+    relative: RelativeOption = False,
+    label_threshold: LabelThresholdOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show how much, and for which images, the full rung changes the outcome."""
     stored = Outputs.load(outputs)
     labels = RungSet.load(onnx).labels
     with console.status("analysing"):
-        analysis = analyse(stored, _fidelity(fidelity, tolerance, stored))
+        asked = Fidelity.asked(stored.task, fidelity, tolerance, relative, label_threshold)
+        analysis = analyse(stored, asked)
         write_analysis(out, analysis, stored, _source_of(stored), labels)
     if as_json:
         print(json.dumps({"page": str(out), **analysis.to_dict()}))
@@ -161,7 +179,9 @@ def fit_command(
         float | None, typer.Option(help="Instead: threshold in oracle units.")
     ] = None,
     fidelity: FidelityOption = None,
-    tolerance: ToleranceOption = 0.1,
+    tolerance: ToleranceOption = None,
+    relative: RelativeOption = False,
+    label_threshold: LabelThresholdOption = None,
     signal: Annotated[str, typer.Option(help=f"auto, or one of {', '.join(SIGNALS)}.")] = AUTO,
     group_by: GroupByOption = GROUPINGS[0],
     require_certificate: Annotated[
@@ -179,7 +199,10 @@ def fit_command(
         raise FitError("--require-certificate needs --max-risk")
     rung_set = RungSet.load(onnx)
     stored = _unlearned(Outputs.load(outputs), rung_set)
-    options = Options(_fidelity(fidelity, tolerance, stored), signal, group_by, seed)
+    asked = Fidelity.asked(rung_set.task, fidelity, tolerance, relative, label_threshold)
+    options = Options(asked, signal, group_by, seed)
+    if not isinstance(target, Goal) and (reason := depends_on_batch(rung_set)) is not None:
+        console.print(f"warning: {reason}", style="yellow", highlight=False)
     with Progress(console=console) as bar:
         task = bar.add_task("fit", total=STEPS)
         fitted = fit(stored, rung_set, target, options, lambda: bar.advance(task))
@@ -203,7 +226,9 @@ def align_command(
     onnx: OnnxOption = ONNX,
     out: Annotated[Path, typer.Option(help="File to write.")] = FOLDER / "alignment.npz",
     fidelity: FidelityOption = None,
-    tolerance: ToleranceOption = 0.1,
+    tolerance: ToleranceOption = None,
+    relative: RelativeOption = False,
+    label_threshold: LabelThresholdOption = None,
     share: Annotated[
         float, typer.Option(min=0.05, max=0.95, help="Of the images, to learn from.")
     ] = ALIGN_SHARE,
@@ -230,7 +255,7 @@ def align_command(
             rows,
             np.array(groups),
             (rung.fingerprint, rung.recipe),
-            _fidelity(fidelity, tolerance, stored),
+            Fidelity.asked(rung_set.task, fidelity, tolerance, relative, label_threshold),
             head,
             seed,
         )
@@ -332,12 +357,6 @@ def _collect(rung_set: RungSet, source: ImageSource, out: Path) -> None:
         unreadable = collect(rung_set, source, out, show)
     for line in unreadable:
         console.print(f"skipped {line}", markup=False, highlight=False)
-
-
-def _fidelity(kind: str | None, tolerance: float, outputs: Outputs) -> Fidelity:
-    if kind is None:
-        kind = "cosine" if outputs.low.logits is None else "top1"
-    return Fidelity(kind, tolerance)
 
 
 def _target(

@@ -15,7 +15,7 @@ from routing import SIGNALS
 
 from . import metrics
 from .coefficients import applicable, signal_values
-from .fidelity import Fidelity, oracle_cosine, oracle_l2
+from .fidelity import APPLICABLE, COSINE_TOLERANCE, Fidelity, oracle_cosine, oracle_l2
 from .outputs import Outputs
 
 FloatVector = NDArray[np.float64]
@@ -97,10 +97,12 @@ class Analysis:
     Attributes:
         source: of the images, in words.
         images: N.
+        fidelity: the loss that was asked for.
         tolerance: of the cosine loss.
         l2: of the distances between the rungs' embeddings.
         cosine: of the cosines between them.
-        losses: the asked one first; `cosine`, and `top1` where there is a head.
+        losses: the asked one first, then the other that applies without being asked for: `cosine`,
+            and of classes `top1`, of labels `labels`.
         spearman: rank correlation of the L2 with what is known without labels; None where it, or
             the L2, is constant.
         most: rows of the images with the largest L2, largest first.
@@ -109,6 +111,7 @@ class Analysis:
 
     source: str
     images: int
+    fidelity: Fidelity
     tolerance: float
     l2: Distribution
     cosine: Distribution
@@ -147,26 +150,25 @@ def analyse(outputs: Outputs, fidelity: Fidelity, seed: int = 0) -> Analysis:
 
     Args:
         outputs: of N images, at least one.
-        fidelity: the loss to name first; `top1` and `cosine` are both measured where they apply.
+        fidelity: the loss to name first; the others that apply are measured beside it.
         seed: of the bootstrap.
 
     Raises:
         FidelityError: the fidelity loss does not apply.
     """
     oracle, cosine = oracle_l2(outputs), oracle_cosine(outputs)
+    fidelities = _fidelities(outputs, fidelity)
     order = np.argsort(oracle, kind="stable")
     ends = max(1, min(EXTREMES, len(outputs) // 2))
     bootstrap = metrics.Bootstrap(np.array(outputs.groups), seed)
     return Analysis(
         source=outputs.title,
         images=len(outputs),
-        tolerance=fidelity.tolerance,
+        fidelity=fidelity,
+        tolerance=next((f.tolerance for f in fidelities if f.kind == "cosine"), COSINE_TOLERANCE),
         l2=Distribution.of(oracle),
         cosine=Distribution.of(cosine),
-        losses=tuple(
-            _relation(kind, kind.loss(outputs), oracle, bootstrap)
-            for kind in _fidelities(outputs, fidelity)
-        ),
+        losses=tuple(_relation(kind, kind.loss(outputs), oracle, bootstrap) for kind in fidelities),
         spearman={
             name: metrics.value(partial(metrics.spearman, first=values, second=oracle), len(oracle))
             for name, values in _companions(outputs, cosine).items()
@@ -177,9 +179,10 @@ def analyse(outputs: Outputs, fidelity: Fidelity, seed: int = 0) -> Analysis:
 
 
 def _fidelities(outputs: Outputs, asked: Fidelity) -> list[Fidelity]:
-    other = Fidelity("cosine" if asked.kind == "top1" else "top1", asked.tolerance)
-    headless = outputs.low.logits is None or outputs.high.logits is None
-    return [asked] if headless else [asked, other]
+    kinds = [kind for kind in APPLICABLE[outputs.task][0] if kind not in (asked.kind, "value")]
+    # A value's tolerance is none of a cosine.
+    tolerance = COSINE_TOLERANCE if asked.kind == "value" else asked.tolerance
+    return [asked, *(Fidelity(kind, tolerance) for kind in kinds)]
 
 
 def _relation(
@@ -217,7 +220,7 @@ def _companions(outputs: Outputs, cosine: FloatVector) -> dict[str, FloatVector]
         "norm of the low embedding": low,
         "norm of the full embedding": high,
     }
-    for name in applicable(outputs.low):
+    for name in applicable(outputs.low, outputs.task):
         if not SIGNALS[name].coefficients:
             values[name] = signal_values(name, outputs.low, {})
     return values

@@ -7,7 +7,7 @@ router only multiplies and adds.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,10 @@ from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
 from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
 
-from routing import SIGNALS, RungOutputs, features
+from routing import SIGNALS, RungOutputs, default_task, features
+
+from .fidelity import Fidelity, oracle_l2
+from .outputs import Outputs
 
 FloatVector = NDArray[np.float64]
 BoolVector = NDArray[np.bool_]
@@ -38,12 +41,25 @@ class FitSample:
         oracle: L2 distance between the rungs' embeddings, FP64 (n,).
         loss: fidelity loss, BOOL (n,).
         groups: cross-validation never divides one.
+        task: what the logits mean, see `routing.TASKS`; None: no head, or `routing.default_task`.
+        label_cut: of labels: the logit from which on one belongs to the answer.
     """
 
     low: RungOutputs
     oracle: FloatVector
     loss: BoolVector
     groups: NDArray[Any]
+    task: str | None = None
+    label_cut: float = 0.0
+
+    @classmethod
+    def of(
+        cls, outputs: Outputs, fidelity: Fidelity, rows: NDArray[np.intp], groups: NDArray[Any]
+    ) -> FitSample:
+        """Of some rows of outputs, by a fidelity loss; `groups` are of all images."""
+        oracle, loss = oracle_l2(outputs)[rows], fidelity.loss(outputs)[rows]
+        low, cut = outputs.low.rows(rows), fidelity.label_cut
+        return cls(low, oracle, loss, groups[rows], outputs.task, cut)
 
     def __len__(self) -> int:
         """The number of images n."""
@@ -51,8 +67,12 @@ class FitSample:
 
     def rows(self, index: NDArray[np.intp]) -> FitSample:
         """Some of the images."""
-        return FitSample(
-            self.low.rows(index), self.oracle[index], self.loss[index], self.groups[index]
+        return replace(
+            self,
+            low=self.low.rows(index),
+            oracle=self.oracle[index],
+            loss=self.loss[index],
+            groups=self.groups[index],
         )
 
     def folds(self, seed: int) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
@@ -62,9 +82,17 @@ class FitSample:
         return list(folds.split(self.oracle, groups=self.groups))
 
 
-def applicable(low: RungOutputs) -> list[str]:
-    """Names of the signals that these outputs suffice for."""
-    return [name for name, s in SIGNALS.items() if low.logits is not None or not s.needs_logits]
+def applicable(low: RungOutputs, task: str | None = None) -> list[str]:
+    """Names of the signals that these outputs suffice for, and that mean something for the task.
+
+    Args:
+        low: the cheap rung's outputs.
+        task: what the logits mean; None: no head, or `routing.default_task`.
+    """
+    if low.logits is None:
+        return [name for name, signal in SIGNALS.items() if not signal.needs_logits]
+    task = task or default_task(low.logits.shape[1])
+    return [name for name, signal in SIGNALS.items() if signal.applies_to(task)]
 
 
 def signal_values(
@@ -89,13 +117,16 @@ def fit_coefficients(sample: FitSample, seed: int) -> dict[str, Coefficients]:
             _by_rows(sample.low, features.path_features), sample.oracle
         )
     }
-    if sample.low.logits is not None and _learnable(sample, seed):
+    names = applicable(sample.low, sample.task)
+    if "label_margin" in names:
+        fitted["label_margin"] = {"cut": np.array([sample.label_cut])}
+    if sample.low.logits is not None and "deferral" in names and _learnable(sample, seed):
         lens, lens_rows = _fit_lens(sample, seed)
         confidence_rows = features.softmax_features(features.log_softmax(sample.low.logits))
         both = np.concatenate([confidence_rows, lens_rows], axis=1)
         fitted["layer_lens"] = {**lens, **_fit_logistic(lens_rows, sample.loss)}
         fitted["deferral"] = {**lens, **_fit_logistic(both, sample.loss)}
-    known = [name for name in applicable(sample.low) if not SIGNALS[name].coefficients]
+    known = [name for name in names if not SIGNALS[name].coefficients]
     fitted.update({name: {} for name in known})
     return {name: fitted[name] for name in SIGNALS if name in fitted}
 

@@ -94,7 +94,10 @@ def collect(
             unreadable[index] = lines
             _check_readable(unreadable, len(source))
     preprocessing_sha256 = rung_set.preprocessing_sha256()
-    parts.join(out, scalar_arrays(hashes, preprocessing_sha256, source.spec, source.title))
+    parts.join(
+        out,
+        scalar_arrays(hashes, preprocessing_sha256, source.spec, source.title, rung_set.task),
+    )
     parts.remove()
     return [line for index in range(len(ranges)) for line in unreadable[index]]
 

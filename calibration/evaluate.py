@@ -189,7 +189,9 @@ def evaluate(calibration: Calibration, outputs: Outputs) -> Evaluation:
     errors, n = int(lost.sum()), len(rows)
     exact = binomtest(errors, n).proportion_ci(INTERVAL, "exact")
     distance = ks_2samp(scores[rows], reference)
-    held_out = HeldOut(outputs, rows, rows, groups, scores, threshold, loss, high_loss, seed)
+    held_out = HeldOut(
+        outputs, rows, rows, groups, scores, threshold, loss, high_loss, seed, fidelity
+    )
     measured = held_out.figures()
     names = [name for name in measured if name.startswith(("agreement", "accuracy"))]
     return Evaluation(
@@ -235,6 +237,11 @@ def _check(calibration: Calibration, outputs: Outputs) -> None:
         raise EvaluateError(
             "the outputs were made with another preprocessing than the artifact's; collect with "
             "the rungs.json it was calibrated with, or calibrate again"
+        )
+    if outputs.task != calibration.task:
+        raise EvaluateError(
+            f"the artifact was calibrated for a model that answers {calibration.task}, the outputs "
+            f"are of one that answers {outputs.task}; calibrate again"
         )
     proved_about = (calibration.certificate or {}).get("reference", outputs.truth_words)
     if proved_about != outputs.truth_words:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from routing import SIGNALS, Calibration, RungSet
+from routing import SIGNALS, Calibration, RungSet, answer_depends_on_batch
 
 from . import certify, metrics
 from .coefficients import FOLDS, FitSample, applicable, fit_coefficients, out_of_fold, signal_values
@@ -126,11 +126,15 @@ def fit(
         progress: called after each of at most `STEPS` steps of about equal length.
 
     Raises:
-        FitError: outputs of other rungs, too few images, or a signal that does not apply.
+        FitError: outputs of other rungs, too few images, a signal that does not apply, or a
+            certificate for a graph whose answers depend on the batch.
         SplitError: the images cannot be split, or lie in two splits.
         FidelityError: the fidelity loss does not apply.
     """
     _check(outputs, rung_set, options)
+    reason = depends_on_batch(rung_set)
+    if isinstance(target, certify.Goal) and reason is not None:
+        raise FitError(f"{reason}; give --escalation-rate or --threshold to go without")
     groups = group_keys(outputs, options.group_by)
     shares = CERTIFIED if isinstance(target, certify.Goal) else UNCERTIFIED
     splits = split_by_group(groups, shares, options.seed)
@@ -145,7 +149,7 @@ def fit(
         if split != "fit"
     }
     rows = splits["fit"]
-    sample = FitSample(outputs.low.rows(rows), oracle[rows], loss[rows], np.array(groups)[rows])
+    sample = FitSample.of(outputs, options.fidelity, rows, np.array(groups))
     unseen = out_of_fold(sample, options.seed, progress)  # by coefficients that did not learn them
     signs = {key: learn_sign(raw, sample.oracle, sample.loss) for key, raw in unseen.items()}
     ranking = {key: signs[key] * raw for key, raw in unseen.items()}
@@ -186,6 +190,7 @@ def fit(
         loss,
         high_loss,
         options.seed,
+        options.fidelity,
     )
     max_risk = target.max_risk if isinstance(target, certify.Goal) else None
     calibration = Calibration(
@@ -218,6 +223,7 @@ def fit(
         },
         reference_scores=_thinned(np.sort(scores[np.concatenate(list(independent.values()))])),
         reference=rung_set.reference,
+        task=rung_set.task,
     )
     return Fit(calibration, splits, values, scores, loss, high_loss)
 
@@ -246,6 +252,11 @@ def _check(outputs: Outputs, rung_set: RungSet, options: Options) -> None:
         raise FitError("the outputs were collected with other ONNX files; collect again")
     if outputs.preprocessing_sha256 != rung_set.preprocessing_sha256():
         raise FitError("the outputs were collected with another preprocessing; collect again")
+    if outputs.task != rung_set.task:
+        raise FitError(
+            f"the outputs were collected of a model that answers {outputs.task}, and the rungs "
+            f"answer {rung_set.task}; collect again"
+        )
     if len(without_learned(outputs, rung_set)) < len(outputs):
         raise FitError("some of the images were used to fit a graph; leave them out")
     if len(outputs) < MIN_IMAGES:
@@ -255,10 +266,27 @@ def _check(outputs: Outputs, rung_set: RungSet, options: Options) -> None:
     if options.signal not in SIGNALS:
         known = ", ".join((AUTO, *SIGNALS))
         raise FitError(f"--signal {options.signal!r} is unknown; known: {known}")
-    if options.signal not in applicable(outputs.low):
+    if options.signal not in applicable(outputs.low, outputs.task):
+        if outputs.task is None:
+            raise FitError(
+                f"--signal {options.signal} needs logits and {rung_set.backbone} has no head"
+            )
+        known = ", ".join((AUTO, *applicable(outputs.low, outputs.task)))
         raise FitError(
-            f"--signal {options.signal} needs logits and {rung_set.backbone} has no head"
+            f"--signal {options.signal} means nothing for a model that answers {outputs.task}; "
+            f"use one of {known}"
         )
+
+
+def depends_on_batch(rung_set: RungSet) -> str | None:
+    """Why nothing can be certified with these graphs, and the way out; None where it can."""
+    for name, (record, _) in rung_set.graphs().items():
+        if (reason := answer_depends_on_batch(record.recipe)) is not None:
+            return (
+                f"{name} is {record.recipe}: {reason}, so nothing can be certified about it; "
+                "export it with int8=static"
+            )
+    return None
 
 
 def without_learned(outputs: Outputs, rung_set: RungSet) -> Outputs:
@@ -314,9 +342,7 @@ def _choose(costs: Mapping[str, float], signal: str) -> str:
 
 
 def _chosen_by(target: Target, options: Options) -> dict[str, Any]:
-    tolerance = options.fidelity.tolerance if options.fidelity.kind == "cosine" else None
-    fidelity = {"fidelity": options.fidelity.kind, "tolerance": tolerance}
-    return {**fidelity, **asdict(target), "signal": options.signal}
+    return {**options.fidelity.to_dict(), **asdict(target), "signal": options.signal}
 
 
 def _thinned(ascending: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -13,6 +13,7 @@ from scipy.stats import binomtest, mannwhitneyu
 from routing import Overrides, escalation_mask
 
 from . import metrics
+from .fidelity import Fidelity
 from .outputs import Outputs
 from .splits import Rows
 
@@ -32,6 +33,7 @@ class HeldOut:
         loss: fidelity loss of the cheap answers, BOOL (N,).
         high_loss: of the full rung's; None: the full rung is the reference.
         seed: of the resamples.
+        fidelity: when an answer is a loss.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class HeldOut:
         loss: NDArray[np.bool_],
         high_loss: NDArray[np.bool_] | None,
         seed: int,
+        fidelity: Fidelity,
     ) -> None:
         self._outputs, self._rows = outputs, rows
         self._independent = np.searchsorted(rows, independent)
@@ -53,6 +56,7 @@ class HeldOut:
         self._high_loss = None if high_loss is None else high_loss[rows]
         self._bootstrap = metrics.Bootstrap(groups[rows], seed)
         self._groups = groups[rows]
+        self._fidelity = fidelity
 
     def figures(self) -> dict[str, Any]:
         """Escalation, risk, agreement, and accuracy where labels are known."""
@@ -61,11 +65,15 @@ class HeldOut:
             lost |= self._escalated & self._high_loss
         columns = {"escalation_rate": self._escalated, "risk": lost}
         known = np.ones(len(self._rows), dtype=np.bool_)
-        low, high, full = self._classes()
-        if low is not None and high is not None:
-            columns["agreement_low"] = low == full
-            columns["agreement_with_high"] = np.where(self._escalated, high, low) == full
-            truth = self._outputs.labels[self._rows]
+        test = self._outputs.rows(self._rows)
+        agrees = self._fidelity.agrees(test)
+        if agrees is not None:
+            columns["agreement_low"] = agrees[0]
+            columns["agreement_with_high"] = np.where(self._escalated, agrees[1], agrees[0])
+        low, high = test.low.logits, test.high.logits
+        if test.task == "classes" and low is not None and high is not None:
+            low, high = low.argmax(axis=1), high.argmax(axis=1)
+            truth = test.labels
             known = truth >= 0
             if known.any():
                 columns["accuracy_low"] = low == truth
@@ -93,11 +101,6 @@ class HeldOut:
                 exact = binomtest(round(figures[name] * groups), groups).proportion_ci(0.95)
                 intervals[name] = [float(exact.low), float(exact.high)]
         return {**figures, "intervals": intervals}
-
-    def _classes(self) -> list[NDArray[np.intp] | None]:
-        """Top-1 classes of the cheap rung, the full rung and the reference."""
-        logits = [o.logits for o in (self._outputs.low, self._outputs.high, self._outputs.truth)]
-        return [None if rows is None else rows[self._rows].argmax(axis=1) for rows in logits]
 
     def signals(
         self,

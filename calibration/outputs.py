@@ -4,7 +4,8 @@ The file holds `embedding_low` and `embedding_high` (N, D), `cls_layers_low` (N,
 `logits_low` and `logits_high` (N, C) for models with a head, the same with `_reference` where the
 full rung is not the reference, `labels` (N,) as class indices or -1,
 and the strings `names`, `groups` and `hashes` (SHA-256 of the encoded bytes). `rungs` (the SHA-256
-of both ONNX files) and `preprocessing` tie it to the graphs and tensors that made it.
+of both ONNX files) and `preprocessing` tie it to the graphs and tensors that made it; `task` says
+what logits mean, where there are any.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from routing import RungOutputs
+from routing import TASKS, RungOutputs, default_task
 from routing.calibration import FULL_RUNG
 
 from .npz import NpzError, load_npz, save_npz
@@ -76,6 +77,7 @@ class Outputs:
         preprocessing_sha256: of how their images were made, see `routing.RungSet`.
         source: opens the images again: see `images.open_images`.
         title: the source in words, without paths.
+        task: what the logits mean, see `routing.TASKS`; None: no head, or `routing.default_task`.
     """
 
     low: RungOutputs
@@ -89,6 +91,18 @@ class Outputs:
     source: str
     title: str
     reference: RungOutputs | None = None
+    task: str | None = None
+
+    def __post_init__(self) -> None:
+        """Fill the task where it was not said.
+
+        Raises:
+            ValueError: an unknown task.
+        """
+        if self.task is None and self.low.logits is not None:
+            object.__setattr__(self, "task", default_task(self.low.logits.shape[1]))
+        elif self.task not in (None, *TASKS):
+            raise ValueError(f"task {self.task!r} is none of {', '.join(TASKS)}")
 
     @property
     def truth(self) -> RungOutputs:
@@ -126,7 +140,7 @@ class Outputs:
         rungs = {"low": self.low, "high": self.high, "reference": self.reference}
         rows = row_arrays(rungs, self.labels, self.names, self.groups, self.hashes)
         scalars = scalar_arrays(
-            self.rung_hashes, self.preprocessing_sha256, self.source, self.title
+            self.rung_hashes, self.preprocessing_sha256, self.source, self.title, self.task
         )
         save_npz(path, {**rows, **scalars})
 
@@ -161,6 +175,7 @@ class Outputs:
                 preprocessing_sha256=str(arrays["preprocessing"]),
                 source=str(arrays["source"]),
                 title=str(arrays["title"]),
+                task=str(arrays["task"]) if "task" in arrays else None,
             )
         except KeyError as error:
             raise OutputsError(f"{path} holds no {error}; collect again") from None
@@ -196,10 +211,15 @@ def row_arrays(
 
 
 def scalar_arrays(
-    rung_hashes: Mapping[str, str], preprocessing_sha256: str, source: str, title: str
+    rung_hashes: Mapping[str, str],
+    preprocessing_sha256: str,
+    source: str,
+    title: str,
+    task: str | None,
 ) -> dict[str, NDArray[Any]]:
     """The file's arrays that are said once; arguments as in `Outputs`."""
     return {
+        **({} if task is None else {"task": np.array(task)}),
         "rungs": np.array(json.dumps(rung_hashes)),
         "preprocessing": np.array(preprocessing_sha256),
         "source": np.array(source),

@@ -15,7 +15,7 @@ from .errors import (
     ServerError,
     UnavailableError,
 )
-from .messages import ENSEMBLE, ROUTER, Prediction
+from .messages import ENSEMBLE, ROUTER, Prediction, Task
 from .retry import Retry
 from .sync import GrpcClient, HttpClient
 from .tls import Tls
@@ -40,6 +40,7 @@ __all__ = [
     "RequestCancelledError",
     "Retry",
     "ServerError",
+    "Task",
     "Tls",
     "UnavailableError",
 ]

@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .base import DEFAULT_GRPC_URL, DEFAULT_HTTP_URL, DEFAULT_TIMEOUT_S
-from .errors import ClientError
+from .errors import AccessDeniedError, ClientError
 from .files import UsageError, find_images, read_admin_key, read_labels
 from .many import Outcome, Question, ask_grpc, ask_http, summarise
+from .messages import Task
 from .render import as_dict, summary_line, table
 from .retry import DEFAULT_RETRY, Retry
 from .sync import GrpcClient, HttpClient
@@ -96,16 +97,16 @@ def infer(
         "tls": _tls(tls_ca, tls_cert, tls_key),
         "admin_key": read_admin_key(admin_key_file) if admin_key_file else None,
     }
-    server = _look_at_server(address, protocol, names, options)
+    server, task = _look_at_server(address, protocol, names, options)
     question = Question(policy, threshold, timeout_s)
     started = time.perf_counter()
     outcomes = _ask(protocol, address, files, question, concurrency, options)
     summary = summarise(outcomes, time.perf_counter() - started)
     if as_json:
         asked = {"policy": policy, "threshold": threshold, "concurrency": concurrency}
-        print(json.dumps({**server, **asked, **as_dict(outcomes, summary, top, names)}))
+        print(json.dumps({**server, **asked, **as_dict(outcomes, summary, top, names, task)}))
     else:
-        Console().print(table(outcomes, top, names))
+        Console().print(table(outcomes, top, names, task))
         print(summary_line(summary))
     if summary.errors:
         raise typer.Exit(1)
@@ -125,7 +126,7 @@ def _tls(ca: Path | None, cert: Path | None, key: Path | None) -> Tls | None:
 
 def _look_at_server(
     address: str, protocol: str, labels: list[str] | None, options: dict[str, Any]
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Task]:
     """Fail before the first image where the server is absent or is not what was asked for."""
     kind = GrpcClient if protocol == "grpc" else HttpClient
     with kind(address, **options) as client:
@@ -133,7 +134,12 @@ def _look_at_server(
         client.metadata()  # is the ensemble served?
         if labels is not None:
             _check_labels(labels, client.metadata(client.tensor_model))
-    return {"url": address, "protocol": protocol, "triton_version": version}
+        try:
+            task = client.task()
+        except AccessDeniedError:  # who may ask about images need not see a configuration
+            task = Task()
+    described = {"url": address, "protocol": protocol, "triton_version": version, "task": task.kind}
+    return described, task
 
 
 def _check_labels(labels: list[str], router: dict[str, Any]) -> None:

@@ -16,7 +16,16 @@ from .base import DEFAULT_GRPC_URL, DEFAULT_TIMEOUT_S, ClientBase
 from .channel import open_channel
 from .errors import AnswerMismatchError, ClientError, closed_client, server_errors
 from .forks import asyncio_closed, check_grpc
-from .messages import Prediction, Request, Result, metadata_as_dict, own_answer, predictions
+from .messages import (
+    Prediction,
+    Request,
+    Result,
+    Task,
+    metadata_as_dict,
+    own_answer,
+    parameters_as_dict,
+    predictions,
+)
 from .retry import Tries
 from .stream import in_order
 
@@ -190,6 +199,11 @@ class AsyncGrpcClient(ClientBase):
         """A model's name, versions, inputs and outputs; as `GrpcClient.metadata`."""
         answer = await self._question("get_model_metadata", model or self.model)
         return metadata_as_dict(answer)
+
+    async def task(self) -> Task:
+        """What the served model's logits mean; as `GrpcClient.task`."""
+        answer = await self._question("get_model_config", self.tensor_model)
+        return Task.of(parameters_as_dict(answer))
 
     async def server_version(self) -> str:
         """Triton's version; as `GrpcClient.server_version`."""

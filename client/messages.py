@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -19,6 +19,7 @@ from .errors import AnswerMismatchError, InvalidRequestError, ServerError, named
 
 ENSEMBLE = "adaptive_vit"
 ROUTER = "router"
+LABEL_THRESHOLD = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,7 @@ class Prediction:
     degraded: bool
 
     def top(self, k: int = 5) -> list[tuple[int, float]]:
-        """The likeliest classes.
+        """The likeliest classes, of a model that answers one of them.
 
         Args:
             k: how many; fewer come back where the model has fewer classes.
@@ -50,14 +51,73 @@ class Prediction:
             (class index, probability in 0..1), the likeliest first.
 
         Raises:
-            ValueError: the served model has no head.
+            ValueError: the served model has no head, or one output.
         """
         if self.logits is None:
             raise ValueError("the served model has no head, so it names no classes")
+        if len(self.logits) == 1:
+            raise ValueError("the served model has one output, a value or a label: see `logits`")
         exponentials = np.exp(self.logits.astype(np.float64) - self.logits.max())
         probabilities = exponentials / exponentials.sum()
         order = np.argsort(-probabilities, kind="stable")[:k]
         return [(int(index), float(probabilities[index])) for index in order]
+
+    def label_set(self, threshold: float = LABEL_THRESHOLD) -> list[tuple[int, float]]:
+        """The labels that belong to the image, of a model that answers independent ones.
+
+        Args:
+            threshold: a label belongs to it from this probability on; more than 0, less than 1.
+
+        Returns:
+            (label index, probability in 0..1), the likeliest first.
+
+        Raises:
+            ValueError: the served model has no head.
+        """
+        if self.logits is None:
+            raise ValueError("the served model has no head, so it names no labels")
+        # In logits, as the calibration decides it: a probability's last bit could decide otherwise.
+        cut = math.log(threshold / (1 - threshold))
+        found = self.probabilities()
+        return [(index, share) for index, share in found if float(self.logits[index]) >= cut]
+
+    def probabilities(self) -> list[tuple[int, float]]:
+        """Each label's index and probability (sigmoid), the likeliest first.
+
+        Raises:
+            ValueError: the served model has no head.
+        """
+        if self.logits is None:
+            raise ValueError("the served model has no head, so it names no labels")
+        halves = np.tanh(self.logits.astype(np.float64) / 2)  # no overflow, whatever the logit
+        order = np.argsort(-self.logits, kind="stable")
+        return [(int(index), float((1 + halves[index]) / 2)) for index in order]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a served model's logits mean.
+
+    Attributes:
+        kind: `classes`: one of C, by softmax; `labels`: each of C independently, by sigmoid;
+            `value`: C numbers; None: no head, or a server that does not say.
+        label_threshold: of labels: one belongs to the image from this probability on.
+    """
+
+    kind: str | None = None
+    label_threshold: float = LABEL_THRESHOLD
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, str]) -> Task:
+        """What the router's configuration says; repositories of earlier releases say nothing."""
+        kind = parameters.get("task") or None
+        return cls(kind, float(parameters.get("label_threshold", LABEL_THRESHOLD)))
+
+    def kind_of(self, prediction: Prediction) -> str | None:
+        """The kind, guessed from an answer where nobody said it; None without logits."""
+        if prediction.logits is None:
+            return None
+        return self.kind or ("value" if len(prediction.logits) == 1 else "classes")
 
 
 class Result(Protocol):
@@ -267,6 +327,12 @@ def metadata_as_dict(message: Any) -> dict[str, Any]:
         "inputs": tensors(message.inputs),
         "outputs": tensors(message.outputs),
     }
+
+
+def parameters_as_dict(message: Any) -> dict[str, str]:
+    """The parameters of a model's configuration from gRPC, as text by name."""
+    given = message.config.parameters
+    return {name: value.string_value for name, value in given.items()}
 
 
 def number_or_none(value: float) -> float | None:

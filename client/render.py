@@ -12,18 +12,43 @@ from rich.table import Table
 from rich.text import Text
 
 from .many import Outcome, Summary
-from .messages import Prediction, number_or_none
+from .messages import Prediction, Task, number_or_none
+
+UNKNOWN_TASK = Task()
 
 
-def name_of(index: int, labels: Sequence[str] | None) -> str:
-    """A class's label, or `class 7` where none is known."""
-    return labels[index] if labels and index < len(labels) else f"class {index}"
+def name_of(index: int, labels: Sequence[str] | None, noun: str = "class") -> str:
+    """What an output is called, or `class 7` where no name is known."""
+    return labels[index] if labels and index < len(labels) else f"{noun} {index}"
 
 
-def _answer(prediction: Prediction, top: int, labels: Sequence[str] | None) -> Text:
-    if prediction.logits is None:
+def _answer(prediction: Prediction, top: int, labels: Sequence[str] | None, task: Task) -> Text:
+    kind = task.kind_of(prediction)
+    if kind is None:
         return Text(f"|embedding| {np.linalg.norm(prediction.embedding):.3f}")
+    if kind == "value":
+        return Text(_values(prediction, labels))
+    if kind == "labels":
+        return Text(_label_set(prediction, labels, task))
     return Text("\n".join(f"{name_of(i, labels)} {share:.1%}" for i, share in prediction.top(top)))
+
+
+def _values(prediction: Prediction, labels: Sequence[str] | None) -> str:
+    """A lone value bare where nobody named it, several a line each."""
+    assert prediction.logits is not None
+    if len(prediction.logits) == 1 and not labels:
+        return f"{prediction.logits[0]:.6g}"
+    lines = enumerate(prediction.logits)
+    return "\n".join(f"{name_of(i, labels, 'value')} {value:.6g}" for i, value in lines)
+
+
+def _label_set(prediction: Prediction, labels: Sequence[str] | None, task: Task) -> str:
+    """All labels that belong to the image, or that none does and which comes nearest."""
+    found = prediction.label_set(task.label_threshold)
+    if found:
+        return "\n".join(f"{name_of(i, labels, 'label')} {share:.1%}" for i, share in found)
+    index, share = prediction.probabilities()[0]
+    return f"no label ({name_of(index, labels, 'label')} {share:.1%})"
 
 
 def _path(prediction: Prediction) -> str:
@@ -32,16 +57,22 @@ def _path(prediction: Prediction) -> str:
     return "yes" if prediction.escalated else "no"
 
 
-def table(outcomes: Sequence[Outcome], top: int, labels: Sequence[str] | None) -> Table:
+def table(
+    outcomes: Sequence[Outcome],
+    top: int,
+    labels: Sequence[str] | None,
+    task: Task = UNKNOWN_TASK,
+) -> Table:
     """One row per file: its answer, score and path, or its error.
 
     Args:
         outcomes: one per file.
         top: classes to show per image.
         labels: class names, the name of class i at position i.
+        task: what the logits mean.
     """
-    with_head = any(o.prediction and o.prediction.logits is not None for o in outcomes)
-    answer = f"top {top}" if with_head and top > 1 else "answer"
+    kinds = {task.kind_of(o.prediction) for o in outcomes if o.prediction}
+    answer = f"top {top}" if "classes" in kinds and top > 1 else "answer"
     rows = Table("file", answer)
     for column in ("score", "escalated", "latency ms"):
         rows.add_column(column, justify="right", no_wrap=True)
@@ -55,7 +86,7 @@ def table(outcomes: Sequence[Outcome], top: int, labels: Sequence[str] | None) -
         score = "-" if math.isnan(prediction.score) else str(np.float32(prediction.score))
         rows.add_row(
             Text(str(outcome.file)),
-            _answer(prediction, top, labels),
+            _answer(prediction, top, labels, task),
             score,
             _path(prediction),
             f"{outcome.latency_ms:.1f}",
@@ -75,26 +106,42 @@ def summary_line(summary: Summary) -> str:
     )
 
 
-def _classes(
-    prediction: Prediction, top: int, labels: Sequence[str] | None
-) -> list[dict[str, Any]] | None:
-    if prediction.logits is None:
-        return None
-    known = labels or ()
-    return [
-        {"class": i, "label": known[i] if i < len(known) else None, "probability": share}
-        for i, share in prediction.top(top)
-    ]
+def _answer_as_dict(
+    prediction: Prediction, top: int, labels: Sequence[str] | None, task: Task
+) -> dict[str, Any]:
+    """`top` of classes, beside it None and `labels` or `values` of what has none."""
+    kind, known = task.kind_of(prediction), labels or ()
+
+    def name(index: int) -> str | None:
+        return known[index] if index < len(known) else None
+
+    if kind == "labels":
+        found = prediction.label_set(task.label_threshold)
+        inside = [{"index": i, "label": name(i), "probability": share} for i, share in found]
+        return {"top": None, "labels": inside}
+    if kind == "value":
+        assert prediction.logits is not None
+        values = enumerate(prediction.logits.tolist())
+        return {"top": None, "values": [{"label": name(i), "value": value} for i, value in values]}
+    if kind is None:
+        return {"top": None}
+    return {
+        "top": [
+            {"class": i, "label": name(i), "probability": share} for i, share in prediction.top(top)
+        ]
+    }
 
 
-def _outcome_as_dict(outcome: Outcome, top: int, labels: Sequence[str] | None) -> dict[str, Any]:
+def _outcome_as_dict(
+    outcome: Outcome, top: int, labels: Sequence[str] | None, task: Task
+) -> dict[str, Any]:
     prediction = outcome.prediction
     fields: dict[str, Any] = {"file": str(outcome.file), "error": outcome.error}
     if prediction is None:
         return fields
     return {
         **fields,
-        "top": _classes(prediction, top, labels),
+        **_answer_as_dict(prediction, top, labels, task),
         "embedding_norm": float(np.linalg.norm(prediction.embedding)),
         "score": number_or_none(prediction.score),
         "escalated": prediction.escalated,
@@ -104,7 +151,11 @@ def _outcome_as_dict(outcome: Outcome, top: int, labels: Sequence[str] | None) -
 
 
 def as_dict(
-    outcomes: Sequence[Outcome], summary: Summary, top: int, labels: Sequence[str] | None
+    outcomes: Sequence[Outcome],
+    summary: Summary,
+    top: int,
+    labels: Sequence[str] | None,
+    task: Task = UNKNOWN_TASK,
 ) -> dict[str, Any]:
     """The same as `table` and `summary_line`, ready for JSON.
 
@@ -113,8 +164,9 @@ def as_dict(
         summary: of the outcomes.
         top: classes to list per image.
         labels: class names, the name of class i at position i.
+        task: what the logits mean.
     """
     return {
-        "images": [_outcome_as_dict(outcome, top, labels) for outcome in outcomes],
+        "images": [_outcome_as_dict(outcome, top, labels, task) for outcome in outcomes],
         "summary": asdict(summary),
     }

@@ -33,8 +33,10 @@ from .messages import (
     Prediction,
     Request,
     Result,
+    Task,
     metadata_as_dict,
     own_answer,
+    parameters_as_dict,
     predictions,
 )
 from .retry import Tries
@@ -158,6 +160,14 @@ class SyncClient(ClientBase, ABC):
         """
         return self._question(lambda left_s: self._metadata(model or self.model, left_s))
 
+    def task(self) -> Task:
+        """What the served model's logits mean.
+
+        Raises:
+            ClientError: as in `infer`.
+        """
+        return Task.of(self._question(lambda left_s: self._parameters(self.tensor_model, left_s)))
+
     def server_version(self) -> str:
         """Triton's version.
 
@@ -186,6 +196,9 @@ class SyncClient(ClientBase, ABC):
 
     @abstractmethod
     def _max_batch_size(self, model: str, left_s: float | None) -> int: ...
+
+    @abstractmethod
+    def _parameters(self, model: str, left_s: float | None) -> dict[str, str]: ...
 
     @abstractmethod
     def _metadata(self, model: str, left_s: float | None) -> dict[str, Any]: ...
@@ -265,6 +278,10 @@ class GrpcClient(SyncClient):
         with self._calling(left_s) as (channel, still_s):
             answer = channel.get_model_config(model, client_timeout=still_s)
         return int(answer.config.max_batch_size)
+
+    def _parameters(self, model: str, left_s: float | None) -> dict[str, str]:
+        with self._calling(left_s) as (channel, still_s):
+            return parameters_as_dict(channel.get_model_config(model, client_timeout=still_s))
 
     def _metadata(self, model: str, left_s: float | None) -> dict[str, Any]:
         with self._calling(left_s) as (channel, still_s):
@@ -355,6 +372,11 @@ class HttpClient(SyncClient):
     def _max_batch_size(self, model: str, left_s: float | None) -> int:
         config = self._get(f"/v2/models/{quote(model, safe='')}/config", left_s)
         return int(config["max_batch_size"])
+
+    def _parameters(self, model: str, left_s: float | None) -> dict[str, str]:
+        config = self._within(left_s, self._client.get_model_config, model)
+        given = config.get("parameters", {})
+        return {name: value["string_value"] for name, value in given.items()}
 
     def _metadata(self, model: str, left_s: float | None) -> dict[str, Any]:
         return self._get(f"/v2/models/{quote(model, safe='')}", left_s)

@@ -35,6 +35,14 @@ RECIPE = "RECIPE"
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
+class Task(str, Enum):
+    """What a head can answer: `routing.TASKS`."""
+
+    CLASSES = "classes"
+    LABELS = "labels"
+    VALUE = "value"
+
+
 class Head(str, Enum):
     """Heads that can be fitted here."""
 
@@ -79,6 +87,13 @@ def rungs(
         Path | None,
         typer.Option(help="Images that int8=static learns ranges from (default: --images)."),
     ] = None,
+    task: Annotated[
+        Task | None,
+        typer.Option(
+            help="What its own head answers (default: by its config's problem_type and the number "
+            "of outputs): one class, independent labels by sigmoid, or a value."
+        ),
+    ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Weights of static-vit: safetensors or a torch state dict.")
     ] = None,
@@ -109,6 +124,7 @@ def rungs(
         beside=tuple(Recipe.parse(text) for text in beside or ()),
         probe_images=images,
         fit_images=fit_images,
+        task=None if task is None else task.value,
         checkpoint=checkpoint,
         seed=seed,
         opset=opset,
@@ -136,7 +152,7 @@ def describe_command(
         Head | None, typer.Option(help="Of those: this head instead of the model's own.")
     ] = None,
 ) -> None:
-    """Print what a model is, as JSON: its patch size, blocks, classes and resolutions.
+    """Print what a model is, as JSON: its patch size, blocks, classes, task and resolutions.
 
     For each --recipe also what is wrong with it; nothing is exported.
     """
@@ -291,9 +307,17 @@ def choose_command(
     typer.echo(f"wrote {out}")
 
 
+def _head_words(record: dict[str, Any]) -> str:
+    count, task = record["classes"], record["task"]
+    if task is None:
+        return "no head"
+    if task == "classes":
+        return f"{count} classes"
+    return f"{count} {task.removesuffix('s')}{'' if count == 1 else 's'}"
+
+
 def _print_summary(record: dict[str, Any], out: Path) -> None:
-    classes = f", {record['classes']} classes" if record["classes"] else ", no head"
-    table = Table(title=f"{record['backbone']}{classes}", caption=f"in {out}")
+    table = Table(title=f"{record['backbone']}, {_head_words(record)}", caption=f"in {out}")
     table.add_column("graph", no_wrap=True)  # its file is this and .onnx
     table.add_column("recipe", overflow="fold")  # a cut one could not be asked for again
     for heading in ("MiB", "difference to torch", "cosine to full"):

@@ -21,6 +21,7 @@ from export.recipes.resize import bake_positions, downsample
 from export.recipes.token_merging import merge_tokens
 from export.vit_families import base_model, has_own_head, head_reads_cls_alone
 from imaging import Preprocessing
+from routing import default_task
 
 # The attention matrix of 4,096 patches (64 x 64) takes 3 GB at batch 8 and 6 heads, the largest
 # batch of the parity check.
@@ -60,6 +61,7 @@ class Backbone:
         preprocessing: from a resolution in pixels to the preprocessing the model was trained with.
         probe: a linear head fitted here, on the final CLS embedding; it takes the place of the
             model's own head.
+        own_task: what the model's own head answers, see `routing.TASKS`; None: its default.
         notices: what the user should know about how the model was read.
     """
 
@@ -70,6 +72,7 @@ class Backbone:
     default_px: tuple[int, int]
     preprocessing: Callable[[int], Preprocessing]
     probe: nn.Linear | None = None
+    own_task: str | None = None
     notices: tuple[str, ...] = ()
 
     @property
@@ -93,6 +96,25 @@ class Backbone:
         if self.probe is not None:
             return self.probe.out_features
         return int(self.model.config.num_labels) if has_own_head(self.model) else None
+
+    @property
+    def task(self) -> str | None:
+        """What the logits mean, one of `routing.TASKS`; None without a head."""
+        if self.probe is not None:
+            return "classes"
+        return None if self.classes is None else self.own_task or default_task(self.classes)
+
+    def answering(self, task: str) -> Backbone:
+        """The same backbone, its own head taken to answer another task.
+
+        Raises:
+            UsageError: without a head of its own, or one output as classes.
+        """
+        if self.probe is not None or self.classes is None:
+            raise UsageError(f"--task {task} is about the model's own head, and it has none")
+        if task == "classes" and self.classes == 1:
+            raise UsageError("--task classes: one output names no class; give labels or value")
+        return replace(self, own_task=task)
 
     def output_shapes(self, recipe: Recipe | None = None) -> dict[str, tuple[int, ...]]:
         """Each ONNX output's shape after the batch axis, in order; of the full model by default."""

@@ -31,6 +31,12 @@ SUPPORTED: dict[str, tuple[str, dict[str, Any]]] = {
     "Dinov2ForImageClassification": ("Dinov2ForImageClassification", {}),
 }
 BASE_MODELS = {"vit": "ViTModel", "deit": "DeiTModel", "dinov2": "Dinov2Model"}
+# `problem_type` of config.json -> one of `routing.TASKS`.
+PROBLEM_TYPES = {
+    "single_label_classification": "classes",
+    "multi_label_classification": "labels",
+    "regression": "value",
+}
 _CHOICES = "give static-vit, dinov2-small, a folder that save_pretrained wrote, or a hub id (a/b)"
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
@@ -61,6 +67,7 @@ def pretrained(model: str) -> Backbone:
         labels=_labels(config) if has_own_head(network) else None,
         default_px=(low_px, high_px),
         preprocessing=processor.preprocessing,
+        own_task=PROBLEM_TYPES.get(config.problem_type),
         notices=processor.notices,
     )
 

@@ -18,6 +18,8 @@ from export.settings import Settings
 from export.staging import folder_beside, link_or_copy
 from imaging import Preprocessing, PreprocessingError
 from routing import REFERENCE_MODEL, RUNGS, WEIGHTS, Calibration, RungSet, manifest
+from routing.fidelity import LABEL_THRESHOLD
+from routing.versions import ROUTER_CONFIG, with_parameter
 
 ROOT = Path(__file__).resolve().parent.parent
 # Batch sizes the rungs run before they report ready: a lone request, and a batch as it forms
@@ -48,8 +50,8 @@ def assemble(
         `out`.
 
     Raises:
-        RepositoryError: `out` is something else, or the preprocessing is invalid or not the one
-            of the artifact.
+        RepositoryError: `out` is something else, the preprocessing is invalid or not the one of
+            the artifact, or the artifact takes the model's answers for others.
         UsageError: a setting makes no sense.
         CalibrationError: the artifact is invalid or was made with other ONNX files.
         OSError: a file cannot be read or written.
@@ -62,6 +64,11 @@ def assemble(
     settings.check(calibration.threshold)
     if _audits_by_reference(calibration, settings):
         _check_reference(rung_set, calibration)
+    if calibration.task != rung_set.task:
+        raise RepositoryError(
+            f"the artifact was calibrated for a model that answers {calibration.task}, and "
+            f"rungs.json says {rung_set.task}; collect and fit again"
+        )
     preprocessing = _preprocessing(rung_set, calibration)
     with folder_beside(out) as folder:
         # A child, because a temporary directory itself is closed to other users.
@@ -144,6 +151,11 @@ def _fill(
     if rung_set.classes is None:
         config = repository / "adaptive_vit/config.pbtxt"
         config.write_text(_without_logits(config.read_text()))
+    config = repository / ROUTER_CONFIG
+    text = config.read_text()
+    for key, value in answer_parameters(calibration).items():
+        text = with_parameter(text, key, value)
+    config.write_text(text)
     manifest.write(repository)
 
 
@@ -161,6 +173,12 @@ def _add_reference(repository: Path, rung_set: RungSet) -> None:
         + config
         + _warmup(rung_set.image_shape, AUDIT_BATCHES)
     )
+
+
+def answer_parameters(calibration: Calibration) -> dict[str, str]:
+    """What the router's config tells clients about its answers."""
+    threshold = calibration.chosen_by.get("label_threshold", LABEL_THRESHOLD)
+    return {"task": calibration.task or "", "label_threshold": repr(float(threshold))}
 
 
 def complete_router(version: Path, calibration: Calibration) -> None:

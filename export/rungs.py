@@ -45,6 +45,7 @@ class RungsRequest:
         beside: recipes of graphs to compare with, exported too.
         probe_images: one folder per class, to fit a linear head on.
         fit_images: what `int8=static` learns from; the probe's images by default.
+        task: what the model's own head answers, see `routing.TASKS`.
         checkpoint: weights for `static-vit`.
         seed: initial weights of `static-vit` without a checkpoint.
         opset: ONNX opset, 18 to 21.
@@ -59,6 +60,7 @@ class RungsRequest:
     beside: tuple[Recipe, ...] = ()
     probe_images: Path | None = None
     fit_images: Path | None = None
+    task: str | None = None
     checkpoint: Path | None = None
     seed: int = 0
     opset: int = onnx_graph.DEFAULT_OPSET
@@ -135,6 +137,7 @@ def describe(
         "layers": backbone.layers,
         "embedding_dim": backbone.embedding_dim,
         "classes": backbone.classes,
+        "task": backbone.task,
         "aligns": backbone.aligns,
         "low_px": low_px,
         "high_px": high_px,
@@ -156,6 +159,8 @@ def _checked(backbone: Backbone, text: str, image_px: int) -> dict[str, str | No
 
 def _check_request(request: RungsRequest) -> None:
     onnx_graph.check_opset(request.opset)
+    if request.task is not None and request.probe_images is not None:
+        raise UsageError("--task is about the model's own head; --head linear answers classes")
     for option, tolerance in (("--rtol", request.rtol), ("--atol", request.atol)):
         if not math.isfinite(tolerance) or tolerance < 0:
             raise UsageError(f"{option} {tolerance} must be a number of at least 0")
@@ -180,6 +185,8 @@ def _export(request: RungsRequest, images: LabelledImages | None, steps: Steps) 
         backbone = load_backbone(request.model, request.seed, request.checkpoint)
     for notice in backbone.notices:
         steps.note(notice)
+    if images is None:
+        backbone = _with_task(backbone, request.task, steps)
     specs = _specs(request, backbone)
     image_px = specs[1].px
     fit_images = _read_fit_images(request, specs, backbone, image_px)
@@ -198,6 +205,18 @@ def _export(request: RungsRequest, images: LabelledImages | None, steps: Steps) 
         write_record(staging, record)
         publish(staging, request.out)
     return record
+
+
+def _with_task(backbone: Backbone, asked: str | None, steps: Steps) -> Backbone:
+    """The backbone with the task that the user gave, or a note where it had to be guessed."""
+    if asked is not None:
+        return backbone.answering(asked)
+    if backbone.task == "value" and backbone.own_task is None:
+        steps.note(
+            "one output and no problem_type in its config: taken as a value; if it is the logit of "
+            "a label, give --task labels"
+        )
+    return backbone
 
 
 def _specs(request: RungsRequest, backbone: Backbone) -> list[RungSpec]:
@@ -257,6 +276,7 @@ def _record(
         "embedding_dim": backbone.embedding_dim,
         "layers": backbone.layers,
         "classes": backbone.classes,
+        "task": backbone.task,
         "labels": list(backbone.labels) if backbone.labels else None,
         "head": head,
         "preprocessing": backbone.preprocessing(image_px).to_dict(),

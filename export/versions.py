@@ -13,7 +13,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from export.repository import ROOT, RepositoryError, complete_router
+from export.repository import ROOT, RepositoryError, answer_parameters, complete_router
 from export.settings import check_fraction
 from export.staging import folder_beside
 from routing import REFERENCE_MODEL, RUNGS, Calibration, manifest
@@ -33,7 +33,8 @@ def add_version(repository: Path, calibration_file: Path, shadow_fraction: float
 
     Raises:
         UsageError: `shadow_fraction` is no share.
-        RepositoryError: the artifact has another preprocessing, or is that of a version already.
+        RepositoryError: the artifact has another preprocessing or another task, or is that of a
+            version already.
         CalibrationError: the artifact is invalid or was made with other ONNX files.
         ManifestError: the repository is not as it was assembled.
         OSError: a file cannot be read or written; the repository is as before.
@@ -74,6 +75,12 @@ def _check_is_new(repository: Path, calibration: Calibration, versions: list[int
             raise RepositoryError(
                 "the artifact was calibrated with another preprocessing than the repository's; "
                 "collect and fit again, or assemble a new repository"
+            )
+        if answer_parameters(there) != answer_parameters(calibration):
+            raise RepositoryError(
+                "the artifact takes the model's answers for others than the repository's does "
+                f"({answer_parameters(calibration)}, not {answer_parameters(there)}); assemble a "
+                "new repository"
             )
 
 

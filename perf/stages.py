@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.fidelity import Fidelity
 from calibration.source import ImageSource
 from imaging import Preprocessing
 from routing import Calibration, Overrides, RungSet, escalation_mask
@@ -31,10 +30,9 @@ from .measure.memory import MemoryUse
 from .measure.paired import (
     Paired,
     believed,
-    has_cosine_below,
+    is_a_loss,
     measure_paired,
     measure_spans,
-    names_another_class,
 )
 from .measure.peaks import MEASURED, PeakLoad, peak_memory
 from .measure.scoring import score_pool
@@ -167,9 +165,7 @@ def ask_in_turn(record: Record, bench: Bench) -> dict[str, float]:
         cpu_counts = bench.target.cpu_threads() == 1
         paired, doubts = believed(measure, cpu_counts, again=bar.begin_again)
         record.doubt("c1", doubts)
-        fidelity = Fidelity.of(bench.calibration)
-        by_class = fidelity.kind == "top1"
-        disagrees = names_another_class if by_class else has_cosine_below(1 - fidelity.tolerance)
+        disagrees = is_a_loss(bench.calibration.chosen_by)
         record.summary["answers"] = summary.answers_section(
             paired, bench.systems, disagrees, _labels(bench, rows * suite.repeats)
         )
@@ -209,8 +205,8 @@ def saturate(record: Record, bench: Bench) -> None:
 
 
 def _labels(bench: Bench, rows: Sequence[int]) -> list[int] | None:
-    """Class indices, where every image has a label that the model knows."""
-    known = bench.rung_set.labels
+    """Class indices, where the model names classes and every image has a label that it knows."""
+    known = bench.rung_set.labels if bench.rung_set.task == "classes" else None
     labels = [bench.pool.labels[row] for row in rows]
     if known is None or any(label not in known for label in labels):
         return None

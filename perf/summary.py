@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from calibration.fidelity import Fidelity
 from routing import Calibration, RungSet
 
 from . import derive
@@ -46,10 +47,7 @@ def model_section(rung_set: RungSet) -> dict[str, Any]:
 
 def fidelity_words(calibration: Calibration) -> str:
     """What agreeing with static high means here, to be read after "an answer that"."""
-    tolerance = calibration.chosen_by.get("tolerance")
-    if tolerance is None:
-        return "names the same class"
-    return f"has an embedding of cosine {1 - tolerance:g} or more"
+    return Fidelity.of(calibration).agreement()
 
 
 def answers_section(

@@ -22,6 +22,7 @@ from .calibration import (
     Calibration,
     CalibrationError,
     RungRecord,
+    answer_depends_on_batch,
 )
 from .cascade import (
     CascadeAnswer,
@@ -35,7 +36,7 @@ from .cascade import (
 from .decimals import score_texts, threshold_text
 from .fidelity import fidelity_loss
 from .manifest import ManifestError
-from .outputs import RungOutputs
+from .outputs import TASKS, RungOutputs, default_task
 from .policy import Allowance, Overrides, Policy, escalation_mask, parse_overrides
 from .relief import Relief
 from .rungset import RungSet, RungSetError
@@ -47,6 +48,7 @@ __all__ = [
     "REFERENCE_MODEL",
     "RUNGS",
     "SIGNALS",
+    "TASKS",
     "WEIGHTS",
     "Alignment",
     "AlignmentError",
@@ -70,6 +72,8 @@ __all__ = [
     "RungSetError",
     "ScoreMap",
     "Signal",
+    "answer_depends_on_batch",
+    "default_task",
     "escalation_mask",
     "fidelity_loss",
     "is_outage",

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .manifest import sha256_file
-from .outputs import RungOutputs
+from .outputs import TASKS, RungOutputs, default_task
 from .scoremap import ScoreMap
 from .signals import SIGNALS
 
@@ -35,6 +35,16 @@ READABLE_LENGTH = 32  # longer arrays are stored as base64 of their little-endia
 
 class CalibrationError(ValueError):
     """The artifact is unreadable, invalid or does not fit the ONNX files. One line."""
+
+
+def answer_depends_on_batch(recipe: str) -> str | None:
+    """Why nothing can be certified about a graph of this recipe, in words; None where it can.
+
+    Dynamic int8 takes the range of every activation from the whole batch that it sits in.
+    """
+    if "int8" not in recipe.split(","):
+        return None
+    return "with dynamic int8 an image's answer depends on the others in its batch"
 
 
 @dataclass(frozen=True)
@@ -97,6 +107,7 @@ class Calibration:
         reference_scores: FP32, ascending: scores of images that fitted nothing, for comparison
             with the scores of later images.
         reference: the full model in FP32, which losses are about; None: `vit_high` is it.
+        task: what the logits mean, see `outputs.TASKS`; None: no head, or `default_task`.
     """
 
     backbone: str
@@ -116,6 +127,7 @@ class Calibration:
     data: Mapping[str, Any] = field(default_factory=dict)
     reference_scores: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
     reference: RungRecord | None = None
+    task: str | None = None
 
     def __post_init__(self) -> None:
         """Validate.
@@ -129,9 +141,23 @@ class Calibration:
             raise CalibrationError(
                 f"signal {self.signal!r} is unknown; known: {', '.join(SIGNALS)}"
             )
+        if self.task is None:
+            object.__setattr__(self, "task", default_task(self.classes))
+        elif self.task not in TASKS:
+            raise CalibrationError(f"task {self.task!r} is none of {', '.join(TASKS)}")
         signal = SIGNALS[self.signal]
         if signal.needs_logits and self.classes is None:
             raise CalibrationError(f"signal {self.signal!r} needs logits and the model has no head")
+        if self.chosen_by.get("fidelity") == "top1" and self.task != "classes":
+            raise CalibrationError(
+                "fidelity top1 compares classes, and this model names none; calibrate again with "
+                "--fidelity labels, value or cosine"
+            )
+        if not signal.applies_to(self.task):
+            raise CalibrationError(
+                f"signal {self.signal!r} means nothing for a model that answers {self.task}; "
+                "calibrate again"
+            )
         if set(self.coefficients) != set(signal.coefficients):
             raise CalibrationError(
                 f"signal {self.signal!r} takes coefficients {sorted(signal.coefficients)}, "
@@ -140,9 +166,20 @@ class Calibration:
         if self.threshold is not None and not math.isfinite(self.threshold):
             raise CalibrationError("threshold must be finite, or null for always-high")
         certified = self.certificate is not None and self.certificate.get("certified")
-        if certified and self.threshold is None:
-            raise CalibrationError("the certificate is for a threshold, and there is none")
+        if certified:
+            self._check_certificate()
         self._try_score()
+
+    def _check_certificate(self) -> None:
+        """Refuse a certificate that cannot be true, as earlier releases gave some."""
+        if self.threshold is None:
+            raise CalibrationError("the certificate is for a threshold, and there is none")
+        for name, rung in self.rungs.items():
+            if (reason := answer_depends_on_batch(rung.recipe)) is not None:
+                raise CalibrationError(
+                    f"the certificate cannot hold: {name} is {rung.recipe}, and {reason}; export "
+                    "it with int8=static and calibrate again"
+                )
 
     def _try_score(self) -> None:
         """Score one blank image: coefficients of another shape fail here, not in production."""

@@ -10,6 +10,21 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float32]
 
+# What logits mean. `classes`: one of C, by softmax; `labels`: each of C independently, by sigmoid;
+# `value`: C numbers, as of a regression. None stands for a model without a head.
+TASKS = ("classes", "labels", "value")
+
+
+def default_task(count: int | None) -> str | None:
+    """The task of a head that does not say it: as `transformers` takes it, one output is a value.
+
+    Args:
+        count: C, the number of outputs; None: no head.
+    """
+    if count is None:
+        return None
+    return "value" if count == 1 else "classes"
+
 
 @dataclass(frozen=True)
 class RungOutputs:

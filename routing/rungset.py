@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .calibration import RUNGS, RungRecord
+from .outputs import TASKS, default_task
 
 NAME = "rungs.json"
 REFERENCE = "reference"
@@ -41,6 +42,7 @@ class RungSet:
         reference_file: where its ONNX file lies.
         fitted_on: prefixes of the hashes of images that a graph has learned from, see
             `calibration.outputs.hash_prefixes`; nothing may be certified on those.
+        task: what the logits mean, see `outputs.TASKS`; None: no head, or `default_task`.
     """
 
     backbone: str
@@ -57,6 +59,18 @@ class RungSet:
     reference: RungRecord | None = None
     reference_file: Path | None = None
     fitted_on: str = ""
+    task: str | None = None
+
+    def __post_init__(self) -> None:
+        """Fill the task where it was not said.
+
+        Raises:
+            ValueError: an unknown task.
+        """
+        if self.task is None:
+            object.__setattr__(self, "task", default_task(self.classes))
+        elif self.task not in TASKS:
+            raise ValueError(f"task {self.task!r} is none of {', '.join(TASKS)}")
 
     @classmethod
     def load(cls, folder: Path) -> RungSet:
@@ -90,6 +104,7 @@ class RungSet:
                 reference=_records({REFERENCE: reference})[REFERENCE] if reference else None,
                 reference_file=folder / reference["file"] if reference else None,
                 fitted_on=content.get("fitted_on", ""),
+                task=content.get("task"),
             )
         except OSError:
             raise RungSetError(f"no {NAME} in {folder}; run python -m export rungs first") from None

@@ -34,6 +34,8 @@ class Signal:
         needs_logits: whether it can only be computed for a model with a head.
         compute: (outputs of B images, fitted coefficients) -> raw values, FP64 (B,).
         coefficients: names of the fitted arrays `compute` reads; empty where nothing is fitted.
+        task: the one of `outputs.TASKS` that it means something for; None: for each, and for a
+            model without a head.
     """
 
     name: str
@@ -41,6 +43,11 @@ class Signal:
     needs_logits: bool
     compute: Callable[[RungOutputs, Coefficients], Values]
     coefficients: tuple[str, ...] = ()
+    task: str | None = None
+
+    def applies_to(self, task: str | None) -> bool:
+        """Whether it means something for a model of this task."""
+        return self.task is None or self.task == task
 
 
 def cls_path(outputs: RungOutputs, coefficients: Coefficients) -> Values:
@@ -79,6 +86,19 @@ def margin(outputs: RungOutputs, coefficients: Coefficients) -> Values:
     """
     first, second = features.top_two(_logarithms(outputs, "margin"))
     return np.asarray(1.0 - (np.exp(first) - np.exp(second)))
+
+
+def label_margin(outputs: RungOutputs, coefficients: Coefficients) -> Values:
+    """How near the label that is nearest to its threshold comes to it, in logits, at most 0.
+
+    Margin sampling for independent labels, as "binary minimum" in Brinker 2006, "On active learning
+    in multi-label classification": the set of labels changes if any one of them crosses.
+    Coefficients: `cut` (1,), the logit of the threshold.
+    """
+    if outputs.logits is None:
+        raise ValueError("label_margin needs logits")
+    distances = np.abs(outputs.logits.astype(np.float64) - coefficients["cut"][0])  # (B, C)
+    return np.asarray(-distances.min(axis=1))
 
 
 def layer_lens(outputs: RungOutputs, coefficients: Coefficients) -> Values:
@@ -128,8 +148,16 @@ SIGNALS: Mapping[str, Signal] = MappingProxyType(
     {
         signal.name: signal
         for signal in (
-            Signal("margin", "1 - (top-1 minus top-2 probability)", True, margin),
-            Signal("entropy", "entropy of the class probabilities", True, entropy),
+            Signal("margin", "1 - (top-1 minus top-2 probability)", True, margin, task="classes"),
+            Signal("entropy", "entropy of the class probabilities", True, entropy, task="classes"),
+            Signal(
+                "label_margin",
+                "how near a label comes to its threshold",
+                True,
+                label_margin,
+                ("cut",),
+                "labels",
+            ),
             Signal("cls_path", "mean L2 step of the CLS token across layers", False, cls_path),
             Signal(
                 "cls_regression",
@@ -144,6 +172,7 @@ SIGNALS: Mapping[str, Signal] = MappingProxyType(
                 True,
                 layer_lens,
                 (*_LENS, *_LINEAR),
+                "classes",
             ),
             Signal(
                 "deferral",
@@ -151,6 +180,7 @@ SIGNALS: Mapping[str, Signal] = MappingProxyType(
                 True,
                 deferral,
                 (*_LENS, *_LINEAR),
+                "classes",
             ),
         )
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..analyse import QUANTILES, Analysis, LossRelation
-from ..fidelity import Fidelity, oracle_cosine, oracle_l2
+from ..fidelity import oracle_cosine, oracle_l2
 from ..outputs import Outputs
 from ..source import ImageSource
 from . import figures
@@ -33,8 +33,8 @@ def write_analysis(
     """
     oracle, cosine = oracle_l2(outputs), oracle_cosine(outputs)
     main = analysis.losses[0]
-    loss = Fidelity(main.kind, analysis.tolerance).loss(outputs)
-    cards = Cards(outputs, source, class_names)
+    loss = analysis.fidelity.loss(outputs)
+    cards = Cards(outputs, source, class_names, analysis.fidelity.label_threshold)
     galleries = [
         {
             "name": name,

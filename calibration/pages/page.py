@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import ImageOps
 
 from imaging import decode
+from routing.fidelity import LABEL_THRESHOLD, label_sets
 
 from ..fidelity import oracle_cosine, oracle_l2
 from ..outputs import Outputs
@@ -23,6 +24,7 @@ from ..source import ImageSource
 
 GALLERY = 24  # images at most: more are not looked at
 THUMBNAIL_PX = 96
+VALUES = 4  # of a caption at most
 LOW_COLOUR, HIGH_COLOUR = "#2a7f62", "#c8553d"
 
 
@@ -49,16 +51,22 @@ class Cards:
     Args:
         outputs: of N images.
         source: where to read the images again; None where it is no longer there.
-        class_names: of the C classes; without them classes are numbered.
+        class_names: of the C classes, labels or values; without them they are numbered.
+        label_threshold: of labels: one is named from this probability on.
     """
 
     def __init__(
-        self, outputs: Outputs, source: ImageSource | None, class_names: tuple[str, ...] | None
+        self,
+        outputs: Outputs,
+        source: ImageSource | None,
+        class_names: tuple[str, ...] | None,
+        label_threshold: float = LABEL_THRESHOLD,
     ) -> None:
         self._outputs = outputs
         self._source = source
         self._where = {} if source is None else {name: i for i, name in enumerate(source.names)}
         self._class_names = class_names
+        self._label_threshold = label_threshold
         self._l2, self._cosine = oracle_l2(outputs), oracle_cosine(outputs)
 
     def __call__(self, row: int, *lines: str) -> Card:
@@ -72,14 +80,24 @@ class Cards:
         low, high = self._outputs.low.logits, self._outputs.high.logits
         if low is None or high is None:
             return ()
-        first, second = self._class(low[row]), self._class(high[row])
+        first, second = self._answer(low[row]), self._answer(high[row])
         if first == second:
             return (f"both: {first}",)
         return (f"low: {first}", f"full: {second}")
 
-    def _class(self, logits: NDArray[np.float32]) -> str:
-        index = int(logits.argmax())
-        return f"class {index}" if self._class_names is None else self._class_names[index]
+    def _answer(self, logits: NDArray[np.float32]) -> str:
+        """A class, a set of labels, or the first values, in words."""
+        task = self._outputs.task
+        if task == "labels":
+            inside = np.flatnonzero(label_sets(logits, self._label_threshold)).tolist()
+            return ", ".join(self._name("label", index) for index in inside) or "no label"
+        if task == "value":
+            more = ", …" if len(logits) > VALUES else ""
+            return ", ".join(f"{value:.4g}" for value in logits[:VALUES]) + more
+        return self._name("class", int(logits.argmax()))
+
+    def _name(self, noun: str, index: int) -> str:
+        return f"{noun} {index}" if self._class_names is None else self._class_names[index]
 
     def _thumbnail(self, row: int) -> tuple[str | None, str]:
         name = self._outputs.names[row]

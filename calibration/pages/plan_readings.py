@@ -37,9 +37,7 @@ def named(content: Content, name: str) -> str:
 
 def loss(content: Content) -> str:
     """When an answer is a loss, to be read after "an answer that"."""
-    kind, tolerance = content["goal"]["fidelity"], content["goal"]["tolerance"]
-    fidelity = Fidelity(kind) if tolerance is None else Fidelity(kind, tolerance)
-    return fidelity.words("full model")
+    return Fidelity.from_dict(content["goal"]).words("full model")
 
 
 def served(content: Content) -> str:

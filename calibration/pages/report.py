@@ -28,8 +28,8 @@ _SPEARMAN = "Spearman: rank correlation with the oracle L2"
 _METRICS = {
     "escalation_rate": ("escalation", "answered by the full rung"),
     "risk": ("risk", "kept low with a loss, of all images"),
-    "agreement_low": ("agreement, low rung", "low rung alone names the full rung's class"),
-    "agreement_with_high": ("agreement, adaptive", "adaptive answer names the full rung's class"),
+    "agreement_low": ("agreement, low rung", "low rung alone {agrees}"),
+    "agreement_with_high": ("agreement, adaptive", "adaptive answer {agrees}"),
     "accuracy_low": ("accuracy, low rung", "low rung alone names the true class, where labelled"),
     "accuracy_adaptive": (
         "accuracy, adaptive",
@@ -39,6 +39,14 @@ _METRICS = {
         "accuracy, full rung",
         "full rung alone names the true class, where labelled",
     ),
+}
+
+
+_AGREES = {  # by what the model answers
+    "classes": "names the {reference}'s class",
+    "labels": "gives the {reference}'s set of labels",
+    "value": "gives the {reference}'s value within the tolerance",
+    None: "",
 }
 
 
@@ -67,9 +75,11 @@ def write_report(
     bins = unit_bins(test.scores, test.oracle)
     rows, words_of_rows = gallery_rows(record.splits)
     shown = Decisions.of(calibration, record, outputs, rows)
-    drawn = galleries(shown, rows, Cards(outputs, source, class_names))
+    fidelity = Fidelity.of(calibration)
+    words = fidelity.words(outputs.truth_words)
+    cards = Cards(outputs, source, class_names, fidelity.label_threshold)
+    drawn = galleries(shown, rows, cards)
     chosen = metrics["signals"][calibration.signal]
-    words = Fidelity.of(calibration).words(outputs.truth_words)
     write(
         path,
         "report.html.j2",
@@ -79,7 +89,9 @@ def write_report(
         reference=outputs.truth_words,
         kept_low=record.high_loss is None,
         verdict=_verdict(calibration),
-        measured=_measured(metrics),
+        measured=_measured(
+            metrics, _AGREES[calibration.task].format(reference=outputs.truth_words)
+        ),
         images=count_of(metrics["images"], "image"),
         groups=count_of(metrics["groups"], "group"),
         figures={
@@ -162,14 +174,15 @@ def _goal(calibration: Calibration) -> str:
     return f"a risk of at most {setting(goal['max_risk'])}{confidence} ({goal['method']})"
 
 
-def _measured(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
+def _measured(metrics: Mapping[str, Any], agrees: str) -> list[dict[str, str]]:
     rows = []
     for key, (name, words) in _METRICS.items():
         if key in metrics:
             interval = metrics["intervals"][key]
+            said = words.format(agrees=agrees)
             between = "–" if interval is None else " to ".join(map(percent, interval))
             rows.append(
-                {"name": name, "value": percent(metrics[key]), "interval": between, "words": words}
+                {"name": name, "value": percent(metrics[key]), "interval": between, "words": said}
             )
     return rows
 

@@ -182,6 +182,7 @@ def _outputs(
         preprocessing_sha256=pair.preprocessing_sha256(),
         source="",
         title="",
+        task=pair.task,
     )
 
 

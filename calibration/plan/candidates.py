@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from routing import RungRecord, RungSet
+from routing import RungRecord, RungSet, answer_depends_on_batch
 
 from .subprocesses import PlanError
 
@@ -38,10 +38,9 @@ def recipes(text: str) -> list[frozenset[str]]:
     found = [frozenset(part.strip() for part in one.split(",")) for one in text.split(";")]
     found = [parts - {"fp32", ""} for parts in found if parts != {""}]
     for parts in found:
-        if "int8" in parts:
+        if (reason := answer_depends_on_batch(said(parts))) is not None:
             raise PlanError(
-                f"{said(parts)}: with dynamic int8 an image's answer depends on the others in its "
-                "batch, so nothing about it can be certified; use int8=static"
+                f"{said(parts)}: {reason}, so nothing about it can be certified; use int8=static"
             )
         if found.count(parts) > 1:
             raise PlanError(f"{said(parts)} is named more than once; once is enough")

@@ -34,12 +34,14 @@ class Asked:
         highs: full graphs; the empty recipe is the full model in FP32.
         beside: graphs to compare with.
         notes: what the user should know about them, one line each.
+        task: what the model's logits will mean, see `routing.TASKS`; None: it has none.
     """
 
     lows: Sequence[Recipe]
     highs: Sequence[Recipe]
     beside: Sequence[Recipe]
     notes: Sequence[str] = ()
+    task: str | None = None
 
     @property
     def aligns(self) -> bool:
@@ -69,9 +71,6 @@ def check_recipes(request: Request, bars: Bars) -> Asked:
     }
     _check_named(named, request)
     model = _described(named, request, bars)
-    if model["classes"] is None and request.fidelity is not None:
-        if request.fidelity.kind == "top1" and request.head_images is None:
-            raise PlanError("--fidelity top1 needs a head, the model has none; use cosine")
     canonical = {entry["asked"]: entry["recipe"] for entry in model["recipes"]}
     lows, highs, beside = (
         None if found is None else recipes("; ".join(canonical[written(r)] for r in found))
@@ -91,7 +90,8 @@ def check_recipes(request: Request, bars: Bars) -> Asked:
     _check_named({"--candidates": lows, "--highs": highs, "--beside": beside}, request)
     for note in notes:
         bars.say(note)
-    return Asked(lows, highs, beside, notes)
+    task = "classes" if request.head_images else model["task"]
+    return Asked(lows, highs, beside, notes, task)
 
 
 def _check_named(named: Mapping[str, Sequence[Recipe] | None], request: Request) -> None:

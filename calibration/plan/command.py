@@ -65,9 +65,11 @@ def plan_command(
     ] = None,
     fidelity: Annotated[
         str | None,
-        typer.Option(metavar="|".join(KINDS), help="As `fit`; default: top1 with a head."),
+        typer.Option(metavar="|".join(KINDS), help="As `fit`, and so its default."),
     ] = None,
-    tolerance: Annotated[float, typer.Option(help="As `fit`.")] = 0.1,
+    tolerance: Annotated[float | None, typer.Option(help="As `fit`.")] = None,
+    relative: Annotated[bool, typer.Option("--relative", help="As `fit`.")] = False,
+    label_threshold: Annotated[float | None, typer.Option(help="As `fit`.")] = None,
     group_by: Annotated[
         str, typer.Option(metavar="|".join(GROUPINGS), help="As `fit`.")
     ] = GROUPINGS[0],
@@ -92,6 +94,9 @@ def plan_command(
     `python -m export repository`. A RECIPE is a list of px=N, depth=N, tome=N, int8=static, fp16
     and align.
     """
+    # Unnamed, the loss is what the model's task says; what no such loss takes is refused here.
+    threshold = None if fidelity is None else label_threshold
+    asked = Fidelity.given(fidelity or "cosine", tolerance, relative, threshold)
     request = Request(
         model=model,
         images=images,
@@ -102,8 +107,10 @@ def plan_command(
         px=px,
         head_images=head_images,
         goal=Goal(max_risk, confidence, "ltt"),
-        fidelity=None if fidelity is None else Fidelity(fidelity, tolerance),
-        tolerance=Fidelity("cosine", tolerance).tolerance,
+        fidelity=None if fidelity is None else asked,
+        tolerance=tolerance,
+        relative=relative,
+        label_threshold=label_threshold,
         group_by=group_by,
         latency_budget_ms=latency_budget_ms,
         instances=instances,

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -33,7 +33,7 @@ from routing import RungOutputs
 
 from ..align import ALPHAS
 from ..coefficients import FitSample, out_of_fold
-from ..fidelity import Fidelity, oracle_l2
+from ..fidelity import Fidelity
 from ..metrics import needed_escalation
 from ..outputs import Outputs
 from ..scoring import learn_sign
@@ -140,9 +140,7 @@ def early_decision(
     """
     assert outputs.low.cls_layers is not None
     blocks, high_loss = outputs.low.cls_layers.shape[1] - 1, fidelity.high_loss(outputs)
-    sample = FitSample(
-        outputs.low.rows(rows), oracle_l2(outputs)[rows], fidelity.loss(outputs)[rows], groups[rows]
-    )
+    sample = FitSample.of(outputs, fidelity, rows, groups)
     raw = out_of_fold(sample, seed)[signal]
     late = learn_sign(raw, sample.oracle, sample.loss) * raw
     lost = None if high_loss is None else high_loss[rows]
@@ -202,7 +200,7 @@ def _prefix_values(
         return {}
     escalates = cascade.late >= np.quantile(cascade.late, 1 - cascade.late_rate)
     prefix = _prefix(sample, after_block, seed)
-    target = FitSample(prefix, cascade.late, escalates, sample.groups)
+    target = replace(sample, low=prefix, oracle=cascade.late, loss=escalates)
     found = out_of_fold(target, seed)
     return {name: learn_sign(raw, cascade.late, escalates) * raw for name, raw in found.items()}
 

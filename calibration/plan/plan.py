@@ -98,6 +98,7 @@ def make_plan(request: Request, bars: Bars) -> Planned:
     """
     check_grouping(request.group_by)
     asked = check_recipes(request, bars)
+    fidelity = _fidelity(request, asked.task)
     notes = [*asked.notes, *check_images(request, asked, bars)]
     lows, highs, beside = asked.lows, asked.highs, asked.beside
     bases = [recipe - {ALIGN} for recipe in (*lows, *highs, *beside)]
@@ -105,7 +106,6 @@ def make_plan(request: Request, bars: Bars) -> Planned:
     shelf = export_shelf(request, bases, bars)
     rung_set = RungSet.load(shelf)
     cache = OutputsCache(request.cache / "outputs", request.source, rung_set)
-    fidelity = request.fidelity or _default_fidelity(rung_set, request.tolerance)
     # Images that cannot be read, or that are one group, are known only now.
     try:
         parts = divide(request, rung_set, cache, asked.aligns, bars)
@@ -186,8 +186,12 @@ def _certify_images(parts: Parts, request: Request) -> int:
     return len(one_per_group(parts.groups, parts.splits["certify"], request.seed))
 
 
-def _default_fidelity(rung_set: RungSet, tolerance: float) -> Fidelity:
-    return Fidelity("cosine", tolerance) if rung_set.classes is None else Fidelity("top1")
+def _fidelity(request: Request, task: str | None) -> Fidelity:
+    """When an answer is a loss, refused before anything is exported if it means nothing."""
+    if request.fidelity is not None:
+        request.fidelity.check(task)
+        return request.fidelity
+    return Fidelity.asked(task, None, request.tolerance, request.relative, request.label_threshold)
 
 
 def _costs(

@@ -25,8 +25,11 @@ class Request:
         px: the full resolution; None: the model's own.
         head_images: one folder per class, to fit a linear head on; None: the model's own head.
         goal: what to certify.
-        fidelity: when an answer is a loss; None: another class with a head, else a cosine.
-        tolerance: of the cosine that `fidelity` then is.
+        fidelity: when an answer is a loss; None: what the model's task has by itself, with the
+            three settings below.
+        tolerance: as `fidelity.Fidelity.asked`.
+        relative: as `fidelity.Fidelity.asked`.
+        label_threshold: as `fidelity.Fidelity.asked`.
         group_by: see `splits.group_keys`.
         latency_budget_ms: the most that an image may take that runs through both graphs, one
             request in flight, without the router; None: anything.
@@ -47,7 +50,7 @@ class Request:
     head_images: Path | None
     goal: Goal
     fidelity: Fidelity | None
-    tolerance: float
+    tolerance: float | None
     group_by: str
     latency_budget_ms: float | None
     instances: int
@@ -55,3 +58,5 @@ class Request:
     seed: int
     cache: Path
     out: Path
+    relative: bool = False
+    label_threshold: float | None = None

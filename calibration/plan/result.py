@@ -40,8 +40,7 @@ def to_dict(planned: Planned, early: Mapping[str, Any] | None, notes: list[str])
             "max_risk": request.goal.max_risk,
             "confidence": request.goal.confidence,
             "method": request.goal.method,
-            "fidelity": planned.fidelity.kind,
-            "tolerance": planned.fidelity.tolerance if planned.fidelity.kind == "cosine" else None,
+            **planned.fidelity.to_dict(),
             "latency_budget_ms": request.latency_budget_ms,
             "certify_images_needed": images_needed(request.goal),  # if none of them is lost
             "procedure": PROCEDURE,

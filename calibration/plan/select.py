@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from ..certify import Goal
 from ..coefficients import FitSample, out_of_fold
-from ..fidelity import Fidelity, oracle_l2
+from ..fidelity import Fidelity
 from ..fit import Fit, cross_validated_costs
 from ..outputs import Outputs
 from ..scoring import learn_sign
@@ -113,10 +113,7 @@ def predict(
     for low in dict.fromkeys(name for name, _ in pairs):
         highs = [high for name, high in pairs if name == low]
         outputs = pairs[low, highs[0]]
-        loss = fidelity.loss(outputs)
-        sample = FitSample(
-            outputs.low.rows(rows), oracle_l2(outputs)[rows], loss[rows], groups[rows]
-        )
+        sample = FitSample.of(outputs, fidelity, rows, groups)
         raw = out_of_fold(sample, seed)
         ranking = {k: learn_sign(v, sample.oracle, sample.loss) * v for k, v in raw.items()}
         for high in highs:

@@ -39,6 +39,8 @@ def artifacts(layers: int, dim: int, classes: int) -> Iterator[Calibration]:
         "deferral": 4 + 3 * _LENS_DEPTH,
     }
     for name, signal in SIGNALS.items():
+        if not signal.applies_to("classes"):
+            continue
         coefficients = {key: lens[key] for key in signal.coefficients if key in lens}
         if "weights" in signal.coefficients:
             coefficients["weights"] = rng.normal(size=lengths[name])

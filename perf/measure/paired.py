@@ -8,18 +8,20 @@ beside the clock, and figures that cannot be true are measured once more (`belie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from statistics import mean, median
+from typing import Any
 
 import numpy as np
+
+from routing import RungOutputs, fidelity_loss
 
 from .. import belief, derive
 from ..spread import Spread
 from .asking import Answer, Asker
 from .systems import ADAPTIVE, ENSEMBLE, ESCALATION, HIGH, LOW, System
-from .target import cosine
 
 # Asked right after one another, in either order: their ratio is what the second one adds.
 PAIRS = {"adaptive-0": LOW, ENSEMBLE: ADAPTIVE}
@@ -238,16 +240,19 @@ def _order(names: list[str], rng: np.random.Generator) -> list[str]:
     return order
 
 
-def names_another_class(mine: Answer, full: Answer) -> bool:
-    """Whether the top-1 classes differ."""
-    assert mine.logits is not None and full.logits is not None
-    return bool(mine.logits.argmax() != full.logits.argmax())
+def is_a_loss(chosen_by: Mapping[str, Any]) -> Callable[[Answer, Answer], bool]:
+    """Whether an answer is not acceptable in place of another, by the loss of a calibration.
+
+    Args:
+        chosen_by: of the calibration.
+    """
+
+    def lost(mine: Answer, full: Answer) -> bool:
+        return bool(fidelity_loss(chosen_by, _as_batch(mine), _as_batch(full))[0])
+
+    return lost
 
 
-def has_cosine_below(limit: float) -> Callable[[Answer, Answer], bool]:
-    """Whether two embeddings' cosine is below a limit."""
-
-    def differs(mine: Answer, full: Answer) -> bool:
-        return not cosine(mine.embedding, full.embedding) >= limit
-
-    return differs
+def _as_batch(answer: Answer) -> RungOutputs:
+    logits = answer.logits
+    return RungOutputs(answer.embedding[None], None, None if logits is None else logits[None])

@@ -1,6 +1,8 @@
 """The keystone, for every signal: an artifact of each is served beside the others."""
 
+import asyncio
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +11,10 @@ import tritonclient.grpc as triton
 from calibration.fidelity import Fidelity
 from calibration.fit import EscalationRate, Options, fit
 from calibration.outputs import Outputs
+from client import AsyncGrpcClient, GrpcClient, HttpClient, Task
+from export.repository import answer_parameters
 from routing import SIGNALS, Calibration, Overrides, RungOutputs, RungSet, escalation_mask, manifest
+from routing.versions import with_parameter
 from server import TritonServer
 from tests.triton.conftest import ESCALATION_RATE
 
@@ -21,14 +26,20 @@ def routers(build, tmp_path_factory):
     """(server, artifact of each signal): one router for each, before the same rungs."""
     repository = tmp_path_factory.mktemp("signals") / "model_repository"
     shutil.copytree(build / "model_repository", repository)
-    outputs, rung_set = Outputs.load(build / "outputs.npz"), RungSet.load(build / "onnx")
+    stored, rungs = Outputs.load(build / "outputs.npz"), RungSet.load(build / "onnx")
     artifacts = {}
-    for name in SIGNALS:
-        options = Options(Fidelity("top1"), signal=name)
+    for name, signal in SIGNALS.items():
+        # The same logits stand for independent labels where a signal is about those.
+        task = signal.task or "classes"
+        outputs, rung_set = replace(stored, task=task), replace(rungs, task=task)
+        options = Options(Fidelity.asked(task, None), signal=name)
         shutil.copytree(repository / "router", repository / f"router_{name}")
         path = repository / f"router_{name}/1/calibration.json"
         fit(outputs, rung_set, EscalationRate(ESCALATION_RATE), options).calibration.save(path)
         artifacts[name] = Calibration.load(path)
+        config = repository / f"router_{name}/config.pbtxt"
+        for key, value in answer_parameters(artifacts[name]).items():
+            config.write_text(with_parameter(config.read_text(), key, value))
     shutil.rmtree(repository / "adaptive_vit")
     manifest.write(repository)
     with TritonServer(repository, free_ports=True) as server:
@@ -49,6 +60,21 @@ def ask(client, model, image):
 
 def rung_outputs(answer):
     return RungOutputs(*(answer.as_numpy(n) for n in ("embedding", "cls_layers", "logits")))
+
+
+def test_every_client_learns_what_the_answers_mean(routers):
+    server, _ = routers
+
+    async def task(model):
+        async with AsyncGrpcClient(server.grpc_url, tensor_model=model) as client:
+            return await client.task()
+
+    for signal, kind in (("label_margin", "labels"), ("margin", "classes")):
+        model = f"router_{signal}"
+        assert asyncio.run(task(model)) == Task(kind)
+        for client_class, url in ((GrpcClient, server.grpc_url), (HttpClient, server.http_url)):
+            with client_class(url, tensor_model=model) as client:
+                assert client.task() == Task(kind)
 
 
 @pytest.mark.parametrize("name", SIGNALS)

@@ -6,8 +6,10 @@ from dataclasses import replace
 import numpy as np
 
 from calibration.outputs import Outputs
-from routing import RungOutputs, RungRecord, manifest
+from routing import SIGNALS, RungOutputs, RungRecord, manifest
 from tests.unit.onnx_files import CLASSES, LAYERS, SIZE, D, write_rung
+
+CLASS_SIGNALS = [name for name, signal in SIGNALS.items() if signal.applies_to("classes")]
 
 
 def sha256(text):

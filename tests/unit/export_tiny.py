@@ -30,9 +30,9 @@ _COMMON = {
     "num_labels": 3,
 }
 _CONFIGS = {
-    "ViT": lambda: transformers.ViTConfig(intermediate_size=32, **_COMMON),
-    "DeiT": lambda: transformers.DeiTConfig(intermediate_size=32, **_COMMON),
-    "Dinov2": lambda: transformers.Dinov2Config(mlp_ratio=2, **_COMMON),
+    "ViT": lambda **own: transformers.ViTConfig(intermediate_size=32, **{**_COMMON, **own}),
+    "DeiT": lambda **own: transformers.DeiTConfig(intermediate_size=32, **{**_COMMON, **own}),
+    "Dinov2": lambda **own: transformers.Dinov2Config(mlp_ratio=2, **{**_COMMON, **own}),
 }
 
 
@@ -52,11 +52,16 @@ def run_export(*arguments: object) -> Ran:
     return Ran(exit_code, stdout.getvalue(), stderr.getvalue())
 
 
-def save_tiny(folder: Path, class_name: str, processor: dict | None = None) -> Path:
-    """Save a seeded random model whose every weight matters to its outputs."""
+def save_tiny(
+    folder: Path, class_name: str, processor: dict | None = None, **config: object
+) -> Path:
+    """Save a seeded random model whose every weight matters to its outputs.
+
+    `config` are fields of its config.json that differ from the others'.
+    """
     family = next(name for name in _CONFIGS if class_name.startswith(name))
     torch.manual_seed(0)
-    model = getattr(transformers, class_name)(_CONFIGS[family]())
+    model = getattr(transformers, class_name)(_CONFIGS[family](**config))
     with torch.no_grad():
         for parameter in model.parameters():
             # Zero biases and unit scales would hide a weight that went to the wrong place.

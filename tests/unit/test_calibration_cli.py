@@ -140,7 +140,10 @@ def test_an_alignment_that_does_not_help_is_said_loudly(workplace, capsys):
         (["fit", "--max-risk", 0.1, "--method", "hope"], "--method 'hope' is none of ltt, crc"),
         (["fit", "--max-risk", 0.1, "--signal", "stars"], "'stars' is unknown"),
         (["fit", "--max-risk", 0.1, "--group-by", "colour"], "--group-by 'colour' is none of"),
-        (["fit", "--max-risk", 0.1, "--fidelity", "top5"], "'top5' is none of top1, cosine"),
+        (
+            ["fit", "--max-risk", 0.1, "--fidelity", "top5"],
+            "'top5' is none of top1, labels, value, cosine",
+        ),
         (["fit", "--escalation-rate", 0.1, "--require-certificate"], "needs --max-risk"),
         (["fit", "--max-risk", 0.1, "--outputs", "none.npz"], "collect first"),
         (["fit", "--max-risk", 0.1, "--outputs", "empty.npz"], "empty.npz"),

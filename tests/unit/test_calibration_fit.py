@@ -30,8 +30,13 @@ from calibration.record import FitRecord
 from calibration.scoring import flat_score, score_spread
 from calibration.splits import SplitError
 from calibration.tables import print_fit
-from routing import SIGNALS, Calibration, RungSet
-from tests.unit.calibration_outputs import make_outputs, with_losing_high, with_reference
+from routing import Calibration, RungSet
+from tests.unit.calibration_outputs import (
+    CLASS_SIGNALS,
+    make_outputs,
+    with_losing_high,
+    with_reference,
+)
 from tests.unit.onnx_files import D, write_rung_set
 from tests.unit.pages import squeeze
 
@@ -65,7 +70,7 @@ def test_the_fidelity_losses(rung_set, headless):
         np.testing.assert_array_equal(Fidelity("cosine", tolerance).loss(outputs), expected)
     with pytest.raises(FidelityError, match="has none; use cosine"):
         Fidelity("top1").loss(make_outputs(headless, head=False))
-    with pytest.raises(FidelityError, match="'top5' is none of top1, cosine"):
+    with pytest.raises(FidelityError, match="'top5' is none of top1, labels, value, cosine"):
         Fidelity("top5")
     with pytest.raises(FidelityError, match="--tolerance 0"):
         Fidelity("cosine", 0)
@@ -132,7 +137,7 @@ def test_auto_takes_the_signal_that_cross_validation_prefers(rung_set):
         for name, figures in calibration.metrics["signals"].items()
         if figures["cv_escalation"] is not None
     }
-    assert set(costs) == set(SIGNALS)
+    assert set(costs) == set(CLASS_SIGNALS)
     assert costs[calibration.signal] == min(costs.values())
     assert calibration.signal in ("margin", "deferral", "layer_lens")  # they see the logits' gap
     assert calibration.metrics["signals"]["cls_path"]["auroc_interval"][0] < 0.5
@@ -140,7 +145,7 @@ def test_auto_takes_the_signal_that_cross_validation_prefers(rung_set):
 
 def test_every_signal_stands_beside_random_and_the_oracle(rung_set):
     metrics_ = fit(make_outputs(rung_set, n=1000), rung_set, GOAL, TOP1).calibration.metrics
-    assert set(metrics_["signals"]) == {*SIGNALS, "random", "oracle"}
+    assert set(metrics_["signals"]) == {*CLASS_SIGNALS, "random", "oracle"}
     assert metrics_["signals"]["oracle"]["auroc"] == 1.0  # the oracle is 0 where the answers agree
     assert metrics_["signals"]["oracle"]["spearman"] == pytest.approx(1.0)
     for figures in metrics_["signals"].values():
@@ -163,10 +168,10 @@ def test_noise_is_seldom_called_better_than_random(rung_set, losses):
     rows, groups = np.arange(200), np.array(outputs.groups)
     loss = rows < losses
     rng = np.random.default_rng(losses)
-    alarms = 0
+    alarms, top1 = 0, Fidelity("top1")
     for _ in range(60):
         noise = rng.normal(size=200)
-        test = HeldOut(outputs, rows, rows, groups, np.float32(noise), 0.0, loss, None, seed=0)
+        test = HeldOut(outputs, rows, rows, groups, np.float32(noise), 0.0, loss, None, 0, top1)
         figures = test.signals({"noise": noise}, oracle_l2(outputs), "noise", None, {})
         alarms += not figures["no_better_than_random"]
     assert alarms <= 6  # Bin(60, 0.025) exceeds this once in a thousand
@@ -243,7 +248,7 @@ def test_fit_is_reproducible_and_follows_its_seed(rung_set, tmp_path):
 
 def test_the_artifact_scores_as_fit_did_after_a_round_trip(rung_set, tmp_path):
     outputs = make_outputs(rung_set, n=600)
-    for name in SIGNALS:
+    for name in CLASS_SIGNALS:
         fitted = fit(outputs, rung_set, GOAL, replace(TOP1, signal=name))
         fitted.save(tmp_path / "calibration.json")
         loaded = Calibration.load(tmp_path / "calibration.json")
@@ -259,7 +264,7 @@ def test_the_record_belongs_to_its_artifact_and_outputs(rung_set, tmp_path):
     record = FitRecord.load(tmp_path / "calibration.fit.npz", outputs, artifact)
     np.testing.assert_array_equal(record.scores, fitted.scores)
     np.testing.assert_array_equal(record.loss, fitted.loss)
-    assert set(record.values) == set(SIGNALS) and set(record.splits) == set(fitted.splits)
+    assert set(record.values) == set(CLASS_SIGNALS) and set(record.splits) == set(fitted.splits)
     with pytest.raises(OutputsError, match="another fit"):
         FitRecord.load(tmp_path / "calibration.fit.npz", make_outputs(rung_set, seed=1), artifact)
     content = json.loads(artifact.read_text())

@@ -13,10 +13,10 @@ from rich.console import Console
 
 import client.__main__ as command_line
 import client.many as many
-from client import InvalidRequestError, Prediction
+from client import InvalidRequestError, Prediction, Task
 from client.files import UsageError, find_images, read_admin_key, read_labels
 from client.many import Outcome, Question, ask_grpc, ask_http, summarise
-from client.render import as_dict, summary_line, table
+from client.render import UNKNOWN_TASK, as_dict, summary_line, table
 
 
 def prediction(escalated=False, score=0.5, head=True, degraded=False):
@@ -24,9 +24,9 @@ def prediction(escalated=False, score=0.5, head=True, degraded=False):
     return Prediction(np.array([3, 4], np.float32), logits, escalated, score, degraded)
 
 
-def rendered(outcomes, top=5, labels=None):
+def rendered(outcomes, top=5, labels=None, task=UNKNOWN_TASK):
     console = Console(file=io.StringIO(), width=120)
-    console.print(table(outcomes, top, labels))
+    console.print(table(outcomes, top, labels, task))
     return console.file.getvalue()
 
 
@@ -156,6 +156,57 @@ def test_the_table_shows_answers_scores_paths_and_errors():
 def test_without_a_head_the_embeddings_norm_is_shown():
     text = rendered([Outcome(Path("x.jpg"), prediction(head=False), None, 1.0)])
     assert "|embedding| 5.000" in text
+
+
+def answering(*logits):
+    embedding = np.array([3, 4], np.float32)
+    found = Prediction(embedding, np.array(logits, np.float32), False, 0.5, False)
+    return [Outcome(Path("x.jpg"), found, None, 1.0)]
+
+
+SUMMARY = summarise(answering(1.0), 1.0)
+
+
+def test_independent_labels_are_shown_as_a_set_each_with_its_own_probability():
+    outcomes, labels = answering(2.0, -0.4, 0.0, 3.0), ["ant", "bee", "cow"]
+    text = rendered(outcomes, 1, labels, Task("labels"))
+    shares = [("label 3", "95.3%"), ("ant", "88.1%"), ("cow", "50.0%")]
+    assert [line.split("│")[2].strip() for line in text.splitlines() if "%" in line] == [
+        f"{name} {share}" for name, share in shares
+    ]  # all of the set, whatever --top says; more than 100 % together
+    assert "top" not in text and "answer" in text
+    strict = rendered(outcomes, 5, labels, Task("labels", 0.9))
+    assert "label 3 95.3%" in strict and "ant" not in strict
+    (image,) = as_dict(outcomes, SUMMARY, 1, labels, Task("labels", 0.9))["images"]
+    assert image["top"] is None
+    assert image["labels"] == [
+        {"index": 3, "label": None, "probability": pytest.approx(0.9526, abs=1e-4)}
+    ]
+
+
+def test_an_empty_set_of_labels_says_which_came_nearest():
+    outcomes = answering(-2.0, -0.4)
+    assert "no label (bee 40.1%)" in rendered(outcomes, 5, ["ant", "bee"], Task("labels"))
+    assert as_dict(outcomes, SUMMARY, 5, None, Task("labels"))["images"][0]["labels"] == []
+
+
+def test_one_label_is_no_class():
+    text = rendered(answering(0.4), 5, None, Task("labels"))
+    assert "label 0 59.9%" in text and "100.0%" not in text
+
+
+@pytest.mark.parametrize("task", [Task("value"), Task()])
+def test_one_output_is_shown_as_its_value_also_where_the_server_says_nothing(task):
+    text = rendered(answering(-1.5), 5, None, task)
+    assert "-1.5" in text and "class" not in text and "%" not in text
+    assert "age -1.5" in rendered(answering(-1.5), 5, ["age"], task)
+    (image,) = as_dict(answering(-1.5), SUMMARY, 5, ["age"], task)["images"]
+    assert (image["top"], image["values"]) == (None, [{"label": "age", "value": -1.5}])
+
+
+def test_several_values_are_each_named():
+    text = rendered(answering(0.25, 2e6), 1, ["age"], Task("value"))
+    assert "age 0.25" in text and "value 1 2e+06" in text
 
 
 def test_a_degraded_answer_is_told():

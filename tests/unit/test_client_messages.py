@@ -56,6 +56,27 @@ def test_a_model_without_head_has_no_logits_and_no_classes():
         found.top(1)
 
 
+def answer(*logits):
+    (found,) = predictions(outputs(1, logits=np.array([logits], np.float32)), 1)
+    return found
+
+
+def test_labels_are_judged_each_by_itself():
+    found = answer(0.0, -800.0, 800.0, -1.0)
+    assert found.label_set() == [(2, 1.0), (0, 0.5)]
+    assert found.label_set(0.25) == [(2, 1.0), (0, 0.5), (3, pytest.approx(0.268941, abs=1e-5))]
+    assert [index for index, _ in found.probabilities()] == [2, 0, 3, 1]
+    assert found.probabilities()[-1] == (1, 0.0)
+    (headless,) = predictions(outputs(1, logits=None), 1)
+    with pytest.raises(ValueError, match="no head"):
+        headless.label_set()
+
+
+def test_one_output_is_no_class():
+    with pytest.raises(ValueError, match="one output, a value or a label"):
+        answer(3.0).top()
+
+
 @pytest.mark.parametrize("name", ["embedding", "escalated", "score", "degraded"])
 def test_a_missing_output_is_named(name):
     with pytest.raises(ServerError, match=name):

@@ -14,6 +14,7 @@ from client import (
     GrpcClient,
     HttpClient,
     InvalidRequestError,
+    Task,
     UnavailableError,
 )
 from client.base import ClientBase
@@ -38,6 +39,7 @@ class FakeClient(SyncClient):
         self.asked_for_maximum = []
         self.max_batch = max_batch
         self.closed = False
+        self.parameters = {}
 
     def close(self):
         self.closed = True
@@ -51,6 +53,10 @@ class FakeClient(SyncClient):
     def _max_batch_size(self, model, left_s):
         self.asked_for_maximum.append(model)
         return self.max_batch
+
+    def _parameters(self, model, left_s):
+        assert model == "router"
+        return self.parameters
 
     def _metadata(self, model, left_s):
         return {"name": model}
@@ -120,6 +126,15 @@ def test_metadata_is_of_the_ensemble_unless_named():
     assert client.metadata() == {"name": "adaptive_vit"}
     assert client.metadata("router") == {"name": "router"}
     assert client.server_version() == "2.51.0"
+
+
+def test_the_task_is_what_the_routers_configuration_says():
+    client = FakeClient()
+    assert client.task() == Task(None, 0.5)  # assembled before there was a task
+    client.parameters = {"task": "labels", "label_threshold": "0.3", "audit_fraction": "0"}
+    assert client.task() == Task("labels", 0.3)
+    client.parameters = {"task": "", "label_threshold": "0.5"}
+    assert client.task() == Task(None)
 
 
 def test_the_context_manager_closes():

@@ -3,6 +3,7 @@ import math
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from export.errors import UsageError
 from export.repository import RepositoryError, assemble
 from export.settings import MAX_BATCH_SIZE, Settings
 from export.shared_weights import share_weights
+from export.versions import add_version
 from routing import WEIGHTS, Calibration, CalibrationError, RungSet, manifest
 from tests.unit.export_tiny import run_export
 from tests.unit.fakes import make_calibration
@@ -142,6 +144,8 @@ def test_the_defaults_are_what_stands_in_git(tmp_path):
         "audit_fraction": "0",
         "shadow_version": "0",
         "shadow_fraction": "0",
+        "task": "classes",
+        "label_threshold": "0.5",
     }
 
 
@@ -163,7 +167,30 @@ def test_every_option_reaches_the_router(tmp_path):
         **options,
         "--shadow-version": "0",
         "--shadow-fraction": "0",
+        "--task": "classes",
+        "--label-threshold": "0.5",
     }
+
+
+def test_clients_are_told_what_the_answers_mean(tmp_path):
+    rung_set, artifact = write_inputs(tmp_path)
+    labels = replace(
+        Calibration.load(artifact),
+        task="labels",
+        chosen_by={"fidelity": "labels", "tolerance": None, "label_threshold": 0.3},
+    )
+    labels.save(artifact)
+    with pytest.raises(RepositoryError, match=r"answers labels, and rungs\.json says classes"):
+        assemble(rung_set, artifact, tmp_path / "repository")
+    out = assemble(replace(rung_set, task="labels"), artifact, tmp_path / "repository")
+    found = router_parameters(out)
+    assert (found["task"], found["label_threshold"]) == ("labels", "0.3")
+    again = tmp_path / "again.json"
+    replace(labels, chosen_by={**labels.chosen_by, "label_threshold": 0.4}).save(again)
+    with pytest.raises(RepositoryError, match="assemble a new repository"):
+        add_version(out, again)
+    replace(labels, threshold=9.0).save(again)
+    assert add_version(out, again) == 2
 
 
 def test_the_queue_of_every_model_is_bounded(tmp_path):

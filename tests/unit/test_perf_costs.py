@@ -3,14 +3,15 @@
 import numpy as np
 
 from perf.costs import collecting, fitting, scoring
-from routing import SIGNALS, RungSet
+from routing import RungSet
+from tests.unit.calibration_outputs import CLASS_SIGNALS
 from tests.unit.image_files import write_images
 from tests.unit.onnx_files import write_rung_set
 
 
 def test_every_signal_is_timed_on_outputs_of_the_asked_shape(monkeypatch):
     monkeypatch.setattr(scoring, "ROUNDS", 3)
-    assert set(scoring.measure(2, layers=4, dim=8, classes=5)) == set(SIGNALS)
+    assert set(scoring.measure(2, layers=4, dim=8, classes=5)) == set(CLASS_SIGNALS)
     rows = scoring.outputs(2, layers=4, dim=8, classes=5)
     assert rows.cls_layers.shape == (2, 5, 8) and rows.logits.shape == (2, 5)
 

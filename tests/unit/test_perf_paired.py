@@ -8,10 +8,9 @@ from perf.measure.paired import (
     PAIRS,
     Paired,
     believed,
-    has_cosine_below,
+    is_a_loss,
     measure_paired,
     measure_spans,
-    names_another_class,
 )
 from tests.unit.perf_measured import make_answer, make_system
 
@@ -238,19 +237,23 @@ def test_agreement_is_with_static_highs_answer_to_the_same_image():
     mine = [[make_answer(names=0), make_answer(names=1)], [make_answer(names=2)]]
     full = [[make_answer(names=0), make_answer(names=0)], [make_answer(names=2)]]
     case = paired(static_low=mine, static_high=full)
-    assert case.agreement("static-low", names_another_class) == pytest.approx(2 / 3)
-    assert case.agreement("static-high", names_another_class) == 1.0
+    assert case.agreement("static-low", is_a_loss({"fidelity": "top1"})) == pytest.approx(2 / 3)
+    assert case.agreement("static-high", is_a_loss({"fidelity": "top1"})) == 1.0
+
+
+def below(limit):
+    return is_a_loss({"fidelity": "cosine", "tolerance": 1 - limit})
 
 
 def test_embeddings_agree_down_to_the_cosine_that_is_asked_for():
     full = make_answer(embedding=(2.0, 0.0), head=False)
     at_60_degrees = make_answer(embedding=(0.5, np.sqrt(0.75)), head=False)
-    assert has_cosine_below(0.51)(at_60_degrees, full)
-    assert not has_cosine_below(0.49)(at_60_degrees, full)
-    assert not has_cosine_below(0.999)(full, full)
+    assert below(0.51)(at_60_degrees, full)
+    assert not below(0.49)(at_60_degrees, full)
+    assert not below(0.999)(full, full)
 
 
 def test_an_embedding_of_zeros_agrees_with_nothing():
     zeros = make_answer(embedding=(0.0, 0.0), head=False)
     with np.errstate(invalid="ignore"):
-        assert has_cosine_below(0.1)(zeros, make_answer(head=False))
+        assert below(0.1)(zeros, make_answer(head=False))

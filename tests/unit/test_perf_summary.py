@@ -7,7 +7,7 @@ import pytest
 
 from perf import summary
 from perf.measure.memory import MemoryUse
-from perf.measure.paired import Paired, names_another_class
+from perf.measure.paired import Paired, is_a_loss
 from routing import RungSet
 from tests.unit.fakes import make_calibration
 from tests.unit.onnx_files import CLASSES, SIZE, D, write_rung_set
@@ -25,6 +25,7 @@ SHARE = {
     "adaptive": ADAPTIVE,
     "ensemble": ENSEMBLE,
 }
+ANOTHER_CLASS = is_a_loss({"fidelity": "top1"})
 PAIRED = Paired([SHARE, SHARE])
 SYSTEMS = [make_system(name) for name in SHARE]
 
@@ -33,7 +34,7 @@ SYSTEMS = [make_system(name) for name in SHARE]
 
 
 def test_every_system_has_its_answers_beside_its_cost():
-    found = summary.answers_section(PAIRED, SYSTEMS, names_another_class, [0, 1] * 2)
+    found = summary.answers_section(PAIRED, SYSTEMS, ANOTHER_CLASS, [0, 1] * 2)
     assert list(found) == list(SHARE)
     low, adaptive = found["static-low"], found["adaptive"]
     assert low["title"] == "title of static-low"
@@ -45,7 +46,7 @@ def test_every_system_has_its_answers_beside_its_cost():
 
 def test_accuracy_is_against_the_labels_in_the_order_of_the_answers():
     def accuracy(*labels):
-        found = summary.answers_section(PAIRED, SYSTEMS, names_another_class, labels)
+        found = summary.answers_section(PAIRED, SYSTEMS, ANOTHER_CLASS, labels)
         return found["static-high"]["accuracy"]
 
     assert accuracy(0, 1, 0, 1) == 1.0

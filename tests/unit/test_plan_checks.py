@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from calibration.certify import Goal, images_needed
-from calibration.fidelity import Fidelity
+from calibration.fidelity import Fidelity, FidelityError
 from calibration.plan.checks import (
     Asked,
     check_images,
@@ -46,7 +46,7 @@ def refuse(tmp_path, monkeypatch):
     def refuse(model="ViTForImageClassification", **changes):
         commands, source = Commands(model=model), TwoColours(changes.pop("images", 700))
         patch_commands(monkeypatch, commands)
-        with pytest.raises(PlanError) as error:
+        with pytest.raises((PlanError, FidelityError)) as error:
             make_plan(make_request(tmp_path, source=source, **changes), QUIET)
         assert [said[:2] for said in commands.said] == [["export", "describe"]]
         assert source.read == [] and "\n" not in str(error.value)

@@ -128,8 +128,17 @@ def test_where_nothing_is_certified_it_says_so_and_can_fail(run, tmp_path):
         (("--images", "images", *RISK, "--candidates", "px=4;px=4"), "more than once"),
         (("--images", "images", *RISK, "--candidates", "px=8"), "the full model itself"),
         (("--images", "images", *RISK, "--candidates", ";"), "give --candidates and --highs"),
-        (("--images", "images", *RISK, "--fidelity", "top5"), "'top5' is none of top1, cosine"),
+        (
+            ("--images", "images", *RISK, "--fidelity", "top5"),
+            "'top5' is none of top1, labels, value, cosine",
+        ),
         (("--images", "images", *RISK, "--tolerance", 3), "--tolerance 3.0"),
+        (("--images", "images", *RISK, "--relative"), "--relative goes with --fidelity value"),
+        (("--images", "images", *RISK, "--fidelity", "value"), "needs --tolerance X"),
+        (
+            ("--images", "images", *RISK, "--fidelity", "labels"),
+            "labels means nothing for a model that answers one of several classes",
+        ),
         (("--images", "images", *RISK, "--group-by", "colour"), "'colour' is none of"),
         (("--images", "images", *RISK, "--limit", 0), "--limit"),
         (("--images", "images", *RISK, "--instances", 0), "--instances"),

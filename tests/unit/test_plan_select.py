@@ -15,8 +15,8 @@ from calibration.plan.select import (
     predict,
     shortlist,
 )
-from routing import SIGNALS, RungSet
-from tests.unit.calibration_outputs import make_outputs
+from routing import RungSet
+from tests.unit.calibration_outputs import CLASS_SIGNALS, make_outputs
 from tests.unit.onnx_files import write_rung_set
 
 TOP1 = Fidelity("top1")
@@ -74,7 +74,9 @@ def test_every_cascade_is_predicted_the_cheapest_first(rung_set):
         ("smaller", "full"): make_outputs(rung_set, n=400, unsure_below=2.0),
     }
     found = predicted(pairs)
-    assert sorted(names(found)) == sorted((*pair, signal) for pair in pairs for signal in SIGNALS)
+    assert sorted(names(found)) == sorted(
+        (*pair, signal) for pair in pairs for signal in CLASS_SIGNALS
+    )
     costs = [c.ms_per_image for c in found]
     assert costs == sorted(costs)
     for c in found:
@@ -114,7 +116,7 @@ def test_losses_of_the_full_graph_cost_escalation_and_too_many_cannot_be_mended(
     escalation = {c.high: c.escalation for c in found if c.signal == "margin"}
     assert escalation["full"] < escalation["half"] < 1
     bad = [c for c in found if c.high == "bad"]
-    assert [(c.escalation, c.ms_per_image) for c in bad] == [(np.inf, np.inf)] * len(SIGNALS)
+    assert [(c.escalation, c.ms_per_image) for c in bad] == [(np.inf, np.inf)] * len(CLASS_SIGNALS)
     assert found[-len(bad) :] == bad  # though its graph is the cheapest of all
 
 

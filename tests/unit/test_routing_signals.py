@@ -11,6 +11,7 @@ LENS = {
     "lens_bias": RNG.normal(size=(DEPTH, CLASSES)).astype(np.float32),
 }
 COEFFICIENTS = {
+    "label_margin": {"cut": np.array([0.3])},
     "cls_regression": {"weights": RNG.normal(size=3 * LAYERS + 1 + D), "bias": np.array([0.5])},
     "layer_lens": {**LENS, "weights": RNG.normal(size=3 * DEPTH), "bias": np.array([0.5])},
     "deferral": {**LENS, "weights": RNG.normal(size=4 + 3 * DEPTH), "bias": np.array([0.5])},
@@ -42,6 +43,14 @@ def test_margin_is_one_minus_the_gap_of_the_two_best():
 def test_margin_of_a_single_class_is_constant():
     np.testing.assert_array_equal(
         SIGNALS["margin"].compute(outputs(logits=[[3.0], [-1.0]]), {}), [1.0, 1.0]
+    )
+
+
+def test_label_margin_is_the_distance_of_the_nearest_label_to_its_threshold():
+    logits = [[3.0, -0.5, -9.0], [1.0, 4.0, 0.0]]
+    cut = {"cut": np.array([1.0])}
+    np.testing.assert_array_equal(
+        SIGNALS["label_margin"].compute(outputs(logits=logits), cut), [-1.5, 0.0]
     )
 
 

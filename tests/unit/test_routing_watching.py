@@ -61,11 +61,14 @@ def test_a_shadow_counts_where_two_artifacts_part():
 def test_a_loss_is_another_class_or_too_small_a_cosine():
     low = RungOutputs(np.eye(2, dtype=np.float32), None, np.float32([[2, 1], [1, 2]]))
     high = RungOutputs(np.float32([[1, 0.1], [1, 0]]), None, np.float32([[2, 1], [2, 1]]))
-    assert fidelity_loss("top1", None, low, high).tolist() == [False, True]
-    assert fidelity_loss("cosine", 0.1, low, high).tolist() == [False, True]
+    assert fidelity_loss({"fidelity": "top1"}, low, high).tolist() == [False, True]
+    assert fidelity_loss({"fidelity": "cosine", "tolerance": 0.1}, low, high).tolist() == [
+        False,
+        True,
+    ]
     headless = RungOutputs(low.embedding, None, None)
     with pytest.raises(ValueError, match="does not apply"):
-        fidelity_loss("top1", None, headless, headless)
+        fidelity_loss({"fidelity": "top1"}, headless, headless)
 
 
 # --- the risk test: valid at every look, and able to see -----------------------------------------

@@ -187,9 +187,7 @@ class Watch:
         self._observe(lost)
 
     def _is_lost(self, answer: RungOutputs, truth: RungOutputs) -> bool:
-        chosen = self._calibration.chosen_by
-        kind, tolerance = chosen["fidelity"], chosen.get("tolerance")
-        return bool(fidelity_loss(kind, tolerance, answer, truth)[0])
+        return bool(fidelity_loss(self._calibration.chosen_by, answer, truth)[0])
 
     def _observe(self, lost: bool) -> None:
         if self._test is None:

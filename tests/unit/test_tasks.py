@@ -1,0 +1,426 @@
+"""What a model answers, from its config to the certificate: labels, values, one output.
+
+Tiny models are exported, run and calibrated as a user's are, by the commands.
+"""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from calibration.__main__ import main as calibrate
+from calibration.certify import Goal
+from calibration.evaluate import EvaluateError, evaluate
+from calibration.fidelity import Fidelity, FidelityError
+from calibration.fit import EscalationRate, FitError, Options, Threshold, fit
+from calibration.outputs import Outputs
+from export.errors import UsageError
+from export.rungs import load_backbone
+from routing import (
+    RUNGS,
+    Calibration,
+    CalibrationError,
+    RungOutputs,
+    RungSet,
+    escalation_mask,
+    fidelity_loss,
+)
+from routing.policy import Overrides
+from tests.unit.export_tiny import run_export, save_tiny
+
+PROCESSOR = {
+    "image_processor_type": "ViTImageProcessor",
+    "do_resize": True,
+    "size": {"height": 16, "width": 16},
+    "do_normalize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
+IMAGES = 500
+LABELS = {"problem_type": "multi_label_classification", "num_labels": 5}
+VALUE = {"problem_type": "regression", "num_labels": 1}
+NAMES = dict(enumerate(("sea", "sky", "sand", "sun", "sail")))
+GOAL = Goal(0.1, 0.9, "ltt")
+TOLERANCE = 0.3
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder of random images, some smooth and some noisy."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for index in range(IMAGES):
+        coarse = Image.fromarray(rng.integers(0, 256, (2, 2, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((16, 16), Image.Resampling.BILINEAR), np.float64)
+        noise = rng.normal(size=smooth.shape) * 200 * rng.uniform() ** 2
+        pixels = np.clip(smooth + noise, 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index:03d}.png")
+    return folder
+
+
+def run(folder, *arguments):
+    """The exit code of `python -m calibration ...` in `folder`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["calibration", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            calibrate()
+    return stop.value.code or 0
+
+
+def workplace(folder, images, config, *options):
+    """A user's folder with exported rungs and what `collect` stores of the images."""
+    model = save_tiny(folder / "model", "ViTForImageClassification", PROCESSOR, **config)
+    done = run_export("rungs", "--model", model, "--out", folder / "build/onnx", *options)
+    assert done.exit_code == 0, done.stderr
+    assert run(folder, "collect", "--images", images) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory, images):
+    config = {**LABELS, "id2label": NAMES, "label2id": {v: k for k, v in NAMES.items()}}
+    return workplace(tmp_path_factory.mktemp("labels"), images, config)
+
+
+@pytest.fixture(scope="module")
+def value(tmp_path_factory, images):
+    return workplace(tmp_path_factory.mktemp("value"), images, VALUE)
+
+
+def loaded(folder):
+    outputs = Outputs.load(folder / "build/calibration/outputs.npz")
+    return outputs, RungSet.load(folder / "build/onnx")
+
+
+def artifact(folder):
+    return Calibration.load(folder / "build/calibration/calibration.json")
+
+
+# --- what a model answers --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "task"),
+    [
+        ({"num_labels": 3}, "classes"),
+        ({"num_labels": 3, "problem_type": "single_label_classification"}, "classes"),
+        ({"num_labels": 3, "problem_type": "multi_label_classification"}, "labels"),
+        ({"num_labels": 1, "problem_type": "multi_label_classification"}, "labels"),
+        ({"num_labels": 3, "problem_type": "regression"}, "value"),
+        ({"num_labels": 1, "problem_type": "regression"}, "value"),
+        ({"num_labels": 1}, "value"),
+        ({"num_labels": 0}, None),
+    ],
+)
+def test_the_task_is_that_of_problem_type_and_the_number_of_outputs(config, task, tmp_path):
+    model = save_tiny(tmp_path / "model", "ViTForImageClassification", **config)
+    assert load_backbone(str(model)).task == task
+
+
+def test_a_task_can_be_given_where_the_config_does_not_say_it(tmp_path):
+    model = save_tiny(tmp_path / "model", "ViTForImageClassification", num_labels=1)
+    backbone = load_backbone(str(model))
+    assert backbone.answering("labels").task == "labels"
+    with pytest.raises(UsageError, match="one output names no class"):
+        backbone.answering("classes")
+    headless = load_backbone(str(save_tiny(tmp_path / "base", "ViTModel")))
+    with pytest.raises(UsageError, match="it has none"):
+        headless.answering("value")
+    done = run_export("rungs", "--model", model, "--task", "colour", "--out", tmp_path / "onnx")
+    assert done.exit_code == 2 and "--task" in done.stderr
+
+
+def test_export_records_the_task_and_earlier_records_are_read_as_transformers_would(
+    labels, value, tmp_path
+):
+    for folder, task in ((labels, "labels"), (value, "value")):
+        outputs, rung_set = loaded(folder)
+        record = json.loads((folder / "build/onnx/rungs.json").read_text())
+        assert record["task"] == rung_set.task == outputs.task == task
+    earlier = tmp_path / "onnx"
+    done = run_export("choose", "--onnx", value / "build/onnx", "--low", "vit_low")
+    assert done.exit_code == 2  # --high and --out are missing: nothing is written
+    arguments = ("--low", "vit_low", "--high", "vit_high", "--out", earlier)
+    assert run_export("choose", "--onnx", value / "build/onnx", *arguments).exit_code == 0
+    assert RungSet.load(earlier).task == "value"
+    record = json.loads((earlier / "rungs.json").read_text())
+    del record["task"]
+    (earlier / "rungs.json").write_text(json.dumps(record))
+    assert RungSet.load(earlier).task == "value"
+    (earlier / "rungs.json").write_text(json.dumps({**record, "classes": 5}))
+    assert RungSet.load(earlier).task == "classes"
+
+
+# --- independent labels ----------------------------------------------------------------------
+
+
+def sets_differ(low, high, threshold=0.5):
+    def inside(logits):
+        return 1 / (1 + np.exp(-logits.astype(np.float64))) >= threshold
+
+    return (inside(low.logits) != inside(high.logits)).any(axis=1)
+
+
+def certified_errors(fitted, loss):
+    """Certify images kept low with a loss, counted here."""
+    rows = fitted.splits["certify"]
+    escalated = escalation_mask(fitted.scores[rows], fitted.calibration.threshold, Overrides())
+    return int((~escalated & loss[rows]).sum())
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.7])
+def test_the_certified_loss_of_labels_is_another_set(labels, threshold):
+    outputs, rung_set = loaded(labels)
+    fidelity = Fidelity.asked(rung_set.task, None, label_threshold=threshold)
+    assert fidelity.kind == "labels"
+    fitted = fit(outputs, rung_set, GOAL, Options(fidelity))
+    expected = sets_differ(outputs.low, outputs.high, threshold)
+    first = outputs.low.logits.argmax(axis=1) != outputs.high.logits.argmax(axis=1)
+    np.testing.assert_array_equal(fitted.loss, expected)
+    assert (expected & ~first).sum() > 20  # of which another first class knows nothing
+    calibration, certificate = fitted.calibration, fitted.calibration.certificate
+    assert certificate["certified"] and calibration.metrics["escalation_rate"] > 0
+    assert certificate["errors"] == certified_errors(fitted, expected)
+    assert (certificate["fidelity"], certificate["label_threshold"]) == ("labels", threshold)
+    words = f"gives another set of labels at probability {threshold:g} than the full rung"
+    assert words in certificate["statement"]
+    test = fitted.splits["test"]
+    assert calibration.metrics["agreement_low"] == pytest.approx(1 - expected[test].mean())
+    assert not any(name.startswith("accuracy") for name in calibration.metrics)
+
+
+def test_labels_use_signals_that_mean_something_for_them(labels):
+    outputs, rung_set = loaded(labels)
+    fitted = fit(outputs, rung_set, GOAL, Options(Fidelity("labels")))
+    assert set(fitted.values) == {"label_margin", "cls_path", "cls_regression"}
+    nearest = np.abs(outputs.low.logits.astype(np.float64)).min(axis=1)
+    test = fitted.splits["test"]  # on the fit split they are out of fold
+    np.testing.assert_allclose(fitted.values["label_margin"][test], -nearest[test])
+    assert fitted.calibration.metrics["signals"]["label_margin"]["auroc"] > 0.6
+    with pytest.raises(FitError, match="margin means nothing for a model that answers labels"):
+        fit(outputs, rung_set, GOAL, Options(Fidelity("labels"), signal="margin"))
+
+
+def test_an_artifact_of_labels_scores_and_is_evaluated_after_a_round_trip(labels, tmp_path):
+    outputs, rung_set = loaded(labels)
+    half = len(outputs) // 2
+    known, new = outputs.rows(np.arange(half)), outputs.rows(np.arange(half, len(outputs)))
+    options = Options(Fidelity("labels", label_threshold=0.4), signal="label_margin")
+    fitted = fit(known, rung_set, EscalationRate(0.3), options)
+    fitted.save(tmp_path / "calibration.json")
+    calibration = Calibration.load(tmp_path / "calibration.json")
+    assert calibration.task == "labels" and Fidelity.of(calibration) == options.fidelity
+    np.testing.assert_array_equal(calibration.score(known.low), fitted.scores)
+    evaluation = evaluate(calibration, new)
+    escalated = escalation_mask(calibration.score(new.low), calibration.threshold, Overrides())
+    lost = ~escalated & sets_differ(new.low, new.high, 0.4)
+    assert evaluation.errors == lost.sum() > 0
+    with pytest.raises(EvaluateError, match="for a model that answers labels"):
+        evaluate(calibration, Outputs(**{**vars(new), "task": "classes"}))
+
+
+# --- a value ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_the_risk_of_one_output_is_that_of_its_value(value, relative):
+    outputs, rung_set = loaded(value)
+    fidelity = Fidelity.asked(rung_set.task, "value", TOLERANCE, relative)
+    fitted = fit(outputs, rung_set, GOAL, Options(fidelity))
+    low, high = outputs.low.logits[:, 0], outputs.high.logits[:, 0]
+    allowed = TOLERANCE * np.abs(high) if relative else TOLERANCE
+    expected = np.abs(low - high) > allowed
+    np.testing.assert_array_equal(fitted.loss, expected)
+    calibration, certificate = fitted.calibration, fitted.calibration.certificate
+    # Top-1 of one output is always the same, and would lose nothing and escalate nothing.
+    assert 0.1 < expected.mean() < 0.9
+    assert calibration.metrics["escalation_rate"] > 0
+    if certificate["certified"]:
+        assert certificate["errors"] == certified_errors(fitted, expected)
+    assert certificate["certified"] or relative  # on a share of a value near 0 nothing is
+    assert set(fitted.values) == {"cls_path", "cls_regression"}
+    assert (certificate["tolerance"], certificate["relative"]) == (TOLERANCE, relative)
+    size = "30 %" if relative else "0.3"
+    words = f"gives a value that differs by more than {size} from the full rung's"
+    assert words in Fidelity.of(calibration).words()
+    test = fitted.splits["test"]
+    assert calibration.metrics["agreement_low"] == pytest.approx(1 - expected[test].mean())
+
+
+def test_a_value_has_no_class_to_agree_on(value):
+    outputs, rung_set = loaded(value)
+    fitted = fit(outputs, rung_set, EscalationRate(0.2), Options(Fidelity("cosine")))
+    assert not any(name.startswith(("agree", "accuracy")) for name in fitted.calibration.metrics)
+    with pytest.raises(FidelityError, match="top1 means nothing for a model that answers a value"):
+        fit(outputs, rung_set, EscalationRate(0.2), Options(Fidelity("top1")))
+
+
+# --- what is refused -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "settings", "message"),
+    [
+        ("value", None, {}, "give --fidelity value --tolerance X"),
+        ("value", "value", {}, "--fidelity value needs --tolerance X"),
+        ("value", "top1", {}, "top1 means nothing for a model that answers a value"),
+        ("value", "labels", {}, "use value or cosine"),
+        ("labels", "top1", {}, "top1 means nothing for a model that answers independent labels"),
+        ("labels", "value", {"tolerance": 1}, "use labels or cosine"),
+        ("classes", "labels", {}, "labels means nothing for a model that answers one of several"),
+        ("classes", "value", {"tolerance": 1}, "use top1 or cosine"),
+        (None, "labels", {}, "labels needs a head, the model has none; use cosine"),
+        ("value", "value", {"tolerance": 0.0}, "--tolerance 0.0 is not a finite number above 0"),
+        ("value", "value", {"tolerance": float("inf")}, "--tolerance inf is not a finite number"),
+        ("classes", None, {"relative": True}, "--relative goes with --fidelity value"),
+        ("classes", None, {"label_threshold": 0.3}, "--label-threshold goes with"),
+        ("labels", None, {"label_threshold": 1.0}, "--label-threshold 1.0 is not between"),
+    ],
+)
+def test_a_loss_that_means_nothing_for_the_task_is_refused(task, kind, settings, message):
+    with pytest.raises(FidelityError, match=message.replace("(", r"\(")) as refused:
+        Fidelity.asked(task, kind, **settings)
+    assert "\n" not in str(refused.value)
+
+
+def test_each_task_has_its_default_loss():
+    found = {task: Fidelity.asked(task, None).kind for task in ("classes", "labels", None)}
+    assert found == {"classes": "top1", "labels": "labels", None: "cosine"}
+
+
+@pytest.mark.parametrize("command", ["fit", "analyse", "align"])
+def test_every_command_asks_which_difference_of_a_value_matters(value, command, capsys):
+    goal = ("--max-risk", 0.1) if command == "fit" else ()
+    assert run(value, command, *goal) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "give --fidelity value --tolerance X" in line
+    tolerance = ("--fidelity", "value", "--tolerance", TOLERANCE)
+    assert run(value, command, *goal, *tolerance) == 0
+
+
+def test_an_artifact_of_an_earlier_release_that_compared_one_output_is_refused(value):
+    outputs, rung_set = loaded(value)
+    calibration = fit(outputs, rung_set, Threshold(1.0), Options(Fidelity("cosine"))).calibration
+    content = calibration.to_dict()
+    del content["task"]
+    assert Calibration.from_dict(content) == calibration
+    content["chosen_by"] = {**content["chosen_by"], "fidelity": "top1", "tolerance": None}
+    with pytest.raises(CalibrationError, match="top1 compares classes, and this model names none"):
+        Calibration.from_dict(content)
+
+
+def test_outputs_of_another_task_are_not_calibrated(labels):
+    outputs, rung_set = loaded(labels)
+    earlier = Outputs(**{**vars(outputs), "task": None})  # collected before labels were known
+    with pytest.raises(FitError, match="answers classes, and the rungs answer labels; collect"):
+        fit(earlier, rung_set, GOAL, Options(Fidelity("labels")))
+
+
+# --- the losses ------------------------------------------------------------------------------
+
+
+def answers(*logits):
+    rows = np.array(logits, np.float32)
+    return RungOutputs(np.ones((len(rows), 2), np.float32), None, rows)
+
+
+def test_a_set_of_labels_differs_where_any_label_crosses_the_threshold():
+    low = answers([0.1, -3.0], [0.0, -1.0], [2.0, 5.0], [np.nan, 1.0])
+    high = answers([9.0, -0.1], [-0.1, -1.0], [2.0, -5.0], [np.nan, 1.0])
+    chosen_by = {"fidelity": "labels", "label_threshold": 0.5}
+    assert fidelity_loss(chosen_by, low, high).tolist() == [False, True, True, True]
+    # At 0.95 (a logit of 2.94) the first image gains a label, and the second has none either way.
+    stricter = {**chosen_by, "label_threshold": 0.95}
+    assert fidelity_loss(stricter, low, high).tolist() == [True, False, True, True]
+
+
+def test_a_value_may_differ_by_the_tolerance_in_every_output():
+    low = answers([1.0, 10.0], [1.0, 10.0], [1.0, 10.0], [np.nan, 10.0])
+    high = answers([1.5, 10.0], [1.0, 11.0], [1.0, 10.5], [1.0, 10.0])
+    absolute = {"fidelity": "value", "tolerance": 0.5, "relative": False}
+    assert fidelity_loss(absolute, low, high).tolist() == [False, True, False, True]
+    relative = {"fidelity": "value", "tolerance": 0.125, "relative": True}
+    assert fidelity_loss(relative, low, high).tolist() == [True, False, False, True]
+
+
+def test_top1_of_one_output_is_no_loss_but_an_error():
+    with pytest.raises(ValueError, match="does not apply"):
+        fidelity_loss({"fidelity": "top1"}, answers([1.0]), answers([-1.0]))
+
+
+# --- pages -----------------------------------------------------------------------------------
+
+
+def test_pages_show_sets_of_labels_and_values(labels, value, capsys):
+    assert run(labels, "fit", "--max-risk", 0.1) == 0
+    assert run(value, "fit", "--max-risk", 0.1, "--fidelity", "value", "--tolerance", 0.3) == 0
+    for folder, settings, shown, loss in (
+        (labels, (), "full: s", "gives another set of labels at probability 0.5"),
+        (value, ("--fidelity", "value", "--tolerance", 0.3), "full: ", "differs by more than 0.3"),
+    ):
+        assert run(folder, "report") == 0
+        assert run(folder, "analyse", *settings) == 0
+        for page in ("report", "analysis"):
+            text = (folder / f"build/calibration/{page}.html").read_text()
+            assert shown in text and loss in text
+            assert "class 0" not in text and "another class" not in text
+    text = (labels / "build/calibration/report.html").read_text()
+    assert "gives the full rung&#39;s set of labels" in text
+    capsys.readouterr()
+    assert run(labels, "analyse", "--json") == 0
+    analysis = json.loads(capsys.readouterr().out)
+    assert [loss["kind"] for loss in analysis["losses"]] == ["labels", "cosine"]
+    assert {"cls_path"} < set(analysis["spearman"]) and "margin" not in analysis["spearman"]
+
+
+# --- dynamic int8 ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dynamic(tmp_path_factory, images):
+    folder = tmp_path_factory.mktemp("dynamic")
+    return workplace(folder, images, {"num_labels": 3}, "--low", "px=8,int8")
+
+
+def test_nothing_is_certified_about_a_graph_whose_answers_depend_on_the_batch(dynamic, capsys):
+    assert run(dynamic, "fit", "--max-risk", 0.1) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == (
+        "error: vit_low is px=8,int8: with dynamic int8 an image's answer depends on the others in "
+        "its batch, so nothing can be certified about it; export it with int8=static; give "
+        "--escalation-rate or --threshold to go without"
+    )
+    assert not (dynamic / "build/calibration/calibration.json").exists()
+    for target in (("--escalation-rate", 0.2), ("--threshold", 1.0)):
+        assert run(dynamic, "fit", *target) == 0
+        warning = " ".join(capsys.readouterr().err.split())
+        assert "warning: vit_low is px=8,int8: with dynamic int8 an image's answer" in warning
+        assert artifact(dynamic).certificate is None
+
+
+@pytest.mark.parametrize("name", [*RUNGS, "reference"])
+def test_any_graph_of_dynamic_int8_is_refused_by_name(value, dynamic, name):
+    outputs, rung_set = loaded(value)
+    record = loaded(dynamic)[1].rungs["vit_low"]
+    if name == "reference":
+        changes = {"reference": record, "reference_file": rung_set.files["vit_low"]}
+    else:
+        changes = {"rungs": {**rung_set.rungs, name: record}}
+    mixed = RungSet(**{**vars(rung_set), **changes})
+    same = Outputs(**{**vars(outputs), "rung_hashes": mixed.fingerprints()})
+    with pytest.raises(FitError, match=f"{name} is px=8,int8: with dynamic int8"):
+        fit(same, mixed, GOAL, Options(Fidelity("value", 0.3)))
+
+
+def test_a_certificate_of_an_earlier_release_about_dynamic_int8_is_refused(labels):
+    outputs, rung_set = loaded(labels)
+    content = fit(outputs, rung_set, GOAL, Options(Fidelity("labels"))).calibration.to_dict()
+    Calibration.from_dict(content)
+    content["rungs"]["vit_high"]["recipe"] += ",int8"
+    with pytest.raises(CalibrationError, match="vit_high is px=16,int8, and with dynamic int8"):
+        Calibration.from_dict(content)
+    content["rungs"]["vit_high"]["recipe"] += "=static"
+    Calibration.from_dict(content)
