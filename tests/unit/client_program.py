@@ -211,6 +211,7 @@ def refused(call):
 
 class Descriptors:
     def __init__(self):
+        self.looking = threading.Lock()
         self.before = self.now()
         self.most = 0
 
@@ -218,7 +219,8 @@ class Descriptors:
         return len(os.listdir("/proc/self/fd"))
 
     def look(self):
-        self.most = max(self.most, self.now())
+        with self.looking:  # a look at them is a descriptor itself
+            self.most = max(self.most, self.now())
 
     def after(self):
         """Once nothing closes any more: gRPC does so in a thread of its own."""
