@@ -50,8 +50,10 @@ def test_forked_children_get_their_own_answers(urls, kind):
     assert_own_answers(run("fork", kind, urls), 2 * WORKERS, 52)
 
 
-@both
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [("grpc", "fork"), ("http", "fork"), ("grpc", "spawn"), ("http", "forkserver")],
+)
 def test_a_pool_of_processes_gets_its_own_answers(urls, kind, method):
     assert_own_answers(run(f"pool-{method}", kind, urls), 2 * WORKERS, 52)
 
