@@ -83,11 +83,14 @@ def report(client, before, children):
 def fork(kind, url):
     """Children that use the parent's client, and one of their own, while its threads ask."""
     client = shared(kind, url)
-    before, stop, wrong = ask(client, 0), threading.Event(), []
+    (wrong, count, ports), stop = ask(client, 0), threading.Event()
+    parents = set(ports)
 
     def go_on():
         while not stop.is_set():
-            wrong.extend(ask(client, 5000, 3)[0])
+            wrongs, _, ports = ask(client, 5000, 3)
+            wrong.extend(wrongs)
+            parents.update(ports)
 
     asking = [threading.Thread(target=go_on) for _ in range(2)]
     for thread in asking:
@@ -106,7 +109,7 @@ def fork(kind, url):
     for thread in asking:
         thread.join()
     children = [one for pair in answers for one in (pair if isinstance(pair, list) else [pair])]
-    return {**report(client, before, children), "beside": wrong}
+    return report(client, (wrong, count, sorted(parents)), children)
 
 
 def multiprocess(kind, url, method):
@@ -211,6 +214,7 @@ def refused(call):
 
 class Descriptors:
     def __init__(self):
+        self.looking = threading.Lock()
         self.before = self.now()
         self.most = 0
 
@@ -218,7 +222,8 @@ class Descriptors:
         return len(os.listdir("/proc/self/fd"))
 
     def look(self):
-        self.most = max(self.most, self.now())
+        with self.looking:  # a look at them is a descriptor itself
+            self.most = max(self.most, self.now())
 
     def after(self):
         """Once nothing closes any more: gRPC does so in a thread of its own."""
