@@ -36,13 +36,17 @@ def doubts(
         found.append(f"an efficiency of {efficiency:.2f} is more than the rungs allow")
     if cost_over_low is not None and cost_over_low < LEAST_OVER_LOW:
         found.append(f"the cascade took {cost_over_low:.2f} of the time of its own cheap rung")
-    if cpu_speedup is not None:
-        apart = max(speedup, cpu_speedup) / min(speedup, cpu_speedup) - 1
-        if apart > MOST_APART:
-            found.append(
-                f"the speed-up is {speedup:.2f} by the clock and {cpu_speedup:.2f} by CPU time"
-            )
+    if cpu_speedup is not None and apart(speedup, cpu_speedup) > MOST_APART:
+        found.append(
+            f"the speed-up is {speedup:.2f} by the clock and {cpu_speedup:.2f} by CPU time"
+        )
     return found
+
+
+def apart(one: float, other: float) -> float:
+    """How much larger the larger of two ratios is than the smaller one, 0 where they are equal."""
+    smaller = min(one, other)
+    return max(one, other) / smaller - 1 if smaller > 0 else float("inf")
 
 
 def doubts_of(summary: Mapping[str, Any], load: str) -> list[str]:

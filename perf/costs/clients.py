@@ -14,6 +14,7 @@ from statistics import median
 import numpy as np
 import tritonclient.grpc as triton
 
+from ..measure.cpu import CpuMeter
 from ..measure.sets import Pool
 
 SATURATED_S = 1.0  # that one measurement takes at least
@@ -31,6 +32,7 @@ class Clients:
         count: how many they are.
         inputs: requests' tensors by batch, 1 among the batches.
         outputs: names of what each graph is asked for.
+        meter: of the server's processes; None: their CPU time is not measured.
     """
 
     def __init__(
@@ -40,7 +42,9 @@ class Clients:
         count: int,
         inputs: Mapping[int, Sequence[triton.InferInput]],
         outputs: Mapping[str, Sequence[str]],
+        meter: CpuMeter | None = None,
     ) -> None:
+        self._meter = meter
         self._client = client
         self._threads = threads
         self._count = count
@@ -58,18 +62,25 @@ class Clients:
         """Median of lone requests of one image, milliseconds."""
         return 1e3 * median(self._send(graph, 1, 0, _LONE_S))
 
-    def saturate(self, graph: str, batch: int) -> tuple[float, float]:
+    def saturate(self, graph: str, batch: int) -> tuple[float, float, float | None]:
         """Keep one request of each client in flight.
 
         Returns:
-            Milliseconds per image: by the clock, and of the client's CPU time.
+            Milliseconds per image: by the clock, of the client's CPU time, and of the server's,
+            None where that is not measured.
         """
-        cpu_s = time.process_time()
+        start, cpu_s = time.perf_counter(), time.process_time()
+        server_s = 0.0 if self._meter is None else self._meter.read_s()
         taken = self._send_together(graph, batch, SATURATED_S)
         cpu_s = time.process_time() - cpu_s
         # Client by client: the others idle while the last one ends, which is not the graph's cost.
         images_per_s = sum(batch * len(times) / sum(times) for times in taken)
-        return 1e3 / images_per_s, 1e3 * cpu_s / (batch * sum(map(len, taken)))
+        images = batch * sum(map(len, taken))
+        server_ms = None
+        if self._meter is not None:
+            used_s = self._meter.used_s(server_s, time.perf_counter() - start)
+            server_ms = 1e3 * used_s / images
+        return 1e3 / images_per_s, 1e3 * cpu_s / images, server_ms
 
     def _send_together(self, graph: str, batch: int, window_s: float) -> list[list[float]]:
         sent = [

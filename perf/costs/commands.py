@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,6 +14,7 @@ from rich.table import Table
 
 from routing import RungSet
 
+from ..belief import TOO_BUSY
 from . import scoring
 
 app = typer.Typer()
@@ -148,7 +149,10 @@ def serving_command(
     table = Table(title=f"medians of {turns} turns; {instances} requests in flight; milliseconds")
     table.add_column("graph")
     headings = [f"per image, batch {batch}" for batch in load.batches]
-    for heading in ("lone request", *headings, "client's CPU", "cost / vit_high"):
+    for heading in (
+        *("lone request", *headings, "client's CPU", "server's CPU"),
+        *("cost / vit_high", "by CPU"),
+    ):
         table.add_column(heading, justify="right")
     for name, entry in entries.items():
         largest = str(load.batches[-1])
@@ -157,9 +161,17 @@ def serving_command(
             f"{entry['latency_ms']['median']:.2f}",
             *(f"{entry['ms_per_image'][str(batch)]['median']:.2f}" for batch in load.batches),
             f"{entry['client_cpu_ms'][largest]['median']:.2f}",
-            f"{entry['cost_ratio']['median']:.3f}",
+            _median(entry["server_cpu_ms"], ".2f"),
+            "–" if entry["disturbed"] else f"{entry['cost_ratio']['median']:.3f}",
+            "–" if entry["disturbed"] else _median(entry["cpu_cost_ratio"], ".3f"),
         )
     Console().print(table)
+    if any(entry["disturbed"] for entry in entries.values()):
+        typer.echo(f"–: {TOO_BUSY}, clock and CPU time differ by more than 15 %")
+
+
+def _median(spread: dict[str, Any] | None, how: str) -> str:
+    return "–" if spread is None else format(spread["median"], how)
 
 
 @app.command("sharing")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,12 @@ from client.errors import server_errors
 from routing import RungSet
 from server import TritonServer
 
+from ..belief import MOST_APART, apart
 from ..errors import PerfError
+from ..measure.cpu import CpuMeter
 from ..measure.deployment import lay_out_graph
 from ..measure.sets import Pool
+from ..nvml import Nvml
 from ..spread import Spread
 from .clients import Clients, input_tensors
 
@@ -74,13 +78,25 @@ class GraphCost:
         latency_ms: median of lone requests of one image, milliseconds.
         ms_per_image: by batch, with as many requests in flight as there are instances.
         client_cpu_ms: by batch, CPU time of the client per image, which runs on the same machine.
+        server_cpu_ms: CPU time of the server per image at the largest batch; empty on a GPU, where
+            it says nothing.
         cost_ratio: `ms_per_image` at the largest batch over the full rung's in the same turn.
+        cpu_cost_ratio: the same of `server_cpu_ms`.
     """
 
     latency_ms: list[float] = field(default_factory=list)
     ms_per_image: dict[int, list[float]] = field(default_factory=dict)
     client_cpu_ms: dict[int, list[float]] = field(default_factory=dict)
+    server_cpu_ms: list[float] = field(default_factory=list)
     cost_ratio: list[float] = field(default_factory=list)
+    cpu_cost_ratio: list[float] = field(default_factory=list)
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether clock and CPU time tell different stories of this graph's cost."""
+        if not self.cpu_cost_ratio:
+            return False
+        return apart(median(self.cost_ratio), median(self.cpu_cost_ratio)) > MOST_APART
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types: spreads, those of batches under the batch as text."""
@@ -92,8 +108,15 @@ class GraphCost:
             "latency_ms": Spread.of(self.latency_ms).to_dict(),
             "ms_per_image": by_batch(self.ms_per_image),
             "client_cpu_ms": by_batch(self.client_cpu_ms),
+            "server_cpu_ms": _or_none(self.server_cpu_ms),
             "cost_ratio": Spread.of(self.cost_ratio).to_dict(),
+            "cpu_cost_ratio": _or_none(self.cpu_cost_ratio),
+            "disturbed": self.disturbed,
         }
+
+
+def _or_none(values: Sequence[float]) -> dict[str, Any] | None:
+    return Spread.of(values).to_dict() if values else None
 
 
 def groups_of(rung_set: RungSet, names: Sequence[str] = ()) -> list[list[str]]:
@@ -174,13 +197,19 @@ def _take_turn(
         on_step()
     for batch in load.batches:
         for index in rng.permutation(len(names)):
-            wall_ms, cpu_ms = clients.saturate(names[index], batch)
+            wall_ms, cpu_ms, server_ms = clients.saturate(names[index], batch)
             costs[names[index]].ms_per_image.setdefault(batch, []).append(wall_ms)
             costs[names[index]].client_cpu_ms.setdefault(batch, []).append(cpu_ms)
+            if batch == load.batches[-1] and server_ms is not None:
+                costs[names[index]].server_cpu_ms.append(server_ms)
             on_step()
     last = {name: cost.ms_per_image[load.batches[-1]][-1] for name, cost in costs.items()}
     for name, cost in costs.items():
         cost.cost_ratio.append(last[name] / last[REFERENCE])
+    full_ms = costs[REFERENCE].server_cpu_ms
+    for cost in costs.values():
+        if full_ms and full_ms[-1] > 0:
+            cost.cpu_cost_ratio.append(cost.server_cpu_ms[-1] / full_ms[-1])
 
 
 @contextlib.contextmanager
@@ -195,7 +224,9 @@ def _asking(rung_set: RungSet, names: Sequence[str], pool: Pool, load: Load) -> 
         stack.enter_context(server_errors(server.grpc_url))
         outputs = _outputs(names, rung_set.classes is not None)
         inputs = {batch: input_tensors(pool, batch) for batch in {1, *load.batches}}
-        yield Clients(client, threads, load.instances, inputs, outputs)
+        with Nvml() as nvml:
+            meter = None if nvml.handles else CpuMeter(server.process_ids())
+        yield Clients(client, threads, load.instances, inputs, outputs, meter)
 
 
 def _outputs(names: Sequence[str], has_head: bool) -> dict[str, list[str]]:

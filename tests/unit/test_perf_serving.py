@@ -5,6 +5,7 @@ import os
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ LOAD = Load(instances=2, threads=1, batches=(1, 2), turns=3)
 IMAGES = 5
 COST_S = {"vit_high": 0.4, "vit_low": 0.1, "static_5": 0.2, "static_6": 0.3}  # of one image
 CPU_S = 0.003  # the client's, of one image
+SERVER_CPU = 0.9  # of the clock's time
 
 
 class FakeClock:
@@ -32,12 +34,14 @@ class FakeClock:
     def __init__(self):
         self.own = threading.local()
         self.cpu_s = 0.0
+        self.server_s = 0.0
         self.lock = threading.Lock()
 
-    def pass_by(self, seconds, cpu_s):
+    def pass_by(self, seconds, cpu_s, server_s):
         self.own.now = self.perf_counter() + seconds
         with self.lock:
             self.cpu_s += cpu_s
+            self.server_s += server_s
 
     def perf_counter(self):
         return getattr(self.own, "now", 0.0)
@@ -54,6 +58,7 @@ class FakeServer:
     def __init__(self, clock):
         self.clock = clock
         self.slower = 1.0
+        self.works_harder = {}  # by model, how many times as much CPU time it takes
         self.gains_by_batching = ()  # models whose images take half as long in a batch
         self.asked, self.started, self.repositories = [], [], []
 
@@ -76,7 +81,20 @@ class FakeServer:
         batch = inputs[0].shape()[0]
         self.asked.append((model, batch, [output.name() for output in outputs]))
         share = 0.5 if batch > 1 and model in self.gains_by_batching else 1.0
-        self.clock.pass_by(COST_S[model] * batch * share * self.slower, CPU_S * batch)
+        seconds = COST_S[model] * batch * share * self.slower
+        server_s = SERVER_CPU * seconds * self.works_harder.get(model, 1.0)
+        self.clock.pass_by(seconds, CPU_S * batch, server_s)
+
+    def process_ids(self):
+        return [1]
+
+    def meter(self, process_ids):
+        """Stands in for `CpuMeter`, of a server that takes nothing while idle."""
+        assert process_ids == self.process_ids()
+        return SimpleNamespace(
+            read_s=lambda: self.clock.server_s,
+            used_s=lambda before_s, seconds: self.clock.server_s - before_s,
+        )
 
 
 class RefusingServer(FakeServer):
@@ -107,6 +125,7 @@ def install(monkeypatch, kind):
     server = kind(clock)
     monkeypatch.setattr(serving, "TritonServer", server.serve)
     monkeypatch.setattr(serving.triton, "InferenceServerClient", server.connect)
+    monkeypatch.setattr(serving, "CpuMeter", server.meter)
     monkeypatch.setattr(clients, "time", clock)
     return server
 
@@ -163,6 +182,21 @@ def test_figures_by_hand(server, rung_set, pool):
             assert found[name].ms_per_image[batch] == pytest.approx([500 * cost_s] * 3)
             assert found[name].client_cpu_ms[batch] == pytest.approx([1000 * CPU_S] * 3)
         assert found[name].cost_ratio == pytest.approx([cost_s / 0.4] * 3)
+        # Both instances work at once: of CPU time an image takes all that a lone request does.
+        assert found[name].server_cpu_ms == pytest.approx([SERVER_CPU * 1000 * cost_s] * 3)
+        assert found[name].cpu_cost_ratio == pytest.approx([cost_s / 0.4] * 3)
+        assert not found[name].disturbed
+
+
+def test_a_graph_whose_cost_differs_by_clock_and_cpu_time_is_called_disturbed(
+    server, rung_set, pool
+):
+    server.works_harder = {"vit_low": 1.3, "static_5": 1.1}
+    found = measure_serving(rung_set, groups_of(rung_set), pool, LOAD, lambda: None)
+    assert {name: cost.disturbed for name, cost in found.items()} == {
+        **{"vit_high": False, "vit_low": True, "static_5": False, "static_6": False}
+    }
+    assert found["vit_low"].to_dict()["disturbed"] is True
 
 
 def test_ratios_are_of_the_largest_batch_within_one_turn(server, rung_set, pool):
@@ -227,7 +261,10 @@ def test_clients_send_different_images(pool):
 def test_costs_become_spreads(server, rung_set, pool):
     found = measure_serving(rung_set, [["vit_high", "vit_low"]], pool, LOAD, lambda: None)
     entry = json.loads(json.dumps(found["vit_low"].to_dict()))
-    assert set(entry) == {"latency_ms", "ms_per_image", "client_cpu_ms", "cost_ratio"}
+    assert set(entry) == {
+        *("latency_ms", "ms_per_image", "client_cpu_ms", "server_cpu_ms"),
+        *("cost_ratio", "cpu_cost_ratio", "disturbed"),
+    }
     assert set(entry["ms_per_image"]) == set(entry["client_cpu_ms"]) == {"1", "2"}
     assert entry["cost_ratio"]["runs"] == 3
     assert entry["ms_per_image"]["2"]["median"] == pytest.approx(50)

@@ -1,0 +1,66 @@
+"""The systems in turn on a real server: its CPU time, and saturated on the same cores."""
+
+import os
+
+import pytest
+
+from perf.measure.asking import Asker
+from perf.measure.cpu import on_same_cores
+from perf.measure.paired import measure_paired, measure_spans
+from perf.measure.sets import load_pool
+from perf.measure.systems import systems
+from perf.measure.target import Target
+
+COUNT = 12
+
+
+@pytest.fixture(scope="module")
+def pool(rung_set):
+    return load_pool(rung_set, "sample", COUNT)
+
+
+@pytest.fixture(scope="module")
+def target(server):
+    with Target(server.grpc_url, server.http_url, server) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def compared(rung_set, calibration, target):
+    every = systems(rung_set, target.models, calibration.threshold, 0.0)
+    names = ("static-low", "static-high", "adaptive-0", "adaptive")
+    return [system for system in every if system.name in names]
+
+
+def test_the_servers_cpu_time_belongs_to_the_system_that_was_asked(target, pool, compared):
+    assert target.cpu_threads() == 1
+    asker = Asker(target, pool, True, target.meter())
+    found = measure_paired(asker, compared, range(COUNT), 1, 1, lambda: None)
+    cpu_ms = {system.name: found.cpu_cost(system.name).median for system in compared}
+    # The full rung has four times the cheap one's patches, and no neighbour changes that much.
+    assert cpu_ms["static-high"] > 1.5 * cpu_ms["static-low"] > 0
+    assert cpu_ms["adaptive-0"] > cpu_ms["static-low"]
+    assert found.cpu_speedup().median == pytest.approx(cpu_ms["static-high"] / cpu_ms["adaptive"])
+    assert cpu_ms["adaptive-0"] < cpu_ms["static-high"]
+
+
+def test_saturated_spans_answer_as_requests_do_and_the_cores_are_given_back(
+    server, target, pool, compared
+):
+    asker, cores = Asker(target, pool, True, target.meter()), os.sched_getaffinity(0)
+    ids = server.process_ids()
+    with on_same_cores(ids, 1) as count:
+        assert count == 1 or len(cores) == 1
+        if len(cores) > 1:
+            allowed = {core for pid in ids for core in os.sched_getaffinity(pid)}
+            assert len(allowed) == 1
+        found = measure_spans(asker, compared, [range(COUNT)] * 2, 4, lambda: None)
+    assert all(os.sched_getaffinity(pid) == cores for pid in [os.getpid(), *ids])
+    alone = measure_paired(asker, compared, range(COUNT), 1, 1, lambda: None)
+    for system in compared:
+        costs = [found.costs_ms(system.name), found.cpu_costs_ms(system.name)]
+        assert all(len(values) == 2 and min(values) > 0 for values in costs)
+        together = [answer.escalated for answer in found.shares[0][system.name]]
+        assert together == [answer.escalated for answer in alone.shares[0][system.name]]
+    # By CPU time, because it is what all systems on one core share.
+    assert found.cpu_speedup().median < found.bound().median * 1.5
