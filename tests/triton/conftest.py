@@ -83,7 +83,7 @@ def unlike(crops):
     """PNG bytes of images unlike the calibration's: each a sheet of 64 small copies of a crop.
 
     What is in a copy is too fine for the cheap rung. A third of the images keep their cheap answer
-    although its cosine to the full one is below 0.8; of crops 5 %.
+    although its cosine to the full one is below 0.8; of crops 5 to 8 %.
     """
     return [_sheet(data) for data in crops]
 
