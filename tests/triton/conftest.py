@@ -1,11 +1,13 @@
 """One real tritonserver for the whole session, serving `static-vit` assembled as a user would."""
 
+import io
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from calibration.sample import crops as sample_crops
 from imaging import Preprocessing, decode
@@ -74,3 +76,20 @@ def images(crops, rung_set):
     """The crops as the `image` tensor, FP32 (48, 3, 64, 64)."""
     preprocessing = Preprocessing.from_dict(rung_set.preprocessing)
     return np.stack([preprocessing(decode(data)) for data in crops])
+
+
+@pytest.fixture(scope="session")
+def unlike(crops):
+    """PNG bytes of images unlike the calibration's: each a sheet of 64 small copies of a crop.
+
+    What is in a copy is too fine for the cheap rung. A third of the images keep their cheap answer
+    although its cosine to the full one is below 0.8; of crops 5 to 8 %.
+    """
+    return [_sheet(data) for data in crops]
+
+
+def _sheet(data):
+    pixels = np.tile(np.asarray(decode(data).convert("RGB"))[::8, ::8], (8, 8, 1))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()

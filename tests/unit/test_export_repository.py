@@ -11,13 +11,17 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from calibration.certify import Goal
+from calibration.fidelity import Fidelity
+from calibration.fit import Options, fit
 from export import staging
 from export.errors import UsageError
 from export.repository import RepositoryError, assemble
 from export.settings import MAX_BATCH_SIZE, Settings
 from export.shared_weights import share_weights
 from export.versions import add_version
-from routing import WEIGHTS, Calibration, CalibrationError, RungSet, manifest
+from routing import REFERENCE_MODEL, WEIGHTS, Calibration, CalibrationError, RungSet, manifest
+from tests.unit.calibration_outputs import make_outputs, with_losing_high, with_reference
 from tests.unit.export_tiny import run_export
 from tests.unit.fakes import make_calibration
 from tests.unit.onnx_files import CLASSES, LAYERS, SIZE, D, write_rung_set
@@ -280,6 +284,71 @@ def test_a_bad_option_is_one_line(tmp_path, options):
     result = run_repository(tmp_path, tmp_path / "repository", *options)
     assert (result.exit_code, result.stdout) == (2, "")
     assert options[0] in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+# --- the full model, for the audit of a cascade whose full rung is cheaper ------------------------
+
+
+@pytest.fixture(scope="module")
+def cheaper(tmp_path_factory):
+    """Rungs beside the full model, and what `fit` certifies about it."""
+    folder = tmp_path_factory.mktemp("cheaper")
+    rung_set = with_reference(RungSet.load(write_rung_set(folder / "onnx")))
+    outputs = with_losing_high(make_outputs(rung_set, 800), share=0.02)
+    fitted = fit(outputs, rung_set, Goal(0.1, 0.9, "ltt"), Options(Fidelity("top1")))
+    assert fitted.calibration.certificate["certified"]
+    fitted.save(folder / "calibration.json")
+    return rung_set, folder / "calibration.json"
+
+
+AUDITED = Settings(audit_fraction=0.1, instances=2, intra_op_threads=3)
+
+
+def test_an_audit_of_a_cascade_with_a_cheaper_full_rung_gets_the_full_model(cheaper, tmp_path):
+    rung_set, artifact = cheaper
+    out = assemble(rung_set, artifact, tmp_path / "repository", AUDITED)
+    manifest.verify(out)
+    placed_file = f"{REFERENCE_MODEL}/1/model.onnx"
+    assert (out / placed_file).read_bytes() == rung_set.reference_file.read_bytes()
+    assert manifest.listed(out)[placed_file] == rung_set.reference.sha256
+    high, reference = (read_configs(out)[name] for name in ("vit_high", REFERENCE_MODEL))
+    assert [sample.batch_size for sample in reference.model_warmup] == [1]
+    assert (high.instance_group[0].count, reference.instance_group[0].count) == (2, 1)
+    assert reference.parameters["intra_op_thread_count"].string_value == "3"
+    for config in (high, reference):
+        del config.model_warmup[:], config.instance_group[:]
+    assert high == reference
+
+
+def test_without_an_audit_the_full_model_stays_away(cheaper, tmp_path):
+    assert not (assemble(*cheaper, tmp_path / "repository") / REFERENCE_MODEL).exists()
+
+
+def test_the_full_model_must_be_the_one_that_was_certified_about(cheaper, tmp_path):
+    rung_set, artifact = cheaper
+    without = replace(rung_set, reference=None, reference_file=None)
+    with pytest.raises(RepositoryError, match="names no reference"):
+        assemble(without, artifact, tmp_path / "repository", AUDITED)
+    other = replace(rung_set, reference_file=rung_set.files["vit_low"])
+    with pytest.raises(CalibrationError, match="vit_reference: .* not the file"):
+        assemble(other, artifact, tmp_path / "repository", AUDITED)
+    earlier = tmp_path / "earlier.json"
+    replace(Calibration.load(artifact), reference=None).save(earlier)
+    with pytest.raises(RepositoryError, match="earlier release.* fit again"):
+        assemble(rung_set, earlier, tmp_path / "repository", AUDITED)
+    assemble(rung_set, earlier, tmp_path / "repository")  # which audits nothing
+
+
+def test_a_version_certified_about_another_full_model_is_refused(cheaper, tmp_path):
+    rung_set, artifact = cheaper
+    out = assemble(rung_set, artifact, tmp_path / "repository", AUDITED)
+    live = Calibration.load(artifact)
+    other = tmp_path / "other.json"
+    replace(live, threshold=0.1, reference=rung_set.rungs["vit_low"]).save(other)
+    with pytest.raises(CalibrationError, match="vit_reference: .* not the file"):
+        add_version(out, other)
+    replace(live, threshold=0.1).save(other)
+    assert add_version(out, other) == 2
 
 
 def test_shared_weights_lie_once_under_a_name_in_each_version_directory(tmp_path):

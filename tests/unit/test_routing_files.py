@@ -46,10 +46,13 @@ def test_coefficients_and_reference_scores_round_trip_bit_exactly(tmp_path, shap
 
 
 def test_the_artifact_round_trips_bit_exactly(tmp_path):
-    calibration = make_calibration(threshold=0.1 + 0.2, metrics={"agreement_with_high": 1 / 3})
+    reference = RungRecord(4, "px=4", "3" * 64, "4" * 64)
+    calibration = make_calibration(
+        threshold=0.1 + 0.2, metrics={"agreement_with_high": 1 / 3}, reference=reference
+    )
     calibration.save(tmp_path / "a.json")
     loaded = Calibration.load(tmp_path / "a.json")
-    assert loaded == calibration
+    assert loaded == calibration and loaded.reference == reference
     loaded.save(tmp_path / "b.json")
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
 

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import beta
 
 from routing import Relief, RiskTest, RungOutputs, fidelity_loss, is_outage
 from routing.shadow import compare
@@ -129,3 +130,15 @@ def test_evidence_falls_with_sound_images_and_grows_with_losses():
 def test_a_risk_that_nothing_can_contradict_is_refused(epsilon):
     with pytest.raises(ValueError, match="not between 0 and 1"):
         RiskTest(epsilon)
+
+
+@pytest.mark.parametrize(("allowed", "n"), [(0, 19), (9, 200), (500, 10_000)])
+def test_a_certificate_on_average_is_tested_at_what_its_risk_may_be(allowed, n):
+    test = RiskTest.of({"method": "crc", "epsilon": 0.05, "allowed": allowed, "n": n})
+    assert test.epsilon == pytest.approx(beta.isf(0.005, allowed + 1, n - allowed), rel=1e-9)
+    assert test.alpha == 0.005
+
+
+def test_a_certificate_with_confidence_is_tested_at_its_risk():
+    test = RiskTest.of({"method": "ltt", "epsilon": 0.05, "allowed": 9, "n": 200})
+    assert (test.epsilon, test.alpha) == (0.05, 0.01)
