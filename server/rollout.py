@@ -328,8 +328,8 @@ class _Server:
                     if model.name == ROUTER and model.state == "READY"
                 )
             ),
-            int(config.parameters["shadow_version"].string_value),
-            float(config.parameters["shadow_fraction"].string_value),
+            int(config.parameters["shadow_version"].string_value or 0),
+            float(config.parameters["shadow_fraction"].string_value or 0.0),
         )
 
     def ask_again(self) -> Versions | None:

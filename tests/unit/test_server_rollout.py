@@ -285,6 +285,17 @@ def test_without_an_answer_nothing_is_changed(repository):
     assert contents(repository) == before and triton.calls == []
 
 
+def test_a_server_whose_router_knows_no_shadow_is_a_server_of_another_repository(repository):
+    triton = FakeTriton(repository)
+    triton.served = Versions(1, (1,))
+    triton._load = lambda model: None
+    config = triton._config
+    triton._config = lambda model: ModelConfigResponse() if model == "router" else config(model)
+    with pytest.raises(RolloutError, match="not those of this repository; give the --repository"):
+        rollout(repository, access(triton, timeout_s=0.1), 2)
+    assert Versions.load(repository) == BEFORE
+
+
 def test_a_server_of_another_repository_is_noticed(assembled, repository, tmp_path):
     other = assemble(*write_inputs(tmp_path), tmp_path / "other")
     triton = FakeTriton(other)
