@@ -4,7 +4,8 @@ The file holds `embedding_low` and `embedding_high` (N, D), `cls_layers_low` (N,
 `logits_low` and `logits_high` (N, C) for models with a head, the same with `_reference` where the
 full rung is not the reference, `labels` (N,) as class indices or -1,
 and the strings `names`, `groups` and `hashes` (SHA-256 of the encoded bytes). `rungs` (the SHA-256
-of both ONNX files) and `preprocessing` tie it to the graphs and tensors that made it.
+of both ONNX files) and `preprocessing` tie it to the graphs and tensors that made it; `runtime`
+says what ran them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,8 @@ class Outputs:
         preprocessing_sha256: of how their images were made, see `routing.RungSet`.
         source: opens the images again: see `images.open_images`.
         title: the source in words, without paths.
+        runtime: what ran the graphs, `name` and `processor`, as `sessions.local_runtime` or
+            `served.ServedRungs` say it; empty in files of earlier releases.
     """
 
     low: RungOutputs
@@ -88,6 +91,7 @@ class Outputs:
     source: str
     title: str
     reference: RungOutputs | None = None
+    runtime: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def truth(self) -> RungOutputs:
@@ -125,7 +129,7 @@ class Outputs:
         rungs = {"low": self.low, "high": self.high, "reference": self.reference}
         rows = row_arrays(rungs, self.labels, self.names, self.groups, self.hashes)
         scalars = scalar_arrays(
-            self.rung_hashes, self.preprocessing_sha256, self.source, self.title
+            self.rung_hashes, self.preprocessing_sha256, self.source, self.title, self.runtime
         )
         save_npz(path, {**rows, **scalars})
 
@@ -160,6 +164,7 @@ class Outputs:
                 preprocessing_sha256=str(arrays["preprocessing"]),
                 source=str(arrays["source"]),
                 title=str(arrays["title"]),
+                runtime=json.loads(str(arrays.get("runtime", "{}"))),
             )
         except KeyError as error:
             raise OutputsError(f"{path} holds no {error}; collect again") from None
@@ -186,16 +191,20 @@ def row_arrays(
     found: dict[str, NDArray[Any]] = {}
     present = {rung: outputs for rung, outputs in rungs.items() if outputs is not None}
     for rung, outputs in present.items():
-        for field in ("embedding", "cls_layers", "logits"):
-            if (values := getattr(outputs, field)) is not None:
-                found[f"{field}_{rung}"] = values
+        for name in ("embedding", "cls_layers", "logits"):
+            if (values := getattr(outputs, name)) is not None:
+                found[f"{name}_{rung}"] = values
     texts = {"names": names, "groups": groups, "hashes": hashes}
-    found |= {field: np.array(text, dtype=np.str_) for field, text in texts.items()}
+    found |= {name: np.array(text, dtype=np.str_) for name, text in texts.items()}
     return {**found, "labels": labels}
 
 
 def scalar_arrays(
-    rung_hashes: Mapping[str, str], preprocessing_sha256: str, source: str, title: str
+    rung_hashes: Mapping[str, str],
+    preprocessing_sha256: str,
+    source: str,
+    title: str,
+    runtime: Mapping[str, Any],
 ) -> dict[str, NDArray[Any]]:
     """The file's arrays that are said once; arguments as in `Outputs`."""
     return {
@@ -203,6 +212,7 @@ def scalar_arrays(
         "preprocessing": np.array(preprocessing_sha256),
         "source": np.array(source),
         "title": np.array(title),
+        "runtime": np.array(json.dumps(runtime)),
     }
 
 

@@ -17,7 +17,16 @@ from pathlib import Path
 from export.settings import Settings
 from export.staging import folder_beside, link_or_copy
 from imaging import Preprocessing, PreprocessingError
-from routing import RUNGS, WEIGHTS, Calibration, RungSet, manifest
+from routing import (
+    RUNGS,
+    WEIGHTS,
+    AnswersError,
+    Calibration,
+    ReferenceAnswers,
+    RungSet,
+    answers_path,
+    manifest,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 # Batch sizes the rungs run before they report ready: a lone request, and a batch as it forms
@@ -47,8 +56,8 @@ def assemble(
         `out`.
 
     Raises:
-        RepositoryError: `out` is something else, or the preprocessing is invalid or not the one
-            of the artifact.
+        RepositoryError: `out` is something else, the preprocessing is invalid or not the one of
+            the artifact, or the reference answers that it names are not there.
         UsageError: a setting makes no sense.
         CalibrationError: the artifact is invalid or was made with other ONNX files.
         OSError: a file cannot be read or written.
@@ -59,11 +68,15 @@ def assemble(
     calibration = Calibration.load(calibration_file)
     calibration.check_rungs(rung_set.files)
     settings.check(calibration.threshold)
+    settings.check_reference(calibration.reference_answers)
+    answers = checked_answers(calibration_file, calibration)
     preprocessing = _preprocessing(rung_set, calibration)
     with folder_beside(out) as folder:
         # A child, because a temporary directory itself is closed to other users.
         fresh = folder / "repository"
         _fill(fresh, rung_set, calibration, preprocessing, settings)
+        place_answers(answers, fresh / "router/1")
+        manifest.write(fresh)
         if out.exists():
             out.rename(folder / "replaced")
         fresh.rename(out)
@@ -119,7 +132,6 @@ def _fill(
     if rung_set.classes is None:
         config = repository / "adaptive_vit/config.pbtxt"
         config.write_text(_without_logits(config.read_text()))
-    manifest.write(repository)
 
 
 def complete_router(version: Path, calibration: Calibration) -> None:
@@ -127,6 +139,27 @@ def complete_router(version: Path, calibration: Calibration) -> None:
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
     shutil.copytree(ROOT / "routing", version / "routing", ignore=ignore)
     calibration.save(version / "calibration.json")
+
+
+def checked_answers(artifact: Path, calibration: Calibration) -> Path | None:
+    """The file of reference answers that belongs to an artifact; None where it names none.
+
+    Raises:
+        RepositoryError: it is missing, or not the one that the artifact names.
+    """
+    if calibration.reference_answers is None:
+        return None
+    try:
+        ReferenceAnswers.load(answers_path(artifact), calibration)
+    except AnswersError as error:
+        raise RepositoryError(str(error)) from None
+    return answers_path(artifact)
+
+
+def place_answers(answers: Path | None, version: Path) -> None:
+    """Put reference answers, where there are any, beside the artifact of a router's version."""
+    if answers is not None:
+        shutil.copyfile(answers, answers_path(version / "calibration.json"))
 
 
 def _place_weights(source: Path, version: Path, repository: Path) -> None:

@@ -13,7 +13,13 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from export.repository import ROOT, RepositoryError, complete_router
+from export.repository import (
+    ROOT,
+    RepositoryError,
+    checked_answers,
+    complete_router,
+    place_answers,
+)
 from export.settings import check_fraction
 from export.staging import folder_beside
 from routing import RUNGS, Calibration, manifest
@@ -33,7 +39,8 @@ def add_version(repository: Path, calibration_file: Path, shadow_fraction: float
 
     Raises:
         UsageError: `shadow_fraction` is no share.
-        RepositoryError: the artifact has another preprocessing, or is that of a version already.
+        RepositoryError: the artifact has another preprocessing, is that of a version already, or
+            lacks the reference answers that it names.
         CalibrationError: the artifact is invalid or was made with other ONNX files.
         ManifestError: the repository is not as it was assembled.
         OSError: a file cannot be read or written; the repository is as before.
@@ -50,7 +57,8 @@ def add_version(repository: Path, calibration_file: Path, shadow_fraction: float
     if shadow_fraction > 0:
         after = replace(after, shadow=version, shadow_fraction=shadow_fraction)
     configs = after.configs(repository)
-    folder = _place(repository, version, calibration)
+    answers = checked_answers(calibration_file, calibration)
+    folder = _place(repository, version, calibration, answers)
     try:
         manifest.update(repository, configs, added=folder)
     except BaseException:
@@ -72,7 +80,7 @@ def _check_is_new(repository: Path, calibration: Calibration, versions: list[int
             )
 
 
-def _place(repository: Path, version: int, calibration: Calibration) -> str:
+def _place(repository: Path, version: int, calibration: Calibration, answers: Path | None) -> str:
     name = f"router/{version}"
     if (repository / name).exists():
         raise RepositoryError(
@@ -84,5 +92,6 @@ def _place(repository: Path, version: int, calibration: Calibration) -> str:
         ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
         shutil.copytree(ROOT / "model_repository/router/1", fresh, ignore=ignore)
         complete_router(fresh, calibration)
+        place_answers(answers, fresh)
         fresh.rename(repository / name)
     return name

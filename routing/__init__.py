@@ -8,8 +8,9 @@ Reading order: `outputs` (what a rung returns) -> `signals` (outputs to a raw nu
 `scoremap` (raw number to predicted change) -> `calibration` (the artifact that holds both and the
 threshold) -> `policy` (what a request may ask for) -> `relief` (what pressure may change) ->
 `cascade` (the control flow). `fidelity` says when a cheap answer is a loss; `audit` holds the
-certificate against live traffic, `shadow` compares two artifacts on it. `rungset`, `alignment`,
-`manifest` and `versions` read and guard the files.
+certificate against live traffic, `shadow` compares two artifacts on it, `reference` a server's
+answers with the calibration's. `rungset`, `alignment`, `manifest` and `versions` read and guard the
+files; `provenance` names the processor.
 """
 
 from .alignment import Alignment, AlignmentError
@@ -27,6 +28,7 @@ from .fidelity import fidelity_loss
 from .manifest import ManifestError
 from .outputs import RungOutputs
 from .policy import Allowance, Overrides, Policy, escalation_mask, parse_overrides
+from .reference import AnswersError, ReferenceAnswers, answers_path
 from .relief import Relief
 from .rungset import RungSet, RungSetError
 from .scoremap import ScoreMap
@@ -40,6 +42,7 @@ __all__ = [
     "Alignment",
     "AlignmentError",
     "Allowance",
+    "AnswersError",
     "Calibration",
     "CalibrationError",
     "CascadeAnswer",
@@ -48,6 +51,7 @@ __all__ = [
     "ManifestError",
     "Overrides",
     "Policy",
+    "ReferenceAnswers",
     "Relief",
     "RequestError",
     "RiskTest",
@@ -58,6 +62,7 @@ __all__ = [
     "RungSetError",
     "ScoreMap",
     "Signal",
+    "answers_path",
     "escalation_mask",
     "fidelity_loss",
     "is_outage",

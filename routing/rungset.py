@@ -41,6 +41,7 @@ class RungSet:
         reference_file: where its ONNX file lies.
         fitted_on: prefixes of the hashes of images that a graph has learned from, see
             `calibration.outputs.hash_prefixes`; nothing may be certified on those.
+        release: of this project that exported them; None: an earlier one, which did not say.
     """
 
     backbone: str
@@ -57,6 +58,7 @@ class RungSet:
     reference: RungRecord | None = None
     reference_file: Path | None = None
     fitted_on: str = ""
+    release: str | None = None
 
     @classmethod
     def load(cls, folder: Path) -> RungSet:
@@ -90,6 +92,7 @@ class RungSet:
                 reference=_records({REFERENCE: reference})[REFERENCE] if reference else None,
                 reference_file=folder / reference["file"] if reference else None,
                 fitted_on=content.get("fitted_on", ""),
+                release=content.get("release"),
             )
         except OSError:
             raise RungSetError(f"no {NAME} in {folder}; run python -m export rungs first") from None
@@ -131,6 +134,8 @@ def _records(entries: Mapping[str, Any]) -> dict[str, RungRecord]:
             entry["sha256"],
             entry.get("weights_sha256"),
             entry.get("layers"),
+            entry.get("size_bytes"),
+            entry.get("weights_size_bytes"),
         )
         for name, entry in entries.items()
     }

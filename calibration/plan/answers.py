@@ -13,6 +13,7 @@ from routing import RungOutputs, RungSet
 from ..align import ALIGN_SHARE
 from ..fidelity import Fidelity
 from ..outputs import Outputs, known_prefixes
+from ..sessions import local_runtime
 from ..splits import CERTIFIED, Rows, group_keys, split_by_group
 from .bars import Bars
 from .candidates import FULL, Graph, shelf_graphs
@@ -161,6 +162,7 @@ def _outputs(
         preprocessing_sha256=pair.preprocessing_sha256(),
         source="",
         title="",
+        runtime=local_runtime(),
     )
 
 

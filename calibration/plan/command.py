@@ -14,6 +14,7 @@ from ..certify import Goal
 from ..fidelity import KINDS, Fidelity
 from ..images import open_images
 from ..pages.plan import write_plan
+from ..reference import REFERENCE_IMAGES
 from ..source import ImageSource
 from ..splits import GROUPINGS
 from . import result
@@ -74,6 +75,7 @@ def plan_command(
     cache: Annotated[
         Path, typer.Option(help="Where graphs and their answers are kept for the next plan.")
     ] = Path("build/plan-cache"),
+    reference_images: Annotated[int, typer.Option(min=0, help="As `fit`.")] = REFERENCE_IMAGES,
     require_certificate: Annotated[
         bool, typer.Option("--require-certificate", help="Exit 1 where nothing is chosen.")
     ] = False,
@@ -104,6 +106,7 @@ def plan_command(
         seed=seed,
         cache=cache,
         out=out,
+        reference_images=reference_images,
     )
     bars = Bars(Console(stderr=True))
     planned = make_plan(request, bars)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..certify import Goal
 from ..fidelity import Fidelity
+from ..reference import REFERENCE_IMAGES
 from ..source import ImageSource
 
 
@@ -35,6 +36,7 @@ class Request:
         seed: of the splits.
         cache: folder of graphs and outputs, kept for the next plan.
         out: folder of the result.
+        reference_images: how many images travel with the artifact, see `reference`.
     """
 
     model: str
@@ -55,3 +57,4 @@ class Request:
     seed: int
     cache: Path
     out: Path
+    reference_images: int = REFERENCE_IMAGES
