@@ -3,8 +3,6 @@
 import json
 import subprocess
 import sys
-import time
-import urllib.request
 
 import numpy as np
 import pytest
@@ -14,25 +12,10 @@ from client import GrpcClient
 from export.repository import assemble
 from export.settings import ReferenceCheck, Settings
 from server import ServerStartError, TritonServer
-from tests.triton.conftest import ROOT, run_command
+from tests.triton.conftest import ROOT, reference_outcome, run_command
 from tests.unit.reference_files import collected, fitted
 
 OTHER = "this server computes other answers than the calibration did; calibrate here"
-
-
-def outcome(server):
-    """What the router found at its start."""
-    deadline = time.monotonic() + 30
-    while True:
-        with urllib.request.urlopen(server.metrics_url, timeout=30) as response:
-            lines = response.read().decode().splitlines()
-        series = [line for line in lines if line.startswith("adaptive_vit_reference_answers{")]
-        assert len(series) == 3
-        found = [line for line in series if line.endswith(" 1")]
-        if found:
-            return found
-        assert time.monotonic() < deadline, series
-        time.sleep(0.1)
 
 
 def check(server, repository, *more):
@@ -58,7 +41,7 @@ def foreign(tmp_path_factory):
 
 
 def test_a_server_that_answers_as_calibrated_passes(build, server):
-    assert outcome(server) == ['adaptive_vit_reference_answers{outcome="same",version="1"} 1']
+    assert reference_outcome(server) == "same"
     done = check(server, build / "model_repository")
     assert done.returncode == 0, done.stderr
     assert "this server answers as the calibration did: of 32 reference images 0" in done.stdout
@@ -75,7 +58,7 @@ def test_other_answers_under_the_same_hashes_are_told(foreign, tmp_path):
     rung_set, artifact = foreign
     repository = assemble(rung_set, artifact, tmp_path / "repository")
     with TritonServer(repository, free_ports=True) as server:
-        assert outcome(server) == ['adaptive_vit_reference_answers{outcome="other",version="1"} 1']
+        assert reference_outcome(server) == "other"
         assert f"router: {OTHER}: of 32" in server.log_path.read_text()
         done = check(server, repository)
         assert done.returncode == 1 and OTHER in done.stdout and done.stderr == ""
