@@ -73,8 +73,8 @@ class ReferenceCheck:
         self._report = report
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
-        wanted = self._refuses or (mode == "warn" and report is not None)
-        if wanted and (self._refuses or calibration.reference_answers is not None):
+        told = mode == "warn" and report is not None and calibration.reference_answers is not None
+        if self._refuses or told:
             recorded = ReferenceAnswers.load(answers_path(artifact), calibration)
             self._thread = threading.Thread(
                 target=self._run, args=(recorded,), name="reference-check", daemon=True
