@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,7 +44,9 @@ from .pages.report import write_report
 from .plan.command import plan_command
 from .plan.subprocesses import PlanError
 from .record import FitRecord, record_path
+from .reference import REFERENCE_IMAGES, with_reference_answers
 from .sample import write
+from .served import ServedError, ServedRungs, credentials
 from .source import ImagesError, ImageSource
 from .splits import GROUPINGS, SplitError, group_keys, split_by_group
 from .tables import print_fit, print_growth, print_rows
@@ -99,6 +103,22 @@ GroupByOption = Annotated[
     ),
 ]
 SplitSeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the splits.")]
+UrlOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Ask the rungs of the server whose gRPC port this is, instead of running them here; "
+        "--onnx is what its repository was assembled from.",
+    ),
+]
+TlsCaOption = Annotated[
+    Path | None,
+    typer.Option(help="With --url: over TLS, to a server whose certificate this one vouches for."),
+]
+TlsCertOption = Annotated[
+    Path | None, typer.Option(help="With it: certificate to show to a server that asks for one.")
+]
+TlsKeyOption = Annotated[Path | None, typer.Option(help="Its private key.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 ONNX = Path("build/onnx")
 OUTPUTS = FOLDER / "outputs.npz"
@@ -124,10 +144,16 @@ def collect_command(
     out: Annotated[Path, typer.Option(help="File to write.")] = OUTPUTS,
     limit: LimitOption = None,
     seed: SeedOption = 1,
+    url: UrlOption = None,
+    tls_ca: TlsCaOption = None,
+    tls_cert: TlsCertOption = None,
+    tls_key: TlsKeyOption = None,
 ) -> None:
-    """Run both rungs over images with ONNX Runtime and store their outputs; resumes."""
+    """Run both rungs over images with ONNX Runtime, or on a server, and store outputs; resumes."""
+    rung_set = RungSet.load(onnx)
     try:
-        _collect(RungSet.load(onnx), _open(images, limit, seed), out)
+        with _served(url, rung_set, tls_ca, tls_cert, tls_key) as served:
+            _collect(rung_set, _open(images, limit, seed), out, served)
     except KeyboardInterrupt:
         console.print("stopped; the same command continues where this one was")
         raise
@@ -191,6 +217,14 @@ def fit_command(
     onnx: OnnxOption = ONNX,
     out: Annotated[Path, typer.Option(help="Artifact to write.")] = ARTIFACT,
     seed: SplitSeedOption = 0,
+    reference_images: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Images that travel with the artifact, resized, with their answers, to check a "
+            "server by; 0: none.",
+        ),
+    ] = REFERENCE_IMAGES,
     as_json: JsonOption = False,
 ) -> None:
     """Fit the score, choose a signal and a threshold, certify it, write calibration.json."""
@@ -207,6 +241,7 @@ def fit_command(
         task = bar.add_task("fit", total=STEPS)
         fitted = fit(stored, rung_set, target, options, lambda: bar.advance(task))
         bar.update(task, completed=STEPS)
+    fitted = with_reference_answers(fitted, stored, rung_set, reference_images, _say)
     fitted.save(out)
     calibration = fitted.calibration
     if as_json:
@@ -279,6 +314,10 @@ def evaluate_command(
     onnx: OnnxOption = ONNX,
     limit: LimitOption = None,
     seed: SeedOption = 2,
+    url: UrlOption = None,
+    tls_ca: TlsCaOption = None,
+    tls_cert: TlsCertOption = None,
+    tls_key: TlsKeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Hold an artifact against new images; exit 1 where they contradict its certificate."""
@@ -286,7 +325,8 @@ def evaluate_command(
     source = _open(images, limit, seed)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "outputs.npz"
-        _collect(rung_set, source, file)
+        with _served(url, rung_set, tls_ca, tls_cert, tls_key) as served:
+            _collect(rung_set, source, file, served)
         outputs = _unlearned(Outputs.load(file), rung_set)
     evaluation = evaluate(artifact, outputs)
     if as_json:
@@ -338,7 +378,24 @@ def _source_of(outputs: Outputs) -> ImageSource | None:
         return None
 
 
-def _collect(rung_set: RungSet, source: ImageSource, out: Path) -> None:
+@contextmanager
+def _served(
+    url: str | None, rung_set: RungSet, ca: Path | None, certificate: Path | None, key: Path | None
+) -> Iterator[ServedRungs | None]:
+    """The rungs of the server at a URL; None where there is no URL."""
+    secrets = credentials(ca, certificate, key)
+    if url is None:
+        if ca is not None:
+            raise ServedError("--tls-ca is for a server; give its --url")
+        yield None
+        return
+    with ServedRungs(url, rung_set, secrets) as served:
+        if rung_set.reference is not None:
+            _say("the reference is another graph than the full rung, is not served, and runs here")
+        yield served
+
+
+def _collect(rung_set: RungSet, source: ImageSource, out: Path, served: ServedRungs | None) -> None:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -354,9 +411,13 @@ def _collect(rung_set: RungSet, source: ImageSource, out: Path) -> None:
                 done = progress.tasks[task].completed
                 progress.reset(task, description="collect (resumed)", completed=int(done))
 
-        unreadable = collect(rung_set, source, out, show)
+        unreadable = collect(rung_set, source, out, show, served)
     for line in unreadable:
-        console.print(f"skipped {line}", markup=False, highlight=False)
+        _say(f"skipped {line}")
+
+
+def _say(line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _target(
@@ -399,6 +460,7 @@ def main() -> None:
         PlanError,
         PreprocessingError,
         RungSetError,
+        ServedError,
         SplitError,
     ) as error:
         message = str(error)

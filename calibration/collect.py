@@ -1,5 +1,7 @@
 """Run both rungs over images once and keep what calibration needs.
 
+They run here with ONNX Runtime, or where they are served: int8 answers depend on the runtime.
+
 A long run survives being stopped: its rows are written in parts of 256 images, and a rerun with the
 same rungs, images and libraries continues after the parts that are whole.
 """
@@ -19,19 +21,20 @@ import PIL
 from numpy.typing import NDArray
 
 from imaging import Preprocessing
-from routing import RungSet, RungSetError
+from routing import RungOutputs, RungSet, RungSetError
 
 from .decoding import DecodedImage, decode_ahead
 from .outputs import OutputsError, row_arrays, scalar_arrays
 from .parts import Parts
-from .sessions import open_session, run_session
+from .served import ServedRungs
+from .sessions import local_runtime, open_session, run_session
 from .source import ImagesError, ImageSource
 
 BATCH = 16
 PART = 256  # images, a multiple of the batch: what stopping may cost
 MAX_UNREADABLE = 0.05  # above this share something is wrong with the folder, not with a file
 
-Sessions = Mapping[str, ort.InferenceSession]
+Graphs = Mapping[str, Callable[[NDArray[np.float32]], RungOutputs]]
 Progress = Callable[[int, bool], None]
 
 
@@ -40,6 +43,7 @@ def collect(
     source: ImageSource,
     out: Path,
     progress: Progress = lambda count, resumed: None,
+    served: ServedRungs | None = None,
 ) -> list[str]:
     """Run both rungs over images and write their outputs to a file.
 
@@ -54,6 +58,8 @@ def collect(
         out: the `.npz` to write; the parts lie in a folder beside it until it is written.
         progress: called with a number of images that are done, and whether an earlier run did
             them; the numbers add up to N.
+        served: asks the rungs of a server; None: they run here, with ONNX Runtime. A reference that
+            is another graph than the full rung is not served and always runs here.
 
     Returns:
         A line for each image that could not be read, or on which a rung overflows.
@@ -63,12 +69,22 @@ def collect(
             stay; a rerun reads again those with unreadable images.
         OutputsError: `out` cannot be written.
         RungSetError: an ONNX file is not the one that was exported.
+        ServedError: the server does not answer.
     """
     if not len(source):
         raise ImagesError("there is no image to run the rungs on")
     hashes = _check_files(rung_set)
-    sessions = {name: open_session(file) for name, (_, file) in rung_set.graphs().items()}
-    parts = Parts(out.with_name(f"{out.name}.parts"), _identity(rung_set, source, sessions))
+    at_server = {} if served is None else served.graphs()
+    sessions = {
+        name: open_session(file)
+        for name, (_, file) in rung_set.graphs().items()
+        if name not in at_server
+    }
+    graphs = {**at_server, **{name: _local(name, session) for name, session in sessions.items()}}
+    runtime = local_runtime() if served is None else served.runtime
+    asked = [None if served is None else served.url, runtime]
+    identity = _identity(rung_set, source, sessions, asked)
+    parts = Parts(out.with_name(f"{out.name}.parts"), identity)
     _make_folder(out, parts.folder)
     ranges = _pieces(range(len(source)), PART)
     unreadable = _resume(parts, ranges)
@@ -85,7 +101,7 @@ def collect(
                 images, failed = next(decoded)
                 lines += failed
                 if images:
-                    found, overflown = _run(sessions, images, rung_set.labels)
+                    found, overflown = _run(graphs, images, rung_set.labels)
                     done.append(found)
                     lines += overflown
                 if batch[-1] == rows[-1]:
@@ -96,24 +112,36 @@ def collect(
     preprocessing_sha256 = rung_set.preprocessing_sha256()
     parts.join(
         out,
-        scalar_arrays(hashes, preprocessing_sha256, source.spec, source.title, rung_set.task),
+        scalar_arrays(
+            hashes, preprocessing_sha256, source.spec, source.title, rung_set.task, runtime
+        ),
     )
     parts.remove()
     return [line for index in range(len(ranges)) for line in unreadable[index]]
+
+
+def _local(
+    name: str, session: ort.InferenceSession
+) -> Callable[[NDArray[np.float32]], RungOutputs]:
+    return lambda image: run_session(session, image, layers=name == "vit_low")
 
 
 def _check_files(rung_set: RungSet) -> dict[str, str]:
     """The graphs' fingerprints; the files must be those in rungs.json."""
     graphs = rung_set.graphs()
     for record, file in graphs.values():
-        if not record.is_file(file):
-            raise RungSetError(
-                f"{file} differs from its SHA-256 in rungs.json; run python -m export rungs again"
-            )
+        fault = record.fault(file, "differs from its SHA-256 in rungs.json")
+        if fault is not None:
+            raise RungSetError(f"{file.parent}: {fault}; run python -m export rungs again")
     return rung_set.fingerprints()
 
 
-def _identity(rung_set: RungSet, source: ImageSource, sessions: Sessions) -> str:
+def _identity(
+    rung_set: RungSet,
+    source: ImageSource,
+    sessions: Mapping[str, ort.InferenceSession],
+    asked: Sequence[Any],
+) -> str:
     """SHA-256 over everything that decides what the parts hold."""
     content = {
         "rungs": rung_set.fingerprints(),
@@ -123,6 +151,7 @@ def _identity(rung_set: RungSet, source: ImageSource, sessions: Sessions) -> str
         "sizes": [BATCH, PART],
         "providers": {name: session.get_providers() for name, session in sessions.items()},
         "versions": [np.__version__, ort.__version__, PIL.__version__],
+        "asked": asked,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -165,14 +194,11 @@ def _check_readable(unreadable: Mapping[int, Sequence[str]], total: int) -> None
 
 
 def _run(
-    sessions: Sessions, images: Sequence[DecodedImage], labels: tuple[str, ...] | None
+    graphs: Graphs, images: Sequence[DecodedImage], labels: tuple[str, ...] | None
 ) -> tuple[dict[str, NDArray[Any]], list[str]]:
     """A batch's rows, and a line for each image on which a rung overflows."""
     image = np.stack([item.tensor for item in images])  # (B, 3, H, W)
-    answers = {
-        name.removeprefix("vit_"): run_session(session, image, layers=name == "vit_low")
-        for name, session in sessions.items()
-    }
+    answers = {name.removeprefix("vit_"): graph(image) for name, graph in graphs.items()}
     finite = np.logical_and.reduce([outputs.finite() for outputs in answers.values()])
     lines = [f"{images[i].name}: a rung answers with NaN or Inf" for i in np.flatnonzero(~finite)]
     kept = [item for item, sound in zip(images, finite, strict=True) if sound]

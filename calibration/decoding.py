@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -39,7 +39,7 @@ class DecodedImage:
 
 
 def decode_ahead(
-    source: ImageSource, batches: Iterable[range], preprocessing: Preprocessing
+    source: ImageSource, batches: Iterable[Sequence[int]], preprocessing: Preprocessing
 ) -> Generator[tuple[list[DecodedImage], list[str]], None, None]:
     """Yield each batch's images, and a line for each that cannot be read, in order.
 

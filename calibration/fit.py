@@ -17,7 +17,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from routing import SIGNALS, Calibration, RungSet, answer_depends_on_batch
+from routing import (
+    SIGNALS,
+    Calibration,
+    ReferenceAnswers,
+    RungSet,
+    answer_depends_on_batch,
+    answers_path,
+)
+from routing.provenance import RELEASE
 
 from . import certify, metrics
 from .coefficients import FOLDS, FitSample, applicable, fit_coefficients, out_of_fold, signal_values
@@ -86,7 +94,12 @@ class Options:
 
 @dataclass(frozen=True)
 class Fit:
-    """The artifact, and what every signal said of every image."""
+    """The artifact, and what every signal said of every image.
+
+    Attributes:
+        independent: rows that nothing was fitted on, one of each group.
+        answers: the reference answers that the artifact names, if it does.
+    """
 
     calibration: Calibration
     splits: Mapping[str, Rows]
@@ -94,10 +107,16 @@ class Fit:
     scores: NDArray[np.float32]
     loss: NDArray[np.bool_]
     high_loss: NDArray[np.bool_] | None
+    independent: Rows
+    answers: ReferenceAnswers | None = None
 
     def save(self, path: Path) -> None:
-        """Write the artifact, and its record beside it for the report."""
+        """Write the artifact, and beside it its record for the report and reference answers."""
         self.calibration.save(path)
+        answers = answers_path(path)
+        answers.unlink(missing_ok=True)  # of an earlier fit
+        if self.answers is not None:
+            answers.write_bytes(self.answers.to_bytes())
         FitRecord(
             dict(self.splits),
             dict(self.values),
@@ -193,6 +212,7 @@ def fit(
         options.fidelity,
     )
     max_risk = target.max_risk if isinstance(target, certify.Goal) else None
+    unfitted = np.concatenate(list(independent.values()))
     calibration = Calibration(
         backbone=rung_set.backbone,
         rungs=rung_set.rungs,
@@ -220,12 +240,15 @@ def fit(
             "group_by": options.group_by,
             "splits": {split: len(index) for split, index in splits.items()},
             "image_hashes": hash_prefixes(outputs.hashes),
+            "runtime": dict(outputs.runtime),
+            "release": RELEASE,
+            "exported_by": rung_set.release,
         },
-        reference_scores=_thinned(np.sort(scores[np.concatenate(list(independent.values()))])),
+        reference_scores=_thinned(np.sort(scores[unfitted])),
         reference=rung_set.reference,
         task=rung_set.task,
     )
-    return Fit(calibration, splits, values, scores, loss, high_loss)
+    return Fit(calibration, splits, values, scores, loss, high_loss, unfitted)
 
 
 def _threshold(

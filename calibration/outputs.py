@@ -4,8 +4,8 @@ The file holds `embedding_low` and `embedding_high` (N, D), `cls_layers_low` (N,
 `logits_low` and `logits_high` (N, C) for models with a head, the same with `_reference` where the
 full rung is not the reference, `labels` (N,) as class indices or -1,
 and the strings `names`, `groups` and `hashes` (SHA-256 of the encoded bytes). `rungs` (the SHA-256
-of both ONNX files) and `preprocessing` tie it to the graphs and tensors that made it; `task` says
-what logits mean, where there are any.
+of both ONNX files) and `preprocessing` tie it to the graphs and tensors that made it; `runtime`
+says what ran them, `task` what logits mean, where there are any.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,8 @@ class Outputs:
         source: opens the images again: see `images.open_images`.
         title: the source in words, without paths.
         task: what the logits mean, see `routing.TASKS`; None: no head, or `routing.default_task`.
+        runtime: what ran the graphs, `name` and `processor`, as `sessions.local_runtime` or
+            `served.ServedRungs` say it; empty in files of earlier releases.
     """
 
     low: RungOutputs
@@ -92,6 +94,7 @@ class Outputs:
     title: str
     reference: RungOutputs | None = None
     task: str | None = None
+    runtime: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Fill the task where it was not said.
@@ -140,7 +143,12 @@ class Outputs:
         rungs = {"low": self.low, "high": self.high, "reference": self.reference}
         rows = row_arrays(rungs, self.labels, self.names, self.groups, self.hashes)
         scalars = scalar_arrays(
-            self.rung_hashes, self.preprocessing_sha256, self.source, self.title, self.task
+            self.rung_hashes,
+            self.preprocessing_sha256,
+            self.source,
+            self.title,
+            self.task,
+            self.runtime,
         )
         save_npz(path, {**rows, **scalars})
 
@@ -176,6 +184,7 @@ class Outputs:
                 source=str(arrays["source"]),
                 title=str(arrays["title"]),
                 task=str(arrays["task"]) if "task" in arrays else None,
+                runtime=json.loads(str(arrays.get("runtime", "{}"))),
             )
         except KeyError as error:
             raise OutputsError(f"{path} holds no {error}; collect again") from None
@@ -202,11 +211,11 @@ def row_arrays(
     found: dict[str, NDArray[Any]] = {}
     present = {rung: outputs for rung, outputs in rungs.items() if outputs is not None}
     for rung, outputs in present.items():
-        for field in ("embedding", "cls_layers", "logits"):
-            if (values := getattr(outputs, field)) is not None:
-                found[f"{field}_{rung}"] = values
+        for name in ("embedding", "cls_layers", "logits"):
+            if (values := getattr(outputs, name)) is not None:
+                found[f"{name}_{rung}"] = values
     texts = {"names": names, "groups": groups, "hashes": hashes}
-    found |= {field: np.array(text, dtype=np.str_) for field, text in texts.items()}
+    found |= {name: np.array(text, dtype=np.str_) for name, text in texts.items()}
     return {**found, "labels": labels}
 
 
@@ -216,6 +225,7 @@ def scalar_arrays(
     source: str,
     title: str,
     task: str | None,
+    runtime: Mapping[str, Any],
 ) -> dict[str, NDArray[Any]]:
     """The file's arrays that are said once; arguments as in `Outputs`."""
     return {
@@ -224,6 +234,7 @@ def scalar_arrays(
         "preprocessing": np.array(preprocessing_sha256),
         "source": np.array(source),
         "title": np.array(title),
+        "runtime": np.array(json.dumps(runtime)),
     }
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
 from routing import RungOutputs
+from routing.provenance import processor
 
 
 def open_session(file: Path) -> ort.InferenceSession:
@@ -22,6 +24,12 @@ def open_session(file: Path) -> ort.InferenceSession:
     # Threads that spin while they wait take the cores from those that decode the next images.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return ort.InferenceSession(str(file), options, providers=providers)
+
+
+def local_runtime() -> dict[str, Any]:
+    """What `open_session` runs graphs with: its `name` with the release, and the `processor`."""
+    device = "CUDA" if _has_gpu() else "CPU"
+    return {"name": f"onnxruntime {ort.__version__} on {device}", "processor": processor()}
 
 
 def _has_gpu() -> bool:

@@ -16,17 +16,20 @@ from export.errors import ExportError, UsageError, first_line
 from export.progress import Steps
 from export.recipes.recipe import Recipe
 from export.repository import RepositoryError, assemble
-from export.settings import ClientParameters, OnHighFailure, Settings
+from export.settings import ClientParameters, OnHighFailure, ReferenceCheck, Settings
 from export.versions import add_version
 from routing import (
     WEIGHTS,
     Alignment,
     AlignmentError,
+    Calibration,
     CalibrationError,
     ManifestError,
     RungSet,
     RungSetError,
 )
+from routing.provenance import runtime_words
+from routing.reference import reference_words
 from routing.versions import VersionError, Versions, switch
 from routing.versions import drop as drop_version
 
@@ -202,6 +205,13 @@ def repository(
     audit_fraction: Annotated[
         float, typer.Option(help="Share of the images that the full rung checks.")
     ] = 0.0,
+    reference_check: Annotated[
+        ReferenceCheck,
+        typer.Option(
+            help="Where the server answers otherwise than the calibration did: warn, or refuse "
+            "requests."
+        ),
+    ] = ReferenceCheck.WARN,
     add: Annotated[
         bool,
         typer.Option(
@@ -228,6 +238,7 @@ def repository(
         degrade_queue_depth=degrade_queue_depth,
         degrade_threshold=degrade_threshold,
         audit_fraction=audit_fraction,
+        reference_check=reference_check,
     )
     if add:
         if settings != Settings():
@@ -243,6 +254,9 @@ def repository(
     if shadow is not None:
         raise UsageError("--shadow goes with --add-version")
     assemble(RungSet.load(onnx), calibration, out, settings)
+    artifact = Calibration.load(calibration)
+    answers = reference_words(artifact.reference_answers)
+    typer.echo(f"calibrated on {runtime_words(artifact.data.get('runtime'))}; {answers}")
     typer.echo(f"wrote {out}; serve it with python -m server --repository {out}")
 
 

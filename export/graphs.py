@@ -158,6 +158,10 @@ def _entry(
         "sha256": manifest.sha256_file(file),
         "weights_sha256": weights_sha256,
         "layers": backbone.layers if spec.recipe.depth is None else spec.recipe.depth,
+        "size_bytes": file.stat().st_size,
+        "weights_size_bytes": None
+        if weights_sha256 is None
+        else file.with_name(WEIGHTS).stat().st_size,
     }
 
 

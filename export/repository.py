@@ -17,7 +17,17 @@ from pathlib import Path
 from export.settings import Settings
 from export.staging import folder_beside, link_or_copy
 from imaging import Preprocessing, PreprocessingError
-from routing import REFERENCE_MODEL, RUNGS, WEIGHTS, Calibration, RungSet, manifest
+from routing import (
+    REFERENCE_MODEL,
+    RUNGS,
+    WEIGHTS,
+    AnswersError,
+    Calibration,
+    ReferenceAnswers,
+    RungSet,
+    answers_path,
+    manifest,
+)
 from routing.fidelity import LABEL_THRESHOLD
 from routing.versions import ROUTER_CONFIG, with_parameter
 
@@ -51,7 +61,8 @@ def assemble(
 
     Raises:
         RepositoryError: `out` is something else, the preprocessing is invalid or not the one of
-            the artifact, or the artifact takes the model's answers for others.
+            the artifact, the artifact takes the model's answers for others, or the reference
+            answers that it names are not there.
         UsageError: a setting makes no sense.
         CalibrationError: the artifact is invalid or was made with other ONNX files.
         OSError: a file cannot be read or written.
@@ -69,11 +80,15 @@ def assemble(
             f"the artifact was calibrated for a model that answers {calibration.task}, and "
             f"rungs.json says {rung_set.task}; collect and fit again"
         )
+    settings.check_reference(calibration.reference_answers)
+    answers = checked_answers(calibration_file, calibration)
     preprocessing = _preprocessing(rung_set, calibration)
     with folder_beside(out) as folder:
         # A child, because a temporary directory itself is closed to other users.
         fresh = folder / "repository"
         _fill(fresh, rung_set, calibration, preprocessing, settings)
+        place_answers(answers, fresh / "router/1")
+        manifest.write(fresh)
         if out.exists():
             out.rename(folder / "replaced")
         fresh.rename(out)
@@ -186,6 +201,27 @@ def complete_router(version: Path, calibration: Calibration) -> None:
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
     shutil.copytree(ROOT / "routing", version / "routing", ignore=ignore)
     calibration.save(version / "calibration.json")
+
+
+def checked_answers(artifact: Path, calibration: Calibration) -> Path | None:
+    """The file of reference answers that belongs to an artifact; None where it names none.
+
+    Raises:
+        RepositoryError: it is missing, or not the one that the artifact names.
+    """
+    if calibration.reference_answers is None:
+        return None
+    try:
+        ReferenceAnswers.load(answers_path(artifact), calibration)
+    except AnswersError as error:
+        raise RepositoryError(str(error)) from None
+    return answers_path(artifact)
+
+
+def place_answers(answers: Path | None, version: Path) -> None:
+    """Put reference answers, where there are any, beside the artifact of a router's version."""
+    if answers is not None:
+        shutil.copyfile(answers, answers_path(version / "calibration.json"))
 
 
 def _place_weights(source: Path, version: Path, repository: Path) -> None:

@@ -27,6 +27,7 @@ from export.staging import folder_beside
 from export.static_vit import static_vit
 from export.vit_families import base_model
 from routing import RUNGS, WEIGHTS
+from routing.provenance import RELEASE
 from routing.rungset import NAME as RECORD
 from routing.rungset import REFERENCE, SCHEMA_VERSION
 
@@ -270,6 +271,7 @@ def _record(
     named = (*RUNGS, REFERENCE)
     return {
         "schema_version": SCHEMA_VERSION,
+        "release": RELEASE,
         "backbone": backbone.name,
         "source": backbone.source,
         "image": {"shape": [3, image_px, image_px]},

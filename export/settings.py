@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from export.errors import UsageError
 from routing import REFERENCE_MODEL, RUNGS, threshold_text
+from routing.reference import NONE_STORED
 from routing.versions import with_parameter
 
 MAX_BATCH_SIZE = 32  # of every model, as written in model_repository/
@@ -32,6 +35,14 @@ class ClientParameters(str, Enum):
     ANY = "any"
 
 
+class ReferenceCheck(str, Enum):
+    """What becomes of reference answers that the server does not give."""
+
+    OFF = "off"
+    WARN = "warn"
+    REFUSE = "refuse"
+
+
 @dataclass(frozen=True)
 class Settings:
     """What an operator chooses when a repository is assembled.
@@ -49,6 +60,8 @@ class Settings:
             calibrated one.
         audit_fraction: share of the images that also run through the full rung, to watch the risk,
             and through the full model where that is another.
+        reference_check: whether the router compares its answers with the calibration's when it
+            starts, and refuses requests until they agree.
     """
 
     intra_op_threads: int = 1
@@ -60,6 +73,7 @@ class Settings:
     degrade_queue_depth: int = 0
     degrade_threshold: float | None = None
     audit_fraction: float = 0.0
+    reference_check: ReferenceCheck = ReferenceCheck.WARN
 
     def check(self, threshold: float | None) -> None:
         """Refuse what makes no sense.
@@ -80,6 +94,18 @@ class Settings:
                 raise UsageError(f"{option} {number} must be 1 or more")
         check_fraction("--audit-fraction", self.audit_fraction)
         self._check_degradation(threshold)
+
+    def check_reference(self, named: Mapping[str, Any] | None) -> None:
+        """Refuse to wait for a comparison that can never be made.
+
+        Args:
+            named: `Calibration.reference_answers`.
+
+        Raises:
+            UsageError: there are none.
+        """
+        if self.reference_check is ReferenceCheck.REFUSE and named is None:
+            raise UsageError(f"--reference-check refuse: {NONE_STORED}; fit again")
 
     def _check_degradation(self, threshold: float | None) -> None:
         depth, raised = self.degrade_queue_depth, self.degrade_threshold
@@ -126,6 +152,7 @@ class Settings:
             "degrade_queue_depth": str(self.degrade_queue_depth),
             "degrade_threshold": "" if raised is None else repr(raised),
             "audit_fraction": f"{self.audit_fraction:g}",
+            "reference_check": self.reference_check.value,
         }
 
 

@@ -60,7 +60,10 @@ def align(folder: Path, graph: str, alignment: Alignment, name: str | None = Non
     rung_set = RungSet.load(folder)
     rung = {**rung_set.rungs, **rung_set.alternatives}[graph]
     file = folder / entry["file"]
-    if rung.fingerprint != alignment.graph or not rung.is_file(file):
+    fault = rung.fault(file, f"differs from its SHA-256 in {RECORD}")
+    if fault is not None:
+        raise UsageError(f"{folder}: {fault}; run python -m export rungs again")
+    if rung.fingerprint != alignment.graph:
         raise UsageError(
             f"the alignment was fitted on another graph than {graph} ({alignment.recipe}); run "
             "python -m calibration collect and python -m calibration align with this one"
@@ -73,6 +76,7 @@ def align(folder: Path, graph: str, alignment: Alignment, name: str | None = Non
     _try(fresh)
     new = {**entry, "recipe": str(replace(recipe, align=True)), "file": place.name}
     new |= {"sha256": manifest.sha256_file(fresh), "fidelity": None}
+    new |= {"size_bytes": fresh.stat().st_size}
     section = record["rungs"] if aligned in RUNGS else record["alternatives"]
     section[aligned] = new
     _rename_checks(record, {other: other for other in entries if other != aligned})

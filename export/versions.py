@@ -13,7 +13,14 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from export.repository import ROOT, RepositoryError, answer_parameters, complete_router
+from export.repository import (
+    ROOT,
+    RepositoryError,
+    answer_parameters,
+    checked_answers,
+    complete_router,
+    place_answers,
+)
 from export.settings import check_fraction
 from export.staging import folder_beside
 from routing import REFERENCE_MODEL, RUNGS, Calibration, manifest
@@ -33,8 +40,8 @@ def add_version(repository: Path, calibration_file: Path, shadow_fraction: float
 
     Raises:
         UsageError: `shadow_fraction` is no share.
-        RepositoryError: the artifact has another preprocessing or another task, or is that of a
-            version already.
+        RepositoryError: the artifact has another preprocessing or another task, is that of a
+            version already, or lacks the reference answers that it names.
         CalibrationError: the artifact is invalid or was made with other ONNX files.
         ManifestError: the repository is not as it was assembled.
         OSError: a file cannot be read or written; the repository is as before.
@@ -48,6 +55,7 @@ def add_version(repository: Path, calibration_file: Path, shadow_fraction: float
     names = [*RUNGS, *[REFERENCE_MODEL] * (repository / REFERENCE_MODEL).is_dir()]
     calibration.check_rungs({name: repository / name / "1" / "model.onnx" for name in names})
     _check_is_new(repository, calibration, versions)
+    answers = checked_answers(calibration_file, calibration)
     after = Versions.load(repository)
     if shadow_fraction > 0:
         after = replace(after, shadow=version, shadow_fraction=shadow_fraction)
@@ -57,6 +65,7 @@ def add_version(repository: Path, calibration_file: Path, shadow_fraction: float
         ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
         shutil.copytree(ROOT / "model_repository/router/1", fresh, ignore=ignore)
         complete_router(fresh, calibration)
+        place_answers(answers, fresh)
         try:
             manifest.update(repository, after.configs(repository), added=(name, fresh))
         except BaseException:

@@ -8,9 +8,9 @@ Reading order: `outputs` (what a rung returns) -> `signals` (outputs to a raw nu
 `scoremap` (raw number to predicted change) -> `calibration` (the artifact that holds both and the
 threshold) -> `policy` (what a request may ask for) -> `relief` (what pressure may change) ->
 `cascade` (the control flow). `fidelity` says when a cheap answer is a loss; `audit` holds the
-certificate against live traffic, `shadow` compares two artifacts on it. `decimals` writes
-thresholds and scores for people. `rungset`, `alignment`, `manifest` and `versions` read and guard
-the files.
+certificate against live traffic, `shadow` compares two artifacts on it, `reference` a server's
+answers with the calibration's. `decimals` writes thresholds and scores for people. `rungset`,
+`alignment`, `manifest` and `versions` read and guard the files; `provenance` names the processor.
 """
 
 from .alignment import Alignment, AlignmentError
@@ -38,6 +38,7 @@ from .fidelity import fidelity_loss
 from .manifest import ManifestError
 from .outputs import TASKS, RungOutputs, default_task
 from .policy import Allowance, Overrides, Policy, escalation_mask, parse_overrides
+from .reference import AnswersError, ReferenceAnswers, answers_path
 from .relief import Relief
 from .rungset import RungSet, RungSetError
 from .scoremap import ScoreMap
@@ -53,6 +54,7 @@ __all__ = [
     "Alignment",
     "AlignmentError",
     "Allowance",
+    "AnswersError",
     "Calibration",
     "CalibrationError",
     "CascadeAnswer",
@@ -62,6 +64,7 @@ __all__ = [
     "ManifestError",
     "Overrides",
     "Policy",
+    "ReferenceAnswers",
     "Relief",
     "RequestError",
     "RiskTest",
@@ -73,6 +76,7 @@ __all__ = [
     "ScoreMap",
     "Signal",
     "answer_depends_on_batch",
+    "answers_path",
     "default_task",
     "escalation_mask",
     "fidelity_loss",

@@ -58,6 +58,8 @@ class RungRecord:
         weights_sha256: of the file `WEIGHTS` beside it, which holds weights it shares with other
             graphs; None: the graph is self-contained.
         layers: transformer blocks that run; None in files of earlier releases: all.
+        size_bytes: of its ONNX file, to tell a file that was cut short; None: not recorded.
+        weights_size_bytes: of the file `WEIGHTS`, likewise.
     """
 
     px: int
@@ -65,6 +67,8 @@ class RungRecord:
     sha256: str
     weights_sha256: str | None = None
     layers: int | None = None
+    size_bytes: int | None = field(default=None, compare=False)
+    weights_size_bytes: int | None = field(default=None, compare=False)
 
     @property
     def fingerprint(self) -> str:
@@ -75,12 +79,37 @@ class RungRecord:
 
     def is_file(self, file: Path) -> bool:
         """Whether an ONNX file, and the weights beside it, are the recorded ones."""
-        if sha256_file(file) != self.sha256:
-            return False
-        weights = file.with_name(WEIGHTS)
-        if self.weights_sha256 is None:
-            return True
-        return weights.is_file() and sha256_file(weights) == self.weights_sha256
+        return self.fault(file, "differs") is None
+
+    def fault(self, file: Path, differs: str) -> str | None:
+        """Which of an ONNX file and the weights beside it is not the recorded one, and why.
+
+        Args:
+            file: the ONNX file.
+            differs: what is said of a file that is another, after its name.
+
+        Returns:
+            Words that begin with the name of the file that is missing, cut short or another; None:
+            both are the recorded ones.
+        """
+        fault = _fault(file, self.sha256, self.size_bytes, differs)
+        if fault is None and self.weights_sha256 is not None:
+            weights = file.with_name(WEIGHTS)
+            fault = _fault(weights, self.weights_sha256, self.weights_size_bytes, differs)
+            if fault is not None:
+                fault += f" (the weights that {file.name} reads)"
+        return fault
+
+
+def _fault(file: Path, sha256: str, size_bytes: int | None, differs: str) -> str | None:
+    if not file.is_file():
+        return f"{file.name} is missing"
+    if sha256_file(file) == sha256:
+        return None
+    size = file.stat().st_size
+    if size_bytes is not None and size < size_bytes:
+        return f"{file.name} was cut short: it has {size:,} of {size_bytes:,} bytes"
+    return f"{file.name} {differs}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +137,8 @@ class Calibration:
             with the scores of later images.
         reference: the full model in FP32, which losses are about; None: `vit_high` is it.
         task: what the logits mean, see `outputs.TASKS`; None: no head, or `default_task`.
+        reference_answers: `sha256` and number of `images` of the file of reference answers beside
+            the artifact (`reference.ReferenceAnswers`); None: there is none.
     """
 
     backbone: str
@@ -128,6 +159,7 @@ class Calibration:
     reference_scores: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
     reference: RungRecord | None = None
     task: str | None = None
+    reference_answers: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Validate.
@@ -224,7 +256,8 @@ class Calibration:
             files: the file of each rung, by name, and of `REFERENCE_MODEL` where there is one.
 
         Raises:
-            CalibrationError: a file is missing, or it is not the one that was calibrated.
+            CalibrationError: a file, or the weights beside it, is missing or not the one that was
+                calibrated; naming that file.
         """
         records = dict(self.rungs)
         if self.reference is not None and REFERENCE_MODEL in files:
@@ -234,10 +267,12 @@ class Calibration:
                 raise CalibrationError(
                     f"{name}: no ONNX file at {files[name]}; run python -m export repository"
                 )
-            if not record.is_file(files[name]):
+            differs = "is not the file that was calibrated (SHA-256 differs)"
+            fault = record.fault(files[name], differs)
+            if fault is not None:
                 raise CalibrationError(
-                    f"{name}: {files[name].name} is not the file that was calibrated (SHA-256 "
-                    "differs); collect and fit with this file, or restore the calibrated one"
+                    f"{name}: {fault}; restore the calibrated file, or collect and fit with this "
+                    "one"
                 )
 
     def save(self, path: Path) -> None:

@@ -43,6 +43,7 @@ class RungSet:
         fitted_on: prefixes of the hashes of images that a graph has learned from, see
             `calibration.outputs.hash_prefixes`; nothing may be certified on those.
         task: what the logits mean, see `outputs.TASKS`; None: no head, or `default_task`.
+        release: of this project that exported them; None: an earlier one, which did not say.
     """
 
     backbone: str
@@ -60,6 +61,7 @@ class RungSet:
     reference_file: Path | None = None
     fitted_on: str = ""
     task: str | None = None
+    release: str | None = None
 
     def __post_init__(self) -> None:
         """Fill the task where it was not said.
@@ -105,6 +107,7 @@ class RungSet:
                 reference_file=folder / reference["file"] if reference else None,
                 fitted_on=content.get("fitted_on", ""),
                 task=content.get("task"),
+                release=content.get("release"),
             )
         except OSError:
             raise RungSetError(f"no {NAME} in {folder}; run python -m export rungs first") from None
@@ -146,6 +149,8 @@ def _records(entries: Mapping[str, Any]) -> dict[str, RungRecord]:
             entry["sha256"],
             entry.get("weights_sha256"),
             entry.get("layers"),
+            entry.get("size_bytes"),
+            entry.get("weights_size_bytes"),
         )
         for name, entry in entries.items()
     }

@@ -11,6 +11,7 @@ import re
 # As tritonserver 2.51 and its python backend word them.
 _OUTAGE = re.compile(
     r"is not ready"  # unloaded, or still loading
+    r"|server not ready"  # while other models load, or while it stops
     r"|is not found"  # never there
     r"|has no available versions"
     r"|is not healthy"  # its process has died

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from .check import check_command
 from .errors import ServerStartError, ServerUsageError
 from .launcher import TritonServer
 from .ports import Ports
@@ -217,6 +218,7 @@ def serve(
 
 
 app.command("rollout")(rollout_command)
+app.command("check")(check_command)
 
 
 def _event(line: str) -> None:
@@ -260,8 +262,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0 when it was told to stop, 1 when the server failed or refused a rollout, 2
-        for bad usage, 130 for a rollout that was interrupted.
+        The exit code: 0 when it was told to stop, 1 when the server failed, refused a rollout or
+        answers otherwise than its artifact was calibrated with, 2 for bad usage, 130 for a
+        rollout or a check that was interrupted.
     """
     # A supervisor's SIGTERM, and a Ctrl-C where the shell started us with SIGINT ignored.
     signal.signal(signal.SIGTERM, _interrupt)

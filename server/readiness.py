@@ -13,11 +13,14 @@ import tritonclient.grpc as triton
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
+from routing.reference import COMPARING
+
 from .channel import PLAIN, Channel
 
 ENTRY_MODEL = "adaptive_vit"
 # Triton's words, which its other statuses may wrap.
 QUEUE_FULL = re.compile(r"exceeds maximum queue size", re.IGNORECASE)
+_COMPARING_POLL_S = 0.5
 _POLL_S = 0.1
 _CALL_TIMEOUT_S = 5.0
 _CANARY_TIMEOUT_S = 60.0
@@ -72,7 +75,8 @@ def adaptive_vit_canary(grpc_url: str, channel: Channel = PLAIN) -> None:
     """Send one small generated PNG through the whole ensemble.
 
     A queue that clients have filled already, as they do where a server is restarted under load, is
-    no error: their requests are being answered.
+    no error: their requests are being answered. A router that is still comparing its answers with
+    the calibration's, and refuses requests until it knows, is waited for.
 
     Raises:
         InferenceServerException: no answer, or an error.
@@ -83,12 +87,18 @@ def adaptive_vit_canary(grpc_url: str, channel: Channel = PLAIN) -> None:
     Image.fromarray(pixels).save(encoded, format="PNG")
     image = triton.InferInput("image_bytes", [1, 1], "BYTES")
     image.set_data_from_numpy(np.array([[encoded.getvalue()]], dtype=np.object_))
+    deadline = time.monotonic() + _CANARY_TIMEOUT_S
     with channel.open(grpc_url) as client:
-        try:
-            client.infer(ENTRY_MODEL, [image], client_timeout=_CANARY_TIMEOUT_S)
-        except InferenceServerException as error:
-            if not QUEUE_FULL.search(error.message()):
-                raise
+        while True:
+            try:
+                client.infer(ENTRY_MODEL, [image], client_timeout=_CANARY_TIMEOUT_S)
+            except InferenceServerException as error:
+                if COMPARING in error.message() and time.monotonic() < deadline:
+                    time.sleep(_COMPARING_POLL_S)
+                    continue
+                if not QUEUE_FULL.search(error.message()):
+                    raise
+            return
 
 
 def _answers(client: triton.InferenceServerClient, server_id: str) -> bool:

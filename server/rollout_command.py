@@ -44,7 +44,7 @@ def rollout_command(
     load it refuses, and goes on with what it had; a failure says what answers then.
     """
     headers = {} if admin_key_file is None else AdminKey.read(admin_key_file).grpc_headers
-    access = Access(url, _channel(tls_ca, tls_cert, tls_key), headers, timeout_s)
+    access = Access(url, channel_of(tls_ca, tls_cert, tls_key), headers, timeout_s)
     try:
         served = rollout(repository, access, switch_to=to)
     except KeyboardInterrupt:
@@ -56,7 +56,12 @@ def rollout_command(
     typer.echo(served.sentence)
 
 
-def _channel(ca: Path | None, certificate: Path | None, key: Path | None) -> Channel:
+def channel_of(ca: Path | None, certificate: Path | None, key: Path | None) -> Channel:
+    """The channel that the TLS options of a command mean.
+
+    Raises:
+        ServerUsageError: a file is missing, or its partner is.
+    """
     if (certificate is None) != (key is None):
         raise ServerUsageError("--tls-cert and --tls-key go together")
     if ca is None:

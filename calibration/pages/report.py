@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from routing import SIGNALS, Calibration, threshold_text
+from routing.provenance import runtime_words
+from routing.reference import reference_words
 
 from ..fidelity import Fidelity
 from ..outputs import Outputs
@@ -252,6 +254,13 @@ def _provenance(calibration: Calibration, record: FitRecord, loss: str) -> list[
         ("splits", f"{splits}; seed {data['seed']}, never dividing a group"),
         ("grouped by", data["group_by"]),
         ("images' fingerprint", f"{data['fingerprint'][:_HASH_DIGITS]}…"),
+        ("answers of", runtime_words(data.get("runtime"))),
+        ("reference answers", reference_words(calibration.reference_answers)),
+        (
+            "releases",
+            f"exported by {data.get('exported_by') or 'one that is not recorded'}, "
+            f"fitted by {data.get('release') or 'one that is not recorded'}",
+        ),
         ("calibration.json, SHA-256", f"{record.artifact_sha256[:_HASH_DIGITS]}…"),
         *rungs,
         ("signal", f"{calibration.signal} (asked for: {asked})"),

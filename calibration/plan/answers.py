@@ -13,6 +13,7 @@ from routing import RungOutputs, RungSet
 from ..align import ALIGN_SHARE
 from ..fidelity import Fidelity
 from ..outputs import Outputs, known_prefixes
+from ..sessions import local_runtime
 from ..splits import CERTIFIED, Rows, group_keys, split_by_group
 from .bars import Bars
 from .candidates import FULL, Graph, shelf_graphs
@@ -183,6 +184,7 @@ def _outputs(
         source="",
         title="",
         task=pair.task,
+        runtime=local_runtime(),
     )
 
 

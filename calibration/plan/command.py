@@ -19,6 +19,7 @@ from ..images import open_images
 from ..pages.plan import write_plan
 from ..pages.plan_points import cascade_marks
 from ..pages.plan_readings import why_nothing
+from ..reference import REFERENCE_IMAGES
 from ..scoring import flat_score
 from ..source import ImageSource
 from ..splits import GROUPINGS
@@ -83,6 +84,7 @@ def plan_command(
     cache: Annotated[
         Path, typer.Option(help="Where graphs and their answers are kept for the next plan.")
     ] = Path("build/plan-cache"),
+    reference_images: Annotated[int, typer.Option(min=0, help="As `fit`.")] = REFERENCE_IMAGES,
     require_certificate: Annotated[
         bool, typer.Option("--require-certificate", help="Exit 1 where nothing is chosen.")
     ] = False,
@@ -118,6 +120,7 @@ def plan_command(
         seed=seed,
         cache=cache,
         out=out,
+        reference_images=reference_images,
     )
     bars = Bars(Console(stderr=True))
     planned = make_plan(request, bars)

@@ -24,7 +24,7 @@ from routing import RungOutputs, RungRecord, RungSet
 
 from ..decoding import DecodedImage, decode_ahead
 from ..npz import NpzError, load_npz, save_npz
-from ..sessions import open_session, run_session
+from ..sessions import local_runtime, open_session, run_session
 from ..source import ImagesError, ImageSource
 
 BATCH = 16
@@ -105,6 +105,7 @@ class OutputsCache:
             "preprocessing": self._rung_set.preprocessing_sha256(),
             "labels": self._rung_set.labels,
             "versions": [np.__version__, ort.__version__, PIL.__version__, BATCH],
+            "runtime": local_runtime(),
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -18,6 +18,7 @@ from ..certify import one_per_group
 from ..fidelity import Fidelity
 from ..fit import Options, fit
 from ..outputs import Outputs
+from ..reference import with_reference_answers
 from ..splits import SplitError, check_grouping, group_keys
 from .answers import (
     Parts,
@@ -252,5 +253,8 @@ def choose_rungs(planned: Planned, bars: Bars) -> None:
     for name in dict.fromkeys([*planned.beside, *planned.highs, FULL]):
         arguments += ["--keep", name]
     run([*arguments, "--out", request.out / "onnx"], bars.say)
-    chosen.fit.save(request.out / "calibration.json")
+    fitted = with_reference_answers(
+        chosen.fit, planned.pairs[low, high], planned.rung_set, request.reference_images, bars.say
+    )
+    fitted.save(request.out / "calibration.json")
     planned.pairs[low, high].save(request.out / "outputs.npz")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..certify import Goal
 from ..fidelity import Fidelity
+from ..reference import REFERENCE_IMAGES
 from ..source import ImageSource
 
 
@@ -38,6 +39,7 @@ class Request:
         seed: of the splits.
         cache: folder of graphs and outputs, kept for the next plan.
         out: folder of the result.
+        reference_images: how many images travel with the artifact, see `reference`.
     """
 
     model: str
@@ -60,3 +62,4 @@ class Request:
     out: Path
     relative: bool = False
     label_threshold: float | None = None
+    reference_images: int = REFERENCE_IMAGES

@@ -1,8 +1,11 @@
 """One real tritonserver for the whole session, serving `static-vit` assembled as a user would."""
 
 import io
+import re
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +28,24 @@ def run_command(*arguments):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def reference_outcome(server):
+    """What the router found at its start: `same`, `within_slack` or `other`."""
+    deadline = time.monotonic() + 60
+    while True:
+        with urllib.request.urlopen(server.metrics_url, timeout=30) as response:
+            text = response.read().decode()
+        series = re.findall(
+            r'^adaptive_vit_reference_answers\{outcome="(\w+)",version="1"\} (\d)$', text, re.M
+        )
+        assert len(series) == 3
+        found = [outcome for outcome, value in series if value == "1"]
+        if found:
+            (outcome,) = found
+            return outcome
+        assert time.monotonic() < deadline, "the router does not say what it found"
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="session")
@@ -62,6 +83,7 @@ def calibration(build):
 @pytest.fixture(scope="session")
 def server(build):
     with TritonServer(build / "model_repository", free_ports=True) as running:
+        reference_outcome(running)  # from then on nothing but the tests' requests reaches a rung
         yield running
 
 

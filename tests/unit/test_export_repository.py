@@ -150,6 +150,7 @@ def test_the_defaults_are_what_stands_in_git(tmp_path):
         "shadow_fraction": "0",
         "task": "classes",
         "label_threshold": "0.5",
+        "reference_check": "warn",
     }
 
 
@@ -162,6 +163,7 @@ def test_every_option_reaches_the_router(tmp_path):
         "--degrade-queue-depth": "16",
         "--degrade-threshold": "0.62500000001",
         "--audit-fraction": "0.05",
+        "--reference-check": "off",
     }
     flat = [word for pair in options.items() for word in pair]
     result = run_repository(tmp_path, tmp_path / "repository", *flat)
@@ -404,10 +406,10 @@ def test_altered_or_missing_weights_are_refused(tmp_path):
     weights = tmp_path / "onnx" / WEIGHTS
     intact = weights.read_bytes()
     weights.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
-    with pytest.raises(CalibrationError, match="vit_low: vit_low.onnx is not the file that was"):
+    with pytest.raises(CalibrationError, match=r"vit_low: weights\.bin is not the file that was"):
         assemble(rung_set, artifact, tmp_path / "repository")
     weights.unlink()
-    with pytest.raises(CalibrationError, match="vit_low: vit_low.onnx is not the file that was"):
+    with pytest.raises(CalibrationError, match=r"vit_low: weights\.bin is missing"):
         assemble(rung_set, artifact, tmp_path / "repository")
     weights.write_bytes(intact)
     assemble(rung_set, artifact, tmp_path / "repository")

@@ -14,6 +14,7 @@ from export.rungs import RungsRequest, export_rungs
 from imaging import Preprocessing
 from routing import RungSet
 from routing.manifest import sha256_file
+from routing.provenance import RELEASE
 from tests.unit.export_tiny import LAYERS, PX, QUIET, WIDTH, run_export, save_tiny
 
 MORE = ("--low", "px=4", "--beside", "px=12", "--beside", "px=8")
@@ -65,6 +66,7 @@ def test_files_and_record(exported):
     record = json.loads((out / "rungs.json").read_text())
     assert json.loads(printed) == record
     assert record["schema_version"] == 1
+    assert record["release"] == RungSet.load(out).release == RELEASE
     assert record["backbone"] == "tiny"
     assert record["image"] == {"shape": [3, PX, PX]}
     assert (record["embedding_dim"], record["layers"], record["classes"]) == (WIDTH, LAYERS, 3)
@@ -84,6 +86,8 @@ def test_files_and_record(exported):
             "sha256": files[f"onnx/{name}.onnx"],
             "weights_sha256": files["onnx/weights.bin"],
             "layers": LAYERS,
+            "size_bytes": (out / f"{name}.onnx").stat().st_size,
+            "weights_size_bytes": (out / "weights.bin").stat().st_size,
         }
         assert fidelity["images"] == "16 synthetic"
         assert fidelity["cosine_min"] <= fidelity["cosine_mean"] <= 1 + 1e-9

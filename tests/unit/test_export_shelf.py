@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -145,9 +146,14 @@ def test_an_alignment_of_a_graph_or_weights_that_changed_since_is_refused(folder
     alignment = fitted(folder, "vit_low")
     weights = (folder / "weights.bin").read_bytes()
     (folder / "weights.bin").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
-    with pytest.raises(UsageError, match="fitted on another graph than vit_low"):
+    with pytest.raises(UsageError, match=r"weights\.bin differs from its SHA-256 in rungs\.json"):
+        shelf.align(folder, "vit_low", alignment)
+    (folder / "weights.bin").write_bytes(weights[:-9])
+    with pytest.raises(UsageError, match=r"weights\.bin was cut short: it has [\d,]+ of [\d,]+"):
         shelf.align(folder, "vit_low", alignment)
     (folder / "weights.bin").write_bytes(weights)
+    with pytest.raises(UsageError, match="fitted on another graph than vit_low"):
+        shelf.align(folder, "vit_low", replace(alignment, graph="0" * 64))
     shelf.align(folder, "vit_low", alignment)
     with pytest.raises(UsageError, match=r"vit_low is aligned already \(px=8,align\)"):
         shelf.align(folder, "vit_low", fitted(folder, "vit_low"))

@@ -21,7 +21,7 @@ ARROWS = {
     "imaging": set(),
     "export": {"routing", "imaging"},
     "calibration": {"routing", "imaging"},
-    "server": {"routing"},  # only to keep the manifest of a repository that it edits
+    "server": {"routing"},  # the manifest, versions and reference answers of a repository
     "client": set(),
     "perf": {"calibration", "client", "imaging", "routing", "server"},
     "demo": {"calibration", "client", "imaging", "perf", "routing", "server"},

@@ -18,8 +18,10 @@ import pytest
 from calibration.certify import Goal, certificate, certify
 from calibration.fidelity import Fidelity
 from calibration.outputs import FULL_MODEL, FULL_RUNG
+from calibration.sessions import open_session, run_session
 from routing import RungRecord
 from tests.unit.fakes import FakeRung, images, make_calibration
+from tests.unit.reference_files import collected, fitted
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULTS = {
@@ -31,6 +33,7 @@ DEFAULTS = {
     "audit_fraction": "0",
     "shadow_version": "0",
     "shadow_fraction": "0",
+    "reference_check": "warn",
 }
 REFERENCE = RungRecord(4, "px=4", "3" * 64)
 
@@ -77,6 +80,11 @@ class FakeFamily:
 
 SERIES: dict[str, dict] = {}
 WARNINGS: list[str] = []
+INFOS: list[str] = []
+
+
+class FakeTritonModelError(Exception):
+    """What the python backend raises for a call that is made before `initialize` has returned."""
 
 
 @pytest.fixture
@@ -84,13 +92,16 @@ def deployed(tmp_path, monkeypatch):
     """Imports a module of the deployed router, laid out as `export repository` does."""
     SERIES.clear()
     WARNINGS.clear()
+    INFOS.clear()
     folder = tmp_path / "deployed_router"
     folder.mkdir()
     for file in (ROOT / "model_repository/router/1").glob("*.py"):
         shutil.copy(file, folder)
     shutil.copytree(ROOT / "routing", folder / "routing")
     backend = SimpleNamespace(
-        MetricFamily=FakeFamily, Logger=SimpleNamespace(log_warn=WARNINGS.append)
+        MetricFamily=FakeFamily,
+        Logger=SimpleNamespace(log_warn=WARNINGS.append, log_info=INFOS.append),
+        TritonModelException=FakeTritonModelError,
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", backend)
@@ -164,6 +175,7 @@ def test_what_an_operator_chooses_is_read(deployed):
         ("audit_fraction", "1.5"),
         ("audit_fraction", "nan"),
         ("shadow_fraction", "-0.1"),
+        ("reference_check", "maybe"),
     ],
 )
 def test_a_setting_that_means_nothing_stops_the_load_by_name(deployed, name, value):
@@ -660,3 +672,164 @@ def test_the_time_to_copy_large_images_is_no_idle_time(waiting):
 
 def test_a_batch_without_a_sound_request_waits_for_nothing(waiting):
     assert waiting.images([], 10.0) == 0
+
+
+# --- reference answers: does this server answer as the calibration did? --------------------------
+
+
+@pytest.fixture(scope="module")
+def fit_with_answers(tmp_path_factory):
+    """An artifact as `fit` saves it, and the rungs that it was made with."""
+    folder = tmp_path_factory.mktemp("fitted")
+    rung_set, outputs = collected(folder)
+    fitted(rung_set, outputs).save(folder / "calibration.json")
+    fitted(rung_set, outputs, images=0).save(folder / "none.json")
+    return rung_set, folder / "calibration.json"
+
+
+class Rungs:
+    """Both rungs by ONNX Runtime, as a server's; `faults` are raised first, one a call."""
+
+    def __init__(self, deployed, rung_set, faults=(), change=lambda outputs: outputs):
+        self._outputs = importlib.import_module("deployed_router.routing").RungOutputs
+        self._sessions = {name: open_session(file) for name, file in rung_set.files.items()}
+        self._faults, self._change = list(faults), change
+        self.batches = []
+
+    def ask(self, name):
+        def rung(image):
+            self.batches.append((name, len(image)))
+            if self._faults:
+                raise self._faults.pop(0)
+            found = run_session(self._sessions[name], image, layers=name == "vit_low")
+            return self._outputs(**vars(self._change(found)))
+
+        return rung
+
+
+@pytest.fixture
+def check(deployed, fit_with_answers, make_metrics, monkeypatch):
+    """Starts the comparison of one instance, with pauses of no length to speak of."""
+    made = []
+    rung_set, artifact = fit_with_answers
+    module = deployed("reference_check")
+    monkeypatch.setattr(module, "_FIRST_TRY_S", 0.001)
+    monkeypatch.setattr(module, "_LONGEST_PAUSE_S", 0.002)
+
+    def start(mode, first=True, file=artifact, **rungs):
+        calibration = importlib.import_module("deployed_router.routing").Calibration.load(file)
+        asked = Rungs(deployed, rung_set, **rungs)
+        metrics = make_metrics()
+        report = metrics.set_reference_outcome if first else None
+        low, high = asked.ask("vit_low"), asked.ask("vit_high")
+        made.append(module.ReferenceCheck(mode, calibration, file, low, high, report))
+        return made[-1], asked
+
+    yield start
+    for one in made:
+        one.stop()
+
+
+def outcome():
+    names = ("same", "within_slack", "other")
+    return [name for name in names if value("reference_answers", outcome=name)]
+
+
+def other_classes(outputs):
+    return replace(outputs, logits=-outputs.logits)
+
+
+def test_answers_as_calibrated_are_told_and_cost_each_image_two_questions(check):
+    found, asked = check("warn")
+    wait_for(lambda: outcome() == ["same"])
+    wait_for(lambda: INFOS)
+    assert found.refusal is None and WARNINGS == []
+    assert "router: this server answers as the calibration did: of 32 reference" in INFOS[0]
+    assert [batch for batch in asked.batches if batch[0] == "vit_low"] == [("vit_low", 8)] * 4
+    assert sum(rows for name, rows in asked.batches if name == "vit_high") < 64
+
+
+def test_other_answers_are_a_warning_with_both_sides(check):
+    found, _ = check("warn", change=other_classes)
+    wait_for(lambda: WARNINGS)
+    assert outcome() == ["other"] and found.refusal is None and INFOS == []
+    assert "computes other answers than the calibration did; calibrate here" in WARNINGS[0]
+    assert "Calibrated on onnxruntime 1." in WARNINGS[0] and "; this is " in WARNINGS[0]
+
+
+def test_refusing_lasts_until_the_answers_agree_and_stays_if_they_do_not(check):
+    released = threading.Event()
+
+    def held(outputs):
+        released.wait(30)
+        return outputs
+
+    found, _ = check("refuse", change=held)
+    assert "still comparing" in found.refusal
+    released.set()
+    wait_for(lambda: found.refusal is None)
+
+
+def test_a_router_that_refuses_says_what_it_found(check):
+    found, _ = check("refuse", first=False, change=other_classes)  # the second instance, too
+    wait_for(lambda: "computes other answers" in found.refusal)
+    assert "\n" not in found.refusal and outcome() == []
+
+
+def test_an_answer_that_is_no_number_is_another(check):
+    found, _ = check(
+        "refuse", change=lambda o: replace(o, embedding=np.full_like(o.embedding, np.nan))
+    )
+    wait_for(lambda: "computes other answers" in found.refusal)
+    assert outcome() == ["other"] and "NaN" in found.refusal
+
+
+def test_rungs_that_are_not_there_yet_are_asked_again_without_a_word(check, deployed):
+    error = deployed("rungs").RungError
+    faults = [
+        FakeTritonModelError("BLS is only supported during the 'execute' function."),
+        error("vit_low failed: Server not ready", is_outage=True),
+        error("vit_low failed: broken", is_outage=False),
+        error("vit_low failed: broken", is_outage=False),
+    ]
+    check("warn", faults=faults)
+    wait_for(lambda: outcome() == ["same"])
+    assert WARNINGS == ["router: reference answers not compared yet: vit_low failed: broken"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "first", "file"),
+    [
+        ("off", True, "calibration.json"),
+        ("warn", False, "calibration.json"),
+        ("warn", True, "none.json"),
+    ],
+)
+def test_nothing_is_asked_where_nobody_wants_to_know(check, fit_with_answers, mode, first, file):
+    found, asked = check(mode, first, fit_with_answers[1].with_name(file))
+    found.stop()
+    time.sleep(0.05)
+    assert asked.batches == [] and found.refusal is None and outcome() == []
+
+
+def test_refusing_without_reference_answers_stops_the_load(check, fit_with_answers):
+    with pytest.raises(ValueError, match="no reference answers in this artifact"):
+        check("refuse", file=fit_with_answers[1].with_name("none.json"))
+
+
+def test_unloading_ends_the_comparison_at_the_next_batch(check):
+    entered, released = threading.Event(), threading.Event()
+
+    def held(outputs):
+        entered.set()
+        released.wait(30)
+        return outputs
+
+    found, asked = check("warn", change=held)
+    assert entered.wait(10)
+    stopping = threading.Thread(target=found.stop)
+    stopping.start()
+    released.set()
+    stopping.join(10)
+    assert not stopping.is_alive() and not found._thread.is_alive()
+    assert len(asked.batches) <= 3 and outcome() == []

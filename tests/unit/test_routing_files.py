@@ -157,9 +157,37 @@ def test_check_rungs_refuses_altered_weights(tmp_path):
     assert loaded == calibration and loaded.rungs == rungs
     loaded.check_rungs(files)
     (tmp_path / "vit_high" / WEIGHTS).write_text("others")
-    with pytest.raises(CalibrationError, match=r"vit_high: model\.onnx is not the file") as error:
+    with pytest.raises(CalibrationError, match=r"vit_high: weights\.bin is not the file") as error:
         loaded.check_rungs(files)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and "the weights that model.onnx reads" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", WEIGHTS])
+def test_a_file_that_was_cut_short_or_is_missing_is_named_as_such(tmp_path, name):
+    graph, weights = tmp_path / "model.onnx", tmp_path / WEIGHTS
+    graph.write_text("a graph")
+    weights.write_text("some weights")
+    record = RungRecord(
+        2,
+        "px=2",
+        manifest.sha256_file(graph),
+        manifest.sha256_file(weights),
+        size_bytes=graph.stat().st_size,
+        weights_size_bytes=weights.stat().st_size,
+    )
+    assert record.fault(graph, "differs") is None
+    file = tmp_path / name
+    content = file.read_bytes()
+    file.write_bytes(content[:4])
+    of = f"it has 4 of {len(content)} bytes"
+    assert record.fault(graph, "differs").startswith(f"{name} was cut short: {of}")
+    file.write_bytes(content[:-1] + b"!")
+    assert record.fault(graph, "differs").startswith(f"{name} differs")
+    unknown = replace(record, size_bytes=None, weights_size_bytes=None)  # of an earlier release
+    file.write_bytes(content[:4])
+    assert unknown == record and unknown.fault(graph, "differs").startswith(f"{name} differs")
+    file.unlink()
+    assert record.fault(graph, "differs").startswith(f"{name} is missing")
 
 
 def test_an_artifact_of_an_earlier_release_has_self_contained_rungs(tmp_path):

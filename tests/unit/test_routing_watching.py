@@ -13,6 +13,7 @@ from tests.unit.fakes import FakeRung, images, make_calibration
 # As tritonserver 2.51.0 words them, seen by a model that calls another.
 OUTAGES = [
     "Failed for execute the inference request. Model 'vit_high' is not ready.",
+    "Model vit_low - Error when running inference: Server not ready",
     "Failed to process the request(s) for model 'vit_high_0_0', message: Stub process "
     "'vit_high_0_0' is not healthy.",
     "Exceeds maximum queue size",

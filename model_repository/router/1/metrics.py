@@ -15,6 +15,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from .routing import Calibration
+from .routing.reference import OUTCOMES as REFERENCE_OUTCOMES
 from .routing.shadow import OUTCOMES as SHADOW_OUTCOMES
 
 _FLUSH_S = 0.5
@@ -103,6 +104,12 @@ class Metrics:
         with self._lock:
             self._values[_key(name, labels)].extend(values)
 
+    def set_reference_outcome(self, found: str) -> None:
+        """Say how the answers compare with the reference answers; one of `OUTCOMES`."""
+        for outcome in REFERENCE_OUTCOMES:
+            metric = self._metrics[_key("reference_answers", {"outcome": outcome})]
+            metric.set(float(outcome == found))
+
     def stop(self) -> None:
         """Hand on what is left and end the thread."""
         self._stopping.set()
@@ -168,6 +175,9 @@ class Metrics:
             "high": calibration.rungs["vit_high"].fingerprint[:_HASH_LENGTH],
         }
         self._add("router_info", "1, with what is served as labels.", gauge, identity).set(1)
+        text = "1 for how the answers compare with the calibration's; all 0: not compared."
+        for outcome in REFERENCE_OUTCOMES:
+            self._add("reference_answers", text, gauge, {"outcome": outcome})
         if calibration.threshold is not None:
             text = "Calibrated threshold, in oracle units."
             self._add("threshold", text, gauge, {}).set(calibration.threshold)

@@ -15,6 +15,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from .metrics import Metrics
+from .reference_check import ReferenceCheck
 from .routing import (
     REFERENCE_MODEL,
     Allowance,
@@ -91,13 +92,29 @@ class TritonPythonModel:
             else None,
         )
 
+        # Each instance is a process. One is enough to tell; to refuse, each has to know.
+        is_first = args["model_instance_name"].endswith("_0")
+        self.reference_check = ReferenceCheck(
+            self.settings.reference_check,
+            self.calibration,
+            _version_dir() / "calibration.json",
+            low=lambda image: self.low(pb_utils.Tensor("image", image)),
+            high=lambda image: ask_high(pb_utils.Tensor("image", image)),
+            report=self.metrics.set_reference_outcome if is_first else None,
+        )
+
     def finalize(self):
-        """Hand on the last counts."""
+        """End the threads and hand on the last counts."""
+        self.reference_check.stop()
         self.watch.stop()
         self.metrics.stop()
 
     def execute(self, requests):
         """Answer all requests with at most one call of each rung."""
+        if self.reference_check.refusal is not None:
+            refused = RungError(self.reference_check.refusal, is_outage=True)
+            self.metrics.count("requests_total", len(requests), outcome=_outcome(refused))
+            return [_response(refused) for _ in requests]
         started = time.perf_counter()
         asked, tensors = [], {}
         for request in requests:

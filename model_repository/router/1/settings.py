@@ -24,6 +24,8 @@ class Settings:
         shadow_version: version of the router whose artifact is tried beside this one's; 0: none.
         shadow_fraction: share of images that it sees, 0..1.
         queue_limit: requests that may wait for the router.
+        reference_check: `off`, `warn` or `refuse`: what becomes of other answers than the
+            calibration's.
     """
 
     degrade_on_high_failure: bool
@@ -34,6 +36,7 @@ class Settings:
     shadow_version: int
     shadow_fraction: float
     queue_limit: int
+    reference_check: str
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Settings:
@@ -62,6 +65,7 @@ class Settings:
             shadow_version=int(_number(given, "shadow_version", 0, math.inf)),
             shadow_fraction=_number(given, "shadow_fraction", 0, 1),
             queue_limit=config["dynamic_batching"]["default_queue_policy"]["max_queue_size"],
+            reference_check=_one_of(given, "reference_check", ("off", "warn", "refuse")),
         )
 
 

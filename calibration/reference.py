@@ -1,0 +1,84 @@
+"""Reference answers of a fit: some images that nothing was fitted on, and what they were answered.
+
+They are read again from where `collect` found them, and travel with the artifact, resized and
+cropped as the rungs take them; `--reference-images 0` keeps them at home.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+
+import numpy as np
+
+from imaging import Preprocessing
+from routing import ReferenceAnswers, RungSet
+
+from .decoding import decode_ahead
+from .fit import Fit
+from .images import open_images
+from .outputs import Outputs
+from .source import ImagesError
+from .splits import Rows
+
+REFERENCE_IMAGES = 32
+
+
+def with_reference_answers(
+    fitted: Fit,
+    outputs: Outputs,
+    rung_set: RungSet,
+    images: int = REFERENCE_IMAGES,
+    say: Callable[[str], None] = lambda line: None,
+) -> Fit:
+    """A fit whose artifact names reference answers.
+
+    Args:
+        fitted: of `outputs`.
+        outputs: their `source` is opened to read the images again.
+        rung_set: how images become tensors.
+        images: how many to take at most; 0: none.
+        say: called with a line where fewer can be had.
+
+    Returns:
+        `fitted` with `answers`; as it is where no image can be had.
+    """
+    if images == 0:
+        return fitted
+    rows = _spread_over_scores(fitted, images)
+    try:
+        source = open_images(outputs.source)
+    except ImagesError as error:
+        say(f"no reference answers: {error}")
+        return fitted
+    places = {name: index for index, name in enumerate(source.names)}
+    wanted = {outputs.names[row]: row for row in rows if outputs.names[row] in places}
+    preprocessing = Preprocessing.from_dict(rung_set.preprocessing)
+    batches = [[places[name] for name in wanted]]
+    with closing(decode_ahead(source, batches, preprocessing)) as decoded:
+        ((found, _),) = decoded
+    same = [image for image in found if image.sha256 == outputs.hashes[wanted[image.name]]]
+    if len(same) < len(rows):
+        say(f"{len(rows) - len(same)} of {len(rows)} reference images are gone or have changed")
+    if not same:
+        return fitted
+    kept = np.array([wanted[image.name] for image in same])
+    answers = ReferenceAnswers.of(
+        np.stack([image.tensor for image in same]),
+        outputs.low.rows(kept),
+        outputs.high.rows(kept),
+        None if outputs.reference is None else outputs.reference.rows(kept),
+        fitted.scores[kept],
+    )
+    named = {"sha256": hashlib.sha256(answers.to_bytes()).hexdigest(), "images": len(answers)}
+    calibration = replace(fitted.calibration, reference_answers=named)
+    return replace(fitted, calibration=calibration, answers=answers)
+
+
+def _spread_over_scores(fitted: Fit, images: int) -> Rows:
+    """Rows that nothing was fitted on, one of each group, evenly over the ranks of the score."""
+    rows = fitted.independent[np.argsort(fitted.scores[fitted.independent], kind="stable")]
+    places = np.linspace(0, len(rows) - 1, min(images, len(rows))).round().astype(int)
+    return np.asarray(rows[places])

@@ -1,0 +1,157 @@
+"""The rungs of a running server as the source of outputs: what is certified is what is served."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import grpc
+import numpy as np
+import tritonclient.grpc as triton
+from numpy.typing import NDArray
+from tritonclient.utils import InferenceServerException
+
+from routing import RUNGS, RungOutputs, RungSet, is_outage
+from routing.provenance import processor
+
+VERSION = "1"  # of the rungs in an assembled repository
+_TIMEOUT_S = 120.0
+_TRIES = 5  # of a batch that a server with other clients refuses
+_PAUSE_S = 0.5
+_HERE = ("127.0.0.1", "localhost", "[::1]")
+
+
+class ServedError(ValueError):
+    """The server does not answer, or serves other rungs. One line."""
+
+
+class ServedRungs:
+    """`vit_low` and `vit_high` of a server, asked over gRPC; a context manager.
+
+    Args:
+        url: HOST:PORT of its gRPC port.
+        rung_set: what it serves. Names, types and shapes are held against it; Triton does not tell
+            which files it has loaded.
+        credentials: of TLS; None connects in the clear.
+
+    Attributes:
+        url: as given.
+        runtime: what answers, as `Outputs.runtime`; its processor is known where it is this one.
+
+    Raises:
+        ServedError: no server there, or not these rungs.
+    """
+
+    def __init__(
+        self, url: str, rung_set: RungSet, credentials: grpc.ChannelCredentials | None = None
+    ) -> None:
+        self.url = url
+        self._client = triton.InferenceServerClient(url, creds=credentials)
+        head = [] if rung_set.classes is None else ["logits"]
+        self._outputs = {
+            "vit_low": ["embedding", "cls_layers", *head],
+            "vit_high": ["embedding", *head],
+        }
+        try:
+            server = self._ask(self._client.get_server_metadata)
+            for name in RUNGS:
+                self._check(name, rung_set)
+        except BaseException:
+            self._client.close()
+            raise
+        is_here = url.rpartition(":")[0] in _HERE
+        self.runtime: dict[str, Any] = {
+            "name": f"tritonserver {server.version}",
+            "processor": processor() if is_here else None,
+        }
+
+    def __enter__(self) -> ServedRungs:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._client.close()
+
+    def graphs(self) -> dict[str, Callable[[NDArray[np.float32]], RungOutputs]]:
+        """Each rung as a function of `image`, FP32 (B, 3, H, W); it raises `ServedError`."""
+        return {name: partial(self._run, name) for name in RUNGS}
+
+    def _run(self, name: str, image: NDArray[np.float32]) -> RungOutputs:
+        tensor = triton.InferInput("image", list(image.shape), "FP32")
+        tensor.set_data_from_numpy(image)
+        outputs = [triton.InferRequestedOutput(output) for output in self._outputs[name]]
+        answer = self._ask(
+            self._client.infer, name, [tensor], model_version=VERSION, outputs=outputs
+        )
+        arrays = [answer.as_numpy(output) for output in ("embedding", "cls_layers", "logits")]
+        return RungOutputs(*arrays)
+
+    def _ask(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Make a call, again where the server has too much to do."""
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                return call(*arguments, **options, client_timeout=_TIMEOUT_S)
+            except InferenceServerException as error:
+                reason = " ".join(error.message().split())
+                if tries_left and is_outage(reason):
+                    time.sleep(_PAUSE_S)
+                    continue
+                raise ServedError(
+                    f"no answer from the server at {self.url} ({reason}); is it the gRPC port of "
+                    "one that serves these rungs?"
+                ) from None
+        raise AssertionError("a call that is out of tries raises")
+
+    def _check(self, name: str, rung_set: RungSet) -> None:
+        served = self._ask(self._client.get_model_metadata, name, VERSION)
+        found = {
+            tensor.name: (tensor.datatype, [int(size) for size in tensor.shape[1:]])
+            for tensor in (*served.inputs, *served.outputs)
+        }
+        expected: dict[str, tuple[str, Sequence[int]]] = {
+            "image": ("FP32", list(rung_set.image_shape)),
+            "embedding": ("FP32", [rung_set.embedding_dim]),
+        }
+        if name == "vit_low":
+            expected["cls_layers"] = ("FP32", [rung_set.layers + 1, rung_set.embedding_dim])
+        if rung_set.classes is not None or "logits" in found:
+            expected["logits"] = ("FP32", [rung_set.classes or 0])
+        for tensor, (datatype, shape) in expected.items():
+            if found.get(tensor) != (datatype, shape):
+                has = "no such tensor" if tensor not in found else "{} {}".format(*found[tensor])
+                raise ServedError(
+                    f"{name} at {self.url} is not the rung in --onnx: {tensor} is {datatype} "
+                    f"{shape} there and {has} on the server; give the folder that its repository "
+                    "was assembled from"
+                )
+
+
+def credentials(
+    ca: Path | None, certificate: Path | None, key: Path | None
+) -> grpc.ChannelCredentials | None:
+    """TLS out of PEM files; None where no authority is given.
+
+    Raises:
+        ServedError: a file is missing, or its partner is.
+    """
+    if (certificate is None) != (key is None):
+        raise ServedError("--tls-cert and --tls-key go together")
+    if ca is None:
+        if certificate is not None:
+            raise ServedError("--tls-cert needs --tls-ca, the authority of the server's own")
+        return None
+    try:
+        root, secret, chain = (
+            None if path is None else path.read_bytes() for path in (ca, key, certificate)
+        )
+    except OSError as error:
+        raise ServedError(f"{error.filename}: {error.strerror}") from None
+    return grpc.ssl_channel_credentials(root, secret, chain)

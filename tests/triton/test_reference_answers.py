@@ -1,0 +1,110 @@
+"""Whether a server answers as its artifact was calibrated: one that does, and one that does not."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from calibration.outputs import Outputs
+from client import GrpcClient
+from export.repository import assemble
+from export.settings import ReferenceCheck, Settings
+from server import ServerStartError, TritonServer
+from tests.triton.conftest import ROOT, reference_outcome, run_command
+from tests.unit.reference_files import collected, fitted
+
+OTHER = "this server computes other answers than the calibration did; calibrate here"
+
+
+def check(server, repository, *more):
+    command = [sys.executable, "-m", "server", "check", "--repository", repository]
+    return subprocess.run(
+        [*map(str, command), "--url", server.grpc_url, *more],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """Rungs, and an artifact in their name whose answers other graphs of the same shapes gave.
+
+    Every hash fits, as it does where another runtime computes otherwise from the same files.
+    """
+    folder = tmp_path_factory.mktemp("foreign")
+    rung_set, outputs = collected(folder, answering=(1, 2), served=(5, 6))
+    fitted(rung_set, outputs).save(folder / "calibration.json")
+    return rung_set, folder / "calibration.json"
+
+
+def test_a_server_that_answers_as_calibrated_passes(build, server):
+    assert reference_outcome(server) == "same"
+    done = check(server, build / "model_repository")
+    assert done.returncode == 0, done.stderr
+    assert "this server answers as the calibration did: of 32 reference images 0" in done.stdout
+    assert "calibrated on onnxruntime 1." in done.stdout
+    assert "serving on tritonserver 2." in done.stdout
+    done = check(server, build / "model_repository", "--json")
+    found = json.loads(done.stdout)
+    assert (found["outcome"], found["images"], found["version"]) == ("same", 32, 1)
+    assert found["rungs"]["vit_high"]["images"] == 32
+    assert found["rungs"]["vit_high"]["largest"] < 1e-4
+
+
+def test_other_answers_under_the_same_hashes_are_told(foreign, tmp_path):
+    rung_set, artifact = foreign
+    repository = assemble(rung_set, artifact, tmp_path / "repository")
+    with TritonServer(repository, free_ports=True) as server:
+        assert reference_outcome(server) == "other"
+        assert f"router: {OTHER}: of 32" in server.log_path.read_text()
+        done = check(server, repository)
+        assert done.returncode == 1 and OTHER in done.stdout and done.stderr == ""
+        with GrpcClient(server.grpc_url) as client:  # only told: whoever asks is answered
+            (answer,) = client.infer_tensor(np.zeros((1, 3, 8, 8), np.float32))
+        assert np.isfinite(answer.embedding).all()
+
+
+def test_a_router_that_shall_refuse_other_answers_does_not_start(foreign, tmp_path):
+    rung_set, artifact = foreign
+    settings = Settings(reference_check=ReferenceCheck.REFUSE)
+    repository = assemble(rung_set, artifact, tmp_path / "repository", settings)
+    with pytest.raises(ServerStartError, match=OTHER), TritonServer(repository, free_ports=True):
+        pass
+
+
+def test_a_check_that_cannot_be_made_is_one_line(build, server, tmp_path):
+    done = check(server, tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stdout == ""
+
+
+def test_outputs_are_collected_from_the_server_that_will_be_calibrated(build, server, tmp_path):
+    options = ("--images", "sample", "--limit", 40, "--onnx", build / "onnx")
+    for name, more in (("served", ("--url", server.grpc_url)), ("local", ())):
+        run_command("calibration", "collect", *options, "--out", tmp_path / f"{name}.npz", *more)
+    served, local = (Outputs.load(tmp_path / f"{name}.npz") for name in ("served", "local"))
+    assert served.names == local.names and served.rung_hashes == local.rung_hashes
+    for found, expected in ((served.low, local.low), (served.high, local.high)):
+        np.testing.assert_allclose(found.embedding, expected.embedding, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(found.logits, expected.logits, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(served.low.cls_layers, local.low.cls_layers, rtol=1e-3, atol=1e-3)
+    assert served.high.cls_layers is None
+    assert served.runtime["name"].startswith("tritonserver 2.")
+    assert local.runtime["name"].startswith("onnxruntime ")
+    assert served.runtime["processor"] == local.runtime["processor"]  # both are this machine
+
+
+def test_a_server_of_other_rungs_is_no_source(foreign, server, tmp_path):
+    onnx = foreign[0].files["vit_low"].parent
+    done = subprocess.run(
+        [*map(str, (sys.executable, "-m", "calibration", "collect", "--images", "sample"))]
+        + ["--onnx", str(onnx), "--out", str(tmp_path / "o.npz"), "--url", server.grpc_url],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "vit_low at" in done.stderr and "is not the rung in --onnx: image is" in done.stderr
+    assert not (tmp_path / "o.npz").exists()

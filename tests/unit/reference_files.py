@@ -1,0 +1,55 @@
+"""Artifacts with reference answers, made by the product's own functions from tiny rungs."""
+
+from dataclasses import replace
+
+import numpy as np
+from PIL import Image
+
+from calibration.collect import collect
+from calibration.fidelity import Fidelity
+from calibration.fit import EscalationRate, Options, fit
+from calibration.images import open_images
+from calibration.outputs import Outputs
+from calibration.reference import REFERENCE_IMAGES, with_reference_answers
+from routing import RungSet
+from tests.unit.onnx_files import write_rung_set
+
+IMAGES = 200
+SEEDS = (1, 2)
+
+
+def write_pictures(folder, count=IMAGES, seed=0):
+    """Noise of one colour each, so that the tiny rungs tell them apart."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for index in range(count):
+        noise = rng.integers(-40, 40, (10, 12, 3)) + rng.integers(40, 216, 3)
+        Image.fromarray(noise.astype(np.uint8)).save(folder / f"{index:03d}.png")
+    return folder
+
+
+def collected(folder, answering=SEEDS, served=SEEDS):
+    """The rungs to serve, and outputs in their name.
+
+    Args:
+        folder: written to.
+        answering: seeds of the graphs that are run for the outputs.
+        served: seeds of the rungs. Where they are others, the outputs are what another runtime may
+            compute from the same files.
+    """
+    if not (folder / "images").exists():
+        write_pictures(folder / "images")
+    rungs = {
+        seeds: RungSet.load(write_rung_set(folder / "onnx{}-{}".format(*seeds), seeds=seeds))
+        for seeds in {answering, served}
+    }
+    collect(rungs[answering], open_images(str(folder / "images")), folder / "outputs.npz")
+    outputs = Outputs.load(folder / "outputs.npz")
+    return rungs[served], replace(outputs, rung_hashes=rungs[served].fingerprints())
+
+
+def fitted(rung_set, outputs, target=None, images=REFERENCE_IMAGES, say=lambda line: None):
+    """`python -m calibration fit`, to be saved."""
+    target = target or EscalationRate(0.3)
+    found = fit(outputs, rung_set, target, Options(Fidelity("top1")))
+    return with_reference_answers(found, outputs, rung_set, images, say)

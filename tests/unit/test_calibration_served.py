@@ -1,0 +1,197 @@
+"""`collect` from a server: what is asked, and what is no source. The server is a fake."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from tritonclient.utils import InferenceServerException
+
+from calibration import collect as collect_module
+from calibration import served as module
+from calibration.collect import PART, collect
+from calibration.outputs import Outputs
+from calibration.served import ServedError, ServedRungs, credentials
+from calibration.sessions import open_session, run_session
+from routing import RungSet
+from tests.unit.calibration_outputs import with_reference
+from tests.unit.image_files import MemorySource
+from tests.unit.onnx_files import CLASSES, LAYERS, SIZE, D, write_rung_set
+
+
+class FakeTriton:
+    """A server of two rungs, by ONNX Runtime; the first calls of a model raise `refusals`."""
+
+    def __init__(self, rung_set, version="2.51.0", refusals=(), shapes=None):
+        self.sessions = {name: open_session(file) for name, file in rung_set.files.items()}
+        self.version, self.refusals, self.shapes = version, list(refusals), shapes or {}
+        self.asked, self.closed = [], False
+
+    def __call__(self, url, creds):
+        self.url, self.creds = url, creds
+        return self
+
+    def close(self):
+        self.closed = True
+
+    def get_server_metadata(self, client_timeout):
+        return SimpleNamespace(version=self.version)
+
+    def get_model_metadata(self, model, version, client_timeout):
+        assert version == "1"
+        shapes = {
+            "image": [3, SIZE, SIZE],
+            "embedding": [D],
+            "cls_layers": [LAYERS + 1, D],
+            "logits": [CLASSES],
+            **self.shapes,
+        }
+        tensors = [
+            SimpleNamespace(name=name, datatype="FP32", shape=[-1, *shape])
+            for name, shape in shapes.items()
+            if shape
+        ]
+        return SimpleNamespace(inputs=tensors[:1], outputs=tensors[1:])
+
+    def infer(self, model, inputs, model_version, outputs, client_timeout):
+        assert model_version == "1"
+        if self.refusals:
+            raise self.refusals.pop(0)
+        names = [output.name() for output in outputs]
+        image = np.frombuffer(inputs[0]._raw_content, np.float32).reshape(inputs[0].shape())
+        self.asked.append((model, len(image), tuple(names)))
+        found = run_session(self.sessions[model], image, layers="cls_layers" in names)
+        return SimpleNamespace(as_numpy=lambda name: getattr(found, name))
+
+
+@pytest.fixture
+def rung_set(tmp_path):
+    return RungSet.load(write_rung_set(tmp_path / "onnx"))
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    def start(server, rung_set, url="127.0.0.1:8001"):
+        monkeypatch.setattr(module.triton, "InferenceServerClient", server)
+        monkeypatch.setattr(module, "_PAUSE_S", 0.0)
+        return ServedRungs(url, rung_set)
+
+    return start
+
+
+def overloaded():
+    return InferenceServerException("Exceeds maximum queue size", "StatusCode.UNAVAILABLE")
+
+
+def test_outputs_of_a_server_are_those_of_its_rungs(rung_set, serve, tmp_path):
+    server = FakeTriton(rung_set)
+    with serve(server, rung_set) as served:
+        assert collect(rung_set, MemorySource(20), tmp_path / "served.npz", served=served) == []
+    collect(rung_set, MemorySource(20), tmp_path / "local.npz")
+    found, local = (Outputs.load(tmp_path / f"{name}.npz") for name in ("served", "local"))
+    np.testing.assert_array_equal(found.low.cls_layers, local.low.cls_layers)
+    np.testing.assert_array_equal(found.high.logits, local.high.logits)
+    assert found.runtime["name"] == "tritonserver 2.51.0" and server.closed
+    assert server.asked[:2] == [
+        ("vit_low", 16, ("embedding", "cls_layers", "logits")),
+        ("vit_high", 16, ("embedding", "logits")),
+    ]
+
+
+def test_a_full_queue_is_waited_for_and_a_fault_is_not(rung_set, serve, tmp_path):
+    server = FakeTriton(rung_set, refusals=[overloaded(), overloaded()])
+    with serve(server, rung_set) as served:
+        collect(rung_set, MemorySource(3), tmp_path / "outputs.npz", served=served)
+        assert len(Outputs.load(tmp_path / "outputs.npz")) == 3
+        server.refusals = [InferenceServerException("the graph\nfails", "StatusCode.INTERNAL")]
+        with pytest.raises(ServedError, match="the graph fails") as error:
+            served.graphs()["vit_low"](np.zeros((1, 3, SIZE, SIZE), np.float32))
+        assert server.refusals == [] and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        ({"image": [3, 9, 9]}, "image is FP32 [3, 8, 8] there and FP32 [3, 9, 9] on the server"),
+        ({"embedding": [D + 1]}, "embedding is"),
+        ({"cls_layers": [LAYERS, D]}, "cls_layers is"),
+        ({"cls_layers": None}, "cls_layers is FP32 [4, 6] there and no such tensor"),
+        ({"logits": [CLASSES + 1]}, "logits is"),
+    ],
+)
+def test_a_server_of_other_rungs_is_refused(rung_set, serve, shapes, words):
+    server = FakeTriton(rung_set, shapes=shapes)
+    with pytest.raises(ServedError) as error:
+        serve(server, rung_set)
+    assert words in str(error.value) and "vit_low at 127.0.0.1:8001" in str(error.value)
+    assert server.closed
+
+
+def test_only_a_server_on_this_machine_has_a_known_processor(rung_set, serve):
+    for url, known in (("localhost:8001", True), ("10.0.0.7:8001", False)):
+        served = serve(FakeTriton(rung_set), rung_set, url)
+        assert (served.runtime["processor"] is not None) == known
+        assert "10.0.0.7" not in str(served.runtime)  # it travels with the artifact
+
+
+def test_a_reference_that_is_not_served_runs_here(rung_set, serve, tmp_path):
+    rungs = with_reference(rung_set)
+    server = FakeTriton(rung_set)
+    with serve(server, rungs) as served:
+        collect(rungs, MemorySource(5), tmp_path / "outputs.npz", served=served)
+    assert {model for model, *_ in server.asked} == {"vit_low", "vit_high"}
+    assert len(Outputs.load(tmp_path / "outputs.npz").reference) == 5
+
+
+@pytest.mark.parametrize("change", ["here", "server", "release", "processor"])
+def test_parts_of_another_runtime_are_made_anew(rung_set, serve, tmp_path, monkeypatch, change):
+    class StoppedError(Exception):
+        pass
+
+    def stop(count, resumed):
+        raise StoppedError
+
+    out, url = tmp_path / "outputs.npz", "127.0.0.1:8001"
+    with pytest.raises(StoppedError):  # after the first part, which stays
+        collect(rung_set, MemorySource(16), out, stop, serve(FakeTriton(rung_set), rung_set))
+
+    def asked(served):
+        source = MemorySource(16)
+        parts = out.with_name("outputs.npz.parts")
+        kept = {file.name: file.read_bytes() for file in parts.glob("*")}
+        collect(rung_set, source, out, served=served)
+        parts.mkdir()
+        for name, data in kept.items():
+            (parts / name).write_bytes(data)
+        return len(source.read)
+
+    assert PART >= 16 and asked(serve(FakeTriton(rung_set), rung_set)) == 0
+    if change == "processor":
+        monkeypatch.setattr(module, "processor", lambda: {"vendor": "", "model": "", "int8": []})
+    version = "2.60.0" if change == "release" else "2.51.0"
+    other = "127.0.0.1:9001" if change == "server" else url
+    served = None if change == "here" else serve(FakeTriton(rung_set, version), rung_set, other)
+    assert asked(served) == 16
+
+
+def test_parts_of_another_processor_are_made_anew_here_too(rung_set, tmp_path, monkeypatch):
+    found = []
+    for facts in ({"int8": ["avx2"]}, {"int8": ["avx2"]}, {"int8": ["avx512_vnni"]}):
+        monkeypatch.setattr(
+            collect_module, "local_runtime", lambda facts=facts: {"name": "ort", **facts}
+        )
+        monkeypatch.setattr(collect_module.Parts, "remove", lambda parts: None)
+        source = MemorySource(4)
+        collect(rung_set, source, tmp_path / "outputs.npz")
+        found.append(len(source.read))
+    assert found == [4, 0, 4]
+
+
+def test_tls_files_go_together(tmp_path):
+    assert credentials(None, None, None) is None
+    for files, words in (
+        ((None, tmp_path / "c", None), "--tls-cert and --tls-key go together"),
+        ((None, tmp_path / "c", tmp_path / "k"), "--tls-cert needs --tls-ca"),
+        ((tmp_path / "a", None, None), "No such file"),
+    ):
+        with pytest.raises(ServedError, match=words):
+            credentials(*files)
