@@ -106,7 +106,7 @@ def write_graph(path, seen, shift, head=True):
     onnx.save(model, path)
 
 
-def write_shelf(folder, low, beside, fitted_on="", head=True):
+def write_shelf(folder, low, beside, fitted_on="", head=True, task="classes"):
     """What `export rungs` leaves: the full model, and cheap graphs by their recipes."""
     folder.mkdir(parents=True)
     names = {"vit_low": low, "vit_high": "fp32"}
@@ -131,6 +131,7 @@ def write_shelf(folder, low, beside, fitted_on="", head=True):
         "embedding_dim": D,
         "layers": LAYERS,
         "classes": CLASSES if head else None,
+        "task": task if head else None,
         "labels": [f"class {i}" for i in range(CLASSES)] if head else None,
         "preprocessing": Preprocessing(
             SIZE, SIZE, None, "bilinear", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -152,9 +153,9 @@ def spread(value):
 class Commands:
     """Stands in for `run` and `run_json`; `said` holds every command's arguments."""
 
-    def __init__(self, ms=None, head=True):
+    def __init__(self, ms=None, head=True, task="classes"):
         self.said = []
-        self._ms, self._head = ms or MS, head
+        self._ms, self._head, self._task = ms or MS, head, task
 
     def of(self, *verb):
         """The commands of one verb."""
@@ -169,7 +170,12 @@ class Commands:
             digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in learned]
             beside = options.get("--beside", [])
             write_shelf(
-                out["--out"], options["--low"][0], beside, hash_prefixes(digests), self._head
+                out["--out"],
+                options["--low"][0],
+                beside,
+                hash_prefixes(digests),
+                self._head,
+                self._task,
             )
         elif self.said[-1][1] == "align":
             alignment = Alignment.load(Path(options["--alignment"][0]))
@@ -181,7 +187,7 @@ class Commands:
     def run_json(self, arguments, say):
         self.said.append([str(argument) for argument in arguments])
         if self.said[-1][1] == "describe":
-            task = "classes" if self._head else None
+            task = self._task if self._head else None
             return {"patch_size": 1, "high_px": SIZE, "task": task}
         names = _options(self.said[-1][2:])["--graphs"][0].split(",")
         return {"graphs": {name: self._cost(name) for name in names}}
