@@ -298,11 +298,10 @@ def compare(calibration: Calibration, recorded: ReferenceAnswers, served: Served
     decided = escalation_mask(recorded.scores, calibration.threshold, Overrides())
     before = _chosen(decided, recorded.low, recorded.high)
     truth = recorded.high if recorded.truth is None else recorded.truth
-    kind, tolerance = calibration.chosen_by["fidelity"], calibration.chosen_by.get("tolerance")
 
     def unlike(some: RungOutputs, other: RungOutputs) -> NDArray[np.bool_]:
         with np.errstate(invalid="ignore", over="ignore"):
-            return fidelity_loss(kind, tolerance, some, other) | ~some.finite()
+            return fidelity_loss(calibration.chosen_by, some, other) | ~some.finite()
 
     lost_before = int(unlike(before, truth).sum())
     kept = np.flatnonzero(~served.escalated)

@@ -109,7 +109,7 @@ def write_graph(path, seen, shift, head=True):
     onnx.save(model, path)
 
 
-def write_shelf(folder, low, beside, fitted_on="", head=True):
+def write_shelf(folder, low, beside, fitted_on="", head=True, task="classes"):
     """What `export rungs` leaves: the full model, and cheap graphs by their recipes."""
     folder.mkdir(parents=True)
     names = {"vit_low": low, "vit_high": "fp32"}
@@ -134,6 +134,7 @@ def write_shelf(folder, low, beside, fitted_on="", head=True):
         "embedding_dim": D,
         "layers": LAYERS,
         "classes": CLASSES if head else None,
+        "task": task if head else None,
         "labels": [f"class {i}" for i in range(CLASSES)] if head else None,
         "preprocessing": Preprocessing(
             SIZE, SIZE, None, "bilinear", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -170,10 +171,10 @@ def spread(value):
 class Commands:
     """Stands in for `run` and `run_json`; `said` holds every command's arguments."""
 
-    def __init__(self, ms=None, head=True, model=None):
+    def __init__(self, ms=None, head=True, model=None, task="classes"):
         self.said = []
-        self._ms, self._head = ms or MS, head
         self._model = model or ("ViTForImageClassification" if head else "ViTModel")
+        self._ms, self._head, self._task = ms or MS, head, task
 
     def of(self, *verb):
         """The commands of one verb."""
@@ -190,7 +191,12 @@ class Commands:
             if not any("int8=static" in text for text in [*options["--low"], *beside]):
                 digests = []
             write_shelf(
-                out["--out"], options["--low"][0], beside, hash_prefixes(digests), self._head
+                out["--out"],
+                options["--low"][0],
+                beside,
+                hash_prefixes(digests),
+                self._head,
+                self._task,
             )
         elif self.said[-1][1] == "align":
             alignment = Alignment.load(Path(options["--alignment"][0]))
@@ -204,12 +210,13 @@ class Commands:
         if self.said[-1][1] == "describe":
             options = _options(self.said[-1][2:])
             px = [int(text) for text in options.get("--px", [])]
-            return describe(
+            content = describe(
                 tiny_backbone(self._model),
                 options.get("--recipe", []),
                 *px,
                 own_head="--head" not in options,
             )
+            return {**content, "task": self._task if self._head else None}
         names = _options(self.said[-1][2:])["--graphs"][0].split(",")
         return {"graphs": {name: self._cost(name) for name in names}}
 

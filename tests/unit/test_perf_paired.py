@@ -1,5 +1,7 @@
 """Systems in turn on the same images: order, costs and agreement, with a scripted asker."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -257,3 +259,14 @@ def test_an_embedding_of_zeros_agrees_with_nothing():
     zeros = make_answer(embedding=(0.0, 0.0), head=False)
     with np.errstate(invalid="ignore"):
         assert below(0.1)(zeros, make_answer(head=False))
+
+
+def test_labels_and_values_agree_by_the_calibrations_own_loss():
+    def answer(*logits):
+        return replace(make_answer(), logits=np.array(logits, np.float32))
+
+    lost = is_a_loss({"fidelity": "labels", "label_threshold": 0.5})
+    assert not lost(answer(0.1, -2.0), answer(3.0, -0.1))  # top-1 or not, both name the first
+    assert lost(answer(3.0, 0.1), answer(3.0, -0.1))  # the same largest, another set
+    lost = is_a_loss({"fidelity": "value", "tolerance": 0.5, "relative": False})
+    assert lost(answer(-0.4), answer(0.4)) and not lost(answer(-0.2), answer(0.2))

@@ -151,6 +151,12 @@ def test_fidelity_is_told_in_words():
     assert words(make_calibration(chosen_by=by_cosine)) == (
         "has an embedding of cosine 0.95 or more"
     )
+    by_value = {"fidelity": "value", "tolerance": 0.1, "relative": True}
+    assert words(make_calibration(chosen_by=by_value)) == "gives a value within 10 %"
+    by_labels = {"fidelity": "labels", "tolerance": None, "label_threshold": 0.3}
+    assert words(make_calibration(chosen_by=by_labels)) == (
+        "gives the same set of labels at probability 0.3"
+    )
 
 
 # --- the file ----------------------------------------------------------------------------------

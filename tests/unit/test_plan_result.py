@@ -8,7 +8,7 @@ import pytest
 
 from calibration.align import ALIGN_SHARE
 from calibration.certify import Goal, allowed_errors, images_needed, one_per_group
-from calibration.fidelity import Fidelity
+from calibration.fidelity import Fidelity, FidelityError
 from calibration.fit import without_learned
 from calibration.outputs import Outputs, known_prefixes
 from calibration.plan import result
@@ -349,6 +349,29 @@ def test_a_fidelity_that_is_named_is_kept(tmp_path):
     content = result.to_dict(plan(request, Commands()), None, [])
     assert (content["goal"]["fidelity"], content["goal"]["tolerance"]) == ("cosine", 0.3)
     assert content["tested"][0]["certificate"]["tolerance"] == 0.3
+
+
+def test_independent_labels_are_planned_for_by_their_sets(tmp_path):
+    request = make_request(tmp_path, tolerance=None, label_threshold=0.6)
+    planned = plan(request, Commands(task="labels"))
+    goal = result.to_dict(planned, None, [])["goal"]
+    assert (goal["fidelity"], goal["label_threshold"]) == ("labels", 0.6)
+    assert {c.signal for c in planned.candidates} == {"label_margin", "cls_path", "cls_regression"}
+    outputs = planned.pairs[planned.tested[0].candidate.low, planned.tested[0].candidate.high]
+    cut = np.log(0.6 / 0.4)
+    differs = ((outputs.low.logits >= cut) != (outputs.truth.logits >= cut)).any(axis=1)
+    np.testing.assert_array_equal(planned.tested[0].fit.loss, differs)
+
+
+def test_what_may_differ_of_a_value_is_asked_before_anything_is_exported(tmp_path):
+    commands = Commands(task="value")
+    with pytest.raises(FidelityError, match="give --fidelity value --tolerance X"):
+        plan(make_request(tmp_path), commands)
+    assert commands.of("export", "rungs") == []
+    planned = plan(make_request(tmp_path, fidelity=Fidelity("value", 0.3)), Commands(task="value"))
+    goal = result.to_dict(planned, None, [])["goal"]
+    assert (goal["fidelity"], goal["tolerance"], goal["relative"]) == ("value", 0.3, False)
+    assert {c.signal for c in planned.candidates} == {"cls_path", "cls_regression"}
 
 
 def test_where_no_candidates_are_named_those_of_the_model_are_tried(tmp_path):

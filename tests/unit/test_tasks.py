@@ -129,8 +129,14 @@ def test_a_task_can_be_given_where_the_config_does_not_say_it(tmp_path):
     headless = load_backbone(str(save_tiny(tmp_path / "base", "ViTModel")))
     with pytest.raises(UsageError, match="it has none"):
         headless.answering("value")
-    done = run_export("rungs", "--model", model, "--task", "colour", "--out", tmp_path / "onnx")
-    assert done.exit_code == 2 and "--task" in done.stderr
+    for options, said in (
+        (("--task", "colour"), "--task"),
+        # Refused for its resolution, once the model is read and it was said what it is taken for.
+        (("--low", "px=5"), "taken as a value; if it is the logit of a label, give --task labels"),
+        (("--task", "labels", "--head", "linear", "--images", tmp_path), "--head linear answers"),
+    ):
+        done = run_export("rungs", "--model", model, "--out", tmp_path / "onnx", *options)
+        assert done.exit_code == 2 and said in " ".join(done.stderr.split())
 
 
 def test_export_records_the_task_and_earlier_records_are_read_as_transformers_would(
