@@ -60,6 +60,7 @@ def summarise_plan(
         },
         "agreement": dict(agreement),
         "best_alternative": _best_alternative(agreement, paired),
+        "low_cost_ratio_to_plan": paired.cost_ratio(name_of(LOW), to=name_of(ADAPTIVE)).median,
     }
 
 
@@ -114,9 +115,8 @@ def speedup_sentence(plan: Summary) -> str:
 def best_sentence(plan: Summary) -> str:
     """What the cascade has to beat, and by how much it does."""
     best = plan["best_alternative"]
-    alone = plan["throughput_per_s"][ADAPTIVE] / plan["throughput_per_s"][LOW]
     costs = f" and costs {best['cost_ratio_to_plan']:.2f} times as much"
-    of_cascade = f" and costs {alone:.2f} of the cascade"
+    of_cascade = f" and costs {plan['low_cost_ratio_to_plan']:.2f} of the cascade"
     if plan["disturbed"]:
         costs = of_cascade = ""
     return (

@@ -117,6 +117,7 @@ def test_the_speedup_is_taken_within_turns():
     plan = plan_entry()
     assert plan["speedup_vs_high"] == pytest.approx(6.0)  # of 6, 8 and 4
     assert plan["speedup_spread"] == {"min": pytest.approx(4.0), "max": pytest.approx(8.0)}
+    assert plan["low_cost_ratio_to_plan"] == pytest.approx(0.75)  # of 0.75, 1 and 0.5
     assert plan["throughput_per_s"]["adaptive"] == pytest.approx(60)
     assert (plan["low"], plan["high"]) == (CHEAP.recipe, INT8.recipe)
     assert (plan["signal"], plan["max_risk"]) == ("margin", 0.05)
