@@ -18,7 +18,8 @@ import onnxruntime as ort
 import PIL
 from numpy.typing import NDArray
 
-from imaging import Preprocessing
+from bundle.prints import LOOK_BYTES
+from imaging import Preprocessing, code_sha256
 from routing import RungSet, RungSetError
 
 from .decoding import DecodedImage, decode_ahead
@@ -94,7 +95,8 @@ def collect(
             unreadable[index] = lines
             _check_readable(unreadable, len(source))
     preprocessing_sha256 = rung_set.preprocessing_sha256()
-    parts.join(out, scalar_arrays(hashes, preprocessing_sha256, source.spec, source.title))
+    scalars = scalar_arrays(hashes, preprocessing_sha256, code_sha256(), source.spec, source.title)
+    parts.join(out, scalars)
     parts.remove()
     return [line for index in range(len(ranges)) for line in unreadable[index]]
 
@@ -116,6 +118,7 @@ def _identity(rung_set: RungSet, source: ImageSource, sessions: Sessions) -> str
         "rungs": rung_set.fingerprints(),
         "source": source.fingerprint(),
         "preprocessing": rung_set.preprocessing_sha256(),
+        "imaging": code_sha256(),
         "labels": rung_set.labels,
         "sizes": [BATCH, PART],
         "providers": {name: session.get_providers() for name, session in sessions.items()},
@@ -180,6 +183,7 @@ def _run(
         names=[item.name for item in kept],
         groups=[item.group for item in kept],
         hashes=[item.sha256 for item in kept],
+        looks=np.array([item.look for item in kept]).reshape(len(kept), LOOK_BYTES),
     )
     return rows, lines
 

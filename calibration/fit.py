@@ -17,16 +17,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bundle.prints import among, encode, find_copies
+from imaging import code_sha256
 from routing import SIGNALS, Calibration, RungSet
 
 from . import certify, metrics
 from .coefficients import FOLDS, FitSample, applicable, fit_coefficients, out_of_fold, signal_values
 from .fidelity import Fidelity, oracle_l2
 from .held_out import HeldOut
-from .outputs import Outputs, hash_prefixes, known_prefixes
+from .outputs import Outputs
 from .record import FitRecord, record_path
 from .scoring import fit_score_map, learn_sign, threshold_for_rate
-from .splits import CERTIFIED, UNCERTIFIED, Rows, check_no_duplicates, group_keys, split_by_group
+from .splits import CERTIFIED, UNCERTIFIED, Rows, group_keys, split_by_group
 
 FloatVector = NDArray[np.float64]
 
@@ -127,14 +129,13 @@ def fit(
 
     Raises:
         FitError: outputs of other rungs, too few images, or a signal that does not apply.
-        SplitError: the images cannot be split, or lie in two splits.
+        SplitError: the images cannot be split.
         FidelityError: the fidelity loss does not apply.
     """
     _check(outputs, rung_set, options)
     groups = group_keys(outputs, options.group_by)
     shares = CERTIFIED if isinstance(target, certify.Goal) else UNCERTIFIED
     splits = split_by_group(groups, shares, options.seed)
-    check_no_duplicates(outputs, splits)
     oracle, loss = oracle_l2(outputs), options.fidelity.loss(outputs)
     high_loss = options.fidelity.high_loss(outputs)
 
@@ -188,11 +189,13 @@ def fit(
         options.seed,
     )
     max_risk = target.max_risk if isinstance(target, certify.Goal) else None
+    copies = find_copies(outputs.hashes, outputs.looks)
     calibration = Calibration(
         backbone=rung_set.backbone,
         rungs=rung_set.rungs,
         image_shape=rung_set.image_shape,
         preprocessing_sha256=rung_set.preprocessing_sha256(),
+        imaging_sha256=outputs.imaging_sha256,
         embedding_dim=rung_set.embedding_dim,
         layers=rung_set.layers,
         classes=rung_set.classes,
@@ -213,7 +216,9 @@ def fit(
             "seed": options.seed,
             "group_by": options.group_by,
             "splits": {split: len(index) for split, index in splits.items()},
-            "image_hashes": hash_prefixes(outputs.hashes),
+            "same_pixels": copies.same_pixels,
+            "look_alike": copies.look_alike,
+            "image_prints": encode(outputs.hashes, outputs.looks),
         },
         reference_scores=_thinned(np.sort(scores[np.concatenate(list(independent.values()))])),
     )
@@ -244,6 +249,8 @@ def _check(outputs: Outputs, rung_set: RungSet, options: Options) -> None:
         raise FitError("the outputs were collected with other ONNX files; collect again")
     if outputs.preprocessing_sha256 != rung_set.preprocessing_sha256():
         raise FitError("the outputs were collected with another preprocessing; collect again")
+    if outputs.imaging_sha256 != code_sha256():
+        raise FitError("the outputs were collected with other code of imaging/; collect again")
     if len(without_learned(outputs, rung_set)) < len(outputs):
         raise FitError("some of the images were used to fit a graph; leave them out")
     if len(outputs) < MIN_IMAGES:
@@ -260,13 +267,13 @@ def _check(outputs: Outputs, rung_set: RungSet, options: Options) -> None:
 
 
 def without_learned(outputs: Outputs, rung_set: RungSet) -> Outputs:
-    """The outputs without those of images that a graph has learned from (`int8=static`, `align`).
+    """The outputs without those of images that something in a graph has learned from.
 
-    On those a graph answers better than on any other image, so nothing is fitted, certified or
+    `int8=static` learns ranges, `align` a map, and `--head linear` a head. On those images, in
+    whatever form, a graph answers better than on any other, so nothing is fitted, certified or
     measured on them.
     """
-    learned = known_prefixes(rung_set.fitted_on)
-    return outputs.rows(np.flatnonzero([image[:16] not in learned for image in outputs.hashes]))
+    return outputs.rows(np.flatnonzero(~among(outputs.hashes, outputs.looks, rung_set.fitted_on)))
 
 
 def cross_validated_costs(

@@ -3,13 +3,13 @@
 The file holds `embedding_low` and `embedding_high` (N, D), `cls_layers_low` (N, L + 1, D),
 `logits_low` and `logits_high` (N, C) for models with a head, the same with `_reference` where the
 full rung is not the reference, `labels` (N,) as class indices or -1,
-and the strings `names`, `groups` and `hashes` (SHA-256 of the encoded bytes). `rungs` (the SHA-256
-of both ONNX files) and `preprocessing` tie it to the graphs and tensors that made it.
+the strings `names`, `groups` and `hashes` (SHA-256 of the decoded pixels), and `looks` (N, 29) as
+in `bundle.prints`. `rungs` (the SHA-256 of both ONNX files), `preprocessing` and `imaging` (the
+SHA-256 of our code that decodes) tie it to the graphs and tensors that made it.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bundle.prints import LOOK_BYTES, Looks
 from routing import RungOutputs
 
 from .npz import NpzError, load_npz, save_npz
@@ -39,6 +40,7 @@ AXES = {
     "names": ("N",),
     "groups": ("N",),
     "hashes": ("N",),
+    "looks": ("N", f"{LOOK_BYTES} bytes"),
 }
 # A model without a head has no logits, and a full rung that is the reference needs no other.
 OPTIONAL = ("logits_low", "logits_high", "embedding_reference", "logits_reference")
@@ -46,17 +48,6 @@ OPTIONAL = ("logits_low", "logits_high", "embedding_reference", "logits_referenc
 
 class OutputsError(ValueError):
     """Stored outputs are missing, unreadable or of other rungs. One line."""
-
-
-def hash_prefixes(hashes: Sequence[str]) -> str:
-    """What tells images apart in little space: the first 8 bytes of each SHA-256, as base64."""
-    return base64.b64encode(b"".join(bytes.fromhex(h[:16]) for h in hashes)).decode()
-
-
-def known_prefixes(prefixes: str) -> set[str]:
-    """What `hash_prefixes` wrote, as the first 16 hex digits of each hash."""
-    data = base64.b64decode(prefixes)
-    return {data[i : i + 8].hex() for i in range(0, len(data), 8)}
 
 
 @dataclass(frozen=True)
@@ -70,9 +61,11 @@ class Outputs:
         labels: class indices, or -1 where unknown, INT64 (N,).
         names: unique within the source.
         groups: images of one group stay in one split.
-        hashes: SHA-256 of the encoded bytes.
+        hashes: SHA-256 of the decoded pixels, `imaging.pixels_sha256`.
+        looks: what finds an image again in another form, UINT8 (N, 29), `bundle.prints.look_of`.
         rung_hashes: fingerprint of each graph, `routing.RungRecord.fingerprint`.
         preprocessing_sha256: of how their images were made, see `routing.RungSet`.
+        imaging_sha256: of the code that made them, `imaging.code_sha256`.
         source: opens the images again: see `images.open_images`.
         title: the source in words, without paths.
     """
@@ -83,8 +76,10 @@ class Outputs:
     names: tuple[str, ...]
     groups: tuple[str, ...]
     hashes: tuple[str, ...]
+    looks: Looks
     rung_hashes: dict[str, str]
     preprocessing_sha256: str
+    imaging_sha256: str
     source: str
     title: str
     reference: RungOutputs | None = None
@@ -114,6 +109,7 @@ class Outputs:
             names=tuple(self.names[i] for i in index),
             groups=tuple(self.groups[i] for i in index),
             hashes=tuple(self.hashes[i] for i in index),
+            looks=self.looks[index],
         )
 
     def fingerprint(self) -> str:
@@ -123,9 +119,13 @@ class Outputs:
     def save(self, path: Path) -> None:
         """Write the `.npz`, whole or not at all."""
         rungs = {"low": self.low, "high": self.high, "reference": self.reference}
-        rows = row_arrays(rungs, self.labels, self.names, self.groups, self.hashes)
+        rows = row_arrays(rungs, self.labels, self.names, self.groups, self.hashes, self.looks)
         scalars = scalar_arrays(
-            self.rung_hashes, self.preprocessing_sha256, self.source, self.title
+            self.rung_hashes,
+            self.preprocessing_sha256,
+            self.imaging_sha256,
+            self.source,
+            self.title,
         )
         save_npz(path, {**rows, **scalars})
 
@@ -156,8 +156,10 @@ class Outputs:
                 names=tuple(arrays["names"].tolist()),
                 groups=tuple(arrays["groups"].tolist()),
                 hashes=tuple(arrays["hashes"].tolist()),
+                looks=arrays["looks"],
                 rung_hashes=json.loads(str(arrays["rungs"])),
                 preprocessing_sha256=str(arrays["preprocessing"]),
+                imaging_sha256=str(arrays["imaging"]),
                 source=str(arrays["source"]),
                 title=str(arrays["title"]),
             )
@@ -173,6 +175,7 @@ def row_arrays(
     names: Sequence[str],
     groups: Sequence[str],
     hashes: Sequence[str],
+    looks: Looks,
 ) -> dict[str, NDArray[Any]]:
     """The file's arrays that have a row for each image.
 
@@ -182,6 +185,7 @@ def row_arrays(
         names: of the images.
         groups: of the images.
         hashes: of the images.
+        looks: of the images.
     """
     found: dict[str, NDArray[Any]] = {}
     present = {rung: outputs for rung, outputs in rungs.items() if outputs is not None}
@@ -191,16 +195,21 @@ def row_arrays(
                 found[f"{field}_{rung}"] = values
     texts = {"names": names, "groups": groups, "hashes": hashes}
     found |= {field: np.array(text, dtype=np.str_) for field, text in texts.items()}
-    return {**found, "labels": labels}
+    return {**found, "labels": labels, "looks": looks}
 
 
 def scalar_arrays(
-    rung_hashes: Mapping[str, str], preprocessing_sha256: str, source: str, title: str
+    rung_hashes: Mapping[str, str],
+    preprocessing_sha256: str,
+    imaging_sha256: str,
+    source: str,
+    title: str,
 ) -> dict[str, NDArray[Any]]:
     """The file's arrays that are said once; arguments as in `Outputs`."""
     return {
         "rungs": np.array(json.dumps(rung_hashes)),
         "preprocessing": np.array(preprocessing_sha256),
+        "imaging": np.array(imaging_sha256),
         "source": np.array(source),
         "title": np.array(title),
     }
@@ -229,6 +238,8 @@ def _check_rows(arrays: dict[str, NDArray[Any]]) -> None:
             first_size, first = sizes.setdefault(axis, (size, name))
             if size != first_size:
                 raise ValueError(f"{name} has {axis} = {size}, {first} has {axis} = {first_size}")
+    if arrays["looks"].shape[1] != LOOK_BYTES:
+        raise ValueError(f"looks has {arrays['looks'].shape[1]} bytes an image, not {LOOK_BYTES}")
     if ("logits_low" in arrays) != ("logits_high" in arrays):
         raise ValueError("only one of the rungs has logits")
 

@@ -13,7 +13,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from export.repository import ROOT, RepositoryError, complete_router
+from export.repository import ROOT, RepositoryError, check_imaging, complete_router
 from export.settings import check_fraction
 from export.staging import folder_beside
 from routing import RUNGS, Calibration, manifest
@@ -33,7 +33,8 @@ def add_version(repository: Path, calibration_file: Path, shadow_fraction: float
 
     Raises:
         UsageError: `shadow_fraction` is no share.
-        RepositoryError: the artifact has another preprocessing, or is that of a version already.
+        RepositoryError: the artifact has another preprocessing or was calibrated with other code
+            of `imaging/` than the repository's, or is that of a version already.
         CalibrationError: the artifact is invalid or was made with other ONNX files.
         ManifestError: the repository is not as it was assembled.
         OSError: a file cannot be read or written; the repository is as before.
@@ -44,6 +45,7 @@ def add_version(repository: Path, calibration_file: Path, shadow_fraction: float
     calibration.check_rungs({name: repository / name / "1" / "model.onnx" for name in RUNGS})
     versions = present(repository)
     _check_is_new(repository, calibration, versions)
+    check_imaging(calibration, repository / "preprocess/1/imaging")
     version = max(versions) + 1
     before = Versions.load(repository)
     after = replace(before, served=(before.live, version))

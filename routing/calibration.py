@@ -93,6 +93,8 @@ class Calibration:
         data: number, source and fingerprint of the images, and the splits.
         reference_scores: FP32, ascending: scores of images that fitted nothing, for comparison
             with the scores of later images.
+        imaging_sha256: of the code that made the tensors, `imaging.code_sha256`; empty in files of
+            earlier releases.
     """
 
     backbone: str
@@ -111,6 +113,7 @@ class Calibration:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     reference_scores: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
+    imaging_sha256: str = ""
 
     def __post_init__(self) -> None:
         """Validate.

@@ -67,7 +67,7 @@ def test_every_image_has_one_part(planned, content):
 
 
 def test_no_image_that_a_graph_has_learned_from_is_among_the_rest(planned):
-    learned = planned.aligned[ALIGNED].alignment.image_hashes
+    learned = planned.aligned[ALIGNED].alignment.image_prints
     outputs = next(iter(planned.pairs.values()))
     rungs = replace(planned.rung_set, fitted_on=learned)
     assert len(without_learned(outputs, rungs)) == len(outputs) == len(planned.parts.rest)
