@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from bundle.prints import Looks, among, find_copies
 from imaging import PreprocessingError
 from routing import SIGNALS, Calibration, CalibrationError, RungSet, RungSetError
 
@@ -157,6 +158,12 @@ def collect_command(
     except KeyboardInterrupt:
         console.print("stopped; the same command continues where this one was")
         raise
+    with np.load(out, allow_pickle=False) as arrays:  # these only: the rest may be gigabytes
+        hashes, looks = arrays["hashes"].tolist(), arrays["looks"]
+    _tell_copies(hashes, looks)
+    learned = int(among(hashes, looks, rung_set.fitted_on).sum())
+    if learned:
+        console.print(f"{_learned(learned)}; fit leaves them out", highlight=False)
     print(f"wrote {out}")
 
 
@@ -232,14 +239,22 @@ def fit_command(
     if require_certificate and not isinstance(target, Goal):
         raise FitError("--require-certificate needs --max-risk")
     rung_set = RungSet.load(onnx)
-    stored = _unlearned(Outputs.load(outputs), rung_set)
     asked = Fidelity.asked(rung_set.task, fidelity, tolerance, relative, label_threshold)
     options = Options(asked, signal, group_by, seed)
     if not isinstance(target, Goal) and (reason := depends_on_batch(rung_set)) is not None:
         console.print(f"warning: {reason}", style="yellow", highlight=False)
+    collected = Outputs.load(outputs)
+    stored = _unlearned(collected, rung_set)
+    left_out = len(collected) - len(stored)
+    _tell_copies(stored.hashes, stored.looks)
     with Progress(console=console) as bar:
         task = bar.add_task("fit", total=STEPS)
-        fitted = fit(stored, rung_set, target, options, lambda: bar.advance(task))
+        try:
+            fitted = fit(stored, rung_set, target, options, lambda: bar.advance(task))
+        except (FitError, SplitError) as error:
+            if not left_out:
+                raise
+            raise FitError(f"{error}; {_learned(left_out)}, and were left out") from None
         bar.update(task, completed=STEPS)
     fitted = with_reference_answers(fitted, stored, rung_set, reference_images, _say)
     fitted.save(out)
@@ -358,8 +373,8 @@ def _unlearned(outputs: Outputs, rung_set: RungSet) -> Outputs:
     """Without the images that a graph has learned from, and saying so."""
     kept = without_learned(outputs, rung_set)
     if len(kept) < len(outputs):
-        left_out = len(outputs) - len(kept)
-        console.print(f"left out {left_out} images that a graph was fitted on", highlight=False)
+        left_out = _learned(len(outputs) - len(kept))
+        console.print(f"{left_out}; they are left out", highlight=False)
     return kept
 
 
@@ -418,6 +433,17 @@ def _collect(rung_set: RungSet, source: ImageSource, out: Path, served: ServedRu
 
 def _say(line: str) -> None:
     console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _tell_copies(hashes: Sequence[str], looks: Looks) -> None:
+    """Say how many images do not count for themselves."""
+    sentence = find_copies(hashes, looks).sentence
+    if sentence:
+        console.print(sentence, highlight=False)
+
+
+def _learned(count: int) -> str:
+    return f"{count:,} images taught a graph or its head, in this or another form"
 
 
 def _target(

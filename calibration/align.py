@@ -17,12 +17,13 @@ from sklearn.linear_model import Ridge, RidgeCV
 from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
 
+from bundle.prints import encode
 from routing import Alignment, RungOutputs
 from routing.alignment import tokens
 
 from .fidelity import Fidelity, oracle_cosine
 from .head import LinearHead
-from .outputs import Outputs, hash_prefixes
+from .outputs import Outputs
 from .splits import Rows
 
 FloatMatrix = NDArray[np.float64]
@@ -117,7 +118,7 @@ def fit_alignment(
         graph=graph[0],
         reference=outputs.rung_hashes.get("reference", outputs.rung_hashes["vit_high"]),
         recipe=graph[1],
-        image_hashes=hash_prefixes(sample.hashes),
+        image_prints=encode(sample.hashes, sample.looks),
     )
     return Aligned(alignment, growth)
 

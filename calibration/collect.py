@@ -20,7 +20,8 @@ import onnxruntime as ort
 import PIL
 from numpy.typing import NDArray
 
-from imaging import Preprocessing
+from bundle.prints import LOOK_BYTES
+from imaging import Preprocessing, code_sha256
 from routing import RungOutputs, RungSet, RungSetError
 
 from .decoding import DecodedImage, decode_ahead
@@ -113,7 +114,13 @@ def collect(
     parts.join(
         out,
         scalar_arrays(
-            hashes, preprocessing_sha256, source.spec, source.title, rung_set.task, runtime
+            hashes,
+            preprocessing_sha256,
+            code_sha256(),
+            source.spec,
+            source.title,
+            rung_set.task,
+            runtime,
         ),
     )
     parts.remove()
@@ -147,6 +154,7 @@ def _identity(
         "rungs": rung_set.fingerprints(),
         "source": source.fingerprint(),
         "preprocessing": rung_set.preprocessing_sha256(),
+        "imaging": code_sha256(),
         "labels": rung_set.labels,
         "sizes": [BATCH, PART],
         "providers": {name: session.get_providers() for name, session in sessions.items()},
@@ -209,6 +217,7 @@ def _run(
         names=[item.name for item in kept],
         groups=[item.group for item in kept],
         hashes=[item.sha256 for item in kept],
+        looks=np.array([item.look for item in kept]).reshape(len(kept), LOOK_BYTES),
     )
     return rows, lines
 

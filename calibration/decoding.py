@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
@@ -12,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from imaging import ImageError, Preprocessing, decode
+from bundle.prints import Looks, look_of, no_looks
+from imaging import ImageError, Preprocessing, decode, pixels_sha256
 
 from .source import ImageSource
 
@@ -27,7 +27,9 @@ class DecodedImage:
         name: unique within its source.
         group: images of one group stay in one split.
         label: the class name, or None.
-        sha256: of the encoded bytes.
+        sha256: of the decoded pixels, `imaging.pixels_sha256`.
+        look: what finds it again re-encoded, resized or mirrored, `bundle.prints.look_of`; of an
+            independent draw none.
         tensor: FP32 (3, H, W).
     """
 
@@ -35,6 +37,7 @@ class DecodedImage:
     group: str
     label: str | None
     sha256: str
+    look: Looks
     tensor: NDArray[np.float32]
 
 
@@ -67,9 +70,11 @@ def _results(batch: list[Future[DecodedImage | str]]) -> tuple[list[DecodedImage
 def _read(source: ImageSource, index: int, preprocessing: Preprocessing) -> DecodedImage | str:
     try:
         image = source[index]
-        tensor = preprocessing(decode(image.data))
+        decoded = decode(image.data)
+        tensor = preprocessing(decoded)
     except ImageError as error:
         name = source.names[index]
         return f"{name if name.isprintable() else ascii(name)}: {error}"
-    sha256 = hashlib.sha256(image.data).hexdigest()
-    return DecodedImage(image.name, image.group, image.label, sha256, tensor)
+    sha256 = pixels_sha256(decoded)
+    look = no_looks(1)[0] if image.independent else look_of(decoded)
+    return DecodedImage(image.name, image.group, image.label, sha256, look, tensor)

@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import betabinom, binom, binomtest, fisher_exact, ks_2samp
 
+from bundle.prints import among
 from routing import RUNGS, Calibration, Overrides, escalation_mask
 
 from .certify import one_per_group
 from .fidelity import Fidelity
 from .held_out import HeldOut
-from .outputs import FULL_RUNG, Outputs, known_prefixes
+from .outputs import FULL_RUNG, Outputs
 from .splits import group_keys
 
 INTERVAL = 0.95
@@ -217,8 +218,16 @@ def evaluate(calibration: Calibration, outputs: Outputs) -> Evaluation:
 
 def _unseen(calibration: Calibration, outputs: Outputs) -> tuple[Outputs, int]:
     """The images that the calibration has not seen, and how many it has."""
-    seen = known_prefixes(calibration.data["image_hashes"])
-    new = np.array([image[:16] not in seen for image in outputs.hashes])
+    if not len(outputs):
+        raise EvaluateError(
+            "all of these images were used to fit a graph or its head; evaluate it on others"
+        )
+    if "image_prints" not in calibration.data:
+        raise EvaluateError(
+            "the artifact is of an earlier release, which knew its images by their files only; "
+            "run calibration collect and fit again"
+        )
+    new = ~among(outputs.hashes, outputs.looks, calibration.data["image_prints"])
     if not new.any():
         raise EvaluateError(
             "all of these images were used in the calibration; evaluate it on others"
@@ -242,6 +251,10 @@ def _check(calibration: Calibration, outputs: Outputs) -> None:
         raise EvaluateError(
             f"the artifact was calibrated for a model that answers {calibration.task}, the outputs "
             f"are of one that answers {outputs.task}; calibrate again"
+        )
+    if outputs.imaging_sha256 != calibration.imaging_sha256:
+        raise EvaluateError(
+            "the outputs were made with other code of imaging/ than the artifact's; calibrate again"
         )
     proved_about = (calibration.certificate or {}).get("reference", outputs.truth_words)
     if proved_about != outputs.truth_words:

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bundle.prints import among, encode, find_copies
+from imaging import code_sha256
 from routing import (
     SIGNALS,
     Calibration,
@@ -31,10 +33,10 @@ from . import certify, metrics
 from .coefficients import FOLDS, FitSample, applicable, fit_coefficients, out_of_fold, signal_values
 from .fidelity import Fidelity, oracle_l2
 from .held_out import HeldOut
-from .outputs import Outputs, hash_prefixes, known_prefixes
+from .outputs import Outputs
 from .record import FitRecord, record_path
 from .scoring import fit_score_map, learn_sign, score_spread, threshold_for_rate
-from .splits import CERTIFIED, UNCERTIFIED, Rows, check_no_duplicates, group_keys, split_by_group
+from .splits import CERTIFIED, UNCERTIFIED, Rows, group_keys, split_by_group
 
 FloatVector = NDArray[np.float64]
 
@@ -147,7 +149,7 @@ def fit(
     Raises:
         FitError: outputs of other rungs, too few images, a signal that does not apply, or a
             certificate for a graph whose answers depend on the batch.
-        SplitError: the images cannot be split, or lie in two splits.
+        SplitError: the images cannot be split.
         FidelityError: the fidelity loss does not apply.
     """
     _check(outputs, rung_set, options)
@@ -157,7 +159,6 @@ def fit(
     groups = group_keys(outputs, options.group_by)
     shares = CERTIFIED if isinstance(target, certify.Goal) else UNCERTIFIED
     splits = split_by_group(groups, shares, options.seed)
-    check_no_duplicates(outputs, splits)
     oracle, loss = oracle_l2(outputs), options.fidelity.loss(outputs)
     high_loss = options.fidelity.high_loss(outputs)
 
@@ -213,11 +214,13 @@ def fit(
     )
     max_risk = target.max_risk if isinstance(target, certify.Goal) else None
     unfitted = np.concatenate(list(independent.values()))
+    copies = find_copies(outputs.hashes, outputs.looks)
     calibration = Calibration(
         backbone=rung_set.backbone,
         rungs=rung_set.rungs,
         image_shape=rung_set.image_shape,
         preprocessing_sha256=rung_set.preprocessing_sha256(),
+        imaging_sha256=outputs.imaging_sha256,
         embedding_dim=rung_set.embedding_dim,
         layers=rung_set.layers,
         classes=rung_set.classes,
@@ -239,10 +242,12 @@ def fit(
             "seed": options.seed,
             "group_by": options.group_by,
             "splits": {split: len(index) for split, index in splits.items()},
-            "image_hashes": hash_prefixes(outputs.hashes),
             "runtime": dict(outputs.runtime),
             "release": RELEASE,
             "exported_by": rung_set.release,
+            "same_pixels": copies.same_pixels,
+            "look_alike": copies.look_alike,
+            "image_prints": encode(outputs.hashes, outputs.looks),
         },
         reference_scores=_thinned(np.sort(scores[unfitted])),
         reference=rung_set.reference,
@@ -280,6 +285,8 @@ def _check(outputs: Outputs, rung_set: RungSet, options: Options) -> None:
             f"the outputs were collected of a model that answers {outputs.task}, and the rungs "
             f"answer {rung_set.task}; collect again"
         )
+    if outputs.imaging_sha256 != code_sha256():
+        raise FitError("the outputs were collected with other code of imaging/; collect again")
     if len(without_learned(outputs, rung_set)) < len(outputs):
         raise FitError("some of the images were used to fit a graph; leave them out")
     if len(outputs) < MIN_IMAGES:
@@ -313,13 +320,13 @@ def depends_on_batch(rung_set: RungSet) -> str | None:
 
 
 def without_learned(outputs: Outputs, rung_set: RungSet) -> Outputs:
-    """The outputs without those of images that a graph has learned from (`int8=static`, `align`).
+    """The outputs without those of images that something in a graph has learned from.
 
-    On those a graph answers better than on any other image, so nothing is fitted, certified or
+    `int8=static` learns ranges, `align` a map, and `--head linear` a head. On those images, in
+    whatever form, a graph answers better than on any other, so nothing is fitted, certified or
     measured on them.
     """
-    learned = known_prefixes(rung_set.fitted_on)
-    return outputs.rows(np.flatnonzero([image[:16] not in learned for image in outputs.hashes]))
+    return outputs.rows(np.flatnonzero(~among(outputs.hashes, outputs.looks, rung_set.fitted_on)))
 
 
 def cross_validated_costs(

@@ -3,14 +3,14 @@
 The file holds `embedding_low` and `embedding_high` (N, D), `cls_layers_low` (N, L + 1, D),
 `logits_low` and `logits_high` (N, C) for models with a head, the same with `_reference` where the
 full rung is not the reference, `labels` (N,) as class indices or -1,
-and the strings `names`, `groups` and `hashes` (SHA-256 of the encoded bytes). `rungs` (the SHA-256
-of both ONNX files) and `preprocessing` tie it to the graphs and tensors that made it; `runtime`
-says what ran them, `task` what logits mean, where there are any.
+the strings `names`, `groups` and `hashes` (SHA-256 of the decoded pixels), and `looks` (N, 29) as
+in `bundle.prints`. `rungs` (the SHA-256 of both ONNX files), `preprocessing` and `imaging` (the
+SHA-256 of our code that decodes) tie it to the graphs and tensors that made it; `runtime` says what
+ran them, `task` what logits mean, where there are any.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bundle.prints import LOOK_BYTES, Looks
 from routing import TASKS, RungOutputs, default_task
 from routing.calibration import FULL_RUNG
 
@@ -41,6 +42,7 @@ AXES = {
     "names": ("N",),
     "groups": ("N",),
     "hashes": ("N",),
+    "looks": ("N", f"{LOOK_BYTES} bytes"),
 }
 # A model without a head has no logits, and a full rung that is the reference needs no other.
 OPTIONAL = ("logits_low", "logits_high", "embedding_reference", "logits_reference")
@@ -48,17 +50,6 @@ OPTIONAL = ("logits_low", "logits_high", "embedding_reference", "logits_referenc
 
 class OutputsError(ValueError):
     """Stored outputs are missing, unreadable or of other rungs. One line."""
-
-
-def hash_prefixes(hashes: Sequence[str]) -> str:
-    """What tells images apart in little space: the first 8 bytes of each SHA-256, as base64."""
-    return base64.b64encode(b"".join(bytes.fromhex(h[:16]) for h in hashes)).decode()
-
-
-def known_prefixes(prefixes: str) -> set[str]:
-    """What `hash_prefixes` wrote, as the first 16 hex digits of each hash."""
-    data = base64.b64decode(prefixes)
-    return {data[i : i + 8].hex() for i in range(0, len(data), 8)}
 
 
 @dataclass(frozen=True)
@@ -72,9 +63,11 @@ class Outputs:
         labels: class indices, or -1 where unknown, INT64 (N,).
         names: unique within the source.
         groups: images of one group stay in one split.
-        hashes: SHA-256 of the encoded bytes.
+        hashes: SHA-256 of the decoded pixels, `imaging.pixels_sha256`.
+        looks: what finds an image again in another form, UINT8 (N, 29), `bundle.prints.look_of`.
         rung_hashes: fingerprint of each graph, `routing.RungRecord.fingerprint`.
         preprocessing_sha256: of how their images were made, see `routing.RungSet`.
+        imaging_sha256: of the code that made them, `imaging.code_sha256`.
         source: opens the images again: see `images.open_images`.
         title: the source in words, without paths.
         task: what the logits mean, see `routing.TASKS`; None: no head, or `routing.default_task`.
@@ -88,8 +81,10 @@ class Outputs:
     names: tuple[str, ...]
     groups: tuple[str, ...]
     hashes: tuple[str, ...]
+    looks: Looks
     rung_hashes: dict[str, str]
     preprocessing_sha256: str
+    imaging_sha256: str
     source: str
     title: str
     reference: RungOutputs | None = None
@@ -132,6 +127,7 @@ class Outputs:
             names=tuple(self.names[i] for i in index),
             groups=tuple(self.groups[i] for i in index),
             hashes=tuple(self.hashes[i] for i in index),
+            looks=self.looks[index],
         )
 
     def fingerprint(self) -> str:
@@ -141,10 +137,11 @@ class Outputs:
     def save(self, path: Path) -> None:
         """Write the `.npz`, whole or not at all."""
         rungs = {"low": self.low, "high": self.high, "reference": self.reference}
-        rows = row_arrays(rungs, self.labels, self.names, self.groups, self.hashes)
+        rows = row_arrays(rungs, self.labels, self.names, self.groups, self.hashes, self.looks)
         scalars = scalar_arrays(
             self.rung_hashes,
             self.preprocessing_sha256,
+            self.imaging_sha256,
             self.source,
             self.title,
             self.task,
@@ -179,8 +176,10 @@ class Outputs:
                 names=tuple(arrays["names"].tolist()),
                 groups=tuple(arrays["groups"].tolist()),
                 hashes=tuple(arrays["hashes"].tolist()),
+                looks=arrays["looks"],
                 rung_hashes=json.loads(str(arrays["rungs"])),
                 preprocessing_sha256=str(arrays["preprocessing"]),
+                imaging_sha256=str(arrays["imaging"]),
                 source=str(arrays["source"]),
                 title=str(arrays["title"]),
                 task=str(arrays["task"]) if "task" in arrays else None,
@@ -198,6 +197,7 @@ def row_arrays(
     names: Sequence[str],
     groups: Sequence[str],
     hashes: Sequence[str],
+    looks: Looks,
 ) -> dict[str, NDArray[Any]]:
     """The file's arrays that have a row for each image.
 
@@ -207,6 +207,7 @@ def row_arrays(
         names: of the images.
         groups: of the images.
         hashes: of the images.
+        looks: of the images.
     """
     found: dict[str, NDArray[Any]] = {}
     present = {rung: outputs for rung, outputs in rungs.items() if outputs is not None}
@@ -216,12 +217,13 @@ def row_arrays(
                 found[f"{name}_{rung}"] = values
     texts = {"names": names, "groups": groups, "hashes": hashes}
     found |= {name: np.array(text, dtype=np.str_) for name, text in texts.items()}
-    return {**found, "labels": labels}
+    return {**found, "labels": labels, "looks": looks}
 
 
 def scalar_arrays(
     rung_hashes: Mapping[str, str],
     preprocessing_sha256: str,
+    imaging_sha256: str,
     source: str,
     title: str,
     task: str | None,
@@ -232,6 +234,7 @@ def scalar_arrays(
         **({} if task is None else {"task": np.array(task)}),
         "rungs": np.array(json.dumps(rung_hashes)),
         "preprocessing": np.array(preprocessing_sha256),
+        "imaging": np.array(imaging_sha256),
         "source": np.array(source),
         "title": np.array(title),
         "runtime": np.array(json.dumps(runtime)),
@@ -261,6 +264,8 @@ def _check_rows(arrays: dict[str, NDArray[Any]]) -> None:
             first_size, first = sizes.setdefault(axis, (size, name))
             if size != first_size:
                 raise ValueError(f"{name} has {axis} = {size}, {first} has {axis} = {first_size}")
+    if arrays["looks"].shape[1] != LOOK_BYTES:
+        raise ValueError(f"looks has {arrays['looks'].shape[1]} bytes an image, not {LOOK_BYTES}")
     if ("logits_low" in arrays) != ("logits_high" in arrays):
         raise ValueError("only one of the rungs has logits")
 

@@ -128,7 +128,7 @@ class SampleImages:
         buffer = io.BytesIO()
         crop = image.crop((left, top, left + side, top + side))
         crop.save(buffer, "JPEG", quality=JPEG_QUALITY)
-        return SourceImage(name, name, file.stem, buffer.getvalue())
+        return SourceImage(name, name, file.stem, buffer.getvalue(), independent=True)
 
     def fingerprint(self) -> str:
         """SHA-256 over the spec, the photographs and the version of Pillow, which encodes."""

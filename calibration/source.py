@@ -19,12 +19,15 @@ class SourceImage:
         group: images of one group stay in one split.
         label: the class name, or None.
         data: JPEG, PNG or WebP bytes.
+        independent: drawn at random from one stream, so that it looks like another image by
+            chance and is no copy of it.
     """
 
     name: str
     group: str
     label: str | None
     data: bytes
+    independent: bool = False
 
 
 class ImageSource(Protocol):

@@ -1,4 +1,4 @@
-"""Disjoint splits that never divide a group and never share an image."""
+"""Disjoint splits that never divide a group and never share a picture."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
+
+from bundle.prints import find_copies, united
 
 from .outputs import Outputs
 
@@ -32,22 +34,30 @@ def check_grouping(grouping: str) -> None:
 
 
 def group_keys(outputs: Outputs, grouping: str) -> tuple[str, ...]:
-    """Each image's group.
+    """Each image's group; images that are the same picture are always of one.
+
+    The same picture is the same pixels, or these re-encoded, resized or mirrored.
 
     Args:
         outputs: of N images.
         grouping: `source`, as collected: one group for each file; `folder`, one for each folder of
-            files, e.g. the frames of one video; `content`, one for equal bytes.
+            files, e.g. the frames of one video; `content`, one for each picture.
 
     Raises:
         SplitError: another grouping.
     """
     check_grouping(grouping)
+    keys = outputs.hashes
     if grouping == "source":
-        return outputs.groups
-    if grouping == "folder":
-        return tuple(name.rpartition("/")[0] for name in outputs.names)
-    return outputs.hashes
+        keys = outputs.groups
+    elif grouping == "folder":
+        keys = tuple(name.rpartition("/")[0] for name in outputs.names)
+    copies = find_copies(outputs.hashes, outputs.looks)
+    if not len(copies):
+        return keys
+    groups = united(keys, copies.picture)
+    first = dict(zip(reversed(groups.tolist()), reversed(keys), strict=True))
+    return tuple(first[group] for group in groups.tolist())  # called as its first image's
 
 
 def split_by_group(
@@ -88,23 +98,3 @@ def split_by_group(
             )
         start = stop
     return splits
-
-
-def check_no_duplicates(outputs: Outputs, splits: Mapping[str, Rows]) -> None:
-    """Refuse an image that lies in two splits under two names.
-
-    Raises:
-        SplitError: naming the first pair, and how many images have a copy in another split.
-    """
-    seen: dict[str, tuple[str, str]] = {}
-    copies = []
-    for split, rows in splits.items():
-        for row in rows:
-            first_split, first = seen.setdefault(outputs.hashes[row], (split, outputs.names[row]))
-            if first_split != split:
-                copies.append(f"{outputs.names[row]} ({split}) = {first} ({first_split})")
-    if copies:
-        raise SplitError(
-            f"{len(copies)} images are byte for byte in two splits, e.g. {copies[0]}; remove the "
-            "copies, or keep them together with --group-by content"
-        )

@@ -18,7 +18,7 @@ from .errors import StepError
 
 OUT = Path("build/demo")
 # What every step depends on besides its command.
-CODE = ("calibration", "export", "imaging", "model_repository", "routing")
+CODE = ("bundle", "calibration", "export", "imaging", "model_repository", "routing")
 
 console = Console(stderr=True)
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bundle.prints import encode, look_of
 from export.errors import UsageError
-from imaging import ImageError, Preprocessing, decode
+from imaging import ImageError, Preprocessing, decode, pixels_sha256
 
 MOST = 64  # ranges settle after some tens of images, and each costs a run of the model
 
@@ -22,12 +21,11 @@ class FitImages:
 
     Attributes:
         tensors: FP32 (n, 3, H, W), n at most `MOST`.
-        hashes: the first 8 bytes of each file's SHA-256 as base64, so that calibration can refuse
-            to certify on the same images.
+        prints: of these images, `bundle.prints.encode`, so that calibration leaves them out.
     """
 
     tensors: NDArray[np.float32]
-    hashes: str
+    prints: str
 
     @classmethod
     def read(cls, folder: Path, preprocessing: Preprocessing) -> FitImages:
@@ -40,14 +38,15 @@ class FitImages:
             raise UsageError(f"--fit-images {folder}: no such directory")
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         chosen = np.unique(np.linspace(0, max(len(files) - 1, 0), MOST).round().astype(int))
-        tensors, prefixes = [], []
+        tensors, hashes, looks = [], [], []
         for file in (files[index] for index in chosen if files):
-            data = file.read_bytes()
             try:
-                tensors.append(preprocessing(decode(data)))
+                image = decode(file.read_bytes())
+                tensors.append(preprocessing(image))
             except ImageError:  # a text file among them; that all are is refused below
                 continue
-            prefixes.append(hashlib.sha256(data).digest()[:8])
+            hashes.append(pixels_sha256(image))
+            looks.append(look_of(image))
         if not tensors:
             raise UsageError(f"--fit-images {folder}: no image there can be read")
-        return cls(np.stack(tensors), base64.b64encode(b"".join(prefixes)).decode())
+        return cls(np.stack(tensors), encode(hashes, np.stack(looks)))

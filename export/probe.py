@@ -17,11 +17,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
+from bundle.prints import Looks, encode, look_of
 from export.backbones import Backbone
 from export.errors import UsageError
 from export.progress import Steps
 from export.recipes.recipe import Recipe
-from imaging import ImageError, decode
+from imaging import ImageError, decode, pixels_sha256
 
 # torch is fastest on a CPU at 4 to 16 images of 224 px (51 ms each on 2 cores; ONNX Runtime 56 ms).
 BATCH = 16
@@ -82,12 +83,14 @@ class Probe:
         labels: one per class.
         record: how it was fitted, ready for JSON.
         skipped: (file below the images folder, why it could not be read).
+        prints: of the images it was fitted on, `bundle.prints.encode`.
     """
 
     linear: nn.Linear
     labels: tuple[str, ...]
     record: dict[str, Any]
     skipped: tuple[tuple[str, str], ...]
+    prints: str
 
 
 def fit_probe(backbone: Backbone, px: int, images: LabelledImages, steps: Steps) -> Probe:
@@ -122,7 +125,7 @@ def fit_probe(backbone: Backbone, px: int, images: LabelledImages, steps: Steps)
         "skipped": [name for name, _ in reader.skipped],
         "training_accuracy": accuracy,
     }
-    return Probe(linear.eval(), images.labels, record, tuple(reader.skipped))
+    return Probe(linear.eval(), images.labels, record, tuple(reader.skipped), reader.prints())
 
 
 def fit_linear(
@@ -165,6 +168,8 @@ class _Reader:
         self.classes: list[int] = []
         self.skipped: list[tuple[str, str]] = []
         self.digest = hashlib.sha256()
+        self.hashes: list[str] = []
+        self.looks: list[Looks] = []
 
     def __iter__(self) -> Iterator[NDArray[np.float32]]:
         labelled = list(zip(self.images.files, self.images.classes, strict=True))
@@ -172,13 +177,20 @@ class _Reader:
             name = file.relative_to(self.images.root).as_posix()
             try:
                 data = file.read_bytes()
-                pixels = self.preprocessing(decode(data))
+                image = decode(data)
+                pixels = self.preprocessing(image)
             except (ImageError, OSError) as error:
                 self.skipped.append((name, str(error)))
                 continue
             self.digest.update(f"{name}\0{len(data)}\0".encode() + data)
             self.classes.append(index)
+            self.hashes.append(pixels_sha256(image))
+            self.looks.append(look_of(image))
             yield pixels
+
+    def prints(self) -> str:
+        """Of the images read, at least one."""
+        return encode(self.hashes, np.stack(self.looks))
 
     def check_readable(self) -> None:
         """Raise if too much of the folder could not be read."""

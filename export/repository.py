@@ -16,7 +16,7 @@ from pathlib import Path
 
 from export.settings import Settings
 from export.staging import folder_beside, link_or_copy
-from imaging import Preprocessing, PreprocessingError
+from imaging import Preprocessing, PreprocessingError, code_sha256
 from routing import (
     REFERENCE_MODEL,
     RUNGS,
@@ -61,8 +61,8 @@ def assemble(
 
     Raises:
         RepositoryError: `out` is something else, the preprocessing is invalid or not the one of
-            the artifact, the artifact takes the model's answers for others, or the reference
-            answers that it names are not there.
+            the artifact, `imaging/` has changed since it was calibrated, the artifact takes the
+            model's answers for others, or the reference answers that it names are not there.
         UsageError: a setting makes no sense.
         CalibrationError: the artifact is invalid or was made with other ONNX files.
         OSError: a file cannot be read or written.
@@ -132,7 +132,25 @@ def _preprocessing(rung_set: RungSet, calibration: Calibration) -> Preprocessing
             "the preprocessing in rungs.json is not the one that was calibrated; "
             "collect and fit again, or restore rungs.json"
         )
+    check_imaging(calibration, ROOT / "imaging")
     return preprocessing
+
+
+def check_imaging(calibration: Calibration, folder: Path) -> None:
+    """Refuse to serve other tensors than those that were calibrated.
+
+    Args:
+        calibration: the artifact.
+        folder: of the code that is deployed, `imaging/` or a copy of it.
+
+    Raises:
+        RepositoryError: the artifact's tensors were made by other code.
+    """
+    if calibration.imaging_sha256 != code_sha256(folder):
+        raise RepositoryError(
+            f"{folder} is not the code that decoded the images for this calibration, so images may "
+            "become other tensors; collect and fit again"
+        )
 
 
 def _fill(

@@ -13,6 +13,7 @@ from typing import Any
 
 import transformers
 
+from bundle.prints import joined
 from export import onnx_graph, parity
 from export.backbones import Backbone, RungSpec
 from export.dinov2_small import dinov2_small
@@ -191,10 +192,12 @@ def _export(request: RungsRequest, images: LabelledImages | None, steps: Steps) 
     specs = _specs(request, backbone)
     image_px = specs[1].px
     fit_images = _read_fit_images(request, specs, backbone, image_px)
+    learned = "" if fit_images is None else fit_images.prints
     head: dict[str, Any] | None = {"kind": "own"} if backbone.classes else None
     if images is not None:
         probe = fit_probe(backbone, image_px, images, steps)
         _tell_probe(probe, backbone, steps)
+        learned = joined(learned, probe.prints)
         backbone, head = backbone.with_probe(probe.linear, probe.labels), probe.record
     tensors = None if fit_images is None else fit_images.tensors
     material = Material(backbone, image_px, request.opset, tensors, request.rtol, request.atol)
@@ -202,7 +205,7 @@ def _export(request: RungsRequest, images: LabelledImages | None, steps: Steps) 
     with folder_beside(request.out) as staging:
         graphs = write_graphs(staging, specs, full, material, steps)
         record = _record(backbone, head, graphs, image_px, request)
-        record["fitted_on"] = "" if fit_images is None else fit_images.hashes
+        record["fitted_on"] = learned
         write_record(staging, record)
         publish(staging, request.out)
     return record

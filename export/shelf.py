@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from typing import Any
 import onnx
 import onnxruntime as ort
 
+from bundle.prints import joined
 from export import onnx_graph
 from export.errors import ExportError, UsageError
 from export.recipes.align import bake_alignment
@@ -80,7 +80,7 @@ def align(folder: Path, graph: str, alignment: Alignment, name: str | None = Non
     section = record["rungs"] if aligned in RUNGS else record["alternatives"]
     section[aligned] = new
     _rename_checks(record, {other: other for other in entries if other != aligned})
-    record["fitted_on"] = _joined(record.get("fitted_on", ""), alignment.image_hashes)
+    record["fitted_on"] = joined(record.get("fitted_on", ""), alignment.image_prints)
     os.replace(fresh, place)
     write_record(folder, record)
     return aligned
@@ -162,8 +162,3 @@ def _rename_checks(record: Entry, sources: Mapping[str, str]) -> None:
         for check in checks
         if check["rung"] == source
     ]
-
-
-def _joined(first: str, second: str) -> str:
-    """Two lists of hash prefixes in base64 as one; each prefix has 8 bytes."""
-    return base64.b64encode(base64.b64decode(first) + base64.b64decode(second)).decode()

@@ -17,6 +17,7 @@ from export.repository import (
     ROOT,
     RepositoryError,
     answer_parameters,
+    check_imaging,
     checked_answers,
     complete_router,
     place_answers,
@@ -40,8 +41,9 @@ def add_version(repository: Path, calibration_file: Path, shadow_fraction: float
 
     Raises:
         UsageError: `shadow_fraction` is no share.
-        RepositoryError: the artifact has another preprocessing or another task, is that of a
-            version already, or lacks the reference answers that it names.
+        RepositoryError: the artifact has another preprocessing or task, was calibrated with other
+            code of `imaging/` than the repository's, is that of a version already, or lacks the
+            reference answers that it names.
         CalibrationError: the artifact is invalid or was made with other ONNX files.
         ManifestError: the repository is not as it was assembled.
         OSError: a file cannot be read or written; the repository is as before.
@@ -55,6 +57,7 @@ def add_version(repository: Path, calibration_file: Path, shadow_fraction: float
     names = [*RUNGS, *[REFERENCE_MODEL] * (repository / REFERENCE_MODEL).is_dir()]
     calibration.check_rungs({name: repository / name / "1" / "model.onnx" for name in names})
     _check_is_new(repository, calibration, versions)
+    check_imaging(calibration, repository / "preprocess/1/imaging")
     answers = checked_answers(calibration_file, calibration)
     after = Versions.load(repository)
     if shadow_fraction > 0:

@@ -8,6 +8,16 @@ Import it relatively inside a deployed model (`from .imaging import ...`).
 """
 
 from .decode import FORMATS, ImageError, Limits, decode
+from .identity import code_sha256, pixels_sha256
 from .preprocessing import Preprocessing, PreprocessingError
 
-__all__ = ["FORMATS", "ImageError", "Limits", "Preprocessing", "PreprocessingError", "decode"]
+__all__ = [
+    "FORMATS",
+    "ImageError",
+    "Limits",
+    "Preprocessing",
+    "PreprocessingError",
+    "code_sha256",
+    "decode",
+    "pixels_sha256",
+]

@@ -34,7 +34,7 @@ class Alignment:
         graph: fingerprint of the cheap graph, `RungRecord.fingerprint`.
         reference: fingerprint of the full model's graph.
         recipe: of the cheap graph.
-        image_hashes: of the images it was fitted on, as `calibration.outputs.hash_prefixes`.
+        image_prints: of the images it was fitted on, as `bundle.prints.encode`.
     """
 
     weights: NDArray[np.float32]
@@ -42,7 +42,7 @@ class Alignment:
     graph: str
     reference: str
     recipe: str
-    image_hashes: str
+    image_prints: str
 
     @property
     def layers(self) -> int:

@@ -139,6 +139,8 @@ class Calibration:
         task: what the logits mean, see `outputs.TASKS`; None: no head, or `default_task`.
         reference_answers: `sha256` and number of `images` of the file of reference answers beside
             the artifact (`reference.ReferenceAnswers`); None: there is none.
+        imaging_sha256: of the code that made the tensors, `imaging.code_sha256`; empty in files of
+            earlier releases.
     """
 
     backbone: str
@@ -160,6 +162,7 @@ class Calibration:
     reference: RungRecord | None = None
     task: str | None = None
     reference_answers: Mapping[str, Any] | None = None
+    imaging_sha256: str = ""
 
     def __post_init__(self) -> None:
         """Validate.

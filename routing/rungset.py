@@ -14,7 +14,7 @@ from .outputs import TASKS, default_task
 
 NAME = "rungs.json"
 REFERENCE = "reference"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1 named the images in `fitted_on` by their files, and a head's not at all
 
 
 class RungSetError(ValueError):
@@ -40,8 +40,8 @@ class RungSet:
         alternative_files: where each alternative's ONNX file lies.
         reference: the full model in FP32, which certificates are about; None: `vit_high` is it.
         reference_file: where its ONNX file lies.
-        fitted_on: prefixes of the hashes of images that a graph has learned from, see
-            `calibration.outputs.hash_prefixes`; nothing may be certified on those.
+        fitted_on: prints of the images that a graph or its head has learned from, see
+            `bundle.prints`; nothing may be certified on those.
         task: what the logits mean, see `outputs.TASKS`; None: no head, or `default_task`.
         release: of this project that exported them; None: an earlier one, which did not say.
     """
@@ -85,7 +85,10 @@ class RungSet:
         try:
             content = json.loads(path.read_text())
             if content["schema_version"] != SCHEMA_VERSION:
-                raise ValueError(f"schema version {content['schema_version']}")
+                raise RungSetError(
+                    f"{path} has schema version {content['schema_version']}, this code reads "
+                    f"{SCHEMA_VERSION}; run python -m export rungs again"
+                )
             rungs = {name: content["rungs"][name] for name in RUNGS}
             alternatives = content.get("alternatives", {})  # earlier exports have none
             reference = content.get("reference")
@@ -111,6 +114,8 @@ class RungSet:
             )
         except OSError:
             raise RungSetError(f"no {NAME} in {folder}; run python -m export rungs first") from None
+        except RungSetError:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RungSetError(
                 f"{path} is not readable ({type(error).__name__} {error}); export again"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ImageOps
 
-from imaging import decode
+from imaging import decode, pixels_sha256
 from routing.fidelity import LABEL_THRESHOLD, label_sets
 
 from ..fidelity import oracle_cosine, oracle_l2
@@ -105,9 +104,10 @@ class Cards:
             return None, "image not found"
         try:
             data = self._source[self._where[name]].data
-            if hashlib.sha256(data).hexdigest() != self._outputs.hashes[row]:
+            image = decode(data)
+            if pixels_sha256(image) != self._outputs.hashes[row]:
                 return None, "image has changed since collect"
-            square = ImageOps.fit(decode(data), (THUMBNAIL_PX, THUMBNAIL_PX))
+            square = ImageOps.fit(image, (THUMBNAIL_PX, THUMBNAIL_PX))
         except (OSError, ValueError) as error:  # ImageError and ImagesError are ValueErrors
             return None, f"image not readable: {error}"
         buffer = io.BytesIO()

@@ -253,6 +253,10 @@ def _provenance(calibration: Calibration, record: FitRecord, loss: str) -> list[
         ("images", f"{data['source']}: {data['images']:,}"),
         ("splits", f"{splits}; seed {data['seed']}, never dividing a group"),
         ("grouped by", data["group_by"]),
+        (
+            "copies: of equal pixels; re-encoded, resized or mirrored",
+            f"{data['same_pixels']:,}; {data['look_alike']:,}; each picture counts once",
+        ),
         ("images' fingerprint", f"{data['fingerprint'][:_HASH_DIGITS]}…"),
         ("answers of", runtime_words(data.get("runtime"))),
         ("reference answers", reference_words(calibration.reference_answers)),

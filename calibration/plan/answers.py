@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from bundle.prints import among, find_copies
+from imaging import code_sha256
 from routing import RungOutputs, RungSet
 
 from ..align import ALIGN_SHARE
 from ..fidelity import Fidelity
-from ..outputs import Outputs, known_prefixes
+from ..outputs import Outputs
 from ..sessions import local_runtime
 from ..splits import CERTIFIED, Rows, group_keys, split_by_group
 from .bars import Bars
@@ -78,14 +80,19 @@ def divide(
     full = shelf_graphs(rung_set)[FULL]
     with bars.stage("the full model answers every image", len(everything)) as advance:
         reference = cache.get(full.record, full.file, everything, False, advance)
-    learned = known_prefixes(rung_set.fitted_on)
-    taught = np.array([image[:16] in learned for image in reference.hashes])
+    taught = among(reference.hashes, reference.looks, rung_set.fitted_on)
+    if taught.any():
+        bars.say(f"{taught.sum()} images taught a graph or its head: nothing is certified on them")
+    copies = find_copies(reference.hashes, reference.looks)
+    if len(copies):
+        bars.say(copies.sentence)
     groups = group_keys(reference, request.group_by)
     if aligns:
         shares = {"align": ALIGN_SHARE, "rest": 1 - ALIGN_SHARE}
         taught[split_by_group(groups, shares, request.seed)["align"]] = True
     rest = np.flatnonzero(~taught)
-    rest_groups = tuple(groups[i] for i in rest)
+    # As `fit` will see them: a group whose first image was taught is called by another.
+    rest_groups = group_keys(reference.only(rest), request.group_by)
     splits = split_by_group(rest_groups, CERTIFIED, request.seed)
     return Parts(reference, np.flatnonzero(taught), rest, splits, np.array(rest_groups))
 
@@ -101,12 +108,12 @@ def give_back(parts: Parts, request: Request, rung_set: RungSet) -> Parts:
         request: of the plan.
         rung_set: of the shelf, without those alignments.
     """
-    learned = known_prefixes(rung_set.fitted_on)
-    taught = np.array([image[:16] in learned for image in parts.reference.hashes])
-    groups = group_keys(parts.reference, request.group_by)
+    reference = parts.reference
+    taught = among(reference.hashes, reference.looks, rung_set.fitted_on)
     rest = np.flatnonzero(~taught)
-    rest_groups = tuple(groups[i] for i in rest)
-    seen = {groups[i] for i in parts.align if not taught[i]}
+    rest_groups = group_keys(reference.only(rest), request.group_by)  # as `divide` says
+    tried = set(parts.align.tolist())
+    seen = {group for i, group in zip(rest.tolist(), rest_groups, strict=True) if i in tried}
     splits = split_by_group(rest_groups, CERTIFIED, request.seed, seen)
     return Parts(parts.reference, np.flatnonzero(taught), rest, splits, np.array(rest_groups))
 
@@ -179,8 +186,10 @@ def _outputs(
         names=tuple(found.names[i] for i in positions),
         groups=tuple(found.groups[i] for i in positions),
         hashes=tuple(found.hashes[i] for i in positions),
+        looks=found.looks[positions],
         rung_hashes=pair.fingerprints(),
         preprocessing_sha256=pair.preprocessing_sha256(),
+        imaging_sha256=code_sha256(),
         source="",
         title="",
         task=pair.task,

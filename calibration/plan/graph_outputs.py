@@ -19,7 +19,8 @@ import onnxruntime as ort
 import PIL
 from numpy.typing import NDArray
 
-from imaging import Preprocessing
+from bundle.prints import Looks
+from imaging import Preprocessing, code_sha256
 from routing import RungOutputs, RungRecord, RungSet
 
 from ..decoding import DecodedImage, decode_ahead
@@ -39,7 +40,8 @@ class GraphOutputs:
         rows: of the source, INT64 (n,): those asked for, without any that cannot be read.
         outputs: of the n images; `cls_layers` where they were asked for.
         names: of the images.
-        hashes: SHA-256 of their bytes.
+        hashes: SHA-256 of their pixels.
+        looks: as in `outputs.Outputs`.
         labels: class indices, or -1.
         groups: of the images.
     """
@@ -48,8 +50,20 @@ class GraphOutputs:
     outputs: RungOutputs
     names: tuple[str, ...]
     hashes: tuple[str, ...]
+    looks: Looks
     labels: NDArray[np.int64]
     groups: tuple[str, ...]
+
+    def only(self, index: NDArray[np.intp]) -> GraphOutputs:
+        """The answers for some of the images."""
+        texts = {
+            name: tuple(getattr(self, name)[i] for i in index)
+            for name in ("names", "hashes", "groups")
+        }
+        outputs, looks = self.outputs.rows(index), self.looks[index]
+        return GraphOutputs(
+            self.rows[index], outputs, looks=looks, labels=self.labels[index], **texts
+        )
 
 
 class OutputsCache:
@@ -103,6 +117,7 @@ class OutputsCache:
             "rows": list(rows),
             "layers": layers,
             "preprocessing": self._rung_set.preprocessing_sha256(),
+            "imaging": code_sha256(),
             "labels": self._rung_set.labels,
             "versions": [np.__version__, ort.__version__, PIL.__version__, BATCH],
             "runtime": local_runtime(),
@@ -136,6 +151,7 @@ class OutputsCache:
             outputs=_joined(answers),
             names=tuple(image.name for image in kept),
             hashes=tuple(image.sha256 for image in kept),
+            looks=np.array([image.look for image in kept]),
             labels=np.array([index.get(image.label or "", -1) for image in kept]),
             groups=tuple(image.group for image in kept),
         )
@@ -171,10 +187,11 @@ def _to_arrays(found: GraphOutputs) -> dict[str, NDArray[Any]]:
     outputs = {name: getattr(found.outputs, name) for name in ("embedding", "cls_layers", "logits")}
     texts = {name: np.array(getattr(found, name)) for name in ("names", "hashes", "groups")}
     kept = {name: values for name, values in outputs.items() if values is not None}
-    return {**kept, **texts, "labels": found.labels, "rows": found.rows}
+    return {**kept, **texts, "labels": found.labels, "rows": found.rows, "looks": found.looks}
 
 
 def _from_arrays(arrays: dict[str, NDArray[Any]]) -> GraphOutputs:
     outputs = RungOutputs(arrays["embedding"], arrays.get("cls_layers"), arrays.get("logits"))
     names, hashes, groups = (tuple(arrays[n].tolist()) for n in ("names", "hashes", "groups"))
-    return GraphOutputs(arrays["rows"], outputs, names, hashes, arrays["labels"], groups)
+    looks, labels = arrays["looks"], arrays["labels"]
+    return GraphOutputs(arrays["rows"], outputs, names, hashes, looks, labels, groups)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from imaging import ImageError
+from imaging import ImageError, code_sha256
 from routing import Alignment, AlignmentError, RungSet
 from routing.rungset import NAME as RECORD
 
@@ -124,7 +124,7 @@ def _same(alignment: Alignment, file: Path) -> bool:
         before = Alignment.load(file)
     except AlignmentError:
         return False
-    return (before.graph, before.image_hashes) == (alignment.graph, alignment.image_hashes)
+    return (before.graph, before.image_prints) == (alignment.graph, alignment.image_prints)
 
 
 def _identity(request: Request, arguments: list[str]) -> str:
@@ -135,6 +135,7 @@ def _identity(request: Request, arguments: list[str]) -> str:
         "arguments": arguments,
         "head": [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()],
         "source": request.source.fingerprint(),
+        "imaging": code_sha256(),  # makes what a head and ranges are fitted on
         "seed": request.seed,
         "group_by": request.group_by,
         "model": _stamp(Path(request.model)),

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
+from bundle.prints import no_looks
 from calibration.certify import Goal
 from calibration.fidelity import Fidelity
 from calibration.fit import Options, fit
 from calibration.outputs import Outputs
+from imaging import code_sha256
 from routing import RUNGS, RungOutputs, RungRecord, RungSet
 
 NOISE = 0.3  # of the full rung's embedding, in standard deviations of the cheap one's
@@ -71,8 +73,10 @@ def _outputs(images: int, layers: int, dim: int, classes: int) -> tuple[Outputs,
         names=names,
         groups=names,
         hashes=tuple(f"{i:064x}"[::-1] for i in range(images)),
+        looks=no_looks(images),
         rung_hashes={name: name for name in RUNGS},
         preprocessing_sha256=rung_set.preprocessing_sha256(),
+        imaging_sha256=code_sha256(),
         source="",
         title="made up",
     )

@@ -5,7 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from bundle.prints import no_looks
 from calibration.outputs import Outputs
+from imaging import code_sha256
 from routing import SIGNALS, RungOutputs, RungRecord, manifest
 from tests.unit.onnx_files import CLASSES, LAYERS, SIZE, D, write_rung
 
@@ -39,8 +41,10 @@ def make_outputs(rung_set, n=400, seed=0, head=True, group_size=2, unsure_below=
         names=tuple(f"{i // group_size}/{i}.png" for i in range(n)),
         groups=tuple(str(i // group_size) for i in range(n)),
         hashes=tuple(sha256(f"{seed}-{i}") for i in range(n)),
+        looks=no_looks(n),
         rung_hashes=rung_set.fingerprints(),
         preprocessing_sha256=rung_set.preprocessing_sha256(),
+        imaging_sha256=code_sha256(),
         source="/nowhere",
         title="made up",
     )

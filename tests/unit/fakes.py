@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from imaging import code_sha256
 from routing import Calibration, RungError, RungOutputs, RungRecord, ScoreMap
 
 D, LAYERS, CLASSES = 4, 3, 5
@@ -17,6 +18,7 @@ def make_calibration(threshold=0.5, classes=CLASSES, **changes):
         },
         "image_shape": (3, 4, 4),
         "preprocessing_sha256": "2" * 64,
+        "imaging_sha256": code_sha256(),
         "embedding_dim": D,
         "layers": LAYERS,
         "classes": classes,

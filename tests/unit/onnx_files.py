@@ -8,6 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from imaging import Preprocessing
 from routing import manifest
+from routing.rungset import SCHEMA_VERSION
 
 SIZE, D, LAYERS, CLASSES = 8, 6, 3, 4
 
@@ -59,7 +60,7 @@ def write_rung_set(folder, classes=CLASSES, seeds=(1, 2)):
             "sha256": manifest.sha256_file(file),
         }
     content = {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "backbone": "tiny",
         "image": {"shape": [3, SIZE, SIZE]},
         "embedding_dim": D,

@@ -1,7 +1,6 @@
 """What the tests of both HTML pages share: outputs, images and a reader of pages."""
 
 import base64
-import hashlib
 import io
 import re
 from html.parser import HTMLParser
@@ -9,9 +8,10 @@ from html.parser import HTMLParser
 import numpy as np
 from PIL import Image
 
+from bundle.prints import no_looks
 from calibration.outputs import Outputs
 from calibration.source import SourceImage
-from imaging import ImageError
+from imaging import ImageError, decode, pixels_sha256
 from routing import RungOutputs
 from tests.unit.fakes import CLASSES, LAYERS, D
 
@@ -41,9 +41,11 @@ def make_outputs(oracle, loss, head=True, groups=None):
         labels=np.full(n, -1),
         names=tuple(f"folder/{row:05d}.jpg" for row in range(n)),
         groups=groups or tuple(map(str, range(n))),
-        hashes=tuple(hashlib.sha256(jpeg(row)).hexdigest() for row in range(n)),
+        hashes=tuple(pixels_sha256(decode(jpeg(row))) for row in range(n)),
+        looks=no_looks(n),
         rung_hashes={"vit_low": "0" * 64, "vit_high": "1" * 64},
         preprocessing_sha256="2" * 64,
+        imaging_sha256="3" * 64,
         source="made up",
         title="made up images",
     )

@@ -5,7 +5,6 @@ looks at all of it; cheap graphs look at the left half only and see it shifted, 
 can take back. `Commands` does what the planner has other programs do.
 """
 
-import hashlib
 import io
 import json
 from pathlib import Path
@@ -18,18 +17,21 @@ from PIL import Image
 from rich.console import Console
 
 from calibration.certify import Goal
-from calibration.outputs import hash_prefixes
 from calibration.plan.bars import Bars
 from calibration.plan.request import Request
 from calibration.source import SourceImage
 from export.backbones import Backbone
+from export.errors import UsageError
+from export.fit_images import FitImages
 from export.recipes.recipe import Recipe
 from export.rungs import describe
 from export.shelf import align, choose
 from imaging import ImageError, Preprocessing
 from routing import Alignment, manifest
+from routing.rungset import SCHEMA_VERSION
 
 SIZE, D, LAYERS, CLASSES = 8, 6, 3, 4
+PREPROCESSING = Preprocessing(SIZE, SIZE, None, "bilinear", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 QUIET = Bars(Console(quiet=True))
 MS = {"vit_high": 80.0, "static_int8static": 40.0}  # of an image; cheap graphs take CHEAP_MS
 CHEAP_MS = 8.0
@@ -128,7 +130,7 @@ def write_shelf(folder, low, beside, fitted_on="", head=True, task="classes"):
             "layers": LAYERS,
         }
     content = {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "backbone": "tiny",
         "image": {"shape": [3, SIZE, SIZE]},
         "embedding_dim": D,
@@ -136,9 +138,7 @@ def write_shelf(folder, low, beside, fitted_on="", head=True, task="classes"):
         "classes": CLASSES if head else None,
         "task": task if head else None,
         "labels": [f"class {i}" for i in range(CLASSES)] if head else None,
-        "preprocessing": Preprocessing(
-            SIZE, SIZE, None, "bilinear", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-        ).to_dict(),
+        "preprocessing": PREPROCESSING.to_dict(),
         "rungs": {name: entries.pop(name) for name in ("vit_low", "vit_high")},
         "reference": None,
         "alternatives": entries,
@@ -185,19 +185,15 @@ class Commands:
         options = _options(self.said[-1][2:])
         out = {name: Path(options[name][0]) for name in ("--out", "--onnx") if name in options}
         if self.said[-1][1] == "rungs":
-            learned = sorted(Path(options["--fit-images"][0]).iterdir())
-            digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in learned]
+            folder = Path(options["--fit-images"][0])
+            try:
+                learned = FitImages.read(folder, PREPROCESSING).prints
+            except UsageError:
+                learned = ""
             beside = options.get("--beside", [])
             if not any("int8=static" in text for text in [*options["--low"], *beside]):
-                digests = []
-            write_shelf(
-                out["--out"],
-                options["--low"][0],
-                beside,
-                hash_prefixes(digests),
-                self._head,
-                self._task,
-            )
+                learned = ""
+            write_shelf(out["--out"], options["--low"][0], beside, learned, self._head, self._task)
         elif self.said[-1][1] == "align":
             alignment = Alignment.load(Path(options["--alignment"][0]))
             align(out["--onnx"], options["--graph"][0], alignment, options["--name"][0])

@@ -6,11 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from bundle.prints import encode, no_looks
 from calibration.align import FOLDS, SHARES, Aligned, Growth, fit_alignment
 from calibration.fidelity import Fidelity
 from calibration.head import LinearHead
-from calibration.outputs import Outputs, hash_prefixes
+from calibration.outputs import Outputs
 from export.shared_weights import share_weights
+from imaging import code_sha256
 from routing import Alignment, AlignmentError, RungOutputs
 from routing.alignment import LAYERS, tokens
 from tests.unit.calibration_outputs import sha256
@@ -45,8 +47,10 @@ def make_outputs(n=400, noise=0.05, shift=True, seed=0, head=None, group_size=1)
         names=names,
         groups=tuple(str(i // group_size) for i in range(n)),
         hashes=tuple(sha256(name) for name in names),
+        looks=no_looks(n),
         rung_hashes={"vit_low": "a" * 64, "vit_high": "b" * 64},
         preprocessing_sha256="c" * 64,
+        imaging_sha256=code_sha256(),
         source="/nowhere",
         title="made up",
     )
@@ -146,7 +150,7 @@ def test_only_the_rows_to_learn_from_teach():
     other = replace(outputs, high=RungOutputs(high, None, None))
     one, two = align(outputs, rows).alignment, align(other, rows).alignment
     np.testing.assert_array_equal(one.weights, two.weights)
-    assert one.image_hashes == hash_prefixes([outputs.hashes[row] for row in rows])
+    assert one.image_prints == encode([outputs.hashes[row] for row in rows], outputs.looks[rows])
 
 
 def test_it_is_aligned_to_the_reference_where_there_is_one():

@@ -1,4 +1,3 @@
-import hashlib
 import json
 import os
 import threading
@@ -16,7 +15,7 @@ from calibration.npz import load_npz
 from calibration.outputs import Outputs, OutputsError
 from calibration.sessions import run_session
 from calibration.source import ImagesError
-from imaging import Preprocessing, decode
+from imaging import Preprocessing, decode, pixels_sha256
 from routing import RungOutputs, RungSet, RungSetError
 from tests.unit.calibration_outputs import with_reference
 from tests.unit.image_files import MemorySource, write_images
@@ -81,7 +80,7 @@ def test_outputs_are_those_of_the_sessions_image_by_image(rung_set, out):
     assert outputs.high.cls_layers is None
     assert outputs.names == source.names
     assert outputs.groups == tuple(item.group for item in images)
-    assert outputs.hashes == tuple(hashlib.sha256(item.data).hexdigest() for item in images)
+    assert outputs.hashes == tuple(pixels_sha256(decode(item.data)) for item in images)
     # The model knows four classes, the source five.
     np.testing.assert_array_equal(outputs.labels, np.array([0, 1, 2, 3, -1] * 4))
     assert (outputs.source, outputs.title) == (source.spec, source.title)
@@ -183,6 +182,15 @@ def test_another_library_starts_anew(rung_set, out, monkeypatch):
     source = MemorySource(COUNT)
     collect(rung_set, source, out)
     assert len(source.read) == COUNT
+
+
+def test_other_code_that_decodes_starts_anew_and_is_on_record(rung_set, out, monkeypatch):
+    with pytest.raises(StoppedError):
+        collect(rung_set, MemorySource(COUNT), out, stop_after(COUNT))
+    monkeypatch.setattr(module, "code_sha256", lambda: "e" * 64)
+    source = MemorySource(COUNT)
+    collect(rung_set, source, out)
+    assert len(source.read) == COUNT and Outputs.load(out).imaging_sha256 == "e" * 64
 
 
 def truncate(part):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import beta, binom, fisher_exact, ks_2samp
 
+from bundle.prints import encode, no_looks
 from calibration.certify import Goal, candidate_thresholds, certificate, certify
 from calibration.evaluate import (
     DRIFT_LEVEL,
@@ -14,7 +15,8 @@ from calibration.evaluate import (
     evaluate,
 )
 from calibration.fidelity import Fidelity
-from calibration.outputs import Outputs, hash_prefixes
+from calibration.outputs import Outputs
+from imaging import code_sha256
 from routing import Calibration, RungOutputs, RungRecord, ScoreMap
 
 THRESHOLD = 0.5
@@ -37,8 +39,10 @@ def outputs_of(scores, loss, labels=None, names=None, groups=None):
         names=names,
         groups=names if groups is None else tuple(groups),
         hashes=tuple(hashlib.sha256(name.encode()).hexdigest() for name in names),
+        looks=no_looks(len(names)),
         rung_hashes=dict(RUNG_HASHES),
         preprocessing_sha256="2" * 64,
+        imaging_sha256=code_sha256(),
         source="somewhere",
         title="made up",
     )
@@ -75,7 +79,8 @@ def calibration_of(**changes):
         "threshold": THRESHOLD,
         "chosen_by": {"fidelity": "top1", "tolerance": None, "threshold": THRESHOLD},
         "certificate": certificate_of(LTT),
-        "data": {"image_hashes": "", "seed": 0, "group_by": "source"},
+        "imaging_sha256": code_sha256(),
+        "data": {"image_prints": "", "seed": 0, "group_by": "source"},
         "reference_scores": np.linspace(0.001, 0.999, 800, dtype=np.float32),
     }
     return Calibration(**{**fields, **changes})
@@ -277,7 +282,7 @@ def test_one_image_of_each_group_is_counted():
     scores, loss = np.full(60, 0.2), np.repeat([True, False, False], 20)
     names = [f"video {i // 20}/{i}.jpg" for i in range(60)]
     outputs = outputs_of(scores, loss, names=names)
-    data = {"image_hashes": "", "seed": 0, "group_by": "folder"}
+    data = {"image_prints": "", "seed": 0, "group_by": "folder"}
     evaluation = evaluate(calibration_of(data=data), outputs)
     assert (evaluation.images, evaluation.errors) == (3, 1)
     assert not evaluation.contradicted  # 20 errors among 60 images would be
@@ -300,14 +305,18 @@ def test_outputs_of_another_preprocessing_are_refused():
 
 def test_the_calibrations_own_images_are_refused():
     outputs = stream(50, seed=0)
-    data = {"image_hashes": hash_prefixes(outputs.hashes), "seed": 0, "group_by": "source"}
+    data = {"image_prints": encode(outputs.hashes, outputs.looks), "seed": 0, "group_by": "source"}
     with pytest.raises(EvaluateError, match="evaluate it on others"):
         evaluate(calibration_of(data=data), outputs)
 
 
 def test_images_that_the_calibration_has_seen_are_left_out():
     outputs = stream(50, seed=0)
-    data = {"image_hashes": hash_prefixes(outputs.hashes[:20]), "seed": 0, "group_by": "source"}
+    data = {
+        "image_prints": encode(outputs.hashes[:20], outputs.looks[:20]),
+        "seed": 0,
+        "group_by": "source",
+    }
     evaluation = evaluate(calibration_of(data=data), outputs)
     assert (evaluation.known, evaluation.images) == (20, 30)
     expected = evaluate(calibration_of(), outputs.rows(np.arange(20, 50)))

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bundle.prints import no_looks
 from calibration.npz import NpzError, join_npz, load_npz, save_npz
 from calibration.outputs import Outputs, OutputsError
 from routing import RungOutputs
@@ -28,8 +29,10 @@ def make_outputs(head=True, reference=False):
         names=tuple(f"{i}/caf\u00e9 \u72ac.png" for i in range(N)),
         groups=tuple(f"group {i // 2}" for i in range(N)),
         hashes=tuple(f"{i:064x}" for i in range(N)),
+        looks=no_looks(N),
         rung_hashes={"vit_low": "a" * 64, "vit_high": "b" * 64},
         preprocessing_sha256="c" * 64,
+        imaging_sha256="d" * 64,
         source="/some/folder",
         title="folder of images",
     )

@@ -110,6 +110,8 @@ def write(tmp_path, **changes):
             "fingerprint": outputs.fingerprint(),
             "seed": 7,
             "group_by": "source",
+            "same_pixels": 3,
+            "look_alike": 14,
             "splits": {name: len(rows) for name, rows in splits.items()},
         },
     )

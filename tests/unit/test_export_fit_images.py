@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-
 import numpy as np
 import pytest
 
-from calibration.outputs import hash_prefixes
+from bundle.prints import decode as known
+from bundle.prints import encode
+from calibration.decoding import decode_ahead
+from calibration.images import FolderImages
 from export.errors import UsageError
 from export.fit_images import MOST, FitImages
-from imaging import Preprocessing, decode
+from imaging import Preprocessing, decode, pixels_sha256
 from tests.unit.image_files import write_images
 
 PREPROCESSING = Preprocessing(8, 8, None, "bilinear", (0.5,) * 3, (0.25,) * 3)
@@ -28,8 +28,12 @@ def test_all_images_of_a_small_folder_and_the_folders_in_it(tmp_path):
 
 def test_images_are_remembered_as_calibration_knows_them(tmp_path):
     write_images(tmp_path, "a.png", "b.png")
-    hashes = [hashlib.sha256((tmp_path / f).read_bytes()).hexdigest() for f in ("a.png", "b.png")]
-    assert FitImages.read(tmp_path, PREPROCESSING).hashes == hash_prefixes(hashes)
+    prints = FitImages.read(tmp_path, PREPROCESSING).prints
+    write_images(tmp_path / "seen", "1.png", "2.png", "3.png")  # the first two are those
+    source = FolderImages(tmp_path / "seen")
+    ((images, _),) = decode_ahead(source, [range(3)], PREPROCESSING)
+    hashes, looks = [image.sha256 for image in images], np.stack([image.look for image in images])
+    assert prints == encode(hashes[:2], looks[:2])
 
 
 def test_a_large_folder_gives_some_from_its_first_to_its_last(tmp_path):
@@ -37,10 +41,9 @@ def test_a_large_folder_gives_some_from_its_first_to_its_last(tmp_path):
     write_images(tmp_path, *names)
     found = FitImages.read(tmp_path, PREPROCESSING)
     assert len(found.tensors) == MOST
-    prefixes = base64.b64decode(found.hashes)
-    taken = {prefixes[i : i + 8] for i in range(0, len(prefixes), 8)}
-    digests = [hashlib.sha256((tmp_path / name).read_bytes()).digest()[:8] for name in names]
-    indices = [index for index, digest in enumerate(digests) if digest in taken]
+    taken, _ = known(found.prints)
+    hashes = [pixels_sha256(decode((tmp_path / name).read_bytes())) for name in names]
+    indices = [index for index, digest in enumerate(hashes) if digest[:16] in taken]
     assert len(taken) == len(indices) == MOST
     assert (indices[0], indices[-1]) == (0, len(names) - 1)
     assert max(np.diff(indices)) <= 4
@@ -51,7 +54,7 @@ def test_what_is_no_image_is_passed_over(tmp_path):
     (tmp_path / "notes.txt").write_text("not an image")
     found = FitImages.read(tmp_path, PREPROCESSING)
     assert len(found.tensors) == 2
-    assert len(base64.b64decode(found.hashes)) == 2 * 8
+    assert len(known(found.prints)[0]) == 2
 
 
 @pytest.mark.parametrize(

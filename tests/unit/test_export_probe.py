@@ -10,10 +10,15 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from bundle.prints import among, no_looks
+from calibration.decoding import decode_ahead
+from calibration.images import FolderImages
 from export.errors import UsageError
 from export.pretrained import pretrained
 from export.probe import LabelledImages, fit_linear, fit_probe
 from export.rungs import RungsRequest, export_rungs
+from imaging import Preprocessing
+from routing import RungSet
 from tests.unit.export_tiny import PX, QUIET, save_tiny
 
 COLOURS = {"blue": (20, 40, 200), "green": (30, 180, 60), "red": (210, 30, 30)}
@@ -66,6 +71,13 @@ def test_both_rungs_carry_the_probe(model, tmp_path):
     assert record["head"]["images"] == 24
     assert record["head"]["training_accuracy"] >= 0.9
     assert record["head"]["skipped"] == []
+    # The images the head knows are on record, so that nothing is certified on them.
+    source = FolderImages(root)
+    preprocessing = Preprocessing.from_dict(record["preprocessing"])
+    ((seen, _),) = decode_ahead(source, [range(24)], preprocessing)
+    hashes, looks = [image.sha256 for image in seen], np.stack([image.look for image in seen])
+    assert among(hashes, no_looks(24), RungSet.load(out).fitted_on).all()
+    assert among(["0" * 64] * 24, looks, RungSet.load(out).fitted_on).all()
 
     backbone = pretrained(str(model))
     probe = fit_probe(backbone, PX, LabelledImages.scan(root), QUIET)

@@ -11,12 +11,13 @@ import pytest
 import torch
 from onnx.external_data_helper import uses_external_data
 
-from calibration.outputs import hash_prefixes
+from bundle.prints import encode, look_of
 from export.onnx_graph import check_versions
 from export.parity import ParityError, sample_images, structure_failures
 from export.pretrained import pretrained
 from export.recipes.recipe import Recipe
 from export.rungs import RungsRequest, export_rungs
+from imaging import decode, pixels_sha256
 from routing import RungSet
 from routing.manifest import sha256_file
 from tests.unit.export_tiny import LAYERS, PX, QUIET, WIDTH, run_export, save_tiny
@@ -85,8 +86,9 @@ def test_entries_say_what_was_asked_for(record, exported):
 
 
 def test_the_images_that_ranges_were_learned_from_are_on_record(record, fit_images):
-    hashes = [sha256_file(fit_images / f"{i}.png") for i in range(5)]
-    assert record["fitted_on"] == hash_prefixes(hashes)
+    images = [decode((fit_images / f"{i}.png").read_bytes()) for i in range(5)]
+    looks = np.stack([look_of(image) for image in images])
+    assert record["fitted_on"] == encode([pixels_sha256(image) for image in images], looks)
     assert record["reference"]["fidelity"]["images"] == "5 fit"
 
 

@@ -20,6 +20,7 @@ from export.repository import RepositoryError, assemble
 from export.settings import MAX_BATCH_SIZE, Settings
 from export.shared_weights import share_weights
 from export.versions import add_version
+from imaging import code_sha256
 from routing import REFERENCE_MODEL, WEIGHTS, Calibration, CalibrationError, RungSet, manifest
 from tests.unit.calibration_outputs import make_outputs, with_losing_high, with_reference
 from tests.unit.export_tiny import run_export
@@ -448,6 +449,22 @@ def test_another_preprocessing_than_the_calibrated_is_refused(tmp_path):
     assert not (tmp_path / "repository").exists()
     change_preprocessing(tmp_path, mean=[0.5, 0.5, 0.5])  # laid out otherwise, but the same
     assemble(RungSet.load(tmp_path / "onnx"), artifact, tmp_path / "repository")
+
+
+@pytest.mark.parametrize("other", ["e" * 64, ""])
+def test_another_decoder_than_the_calibrated_is_refused(tmp_path, other):
+    """An artifact of an earlier release does not say which it was."""
+    rung_set, artifact = write_inputs(tmp_path, imaging_sha256=other)
+    with pytest.raises(RepositoryError, match="imaging is not the code that decoded") as error:
+        assemble(rung_set, artifact, tmp_path / "repository")
+    assert "\n" not in str(error.value) and not (tmp_path / "repository").exists()
+
+
+def test_the_decoder_that_is_deployed_is_the_one_calibrated(tmp_path):
+    rung_set, artifact = write_inputs(tmp_path)
+    repository = assemble(rung_set, artifact, tmp_path / "repository")
+    deployed = code_sha256(repository / "preprocess/1/imaging")
+    assert deployed == Calibration.load(artifact).imaging_sha256 == code_sha256()
 
 
 def test_a_foreign_folder_is_left_alone(tmp_path):

@@ -15,6 +15,7 @@ from imaging import Preprocessing
 from routing import RungSet
 from routing.manifest import sha256_file
 from routing.provenance import RELEASE
+from routing.rungset import SCHEMA_VERSION
 from tests.unit.export_tiny import LAYERS, PX, QUIET, WIDTH, run_export, save_tiny
 
 MORE = ("--low", "px=4", "--beside", "px=12", "--beside", "px=8")
@@ -65,7 +66,7 @@ def test_files_and_record(exported):
     ]
     record = json.loads((out / "rungs.json").read_text())
     assert json.loads(printed) == record
-    assert record["schema_version"] == 1
+    assert record["schema_version"] == SCHEMA_VERSION
     assert record["release"] == RungSet.load(out).release == RELEASE
     assert record["backbone"] == "tiny"
     assert record["image"] == {"shape": [3, PX, PX]}

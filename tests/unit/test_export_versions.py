@@ -120,6 +120,16 @@ def test_an_artifact_of_another_preprocessing_is_refused(tmp_path, repository):
         add_version(repository, others)
 
 
+def test_an_artifact_calibrated_with_another_decoder_than_the_deployed_is_refused(
+    tmp_path, repository
+):
+    others = change_artifact(tmp_path, "others", threshold=0.125, imaging_sha256="e" * 64)
+    before = contents(repository)
+    with pytest.raises(RepositoryError, match="imaging is not the code that decoded"):
+        add_version(repository, others)
+    assert contents(repository) == before
+
+
 def test_an_artifact_that_is_there_already_is_refused(tmp_path, repository, artifact):
     with pytest.raises(RepositoryError, match="router/1 has this artifact already"):
         add_version(repository, tmp_path / "calibration.json")

@@ -19,11 +19,12 @@ ROOT = Path(__file__).resolve().parents[2]
 ARROWS = {
     "routing": set(),
     "imaging": set(),
-    "export": {"routing", "imaging"},
-    "calibration": {"routing", "imaging"},
+    "bundle": set(),
+    "export": {"routing", "imaging", "bundle"},
+    "calibration": {"routing", "imaging", "bundle"},
     "server": {"routing"},  # the manifest, versions and reference answers of a repository
     "client": set(),
-    "perf": {"calibration", "client", "imaging", "routing", "server"},
+    "perf": {"bundle", "calibration", "client", "imaging", "routing", "server"},
     "demo": {"calibration", "client", "imaging", "perf", "routing", "server"},
 }
 IN_TRITON = sorted(

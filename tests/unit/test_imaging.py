@@ -1,14 +1,25 @@
 import dataclasses
 import io
 import json
+import shutil
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from imaging import ImageError, Limits, Preprocessing, PreprocessingError, decode
+import imaging
+from imaging import (
+    ImageError,
+    Limits,
+    Preprocessing,
+    PreprocessingError,
+    code_sha256,
+    decode,
+    pixels_sha256,
+)
 
 SPEC = Preprocessing(8, 8, 10, "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -219,3 +230,31 @@ def test_a_16_bit_greyscale_png_keeps_its_greys():
     Image.fromarray(ramp[np.newaxis]).save(buffer, "PNG")
     decoded = np.asarray(decode(buffer.getvalue()))
     np.testing.assert_array_equal(decoded[0], np.repeat(np.arange(256)[:, np.newaxis], 3, axis=1))
+
+
+def test_the_same_pixels_are_the_same_image_whatever_the_file():
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (9, 14, 3), dtype=np.uint8))
+    files = [encode(image, "PNG"), encode(image, "PNG", compress_level=0)]
+    files += [encode(image, "WEBP", lossless=True), files[0] + b"appended"]
+    assert len(set(files)) == 4
+    assert {pixels_sha256(decode(data)) for data in files} == {pixels_sha256(image)}
+    others = [image.transpose(Image.Transpose.ROTATE_90), image.crop((0, 0, 14, 8))]
+    others.append(Image.frombytes("RGB", (9, 14), image.tobytes()))  # the same bytes, other rows
+    assert len({pixels_sha256(other) for other in (image, *others)}) == 4
+
+
+def test_the_code_has_a_hash_that_every_change_of_a_source_file_changes(tmp_path):
+    copy = tmp_path / "imaging"
+    shutil.copytree(Path(imaging.__file__).parent, copy)
+    before = code_sha256()
+    assert code_sha256(copy) == before
+    (copy / "notes.txt").write_text("no source file")
+    (copy / "__pycache__/decode.cpython-310.pyc").parent.mkdir(exist_ok=True)
+    (copy / "__pycache__/decode.cpython-310.pyc").write_bytes(b"compiled")
+    assert code_sha256(copy) == before
+    changed = copy / "decode.py"
+    changed.write_text(changed.read_text().replace(">> 8", ">> 7"))
+    after = code_sha256(copy)
+    changed.rename(copy / "decoding.py")
+    assert len({before, after, code_sha256(copy)}) == 3

@@ -4,6 +4,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
+from calibration.plan import graph_outputs
 from calibration.plan.candidates import FULL, shelf_graphs
 from calibration.plan.graph_outputs import BATCH, OutputsCache
 from calibration.source import ImagesError
@@ -105,6 +106,14 @@ def test_whatever_decides_an_answer_is_not_found_in_the_cache(get, rung_set, cha
     rungs = change.pop("change", lambda rungs: rungs)(rung_set)
     found = get(source, rungs=rungs, **change)
     assert len(source.read) == len(found.rows) > 0
+
+
+def test_what_other_code_decoded_is_not_found_in_the_cache(get, monkeypatch):
+    get(MemorySource(4))
+    monkeypatch.setattr(graph_outputs, "code_sha256", lambda: "e" * 64)
+    source = MemorySource(4)
+    get(source)
+    assert len(source.read) == 4
 
 
 def test_a_graph_whose_shared_weights_differ_is_another(get, rung_set):

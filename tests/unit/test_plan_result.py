@@ -6,11 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from bundle.prints import among, decode
 from calibration.align import ALIGN_SHARE
 from calibration.certify import Goal, allowed_errors, images_needed, one_per_group
 from calibration.fidelity import Fidelity, FidelityError
 from calibration.fit import without_learned
-from calibration.outputs import Outputs, known_prefixes
+from calibration.outputs import Outputs
 from calibration.plan import result
 from calibration.plan.checks import images_for
 from calibration.plan.plan import choose_rungs, make_plan
@@ -70,7 +71,7 @@ def test_every_image_has_one_part(planned, content):
 
 
 def test_no_image_that_a_graph_has_learned_from_is_among_the_rest(planned):
-    learned = planned.aligned[ALIGNED].alignment.image_hashes
+    learned = planned.aligned[ALIGNED].alignment.image_prints
     outputs = next(iter(planned.pairs.values()))
     rungs = replace(planned.rung_set, fitted_on=learned)
     assert len(without_learned(outputs, rungs)) == len(outputs) == len(planned.parts.rest)
@@ -262,8 +263,8 @@ def test_the_images_it_was_tried_on_are_fitted_on_and_test_nothing(unhelped):
     """The decision against it was made on them, so they may not certify what came of it."""
     planned, _ = unhelped
     parts = planned.parts
-    learned = known_prefixes(planned.rung_set.fitted_on)
-    taught = np.array([image[:16] in learned for image in parts.reference.hashes])
+    reference = parts.reference
+    taught = among(reference.hashes, reference.looks, planned.rung_set.fitted_on)
     np.testing.assert_array_equal(parts.align, np.flatnonzero(taught))
     assert len(parts.rest) == IMAGES - taught.sum()
     groups = group_keys(parts.reference, "source")
@@ -283,9 +284,8 @@ def test_where_one_alignment_helps_its_images_stay_out_of_everything(tmp_path):
     shares = {"align": ALIGN_SHARE, "rest": 1 - ALIGN_SHARE}
     groups = group_keys(planned.parts.reference, "source")
     assert set(split_by_group(groups, shares, 0)["align"]) <= set(planned.parts.align)
-    assert known_prefixes(planned.aligned["static_4_align"].alignment.image_hashes) <= (
-        known_prefixes(planned.rung_set.fitted_on)
-    )
+    aligned, _ = decode(planned.aligned["static_4_align"].alignment.image_prints)
+    assert aligned <= decode(planned.rung_set.fitted_on)[0]
 
 
 def test_an_alignment_that_does_not_help_beside_its_own_graph_is_one_candidate(tmp_path):

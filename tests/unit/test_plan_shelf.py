@@ -6,6 +6,7 @@ import onnxruntime as ort
 import pytest
 from rich.console import Console
 
+from bundle.prints import no_looks
 from calibration.fidelity import Fidelity
 from calibration.head import LinearHead
 from calibration.outputs import Outputs
@@ -14,6 +15,7 @@ from calibration.plan.bars import Bars
 from calibration.plan.candidates import recipes, shelf_graphs
 from calibration.plan.shelf import FIT_IMAGES, align_graph, export_shelf
 from calibration.plan.subprocesses import PlanError
+from imaging import code_sha256
 from routing import Alignment, RungOutputs, RungSet
 from tests.unit.calibration_outputs import sha256
 from tests.unit.onnx_files import write_rung_set
@@ -112,6 +114,12 @@ def test_whatever_decides_what_lies_on_a_shelf_makes_another(tmp_path, commands,
     assert export_shelf(make_request(tmp_path), RECIPES[:2], QUIET) != shelf
 
 
+def test_other_code_that_decodes_makes_another_shelf(tmp_path, commands, monkeypatch):
+    shelf = export_shelf(make_request(tmp_path), RECIPES, QUIET)
+    monkeypatch.setattr("calibration.plan.shelf.code_sha256", lambda: "e" * 64)
+    assert export_shelf(make_request(tmp_path), RECIPES, QUIET) != shelf
+
+
 @pytest.mark.parametrize("field", ["head_images", "model"])
 def test_a_folder_whose_files_change_makes_another_shelf(tmp_path, commands, field):
     folder = tmp_path / "files"
@@ -138,8 +146,10 @@ def outputs_of(rung_set, n=200, seed=0):
         names=names,
         groups=names,
         hashes=tuple(map(sha256, names)),
+        looks=no_looks(n),
         rung_hashes=rung_set.fingerprints(),
         preprocessing_sha256=rung_set.preprocessing_sha256(),
+        imaging_sha256=code_sha256(),
         source="",
         title="",
     )
@@ -208,12 +218,12 @@ def test_an_alignment_whose_graph_was_never_baked_is_baked_again(shelf, commands
     (shelf / "rungs.json").write_text(json.dumps(record))
     align(shelf)
     assert name in RungSet.load(shelf).alternatives
-    assert Alignment.load(shelf / f"{name}.npz").image_hashes == aligned.alignment.image_hashes
+    assert Alignment.load(shelf / f"{name}.npz").image_prints == aligned.alignment.image_prints
 
 
 def test_what_an_alignment_has_learned_from_is_on_the_shelfs_record(shelf, commands):
     _, aligned = align(shelf)
-    assert RungSet.load(shelf).fitted_on == aligned.alignment.image_hashes
+    assert RungSet.load(shelf).fitted_on == aligned.alignment.image_prints
 
 
 def test_a_model_without_a_head_is_aligned_all_the_same(tmp_path, monkeypatch):

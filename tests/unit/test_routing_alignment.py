@@ -28,7 +28,7 @@ def alignment(count=LAYERS, **changes):
         "graph": "a" * 64,
         "reference": "b" * 64,
         "recipe": "px=112,int8=static",
-        "image_hashes": "AAECAwQFBgc=",
+        "image_prints": "AAECAwQFBgc=",
     }
     return Alignment(**{**fields, **changes})
 
@@ -72,7 +72,7 @@ def test_a_file_gives_back_what_was_saved(tmp_path):
     np.testing.assert_array_equal(loaded.weights, saved.weights)
     np.testing.assert_array_equal(loaded.bias, saved.bias)
     assert loaded.weights.dtype == loaded.bias.dtype == np.float32
-    for name in ("graph", "reference", "recipe", "image_hashes"):
+    for name in ("graph", "reference", "recipe", "image_prints"):
         assert getattr(loaded, name) == getattr(saved, name)
         assert type(getattr(loaded, name)) is str
 

@@ -330,6 +330,13 @@ def change_rungs(folder, **fields):
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
+def test_an_export_that_does_not_name_its_images_by_their_pixels_is_to_be_made_again(tmp_path):
+    write_rung_set(tmp_path)
+    change_rungs(tmp_path, schema_version=1)
+    with pytest.raises(RungSetError, match="schema version 1, .* run python -m export rungs again"):
+        RungSet.load(tmp_path)
+
+
 def test_without_a_reference_the_full_rung_is_it(tmp_path):
     rung_set = RungSet.load(write_rung_set(tmp_path))
     assert (rung_set.reference, rung_set.reference_file, rung_set.fitted_on) == (None, None, "")

@@ -1,0 +1,127 @@
+"""What a certificate counts is pictures, and none of those that something was fitted on."""
+
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from calibration.__main__ import main
+from calibration.certify import Goal
+from calibration.collect import collect
+from calibration.evaluate import evaluate
+from calibration.fidelity import Fidelity
+from calibration.fit import FitError, Options, fit, without_learned
+from calibration.images import open_images
+from calibration.outputs import Outputs, OutputsError
+from calibration.sample import write
+from calibration.splits import group_keys
+from export.fit_images import FitImages
+from imaging import Preprocessing
+from routing import RungSet
+from tests.unit.onnx_files import write_rung_set
+
+CROPS, TIMES, NEW = 40, 3, 20
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folders of rungs, of crops, of each crop in several files, of other forms and new crops."""
+    root = tmp_path_factory.mktemp("identity")
+    write_rung_set(root / "onnx", seeds=(1, 2))
+    write(root / "crops", CROPS, seed=3)
+    for file in sorted((root / "crops").rglob("*.jpg")):
+        place = root / "copied" / file.relative_to(root / "crops")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        for time in range(TIMES):
+            name = f"{place.stem}-{time}.jpg"
+            place.with_name(name).write_bytes(file.read_bytes() + b"\0" * time)
+        image = Image.open(file)
+        other = root / "forms" / f"{file.stem}.webp"
+        other.parent.mkdir(exist_ok=True)
+        ImageOps.mirror(image).resize((image.width // 2, image.height // 2)).save(other)
+    write(root / "forms/new", NEW, seed=4)
+    return root
+
+
+@pytest.fixture(scope="module")
+def outputs(folders):
+    """What `collect` stores of each folder."""
+    found = {}
+    for name in ("crops", "copied", "forms"):
+        file = folders / f"{name}.npz"
+        collect(RungSet.load(folders / "onnx"), open_images(str(folders / name)), file)
+        found[name] = Outputs.load(file)
+    return found
+
+
+def fitted(outputs, folders):
+    goal, options = Goal(0.3, 0.9, "ltt"), Options(Fidelity("top1"))
+    return fit(outputs, RungSet.load(folders / "onnx"), goal, options).calibration
+
+
+def test_a_picture_stored_many_times_counts_once(outputs, folders):
+    assert len(outputs["copied"]) == TIMES * CROPS
+    alone, copied = fitted(outputs["crops"], folders), fitted(outputs["copied"], folders)
+    for key in ("n", "allowed"):
+        assert copied.certificate[key] == alone.certificate[key]
+    same = (TIMES - 1) * CROPS
+    assert copied.data["same_pixels"] == same
+    assert copied.data["look_alike"] == alone.data["look_alike"] <= 0.1 * CROPS
+    assert len(set(group_keys(outputs["copied"], "source"))) == len(
+        set(group_keys(outputs["crops"], "source"))
+    )
+
+
+def test_evaluate_leaves_out_what_the_calibration_has_seen_in_another_form(outputs, folders):
+    evaluation = evaluate(fitted(outputs["crops"], folders), outputs["forms"])
+    assert 0.9 * CROPS <= evaluation.known <= CROPS + 2
+    assert NEW - 2 <= evaluation.images <= len(outputs["forms"]) - evaluation.known
+
+
+def test_images_that_taught_a_graph_are_left_out_in_any_form_and_said(
+    outputs, folders, tmp_path, monkeypatch, capsys
+):
+    rung_set = RungSet.load(folders / "onnx")
+    preprocessing = Preprocessing.from_dict(rung_set.preprocessing)
+    learned = FitImages.read(folders / "crops", preprocessing).prints
+    content = (folders / "onnx/rungs.json").read_text()
+    onnx = tmp_path / "onnx"
+    write_rung_set(onnx, seeds=(1, 2))
+    (onnx / "rungs.json").write_text(content[:-1] + f', "fitted_on": "{learned}"}}')
+    taught = RungSet.load(onnx)
+    assert len(without_learned(outputs["copied"], taught)) == 0
+    assert NEW - 2 <= len(without_learned(outputs["forms"], taught)) <= NEW + 0.1 * CROPS
+    with pytest.raises(FitError, match="used to fit a graph"):
+        fit(outputs["forms"], taught, Goal(0.3, 0.9, "ltt"), Options(Fidelity("top1")))
+    run(monkeypatch, "fit", "--max-risk", 0.3, "--onnx", onnx, "--outputs", folders / "copied.npz")
+    last = " ".join(capsys.readouterr().err.splitlines()[-1].split())
+    assert last.startswith("error: 0 images are too few to split")
+    assert last.endswith(
+        f"{TIMES * CROPS} images taught a graph or its head, in this or another form, "
+        "and were left out"
+    )
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["calibration", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+
+
+def test_crops_drawn_from_the_sample_stream_are_independent(folders, tmp_path):
+    source = open_images("sample:3", CROPS)
+    collect(RungSet.load(folders / "onnx"), source, tmp_path / "drawn.npz")
+    drawn = Outputs.load(tmp_path / "drawn.npz")
+    assert group_keys(drawn, "source") == drawn.groups
+    assert not drawn.looks.any()
+
+
+@pytest.mark.parametrize("field", ["looks", "imaging"])
+def test_outputs_of_an_earlier_release_are_to_be_collected_again(folders, outputs, tmp_path, field):
+    with np.load(folders / "crops.npz") as file:
+        arrays = {name: file[name] for name in file.files if name != field}
+    np.savez(tmp_path / "old.npz", **arrays)
+    with pytest.raises(OutputsError, match=f"holds no '{field}'; collect again"):
+        Outputs.load(tmp_path / "old.npz")
