@@ -310,6 +310,17 @@ def test_the_calibrations_own_images_are_refused():
         evaluate(calibration_of(data=data), outputs)
 
 
+def test_outputs_of_another_decoder_or_an_earlier_artifact_are_refused():
+    outputs = stream(50, seed=0)
+    with pytest.raises(EvaluateError, match="other code of imaging/ than the artifact's; calib"):
+        evaluate(calibration_of(), replace(outputs, imaging_sha256="e" * 64))
+    data = {"image_hashes": "", "seed": 0, "group_by": "source"}
+    with pytest.raises(EvaluateError, match="of an earlier release.* collect and fit again"):
+        evaluate(calibration_of(data=data), outputs)
+    with pytest.raises(EvaluateError, match="all of these images were used to fit a graph or its"):
+        evaluate(calibration_of(), outputs.rows(np.zeros(0, np.intp)))
+
+
 def test_images_that_the_calibration_has_seen_are_left_out():
     outputs = stream(50, seed=0)
     data = {

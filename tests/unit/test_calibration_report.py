@@ -427,6 +427,7 @@ def test_images_that_are_as_collected_are_shown(page):
 
 def test_the_provenance_names_rungs_splits_and_seed(page):
     text = page.sections["What was measured on what"]
+    assert "copies: of equal pixels; re-encoded, resized or mirrored 3; 14; each picture" in text
     for words in ("made up images: 240", "fit 60, certify 60, test 120; seed 7", "0" * 12 + "…"):
         assert words in text
     assert hashlib.sha256(b"artifact").hexdigest()[:12] in text
