@@ -16,6 +16,11 @@ import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
 from client import ClientError, GrpcClient, HttpClient
+from perf.measure.asking import Asker
+from perf.measure.attribution import attribute
+from perf.measure.sets import Pool
+from perf.measure.systems import System
+from perf.measure.target import Target
 from routing import manifest
 from routing.versions import Versions
 from server import AdminKey, Security, Tls, TritonServer
@@ -301,11 +306,24 @@ def test_a_repository_changed_twice_while_nobody_looked_is_loaded_without_a_fail
     assert ensemble == {1, 2}, traffic.found
 
 
-def test_a_switched_repository_is_served_by_a_new_server(repository, artifacts, question):
+def test_a_switched_repository_is_served_by_a_new_server_and_can_be_measured(
+    repository, artifacts, question
+):
     add_version(repository, artifacts[1])
     run_command("export", "versions", "--repository", repository, "--live", 2)
-    with serving(repository, allow_reload=False) as server:
+    ensemble = System("ensemble", "from image bytes", "adaptive_vit", takes_bytes=True)
+    pool = Pool("crops", question.crops, question.images, [None] * BATCH, ())
+    with (
+        serving(repository, allow_reload=False) as server,
+        Target(server.grpc_url, None, server) as target,
+    ):
         assert versions_that_answer(server, question) == [2, 1, 2]
+        time.sleep(0.5)  # a request is counted a moment after its answer
+        asker = Asker(target, pool, has_head=False)
+        found = attribute(target, asker, ensemble, range(BATCH), 0.0, lambda: None)
+    # Both versions have counters; a share of time that is nobody's would be below zero.
+    assert found["requests"] == BATCH
+    assert all(part["ms"] >= 0 for part in found["parts"]), found
 
 
 # --- refused, and the old version goes on --------------------------------------------------------
