@@ -171,7 +171,7 @@ def spread(value):
 class Commands:
     """Stands in for `run` and `run_json`; `said` holds every command's arguments."""
 
-    def __init__(self, ms=None, head=True, model=None, task="classes"):
+    def __init__(self, ms=None, head=True, model=None, task=None):
         self.said = []
         self._model = model or ("ViTForImageClassification" if head else "ViTModel")
         self._ms, self._head, self._task = ms or MS, head, task
@@ -193,7 +193,8 @@ class Commands:
             beside = options.get("--beside", [])
             if not any("int8=static" in text for text in [*options["--low"], *beside]):
                 learned = ""
-            write_shelf(out["--out"], options["--low"][0], beside, learned, self._head, self._task)
+            task = self._task or "classes"
+            write_shelf(out["--out"], options["--low"][0], beside, learned, self._head, task)
         elif self.said[-1][1] == "align":
             alignment = Alignment.load(Path(options["--alignment"][0]))
             align(out["--onnx"], options["--graph"][0], alignment, options["--name"][0])
@@ -212,7 +213,7 @@ class Commands:
                 *px,
                 own_head="--head" not in options,
             )
-            return {**content, "task": self._task if self._head else None}
+            return content if self._task is None else {**content, "task": self._task}
         names = _options(self.said[-1][2:])["--graphs"][0].split(",")
         return {"graphs": {name: self._cost(name) for name in names}}
 

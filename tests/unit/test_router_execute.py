@@ -119,7 +119,13 @@ def start(certified, tmp_path, monkeypatch):
         given = {name: {"string_value": value} for name, value in _parameters(repository).items()}
         queue = {"default_queue_policy": {"max_queue_size": 64}}
         config = {"parameters": given, "max_batch_size": 32, "dynamic_batching": queue}
-        router.initialize({"model_config": json.dumps(config), "model_version": "1"})
+        router.initialize(
+            {
+                "model_config": json.dumps(config),
+                "model_version": "1",
+                "model_instance_name": "router_0_0",
+            }
+        )
         started.append(router)
         return router, backend
 
