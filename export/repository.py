@@ -189,7 +189,6 @@ def _fill(
     for key, value in answer_parameters(calibration).items():
         text = with_parameter(text, key, value)
     config.write_text(text)
-    manifest.write(repository)
 
 
 def _add_reference(repository: Path, rung_set: RungSet) -> None:
