@@ -374,7 +374,7 @@ class HttpClient(SyncClient):
         return int(config["max_batch_size"])
 
     def _parameters(self, model: str, left_s: float | None) -> dict[str, str]:
-        config = self._within(left_s, self._client.get_model_config, model)
+        config = self._get(f"/v2/models/{quote(model, safe='')}/config", left_s)
         given = config.get("parameters", {})
         return {name: value["string_value"] for name, value in given.items()}
 
