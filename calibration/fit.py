@@ -136,6 +136,7 @@ def fit(
     target: Target,
     options: Options,
     progress: Callable[[], None] = lambda: None,
+    splits: Mapping[str, Rows] | None = None,
 ) -> Fit:
     """Fit the signals, choose one, and choose or certify the threshold.
 
@@ -145,6 +146,8 @@ def fit(
         target: how to choose the threshold.
         options: everything else.
         progress: called after each of at most `STEPS` steps of about equal length.
+        splits: rows of `fit`, `test` and, for a certificate, `certify`, that the caller has drawn
+            by group; by default they are drawn here.
 
     Raises:
         FitError: outputs of other rungs, too few images, a signal that does not apply, or a
@@ -158,7 +161,7 @@ def fit(
         raise FitError(f"{reason}; give --escalation-rate or --threshold to go without")
     groups = group_keys(outputs, options.group_by)
     shares = CERTIFIED if isinstance(target, certify.Goal) else UNCERTIFIED
-    splits = split_by_group(groups, shares, options.seed)
+    splits = splits or split_by_group(groups, shares, options.seed)
     oracle, loss = oracle_l2(outputs), options.fidelity.loss(outputs)
     high_loss = options.fidelity.high_loss(outputs)
 

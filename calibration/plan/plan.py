@@ -229,7 +229,7 @@ def _test(
             low, high = candidate.low, candidate.high
             options = Options(fidelity, candidate.signal, request.group_by, request.seed)
             pair = pair_rung_set(rung_set, graphs[low], graphs[high], graphs[FULL])
-            found = fit(pairs[low, high], pair, goal, options)
+            found = fit(pairs[low, high], pair, goal, options, splits=parts.splits)
             threshold = found.calibration.threshold
             scores = found.scores[parts.splits["certify"]]
             escalation = float(escalation_mask(scores, threshold, Overrides()).mean())

@@ -275,6 +275,10 @@ def test_the_images_it_was_tried_on_are_fitted_on_and_test_nothing(unhelped):
     assert {name: len(found) for name, found in rows.items()} == {
         name: pytest.approx(share * len(parts.rest), abs=1) for name, share in CERTIFIED.items()
     }
+    for tested in planned.tested:
+        assert tested.fit.splits.keys() == parts.splits.keys()
+        for name, index in parts.splits.items():
+            np.testing.assert_array_equal(tested.fit.splits[name], index)
 
 
 def test_where_one_alignment_helps_its_images_stay_out_of_everything(tmp_path):
