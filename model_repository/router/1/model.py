@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from .hold import Hold
 from .metrics import Metrics
 from .reference_check import ReferenceCheck
 from .routing import (
@@ -72,6 +73,8 @@ class TritonPythonModel:
             call_rung, REFERENCE_MODEL, output_names=["embedding", *head], timeout_s=budget_s
         )
         self.waiting = Waiting()
+        self.hold = Hold()
+        high_aside = self.hold.keeping(lambda image: ask_high(pb_utils.Tensor("image", image)))
         version = int(args["model_version"])
         # A version that runs in the shadow of another has no shadow itself.
         candidate = self.settings.shadow_version if self.settings.shadow_version != version else 0
@@ -85,9 +88,9 @@ class TritonPythonModel:
             _load_candidate(_version_dir().parent / str(candidate), self.calibration)
             if candidate
             else None,
-            lambda image: ask_high(pb_utils.Tensor("image", image)),
+            high_aside,
             self.metrics,
-            (lambda image: ask_reference(pb_utils.Tensor("image", image)))
+            self.hold.keeping(lambda image: ask_reference(pb_utils.Tensor("image", image)))
             if self.calibration.reference is not None and _has_reference(repository)
             else None,
         )
@@ -98,19 +101,24 @@ class TritonPythonModel:
             self.settings.reference_check,
             self.calibration,
             _version_dir() / "calibration.json",
-            low=lambda image: self.low(pb_utils.Tensor("image", image)),
-            high=lambda image: ask_high(pb_utils.Tensor("image", image)),
+            low=self.hold.keeping(lambda image: self.low(pb_utils.Tensor("image", image))),
+            high=high_aside,
             report=self.metrics.set_reference_outcome if is_first else None,
         )
 
     def finalize(self):
         """End the threads and hand on the last counts."""
+        self.hold.stop()
         self.reference_check.stop()
         self.watch.stop()
         self.metrics.stop()
 
     def execute(self, requests):
         """Answer all requests with at most one call of each rung."""
+        with self.hold.answering():
+            return self._execute(requests)
+
+    def _execute(self, requests):
         if self.reference_check.refusal is not None:
             refused = RungError(self.reference_check.refusal, is_outage=True)
             self.metrics.count("requests_total", len(requests), outcome=_outcome(refused))
