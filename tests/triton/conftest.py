@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from calibration.sample import crops as sample_crops
+from client import GrpcClient
 from imaging import Preprocessing, decode
 from routing import Calibration, RungSet
 from server import TritonServer
@@ -30,15 +31,31 @@ def run_command(*arguments):
     return done.stdout
 
 
-def reference_outcome(server):
-    """What the router found at its start: `same`, `within_slack` or `other`."""
+def grey_image():
+    """JPEG bytes."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), (128, 128, 128)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def reference_outcome(server, version=1, image=None):
+    """What the router found at its start: `same`, `within_slack` or `other`.
+
+    It asks its rungs while requests are answered, so it is sent some: bytes for the version that
+    answers, or, of another version that has been loaded, this image as a tensor.
+    """
     deadline = time.monotonic() + 60
     while True:
+        with GrpcClient(server.grpc_url) as client:
+            if image is None:
+                client.infer([grey_image()])
+            else:
+                client.infer_tensor(image[None], version=version)
         with urllib.request.urlopen(server.metrics_url, timeout=30) as response:
             text = response.read().decode()
-        series = re.findall(
-            r'^adaptive_vit_reference_answers\{outcome="(\w+)",version="1"\} (\d)$', text, re.M
-        )
+        labels = rf'outcome="(\w+)",version="{version}"'
+        pattern = r"^adaptive_vit_reference_answers\{" + labels + r"\} (\d)$"
+        series = re.findall(pattern, text, re.M)
         assert len(series) == 3
         found = [outcome for outcome, value in series if value == "1"]
         if found:

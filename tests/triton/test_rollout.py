@@ -24,7 +24,7 @@ from perf.measure.target import Target
 from routing import manifest
 from routing.versions import Versions
 from server import AdminKey, Security, Tls, TritonServer
-from tests.triton.conftest import ROOT, run_command
+from tests.triton.conftest import ROOT, reference_outcome, run_command
 from tests.unit.certificate_files import authority, issued
 
 BATCH = 6
@@ -70,10 +70,11 @@ def flip_a_bit(path):
     path.write_bytes(content)
 
 
-def assembled(build, artifact, folder, client_parameters="any"):
+def assembled(build, artifact, folder, client_parameters="any", audit_fraction=0):
     run_command(
         *("export", "repository", "--onnx", build / "onnx", "--calibration", artifact),
         *("--out", folder / "repository", "--client-parameters", client_parameters),
+        *("--audit-fraction", audit_fraction),
     )
     return folder / "repository"
 
@@ -280,14 +281,16 @@ def test_no_request_fails_while_a_version_comes_answers_and_goes_back(
 def test_a_careful_repository_serves_what_answers_and_nothing_else(
     build, artifacts, question, tmp_path
 ):
-    repository = assembled(build, artifacts[0], tmp_path, "careful")
+    # Its own calls of the rungs, for the audit and the reference answers, are under way meanwhile.
+    repository = assembled(build, artifacts[0], tmp_path, "careful", audit_fraction=1)
     with serving(repository) as server, Traffic(server, question, pins=False) as traffic:
         add_version(repository, artifacts[1])
-        for version in (2, 1):
+        for version in (2, 1, 2, 1):
             said = rollout(server, repository, "--to", version)
             assert said == f"router/{version} answers\n"
             assert unpinned(server, question.images[0]) == (version, [version])
             traffic.goes_on()
+        assert server.is_running()
     # None of them failed, on the way neither.
     kinds = {kind: {o for k, o in traffic.found if k == kind} for kind, _ in traffic.found}
     assert kinds == {"ensemble": {1, 2}, "router": {1, 2}}, traffic.found
@@ -318,6 +321,8 @@ def test_a_switched_repository_is_served_by_a_new_server_and_can_be_measured(
         Target(server.grpc_url, None, server) as target,
     ):
         assert versions_that_answer(server, question) == [2, 1, 2]
+        for version in (1, 2):  # nothing else is to reach a rung
+            reference_outcome(server, version, question.images[0])
         time.sleep(0.5)  # a request is counted a moment after its answer
         asker = Asker(target, pool, has_head=False)
         found = attribute(target, asker, ensemble, range(BATCH), 0.0, lambda: None)

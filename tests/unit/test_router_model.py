@@ -833,3 +833,63 @@ def test_unloading_ends_the_comparison_at_the_next_batch(check):
     stopping.join(10)
     assert not stopping.is_alive() and not found._thread.is_alive()
     assert len(asked.batches) <= 3 and outcome() == []
+
+
+# --- calls that no request waits for -------------------------------------------------------------
+
+
+@pytest.fixture
+def hold(deployed, monkeypatch):
+    monkeypatch.setattr(deployed("hold"), "_AFTERWARDS_S", 0.05)
+    made = deployed("hold").Hold()
+    yield made
+    made.stop()
+
+
+def in_thread(function):
+    thread = threading.Thread(target=function, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_call_off_the_request_path_waits_for_a_request(hold):
+    asked = []
+    call = hold.keeping(asked.append)
+    call("as it has just been loaded")
+    time.sleep(0.06)
+    thread = in_thread(lambda: call("later"))
+    time.sleep(0.1)
+    assert len(asked) == 1
+    with hold.answering():
+        thread.join(10)
+        assert len(asked) == 2
+    call("right after an answer")
+    assert len(asked) == 3
+
+
+def test_the_time_after_an_answer_begins_when_it_ends(hold):
+    asked = []
+    with hold.answering():
+        time.sleep(0.1)
+    hold.keeping(asked.append)("soon")
+    assert asked == ["soon"]
+
+
+def test_unloading_ends_what_waits_without_a_call(hold, deployed):
+    time.sleep(0.06)
+    asked, failed = [], []
+
+    def ask():
+        try:
+            hold.keeping(asked.append)("never")
+        except deployed("rungs").RungError as error:
+            failed.append(error)
+
+    threads = [in_thread(ask) for _ in range(3)]
+    time.sleep(0.05)
+    hold.stop()
+    for thread in threads:
+        thread.join(10)
+    with hold.answering():
+        ask()
+    assert asked == [] and len(failed) == 4 and all(error.is_outage for error in failed)
