@@ -17,6 +17,7 @@ import numpy as np
 
 from server import TritonServer
 
+from ..belief import LEAST_OVER_LOW
 from ..measure.asking import Asker
 from ..measure.sets import Pool
 from ..measure.systems import ENSEMBLE, LOW, NEVER, System
@@ -69,6 +70,11 @@ class Variant:
     def ensemble_over_router(self) -> float:
         """Mean latency of the ensemble / the router's."""
         return sum(self.ensemble) / sum(self.router)
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether a part seems to take more than the whole, so that no ratio can be true."""
+        return min(self.router_overhead, self.ensemble_over_router) < LEAST_OVER_LOW
 
 
 def measure(

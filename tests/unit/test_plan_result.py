@@ -164,6 +164,31 @@ def test_the_best_alternative_reaches_the_cascades_agreement_at_the_least_cost(c
     assert best["agreement"] == graphs[best["name"]]["acceptable"]
 
 
+def test_graphs_whose_price_was_disturbed_are_priced_once_more(tmp_path, content):
+    commands = Commands(busy=1)
+    found = result.to_dict(plan(make_request(tmp_path), commands), None, [])
+    assert len(commands.of("perf", "serving")) == 2
+    assert not found["disturbed"] and found["doubts"] == []
+    assert found["best_alternative"] == content["best_alternative"]
+
+
+def test_no_ratio_of_costs_that_stay_disturbed_is_told(tmp_path, content):
+    commands = Commands(busy=2)
+    planned = plan(make_request(tmp_path), commands)
+    found = result.to_dict(planned, None, [])
+    assert len(commands.of("perf", "serving")) == 2
+    assert found["disturbed"] and "the machine was too busy for a figure" in found["doubts"][0]
+    assert "px=6" in found["doubts"][0]
+    for entry in (*found["tested"], found["chosen"]):
+        assert [entry[key]["speedup"] for key in ("predicted", "certify", "test")] == [None] * 3
+    assert found["best_alternative"]["cost_ratio_to_plan"] is None
+    # CPU time, which was not disturbed, puts them in the same order.
+    assert [found["chosen"][key] for key in ("low", "high", "threshold")] == [
+        content["chosen"][key] for key in ("low", "high", "threshold")
+    ]
+    assert Calibration.load(planned.request.out / "calibration.json").certificate["certified"]
+
+
 def test_plan_json_is_json_without_paths(content, tmp_path, planned):
     path = result.write(content, tmp_path / "new")
     assert path.name == "plan.json"
