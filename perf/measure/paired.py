@@ -126,12 +126,10 @@ class Paired:
         if "adaptive-0" in self.shares[0]:
             over_low = min(over_low, self.router_overhead().median)
         cpu = self.cpu_speedup() if cpu_counts else None
-        return belief.doubts(
-            self.speedup().median,
-            self.efficiency().median,
-            over_low,
-            None if cpu is None else cpu.median,
-        )
+        speedup = self.speedup().median
+        # People divide the two medians that they are shown, which is another figure.
+        efficiency = max(self.efficiency().median, speedup / self.bound().median)
+        return belief.doubts(speedup, efficiency, over_low, None if cpu is None else cpu.median)
 
     def bound(self) -> Spread:
         """The cascade bound at each share's own escalation rate."""
