@@ -129,7 +129,12 @@ class Paired:
         speedup = self.speedup().median
         # People divide the two medians that they are shown, which is another figure.
         efficiency = max(self.efficiency().median, speedup / self.bound().median)
-        return belief.doubts(speedup, efficiency, over_low, None if cpu is None else cpu.median)
+        found = belief.doubts(speedup, efficiency, over_low, None if cpu is None else cpu.median)
+        if cpu_counts and cpu is None and self.cpu_costs_ms(ADAPTIVE) is not None:
+            found.append(
+                "some images took no CPU time, less what the server was seen to take while idle"
+            )
+        return found
 
     def bound(self) -> Spread:
         """The cascade bound at each share's own escalation rate."""

@@ -11,6 +11,7 @@ from perf.costs.commands import app
 from perf.costs.variants import SYSTEMS, Variant, measure
 from perf.measure.asking import Answer
 from perf.measure.sets import Pool
+from tests.unit.perf_workplace import write_repository, write_rungs
 
 
 def test_figures_by_hand():
@@ -70,6 +71,32 @@ def test_every_variant_is_asked_about_every_image_in_a_new_order(monkeypatch):
     turns = [tuple(turn[:2] for turn in asked[i : i + 6]) for i in range(warmed_up, len(asked), 6)]
     assert {frozenset(turn) for turn in turns} == {frozenset(turns[0])}
     assert len(set(turns)) > 6
+
+
+def test_the_routers_start_check_runs_in_no_measurement(tmp_path, monkeypatch):
+    rung_set = write_rungs(tmp_path / "onnx")
+    repository = write_repository(tmp_path / "repository", rung_set)
+    seen = []
+
+    class Server:
+        grpc_url, http_url = "127.0.0.1:1", None
+
+        def __init__(self, served, free_ports):
+            seen.append((served / "router/config.pbtxt").read_text())
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            return None
+
+    monkeypatch.setattr(variants, "TritonServer", Server)
+    monkeypatch.setattr(variants, "Target", lambda *a: contextlib.nullcontext())
+    monkeypatch.setattr(variants, "Asker", lambda *a, **k: None)
+    with variants._serving([repository], None):
+        pass
+    (text,) = seen
+    assert '"reference_check" value: { string_value: "off" }' in text
 
 
 def test_nothing_escalates():
