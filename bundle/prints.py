@@ -95,6 +95,18 @@ def joined(first: str, second: str) -> str:
     return base64.b64encode(base64.b64decode(first) + base64.b64decode(second)).decode()
 
 
+def without(prints: str, others: str) -> str:
+    """The prints that are not, byte by byte, among the others."""
+    size = PREFIX_BYTES + LOOK_BYTES
+
+    def rows(text: str) -> list[bytes]:
+        data = base64.b64decode(text)
+        return [data[i : i + size] for i in range(0, len(data), size)]
+
+    known = set(rows(others))
+    return base64.b64encode(b"".join(row for row in rows(prints) if row not in known)).decode()
+
+
 def among(hashes: Sequence[str], looks: Looks, prints: str) -> NDArray[np.bool_]:
     """Which of N images have the pixels or the look of one in `prints`, BOOL (N,)."""
     known, known_looks = decode(prints)

@@ -293,6 +293,7 @@ def align_command(
     stored, rung_set = Outputs.load(outputs), RungSet.load(onnx)
     if stored.rung_hashes != rung_set.fingerprints():
         raise FitError("the outputs were collected with other ONNX files; collect again")
+    stored = _unlearned(stored, rung_set)
     groups = group_keys(stored, group_by)
     rows = split_by_group(groups, {"align": share, "rest": 1 - share}, seed)["align"]
     rung = rung_set.rungs["vit_low"]

@@ -36,7 +36,7 @@ from .checks import check_certify_images, check_images, check_recipes, choices_f
 from .graph_outputs import OutputsCache
 from .request import Request
 from .select import MOST, Candidate, Pair, Tested, cascade_ms, choose, predict, shortlist
-from .shelf import align_graph, export_shelf
+from .shelf import align_graph, export_shelf, taught_by_export
 from .subprocesses import PlanError, run, run_json
 
 BATCH = 8  # images of a request when graphs are priced, as batches form under load
@@ -120,14 +120,17 @@ def make_plan(request: Request, bars: Bars) -> Planned:
     known = group_keys(parts.reference, request.group_by)
     check_certify_images(_certify_images(parts, request), known, request, asked)
 
+    by_export = taught_by_export(shelf, rung_set)
     names: list[str] = []
     aligned: dict[str, Aligned] = {}
     for recipe in lows:
         graph = find(shelf_graphs(RungSet.load(shelf)), recipe - {ALIGN})
         name = graph.name
         if ALIGN in recipe:
-            taught = outputs_to_align_on(graph, rung_set, cache, parts, bars)
-            name, aligned[name] = align_graph(shelf, graph, taught, fidelity, request.seed, bars)
+            taught = outputs_to_align_on(graph, rung_set, by_export, cache, parts, bars)
+            name, aligned[name] = align_graph(
+                shelf, graph, taught, fidelity, request.group_by, request.seed, bars
+            )
         names.append(name)
     names = list(dict.fromkeys(names))
     if aligned and not any(found.helps for found in aligned.values()):

@@ -16,6 +16,7 @@ from calibration.plan import result
 from calibration.plan.checks import images_for
 from calibration.plan.plan import choose_rungs, make_plan
 from calibration.plan.select import cascade_ms
+from calibration.plan.shelf import fit_image_rows, taught_by_export
 from calibration.plan.subprocesses import PlanError
 from calibration.record import FitRecord, record_path
 from calibration.splits import CERTIFIED, group_keys, split_by_group
@@ -79,6 +80,19 @@ def test_no_image_that_a_graph_has_learned_from_is_among_the_rest(planned):
     # The ranges of int8 were learned from every eleventh image: all of those are in align.
     hashes = np.array(planned.parts.reference.hashes)
     assert set(hashes[[0, IMAGES - 1]]) <= set(hashes[planned.parts.align])
+
+
+def test_no_alignment_learns_from_what_the_export_has_learned_from(planned):
+    reference = planned.parts.reference
+    ranges = reference.only(fit_image_rows(IMAGES))
+    learned = planned.aligned[ALIGNED].alignment.image_prints
+    assert not among(ranges.hashes, ranges.looks, learned).any()
+    assert ALIGN_SHARE / 2 * IMAGES < len(decode(learned)[0]) < ALIGN_SHARE * IMAGES
+    # On the shelf stand both, and a later plan tells them apart.
+    shelf = planned.graphs["vit_high"].file.parent
+    taught = taught_by_export(shelf, RungSet.load(shelf))
+    assert among(ranges.hashes, ranges.looks, taught).all()
+    assert len(decode(taught)[0]) == len(ranges.rows)
 
 
 def test_graphs_have_their_roles_costs_and_what_their_answers_are_worth(content):
