@@ -21,7 +21,7 @@ import onnxruntime as ort
 import PIL
 from numpy.typing import NDArray
 
-from bundle.prints import LOOK_BYTES
+from bundle.prints import LOOK_BYTES, looks_sha256
 from imaging import Preprocessing, code_sha256
 from routing import RUNGS, RungOutputs, RungSet, RungSetError
 
@@ -177,6 +177,7 @@ def _identity(
         "source": source.fingerprint(),
         "preprocessing": rung_set.preprocessing_sha256(),
         "imaging": code_sha256(),
+        "looks": looks_sha256(),
         "labels": rung_set.labels,
         "sizes": [BATCH, PART],
         "providers": {name: session.get_providers() for name, session in sessions.items()},

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from bundle.prints import without
+from bundle.prints import looks_sha256, without
 from imaging import ImageError, code_sha256
 from routing import Alignment, AlignmentError, RungSet
 from routing.rungset import NAME as RECORD
@@ -154,6 +154,7 @@ def _identity(request: Request, arguments: list[str]) -> str:
         "head": [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()],
         "source": request.source.fingerprint(),
         "imaging": code_sha256(),  # makes what a head and ranges are fitted on
+        "looks": looks_sha256(),  # and this finds those images again
         "seed": request.seed,
         "group_by": request.group_by,
         "model": _stamp(Path(request.model)),
