@@ -115,9 +115,12 @@ def test_whatever_decides_what_lies_on_a_shelf_makes_another(tmp_path, commands,
     assert export_shelf(make_request(tmp_path), RECIPES[:2], QUIET) != shelf
 
 
-def test_other_code_that_decodes_makes_another_shelf(tmp_path, commands, monkeypatch):
+@pytest.mark.parametrize("code", ["code_sha256", "looks_sha256"])
+def test_other_code_that_decodes_or_looks_makes_another_shelf(
+    tmp_path, commands, monkeypatch, code
+):
     shelf = export_shelf(make_request(tmp_path), RECIPES, QUIET)
-    monkeypatch.setattr("calibration.plan.shelf.code_sha256", lambda: "e" * 64)
+    monkeypatch.setattr(f"calibration.plan.shelf.{code}", lambda: "e" * 64)
     assert export_shelf(make_request(tmp_path), RECIPES, QUIET) != shelf
 
 
