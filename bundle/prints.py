@@ -17,8 +17,11 @@ than 85 % of their area.
 from __future__ import annotations
 
 import base64
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 
 import imagehash
 import numpy as np
@@ -43,6 +46,16 @@ _COLOURS = slice(2 * HASH_BITS // 8, 2 * HASH_BITS // 8 + 12)
 LOOK_BYTES = _COLOURS.stop + 1  # the last: whether there is a look, and a hash to be trusted
 _NONE, _IS_FAINT, _IS_CLEAR = 0, 1, 2
 _BLOCK = 64  # images compared at once with all others: 50,000 of them take 13 MB a hash
+
+
+def looks_sha256() -> str:
+    """Hex SHA-256 over what makes a look: this file, and ImageHash's release.
+
+    Whoever keeps looks keeps this beside them: others of the same picture are not like them.
+    """
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    digest.update(f"\0ImageHash {version('ImageHash')}".encode())
+    return digest.hexdigest()
 
 
 def look_of(image: Image.Image) -> Looks:
@@ -93,6 +106,18 @@ def decode(prints: str) -> tuple[set[str], Looks]:
 def joined(first: str, second: str) -> str:
     """The prints of both."""
     return base64.b64encode(base64.b64decode(first) + base64.b64decode(second)).decode()
+
+
+def without(prints: str, others: str) -> str:
+    """The prints that are not, byte by byte, among the others."""
+    size = PREFIX_BYTES + LOOK_BYTES
+
+    def rows(text: str) -> list[bytes]:
+        data = base64.b64decode(text)
+        return [data[i : i + size] for i in range(0, len(data), size)]
+
+    known = set(rows(others))
+    return base64.b64encode(b"".join(row for row in rows(prints) if row not in known)).decode()
 
 
 def among(hashes: Sequence[str], looks: Looks, prints: str) -> NDArray[np.bool_]:
@@ -196,8 +221,14 @@ def _alike(
         end = int(np.searchsorted(second.brightness, nearest[1], "right"))
         window = second.part(begin if picture is None else start, end)
         both_faint = block.faint[:, None] & window.faint
-        for bits, colours in ((window.straight, window.colours), (window.mirrored, window.turned)):
-            alike = (block.straight @ bits.T >= least) | both_faint  # (64, window)
+        views = (
+            (block.straight, window.straight, window.colours),
+            (block.straight, window.mirrored, window.turned),
+            # The hash of a mirror image is not quite the mirrored hash of the image.
+            (block.mirrored, window.straight, window.turned),
+        )
+        for own, bits, colours in views:
+            alike = (own @ bits.T >= least) | both_faint  # (64, window)
             if picture is not None:
                 alike &= picture[block.rows][:, None] != picture[window.rows]
             i, j = np.nonzero(alike)

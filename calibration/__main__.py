@@ -23,7 +23,7 @@ from .align import ALIGN_SHARE, fit_alignment
 from .analyse import analyse
 from .certify import METHODS, CertifyError, Goal
 from .collect import collect
-from .evaluate import EvaluateError, evaluate
+from .evaluate import EvaluateError, Made, check_artifact, evaluate
 from .fidelity import KINDS, Fidelity, FidelityError
 from .fit import (
     AUTO,
@@ -179,12 +179,15 @@ def analyse_command(
     as_json: JsonOption = False,
 ) -> None:
     """Show how much, and for which images, the full rung changes the outcome."""
-    stored = Outputs.load(outputs)
-    labels = RungSet.load(onnx).labels
+    stored, rung_set = Outputs.load(outputs), RungSet.load(onnx)
+    _check_collected(stored, rung_set)
+    stored = _unlearned(stored, rung_set)
+    if not len(stored):
+        raise OutputsError("no image is left to analyse; collect others")
     with console.status("analysing"):
         asked = Fidelity.asked(stored.task, fidelity, tolerance, relative, label_threshold)
         analysis = analyse(stored, asked)
-        write_analysis(out, analysis, stored, _source_of(stored), labels)
+        write_analysis(out, analysis, stored, _source_of(stored), rung_set.labels)
     if as_json:
         print(json.dumps({"page": str(out), **analysis.to_dict()}))
         return
@@ -291,8 +294,8 @@ def align_command(
     The images it learns from are left out when the aligned rung is calibrated.
     """
     stored, rung_set = Outputs.load(outputs), RungSet.load(onnx)
-    if stored.rung_hashes != rung_set.fingerprints():
-        raise FitError("the outputs were collected with other ONNX files; collect again")
+    _check_collected(stored, rung_set)
+    stored = _unlearned(stored, rung_set)
     groups = group_keys(stored, group_by)
     rows = split_by_group(groups, {"align": share, "rest": 1 - share}, seed)["align"]
     rung = rung_set.rungs["vit_low"]
@@ -337,6 +340,7 @@ def evaluate_command(
 ) -> None:
     """Hold an artifact against new images; exit 1 where they contradict its certificate."""
     artifact, rung_set = Calibration.load(calibration), RungSet.load(onnx)
+    check_artifact(artifact, Made.by(rung_set))  # before images are run through them
     source = _open(images, limit, seed)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "outputs.npz"
@@ -367,6 +371,11 @@ def report_command(
     with console.status("drawing"):
         write_report(out, artifact, record, stored, _source_of(stored), rung_set.labels)
     print(f"wrote {out}")
+
+
+def _check_collected(outputs: Outputs, rung_set: RungSet) -> None:
+    if outputs.rung_hashes != rung_set.fingerprints():
+        raise OutputsError("the outputs were collected with other ONNX files; collect again")
 
 
 def _unlearned(outputs: Outputs, rung_set: RungSet) -> Outputs:

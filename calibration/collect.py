@@ -1,6 +1,7 @@
 """Run both rungs over images once and keep what calibration needs.
 
-They run here with ONNX Runtime, or where they are served: int8 answers depend on the runtime.
+They run here with ONNX Runtime, or where they are served: int8 answers depend on the runtime. A
+server must answer as the local graphs do, before the first image and after the last one.
 
 A long run survives being stopped: its rows are written in parts of 256 images, and a rerun with the
 same rungs, images and libraries continues after the parts that are whole.
@@ -20,14 +21,22 @@ import onnxruntime as ort
 import PIL
 from numpy.typing import NDArray
 
-from bundle.prints import LOOK_BYTES
+from bundle.prints import LOOK_BYTES, looks_sha256
 from imaging import Preprocessing, code_sha256
-from routing import RungOutputs, RungSet, RungSetError
+from routing import RUNGS, RungOutputs, RungSet, RungSetError
 
 from .decoding import DecodedImage, decode_ahead
 from .outputs import OutputsError, row_arrays, scalar_arrays
 from .parts import Parts
-from .served import ServedRungs
+from .served import (
+    PROBES,
+    Answers,
+    ServedError,
+    ServedRungs,
+    check_answers,
+    remembered,
+    same_server,
+)
 from .sessions import local_runtime, open_session, run_session
 from .source import ImagesError, ImageSource
 
@@ -70,7 +79,7 @@ def collect(
             stay; a rerun reads again those with unreadable images.
         OutputsError: `out` cannot be written.
         RungSetError: an ONNX file is not the one that was exported.
-        ServedError: the server does not answer.
+        ServedError: the server does not answer, serves other rungs, or others than before.
     """
     if not len(source):
         raise ImagesError("there is no image to run the rungs on")
@@ -83,17 +92,23 @@ def collect(
     }
     graphs = {**at_server, **{name: _local(name, session) for name, session in sessions.items()}}
     runtime = local_runtime() if served is None else served.runtime
-    asked = [None if served is None else served.url, runtime]
-    identity = _identity(rung_set, source, sessions, asked)
-    parts = Parts(out.with_name(f"{out.name}.parts"), identity)
-    _make_folder(out, parts.folder)
+    preprocessing = Preprocessing.from_dict(rung_set.preprocessing)
+    folder = out.with_name(f"{out.name}.parts")
+    probe = None if served is None else _probe(source, preprocessing)
+    answers = None
+    if served is not None and probe is not None:
+        answers = check_answers(served, rung_set, probe)
+    _make_folder(out, folder)
+    if answers is not None:
+        answers = remembered(folder / "answers.npz", answers)
+    asked = [None if served is None else served.url, runtime, _answers_sha256(answers)]
+    parts = Parts(folder, _identity(rung_set, source, sessions, asked))
     ranges = _pieces(range(len(source)), PART)
     unreadable = _resume(parts, ranges)
     for index in unreadable:
         progress(len(ranges[index]), True)
     todo = {index: rows for index, rows in enumerate(ranges) if index not in unreadable}
     batches = [batch for rows in todo.values() for batch in _pieces(rows, BATCH)]
-    preprocessing = Preprocessing.from_dict(rung_set.preprocessing)
     with closing(decode_ahead(source, batches, preprocessing)) as decoded:
         for index, rows in todo.items():
             done: list[dict[str, NDArray[Any]]] = []
@@ -110,6 +125,13 @@ def collect(
                 progress(len(batch), False)
             unreadable[index] = lines
             _check_readable(unreadable, len(source))
+    if served is not None and probe is not None and answers is not None:
+        now = {name: graph(probe) for name, graph in at_server.items()}
+        if not same_server(now, answers):
+            raise ServedError(
+                f"the server at {served.url} answers otherwise than when it was first asked: "
+                "another model was deployed meanwhile; collect again"
+            )
     preprocessing_sha256 = rung_set.preprocessing_sha256()
     parts.join(
         out,
@@ -155,6 +177,7 @@ def _identity(
         "source": source.fingerprint(),
         "preprocessing": rung_set.preprocessing_sha256(),
         "imaging": code_sha256(),
+        "looks": looks_sha256(),
         "labels": rung_set.labels,
         "sizes": [BATCH, PART],
         "providers": {name: session.get_providers() for name, session in sessions.items()},
@@ -162,6 +185,28 @@ def _identity(
         "asked": asked,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _probe(source: ImageSource, preprocessing: Preprocessing) -> NDArray[np.float32] | None:
+    """The first images that can be read, FP32 (B, 3, H, W); None where none can."""
+    tensors: list[NDArray[np.float32]] = []
+    with closing(decode_ahead(source, ([i] for i in range(len(source))), preprocessing)) as decoded:
+        for images, _ in decoded:
+            tensors += [image.tensor for image in images]
+            if len(tensors) == PROBES:
+                break
+    return np.stack(tensors) if tensors else None
+
+
+def _answers_sha256(answers: Answers | None) -> str | None:
+    """Of what `remembered` returns, which is the same for each run that one server answers."""
+    if answers is None:
+        return None
+    digest = hashlib.sha256()
+    for name in RUNGS:
+        for values in (answers[name].embedding, answers[name].logits):
+            digest.update(b"" if values is None else np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()
 
 
 def _make_folder(out: Path, folder: Path) -> None:

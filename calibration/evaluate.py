@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from scipy.stats import betabinom, binom, binomtest, fisher_exact, ks_2samp
 
 from bundle.prints import among
-from routing import RUNGS, Calibration, Overrides, escalation_mask
+from imaging import code_sha256
+from routing import RUNGS, Calibration, Overrides, RungSet, escalation_mask
 
 from .certify import one_per_group
 from .fidelity import Fidelity
 from .held_out import HeldOut
-from .outputs import FULL_RUNG, Outputs
+from .outputs import FULL_MODEL, FULL_RUNG, Outputs
 from .splits import group_keys
 
 INTERVAL = 0.95
@@ -173,8 +174,15 @@ def evaluate(calibration: Calibration, outputs: Outputs) -> Evaluation:
         EvaluateError: outputs of other ONNX files or another preprocessing, no image that the
             calibration has not seen, or an artifact without reference scores.
     """
+    made = Made(
+        outputs.rung_hashes,
+        outputs.preprocessing_sha256,
+        outputs.imaging_sha256,
+        outputs.task,
+        outputs.truth_words,
+    )
+    check_artifact(calibration, made)
     outputs, known = _unseen(calibration, outputs)
-    _check(calibration, outputs)
     groups = np.array(group_keys(outputs, calibration.data["group_by"]))
     seed = calibration.data["seed"]
     rows = one_per_group(groups, np.arange(len(outputs)), seed)
@@ -222,11 +230,6 @@ def _unseen(calibration: Calibration, outputs: Outputs) -> tuple[Outputs, int]:
         raise EvaluateError(
             "all of these images were used to fit a graph or its head; evaluate it on others"
         )
-    if "image_prints" not in calibration.data:
-        raise EvaluateError(
-            "the artifact is of an earlier release, which knew its images by their files only; "
-            "run calibration collect and fit again"
-        )
     new = ~among(outputs.hashes, outputs.looks, calibration.data["image_prints"])
     if not new.any():
         raise EvaluateError(
@@ -235,7 +238,47 @@ def _unseen(calibration: Calibration, outputs: Outputs) -> tuple[Outputs, int]:
     return outputs.rows(np.flatnonzero(new)), int((~new).sum())
 
 
-def _check(calibration: Calibration, outputs: Outputs) -> None:
+@dataclass(frozen=True)
+class Made:
+    """How outputs are made, as far as an artifact depends on it; each as in `Outputs`.
+
+    Attributes:
+        rung_hashes: of each graph.
+        preprocessing_sha256: of their images.
+        imaging_sha256: of the code that decodes.
+        task: what logits mean.
+        truth_words: what answers are held against.
+    """
+
+    rung_hashes: Mapping[str, str]
+    preprocessing_sha256: str
+    imaging_sha256: str
+    task: str | None
+    truth_words: str
+
+    @classmethod
+    def by(cls, rung_set: RungSet) -> Made:
+        """How `collect` will make them with these rungs."""
+        return cls(
+            rung_set.fingerprints(),
+            rung_set.preprocessing_sha256(),
+            code_sha256(),
+            rung_set.task,
+            FULL_RUNG if rung_set.reference is None else FULL_MODEL,
+        )
+
+
+def check_artifact(calibration: Calibration, outputs: Made) -> None:
+    """Refuse an artifact that outputs made so cannot be held against.
+
+    Raises:
+        EvaluateError: naming what differs, or an artifact of an earlier release.
+    """
+    if "image_prints" not in calibration.data:
+        raise EvaluateError(
+            "the artifact is of an earlier release, which knew its images by their files only; "
+            "run calibration collect and fit again"
+        )
     for name in RUNGS:
         if outputs.rung_hashes[name] != calibration.rungs[name].fingerprint:
             raise EvaluateError(

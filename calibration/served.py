@@ -1,9 +1,13 @@
-"""The rungs of a running server as the source of outputs: what is certified is what is served."""
+"""The rungs of a running server as the source of outputs: what is certified is what is served.
+
+Triton does not tell which files it has loaded, so the answers have to: the server and the local
+graphs answer a few images, and the server answers them once more at the end.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -18,11 +22,22 @@ from tritonclient.utils import InferenceServerException
 from routing import RUNGS, RungOutputs, RungSet, is_outage
 from routing.provenance import processor
 
+from .npz import NpzError, load_npz, save_npz
+from .sessions import open_session, run_session
+
 VERSION = "1"  # of the rungs in an assembled repository
 _TIMEOUT_S = 120.0
 _TRIES = 5  # of a batch that a server with other clients refuses
 _PAUSE_S = 0.5
 _HERE = ("127.0.0.1", "localhost", "[::1]")
+PROBES = 8  # images that show which model a server has loaded
+# How far, of their norm, answers of one graph may be apart on two runtimes. Seen: 5e-5 between
+# releases and 1e-3 in half precision; int8 embeddings of one image 0.13, and logits move more.
+SAME_GRAPH, SAME_INT8_GRAPH = 0.02, 0.3
+# And on one server, where other requests change the batch. What is further apart is asked anew.
+SAME_SERVER = 2e-3
+
+Answers = Mapping[str, RungOutputs]
 
 
 class ServedError(ValueError):
@@ -34,8 +49,8 @@ class ServedRungs:
 
     Args:
         url: HOST:PORT of its gRPC port.
-        rung_set: what it serves. Names, types and shapes are held against it; Triton does not tell
-            which files it has loaded.
+        rung_set: what it serves. Names, types and shapes are held against it here, and what it
+            answers by `check_answers`.
         credentials: of TLS; None connects in the clear.
 
     Attributes:
@@ -132,6 +147,89 @@ class ServedRungs:
                     f"{shape} there and {has} on the server; give the folder that its repository "
                     "was assembled from"
                 )
+
+
+def check_answers(served: ServedRungs, rung_set: RungSet, image: NDArray[np.float32]) -> Answers:
+    """Ask the server and the local graphs about the same images; what the server answers.
+
+    Args:
+        served: the server.
+        rung_set: the local rungs.
+        image: FP32 (B, 3, H, W).
+
+    Raises:
+        ServedError: it does not answer, or not as these rungs do: it serves other ones.
+    """
+    answers = {name: graph(image) for name, graph in served.graphs().items()}
+    for name, answer in answers.items():
+        local = run_session(open_session(rung_set.files[name]), image, layers=False)
+        is_int8 = "int8" in rung_set.rungs[name].recipe
+        found = apart(answer, local)
+        if not found <= (SAME_INT8_GRAPH if is_int8 else SAME_GRAPH):
+            raise ServedError(
+                f"{name} at {served.url} is not the rung in --onnx: it answers the same images "
+                f"otherwise, {found:.0%} of the norm apart; give the folder that its repository "
+                "was assembled from, or assemble this one and serve it"
+            )
+    return answers
+
+
+def apart(one: RungOutputs, other: RungOutputs) -> float:
+    """How far two answers to the same images are apart, of the norm of `other`.
+
+    The larger one of embeddings and logits, over the images on which neither overflows; infinite
+    where there is none.
+    """
+    rows = np.flatnonzero(one.finite() & other.finite())
+    if not len(rows):
+        return float("inf")
+    found = []
+    for name in ("embedding", "logits"):
+        first, second = getattr(one.rows(rows), name), getattr(other.rows(rows), name)
+        if first is not None and second is not None:
+            away = np.linalg.norm(first.astype(np.float64) - second)
+            found.append(float(away / max(np.linalg.norm(second), np.finfo(np.float32).tiny)))
+    return max(found)
+
+
+def remembered(file: Path, answers: Answers) -> Answers:
+    """What the server answered an earlier run, where it still answers that; else what it does now.
+
+    Rounding differs from call to call, so a hash of the answers themselves would tell servers
+    apart that are one. What is returned is in the file.
+
+    Args:
+        file: an `.npz`, of an earlier run or to be written.
+        answers: of now.
+    """
+    try:
+        arrays = load_npz(file)
+    except (FileNotFoundError, NpzError):
+        arrays = {}
+    before = {
+        name: RungOutputs(arrays[f"embedding_{name}"], None, arrays.get(f"logits_{name}"))
+        for name in RUNGS
+        if f"embedding_{name}" in arrays
+    }
+    if before.keys() == answers.keys() and same_server(answers, before):
+        return before
+    kept = {
+        f"{field}_{name}": value
+        for name, answer in answers.items()
+        for field in ("embedding", "logits")
+        if (value := getattr(answer, field)) is not None
+    }
+    save_npz(file, kept)
+    return answers
+
+
+def same_server(one: Answers, other: Answers) -> bool:
+    """Whether these are answers of one server to the same images, but for rounding."""
+    return all(
+        one[name].embedding.shape == other[name].embedding.shape
+        and apart(one[name], other[name]) <= SAME_SERVER
+        for name in RUNGS
+    )
 
 
 def credentials(

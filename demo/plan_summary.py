@@ -36,6 +36,12 @@ def summarise_plan(
     own, cpu_speedup = paired.speedup(), paired.cpu_speedup()
     costs = {system: paired.cost(name_of(system)) for system in agreement}
     cpu = {system: paired.cpu_cost(name_of(system)) for system in agreement}
+    counts = saturated.cpu_counts
+
+    def is_disturbed(system: str, to: str) -> bool:
+        return paired.disturbed(name_of(system), name_of(to), counts)
+
+    best = _best_alternative(agreement, paired)
     return {
         "low": rungs[0],
         "high": rungs[1],
@@ -59,7 +65,9 @@ def summarise_plan(
             for system in agreement
         },
         "agreement": dict(agreement),
-        "best_alternative": _best_alternative(agreement, paired),
+        "disturbed_systems": [system for system in agreement if is_disturbed(system, HIGH)],
+        "best_alternative": best | {"disturbed": is_disturbed(best["name"], ADAPTIVE)},
+        "low_disturbed": is_disturbed(LOW, ADAPTIVE),
         "low_cost_ratio_to_plan": paired.cost_ratio(name_of(LOW), to=name_of(ADAPTIVE)).median,
     }
 
@@ -86,6 +94,7 @@ def served_rows(plan: Summary) -> list[dict[str, str]]:
         plan: what `summarise_plan` returned.
     """
     throughput, speedup = plan["throughput_per_s"], plan["speedup"]
+    doubted = throughput if plan["disturbed"] else plan["disturbed_systems"]
     return [
         {
             "system": system,
@@ -93,7 +102,7 @@ def served_rows(plan: Summary) -> list[dict[str, str]]:
             "agreement": percent(plan["agreement"][system]),
             "throughput": f"{throughput[system]:.1f}",
             "cpu": "–" if plan["cpu_ms"][system] is None else f"{plan['cpu_ms'][system]:.1f}",
-            "speedup": "–" if plan["disturbed"] else f"{speedup[system]:.2f}×",
+            "speedup": "–" if system in doubted else f"{speedup[system]:.2f}×",
         }
         for system in sorted(throughput, key=lambda system: -throughput[system])
     ]
@@ -117,8 +126,10 @@ def best_sentence(plan: Summary) -> str:
     best = plan["best_alternative"]
     costs = f" and costs {best['cost_ratio_to_plan']:.2f} times as much"
     of_cascade = f" and costs {plan['low_cost_ratio_to_plan']:.2f} of the cascade"
-    if plan["disturbed"]:
-        costs = of_cascade = ""
+    if plan["disturbed"] or best["disturbed"]:
+        costs = ""
+    if plan["disturbed"] or plan["low_disturbed"]:
+        of_cascade = ""
     return (
         "Of the alternatives that agree with the full model at least as often as the cascade "
         f"({percent(plan['agreement_with_high'])}), the cheapest is {_words(plan, best['name'])}: "

@@ -38,10 +38,12 @@ class Measured:
     Attributes:
         paired: shares of the crops, each with every system's answers in the crops' order.
         doubts: one clause each; none: it can be believed.
+        cpu_counts: whether CPU time was held against the clock, see `Paired.doubts`.
     """
 
     paired: Paired
     doubts: Sequence[str]
+    cpu_counts: bool = True
 
     def classes(self, system: str) -> NDArray[np.int64]:
         """Top-1 class of each crop, (N,)."""
@@ -125,7 +127,7 @@ def measure(target: Target, systems: Mapping[str, str], pool: Pool) -> Measured:
             advance = _advance(progress, task)
             return measure_paired(asker, [*alone, NEVER], range(len(pool)), SHARES, 1, advance)
 
-        return Measured(*believed(once, threads == 1, _again(progress, task)))
+        return Measured(*believed(once, threads == 1, _again(progress, task)), threads == 1)
 
 
 def measure_saturated(target: Target, systems: Mapping[str, str], pool: Pool) -> Measured:
@@ -149,7 +151,8 @@ def measure_saturated(target: Target, systems: Mapping[str, str], pool: Pool) ->
         def once() -> Paired:
             return measure_spans(asker, every, spans, IN_FLIGHT, _advance(progress, task))
 
-        return Measured(*believed(once, threads is not None, _again(progress, task)))
+        counts = threads is not None
+        return Measured(*believed(once, counts, _again(progress, task)), counts)
 
 
 def _advance(progress: Progress, task: Any) -> Callable[[], None]:

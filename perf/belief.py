@@ -57,11 +57,13 @@ def doubts_of(summary: Mapping[str, Any], load: str) -> list[str]:
     noted = (summary.get("doubts") or {}).get(load)
     if noted is not None:
         return list(noted)
-    names = (f"speedup_{load}", f"cascade_efficiency_{load}")
-    spreads = [summary.get(name) for name in names]
-    if any(spread is None for spread in spreads):
+    names = (f"speedup_{load}", f"cascade_efficiency_{load}", f"bound_{load}")
+    speedup, efficiency, bound = (
+        None if (spread := summary.get(name)) is None else float(spread["median"]) for name in names
+    )
+    if speedup is None or efficiency is None:
         return []
-    return doubts(*(spread["median"] for spread in spreads if spread is not None))
+    return doubts(speedup, efficiency if bound is None else max(efficiency, speedup / bound))
 
 
 def load_of(figure: str) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,7 @@ from routing import RUNGS, Calibration, RungSet
 from .environment import environment
 from .errors import PerfError
 from .measure.asking import Asker
-from .measure.deployment import assembled
+from .measure.deployment import assembled, undisturbed
 from .measure.memory import MemoryUse, serving
 from .measure.paired import Paired, believed, measure_paired
 from .measure.peaks import CASCADES, PeakLoad, peak_memory
@@ -75,8 +76,10 @@ def measure_original(build: Path, images: int, on_progress: Progressed) -> dict[
     forward_ms = measure_forward(rung_set, on_progress)
     pool = _read(rung_set, images, on_progress)
     has_head = rung_set.classes is not None
-    paired, doubts, version = _latencies(repository, pool, has_head, on_progress)
-    memory = _memory(repository, rung_set, pool, on_progress)
+    with tempfile.TemporaryDirectory(dir=build, prefix="original-") as folder:  # weights are links
+        served = undisturbed(repository, Path(folder) / "model_repository")
+        paired, doubts, version = _latencies(served, pool, has_head, on_progress)
+        memory = _memory(served, rung_set, pool, on_progress)
     return {
         "kind": "original",
         "environment": environment(version, None),

@@ -35,6 +35,7 @@ _PARTS = {
     "test": "measured what this page shows; decided nothing",
 }
 _NONE = "–"
+_NOT_BELIEVED = "not believed"
 
 
 def write_plan(path: Path, content: Mapping[str, Any]) -> None:
@@ -55,7 +56,9 @@ def write_plan(path: Path, content: Mapping[str, Any]) -> None:
         warnings=plan_readings.warnings(content),
         loss=plan_readings.loss(content),
         reference=recipe_words(content["reference"]),
-        frontier=plan_figures.frontier(shown, content["goal"]["max_risk"]),
+        frontier=None  # its axis is a ratio of costs
+        if content["disturbed"]
+        else plan_figures.frontier(shown, content["goal"]["max_risk"]),
         growth=_growth(content, aligned),
         readings={
             "served": plan_readings.served(content),
@@ -111,16 +114,20 @@ def _facts(content: Content) -> list[tuple[str, str]]:
         asked.append(("latency budget", milliseconds(goal["latency_budget_ms"])))
     if chosen is None:
         return asked
-    test = chosen["test"]
+    test, best = chosen["test"], content["best_alternative"]
+    costs, ms = [("cheaper than the full model", _NOT_BELIEVED)], []
+    if not content["disturbed"]:
+        ratio = f"{best['cost_ratio_to_plan']:.2f}×"
+        costs = [
+            ("cheaper than the full model", f"{test['speedup']:.2f}×"),
+            ("cheaper than the best single graph that agrees as often", ratio),
+        ]
+        ms = [("an image, without the router", milliseconds(test["ms_per_image"]))]
     return [
-        ("cheaper than the full model", f"{test['speedup']:.2f}×"),
-        (
-            "cheaper than the best single graph that agrees as often",
-            f"{content['best_alternative']['cost_ratio_to_plan']:.2f}×",
-        ),
+        *costs,
         ("acceptable answers, test images", percent(test["acceptable"])),
         ("escalated, test images", percent(test["escalation_rate"])),
-        ("an image, without the router", milliseconds(test["ms_per_image"])),
+        *ms,
         *asked,
         ("signal", chosen["signal"]),
     ]
@@ -131,14 +138,16 @@ def _graphs(content: Content) -> list[dict[str, str]]:
     rows = []
     for name, mark in graph_marks(content).items():
         graph = content["graphs"][name]
-        cost = graph["cost_ratio"]
+        cost, by_batch = graph["cost_ratio"], graph["ms_per_image_by_batch"]
+        measured = by_batch[str(plan_readings.batch(content))]["median"]
+        doubted = content["disturbed"]
         rows.append(
             {
                 "mark": mark,
                 "words": graph_words(content, name),
-                "ms": milliseconds(graph["ms_per_image"]),
-                "ratio": f"{cost['median']:.3f}",
-                "spread": f"[{cost['min']:.3f}, {cost['max']:.3f}]",
+                "ms": milliseconds(measured if doubted else graph["ms_per_image"]),
+                "ratio": _NONE if doubted else f"{cost['median']:.3f}",
+                "spread": "" if doubted else f"[{cost['min']:.3f}, {cost['max']:.3f}]",
                 "acceptable": percent(graph["acceptable"]),
                 "latency": milliseconds(graph["latency_ms"]["median"]),
                 "roles": ", ".join(_ROLES[role] for role in graph["roles"]),
@@ -163,8 +172,8 @@ def _tested(content: Content) -> list[dict[str, str]]:
             "certified": "yes" if entry["certified"] else "no",
             "errors": _errors(entry["certificate"]),
             "acceptable": percent(entry["test"]["acceptable"]),
-            "ms": milliseconds(entry["test"]["ms_per_image"]),
-            "speedup": f"{entry['test']['speedup']:.2f}×",
+            "ms": _NONE if content["disturbed"] else milliseconds(entry["test"]["ms_per_image"]),
+            "speedup": _NONE if content["disturbed"] else f"{entry['test']['speedup']:.2f}×",
             "kind": "chosen" if is_chosen(content, entry) else "",
         }
         for entry in content["tested"]
@@ -213,7 +222,7 @@ def _candidate(content: Content, candidate: Mapping[str, Any]) -> dict[str, str]
         "high": plan_readings.named(content, candidate["high"]),
         "signal": candidate["signal"],
         "escalation": _NONE if escalation is None else percent(escalation),
-        "ms": _NONE if ms is None else milliseconds(ms),
+        "ms": _NONE if ms is None or content["disturbed"] else milliseconds(ms),
     }
 
 

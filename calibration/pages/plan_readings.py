@@ -58,6 +58,11 @@ def why_nothing(content: Content) -> str:
     goal, tested = content["goal"], content["tested"]
     limit = f"a risk of at most {setting(goal['max_risk'])}"
     certified = [entry for entry in tested if entry["certified"]]
+    if certified and content["disturbed"]:
+        return (
+            f"Cascades were certified ({len(certified)}), but by CPU time none of them costs less "
+            "than the full model."
+        )
     if certified:
         best = min(certified, key=lambda entry: entry["certify"]["ms_per_image"])
         mark = cascade_marks(content)[best["low"], best["high"]]
@@ -88,6 +93,12 @@ def saved(content: Content) -> str:
     """What the chosen cascade costs and how its answers fare, on the test split."""
     chosen, full = content["chosen"], content["graphs"][reference_name(content)]
     test = chosen["test"]
+    if content["disturbed"]:
+        return (
+            f"On {count_of(content['images']['test'], 'test image')}, which decided nothing, "
+            f"{percent(test['escalation_rate'])} escalate; {percent(test['acceptable'])} of the "
+            "answers are acceptable."
+        )
     return (
         f"On {count_of(content['images']['test'], 'test image')}, which decided nothing, "
         f"{percent(test['escalation_rate'])} escalate and an image costs "
@@ -102,6 +113,11 @@ def alternative(content: Content) -> str:
     best = content["best_alternative"]
     ratio = best["cost_ratio_to_plan"]
     agrees = f"({percent(best['agreement'])} acceptable)"
+    if content["disturbed"]:
+        return (
+            "The graph alone that agrees at least as often and takes the least CPU time is "
+            f"{named(content, best['name'])} {agrees}."
+        )
     if best["name"] == reference_name(content):
         return (
             "No cheaper graph alone agrees with the full model as often as the cascade; the full "
@@ -114,11 +130,11 @@ def alternative(content: Content) -> str:
 
 
 def warnings(content: Content) -> list[str]:
-    """What contradicts the plan; usually nothing."""
+    """What contradicts the plan, or puts its figures in doubt; usually nothing."""
     chosen, best = content["chosen"], content["best_alternative"]
+    found = [f"{doubt[0].upper()}{doubt[1:]}." for doubt in content["doubts"]]
     if chosen is None:
-        return []
-    found = []
+        return found
     epsilon, risk = content["goal"]["max_risk"], chosen["test"]["risk"]
     if risk > epsilon:
         found.append(
@@ -126,6 +142,8 @@ def warnings(content: Content) -> list[str]:
             f"{setting(epsilon)}: they do not bear the certificate out. It is about one image of "
             "each group; look whether a few groups make the difference."
         )
+    if content["disturbed"]:
+        return found
     if best["cost_ratio_to_plan"] < 1:
         found.append(
             f"{named(content, best['name'])} alone costs less than the cascade and agrees at "

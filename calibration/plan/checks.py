@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -162,7 +163,7 @@ def check_images(request: Request, asked: Asked, bars: Bars) -> list[str]:
     groups = names
     if request.group_by == "folder":  # as `group_keys`; other groups show when images are read
         groups = tuple(name.rpartition("/")[0] for name in names)
-    learned = np.zeros(len(groups), np.bool_)
+    learned = _teach_the_head(request)
     if asked.quantises:
         learned[fit_image_rows(len(groups))] = True
     try:
@@ -215,10 +216,29 @@ def needed(request: Request, asked: Asked) -> str:
     without = images_for(request.goal, False, asked.quantises)
     hint = f" (about {without:,} without {ALIGN} in --candidates)" if asked.aligns else ""
     what = "images" if request.group_by != "folder" else "folders of images"
+    head = ""
+    if teach := int(_teach_the_head(request).sum()):
+        head = (
+            f"{teach:,} of these {len(request.source):,} images lie below --head-images, teach the "
+            "head and are left out; "
+        )
+        what += " that it does not learn from"
     return (
-        f"give about {enough:,} {what}{hint}, or ask for a larger --max-risk or a smaller "
+        f"{head}give about {enough:,} {what}{hint}, or ask for a larger --max-risk or a smaller "
         "--confidence"
     )
+
+
+def _teach_the_head(request: Request) -> NDArray[np.bool_]:
+    """Which images are files below `--head-images`, BOOL (N,).
+
+    Copies that lie elsewhere are found once the head is fitted, by `rungs.json`.
+    """
+    names, folder = request.source.names, Path(request.source.spec)
+    if request.head_images is None or not folder.is_dir():  # crops of the sample are no files
+        return np.zeros(len(names), np.bool_)
+    head = request.head_images.resolve()
+    return np.array([(folder / name).resolve().is_relative_to(head) for name in names], np.bool_)
 
 
 def choices_for(certify_images: int, goal: Goal, most: int) -> int:

@@ -146,7 +146,7 @@ def _open(images: str, limit: int | None, seed: int) -> ImageSource:
 
 def _early(planned: Planned) -> dict[str, Any] | None:
     chosen = planned.chosen
-    if chosen is None:
+    if chosen is None or planned.doubted:  # what is worth a call is a question of costs
         return None
     low, high = chosen.candidate.low, chosen.candidate.high
     certificate = chosen.fit.calibration.certificate or {}
@@ -185,7 +185,8 @@ def _print(content: dict[str, Any], request: Request) -> None:
     """The cascades that were tested, then everything about the chosen one."""
     if content["tested"]:
         console.print(_table(content))
-    for line in (*_recipes(content), *content["notes"], *_chosen(content, request)):
+    said = (*_recipes(content), *content["doubts"], *content["notes"])
+    for line in (*said, *_chosen(content, request)):
         console.print(line, soft_wrap=True)  # a recipe or command that is broken cannot be pasted
 
 
@@ -203,8 +204,8 @@ def _table(content: dict[str, Any]) -> Table:
             mark,
             entry["signal"],
             f"{figures['escalation_rate']:.1%}",
-            f"{figures['ms_per_image']:.1f}",
-            f"{figures['speedup']:.2f}",
+            "–" if content["disturbed"] else f"{figures['ms_per_image']:.1f}",
+            "–" if content["disturbed"] else f"{figures['speedup']:.2f}",
             f"{certificate['errors']} lost of {certificate['allowed']} allowed"
             if entry["certified"]
             else "no",
@@ -227,12 +228,6 @@ def _chosen(content: dict[str, Any], request: Request) -> list[str]:
     if chosen is None:
         return [why_nothing(content)]
     test = chosen["test"]
-    ratio = best["cost_ratio_to_plan"]
-    worth = (
-        f"costs {ratio:.2f} times as much as the cascade"
-        if ratio >= 1
-        else f"WINS: it costs {ratio:.2f} of the cascade, though nothing is certified of it"
-    )
     command = [
         *("python", "-m", "export", "repository", "--onnx", request.out / "onnx"),
         *("--calibration", request.out / "calibration.json", "--instances", request.instances),
@@ -249,11 +244,27 @@ def _chosen(content: dict[str, Any], request: Request) -> list[str]:
         "the full graph",
         f"  escalated:   {test['escalation_rate']:.1%} of {content['images']['test']} test images, "
         f"{chosen['certify']['escalation_rate']:.1%} of the certify split",
-        f"  cost:        {test['ms_per_image']:.2f} ms per image without the router, "
-        f"{test['speedup']:.2f} times less than the full model; {test['acceptable']:.1%} of the "
-        "answers are acceptable",
+        f"  cost:        {_cost(test)}; {test['acceptable']:.1%} of the answers are acceptable",
         f"  against:     {best['recipe']}, the best single graph that agrees as often "
-        f"({best['agreement']:.1%}): it {worth}",
+        f"({best['agreement']:.1%}){_worth(best['cost_ratio_to_plan'])}",
         f"  certificate: {chosen['certificate']['statement']}",
         f"next: {shlex.join(map(str, command))}",
     ]
+
+
+def _cost(test: dict[str, Any]) -> str:
+    if test["speedup"] is None:
+        return "not believed, see above"
+    return (
+        f"{test['ms_per_image']:.2f} ms per image without the router, {test['speedup']:.2f} times "
+        "less than the full model"
+    )
+
+
+def _worth(ratio: float | None) -> str:
+    """What the best single graph costs; nothing where that is not believed."""
+    if ratio is None:
+        return ""
+    if ratio >= 1:
+        return f": it costs {ratio:.2f} times as much as the cascade"
+    return f": it WINS: it costs {ratio:.2f} of the cascade, though nothing is certified of it"

@@ -19,7 +19,7 @@ import onnxruntime as ort
 import PIL
 from numpy.typing import NDArray
 
-from bundle.prints import Looks
+from bundle.prints import Looks, looks_sha256
 from imaging import Preprocessing, code_sha256
 from routing import RungOutputs, RungRecord, RungSet
 
@@ -118,6 +118,7 @@ class OutputsCache:
             "layers": layers,
             "preprocessing": self._rung_set.preprocessing_sha256(),
             "imaging": code_sha256(),
+            "looks": looks_sha256(),
             "labels": self._rung_set.labels,
             "versions": [np.__version__, ort.__version__, PIL.__version__, BATCH],
             "runtime": local_runtime(),

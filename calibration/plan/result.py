@@ -51,6 +51,8 @@ def to_dict(planned: Planned, early: Mapping[str, Any] | None, notes: list[str])
             **{name: len(rows) for name, rows in parts.splits.items()},
         },
         "served": {"instances": request.instances, "threads": request.threads},
+        "disturbed": bool(planned.doubted),
+        "doubts": _doubts(planned),
         "graphs": {name: _graph(planned, name) for name in planned.costs},
         "candidates": [asdict(c) | _finite(c.escalation) for c in planned.candidates],
         "tested": [_tested(planned, entry) for entry in planned.tested],
@@ -89,8 +91,20 @@ def best_alternative(planned: Planned) -> dict[str, Any] | None:
         "name": best,
         "recipe": planned.graphs[best].record.recipe,
         "agreement": planned.agreement[best],
-        "cost_ratio_to_plan": planned.ms[best] / figures["ms_per_image"],
+        "cost_ratio_to_plan": _believed(planned, planned.ms[best] / figures["ms_per_image"]),
     }
+
+
+def _doubts(planned: Planned) -> list[str]:
+    """Why no ratio of costs can be believed; usually nothing."""
+    if not planned.doubted:
+        return []
+    recipes = "; ".join(planned.graphs[name].record.recipe for name in planned.doubted)
+    return [
+        f"the machine was too busy for a figure: clock and CPU time of {recipes} are more than "
+        "15 % apart, twice. The cascades were put in order by CPU time; what is certified is "
+        "certified all the same, and what it saves shows on a quiet machine"
+    ]
 
 
 def _graph(planned: Planned, name: str) -> dict[str, Any]:
@@ -109,6 +123,8 @@ def _graph(planned: Planned, name: str) -> dict[str, Any]:
         "ms_per_image_by_batch": planned.costs[name]["ms_per_image"],
         "latency_ms": planned.costs[name]["latency_ms"],
         "cost_ratio": planned.costs[name]["cost_ratio"],
+        "cpu_cost_ratio": planned.costs[name]["cpu_cost_ratio"],
+        "disturbed": planned.costs[name]["disturbed"],
         "alignment": None if aligned is None else aligned.to_dict(),
     }
 
@@ -130,21 +146,26 @@ def _tested(planned: Planned, entry: Tested) -> dict[str, Any]:
         "predicted": {
             "escalation_rate": candidate.escalation,
             "ms_per_image": candidate.ms_per_image,
-            "speedup": ms[FULL] / candidate.ms_per_image,
+            "speedup": _believed(planned, ms[FULL] / candidate.ms_per_image),
         },
         "certify": {
             "escalation_rate": entry.escalation,
             "ms_per_image": entry.ms_per_image,
-            "speedup": ms[FULL] / entry.ms_per_image,
+            "speedup": _believed(planned, ms[FULL] / entry.ms_per_image),
         },
         "test": {
             "escalation_rate": metrics["escalation_rate"],
             "risk": metrics["risk"],
             "acceptable": 1 - metrics["risk"],
             "ms_per_image": cost,
-            "speedup": ms[FULL] / cost,
+            "speedup": _believed(planned, ms[FULL] / cost),
         },
     }
+
+
+def _believed(planned: Planned, ratio: float) -> float | None:
+    """A ratio of costs; None where the costs cannot be believed."""
+    return None if planned.doubted else ratio
 
 
 def _finite(escalation: float) -> dict[str, Any]:

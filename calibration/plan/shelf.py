@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from bundle.prints import looks_sha256, without
 from imaging import ImageError, code_sha256
 from routing import Alignment, AlignmentError, RungSet
 from routing.rungset import NAME as RECORD
@@ -20,6 +21,7 @@ from ..align import Aligned, fit_alignment
 from ..fidelity import Fidelity
 from ..head import LinearHead
 from ..outputs import Outputs
+from ..splits import group_keys
 from .bars import Bars
 from .candidates import ALIGN, Graph, said
 from .request import Request
@@ -66,6 +68,7 @@ def align_graph(
     graph: Graph,
     outputs: Outputs,
     fidelity: Fidelity,
+    group_by: str,
     seed: int,
     bars: Bars,
 ) -> tuple[str, Aligned]:
@@ -76,6 +79,7 @@ def align_graph(
         graph: without alignment.
         outputs: of this graph, for images to learn from.
         fidelity: when an answer is acceptable.
+        group_by: see `splits.group_keys`; cross-validation divides no group.
         seed: of cross-validation.
         bars: where to say so.
 
@@ -95,7 +99,7 @@ def align_graph(
     aligned = fit_alignment(
         outputs,
         np.arange(len(outputs)),
-        np.array(outputs.groups),
+        np.array(group_keys(outputs, group_by)),
         (graph.record.fingerprint, graph.record.recipe),
         fidelity,
         head,
@@ -119,6 +123,20 @@ def align_graph(
     return name, aligned
 
 
+def taught_by_export(shelf: Path, rung_set: RungSet) -> str:
+    """Prints of the images that a head or ranges of int8 learned from, without any alignment's.
+
+    Args:
+        shelf: the folder, which may hold aligned graphs from before.
+        rung_set: of it.
+    """
+    prints = rung_set.fitted_on
+    for file in shelf.glob(f"*_{ALIGN}.npz"):
+        with contextlib.suppress(AlignmentError):
+            prints = without(prints, Alignment.load(file).image_prints)
+    return prints
+
+
 def _same(alignment: Alignment, file: Path) -> bool:
     try:
         before = Alignment.load(file)
@@ -136,6 +154,7 @@ def _identity(request: Request, arguments: list[str]) -> str:
         "head": [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()],
         "source": request.source.fingerprint(),
         "imaging": code_sha256(),  # makes what a head and ranges are fitted on
+        "looks": looks_sha256(),  # and this finds those images again
         "seed": request.seed,
         "group_by": request.group_by,
         "model": _stamp(Path(request.model)),

@@ -108,11 +108,13 @@ def variants_command(
             str(repository),
             f"{variant.low_ms:.2f}",
             f"{variant.router_adds_ms:.2f}",
-            f"{variant.router_overhead:.3f}",
+            "–" if variant.disturbed else f"{variant.router_overhead:.3f}",
             f"{variant.ensemble_adds_ms:.2f}",
-            f"{variant.ensemble_over_router:.3f}",
+            "–" if variant.disturbed else f"{variant.ensemble_over_router:.3f}",
         )
     Console().print(table)
+    if any(variant.disturbed for variant in found):
+        typer.echo(f"–: {TOO_BUSY}, a part took longer than the whole")
 
 
 @app.command("serving")

@@ -8,6 +8,7 @@ systems on the same image.
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,9 @@ import numpy as np
 
 from server import TritonServer
 
+from ..belief import LEAST_OVER_LOW
 from ..measure.asking import Asker
+from ..measure.deployment import undisturbed
 from ..measure.sets import Pool
 from ..measure.systems import ENSEMBLE, LOW, NEVER, System
 from ..measure.target import Target
@@ -70,6 +73,11 @@ class Variant:
         """Mean latency of the ensemble / the router's."""
         return sum(self.ensemble) / sum(self.router)
 
+    @property
+    def disturbed(self) -> bool:
+        """Whether a part seems to take more than the whole, so that no ratio can be true."""
+        return min(self.router_overhead, self.ensemble_over_router) < LEAST_OVER_LOW
+
 
 def measure(
     repositories: Sequence[Path], pool: Pool, rounds: int, on_image: Callable[[], None]
@@ -107,7 +115,9 @@ def _serving(repositories: Sequence[Path], pool: Pool) -> Iterator[list[Asker]]:
     with contextlib.ExitStack() as stack:
         askers = []
         for repository in repositories:
-            server = stack.enter_context(TritonServer(repository, free_ports=True))
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="perf-variants-"))
+            served = undisturbed(repository, Path(folder) / "model_repository")
+            server = stack.enter_context(TritonServer(served, free_ports=True))
             target = stack.enter_context(Target(server.grpc_url, server.http_url, server))
             # No logits: models with and without a head are asked alike.
             askers.append(Asker(target, pool, has_head=False))

@@ -46,9 +46,7 @@ def with_alternatives(repository: Path, rung_set: RungSet, folder: Path) -> Path
     if folder.exists() and not (folder / "MANIFEST.json").is_file():
         raise PerfError(f"{folder} is not of an earlier run; give another --out")
     shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(repository, folder, copy_function=_link_or_copy)
-    _let_requests_choose(folder)
+    undisturbed(repository, folder)
     for model, file in rung_set.alternative_files.items():
         lay_out_graph(file, rung_set.alternatives[model], folder / model / "1")
         shutil.copyfile(repository / "vit_high" / "config.pbtxt", folder / model / "config.pbtxt")
@@ -56,11 +54,30 @@ def with_alternatives(repository: Path, rung_set: RungSet, folder: Path) -> Path
     return folder
 
 
+def undisturbed(repository: Path, folder: Path) -> Path:
+    """Lay out an assembled repository so that nothing but what is measured runs on its server.
+
+    Its router compares no reference answers at its start, which would run beside the first pass,
+    and takes any threshold from requests.
+
+    Args:
+        repository: what `python -m export repository` wrote.
+        folder: where to lay it out; absent.
+
+    Raises:
+        PerfError: the repository is not an assembled one.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(assembled(repository), folder, copy_function=_link_or_copy)
+    _let_requests_choose(folder)
+    return folder
+
+
 def _let_requests_choose(repository: Path) -> None:
     """Accept any threshold from requests: the measured rates of escalation are chosen that way.
 
-    And the router compares no reference answers at its start: that would run beside the first pass.
-    The copy's file is replaced, so that the original it may be linked to stays as it is.
+    And the router compares no reference answers at its start. The copy's file is replaced, so that
+    the original it may be linked to stays as it is.
     """
     name = "router/config.pbtxt"
     text = with_parameter((repository / name).read_text(), "client_parameters", "any")

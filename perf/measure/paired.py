@@ -64,6 +64,22 @@ class Paired:
         both = zip(self.costs_ms(system), self.costs_ms(to), strict=True)
         return Spread.of([cost / other for cost, other in both])
 
+    def disturbed(self, system: str, to: str, cpu_counts: bool) -> bool:
+        """Whether clock and CPU time tell different stories of `cost_ratio`.
+
+        Args:
+            system: whose cost.
+            to: the system it is held against.
+            cpu_counts: see `doubts`.
+        """
+        costs, others = self.cpu_costs_ms(system), self.cpu_costs_ms(to)
+        if not cpu_counts or costs is None or others is None:
+            return False
+        if min(*costs, *others) <= 0:
+            return True
+        by_cpu = median(cost / other for cost, other in zip(costs, others, strict=True))
+        return belief.apart(self.cost_ratio(system, to).median, by_cpu) > belief.MOST_APART
+
     def escalation_rate(self, system: str) -> float:
         """Share of all images that the full rung answered, 0..1."""
         return mean(a.escalated for share in self.shares for a in share[system])
@@ -110,12 +126,15 @@ class Paired:
         if "adaptive-0" in self.shares[0]:
             over_low = min(over_low, self.router_overhead().median)
         cpu = self.cpu_speedup() if cpu_counts else None
-        return belief.doubts(
-            self.speedup().median,
-            self.efficiency().median,
-            over_low,
-            None if cpu is None else cpu.median,
-        )
+        speedup = self.speedup().median
+        # People divide the two medians that they are shown, which is another figure.
+        efficiency = max(self.efficiency().median, speedup / self.bound().median)
+        found = belief.doubts(speedup, efficiency, over_low, None if cpu is None else cpu.median)
+        if cpu_counts and cpu is None and self.cpu_costs_ms(ADAPTIVE) is not None:
+            found.append(
+                "some images took no CPU time, less what the server was seen to take while idle"
+            )
+        return found
 
     def bound(self) -> Spread:
         """The cascade bound at each share's own escalation rate."""

@@ -196,8 +196,8 @@ def disturbed(summary: Summary) -> list[str]:
     """For each load whose figures cannot be true a sentence that says so, and why."""
     loads = {"c1": "With one request in flight", "saturated": "Saturated"}
     return [
-        f"{words} {belief.TOO_BUSY}: {'; '.join(reasons)}. The tables below hold what was "
-        "measured; do not rely on its ratios."
+        f"{words} {belief.TOO_BUSY}: {'; '.join(reasons)}. The tables below hold the times "
+        "that were measured, and no ratio of them."
         for load, words in loads.items()
         if (reasons := doubts_of(summary, load))
     ]

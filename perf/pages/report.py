@@ -14,6 +14,7 @@ import jinja2
 
 from calibration.pages import page as shared
 
+from ..belief import doubts_of
 from . import figures, load_tables, readings, tables
 from .frontier import frontier
 from .words import MISSING, Summary, amount, rung_words, share
@@ -64,7 +65,8 @@ def write_report(summary: dict[str, Any], path: Path) -> None:
         agreement=readings.agreement(summary),
         facts=tables.facts(summary, readings.FACTS),
         above_one=readings.above_one(summary),
-        frontier=frontier(summary),
+        doubted=bool(doubts_of(summary, "c1")),
+        frontier=None if doubts_of(summary, "c1") else frontier(summary),
         frontier_reading=readings.frontier(summary),
         time_bars=figures.time_bars(attribution),
         time_reading=readings.time_spent(attribution),

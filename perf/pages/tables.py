@@ -7,10 +7,11 @@ from typing import Any
 
 from calibration.pages.page import count_of
 
-from ..belief import doubts_of
+from ..belief import doubts_of, load_of
 from .words import (
     MISSING,
     NONE,
+    NOT_BELIEVED,
     Cell,
     Spread,
     Summary,
@@ -101,8 +102,11 @@ _STANDIN = "server's time for a batch of {batch} in the full rung ÷ time of an 
 
 
 def derived(summary: Summary) -> list[dict[str, Any]]:
-    """Every derived figure with its formula in words; agreement last."""
-    rows = [_figure(summary.get(key), name, show, formula) for key, name, show, formula in _FIGURES]
+    """Every derived figure with its formula in words, if it can be true; agreement last."""
+    rows = [
+        _figure(summary.get(key), name, show, formula, _is_doubted(summary, load_of(key)))
+        for key, name, show, formula in _FIGURES
+    ]
     adaptive = (summary.get("answers") or {}).get("adaptive") or {}
     agreement = adaptive.get("agreement_with_high")
     formula = "images whose adaptive answer agrees with the full rung's ÷ all images"
@@ -127,16 +131,29 @@ def standin(summary: Summary) -> list[dict[str, Any]]:
 
 
 def _figure(
-    spread: Spread | None, name: str, show: Callable[[float], str], formula: str
+    spread: Spread | None,
+    name: str,
+    show: Callable[[float], str],
+    formula: str,
+    doubted: bool = False,
 ) -> dict[str, Any]:
-    cell = Cell(MISSING) if spread is None else Cell.of(spread, show)
+    cell = Cell(MISSING) if spread is None else _ratio_cell(spread, show, doubted)
     runs = NONE if spread is None else str(spread["runs"])
     return {"name": name, "cell": cell, "runs": runs, "words": formula}
 
 
+def _is_doubted(summary: Summary, load: str | None) -> bool:
+    return load is not None and bool(doubts_of(summary, load))
+
+
+def _ratio_cell(spread: Spread | None, show: Callable[[float], str], doubted: bool) -> Cell:
+    """A ratio, unless what it was taken of cannot be true."""
+    return Cell(NOT_BELIEVED) if doubted and spread is not None else Cell.of(spread, show)
+
+
 def answers(summary: Summary) -> list[dict[str, Any]]:
-    """Every system's agreement and cost."""
-    found = summary.get("answers") or {}
+    """Every system's agreement and cost, which was measured with one request in flight."""
+    found, doubted = summary.get("answers") or {}, _is_doubted(summary, "c1")
     return [
         {
             "name": answer["title"],
@@ -147,7 +164,7 @@ def answers(summary: Summary) -> list[dict[str, Any]]:
             else share(answer.get("escalation_rate")),
             "accuracy": share(answer.get("accuracy")),
             "cost": Cell.of(answer.get("cost_ms")),
-            "ratio": Cell.of(answer.get("cost_ratio"), fine),
+            "ratio": _ratio_cell(answer.get("cost_ratio"), fine, doubted),
             "cpu": Cell.of(answer.get("cpu_ms")),
         }
         for name, answer in sorted(found.items(), key=lambda item: system_order(item[0]))
@@ -204,7 +221,7 @@ def facts(
         value = None if spread is None else show(spread["median"])
         runs = "" if spread is None else _runs(spread)
         if spread is not None and load and doubts_of(summary, load):
-            value, runs = NONE, "not believed"
+            value, runs = NONE, NOT_BELIEVED
         boxes.append({"value": value, "words": words, "range": runs})
     return boxes
 

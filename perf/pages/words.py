@@ -12,6 +12,7 @@ from calibration.pages.recipe_words import recipe_words
 
 MISSING = "not measured"
 NONE = "–"
+NOT_BELIEVED = "not believed"
 
 Summary = Mapping[str, Any]
 Spread = Mapping[str, Any]  # as `perf.spread.Spread.to_dict` writes it

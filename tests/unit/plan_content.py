@@ -57,6 +57,8 @@ def graph(name):
         "ms_per_image_by_batch": {"1": spread(FULL_MS * ratio * 1.1), "8": spread(FULL_MS * ratio)},
         "latency_ms": spread(FULL_MS * ratio * 1.3),
         "cost_ratio": spread(ratio) if name != "vit_high" else spread(1.0, 0.0),
+        "cpu_cost_ratio": spread(ratio) if name != "vit_high" else spread(1.0, 0.0),
+        "disturbed": False,
         "alignment": curve if recipe.endswith("align") else None,
     }
 
@@ -139,6 +141,8 @@ def plan_content(**changes):
         },
         "images": {"source": "crops", "align": 960, "fit": 576, "certify": 560, "test": 288},
         "served": {"instances": 2, "threads": 1},
+        "disturbed": False,
+        "doubts": [],
         "graphs": {name: graph(name) for name in _GRAPHS},
         "candidates": candidates(),
         "tested": tested,

@@ -27,6 +27,7 @@ from export.recipes.recipe import Recipe
 from export.rungs import describe
 from export.shelf import align, choose
 from imaging import ImageError, Preprocessing
+from perf.costs.serving import GraphCost
 from routing import Alignment, manifest
 from routing.rungset import SCHEMA_VERSION
 
@@ -35,6 +36,7 @@ PREPROCESSING = Preprocessing(SIZE, SIZE, None, "bilinear", (0.5, 0.5, 0.5), (0.
 QUIET = Bars(Console(quiet=True))
 MS = {"vit_high": 80.0, "static_int8static": 40.0}  # of an image; cheap graphs take CHEAP_MS
 CHEAP_MS = 8.0
+BUSY = 1.7
 
 
 class TwoColours:
@@ -164,15 +166,15 @@ def tiny_backbone(class_name="ViTForImageClassification"):
     return Backbone("tiny", {}, model, None, (SIZE // 2, SIZE), lambda px: None)
 
 
-def spread(value):
-    return {"median": value, "min": value, "max": value, "runs": 1, "values": [value]}
-
-
 class Commands:
-    """Stands in for `run` and `run_json`; `said` holds every command's arguments."""
+    """Stands in for `run` and `run_json`; `said` holds every command's arguments.
 
-    def __init__(self, ms=None, head=True, model=None, task=None):
+    The clock of the first `busy` pricings shows every graph but the full one `BUSY` times as dear.
+    """
+
+    def __init__(self, ms=None, head=True, model=None, task=None, busy=0):
         self.said = []
+        self._busy = busy
         self._model = model or ("ViTForImageClassification" if head else "ViTModel")
         self._ms, self._head, self._task = ms or MS, head, task
 
@@ -215,15 +217,20 @@ class Commands:
             )
             return content if self._task is None else {**content, "task": self._task}
         names = _options(self.said[-1][2:])["--graphs"][0].split(",")
-        return {"graphs": {name: self._cost(name) for name in names}}
+        busy, self._busy = self._busy > 0, self._busy - 1
+        return {"graphs": {name: self._cost(name, busy) for name in names}}
 
-    def _cost(self, name):
+    def _cost(self, name, busy):
         ms, full = self._ms.get(name, CHEAP_MS), self._ms["vit_high"]
-        return {
-            "ms_per_image": {"1": spread(1.5 * ms), "8": spread(ms)},
-            "latency_ms": spread(2 * ms),
-            "cost_ratio": spread(ms / full),
-        }
+        clock_ms = BUSY * ms if busy and name != "vit_high" else ms
+        return GraphCost(
+            latency_ms=[2 * clock_ms],
+            ms_per_image={1: [1.5 * clock_ms], 8: [clock_ms]},
+            client_cpu_ms={1: [1.0], 8: [1.0]},
+            server_cpu_ms=[ms],
+            cost_ratio=[clock_ms / full],
+            cpu_cost_ratio=[ms / full],
+        ).to_dict()
 
 
 def _options(arguments):

@@ -146,6 +146,36 @@ def test_blocks_find_what_comparing_each_with_each_finds():
     assert 40 < len(set(found)) < 200
 
 
+def test_what_one_side_finds_the_other_finds(monkeypatch):
+    """Pairs at the limit: one's mirrored hash is 6 bits from the other's, the reverse 8."""
+    rng = np.random.default_rng(5)
+    one = rng.integers(0, 256, LOOK_BYTES, dtype=np.uint8)
+    one[16:28], one[-1] = 100, 2
+    other = rng.integers(0, 256, LOOK_BYTES, dtype=np.uint8)
+    other[16:] = one[16:]
+    other[8:16] = one[:8]  # the mirror image of `other` is `one` but for 6 bits
+    other[8] ^= 0b00111111
+    other[:8] = one[8:16]  # of that of `one`, `other` is 8 bits away
+    other[0] ^= 0b11111111
+    hashes, looks = ["11" * 32, "22" * 32], np.array([one, other])
+    for order in ([0, 1], [1, 0]):
+        assert len(find_copies([hashes[i] for i in order], looks[order])) == 1
+        first, second = order
+        known = encode([hashes[second]], looks[[second]])
+        assert among([hashes[first]], looks[[first]], known).all()
+
+
+def test_other_code_or_another_imagehash_makes_other_looks(tmp_path, monkeypatch):
+    here = prints.looks_sha256()
+    assert here == prints.looks_sha256() and len(here) == 64
+    monkeypatch.setattr(prints, "version", lambda name: "0.0")
+    assert prints.looks_sha256() != here
+    monkeypatch.undo()
+    (tmp_path / "prints.py").write_text("# other code")
+    monkeypatch.setattr(prints, "__file__", str(tmp_path / "prints.py"))
+    assert prints.looks_sha256() != here
+
+
 def test_prints_join(pictures):
     hashes, looks = hashes_of(pictures), looks_of(pictures)
     one, other = encode(hashes[:10], looks[:10]), encode(hashes[30:], no_looks(10))

@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 from bundle.prints import decode as known
+from bundle.prints import encode
 from calibration.__main__ import main
+from calibration.outputs import Outputs
 from routing import Alignment
 from tests.unit.onnx_files import write_rung_set
 
@@ -119,6 +121,61 @@ def test_an_aligned_rung_is_calibrated_without_the_images_it_has_learned_from(tm
     assert run(tmp_path, "report") == 0
     assert run(tmp_path, "evaluate", "--images", "images") == 2  # all seen, one way or the other
     assert "evaluate it on others" in capsys.readouterr().err
+
+
+def test_analyse_leaves_out_what_taught_a_graph_and_refuses_outputs_of_others(tmp_path, capsys):
+    write_rung_set(tmp_path / "build/onnx", seeds=(1, 2))
+    write_images(tmp_path / "images", 60, seed=0)
+    assert run(tmp_path, "collect", "--images", "images") == 0
+    outputs = Outputs.load(tmp_path / "build/calibration/outputs.npz")
+
+    def taught(count):
+        record = json.loads((tmp_path / "build/onnx/rungs.json").read_text())
+        record["fitted_on"] = encode(outputs.hashes[:count], outputs.looks[:count])
+        (tmp_path / "build/onnx/rungs.json").write_text(json.dumps(record))
+
+    taught(20)
+    capsys.readouterr()
+    assert run(tmp_path, "analyse", "--json") == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["images"] == 40
+    assert "20 images taught a graph or its head" in printed.err
+    taught(60)
+    assert run(tmp_path, "analyse") == 2
+    assert "no image is left to analyse" in capsys.readouterr().err
+    write_rung_set(tmp_path / "build/onnx", seeds=(1, 3))
+    assert run(tmp_path, "analyse") == 2
+    assert "collected with other ONNX files; collect again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rungs"}, "of another vit_low than the artifact's"),
+        ({"data"}, "of an earlier release"),
+        ({"imaging_sha256"}, "other code of imaging/"),
+    ],
+)
+def test_evaluate_refuses_an_artifact_before_any_image_is_read(
+    workplace, capsys, monkeypatch, change, message
+):
+    assert run(workplace, "fit", "--max-risk", 0.1) == 0
+    content = json.loads((workplace / "build/calibration/calibration.json").read_text())
+    if change == {"data"}:
+        del content["data"]["image_prints"]
+    elif change == {"imaging_sha256"}:
+        content["imaging_sha256"] = "e" * 64
+    else:
+        content["rungs"]["vit_low"]["sha256"] = "c" * 64
+    (workplace / "changed.json").write_text(json.dumps(content))
+
+    def never(*arguments):
+        raise AssertionError("images are collected")
+
+    monkeypatch.setattr("calibration.__main__._collect", never)
+    capsys.readouterr()
+    assert run(workplace, "evaluate", "--images", "images", "--calibration", "changed.json") == 2
+    assert message in capsys.readouterr().err
 
 
 def test_an_alignment_that_does_not_help_is_said_loudly(workplace, capsys):

@@ -193,6 +193,15 @@ def test_other_code_that_decodes_starts_anew_and_is_on_record(rung_set, out, mon
     assert len(source.read) == COUNT and Outputs.load(out).imaging_sha256 == "e" * 64
 
 
+def test_other_looks_start_anew(rung_set, out, monkeypatch):
+    with pytest.raises(StoppedError):
+        collect(rung_set, MemorySource(PART), out, stop_after(PART))
+    monkeypatch.setattr(module, "looks_sha256", lambda: "e" * 64)
+    source = MemorySource(PART)
+    collect(rung_set, source, out)
+    assert len(source.read) == PART
+
+
 def truncate(part):
     part.write_bytes(part.read_bytes()[:-50])
 

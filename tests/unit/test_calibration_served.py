@@ -91,7 +91,7 @@ def test_outputs_of_a_server_are_those_of_its_rungs(rung_set, serve, tmp_path):
     np.testing.assert_array_equal(found.low.cls_layers, local.low.cls_layers)
     np.testing.assert_array_equal(found.high.logits, local.high.logits)
     assert found.runtime["name"] == "tritonserver 2.51.0" and server.closed
-    assert server.asked[:2] == [
+    assert server.asked[2:4] == [  # after the probe's
         ("vit_low", 16, ("embedding", "cls_layers", "logits")),
         ("vit_high", 16, ("embedding", "logits")),
     ]
@@ -126,6 +126,84 @@ def test_a_server_of_other_rungs_is_refused(rung_set, serve, shapes, words):
     assert server.closed
 
 
+def other_rungs(tmp_path, seeds):
+    return RungSet.load(write_rung_set(tmp_path / f"other {seeds}", seeds=seeds))
+
+
+@pytest.mark.parametrize(("seeds", "rung"), [((7, 2), "vit_low"), ((1, 7), "vit_high")])
+def test_a_server_of_other_weights_of_the_same_shapes_is_refused(
+    rung_set, serve, tmp_path, seeds, rung
+):
+    out = tmp_path / "outputs.npz"
+    with (
+        serve(FakeTriton(other_rungs(tmp_path, seeds)), rung_set) as served,
+        pytest.raises(ServedError, match=f"{rung} at 127.0.0.1:8001 is not the rung in --onnx"),
+    ):
+        collect(rung_set, MemorySource(20, broken=[0, 3]), out, served=served)
+    assert not out.exists()
+
+
+def test_a_server_whose_head_alone_is_another_is_refused(rung_set, serve, tmp_path):
+    server = FakeTriton(rung_set)
+    infer = server.infer
+
+    def refitted(*arguments, **options):
+        answer = infer(*arguments, **options)
+
+        def as_numpy(name):
+            values = answer.as_numpy(name)
+            return values[:, ::-1] if name == "logits" else values
+
+        return SimpleNamespace(as_numpy=as_numpy)
+
+    server.infer = refitted
+    with serve(server, rung_set) as served, pytest.raises(ServedError, match="of the norm apart"):
+        collect(rung_set, MemorySource(20), tmp_path / "outputs.npz", served=served)
+
+
+def test_a_model_deployed_while_a_server_is_asked_is_noticed(rung_set, serve, tmp_path):
+    server, out = FakeTriton(rung_set), tmp_path / "outputs.npz"
+
+    def redeploy(count, resumed):
+        server.sessions = FakeTriton(other_rungs(tmp_path, (1, 7))).sessions
+
+    with (
+        serve(server, rung_set) as served,
+        pytest.raises(ServedError, match="another model was deployed meanwhile"),
+    ):
+        collect(rung_set, MemorySource(20), out, redeploy, served)
+    assert not out.exists()
+
+
+def test_parts_of_a_server_that_answers_a_little_otherwise_are_made_anew(
+    rung_set, serve, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(collect_module.Parts, "remove", lambda parts: None)
+    made = []
+    for noise in (0.0, 1e-6, 0.01):  # rounding is the same server, 1 % another model like it
+        server = FakeTriton(rung_set)
+        infer = server.infer
+
+        def shaken(*arguments, infer=infer, noise=noise, **options):
+            answer = infer(*arguments, **options)
+            asked = {output.name() for output in options["outputs"]}
+            return SimpleNamespace(
+                as_numpy=lambda name: answer.as_numpy(name) * (1 + noise) if name in asked else None
+            )
+
+        server.infer = shaken
+        shown = []
+        collect(
+            rung_set,
+            MemorySource(20),
+            tmp_path / "outputs.npz",
+            lambda count, resumed, shown=shown: shown.append(resumed),
+            serve(server, rung_set),
+        )
+        made.append(not shown[0])
+    assert made == [True, False, True]
+
+
 def test_only_a_server_on_this_machine_has_a_known_processor(rung_set, serve):
     for url, known in (("localhost:8001", True), ("10.0.0.7:8001", False)):
         served = serve(FakeTriton(rung_set), rung_set, url)
@@ -155,14 +233,21 @@ def test_parts_of_another_runtime_are_made_anew(rung_set, serve, tmp_path, monke
         collect(rung_set, MemorySource(16), out, stop, serve(FakeTriton(rung_set), rung_set))
 
     def asked(served):
-        source = MemorySource(16)
+        """How many images are not taken from the parts; a probe of the server is none of them."""
+        made = []
         parts = out.with_name("outputs.npz.parts")
         kept = {file.name: file.read_bytes() for file in parts.glob("*")}
-        collect(rung_set, source, out, served=served)
+        collect(
+            rung_set,
+            MemorySource(16),
+            out,
+            lambda count, resumed: made.append(0 if resumed else count),
+            served,
+        )
         parts.mkdir()
         for name, data in kept.items():
             (parts / name).write_bytes(data)
-        return len(source.read)
+        return sum(made)
 
     assert PART >= 16 and asked(serve(FakeTriton(rung_set), rung_set)) == 0
     if change == "processor":

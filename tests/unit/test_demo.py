@@ -98,6 +98,25 @@ def test_a_ratio_that_cannot_be_true_is_not_said(tmp_path):
     assert "The router itself costs" not in page
 
 
+def test_the_efficiency_that_is_said_is_the_one_that_was_judged():
+    # Speed-up and bound of five shares; the quotient of their medians is 2.6 / 2.2.
+    pairs = [(2.0, 2.0), (2.1, 2.05), (2.6, 2.2), (2.7, 2.6), (2.8, 2.9)]
+    # No image escalates, so that the bound is the full rung's cost over the cheap one's.
+    shares = [(100 / bound, 100.0, 100 / speedup) for speedup, bound in pairs]
+    found = measured(
+        {name: [0] * 5 for name in ("low", "high", "adaptive")},
+        [False] * 5,
+        [dict(zip(("low", "high", "adaptive"), share, strict=True)) for share in shares],
+        [1.1 * low for low, *_ in shares],
+    )
+    (doubt,) = found.paired.doubts(cpu_counts=True)
+    assert "an efficiency of 1.18 is more than the rungs allow" in doubt
+    own = Asked(np.zeros(5, int), np.zeros(5, bool), np.zeros(5, np.float32))
+    answers = Served.of(own, np.zeros(5, int), found, None, ("low", "high", "adaptive"))
+    summary = summarise("tiny", (32, 64), answers, found, CERTIFIED, ENVIRONMENT)
+    assert summary["cascade_efficiency"] == pytest.approx(2.1 / 2.05)
+
+
 def test_a_ratio_that_can_be_true_is_said_with_the_one_by_cpu_time(tmp_path):
     found = alone([0, 1, 2, 3], ESCALATED, (25.0, 100.0, 55.0), never=[27.5], cpu=0.9)
     assert sentences(summary_of(found))[0] == (

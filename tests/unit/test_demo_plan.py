@@ -2,6 +2,7 @@
 
 import io
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -113,6 +114,25 @@ def plan_entry(agreement=None, doubts=()):
     )
 
 
+def test_a_graph_whose_own_clock_was_disturbed_gets_no_ratio():
+    whole = saturated()
+    for share in whole.paired.shares:  # half of what static_tome8 took was something else
+        share["static_tome8"] = [
+            replace(answer, cpu_ms=answer.cpu_ms / 2) for answer in share["static_tome8"]
+        ]
+    agreement = served().agreement() | {"static_tome8": 1.0, "vit_high": 0.0}
+    arguments = (RECIPES, (CHEAP.recipe, INT8.recipe), CERTIFICATE, agreement)
+    plan = summarise_plan(*arguments, whole)
+    assert not plan["disturbed"] and plan["disturbed_systems"] == ["static_tome8"]
+    assert plan["best_alternative"]["name"] == "static_tome8"
+    assert {row["system"]: row["speedup"] for row in served_rows(plan)}["static_tome8"] == "–"
+    sentence = best_sentence(plan).replace("\N{NO-BREAK SPACE}", " ")
+    assert "it agrees on 100.0 %. " in sentence and "of the cascade." in sentence
+    # Where CPU time says nothing, nothing is held against it.
+    on_gpu = summarise_plan(*arguments, replace(whole, cpu_counts=False))
+    assert on_gpu["disturbed_systems"] == [] and "times as much" in best_sentence(on_gpu)
+
+
 def test_the_speedup_is_taken_within_turns():
     plan = plan_entry()
     assert plan["speedup_vs_high"] == pytest.approx(6.0)  # of 6, 8 and 4
@@ -136,6 +156,7 @@ def test_the_best_alternative_is_the_cheapest_that_agrees_as_often():
         "name": "vit_high",
         "agreement": 0.97,
         "cost_ratio_to_plan": pytest.approx(3.0),  # of 3, 4 and 2
+        "disturbed": False,
     }
     agreement["vit_high"] = 0.96
     assert plan_entry(agreement=agreement)["best_alternative"]["name"] == "static_tome8"

@@ -50,5 +50,11 @@ def test_a_summary_of_earlier_code_is_judged_by_its_figures():
     assert doubts_of(summary, "saturated") == []
 
 
+def test_the_two_medians_that_are_printed_side_by_side_are_held_against_each_other():
+    summary = sample_summary() | {"speedup_c1": spread(2.6), "bound_c1": spread(2.2)}
+    summary["cascade_efficiency_c1"] = spread(1.02)
+    assert "an efficiency of 1.18" in doubts_of(summary, "c1")[0]
+
+
 def test_nothing_is_doubted_that_was_not_measured():
     assert doubts_of({"doubts": {}}, "c1") == []

@@ -2,6 +2,7 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -11,8 +12,13 @@ from perf.errors import PerfError
 from perf.measure.systems import ADAPTIVE, HIGH, LOW
 from perf.original_table import SOURCE, original_rows, original_table
 from perf.spread import Spread
-from routing import RungSet, RungSetError
+from routing import RungSet, RungSetError, manifest
 from tests.unit.onnx_files import write_rung_set
+from tests.unit.perf_workplace import write_repository, write_rungs
+
+
+class StoppedError(Exception):
+    """What ends a measurement once the test has seen enough of it."""
 
 
 def memory(pss_mib, weights_mib):
@@ -92,6 +98,35 @@ def test_what_is_missing_is_said_before_a_server_starts(tmp_path):
         original.measure_original(tmp_path, 10, print)
     with pytest.raises(PerfError, match="at least 5"):
         original.measure_original(tmp_path, 4, print)
+
+
+def test_what_is_measured_is_a_copy_whose_router_compares_nothing_at_its_start(
+    tmp_path, monkeypatch
+):
+    rung_set = write_rungs(tmp_path / "onnx")
+    repository = write_repository(tmp_path / "model_repository", rung_set)
+    before = (repository / "router/config.pbtxt").read_text()
+    calibration = SimpleNamespace(check_rungs=lambda files: None, threshold=1.0)
+    monkeypatch.setattr(original.Calibration, "load", lambda file: calibration)
+    monkeypatch.setattr(original, "measure_forward", lambda *arguments: {})
+    monkeypatch.setattr(original, "_read", lambda *arguments: [])
+    monkeypatch.setattr(original, "environment", lambda *arguments: {})
+    seen = []
+
+    def serve(served, *arguments):
+        manifest.verify(served)
+        seen.append((served / "router/config.pbtxt").read_text())
+        raise StoppedError
+
+    for stage in ("_latencies", "_memory"):
+        monkeypatch.setattr(original, "_latencies", lambda *arguments: (None, [], "2.51.0"))
+        monkeypatch.setattr(original, stage, serve)
+        with pytest.raises(StoppedError):
+            original.measure_original(tmp_path, 10, print)
+    assert len(seen) == 2
+    assert all('"reference_check" value: { string_value: "off" }' in text for text in seen)
+    assert (repository / "router/config.pbtxt").read_text() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model_repository", "onnx"]
 
 
 def test_the_result_is_kept_and_shown(tmp_path, monkeypatch, capsys):

@@ -214,6 +214,15 @@ def test_clock_and_cpu_time_must_agree_where_they_can_be_compared():
     assert apart.doubts(cpu_counts=False) == []
 
 
+def test_a_share_without_any_cpu_time_is_doubted_and_not_passed_over():
+    idle = measured(20.0, 0.0)
+    assert idle.cpu_speedup() is None
+    (reason,) = idle.doubts(cpu_counts=True)
+    assert "no CPU time" in reason
+    assert idle.doubts(cpu_counts=False) == []
+    assert measured(20.0, None).doubts(cpu_counts=True) == []  # not measured
+
+
 BELIEVED, DISTURBED = measured(20.0, 18.0), measured(5.0, 4.5)
 
 

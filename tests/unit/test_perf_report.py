@@ -340,6 +340,29 @@ def test_figures_that_cannot_be_true_are_said_and_not_shown_in_large_type(
     assert box not in disturbed.text and "– not believed" in disturbed.text
 
 
+def test_no_figure_that_cannot_be_true_is_anywhere_on_the_page(page, tmp_path):
+    impossible = {
+        "speedup_c1": spread(4.01, 4.02, 4.03),
+        "cascade_efficiency_c1": spread(2.06, 2.07, 2.08),
+        "router_overhead_c1": spread(0.51, 0.52, 0.53),
+        "ensemble_over_router": spread(0.61, 0.62, 0.63),
+    }
+    found = page_of(tmp_path, sample_summary() | impossible)
+    assert "an efficiency of 2.07 is more than the rungs allow" in found.text
+    for shown in ("4.02×", "2.070", "0.520", "0.620"):
+        assert shown not in found.text
+    made = found.sections["How the figures are made"]
+    assert "speed-up, one request in flight not believed" in made
+    assert "router overhead not believed" in made and "ensemble over router not believed" in made
+    # What was measured saturated stays, and so do times.
+    assert "cascade efficiency, saturated 0.937" in made and "peak memory ratio not" not in made
+    table = "Every system: agreement and cost"
+    assert "0.295" in page.sections[table] and "0.295" not in found.sections[table]
+    assert "31.0" in found.sections[table]
+    assert "Not drawn" in found.sections["What agreement costs"]
+    assert len(found.loaded) == len(page.loaded) - 1
+
+
 def test_a_disturbed_run_gives_no_verdict():
     summary = sample_summary() | {"doubts": {"c1": ["a reason"]}}
     found = verdict(summary)

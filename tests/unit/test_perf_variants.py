@@ -4,11 +4,14 @@ import contextlib
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from perf.costs import variants
+from perf.costs.commands import app
 from perf.costs.variants import SYSTEMS, Variant, measure
 from perf.measure.asking import Answer
 from perf.measure.sets import Pool
+from tests.unit.perf_workplace import write_repository, write_rungs
 
 
 def test_figures_by_hand():
@@ -18,6 +21,23 @@ def test_figures_by_hand():
     assert variant.router_overhead == pytest.approx(1.2)  # of 1.2, 1.05, 1.2
     assert variant.ensemble_adds_ms == 4  # of 3, 4, 12
     assert variant.ensemble_over_router == pytest.approx(100 / 81)
+
+
+def test_a_router_faster_than_its_own_rung_is_not_believed():
+    assert not Variant(low=[20], router=[19.5], ensemble=[19.0]).disturbed  # noise
+    assert Variant(low=[20], router=[18], ensemble=[25]).disturbed
+    assert Variant(low=[20], router=[25], ensemble=[20]).disturbed
+
+
+def test_no_ratio_of_a_disturbed_variant_is_printed(monkeypatch):
+    found = [Variant([20], [18], [25]), Variant([20], [22], [33])]
+    monkeypatch.setattr(variants, "measure", lambda *arguments: found)
+    monkeypatch.setattr("perf.costs.commands.RungSet.load", lambda folder: None)
+    monkeypatch.setattr("perf.measure.sets.load_pool", lambda *arguments: range(50))
+    printed = CliRunner().invoke(app, ["variants", "one", "other"]).stdout
+    assert "0.900" not in printed and "1.389" not in printed
+    assert "1.100" in printed and "1.500" in printed
+    assert "the machine was too busy for a figure" in printed
 
 
 class FakeAsker:
@@ -51,6 +71,32 @@ def test_every_variant_is_asked_about_every_image_in_a_new_order(monkeypatch):
     turns = [tuple(turn[:2] for turn in asked[i : i + 6]) for i in range(warmed_up, len(asked), 6)]
     assert {frozenset(turn) for turn in turns} == {frozenset(turns[0])}
     assert len(set(turns)) > 6
+
+
+def test_the_routers_start_check_runs_in_no_measurement(tmp_path, monkeypatch):
+    rung_set = write_rungs(tmp_path / "onnx")
+    repository = write_repository(tmp_path / "repository", rung_set)
+    seen = []
+
+    class Server:
+        grpc_url, http_url = "127.0.0.1:1", None
+
+        def __init__(self, served, free_ports):
+            seen.append((served / "router/config.pbtxt").read_text())
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            return None
+
+    monkeypatch.setattr(variants, "TritonServer", Server)
+    monkeypatch.setattr(variants, "Target", lambda *a: contextlib.nullcontext())
+    monkeypatch.setattr(variants, "Asker", lambda *a, **k: None)
+    with variants._serving([repository], None):
+        pass
+    (text,) = seen
+    assert '"reference_check" value: { string_value: "off" }' in text
 
 
 def test_nothing_escalates():

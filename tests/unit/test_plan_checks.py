@@ -6,6 +6,7 @@ import pytest
 
 from calibration.certify import Goal, images_needed
 from calibration.fidelity import Fidelity, FidelityError
+from calibration.images import open_images
 from calibration.plan.checks import (
     Asked,
     check_images,
@@ -15,6 +16,7 @@ from calibration.plan.checks import (
 )
 from calibration.plan.plan import make_plan
 from calibration.plan.subprocesses import PlanError
+from tests.unit.image_files import write_images
 from tests.unit.plan_workplace import (
     QUIET,
     SIZE,
@@ -172,6 +174,39 @@ def test_the_number_needed_is_said_in_the_words_of_fit(refuse):
 def test_images_too_few_to_divide_are_refused_with_the_number_needed(refuse):
     message = refuse(images=20, candidates="px=4", highs="fp32")
     assert "groups are too few" in message and "give about " in message
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_images_that_teach_the_head_are_too_few_before_the_first_export(
+    tmp_path, monkeypatch, whole
+):
+    names = [f"{label}/{i}.png" for label in ("ant", "bee", "cat") for i in range(60)]
+    folder = write_images(tmp_path / "images", *names)
+    head = folder if whole else folder / "ant"
+    commands = Commands()
+    patch_commands(monkeypatch, commands)
+    request = make_request(
+        tmp_path,
+        images=str(folder),
+        source=open_images(str(folder)),
+        head_images=head,
+        candidates="px=4",
+        highs="fp32",
+        goal=GOAL,
+    )
+    teach = 180 if whole else 60
+    if not whole:
+        (folder.parent / "link").symlink_to(folder)  # another way to the same files
+        request = replace(request, source=open_images(str(folder.parent / "link")))
+        request = replace(request, goal=Goal(0.03, 0.9, "ltt"))  # 180 images would do, 120 do not
+    with pytest.raises(PlanError) as error:
+        make_plan(request, QUIET)
+    assert (
+        f"{teach} of these 180 images lie below --head-images, teach the head and are left out"
+        in str(error.value)
+    )
+    assert "images that it does not learn from" in str(error.value)
+    assert [said[:2] for said in commands.said] == [["export", "describe"]]
 
 
 def test_folders_count_as_one_where_they_are_groups(tmp_path):

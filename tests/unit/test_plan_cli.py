@@ -1,6 +1,7 @@
 """`python -m calibration plan`, its commands stood in for: what it prints, writes and refuses."""
 
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from calibration.__main__ import main
 from calibration.plan.command import _chosen
 from export.__main__ import main as export_main
 from tests.unit.image_files import write_images
+from tests.unit.pages import Page
 from tests.unit.plan_content import plan_content
 from tests.unit.plan_workplace import Commands, TwoColours, make_request, patch_commands
 
@@ -90,6 +92,23 @@ def test_where_a_single_graph_costs_less_it_says_so(run, ratio, words):
     content = plan_content()
     content["best_alternative"]["cost_ratio_to_plan"] = ratio
     assert words in "\n".join(_chosen(content, make_request(Path("out"))))
+
+
+def test_on_a_busy_machine_no_ratio_is_printed_or_drawn(run, tmp_path):
+    run.commands._busy = 2
+    code, out, err = run(*PLAN, "--images", "images", *RISK)
+    assert code == 0 and "priced once more" in err
+    assert "the machine was too busy for a figure" in out and "certificate: With" in out
+    assert "ms per image" not in out and not re.search(r"\d times|costs \d|WINS", out), out
+    row = next(line for line in out.splitlines() if line.startswith("│ A │"))
+    assert row.count("–") == 2  # milliseconds and speed-up
+    content = json.loads((tmp_path / "build/plan/plan.json").read_text())
+    assert content["disturbed"] and content["early_decision"] is None
+    page = Page(tmp_path / "build/plan/plan.html")
+    said = " ".join(page.sections.values())
+    assert "The machine was too busy for a figure" in said and "not believed" in said
+    assert not re.search(r"\d×|\d times", said), said
+    assert "Not drawn" in said
 
 
 def test_a_plan_that_can_certify_nothing_exports_nothing_and_is_no_result(run, tmp_path):

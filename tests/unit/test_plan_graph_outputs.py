@@ -108,9 +108,10 @@ def test_whatever_decides_an_answer_is_not_found_in_the_cache(get, rung_set, cha
     assert len(source.read) == len(found.rows) > 0
 
 
-def test_what_other_code_decoded_is_not_found_in_the_cache(get, monkeypatch):
+@pytest.mark.parametrize("code", ["code_sha256", "looks_sha256"])
+def test_what_other_code_decoded_or_looked_at_is_not_found_in_the_cache(get, monkeypatch, code):
     get(MemorySource(4))
-    monkeypatch.setattr(graph_outputs, "code_sha256", lambda: "e" * 64)
+    monkeypatch.setattr(graph_outputs, code, lambda: "e" * 64)
     source = MemorySource(4)
     get(source)
     assert len(source.read) == 4

@@ -16,6 +16,7 @@ from calibration.plan import result
 from calibration.plan.checks import images_for
 from calibration.plan.plan import choose_rungs, make_plan
 from calibration.plan.select import cascade_ms
+from calibration.plan.shelf import fit_image_rows, taught_by_export
 from calibration.plan.subprocesses import PlanError
 from calibration.record import FitRecord, record_path
 from calibration.splits import CERTIFIED, group_keys, split_by_group
@@ -79,6 +80,19 @@ def test_no_image_that_a_graph_has_learned_from_is_among_the_rest(planned):
     # The ranges of int8 were learned from every eleventh image: all of those are in align.
     hashes = np.array(planned.parts.reference.hashes)
     assert set(hashes[[0, IMAGES - 1]]) <= set(hashes[planned.parts.align])
+
+
+def test_no_alignment_learns_from_what_the_export_has_learned_from(planned):
+    reference = planned.parts.reference
+    ranges = reference.only(fit_image_rows(IMAGES))
+    learned = planned.aligned[ALIGNED].alignment.image_prints
+    assert not among(ranges.hashes, ranges.looks, learned).any()
+    assert ALIGN_SHARE / 2 * IMAGES < len(decode(learned)[0]) < ALIGN_SHARE * IMAGES
+    # On the shelf stand both, and a later plan tells them apart.
+    shelf = planned.graphs["vit_high"].file.parent
+    taught = taught_by_export(shelf, RungSet.load(shelf))
+    assert among(ranges.hashes, ranges.looks, taught).all()
+    assert len(decode(taught)[0]) == len(ranges.rows)
 
 
 def test_graphs_have_their_roles_costs_and_what_their_answers_are_worth(content):
@@ -162,6 +176,31 @@ def test_the_best_alternative_reaches_the_cascades_agreement_at_the_least_cost(c
     assert cost == min(graphs[name]["ms_per_image"] for name in reaching)
     assert best["cost_ratio_to_plan"] == pytest.approx(cost / chosen["ms_per_image"])
     assert best["agreement"] == graphs[best["name"]]["acceptable"]
+
+
+def test_graphs_whose_price_was_disturbed_are_priced_once_more(tmp_path, content):
+    commands = Commands(busy=1)
+    found = result.to_dict(plan(make_request(tmp_path), commands), None, [])
+    assert len(commands.of("perf", "serving")) == 2
+    assert not found["disturbed"] and found["doubts"] == []
+    assert found["best_alternative"] == content["best_alternative"]
+
+
+def test_no_ratio_of_costs_that_stay_disturbed_is_told(tmp_path, content):
+    commands = Commands(busy=2)
+    planned = plan(make_request(tmp_path), commands)
+    found = result.to_dict(planned, None, [])
+    assert len(commands.of("perf", "serving")) == 2
+    assert found["disturbed"] and "the machine was too busy for a figure" in found["doubts"][0]
+    assert "px=6" in found["doubts"][0]
+    for entry in (*found["tested"], found["chosen"]):
+        assert [entry[key]["speedup"] for key in ("predicted", "certify", "test")] == [None] * 3
+    assert found["best_alternative"]["cost_ratio_to_plan"] is None
+    # CPU time, which was not disturbed, puts them in the same order.
+    assert [found["chosen"][key] for key in ("low", "high", "threshold")] == [
+        content["chosen"][key] for key in ("low", "high", "threshold")
+    ]
+    assert Calibration.load(planned.request.out / "calibration.json").certificate["certified"]
 
 
 def test_plan_json_is_json_without_paths(content, tmp_path, planned):

@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from bundle.prints import no_looks
+from calibration.align import fit_alignment
 from calibration.fidelity import Fidelity
 from calibration.head import LinearHead
 from calibration.outputs import Outputs
@@ -114,9 +115,12 @@ def test_whatever_decides_what_lies_on_a_shelf_makes_another(tmp_path, commands,
     assert export_shelf(make_request(tmp_path), RECIPES[:2], QUIET) != shelf
 
 
-def test_other_code_that_decodes_makes_another_shelf(tmp_path, commands, monkeypatch):
+@pytest.mark.parametrize("code", ["code_sha256", "looks_sha256"])
+def test_other_code_that_decodes_or_looks_makes_another_shelf(
+    tmp_path, commands, monkeypatch, code
+):
     shelf = export_shelf(make_request(tmp_path), RECIPES, QUIET)
-    monkeypatch.setattr("calibration.plan.shelf.code_sha256", lambda: "e" * 64)
+    monkeypatch.setattr(f"calibration.plan.shelf.{code}", lambda: "e" * 64)
     assert export_shelf(make_request(tmp_path), RECIPES, QUIET) != shelf
 
 
@@ -163,7 +167,7 @@ def shelf(tmp_path):
 def align(shelf, name="static_6", seed=0):
     rung_set = RungSet.load(shelf)
     graph = shelf_graphs(rung_set)[name]
-    return align_graph(shelf, graph, outputs_of(rung_set, seed=seed), TOP1, 0, QUIET)
+    return align_graph(shelf, graph, outputs_of(rung_set, seed=seed), TOP1, "source", 0, QUIET)
 
 
 def test_an_aligned_graph_lies_beside_the_one_it_was_made_of(shelf, commands):
@@ -204,11 +208,32 @@ def test_an_alignment_that_does_not_help_leaves_the_graph_as_it_is(shelf, comman
     said = []
     bars = Bars(Console(quiet=True))
     bars.say = said.append
-    name, aligned = align_graph(shelf, graph, replace(outputs, low=same), TOP1, 0, bars)
+    name, aligned = align_graph(shelf, graph, replace(outputs, low=same), TOP1, "source", 0, bars)
     assert name == "static_6" and not aligned.helps and len(aligned.growth) > 1
     assert commands.said == [] and not list(shelf.glob("*.npz"))
     assert RungSet.load(shelf).fitted_on == rung_set.fitted_on
     assert len(said) == 1 and said[0].startswith("px=6,align: the alignment does not help")
+
+
+def test_copies_of_a_picture_do_not_show_that_an_alignment_helps(shelf, commands):
+    rung_set = RungSet.load(shelf)
+    once = outputs_of(rung_set, n=8)
+    # What the full model answers has nothing to do with the cheap graph's tokens: with a copy of
+    # each held-out picture to learn from, an alignment remembers it all the same.
+    rng = np.random.default_rng(99)
+    high = rng.normal(size=once.high.embedding.shape).astype(np.float32)
+    head = LinearHead.read(shelf_graphs(rung_set)["static_6"].file)
+    once = replace(once, high=RungOutputs(high, None, head(high)))
+    copies = once.rows(np.repeat(np.arange(8), 10))
+    names = tuple(f"copy {i}" for i in range(80))
+    copies = replace(copies, names=names, groups=names)
+    graph = shelf_graphs(rung_set)["static_6"]
+    _, aligned = align_graph(shelf, graph, copies, TOP1, "source", 0, QUIET)
+    by_file = fit_alignment(
+        copies, np.arange(80), np.array(names), (graph.record.fingerprint, "px=6"), TOP1, head, 0
+    )
+    assert by_file.growth[-1].cosine > aligned.growth[-1].cosine + 0.1
+    assert by_file.growth[-1].acceptable > aligned.growth[-1].acceptable
 
 
 def test_an_alignment_whose_graph_was_never_baked_is_baked_again(shelf, commands):
@@ -233,7 +258,9 @@ def test_a_model_without_a_head_is_aligned_all_the_same(tmp_path, monkeypatch):
     headless = outputs_of(rung_set)
     assert headless.low.logits is None
     graph = shelf_graphs(rung_set)["vit_low"]
-    name, aligned = align_graph(tmp_path / "onnx", graph, headless, Fidelity("cosine"), 0, QUIET)
+    name, aligned = align_graph(
+        tmp_path / "onnx", graph, headless, Fidelity("cosine"), "source", 0, QUIET
+    )
     assert name == "vit_low_align" and aligned.helps
     assert len(said) == 1
 

@@ -139,6 +139,18 @@ def test_a_task_can_be_given_where_the_config_does_not_say_it(tmp_path):
         assert done.exit_code == 2 and said in " ".join(done.stderr.split())
 
 
+def test_one_output_that_is_said_to_name_a_class_is_refused_before_anything_is_exported(tmp_path):
+    model = save_tiny(tmp_path / "model", "ViTForImageClassification", PROCESSOR, num_labels=1)
+    config = json.loads((model / "config.json").read_text())
+    config["problem_type"] = "single_label_classification"  # transformers would not write it
+    (model / "config.json").write_text(json.dumps(config))
+    for command in (("rungs", "--out", tmp_path / "onnx"), ("describe",)):
+        done = run_export(*command, "--model", model)
+        assert done.exit_code == 2
+        assert "requires `num_labels > 1`" in " ".join(done.stderr.split())
+    assert not (tmp_path / "onnx").exists()
+
+
 def test_export_records_the_task_and_earlier_records_are_read_as_transformers_would(
     labels, value, tmp_path
 ):
