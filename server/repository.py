@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from routing import ManifestError, manifest
+from routing import versions as router_versions
 from routing.versions import VersionError, Versions
 
 from .errors import ServerUsageError
@@ -54,6 +55,14 @@ def versions_warning(repository: Path) -> str:
         return Versions.load(repository).warning
     except VersionError:
         return ""
+
+
+def refuses_other_answers(repository: Path) -> bool:
+    """Whether its router answers nobody before its answers have been found to be as calibrated."""
+    try:
+        return router_versions.refuses_other_answers(repository)
+    except VersionError:  # Not one of ours, or of a release before there was such a router.
+        return False
 
 
 def bytecode_folders(repository: Path) -> set[Path]:

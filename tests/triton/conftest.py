@@ -30,14 +30,16 @@ def run_command(*arguments):
     return done.stdout
 
 
-def reference_outcome(server):
+def reference_outcome(server, version=1):
     """What the router found at its start: `same`, `within_slack` or `other`."""
     deadline = time.monotonic() + 60
     while True:
         with urllib.request.urlopen(server.metrics_url, timeout=30) as response:
             text = response.read().decode()
         series = re.findall(
-            r'^adaptive_vit_reference_answers\{outcome="(\w+)",version="1"\} (\d)$', text, re.M
+            rf'^adaptive_vit_reference_answers\{{outcome="(\w+)",version="{version}"\}} (\d)$',
+            text,
+            re.M,
         )
         assert len(series) == 3
         found = [outcome for outcome, value in series if value == "1"]
