@@ -29,6 +29,7 @@ from .repository import (
     refuse_unlisted,
     refuses_other_answers,
     remove_new_bytecode,
+    remove_unlisted_bytecode,
 )
 from .security import Security
 from .shared_memory import SEGMENT_PREFIX, remove_dead_segments
@@ -204,6 +205,7 @@ class TritonServer:
             raise RuntimeError("the server is already running")
         models = list(models_in(self.repository) if self._models is None else self._models)
         refuse_unlisted(self.repository)
+        remove_unlisted_bytecode(self.repository)
         if not self._free_ports:
             check_ports(self.addresses, self.ports)
         self.channel = self.security.channel()
