@@ -9,13 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 NAME = "MANIFEST.json"
 SCHEMA_VERSION = 1
+_BYTECODE = "__pycache__"
+# `policy.cpython-311.pyc`, and with a number behind it while Python writes it.
+_BYTECODE_NAME = re.compile(r"([^.]+)\.[^.]+(?:\.opt-\w+)?\.pyc(\.\d+)?")
 
 
 class ManifestError(ValueError):
@@ -84,6 +88,20 @@ def refuse_unlisted(repository: Path) -> None:
     _refuse_unlisted(repository, files, apart)
 
 
+def unlisted_bytecode(repository: Path) -> list[Path]:
+    """The files in folders of bytecode that are not listed.
+
+    Raises:
+        ManifestError: no readable manifest, or a folder that cannot be looked at.
+    """
+    files, _, apart = _load(repository)
+    return [
+        repository / name
+        for name, is_folder in _entries(repository, apart)
+        if not is_folder and name not in files and PurePosixPath(name).parent.name == _BYTECODE
+    ]
+
+
 def update(
     repository: Path,
     texts: Mapping[str, str],
@@ -150,12 +168,16 @@ def _is_below(name: str, folders: list[str]) -> bool:
 def _refuse_unlisted(repository: Path, files: Mapping[str, str], passed: list[str]) -> None:
     """Refuse the first entry that nobody listed.
 
-    Not looked at: the manifest, Python's bytecode, the folders in `passed`, and the new content of
-    a listed file that an interrupted `update` has not put in its place.
+    Not looked at: the manifest, the folders in `passed`, and the new content of a listed file that
+    an interrupted `update` has not put in its place. Of bytecode, what Python itself has left for
+    a listed source: it lies there as long as a server runs. What a forged file holds is not seen
+    here, so `python -m server` removes such files before it starts one (`unlisted_bytecode`).
     """
     folders = {parent.as_posix() for name in files for parent in PurePosixPath(name).parents}
     for name, is_folder in _entries(repository, passed):
         if name in (folders if is_folder else files):
+            continue
+        if _is_left_by_python(repository, name, is_folder, files, folders):
             continue
         base, _, number = name.rpartition(".")
         if not is_folder and (name == NAME or (number.isdigit() and base in {NAME, *files})):
@@ -173,6 +195,8 @@ def _entries(repository: Path, passed: list[str]) -> Iterator[tuple[str, bool]]:
     """
 
     def complain(error: OSError) -> None:
+        if isinstance(error, FileNotFoundError):  # Gone since, as bytecode of a server that stops.
+            return
         name = Path(error.filename).relative_to(repository).as_posix()
         raise ManifestError(f"{name} cannot be looked at ({error.strerror})") from None
 
@@ -181,14 +205,44 @@ def _entries(repository: Path, passed: list[str]) -> Iterator[tuple[str, bool]]:
         below = here.relative_to(repository)
         inner = [name for name in sorted(folders) if not (here / name).is_symlink()]
         names += [name for name in folders if name not in inner]
-        folders[:] = [
-            name
-            for name in inner
-            if name != "__pycache__" and (below / name).as_posix() not in passed
-        ]
+        folders[:] = [name for name in inner if (below / name).as_posix() not in passed]
         yield from (((below / name).as_posix(), False) for name in sorted(names))
         if not folders and not names and here != repository:
             yield below.as_posix(), True
+
+
+def _is_left_by_python(
+    repository: Path,
+    name: str,
+    is_folder: bool,
+    files: Collection[str],
+    folders: Collection[str],
+) -> bool:
+    """Whether it is bytecode of a listed source, of the kind that Python writes by itself.
+
+    That names its source's time and size. The other kind, which names a hash and may be loaded
+    without a look at the source, is only made on purpose.
+    """
+    path = PurePosixPath(name)
+    if is_folder:
+        return path.name == _BYTECODE and path.parent.as_posix() in folders
+    found = _BYTECODE_NAME.fullmatch(path.name)
+    if path.parent.name != _BYTECODE or not found:
+        return False
+    if (path.parent.parent / f"{found[1]}.py").as_posix() not in files:
+        return False
+    file = repository / name
+    if file.is_symlink():
+        return False
+    if found[2]:  # On its way to its name, under which it is looked at.
+        return True
+    try:
+        with file.open("rb") as opened:
+            return opened.read(8)[4:] == bytes(4)
+    except FileNotFoundError:  # Gone since, as by a server that stops.
+        return True
+    except OSError:
+        return False
 
 
 def _load(repository: Path) -> tuple[dict[str, str], dict[str, str], list[str]]:

@@ -74,14 +74,22 @@ class Versions:
     @property
     def warning(self) -> str:
         """What is wrong with them, in one line; empty where no version is above the live one."""
+        if not self.fault:
+            return ""
+        return (
+            f"{self.fault}; run python -m server rollout, or python -m export versions --live "
+            f"{self.live} and start again"
+        )
+
+    @property
+    def fault(self) -> str:
+        """The warning without what to do."""
         higher = " and ".join(f"router/{number}" for number in self.served if number > self.live)
         if not higher:
             return ""
         return (
             f"{higher} is loaded above router/{self.live}, so it answers requests to the router "
-            "that pin no version, as an earlier release or an interrupted rollout left it; run "
-            "python -m server rollout, or python -m export versions --live "
-            f"{self.live} and start again"
+            "that pin no version, as an earlier release or an interrupted rollout left it"
         )
 
     def settled(self, careful: bool) -> Versions:
@@ -159,6 +167,15 @@ def is_careful(repository: Path) -> bool:
         VersionError: a config is missing, or it is not as it was assembled.
     """
     return _find(_PARAMETER % "client_parameters", _read(repository, ROUTER_CONFIG)) != "any"
+
+
+def refuses_other_answers(repository: Path) -> bool:
+    """Whether its router answers nobody before its answers have been found to be as calibrated.
+
+    Raises:
+        VersionError: a config is missing, or it is not as it was assembled.
+    """
+    return _find(_PARAMETER % "reference_check", _read(repository, ROUTER_CONFIG)) == "refuse"
 
 
 def drop(repository: Path, version: int) -> None:

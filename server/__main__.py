@@ -18,7 +18,7 @@ from .check import check_command
 from .errors import ServerStartError, ServerUsageError
 from .launcher import TritonServer
 from .ports import Ports
-from .repository import versions_warning
+from .repository import refuse_higher_versions
 from .rollout import RolloutError
 from .rollout_command import rollout_command
 from .security import exposure_warning, security_options
@@ -49,7 +49,12 @@ def serve(
         str, typer.Option(help="Address to bind; the default is reachable from here only.")
     ] = "127.0.0.1",
     timeout_s: Annotated[
-        float, typer.Option("--timeout-s", help="Seconds until every model must be ready.")
+        float,
+        typer.Option(
+            "--timeout-s",
+            help="Seconds until every model must be ready; as many more to compare answers, where "
+            "the router refuses others than calibrated.",
+        ),
     ] = 120.0,
     tritonserver: Annotated[
         Path | None,
@@ -170,9 +175,12 @@ def serve(
         http_host=http_host,
         metrics_host=metrics_host,
     )
+    # Not at a restart by the supervisor: one in the middle of a rollout back to a lower version
+    # finds both loaded.
+    refuse_higher_versions(repository)
     warning = exposure_warning(security, security.addresses(host))
-    for line in filter(None, (warning, versions_warning(repository))):
-        print(f"warning: {line}", file=sys.stderr)
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr)
     status = progress.status("preparing")
 
     def make_server(ports: Ports | None = None) -> TritonServer:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from .canary import HIGH, LOW, PARTS, Question
+from .comparing import is_comparing
 from .readiness import ENTRY_MODEL, QUEUE_FULL
 
 _ROUTER = "router"
@@ -209,6 +210,8 @@ class Round:
             if not self._is_excused(model, case, now):
                 what = f"gave no answer within {self.timeout_s:g} s, nor to anybody else meanwhile"
                 return Verdict(f"{model} {what}{because}")
-            if silent_s > _BUSY_TIMEOUTS * self.timeout_s:
+            # Comparing takes as long as the rungs take, and would begin anew with another start.
+            has_time = is_comparing(case.last_error)
+            if not has_time and silent_s > _BUSY_TIMEOUTS * self.timeout_s:
                 return Verdict(f"{model} has answered nobody for {silent_s:.0f} s{because}")
         return Verdict(warning="; ".join(self._warnings))

@@ -24,18 +24,23 @@ from routing import (
 from routing.outputs import FloatArray
 from routing.policy import Overrides
 from routing.provenance import processor, runtime_words
-from routing.reference import OTHER, Comparison, ask, compare
+from routing.reference import OTHER, VERDICTS, Comparison, ask, compare
 from routing.versions import VersionError, Versions
 
 from .admin_key import AdminKey
 from .channel import PLAIN, Channel
-from .errors import ServerUsageError
+from .comparing import WAY_OUT, is_comparing, is_other
+from .errors import ServerError, ServerUsageError
 from .rollout import ROUTER
 from .rollout_command import channel_of
 from .triton_log import first_line
 
 _TIMEOUT_S = 120.0  # of a batch of eight that all go through the full rung, on a busy machine
 _HERE = ("127.0.0.1", "localhost", "[::1]")
+
+
+class RefusedError(ServerError):
+    """The router has compared by itself, and refuses requests: what it says of its answers."""
 
 
 def check_command(
@@ -59,7 +64,8 @@ def check_command(
     """Compare a running server's answers with those of the calibration; exit 1 where they differ.
 
     The artifact's reference images are sent to the version of the router that answers. More of them
-    lost than the certificate leaves room for means: calibrate on this server.
+    lost than the certificate leaves room for means: calibrate on this server. A router that refuses
+    requests for that says what it found itself.
     """
     channel = channel_of(tls_ca, tls_cert, tls_key)
     headers = {} if admin_key_file is None else AdminKey.read(admin_key_file).grpc_headers
@@ -68,6 +74,13 @@ def check_command(
         found, runtime = check(url, version, calibration, recorded, channel, headers)
     except KeyboardInterrupt:  # 0 would mean that the answers agree
         raise typer.Exit(130) from None
+    except RefusedError as error:
+        if as_json:
+            verdict = {"version": version, "outcome": OTHER, "refused": str(error)}
+            typer.echo(json.dumps(verdict))
+        else:
+            typer.echo(f"router/{version} refuses every request: {error}; {WAY_OUT}")
+        raise typer.Exit(1) from None
     sides = {"calibrated": calibration.data.get("runtime") or None, "serving": runtime}
     if as_json:
         typer.echo(json.dumps({"version": version, **found.to_dict(), "runtimes": sides}))
@@ -103,6 +116,7 @@ def check(
         this machine, `processor`.
 
     Raises:
+        RefusedError: the router refuses to give other answers than calibrated.
         ServerUsageError: no such server or version, or answers that say nothing.
     """
     with channel.open(url) as client:
@@ -114,8 +128,13 @@ def check(
             metadata = client.get_server_metadata(headers=headers, client_timeout=_TIMEOUT_S)
             served = ask(recorded, cascade)
         except InferenceServerException as error:
+            said = first_line(error.message())
+            if is_other(said):
+                raise RefusedError(said[said.index(VERDICTS[OTHER]) :]) from error
+            if is_comparing(said):
+                raise ServerUsageError(f"router/{version} at {url}: {said}") from error
             raise ServerUsageError(
-                f"no answer from router/{version} at {url} ({first_line(error.message())}); give "
+                f"no answer from router/{version} at {url} ({said}); give "
                 "the --url of the server, and the --repository that it serves"
             ) from error
         except AnswersError as error:

@@ -23,7 +23,14 @@ from .finding import Tritonserver, find_tritonserver, find_wheel
 from .ports import Ports, check_ports, pick_free_ports, url
 from .process import ProcessGroup
 from .readiness import Canary
-from .repository import bytecode_folders, models_in, refuse_unlisted, remove_new_bytecode
+from .repository import (
+    bytecode_folders,
+    models_in,
+    refuse_unlisted,
+    refuses_other_answers,
+    remove_new_bytecode,
+    remove_unlisted_bytecode,
+)
 from .security import Security
 from .shared_memory import SEGMENT_PREFIX, remove_dead_segments
 from .startup import Startup
@@ -78,7 +85,8 @@ class TritonServer:
             metrics_port: Prometheus port.
             free_ports: pick three free ports instead of those.
             host: address to bind; `security` may bind HTTP and metrics elsewhere.
-            timeout_s: seconds until every model must be ready.
+            timeout_s: seconds until every model must be ready; and as many for a router that
+                refuses other answers to compare them.
             tritonserver: binary to run instead of the one on PATH or in the wheel.
             backend_directory: its backends, where they are not in their usual place.
             log: file for Triton's log; a temporary one that goes with the server if not given.
@@ -197,6 +205,7 @@ class TritonServer:
             raise RuntimeError("the server is already running")
         models = list(models_in(self.repository) if self._models is None else self._models)
         refuse_unlisted(self.repository)
+        remove_unlisted_bytecode(self.repository)
         if not self._free_ports:
             check_ports(self.addresses, self.ports)
         self.channel = self.security.channel()
@@ -310,4 +319,5 @@ class TritonServer:
         )
         self.version = startup.wait(self.ports, self._timeout_s)
         overwrite_arguments(self.process_ids(), self.security.secrets)
-        startup.ask(self._canary)
+        compares = refuses_other_answers(self.repository)
+        startup.ask(self._canary, self._timeout_s, compares)

@@ -13,14 +13,12 @@ import tritonclient.grpc as triton
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
-from routing.reference import COMPARING
-
 from .channel import PLAIN, Channel
+from .comparing import wait_out
 
 ENTRY_MODEL = "adaptive_vit"
 # Triton's words, which its other statuses may wrap.
 QUEUE_FULL = re.compile(r"exceeds maximum queue size", re.IGNORECASE)
-_COMPARING_POLL_S = 0.5
 _POLL_S = 0.1
 _CALL_TIMEOUT_S = 5.0
 _CANARY_TIMEOUT_S = 60.0
@@ -71,12 +69,23 @@ def server_version(grpc_url: str, channel: Channel = PLAIN) -> str:
         return str(client.get_server_metadata(client_timeout=_CALL_TIMEOUT_S).version)
 
 
-def adaptive_vit_canary(grpc_url: str, channel: Channel = PLAIN) -> None:
+def adaptive_vit_canary(
+    grpc_url: str,
+    channel: Channel = PLAIN,
+    answers: int = 1,
+    timeout_s: float = _CANARY_TIMEOUT_S,
+) -> None:
     """Send one small generated PNG through the whole ensemble.
 
     A queue that clients have filled already, as they do where a server is restarted under load, is
     no error: their requests are being answered. A router that is still comparing its answers with
     the calibration's, and refuses requests until it knows, is waited for.
+
+    Args:
+        grpc_url: `host:port`.
+        channel: how to connect there.
+        answers: in a row; more than one where each instance of the router has to know.
+        timeout_s: seconds that comparing may take.
 
     Raises:
         InferenceServerException: no answer, or an error.
@@ -87,18 +96,16 @@ def adaptive_vit_canary(grpc_url: str, channel: Channel = PLAIN) -> None:
     Image.fromarray(pixels).save(encoded, format="PNG")
     image = triton.InferInput("image_bytes", [1, 1], "BYTES")
     image.set_data_from_numpy(np.array([[encoded.getvalue()]], dtype=np.object_))
-    deadline = time.monotonic() + _CANARY_TIMEOUT_S
     with channel.open(grpc_url) as client:
-        while True:
+
+        def ask() -> None:
             try:
                 client.infer(ENTRY_MODEL, [image], client_timeout=_CANARY_TIMEOUT_S)
             except InferenceServerException as error:
-                if COMPARING in error.message() and time.monotonic() < deadline:
-                    time.sleep(_COMPARING_POLL_S)
-                    continue
                 if not QUEUE_FULL.search(error.message()):
                     raise
-            return
+
+        wait_out(ask, answers, timeout_s)
 
 
 def _answers(client: triton.InferenceServerClient, server_id: str) -> bool:

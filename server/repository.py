@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from routing import ManifestError, manifest
+from routing import versions as router_versions
 from routing.versions import VersionError, Versions
 
 from .errors import ServerUsageError
@@ -48,12 +50,54 @@ def refuse_unlisted(repository: Path) -> None:
         raise ServerUsageError(f"{repository}: {error}") from error
 
 
-def versions_warning(repository: Path) -> str:
-    """What is wrong with the router's versions, in one line; empty where nothing is."""
+def refuse_higher_versions(repository: Path) -> None:
+    """Refuse a repository that loads a version of the router above the one that answers.
+
+    Raises:
+        ServerUsageError: it would answer requests that pin no version, which nobody let it.
+    """
     try:
-        return Versions.load(repository).warning
-    except VersionError:
-        return ""
+        found = Versions.load(repository)
+    except VersionError:  # Not one of ours.
+        return
+    if found.fault:
+        raise ServerUsageError(
+            f"{repository}: {found.fault}; run python -m export versions --repository {repository} "
+            f"--live {found.live}, and start again"
+        )
+
+
+def refuses_other_answers(repository: Path) -> bool:
+    """Whether its router answers nobody before its answers have been found to be as calibrated."""
+    try:
+        return router_versions.refuses_other_answers(repository)
+    except VersionError:  # Not one of ours, or of a release before there was such a router.
+        return False
+
+
+def remove_unlisted_bytecode(repository: Path) -> None:
+    """Remove Python's bytecode from a repository with a manifest, so that its sources are run.
+
+    Python takes a file of bytecode for that of a source whose time and size it names, and what is
+    in it is what runs, while every source has its hash.
+
+    Raises:
+        ServerUsageError: it cannot be removed.
+    """
+    if not (repository / manifest.NAME).is_file():
+        return
+    try:
+        for file in manifest.unlisted_bytecode(repository):
+            file.unlink(missing_ok=True)
+            with suppress(OSError):  # Something listed lies beside it.
+                file.parent.rmdir()
+    except ManifestError as error:
+        raise ServerUsageError(f"{repository}: {error}") from error
+    except OSError as error:
+        raise ServerUsageError(
+            f"{error.filename} cannot be removed ({error.strerror}), and Python may run it in "
+            "place of its source; remove it, and start again"
+        ) from error
 
 
 def bytecode_folders(repository: Path) -> set[Path]:

@@ -6,9 +6,10 @@ the new ones are ready, and requests that run end where they began.
 
 The ensemble must never name a version that the router has not, on disk or in the server. So first
 the router gets both versions, then the ensemble names the other, then the router keeps what is to
-stay. A version that does not load is refused at the first step, while everything else stays. Only
-where the version that answers is no longer on disk does the ensemble go first, with which Triton
-loads what it is made of.
+stay. Where the router refuses to give other answers than calibrated, the ensemble names the other
+version once that has found that it gives none. A version that does not load is refused at the first
+step, while everything else stays. Only where the version that answers is no longer on disk does the
+ensemble go first, with which Triton loads what it is made of.
 
 Whatever goes wrong, an answer that does not come or Ctrl-C too: the server is asked what it serves.
 If that is what was wanted, it is kept; else disk and server go the same way back; and where that
@@ -24,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
@@ -31,8 +33,10 @@ from routing import ManifestError, manifest
 from routing.versions import VersionError, Versions, is_careful, present, put, switched
 
 from .channel import PLAIN, Channel
+from .comparing import ANSWERS, WAY_OUT, is_comparing, is_other, wait_out
 from .errors import ServerError, ServerUsageError
 from .readiness import ENTRY_MODEL
+from .repository import refuses_other_answers
 from .triton_log import first_line
 
 ROUTER = "router"
@@ -63,7 +67,7 @@ class Access:
         url: `host:port`.
         channel: how to connect there.
         headers: what calls of restricted APIs carry.
-        timeout_s: seconds to wait for models to load.
+        timeout_s: seconds to wait for models to load, and for each comparison of answers.
     """
 
     url: str
@@ -155,12 +159,18 @@ class _Change:
             way, order = target.beside(answering), (ROUTER, ENTRY_MODEL)
         put(self.repository, way)
         for model in order:
-            self.server.load(model)
+            self._load(model, target.live)
         self.server.wait_until(way)
         if way != target:
             put(self.repository, target)
-            self.server.load(ROUTER)
+            self._load(ROUTER, target.live)
             self.server.wait_until(target)
+
+    def _load(self, model: str, live: int) -> None:
+        """Load a model; where the router may refuse, wait until its version does not."""
+        self.server.load(model)
+        if refuses_other_answers(self.repository):
+            self.server.wait_for_answers(live)
 
     def settle(self, error: BaseException) -> None:
         """After a failure: confirm what was wanted, or go back, and say where both stand.
@@ -183,7 +193,7 @@ class _Change:
 
     def _settle(self, error: BaseException) -> None:
         seen = self.server.ask_again() if self.server.is_touched else None
-        if seen == self.wanted == self._on_disk():
+        if seen == self.wanted == self._on_disk() and self._answers(error):
             if isinstance(error, KeyboardInterrupt):
                 raise RolloutInterruptedError(
                     f"interrupted; {seen.sentence}, as the repository says"
@@ -201,6 +211,14 @@ class _Change:
         kind = RolloutInterruptedError if isinstance(error, KeyboardInterrupt) else RolloutError
         raise kind(self._outcome(_what_failed(error), troubles)) from error
 
+    def _answers(self, error: BaseException) -> bool:
+        """Whether the version that was wanted, and is loaded, does not refuse requests."""
+        if isinstance(error, _RefusalError):
+            return False
+        if not refuses_other_answers(self.repository):
+            return True
+        return not _attempt(lambda: self.server.wait_for_answers(self.wanted.live))
+
     def _outcome(self, failure: _StepError, troubles: list[str]) -> str:
         """One line: what failed, and what disk and server say now."""
         on_disk = self._on_disk()
@@ -212,6 +230,9 @@ class _Change:
             seen = None
             live = self.answering or 0
             agree = on_disk == self.before and live in (0, self.before.live)
+        if agree and live and live == self.server.refusing:
+            both = f"the repository and the server say {self._said_on_disk()}"
+            return "; ".join([f"{failure.what}{failure.rest}", *troubles, both])
         goes_on = f"; router/{live} goes on answering" if live and live == self.answering else ""
         if agree:
             now = f"; {self._said_on_disk()}, here and there" if seen and not goes_on else goes_on
@@ -259,6 +280,10 @@ class _StepError(Exception):
         self.rest = rest
 
 
+class _RefusalError(_StepError):
+    """A version is loaded, and refuses every request or is still to find out whether it will."""
+
+
 class _NoAnswerError(Exception):
     """The server did not answer a question; the reason, in one line."""
 
@@ -289,6 +314,7 @@ class _Server:
         url: `host:port`.
         is_touched: whether it may have loaded anything since.
         silence: why it did not answer, where it did not.
+        refusing: the version of the router that was last seen to refuse requests; 0: none.
     """
 
     def __init__(self, client: triton.InferenceServerClient, access: Access) -> None:
@@ -297,6 +323,7 @@ class _Server:
         self.url = access.url
         self.is_touched = False
         self.silence = ""
+        self.refusing = 0
 
     def answering(self) -> int | None:
         """The router's version that the ensemble names; None while there is no ensemble.
@@ -377,6 +404,55 @@ class _Server:
                 ) from error
             self.is_touched = was_touched
             raise _StepError(f"{model} was not loaded", f": {reason}") from error
+
+    def wait_for_answers(self, version: int) -> None:
+        """Wait until a router that refuses other answers than calibrated has found none to refuse.
+
+        What else a request may fail with, a rung that is away or a full queue, is not its refusal;
+        nor is it one that comes late, for it refuses at once.
+
+        Raises:
+            _RefusalError: it refuses for good, or does not know yet when the time has run out.
+            _StepError: the server does not say what it serves.
+        """
+        self.refusing = version
+        try:
+            config = self._config(ROUTER)
+        except _NoAnswerError as error:
+            raise _StepError(
+                f"the server at {self.url} was told to load, and does not say what it serves",
+                f": {error}",
+            ) from error
+        shape = [1, *config.input[0].dims] if config is not None else [1]
+        image = triton.InferInput("image", shape, "FP32")
+        image.set_data_from_numpy(np.zeros(shape, np.float32))
+
+        def ask() -> None:
+            try:
+                self._client.infer(
+                    ROUTER,
+                    [image],
+                    model_version=str(version),
+                    client_timeout=_QUESTION_TIMEOUT_S,
+                )
+            except InferenceServerException as error:
+                if is_comparing(error.message()) or is_other(error.message()):
+                    raise
+
+        try:
+            wait_out(ask, ANSWERS, self._access.timeout_s)
+        except InferenceServerException as error:
+            if is_other(error.message()):
+                raise _RefusalError(
+                    f"router/{version} refuses every request",
+                    f": {first_line(error.message())}; {WAY_OUT}",
+                ) from error
+            raise _RefusalError(
+                f"router/{version} is still comparing its answers with the calibration's after "
+                f"{self._access.timeout_s:g} s",
+                "; give it longer with --timeout-s",
+            ) from error
+        self.refusing = 0
 
     def wait_until(self, versions: Versions) -> None:
         """Wait until it serves just these.

@@ -35,13 +35,17 @@ def rollout_command(
     ] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Its private key.")] = None,
     timeout_s: Annotated[
-        float, typer.Option("--timeout-s", min=1.0, help="Seconds to wait for models to load.")
+        float,
+        typer.Option(
+            "--timeout-s", min=1.0, help="Seconds to wait for models to load, and to compare."
+        ),
     ] = 120.0,
 ) -> None:
     """Make a running server serve what its repository says now; with --to N, switch or roll back.
 
-    No request is dropped. The server must have been started with --allow-reload. What it cannot
-    load it refuses, and goes on with what it had; a failure says what answers then.
+    No request is dropped, unless the router was assembled to refuse other answers than calibrated:
+    then none is answered while it compares. The server must have been started with --allow-reload.
+    What it cannot load it refuses, and goes on with what it had; a failure says what answers then.
     """
     headers = {} if admin_key_file is None else AdminKey.read(admin_key_file).grpc_headers
     access = Access(url, channel_of(tls_ca, tls_cert, tls_key), headers, timeout_s)

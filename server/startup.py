@@ -10,6 +10,7 @@ from pathlib import Path
 
 from . import triton_log
 from .channel import Channel
+from .comparing import ANSWERS, WAY_OUT, is_comparing, is_other
 from .errors import ServerStartError
 from .failures import start_error
 from .ports import Ports
@@ -74,12 +75,14 @@ class Startup:
             time.sleep(_POLL_S)
         return version
 
-    def ask(self, canary: Canary | None) -> None:
+    def ask(self, canary: Canary | None, timeout_s: float, compares: bool) -> None:
         """Send a first request.
 
         Args:
             canary: called with the gRPC URL, raises if the answer is not as it should be; None
                 sends an image to `adaptive_vit` if that is one of the models.
+            timeout_s: seconds that a router which refuses other answers may take to compare them.
+            compares: whether it is one.
 
         Raises:
             ServerStartError: the canary raised.
@@ -87,12 +90,21 @@ class Startup:
         if canary is None:
             if ENTRY_MODEL not in self.models:
                 return
-            canary = partial(adaptive_vit_canary, channel=self.channel)
+            canary = partial(
+                adaptive_vit_canary,
+                channel=self.channel,
+                answers=ANSWERS if compares else 1,
+                timeout_s=timeout_s,
+            )
         self.on_progress("waiting for the answer to a first request")
         try:
             canary(self.grpc_url)
         except Exception as error:
             reason = triton_log.first_line(str(error))
+            if is_comparing(reason):
+                reason = f"{reason} (after {timeout_s:g} s; --timeout-s gives it longer)"
+            elif is_other(reason):
+                reason = f"{reason}; {WAY_OUT}"
             raise self._failure(
                 f"every model is ready, but the first request failed: {reason}"
             ) from error

@@ -7,11 +7,14 @@ import sys
 import numpy as np
 import pytest
 
+from calibration.fit import EscalationRate
 from calibration.outputs import Outputs
 from client import GrpcClient
 from export.repository import assemble
 from export.settings import ReferenceCheck, Settings
-from server import ServerStartError, TritonServer
+from export.versions import add_version
+from routing.versions import Versions
+from server import Security, ServerStartError, TritonServer
 from tests.triton.conftest import ROOT, reference_outcome, run_command
 from tests.unit.reference_files import collected, fitted
 
@@ -73,6 +76,43 @@ def test_a_router_that_shall_refuse_other_answers_does_not_start(foreign, tmp_pa
     repository = assemble(rung_set, artifact, tmp_path / "repository", settings)
     with pytest.raises(ServerStartError, match=OTHER), TritonServer(repository, free_ports=True):
         pass
+
+
+def test_a_rollout_to_a_version_that_would_refuse_everything_is_taken_back(foreign, tmp_path):
+    rung_set, artifact = foreign
+    _, outputs = collected(tmp_path, answering=(5, 6), served=(5, 6))  # as they are served
+    for name, rate in (("first", 0.3), ("second", 0.6)):
+        fitted(rung_set, outputs, EscalationRate(rate)).save(tmp_path / f"{name}.json")
+    settings = Settings(reference_check=ReferenceCheck.REFUSE)
+    repository = assemble(rung_set, tmp_path / "first.json", tmp_path / "repository", settings)
+    add_version(repository, tmp_path / "second.json")
+    add_version(repository, artifact)
+    picture = (tmp_path / "images" / "000.png").read_bytes()
+
+    def rollout(*more):
+        command = [sys.executable, "-m", "server", "rollout", "--repository", repository, *more]
+        return subprocess.run(
+            [*map(str, command), "--url", server.grpc_url],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+
+    security = Security(allow_reload=True)
+    with (
+        TritonServer(repository, free_ports=True, security=security) as server,
+        GrpcClient(server.grpc_url, retry=None) as client,
+    ):
+        done = rollout("--to", 3)
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+        assert "router/3 refuses every request; router/1 goes on answering: " + OTHER in done.stderr
+        assert Versions.load(repository) == Versions(1, (1,))
+        for _ in range(8):  # of each instance
+            client.infer([picture])
+        done = rollout("--to", 2)
+        assert (done.returncode, done.stdout) == (0, "router/2 answers\n"), done.stderr
+        for _ in range(8):  # it says so when it is true
+            client.infer([picture])
 
 
 def test_a_check_that_cannot_be_made_is_one_line(build, server, tmp_path):

@@ -19,9 +19,12 @@ from calibration.certify import Goal, certificate, certify
 from calibration.fidelity import Fidelity
 from calibration.outputs import FULL_MODEL, FULL_RUNG
 from calibration.sessions import open_session, run_session
+from export.repository import assemble
 from routing import RungRecord
+from routing.versions import Versions, put
 from tests.unit.fakes import FakeRung, images, make_calibration
 from tests.unit.reference_files import collected, fitted
+from tests.unit.test_export_repository import write_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULTS = {
@@ -604,6 +607,17 @@ def test_answers_of_several_threads_are_watched_while_the_certificate_falls(
         wait_for(lambda fed=fed: fed.audited()[0] + fed["audit_dropped_total",] == 72)
         assert fed["certificate_contradicted_total",] == 1
     assert len(WARNINGS) == 3 and all("contradicts" in warning for warning in WARNINGS)
+
+
+def test_a_version_above_the_one_that_answers_is_told_of(deployed, tmp_path):
+    repository = assemble(*write_inputs(tmp_path), tmp_path / "repository")
+    tell = deployed("model")._tell_of_higher
+    put(repository, Versions(1, (1, 2)))
+    tell(repository, 1)
+    assert WARNINGS == []
+    tell(repository, 2)
+    (warning,) = WARNINGS
+    assert warning.startswith("router: router/2 is loaded above router/1, so it answers requests")
 
 
 def test_a_candidate_of_other_rungs_is_refused(deployed, tmp_path):

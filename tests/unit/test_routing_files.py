@@ -1,4 +1,5 @@
 import json
+import py_compile
 from dataclasses import replace
 from pathlib import Path
 
@@ -262,24 +263,72 @@ def test_what_the_manifest_does_not_list_is_refused_by_name(tmp_path, name, make
         manifest.verify(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "router/1/__pycache__/model.cpython-311.pyc",
-        "router/1/routing/__pycache__/policy.cpython-311.pyc",
-        "MANIFEST.json.0",
-        "router/config.pbtxt.1",
-    ],
-)
-def test_what_python_and_an_interrupted_update_leave_is_let_be(tmp_path, name):
+@pytest.mark.parametrize("name", ["MANIFEST.json.0", "router/config.pbtxt.1"])
+def test_what_an_interrupted_update_leaves_is_let_be(tmp_path, name):
     write_file(write_listed(tmp_path) / name)
     manifest.verify(tmp_path)
     manifest.refuse_unlisted(tmp_path)
 
 
-def test_bytecode_makes_no_version(tmp_path):
-    write_file(write_listed(tmp_path) / "router/2/__pycache__/model.cpython-311.pyc")
-    with pytest.raises(ManifestError, match="^router/2 is not listed"):
+def write_sources(folder):
+    """A repository whose Python files are Python; returns the source to compile."""
+    write_listed(folder)
+    source = folder / "router/1/routing/policy.py"
+    for path in folder.rglob("*.py"):
+        path.write_text("ANSWER = 1\n")
+    manifest.write(folder)
+    return source
+
+
+def compiled(source, mode=py_compile.PycInvalidationMode.TIMESTAMP, **more):
+    return Path(py_compile.compile(str(source), doraise=True, invalidation_mode=mode, **more))
+
+
+def test_bytecode_that_python_left_is_let_be(tmp_path):
+    source = write_sources(tmp_path)
+    compiled(source)
+    compiled(source, optimize=2)
+    compiled(tmp_path / "router/1/model.py")
+    written = compiled(source)
+    # While Python writes it, and of a Python that has been replaced since.
+    written.with_name(f"{written.name}.140213374").write_bytes(b"")
+    written.with_name("policy.cpython-310.pyc").write_bytes(written.read_bytes())
+    (tmp_path / "router/__pycache__").mkdir()
+    manifest.verify(tmp_path)
+    manifest.refuse_unlisted(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [py_compile.PycInvalidationMode.UNCHECKED_HASH, py_compile.PycInvalidationMode.CHECKED_HASH],
+)
+def test_bytecode_that_python_may_load_without_a_look_at_the_source_is_refused(tmp_path, mode):
+    source = write_sources(tmp_path)
+    compiled(source, mode)
+    for check in (manifest.verify, manifest.refuse_unlisted):
+        with pytest.raises(
+            ManifestError, match=r"^router/1/routing/__pycache__/policy\.\S+\.pyc is not listed"
+        ):
+            check(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("router/1/routing/__pycache__/signals.cpython-311.pyc", write_file),  # of no source
+        ("router/1/routing/__pycache__/policy.py", write_file),
+        ("router/1/routing/__pycache__/policy.cpython-311.pyc", lambda p: p.symlink_to("/nowhere")),
+        ("router/1/routing/__pycache__/policy.so", write_file),
+        ("router/1/routing/__pycache__/inner", Path.mkdir),
+        ("router/2/__pycache__", Path.mkdir),  # makes no version
+        ("router/2/__pycache__/model.cpython-311.pyc", write_file),
+    ],
+)
+def test_what_else_lies_with_bytecode_is_refused(tmp_path, name, make):
+    write_sources(tmp_path)
+    (tmp_path / name).parent.mkdir(parents=True)
+    make(tmp_path / name)
+    with pytest.raises(ManifestError, match=f"^{name} is not listed"):
         manifest.verify(tmp_path)
 
 

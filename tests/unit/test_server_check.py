@@ -13,6 +13,7 @@ from calibration.sessions import open_session, run_session
 from export.repository import assemble
 from routing import Calibration, CascadeRequest, run_cascade
 from routing.policy import parse_overrides
+from routing.reference import COMPARING, OTHER, VERDICTS
 from server import check as module
 from tests.unit.reference_files import collected, fitted
 
@@ -104,6 +105,24 @@ def test_a_server_that_answers_otherwise_is_1(monkeypatch, repository, capsys):
     assert found["runtimes"]["calibrated"]["name"].startswith("onnxruntime ")
 
 
+SAID = f"{VERDICTS[OTHER]}: of 32 reference images 9 have another answer"
+
+
+@pytest.mark.parametrize("more", [(), ("--json",)])
+def test_a_router_that_refuses_for_that_is_1_and_says_what_it_found(
+    monkeypatch, repository, capsys, more
+):
+    refused = FakeTriton(repository, error=InferenceServerException(SAID, "StatusCode.UNAVAILABLE"))
+    assert run(monkeypatch, refused, repository, *more) == 1
+    found = capsys.readouterr()
+    assert found.err == "" and found.out.count("\n") == 1
+    if more:
+        assert json.loads(found.out) == {"version": 1, "outcome": "other", "refused": SAID}
+    else:
+        assert found.out.startswith(f"router/1 refuses every request: {SAID}; to calibrate here, ")
+        assert "--reference-check warn" in found.out
+
+
 @pytest.mark.parametrize(
     ("place", "server", "words"),
     [
@@ -113,6 +132,11 @@ def test_a_server_that_answers_otherwise_is_1(monkeypatch, repository, capsys):
             "repository",
             {"error": InferenceServerException("failed to connect", "StatusCode.UNAVAILABLE")},
             "no answer from router/1 at 127.0.0.1:8001 (failed to connect)",
+        ),
+        (
+            "repository",
+            {"error": InferenceServerException(COMPARING, "StatusCode.UNAVAILABLE")},
+            "error: router/1 at 127.0.0.1:8001: the router is still comparing its answers",
         ),
         (
             "repository",

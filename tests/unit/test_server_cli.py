@@ -5,12 +5,18 @@ import io
 import signal
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 from rich.console import Console
 
 import server.__main__ as command_line
+from export.repository import assemble
+from export.versions import add_version
+from routing.versions import Versions, put, switch
+from tests.unit.test_export_repository import write_inputs
+from tests.unit.test_export_versions import change_artifact
 
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 
@@ -90,3 +96,23 @@ def test_nohup_is_respected():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     command_line.main(["--help"])
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_a_candidate_above_the_version_that_answers_keeps_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    repository = assemble(*write_inputs(tmp_path), tmp_path / "repository")
+    add_version(repository, change_artifact(tmp_path, "second", threshold=0.75))
+    put(repository, Versions(1, (1, 2)))  # as an earlier release left it
+    arguments = ["--repository", str(repository)]
+    assert command_line.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert FakeServer.made == [] and said.count("\n") == 1
+    assert "router/2 is loaded above router/1" in said
+    remedy = f"run python -m export versions --repository {repository} --live 1, and start again"
+    assert remedy in said
+    switch(repository, 1)  # what that command does
+    assert command_line.main(arguments) == 0
+    assert len(FakeServer.made) == 1
+    put(repository, Versions(2, (1, 2)))  # a former version that may be pinned
+    assert command_line.main(arguments) == 0

@@ -14,15 +14,19 @@ from tritonclient.grpc.service_pb2 import ModelConfigResponse, RepositoryIndexRe
 from tritonclient.utils import InferenceServerException
 
 import server.__main__ as command_line
+import server.comparing as comparing
 import server.rollout as server_rollout
+from calibration.fit import EscalationRate
 from export.repository import assemble
-from export.settings import ClientParameters, Settings
+from export.settings import ClientParameters, ReferenceCheck, Settings
 from export.versions import add_version
 from routing import manifest
+from routing.reference import COMPARING, OTHER, VERDICTS
 from routing.versions import Versions, drop, put, switch
 from server import rollout_command
 from server.errors import ServerUsageError
 from server.rollout import Access, RolloutError, RolloutInterruptedError, rollout
+from tests.unit.reference_files import collected, fitted
 from tests.unit.test_export_repository import contents, write_inputs
 from tests.unit.test_export_versions import change_artifact, flip_a_bit
 
@@ -49,6 +53,8 @@ class FakeTriton:
         self.calls = []
         self.headers = []
         self.states = []
+        self.verdicts = {}
+        self.asked = []
 
     def open(self, url):
         self.url = url
@@ -80,6 +86,7 @@ class FakeTriton:
             parameters = answer.config.parameters
             parameters["shadow_version"].string_value = str(self.served.shadow)
             parameters["shadow_fraction"].string_value = f"{self.served.shadow_fraction:g}"
+            answer.config.input.add(name="image", dims=[3, 8, 8])
             return answer
         if not self.served.live:
             raise refusal("unknown model: 'adaptive_vit'", "StatusCode.NOT_FOUND")
@@ -98,6 +105,17 @@ class FakeTriton:
             return answer
 
         return self._call("get_model_repository_index", headers, index)
+
+    def infer(self, model, inputs, model_version, client_timeout):
+        """Answers as the next of the version's verdicts says, and as the last one from then on."""
+        assert (model, inputs[0].shape()) == ("router", [1, 3, 8, 8])
+        version = int(model_version)
+        assert version in self.served.served
+        self.asked.append((version, self.served.live))
+        verdicts = self.verdicts.get(version, [None])
+        verdict = verdicts.pop(0) if len(verdicts) > 1 else verdicts[0]
+        if isinstance(verdict, BaseException):
+            raise verdict
 
     def load_model(self, model, headers, client_timeout):
         self.calls.append(model)
@@ -140,9 +158,28 @@ def permissive(assembled, tmp_path):
     return shutil.copytree(assembled / "any", tmp_path / "permissive")
 
 
+@pytest.fixture(scope="module")
+def assembled_to_refuse(tmp_path_factory):
+    """A repository whose router refuses other answers than calibrated, and a candidate."""
+    folder = tmp_path_factory.mktemp("refusing")
+    rung_set, outputs = collected(folder)
+    for rate in (0.3, 0.6):
+        fitted(rung_set, outputs, EscalationRate(rate)).save(folder / f"{rate}.json")
+    settings = Settings(reference_check=ReferenceCheck.REFUSE)
+    out = assemble(rung_set, folder / "0.3.json", folder / "repository", settings)
+    add_version(out, folder / "0.6.json", shadow_fraction=0.1)
+    return out
+
+
+@pytest.fixture
+def refusing(assembled_to_refuse, tmp_path):
+    return shutil.copytree(assembled_to_refuse, tmp_path / "refusing")
+
+
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
     monkeypatch.setattr(server_rollout, "_POLL_S", 0.001)
+    monkeypatch.setattr(comparing, "_POLL_S", 0.001)
 
 
 BEFORE = Versions(1, (1,), 2, 0.1)
@@ -488,6 +525,121 @@ def test_what_cannot_be_taken_back_is_said(repository, monkeypatch, model):
     assert "the repository says router/2 answers; router/1 can be pinned too; but" in message
     says = "router/1 goes on answering" if model == "router" else "says router/1 answers; router/2"
     assert says in message and message.endswith("--url 127.0.0.1:8001 --to 1")
+
+
+# --- where the router refuses other answers than calibrated ------------------------------------
+
+OUTAGE = "StatusCode.UNAVAILABLE"
+STILL = refusal(COMPARING, OUTAGE)
+FOREIGN = refusal(f"{VERDICTS[OTHER]}: of 32 reference images 20 have another answer", OUTAGE)
+
+
+def test_the_ensemble_names_a_version_that_every_instance_has_found_to_answer_alike(refusing):
+    triton = FakeTriton(refusing)
+    # Two instances take turns, and one knows before the other.
+    triton.verdicts[2] = [STILL, STILL, None, STILL, None, STILL, None]
+    assert rollout(refusing, access(triton), 2) == triton.served == Versions(2, (2,))
+    first = triton.asked[: 6 + comparing.ANSWERS]
+    assert first == [(2, 1)] * len(first) and triton.asked[len(first)] == (2, 2)
+    # What Triton has loaded since may be another process, which compares anew.
+    assert len(triton.asked) == len(first) + 2 * comparing.ANSWERS
+    assert triton.calls == ["router", "adaptive_vit", "router"]
+
+
+def test_a_version_that_refuses_is_never_named_by_the_ensemble(refusing):
+    triton = FakeTriton(refusing)
+    triton.verdicts[2] = [STILL, FOREIGN]
+    with pytest.raises(RolloutError) as caught:
+        rollout(refusing, access(triton), 2)
+    message = str(caught.value)
+    assert message.startswith(
+        "router/2 refuses every request; router/1 goes on answering: this server computes other"
+    )
+    assert "of 32 reference images 20 have" in message and "--reference-check warn" in message
+    assert triton.served == Versions.load(refusing) == BEFORE
+    assert {live for live, _ in triton.states} == {1}
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_version_that_refuses_once_it_is_loaded_anew_is_taken_back(refusing, step):
+    triton = FakeTriton(refusing)
+    triton.verdicts[2] = [*[None] * (step * comparing.ANSWERS), FOREIGN]
+    with pytest.raises(RolloutError, match="router/2 refuses every request; router/1 goes on ans"):
+        rollout(refusing, access(triton), 2)
+    assert (2, (1, 2)) in triton.states
+    assert triton.served == Versions.load(refusing) == BEFORE
+
+
+def test_comparing_that_takes_too_long_is_a_failed_step(refusing):
+    triton = FakeTriton(refusing)
+    triton.verdicts[2] = [STILL]
+    with pytest.raises(RolloutError) as caught:
+        rollout(refusing, access(triton, timeout_s=0.05), 2)
+    assert str(caught.value) == (
+        "router/2 is still comparing its answers with the calibration's after 0.05 s; router/1 "
+        "goes on answering; give it longer with --timeout-s"
+    )
+    assert triton.served == Versions.load(refusing) == BEFORE
+
+
+@pytest.mark.parametrize("verdict", [FOREIGN, STILL])
+def test_a_version_that_refuses_does_not_go_on_answering(refusing, verdict):
+    triton = FakeTriton(refusing)
+    triton.verdicts[1] = [verdict]
+    with pytest.raises(RolloutError) as caught:
+        rollout(refusing, access(triton, timeout_s=0.05))
+    assert "goes on" not in str(caught.value) and "\n" not in str(caught.value)
+    assert str(caught.value).endswith(f"the repository and the server say {BEFORE.sentence}")
+    triton.verdicts[2] = [verdict]
+    with pytest.raises(RolloutError, match="; the way back failed: router/1 "):
+        rollout(refusing, access(triton, timeout_s=0.05), 2)
+    assert triton.served == Versions.load(refusing) == BEFORE
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        refusal("vit_high failed: no answer within 10000 ms", OUTAGE),
+        refusal("Exceeds maximum queue size", OUTAGE),
+        lost(),
+        refusal("model output is not finite", "StatusCode.INTERNAL"),
+    ],
+)
+def test_what_a_request_fails_with_otherwise_does_not_keep_from_rolling_back(refusing, error):
+    triton = FakeTriton(refusing)
+    triton.verdicts = {1: [error], 2: [error]}
+    for version in (2, 1):
+        assert rollout(refusing, access(triton), version) == triton.served
+        assert triton.served == Versions(version, (version,))
+
+
+@pytest.mark.parametrize("number", range(3 * comparing.ANSWERS))
+def test_ctrl_c_while_it_is_waited_for_leaves_both_agreeing(refusing, number):
+    triton = FakeTriton(refusing)
+    triton.verdicts[2] = [*[None] * number, KeyboardInterrupt(), None]
+    with pytest.raises(RolloutInterruptedError) as caught:
+        rollout(refusing, access(triton), 2)
+    assert check_outcome(refusing, triton, caught.value) == triton.served
+    assert (triton.served.live == 2) == (number >= 2 * comparing.ANSWERS)
+
+
+@pytest.mark.parametrize("verdict", [None, FOREIGN])
+def test_after_an_answer_that_is_lost_what_was_loaded_has_to_compare_too(refusing, verdict):
+    triton = FakeTriton(refusing)
+
+    def lose_the_last(number, name, is_done):
+        if is_done and name == "router" and triton.calls.count("router") == 2:
+            triton.verdicts[2] = [verdict]
+            triton.fault = lambda *call: None
+            raise lost()
+
+    triton.fault = lose_the_last
+    if verdict is None:
+        assert rollout(refusing, access(triton), 2) == triton.served == Versions(2, (2,))
+        return
+    with pytest.raises(RolloutError, match="did not answer while it was to load router"):
+        rollout(refusing, access(triton), 2)
+    assert triton.served == Versions.load(refusing) == BEFORE
 
 
 # --- the command ---------------------------------------------------------------------------------

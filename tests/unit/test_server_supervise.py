@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from routing.reference import COMPARING, OTHER, VERDICTS
 from server.backend_directory import STUB_NAME
 from server.canary import Answer
 from server.errors import ServerStartError, ServerUsageError
@@ -286,6 +287,17 @@ def test_a_server_that_does_not_talk_is_a_failure_within_8_s(duty: Duty):
     for model in duty.canaries.answers:
         duty.canaries.answers[model] = [refused]
     assert duty.until(8) == f"the server does not answer on gRPC: {refused.error}"
+
+
+def test_a_router_that_is_still_comparing_is_let_compare_while_its_rungs_answer(duty: Duty):
+    assert duty.until(3) == ""
+    duty.canaries.answers["adaptive_vit"] = [Answer(COMPARING, is_unavailable=True)]
+    assert duty.until(200) == ""
+    duty.canaries.answers["vit_low"] = [BROKEN]
+    assert duty.until(10).startswith("vit_low failed")
+    other = Answer(VERDICTS[OTHER], is_unavailable=True)
+    duty.canaries.answers |= {"adaptive_vit": [other], "vit_low": [Answer()]}
+    assert "adaptive_vit has answered nobody for" in duty.until(40)
 
 
 def test_one_question_without_an_answer_is_no_failure(duty: Duty):

@@ -29,6 +29,7 @@ from .routing import (
     parse_overrides,
     run_cascade,
 )
+from .routing.versions import Versions
 from .rungs import Budgeted, LateError, call_rung
 from .settings import Settings
 from .waiting import Waiting
@@ -82,6 +83,7 @@ class TritonPythonModel:
         self.metrics = Metrics(
             str(version), self.calibration, artifact, candidate, self.settings.queue_limit
         )
+        _tell_of_higher(repository, version)
         self.watch = Watch(
             self.settings,
             self.calibration,
@@ -201,6 +203,13 @@ def _load_artifact(version_dir):
     names = [*calibration.rungs, *[REFERENCE_MODEL] * _has_reference(repository)]
     calibration.check_rungs({name: repository / name / "1" / "model.onnx" for name in names})
     return calibration
+
+
+def _tell_of_higher(repository, version):
+    # Not refused: a rollout back to a lower version passes through this.
+    found = Versions.load(repository)
+    if version > found.live:
+        pb_utils.Logger.log_warn(f"router: {found.fault}, or as a rollout that is under way has it")
 
 
 def _has_reference(repository):
