@@ -188,7 +188,8 @@ class _Change:
                 put(self.repository, self.before)
             raise RolloutInterruptedError(
                 f"interrupted twice; the repository says {self._said_on_disk()}, and the server at "
-                f"{self.server.url} was not asked what it serves; {self._remedy()}"
+                f"{self.server.url} was not asked what it serves; to make them agree, run "
+                f"{self._command()}"
             ) from error
 
     def _settle(self, error: BaseException) -> None:
@@ -222,31 +223,30 @@ class _Change:
     def _outcome(self, failure: _StepError, troubles: list[str]) -> str:
         """One line: what failed, and what disk and server say now."""
         on_disk = self._on_disk()
-        if self.server.is_touched:
-            seen = self.server.ask_again()
-            agree = seen is not None and seen == on_disk
-            live = 0 if seen is None else seen.live
-        else:  # it goes on with what it had, whatever that is
-            seen = None
-            live = self.answering or 0
-            agree = on_disk == self.before and live in (0, self.before.live)
+        seen = self.server.ask_again() if self.server.is_touched else self.server.ask_once()
+        live = (self.answering or 0) if seen is None else seen.live
+        agree = seen is not None and seen == on_disk
+        if seen is None and not self.server.is_touched:  # without the admin key it does not say
+            agree = on_disk == self.before and live == self.before.live
         if agree and live and live == self.server.refusing:
             both = f"the repository and the server say {self._said_on_disk()}"
             return "; ".join([f"{failure.what}{failure.rest}", *troubles, both])
-        goes_on = f"; router/{live} goes on answering" if live and live == self.answering else ""
         if agree:
-            now = f"; {self._said_on_disk()}, here and there" if seen and not goes_on else goes_on
-            return f"{failure.what}{now}{failure.rest}"
-        server = goes_on.removeprefix("; ")
-        if self.server.is_touched:
-            server = f"the server at {self.server.url} " + (
-                f"does not say what it serves ({self.server.silence})"
-                if seen is None
-                else f"says {_said(seen)}"
-            )
+            goes_on = f"; router/{live} goes on answering" if live == self.answering else ""
+            now = goes_on or f"; {self._said_on_disk()}, here and there"
+            line = f"{failure.what}{now}{failure.rest}"
+            if troubles:
+                loading = "the server may still be loading what it was told to"
+                line = "; ".join([line, *troubles, loading, f"look again with {self._command()}"])
+            return line
+        server = f"the server at {self.server.url} " + (
+            f"does not say what it serves ({self.server.silence})"
+            if seen is None
+            else f"says {_said(seen)}"
+        )
         parts = [f"{failure.what}{failure.rest}", *troubles]
         parts.append(f"the repository says {self._said_on_disk()}")
-        parts += [f"but {server}" if server else "but nothing answers", self._remedy()]
+        parts += [f"but {server}", f"to make them agree, run {self._command()}"]
         return "; ".join(parts)
 
     def _on_disk(self) -> Versions | None:
@@ -259,12 +259,12 @@ class _Change:
         on_disk = self._on_disk()
         return "nothing that can be read" if on_disk is None else _said(on_disk)
 
-    def _remedy(self) -> str:
-        """The command that makes disk and server agree."""
+    def _command(self) -> str:
+        """What makes disk and server agree."""
         command = f"python -m server rollout --repository {self.repository} --url {self.server.url}"
         if self._on_disk() != self.before:
             command += f" --to {self.before.live}"
-        return f"to make them agree, run {command}"
+        return command
 
 
 def _said(versions: Versions) -> str:
@@ -370,6 +370,14 @@ class _Server:
             if time.monotonic() > deadline:
                 return None
             time.sleep(_POLL_S)
+
+    def ask_once(self) -> Versions | None:
+        """What it serves; None: it does not say so, see `silence`."""
+        try:
+            return self.serves()
+        except _NoAnswerError as error:
+            self.silence = str(error)
+            return None
 
     def load(self, model: str) -> None:
         """Load a model as the disk has it, and what it is made of; wait until that is done.

@@ -276,6 +276,46 @@ def test_a_refused_switch_is_taken_back(repository, model):
         assert triton.served == BEFORE and triton.calls == ["router"]
 
 
+@pytest.mark.parametrize(
+    ("served", "said"),
+    [
+        (Versions(1, (1,)), "says router/1 answers; to"),
+        (Versions(0, ()), "says nothing answers; to"),
+    ],
+)
+def test_a_refused_load_of_what_the_disk_says_tells_how_the_server_differs(
+    repository, served, said
+):
+    """Its next start would load what has been refused now."""
+    first = "router" if served.live else "adaptive_vit"
+    triton = FakeTriton(repository, {first: refusal(NOT_LOADED)})
+    triton.served = served
+    with pytest.raises(RolloutError) as caught:
+        rollout(repository, access(triton, timeout_s=0.05))
+    message = str(caught.value)
+    assert message.startswith(f"{first} was not loaded: ") and "\n" not in message
+    assert "the repository says router/1 answers; router/2 shadows 10% of the images" in message
+    assert f"but the server at 127.0.0.1:8001 {said} make them agree, run python -m" in message
+    assert triton.served == served and Versions.load(repository) == BEFORE
+
+
+def test_a_load_that_outlives_the_time_for_it_may_still_be_done(repository):
+    """The server goes on with what it had for now, and with what it is loading later."""
+    triton = FakeTriton(repository)
+
+    def late(number, name, is_done):
+        if name == "router" and not is_done:
+            raise refusal("Deadline Exceeded", "StatusCode.DEADLINE_EXCEEDED")
+
+    triton.fault = late
+    with pytest.raises(RolloutError) as caught:
+        rollout(repository, access(triton, timeout_s=0.05), 2)
+    message = str(caught.value)
+    assert "; router/1 goes on answering" in message and "\n" not in message
+    assert "; the server may still be loading what it was told to; look again with" in message
+    assert "the way back failed: " in message
+
+
 def test_a_switch_that_is_refused_halfway_goes_back_in_the_server_too(repository):
     triton = FakeTriton(repository)
 
@@ -523,8 +563,8 @@ def test_what_cannot_be_taken_back_is_said(repository, monkeypatch, model):
     message = str(caught.value)
     assert "no such luck" in message and "cannot be changed back: " in message
     assert "the repository says router/2 answers; router/1 can be pinned too; but" in message
-    says = "router/1 goes on answering" if model == "router" else "says router/1 answers; router/2"
-    assert says in message and message.endswith("--url 127.0.0.1:8001 --to 1")
+    assert "the server at 127.0.0.1:8001 says router/1 answers; router/2" in message
+    assert message.endswith("--url 127.0.0.1:8001 --to 1")
 
 
 # --- where the router refuses other answers than calibrated ------------------------------------
