@@ -13,6 +13,7 @@ import tritonclient.grpc as triton
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
+from routing import PROBE_ID
 from routing.reference import COMPARING
 
 from .channel import PLAIN, Channel
@@ -91,7 +92,9 @@ def adaptive_vit_canary(grpc_url: str, channel: Channel = PLAIN) -> None:
     with channel.open(grpc_url) as client:
         while True:
             try:
-                client.infer(ENTRY_MODEL, [image], client_timeout=_CANARY_TIMEOUT_S)
+                client.infer(
+                    ENTRY_MODEL, [image], request_id=PROBE_ID, client_timeout=_CANARY_TIMEOUT_S
+                )
             except InferenceServerException as error:
                 if COMPARING in error.message() and time.monotonic() < deadline:
                     time.sleep(_COMPARING_POLL_S)
