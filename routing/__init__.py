@@ -37,7 +37,7 @@ from .decimals import score_texts, threshold_text
 from .fidelity import fidelity_loss
 from .manifest import ManifestError
 from .outputs import TASKS, RungOutputs, default_task
-from .policy import Allowance, Overrides, Policy, escalation_mask, parse_overrides
+from .policy import PROBE_ID, Allowance, Overrides, Policy, escalation_mask, parse_overrides
 from .reference import AnswersError, ReferenceAnswers, answers_path
 from .relief import Relief
 from .rungset import RungSet, RungSetError
@@ -46,6 +46,7 @@ from .signals import SIGNALS, Signal
 from .statuses import is_outage
 
 __all__ = [
+    "PROBE_ID",
     "REFERENCE_MODEL",
     "RUNGS",
     "SIGNALS",

@@ -62,11 +62,13 @@ class CascadeRequest:
         image: FP32 (b, 3, H, W).
         overrides: its checked parameters.
         gone: asked before the full rung is called for it; the error if its client no longer waits.
+        is_probe: it watches the service and is no part of the traffic.
     """
 
     image: FloatArray
     overrides: Overrides
     gone: Callable[[], GoneError | None] = _still_waiting
+    is_probe: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class CascadeAnswer:
 
 @dataclass(frozen=True)
 class Decision:
-    """What was decided about one request's b images, whatever became of the request then.
+    """What was decided about one request's b images, whatever becomes of the request then.
 
     Attributes:
         request: it.
@@ -150,7 +152,8 @@ def run_cascade(
         relief: raises the threshold of requests without parameters when many images wait; the
             images that it keeps low are marked `degraded`.
         waiting: images of these requests that had to wait for the router.
-        decided: told of every request that the cheap rung was asked about.
+        decided: told of every request that the cheap rung was asked about, before the full rung is
+            asked: how long that takes must not tell whoever listens which images escalate.
 
     Returns:
         For each request its answer or its own error; a bad request never fails its neighbours.
@@ -159,10 +162,10 @@ def run_cascade(
     sound = [case for case in cases if case.error is None]
     scored = [c for c in sound if not always_high(calibration.threshold, c.request.overrides)]
     _ask_low(scored, calibration, low, relief, waiting)
-    _ask_high([case for case in sound if case.error is None and case.wanted.any()], high)
-    for case in cases:
+    for case in scored:
         if case.low is not None:
             decided(Decision(case.request, case.low, case.wanted | case.relieved))
+    _ask_high([case for case in sound if case.error is None and case.wanted.any()], high)
     return [_answer(case, degrade_on_high_failure) for case in cases]
 
 

@@ -73,9 +73,13 @@ def fidelity_loss(
     kind, tolerance = chosen_by["fidelity"], chosen_by.get("tolerance")
     if kind == "cosine" and tolerance is not None:
         return np.asarray(~(cosine(low.embedding, other.embedding) >= 1 - tolerance))
-    loss = disagrees(low, other) if kind == "top1" else None
+    loss = None
     if low.logits is not None and other.logits is not None:
-        if kind == "labels":
+        if kind == "top1":
+            loss = disagrees(low, other)
+            if loss is not None:  # the largest of two answers may be the same NaN
+                loss = loss | _holds_nan(low.logits) | _holds_nan(other.logits)
+        elif kind == "labels":
             loss = _other_labels(low.logits, other.logits, chosen_by["label_threshold"])
         elif kind == "value" and tolerance is not None:
             first, second = low.logits.astype(np.float64), other.logits.astype(np.float64)
@@ -88,4 +92,8 @@ def fidelity_loss(
 
 def _other_labels(low: FloatArray, other: FloatArray, label_threshold: float) -> NDArray[np.bool_]:
     differs = label_sets(low, label_threshold) != label_sets(other, label_threshold)
-    return np.asarray((differs | np.isnan(low) | np.isnan(other)).any(axis=1))
+    return np.asarray(differs.any(axis=1) | _holds_nan(low) | _holds_nan(other))
+
+
+def _holds_nan(logits: FloatArray) -> NDArray[np.bool_]:
+    return np.asarray(np.isnan(logits).any(axis=1))

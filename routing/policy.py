@@ -13,6 +13,10 @@ from numpy.typing import NDArray
 
 from .decimals import threshold_text
 
+# The id of requests by which somebody watches the service: canaries, reference images. They are
+# answered as any other and are no traffic: in no audit and no figure about images.
+PROBE_ID = "adaptive-vit-probe"
+
 
 class Policy(str, Enum):
     """Who answers: the calibrated threshold, or one rung for every image."""

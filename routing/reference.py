@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from .outputs import FloatArray, RungOutputs
 from .policy import Overrides, Policy, escalation_mask
 
 BATCH = 8
+_PLAUSIBLE = 0.99  # Of a hundred servers that keep what is certified one may be told otherwise.
 SAME, WITHIN_SLACK, OTHER = OUTCOMES = ("same", "within_slack", "other")
 VERDICTS = {
     SAME: "this server answers as the calibration did",
@@ -164,7 +166,7 @@ class Served:
         answer: to requests without parameters.
         escalated: BOOL (N,), which of these answers are the full rung's.
         scores: FP32 (N,); NaN where the cheap rung is never asked.
-        high: answers to requests for the full rung.
+        high: the full rung's answers to all.
     """
 
     answer: RungOutputs
@@ -173,26 +175,28 @@ class Served:
     high: RungOutputs
 
 
-def ask(recorded: ReferenceAnswers, cascade: Cascade) -> Served:
-    """Have the reference images answered, in batches of 8.
+def ask(recorded: ReferenceAnswers, cascade: Cascade, batch: int = BATCH) -> Served:
+    """Have the reference images answered, and by the full rung those that were not all.
 
     Args:
         recorded: the images.
         cascade: answers a batch of images, FP32 (b, 3, H, W); what it raises is passed on.
+        batch: images to ask about at once.
 
     Raises:
         AnswersError: an answer is marked degraded: the cascade does not do what was calibrated.
     """
     auto, high = [], []
-    for start in range(0, len(recorded), BATCH):
-        image = recorded.image(slice(start, start + BATCH))
+    for start in range(0, len(recorded), batch):
+        image = recorded.image(slice(start, start + batch))
         auto.append(cascade(image, Overrides()))
         if auto[-1].degraded.any():
             raise AnswersError(
                 "answers are marked degraded (under pressure, or the full rung fails), which the "
                 "calibration's are not; compare again when that is over"
             )
-        high.append(cascade(image, Overrides(Policy.HIGH)))
+        is_full = bool(auto[-1].escalated.all())
+        high.append(auto[-1] if is_full else cascade(image, Overrides(Policy.HIGH)))
     return Served(
         _joined(auto),
         np.concatenate([answer.escalated for answer in auto]),
@@ -228,7 +232,8 @@ class Comparison:
         other_answers: images whose answer is not acceptable in place of the recorded one.
         lost: images whose answer is not acceptable in place of the recorded reference's.
         lost_before: the same of the recorded answers.
-        allowed: the most that may be lost: `lost_before`, and what the certificate leaves.
+        allowed: the most that may be lost: `lost_before`, and what is plausible where the risk is
+            just the certified one.
     """
 
     images: int
@@ -286,9 +291,10 @@ class Comparison:
 def compare(calibration: Calibration, recorded: ReferenceAnswers, served: Served) -> Comparison:
     """Hold answers against the recorded ones.
 
-    The certificate was earned with `errors` of `n` images lost where `allowed` would have been
-    enough. The same share of the reference images, rounded down, may be lost here beyond those that
-    were in the calibration; where nothing is certified, none may.
+    The certificate promises a risk of `epsilon`, and was earned with `errors` of `n` images lost. A
+    server where the share between the two is lost besides still keeps that promise, barely. What
+    such a server shows on the reference images, but for the worst hundredth, may be lost beyond
+    those that were in the calibration; where nothing is certified, none may.
 
     Args:
         calibration: the artifact.
@@ -317,16 +323,21 @@ def compare(calibration: Calibration, recorded: ReferenceAnswers, served: Served
         other_answers=int(unlike(served.answer, before).sum()),
         lost=int(unlike(served.answer, truth).sum()),
         lost_before=lost_before,
-        allowed=lost_before + _slack(calibration.certificate, len(recorded)),
+        allowed=lost_before + _slack(calibration.certificate, len(recorded) - lost_before),
     )
 
 
 def _slack(certificate: Mapping[str, Any] | None, images: int) -> int:
-    """How many of some images may be lost beyond those that were, by what the test left."""
+    """How many of the images that were not lost may be, by what the certificate leaves."""
     if certificate is None or not certificate.get("certified"):
         return 0
-    left: int = certificate["allowed"] - certificate["errors"]
-    return left * images // int(certificate["n"])
+    share = certificate["epsilon"] - certificate["errors"] / certificate["n"]
+    # The quantile of a binomial distribution: the share itself is mostly less than one image.
+    lost, probability = 0, (1 - share) ** images
+    while probability < _PLAUSIBLE and lost < images:
+        lost += 1
+        probability += math.comb(images, lost) * share**lost * (1 - share) ** (images - lost)
+    return lost
 
 
 def _difference(served: RungOutputs, recorded: RungOutputs) -> RungDifference:

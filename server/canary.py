@@ -1,6 +1,7 @@
 """What the supervisor asks a running server: canary inferences, and facts that Triton keeps.
 
-Canaries are sent without waiting, so that one that hangs keeps nothing else from being seen.
+Canaries are sent without waiting, so that one that hangs keeps nothing else from being seen. Their
+id tells the router that they are no traffic.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import numpy as np
 import tritonclient.grpc as triton
 from PIL import Image
 from tritonclient.utils import InferenceServerException
+
+from routing import PROBE_ID
 
 from .channel import PLAIN, Channel
 from .readiness import ENTRY_MODEL, QUEUE_FULL
@@ -113,7 +116,7 @@ class Canaries:
                 _failure(error) if error else Answer("", False, _exercised(model, result))
             )
 
-        self._client.async_infer(model, [tensor], keep)
+        self._client.async_infer(model, [tensor], keep, request_id=PROBE_ID)
         return question
 
     def successes(self) -> dict[str, int] | None:

@@ -14,6 +14,7 @@ from rich.table import Table
 from tritonclient.utils import InferenceServerException
 
 from routing import (
+    PROBE_ID,
     AnswersError,
     Calibration,
     CalibrationError,
@@ -168,6 +169,7 @@ def _ask(
         [tensor],
         model_version=str(version),
         parameters=None if overrides == Overrides() else {"policy": overrides.policy.value},
+        request_id=PROBE_ID,
         client_timeout=_TIMEOUT_S,
     )
     escalated, score, degraded = (

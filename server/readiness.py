@@ -13,6 +13,8 @@ import tritonclient.grpc as triton
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
+from routing import PROBE_ID
+
 from .channel import PLAIN, Channel
 from .comparing import wait_out
 
@@ -100,7 +102,9 @@ def adaptive_vit_canary(
 
         def ask() -> None:
             try:
-                client.infer(ENTRY_MODEL, [image], client_timeout=_CANARY_TIMEOUT_S)
+                client.infer(
+                    ENTRY_MODEL, [image], request_id=PROBE_ID, client_timeout=_CANARY_TIMEOUT_S
+                )
             except InferenceServerException as error:
                 if not QUEUE_FULL.search(error.message()):
                     raise

@@ -29,7 +29,7 @@ import numpy as np
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
-from routing import ManifestError, manifest
+from routing import PROBE_ID, ManifestError, manifest
 from routing.versions import VersionError, Versions, is_careful, present, put, switched
 
 from .channel import PLAIN, Channel
@@ -441,6 +441,7 @@ class _Server:
                     ROUTER,
                     [image],
                     model_version=str(version),
+                    request_id=PROBE_ID,
                     client_timeout=_QUESTION_TIMEOUT_S,
                 )
             except InferenceServerException as error:

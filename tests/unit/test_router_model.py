@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -354,8 +355,9 @@ def watching(deployed):
         watch = deployed("watch").Watch(chosen, calibration, candidate, high, metrics, reference)
         watches.append(watch)
 
-        def send(batch, high=high_rung, overrides=None, **options):
-            request = routing.CascadeRequest(batch, routing.Overrides(**(overrides or {})))
+        def send(batch, high=high_rung, overrides=None, is_probe=False, **options):
+            chosen = routing.Overrides(**(overrides or {}))
+            request = routing.CascadeRequest(batch, chosen, is_probe=is_probe)
             (answer,) = routing.run_cascade(
                 [request], calibration, FakeRung(1.0), high, decided=watch.look, **options
             )
@@ -473,6 +475,18 @@ def test_requests_with_parameters_of_their_own_are_no_sample_of_the_traffic(watc
     np.testing.assert_allclose([batch[0, 0, 0, 0] for batch in high.batches], [0.2])
 
 
+def test_what_watches_the_service_is_no_sample_of_the_traffic(watching):
+    high, counts = FakeRung(2.0), Counts()
+    calibration = make_calibration(**CERTIFIED)
+    settings = {"audit_fraction": "1", "shadow_fraction": "1"}
+    _, send = watching(calibration, high, counts, make_calibration(0.3), **settings)
+    send(images(0.1), is_probe=True)
+    send(images(0.2))
+    wait_for(lambda: counts.audited() == (1, 0))
+    wait_for(lambda: counts["shadow_images_total", "2", "both_low"] == 1)
+    np.testing.assert_allclose([batch[0, 0, 0, 0] for batch in high.batches], [0.2])
+
+
 def test_a_failing_full_rung_drops_audits_and_counts_them(look, deployed):
     def failing(image):
         raise deployed("rungs").RungError("vit_high is away", is_outage=True)
@@ -502,27 +516,48 @@ def losing(image):
     return outputs
 
 
+class SharedRung:
+    """The one full rung of a server: live requests and the audit take turns, in the order they ask.
+
+    Args:
+        answer: to the images of a call, or raises.
+        takes_s: that every call takes.
+    """
+
+    def __init__(self, answer, takes_s):
+        self._answer, self._takes_s = answer, takes_s
+        self._instance = ThreadPoolExecutor(1)
+
+    def __call__(self, image):
+        return self._instance.submit(self._work, image).result()
+
+    def _work(self, image):
+        time.sleep(self._takes_s)
+        return self._answer(image)
+
+
 class Feeder:
     """Draws images of known risk, and sends them as fast as the audit of a watch takes them.
 
     Some requests are all alike in whether they escalate, as bursts of real images are.
     """
 
-    def __init__(self, send, counts, seed):
-        self._send, self._counts = send, counts
+    def __init__(self, send, counts, seed, images=16):
+        self._send, self._counts, self._images = send, counts, images
         self._rng, self.sent = np.random.default_rng(seed), 0
 
-    def send(self, n, risk, escalated, always_wait=True, **options):
-        for _ in range(n // 16):
+    def send(self, n, risk, escalated, waits=1.0, **options):
+        """Sends n images and waits for the audit after this share of the requests."""
+        for _ in range(n // self._images):
             alike = self._rng.random() < 0.5
-            high = self._rng.random(1 if alike else 16) < escalated
-            high = np.broadcast_to(high, 16)
-            lost = ~high & (self._rng.random(16) < risk / (1 - escalated))
+            high = self._rng.random(1 if alike else self._images) < escalated
+            high = np.broadcast_to(high, self._images)
+            lost = ~high & (self._rng.random(self._images) < risk / (1 - escalated))
             batch = images(*np.where(high, 0.9, 0.1))
             batch[:, 0, 0, 1] = lost
             self._send(batch, **options)
-            self.sent += 16
-            if always_wait or self._rng.random() < 0.5:
+            self.sent += self._images
+            if self._rng.random() < waits:
                 self.wait()
         self.wait()
 
@@ -564,21 +599,39 @@ def test_full_queues_and_outages_leave_the_realised_share_as_it_is(watching, deg
     counts, away = Counts(), threading.Event()
     routing = importlib.import_module("deployed_router.routing")
 
-    def high(image):
+    def answer(image):
         if away.is_set():
             raise routing.RungError("vit_high is away", is_outage=True)
         return losing(image)
 
+    high = SharedRung(answer, takes_s=0.0001)
     _, send = watching(make_calibration(**CERTIFIED), high, counts, audit_fraction="1")
     fed = Feeder(send, counts, seed=3)
     for phase in range(60):
         away.set() if phase % 2 else away.clear()
         options = {"high": high, "degrade_on_high_failure": degrade}
-        fed.send(160, risk=0.2, escalated=0.5, always_wait=False, **options)
+        fed.send(160, risk=0.2, escalated=0.5, waits=0.5, **options)
     seen, lost = counts.audited()
     assert seen > 2000 and fed.dropped() > 0.5 * fed.sent
     # Bursts make images of a request alike, so that their number counts for less.
     assert abs(lost / seen - 0.2) < 4 * math.sqrt(0.2 * 0.8 / (seen / 4))
+
+
+@pytest.mark.parametrize("escalated", [0.1, 0.3])
+def test_an_audit_that_waits_for_the_full_rung_with_its_clients_looks_at_all_alike(
+    watching, escalated
+):
+    """A client that asks image by image, faster than the audit; while it waits, the audit gains."""
+    counts = Counts()
+    high = SharedRung(losing, takes_s=0.001)
+    _, send = watching(make_calibration(**CERTIFIED), high, counts, audit_fraction="1")
+    fed = Feeder(send, counts, seed=4, images=1)
+    fed.send(round(600 / escalated), 0.1, escalated, waits=0.0, high=high)
+    seen, lost = counts.audited()
+    assert seen > 400 and fed.dropped() > 0.3 * fed.sent
+    looked_at = counts["audited_images_total", "escalated"]
+    for share, true in ((lost / seen, 0.1), (looked_at / seen, escalated)):
+        assert abs(share - true) < 4 * math.sqrt(true * (1 - true) / seen)
 
 
 def test_answers_of_several_threads_are_watched_while_the_certificate_falls(
@@ -753,14 +806,14 @@ def other_classes(outputs):
     return replace(outputs, logits=-outputs.logits)
 
 
-def test_answers_as_calibrated_are_told_and_cost_each_image_two_questions(check):
+def test_answers_as_calibrated_are_told_and_cost_each_image_one_call_of_each_rung(check):
+    """One by one: a client's image waits behind one of them at most."""
     found, asked = check("warn")
     wait_for(lambda: outcome() == ["same"])
     wait_for(lambda: INFOS)
     assert found.refusal is None and WARNINGS == []
     assert "router: this server answers as the calibration did: of 32 reference" in INFOS[0]
-    assert [batch for batch in asked.batches if batch[0] == "vit_low"] == [("vit_low", 8)] * 4
-    assert sum(rows for name, rows in asked.batches if name == "vit_high") < 64
+    assert Counter(asked.batches) == {("vit_low", 1): 32, ("vit_high", 1): 32}
 
 
 def test_other_answers_are_a_warning_with_both_sides(check):
@@ -831,7 +884,7 @@ def test_refusing_without_reference_answers_stops_the_load(check, fit_with_answe
         check("refuse", file=fit_with_answers[1].with_name("none.json"))
 
 
-def test_unloading_ends_the_comparison_at_the_next_batch(check):
+def test_unloading_ends_the_comparison_at_the_next_image(check):
     entered, released = threading.Event(), threading.Event()
 
     def held(outputs):

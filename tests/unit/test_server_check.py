@@ -11,7 +11,7 @@ from tritonclient.utils import InferenceServerException
 import server.__main__ as command_line
 from calibration.sessions import open_session, run_session
 from export.repository import assemble
-from routing import Calibration, CascadeRequest, run_cascade
+from routing import PROBE_ID, Calibration, CascadeRequest, run_cascade
 from routing.policy import parse_overrides
 from routing.reference import COMPARING, OTHER, VERDICTS
 from server import check as module
@@ -61,10 +61,10 @@ class FakeTriton:
     def get_server_metadata(self, headers, client_timeout):
         return SimpleNamespace(version="2.51.0")
 
-    def infer(self, model, inputs, model_version, parameters, client_timeout):
+    def infer(self, model, inputs, model_version, parameters, request_id, client_timeout):
         if self.error:
             raise self.error
-        assert (model, model_version) == ("router", "1")
+        assert (model, model_version, request_id) == ("router", "1", PROBE_ID)
         image = np.frombuffer(inputs[0]._raw_content, np.float32).reshape(inputs[0].shape())
         self.asked.append((len(image), parameters))
         (answer,) = run_cascade(

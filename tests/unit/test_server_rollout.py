@@ -106,7 +106,7 @@ class FakeTriton:
 
         return self._call("get_model_repository_index", headers, index)
 
-    def infer(self, model, inputs, model_version, client_timeout):
+    def infer(self, model, inputs, model_version, request_id, client_timeout):
         """Answers as the next of the version's verdicts says, and as the last one from then on."""
         assert (model, inputs[0].shape()) == ("router", [1, 3, 8, 8])
         version = int(model_version)

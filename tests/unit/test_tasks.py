@@ -364,6 +364,13 @@ def test_a_value_may_differ_by_the_tolerance_in_every_output():
     assert fidelity_loss(relative, low, high).tolist() == [True, False, False, True]
 
 
+def test_another_class_is_a_loss_and_so_is_none():
+    low = answers([2.0, 1.0], [2.0, 1.0], [np.nan, 1.0], [np.nan, 1.0], [np.inf, 1.0])
+    high = answers([3.0, 0.0], [1.0, 2.0], [np.nan, 1.0], [5.0, 1.0], [5.0, 1.0])
+    found = fidelity_loss({"fidelity": "top1"}, low, high)
+    assert found.tolist() == [False, True, True, True, False]
+
+
 def test_top1_of_one_output_is_no_loss_but_an_error():
     with pytest.raises(ValueError, match="does not apply"):
         fidelity_loss({"fidelity": "top1"}, answers([1.0]), answers([-1.0]))

@@ -3,7 +3,8 @@
 Input `image` FP32 [B, 3, H, W]. Outputs `embedding` FP32 [B, D], `logits` FP32 [B, C] (models with
 a head), `escalated` BOOL [B, 1], `score` FP32 [B, 1], `degraded` BOOL [B, 1].
 Request parameters: `policy` (auto, low, high) and `threshold` (a float in oracle units, or its
-text), as far as config.pbtxt lets clients go.
+text), as far as config.pbtxt lets clients go. Requests with the id `routing.PROBE_ID` are in no
+audit and no figure about images.
 """
 
 import json
@@ -18,6 +19,7 @@ from .hold import Hold
 from .metrics import Metrics
 from .reference_check import ReferenceCheck
 from .routing import (
+    PROBE_ID,
     REFERENCE_MODEL,
     Allowance,
     Calibration,
@@ -121,8 +123,9 @@ class TritonPythonModel:
             return self._execute(requests)
 
     def _execute(self, requests):
-        if self.reference_check.refusal is not None:
-            refused = RungError(self.reference_check.refusal, is_outage=True)
+        refusal = self.reference_check.refusal  # once: a thread sets it
+        if refusal is not None:
+            refused = RungError(refusal, is_outage=True)
             self.metrics.count("requests_total", len(requests), outcome=_outcome(refused))
             return [_response(refused) for _ in requests]
         started = time.perf_counter()
@@ -137,7 +140,8 @@ class TritonPythonModel:
             try:
                 parameters = json.loads(request.parameters() or "{}")
                 overrides = parse_overrides(parameters, self.allowance)
-                asked.append(CascadeRequest(image, overrides, partial(_gone, request, started)))
+                gone, is_probe = partial(_gone, request, started), request.request_id() == PROBE_ID
+                asked.append(CascadeRequest(image, overrides, gone, is_probe))
             except ValueError as error:
                 asked.append(RequestError(str(error)))
         sound = [request for request in asked if isinstance(request, CascadeRequest)]
@@ -149,7 +153,7 @@ class TritonPythonModel:
         finally:
             self.metrics.count("images_in_flight", -images)
         results = [r if isinstance(r, RequestError) else next(answers) for r in asked]
-        self._take_note(results, time.perf_counter() - started)
+        self._take_note(asked, results, time.perf_counter() - started)
         responses = [_response(result) for result in results]
         self.waiting.free_since_s = time.perf_counter()
         return responses
@@ -179,12 +183,16 @@ class TritonPythonModel:
             decided=self.watch.look,
         )
 
-    def _take_note(self, results, duration_s):
-        for result in results:
+    def _take_note(self, asked, results, duration_s):
+        for request, result in zip(asked, results, strict=True):
             self.metrics.count("requests_total", outcome=_outcome(result))
             if isinstance(result, Exception):
                 continue
             escalated, degraded = int(result.escalated.sum()), int(result.degraded.sum())
+            path = "high" if escalated else "low"
+            self.metrics.observe("request_duration_seconds", [duration_s], path=path)
+            if request.is_probe:
+                continue
             relieved = int(result.relieved.sum())
             images = self.metrics.count
             images("images_total", len(result.score) - escalated - degraded, path="low")
@@ -192,8 +200,6 @@ class TritonPythonModel:
             images("images_total", degraded, path="degraded")
             images("degraded_images_total", relieved, cause="pressure")
             images("degraded_images_total", degraded - relieved, cause="high_failed")
-            path = "high" if escalated else "low"
-            self.metrics.observe("request_duration_seconds", [duration_s], path=path)
             self.metrics.observe("score", result.score[np.isfinite(result.score)].tolist())
 
 

@@ -1,7 +1,8 @@
 """Whether this server answers as the calibration did: the router asks its own rungs, at its start.
 
 The reference images go through the same cascade as every request, off the request path, by a thread
-that ends when it is known.
+that ends when it is known. One by one: clients' images wait for the same rungs, the full one's
+within a time budget that a batch could exceed.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from .routing.reference import COMPARING, OTHER, VERDICTS, ask, compare
 
 _FIRST_TRY_S = 0.5  # No call may be made before `initialize` has returned; rungs load meanwhile.
 _LONGEST_PAUSE_S = 5.0
-_STOP_S = 10.0  # What a batch of the full rung may still take when the server stops.
+_STOP_S = 10.0  # What a call of the full rung may still take when the server stops.
 
 
 class _StoppedError(Exception):
@@ -82,7 +83,7 @@ class ReferenceCheck:
             self._thread.start()
 
     def stop(self) -> None:
-        """End the thread after the batch that it is at."""
+        """End the thread after the image that it is at."""
         self._stopping.set()
         if self._thread is not None:
             self._thread.join(_STOP_S)
@@ -91,7 +92,8 @@ class ReferenceCheck:
         pause_s, told = _FIRST_TRY_S, ""
         while not self._stopping.wait(pause_s):
             try:
-                found = compare(self._calibration, recorded, ask(recorded, self._cascade))
+                served = ask(recorded, self._cascade, batch=1)
+                found = compare(self._calibration, recorded, served)
                 self._conclude(found.outcome, found.sentence)
                 return
             except _StoppedError:

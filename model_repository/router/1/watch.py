@@ -1,15 +1,20 @@
 """What is measured on live traffic beside answering it: the realised risk, and a candidate version.
 
-Both look at a random share of the images that came without parameters. Nothing here makes a client
-wait, or an answer fail: what is needed is copied, and a thread of its own does the rest.
+Both look at a random share of the images that came without parameters, probes left out. Nothing
+here makes a client wait, or an answer fail: what is needed is copied, and a thread of its own does
+the rest.
 
 The audit is about decisions, so an image that the threshold escalates counts as escalated whether
 or not it got the full rung's answer: pressure, a failing full rung or a client that hung up take
 escalated images only, and leaving those out would make the risk look larger than it is. What does
 leave an image out must know nothing of its decision or its neighbours'. So every image drawn takes
 its place in one queue, in random order, and costs the same there: the full rung is asked about
-each, although only the answers to kept ones are compared. Images escalated and kept are thus
-dropped alike where the queue is full because asking takes long, and where asking fails.
+each, although only the answers to kept ones are compared. And it takes its place as soon as it is
+decided, before its own request waits for the full rung: while that one waits the queue gets
+shorter, as the audit asks the same rung. Images escalated and kept are thus dropped alike where the
+queue is full because asking takes long, and where asking fails. (Only where more is drawn than
+there is time for, and runs of images that all escalate or all do not are longer than the queue, do
+the kept ones count for less, as they come faster.)
 """
 
 from __future__ import annotations
@@ -116,7 +121,7 @@ class Watch:
         self._stopping.set()
 
     def _look(self, decision: Decision) -> None:
-        if decision.request.overrides != Overrides():
+        if decision.request.is_probe or decision.request.overrides != Overrides():
             return
         images = len(decision.wanted)
         if self._audit_fraction:
