@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .base import DEFAULT_GRPC_URL, DEFAULT_HTTP_URL, DEFAULT_TIMEOUT_S
-from .errors import AccessDeniedError, ClientError
+from .errors import AccessDeniedError, ClientError, NotServedError
 from .files import UsageError, find_images, read_admin_key, read_labels
 from .many import Outcome, Question, ask_grpc, ask_http, summarise
 from .messages import Task
@@ -136,7 +136,8 @@ def _look_at_server(
             _check_labels(labels, client.metadata(client.tensor_model))
         try:
             task = client.task()
-        except AccessDeniedError:  # who may ask about images need not see a configuration
+        except (AccessDeniedError, NotServedError):
+            # Who may ask about images need not see a configuration, and some gateways hide it.
             task = Task()
     described = {"url": address, "protocol": protocol, "triton_version": version, "task": task.kind}
     return described, task

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import (
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Sequence,
+)
 from contextlib import aclosing, asynccontextmanager
 from types import TracebackType
 from typing import Any, TypeVar
 
 import tritonclient.grpc as grpc_protocol
 import tritonclient.grpc.aio as grpc_aio
+from grpc.aio import UsageError
 from numpy.typing import NDArray
 
 from .base import DEFAULT_GRPC_URL, DEFAULT_TIMEOUT_S, ClientBase
-from .channel import open_channel
-from .errors import AnswerMismatchError, ClientError, closed_client, server_errors
+from .channel import Channels, open_channel
+from .errors import (
+    AnswerMismatchError,
+    ClientError,
+    RequestCancelledError,
+    closed_client,
+    server_errors,
+)
 from .forks import asyncio_closed, check_grpc
 from .messages import (
     Prediction,
@@ -47,10 +62,9 @@ class AsyncGrpcClient(ClientBase):
     def __init__(self, url: str = DEFAULT_GRPC_URL, **options: Any) -> None:
         super().__init__(url, **options)
         self._closed = False
-        self._channel: Any = self._open()
-
-    def _open(self) -> Any:
-        return open_channel(grpc_aio, self.url, self._tls, self._admin_key, asyncio_client=self)
+        self._channels = Channels(
+            lambda: open_channel(grpc_aio, self.url, self._tls, self._admin_key, self)
+        )
 
     @asynccontextmanager
     async def _calling(self) -> AsyncIterator[Any]:
@@ -58,16 +72,19 @@ class AsyncGrpcClient(ClientBase):
         check_grpc()
         if self._closed:
             raise closed_client()
-        if self._channel is None:
-            self._channel = self._open()
-        channel = self._channel
+        channel = self._channels.enter()
         try:
             yield channel
         except AnswerMismatchError:
-            if self._channel is channel:
-                self._channel = None
-                await channel.close()
+            self._channels.give_up(channel)
             raise
+        except UsageError:  # gRPC's, where the client was closed just before
+            if not self._closed:
+                raise
+            raise RequestCancelledError("the client was closed before the answer") from None
+        finally:
+            for one in self._channels.leave(channel):
+                await one.close()
 
     async def infer(
         self,
@@ -154,7 +171,7 @@ class AsyncGrpcClient(ClientBase):
         arguments = request.arguments(grpc_protocol, left_s)
         async with self._calling() as channel:
             with own_answer(arguments["request_id"], self.url) as check:
-                result = await channel.infer(**arguments, client_timeout=left_s)
+                result = await _uncancelled(channel.infer(**arguments, client_timeout=left_s))
                 check(result.get_response().id)
         return result
 
@@ -170,7 +187,7 @@ class AsyncGrpcClient(ClientBase):
 
     async def _call(self, method: str, left_s: float | None, *names: str) -> Any:
         async with self._calling() as channel:
-            return await getattr(channel, method)(*names, client_timeout=left_s)
+            return await _uncancelled(getattr(channel, method)(*names, client_timeout=left_s))
 
     async def _question(self, method: str, *names: str) -> Any:
         return await self._ask(
@@ -212,8 +229,7 @@ class AsyncGrpcClient(ClientBase):
     async def close(self) -> None:
         """Close the channel; a closed client answers nothing any more."""
         self._closed = True
-        channel, self._channel = self._channel, None
-        if channel is not None:
+        for channel in self._channels.forget():
             await channel.close()
         asyncio_closed(self)
 
@@ -227,3 +243,24 @@ class AsyncGrpcClient(ClientBase):
         traceback: TracebackType | None,
     ) -> None:
         await self.close()
+
+
+async def _uncancelled(call: Coroutine[Any, Any, AnswerT]) -> AnswerT:
+    """What a call gives.
+
+    A channel that is closed cancels the calls in it, and then says so as asyncio says that whoever
+    awaits them was cancelled, who was not. In a task of its own the two can be told apart.
+
+    Raises:
+        RequestCancelledError: the call was cancelled, but not its caller.
+    """
+    running = asyncio.create_task(call)
+    try:
+        await asyncio.wait([running])
+    except asyncio.CancelledError:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        raise
+    if running.cancelled():
+        raise RequestCancelledError("the client was closed before the answer")
+    return running.result()

@@ -1,10 +1,12 @@
 """gRPC connections that survive idle hours, dead peers and restarts; admin keys for both protocols.
 
-A client has one connection and uses it for every request.
+A client has one connection and uses it for every request, until an answer shows that it is not to
+be trusted.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -63,6 +65,49 @@ def open_channel(
         key = {GRPC_ADMIN_HEADER: admin_key}
         client.register_plugin(lambda request: request.headers.update(key))
     return client
+
+
+class Channels:
+    """The channel of one client, and those before it that calls have not left yet.
+
+    Who gets another's answer gives its channel up; closing it then and there would cancel the calls
+    of others in it, so that is left to the last of them. The caller keeps threads apart, and closes
+    what it is given to close.
+
+    Args:
+        open_one: opens a channel; called at once, and for the first call after one is given up.
+    """
+
+    def __init__(self, open_one: Callable[[], Any]) -> None:
+        self._open_one = open_one
+        self._current: Any = open_one()
+        self._calls: dict[Any, int] = {}
+
+    def enter(self) -> Any:
+        """The channel for a new call, which has to `leave` it."""
+        if self._current is None:
+            self._current = self._open_one()
+        self._calls[self._current] = self._calls.get(self._current, 0) + 1
+        return self._current
+
+    def give_up(self, channel: Any) -> None:
+        """Have no new calls in this channel."""
+        if self._current is channel:
+            self._current = None
+
+    def leave(self, channel: Any) -> list[Any]:
+        """End a call; returns the channels to close now."""
+        others = self._calls.pop(channel, 1) - 1
+        if others:
+            self._calls[channel] = others
+        return [] if others or channel is self._current else [channel]
+
+    def forget(self) -> list[Any]:
+        """Have none any more; returns those that were open."""
+        were_open = {channel: None for channel in (self._current, *self._calls) if channel}
+        self._current = None
+        self._calls = {}
+        return list(were_open)
 
 
 def check_admin_key(key: str | None) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import io
+import os
 import select
 import socket
 import ssl
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from .errors import InvalidRequestError, RequestCancelledError, closed_client, wrong_protocol
-from .forks import forget_after_fork
+from .forks import forget_after_fork, notice_fork
 from .retry import Tries
 
 AnswerT = TypeVar("AnswerT")
@@ -89,6 +90,7 @@ class Connections:
             NotServedError: what answers does not speak HTTP.
             OSError: no connection, or it broke.
         """
+        notice_fork()
         left = Tries(None, left_s).left_s
         connection = self._borrow(left)
         reusable = False
@@ -96,7 +98,10 @@ class Connections:
             connection.connect(left)
             if self._closed:
                 raise ConnectionAbortedError
-            found = read(connection.exchange(method, path, body, headers, left))
+            answer = connection.exchange(method, path, body, headers, left)
+            if self._closed:  # where its end is the connection's, only a part may have come
+                raise ConnectionAbortedError
+            found = read(answer)
             reusable = connection.is_open
         except (OSError, http.client.HTTPException) as error:
             if self._closed:
@@ -142,6 +147,7 @@ class Connections:
 
     def close(self) -> None:
         """Close all connections; requests that use one end with `RequestCancelledError`."""
+        notice_fork()
         with self._changed:
             self._closed = True
             for connection in self._idle:
@@ -157,18 +163,23 @@ class Connections:
         inherited = [*self._idle, *self._busy]
         self._start()  # with a lock that no thread of the parent holds
         for connection in inherited:
-            connection.close()
+            connection.forget()
+        _forgotten.extend(inherited)
 
 
 class _Connection:
     """One connection, for one request at a time."""
 
     def __init__(self, url: str, context: ssl.SSLContext | None) -> None:
+        self._context = context
         self._http: http.client.HTTPConnection = (
             http.client.HTTPConnection(url)
             if context is None
             else http.client.HTTPSConnection(url, context=context)
         )
+        # From before it is connected until it is closed; `http.client` lets go of its own earlier,
+        # where a body is to be read up to the connection's end.
+        self._sock: socket.socket | None = None
 
     @property
     def is_open(self) -> bool:
@@ -181,9 +192,37 @@ class _Connection:
         return bool(poll.poll(0))
 
     def connect(self, left: LeftS) -> None:
-        if self._http.sock is None:
-            self._http.timeout = left()
-            self._http.connect()
+        """Connect, if it is not: to the first of the host's addresses that answers."""
+        if self._http.sock is not None:
+            return
+        sock = self._open(left)
+        if self._context is not None:
+            self._sock = encrypted = self._context.wrap_socket(
+                sock, server_hostname=self._http.host, do_handshake_on_connect=False
+            )
+            encrypted.settimeout(left())
+            encrypted.do_handshake()
+            sock = encrypted
+        self._http.sock = sock
+
+    def _open(self, left: LeftS) -> socket.socket:
+        # `socket.create_connection` would give every address the whole time.
+        host = (self._http.host, self._http.port)
+        failure = OSError(f"{host[0]} has no address")
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+            *host, type=socket.SOCK_STREAM
+        ):
+            try:
+                self._sock = sock = socket.socket(family, kind, protocol)
+                sock.settimeout(left())
+                sock.connect(address)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            except OSError as error:
+                self._close_socket()
+                failure = error
+            else:
+                return sock
+        raise failure
 
     def exchange(
         self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], left: LeftS
@@ -208,16 +247,39 @@ class _Connection:
 
     def interrupt(self) -> None:
         """Make whoever waits for this connection stop; it stays theirs to close."""
-        if self._http.sock is not None:
+        sock = self._sock
+        if sock is not None:
             try:
                 # The plain one: TLS would drop its state under the thread that reads.
-                socket.socket.shutdown(self._http.sock, socket.SHUT_RDWR)
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
             except OSError:
                 pass  # the other side was quicker
 
     def close(self) -> None:
         """Close the descriptor, without a word to the other side."""
         self._http.close()
+        self._close_socket()
+
+    def _close_socket(self) -> None:
+        sock, self._sock = self._sock, None
+        if sock is not None:
+            sock.close()
+
+    def forget(self) -> None:
+        """In a forked child: close the descriptor and touch nothing else.
+
+        A thread of the parent's may have been reading. Its reader's lock was copied locked, and
+        nobody here would ever unlock it for who closes the reader.
+        """
+        sock, self._sock, self._http.sock = self._sock, None, None
+        if sock is not None:
+            descriptor = sock.detach()
+            if descriptor >= 0:
+                os.close(descriptor)
+
+
+# For ever: the last one to let go of a reader closes it.
+_forgotten: list[_Connection] = []
 
 
 class _Clocked(io.RawIOBase):

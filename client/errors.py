@@ -57,7 +57,7 @@ class ServerError(ClientError):
 
 
 class AnswerMismatchError(ServerError):
-    """What came was the answer to another request. Its connection is closed."""
+    """What came was the answer to another request. No new request goes over its connection."""
 
 
 class ForkedError(ClientError):

@@ -7,6 +7,9 @@ gRPC has threads besides, which a fork does not copy. It stops them before a for
 again on both sides, but only where no thread is inside a call; else its child hangs or aborts. So a
 fork waits until the blocking clients' calls have ended, and calls that begin meanwhile wait for the
 fork. Where that was not to be had, clients in the child say so instead.
+
+C code may fork without calling Python's hooks, as uWSGI does. Clients notice at their next request
+in the child; such a fork has waited for nothing.
 """
 
 from __future__ import annotations
@@ -48,11 +51,26 @@ class _Grpc:
 
 _holders: WeakSet[HoldsConnections] = WeakSet()
 _grpc = _Grpc()
+_process = os.getpid()  # that all this is about
+_noticing: dict[int, threading.Lock] = {}  # by process: an inherited one may be locked for ever
 
 
 def forget_after_fork(holder: HoldsConnections) -> None:
     """Have `holder.forget()` called in every child that is forked off, for as long as it lives."""
     _holders.add(holder)
+
+
+def notice_fork() -> None:
+    """In a child that was forked off without Python's hooks: do what they would have done."""
+    if os.getpid() == _process:
+        return
+    with _noticing.setdefault(os.getpid(), threading.Lock()):
+        if os.getpid() != _process:
+            _start_anew(
+                "by C code, without Python's hooks, while a gRPC request was in flight"
+                if _grpc.calls
+                else _why_unusable(_grpc)
+            )
 
 
 def start_grpc(asyncio_client: object | None = None) -> None:
@@ -81,6 +99,7 @@ def check_grpc() -> None:
     Raises:
         ForkedError: gRPC cannot be used in this process.
     """
+    notice_fork()
     if _grpc.unusable is not None:
         raise ForkedError(
             f"gRPC cannot be used in this process, which was forked {_grpc.unusable}; start "
@@ -133,11 +152,21 @@ def _after_in_parent() -> None:
 
 
 def _after_in_child() -> None:
-    global _grpc
-    parents = _grpc
-    _grpc = _Grpc(parents.unusable or _why_unusable(parents))
+    _start_anew(_why_unusable(_grpc))
+
+
+def _start_anew(why_unusable: str | None) -> None:
+    global _grpc, _process
+    _grpc = _Grpc(_grpc.unusable or why_unusable)
+    failure = None
     for holder in list(_holders):
-        holder.forget()
+        try:
+            holder.forget()
+        except Exception as error:  # the others have connections to let go of too
+            failure = error
+    _process = os.getpid()  # last: until then other threads wait in `notice_fork`
+    if failure is not None:
+        raise failure  # Python reports what a hook raises
 
 
 def _why_unusable(parents: _Grpc) -> str | None:

@@ -254,7 +254,7 @@ def own_answer(asked: str, url: str) -> Iterator[Callable[[str | None], None]]:
         What to call with the answer's id: None or empty where it has none.
 
     Raises:
-        AnswerMismatchError: they differ. Whoever reads the connection has to close it.
+        AnswerMismatchError: they differ. Whoever reads the connection has to give it up.
     """
 
     def check(answered: str | None) -> None:
@@ -262,7 +262,7 @@ def own_answer(asked: str, url: str) -> Iterator[Callable[[str | None], None]]:
             whose = f"belongs to request {answered}" if answered else "names no request"
             raise AnswerMismatchError(
                 f"an answer from {url} {whose}, where request {asked} was asked; it is not used, "
-                "and its connection is closed"
+                "and its connection is given up"
             )
 
     try:

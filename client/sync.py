@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
 
 from .base import DEFAULT_GRPC_URL, DEFAULT_HTTP_URL, DEFAULT_TIMEOUT_S, ClientBase
-from .channel import HTTP_ADMIN_HEADER, open_channel
+from .channel import HTTP_ADMIN_HEADER, Channels, open_channel
 from .connections import Answer, Connections
 from .errors import (
     AnswerMismatchError,
@@ -28,7 +28,7 @@ from .errors import (
     server_errors,
     wrong_protocol,
 )
-from .forks import forget_after_fork, grpc_call
+from .forks import forget_after_fork, grpc_call, notice_fork
 from .messages import (
     Prediction,
     Request,
@@ -221,50 +221,48 @@ class GrpcClient(SyncClient):
         super().__init__(url, **options)
         self._lock = threading.Lock()
         self._closed = False
-        self._channel: Any = open_channel(grpc_protocol, url, self._tls, self._admin_key)
+        self._channels = Channels(
+            lambda: open_channel(grpc_protocol, self.url, self._tls, self._admin_key)
+        )
         forget_after_fork(self)
 
     def close(self) -> None:
         """Close the channel; a closed client answers nothing any more."""
+        notice_fork()
         with self._lock:
             self._closed = True
-            channel = self._channel
-        self._drop(channel)
+            channels = self._channels.forget()
+        for channel in channels:
+            channel.close()
 
     def forget(self) -> None:
         """In a forked child: open another channel at the next request."""
         self._lock = threading.Lock()
-        self._channel = None
-
-    def _drop(self, channel: Any) -> None:
-        with self._lock:
-            if self._channel is channel:
-                self._channel = None
-        if channel is not None:
-            channel.close()
-
-    def _open(self) -> Any:
-        with self._lock:
-            if self._closed:
-                raise closed_client()
-            if self._channel is None:
-                self._channel = open_channel(grpc_protocol, self.url, self._tls, self._admin_key)
-            return self._channel
+        self._channels.forget()
 
     @contextmanager
     def _calling(self, left_s: float | None) -> Iterator[tuple[Any, float | None]]:
         """Around one call: the channel for it, and the seconds that are left of its time."""
         with grpc_call(left_s) as still_s:
-            channel = self._open()
+            with self._lock:
+                if self._closed:
+                    raise closed_client()
+                channel = self._channels.enter()
             try:
                 yield channel, still_s
             except AnswerMismatchError:
-                self._drop(channel)
+                with self._lock:
+                    self._channels.give_up(channel)
                 raise
-            except ValueError:  # gRPC's, where another thread closed it just before
-                if self._channel is channel:
+            except ValueError:  # gRPC's, where another thread closed the client just before
+                if not self._closed:
                     raise
                 raise RequestCancelledError("the client was closed before the answer") from None
+            finally:
+                with self._lock:
+                    unused = self._channels.leave(channel)
+                for one in unused:
+                    one.close()
 
     def _send(self, request: Request, left_s: float | None) -> Result:
         arguments = request.arguments(grpc_protocol, left_s)

@@ -5,6 +5,7 @@ a process of its own because forks, descriptors and gRPC's threads are propertie
 """
 
 import asyncio
+import ctypes
 import json
 import multiprocessing
 import os
@@ -18,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from client import AsyncGrpcClient, ForkedError, GrpcClient, HttpClient, forks
-from tests.unit.client_servers import HELD, SLOW, image
+from tests.unit.client_servers import HALVES, HALVES_TO_THE_END, HELD, SLOW, image
 
 KINDS = {"grpc": GrpcClient, "http": HttpClient}
 WORKERS = 4
@@ -49,10 +50,10 @@ def ask_as_worker(kind, url, first):
     return ask(shared(kind, url), first)
 
 
-def run_in_fork(call):
+def run_in_fork(call, fork=os.fork):
     """What `call()` returns in a forked child, or its traceback; None if it never ends."""
     reader, writer = os.pipe()
-    child = os.fork()
+    child = fork()
     if child == 0:
         os.close(reader)
         try:
@@ -174,6 +175,57 @@ def in_flight(kind, url, wait_s):
     found = result_of(*child)
     asking.join()
     return {"waited_s": waited_s, "child": found, "after": ask(client, 0)}
+
+
+def reading(kind, url, number):
+    """Fork while a thread waits for an answer, or for the rest of one."""
+    client, found = shared(kind, url), []
+    client.infer([image(1)])
+    asking = threading.Thread(target=lambda: found.extend(client.infer([image(number)])))
+    asking.start()
+    time.sleep(0.3)
+    child = run_in_fork(lambda: [sockets(), ask(client, 0, 1)])
+    return {"child": result_of(*child), "asked": asking.join() or [one.score for one in found]}
+
+
+def sockets():
+    """How many are open in this process."""
+    names = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+    return sum(os.path.lexists(n) and os.readlink(n).startswith("socket:") for n in names)
+
+
+def failing(kind, url):
+    """Fork with two holders of connections that both fail to forget them."""
+
+    class Holder:
+        forgotten = False
+
+        def forget(self):
+            self.forgotten = True
+            raise RuntimeError
+
+    holders = [Holder(), Holder()]
+    for holder in holders:
+        forks.forget_after_fork(holder)
+    return result_of(*run_in_fork(lambda: [holder.forgotten for holder in holders]))
+
+
+def fork_in_c(kind, url):
+    """Children of C code that calls no hooks of Python's, as uWSGI forks its workers."""
+    client = shared(kind, url)
+    before = ask(client, 0)
+    fork = ctypes.PyDLL(None).fork
+
+    def child(first):
+        def call():
+            found = ask(client, first)
+            client.close()
+            return found
+
+        return call
+
+    running = [run_in_fork(child(1000 * n), fork) for n in range(1, 1 + WORKERS)]
+    return report(client, before, [result_of(*one) for one in running])
 
 
 def asyncio_open(kind, url):
@@ -313,6 +365,11 @@ SCENARIOS = {
     "prefork": prefork,
     "in-flight": lambda kind, url: in_flight(kind, url, 10.0),
     "in-flight-too-long": lambda kind, url: in_flight(kind, url, 0.1),
+    "waiting": lambda kind, url: reading(kind, url, SLOW),
+    "reading": lambda kind, url: reading(kind, url, HALVES),
+    "reading-to-the-end": lambda kind, url: reading(kind, url, HALVES_TO_THE_END),
+    "failing": failing,
+    "fork-in-c": fork_in_c,
     "asyncio-open": asyncio_open,
     "threads": lambda kind, url: threads(kind, url, 1200, 4),
     "threads-at-once": lambda kind, url: threads(kind, url, 200, 200, HELD),

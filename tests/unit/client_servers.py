@@ -14,6 +14,8 @@ import grpc
 import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+PAUSE_S = 1.0  # in the middle of an answer
+
 
 @dataclass
 class Asked:
@@ -136,8 +138,9 @@ def http_server(answer=lambda number, asked: None, *, context=None):
     """The requests that it was asked, and its HOST:PORT.
 
     `answer(number of the request, Asked)` returns None, a (status, text) to fail with, "drop"
-    to close the connection instead of answering, or bytes to send instead of any HTTP. `context`
-    is for HTTPS.
+    to close the connection instead of answering, bytes to send instead of any HTTP, or "in halves"
+    to pause in the middle of the answer's body, which "in halves to the end" leaves open where it
+    ends but for the connection's end. `context` is for HTTPS.
     """
     asked = []
 
@@ -163,10 +166,13 @@ def http_server(answer=lambda number, asked: None, *, context=None):
                 self.close_connection = True
                 self.wfile.write(b"" if failure == "drop" else failure)
                 return
-            status, text = failure or (200, None)
+            self.halves = failure if failure in ("in halves", "in halves to the end") else None
+            status, text = (None if self.halves else failure) or (200, None)
             port = self.client_address[1]
             numbers = [int.from_bytes(image, "big") for image in found.images] or [0]
             self._send(status, {"error": text} if text else http_outputs(numbers, port, found.id))
+
+        halves = None
 
         def do_GET(self):  # noqa: N802
             self._send(200, {"name": "triton", "version": "2.51.0", "max_batch_size": 32})
@@ -174,9 +180,16 @@ def http_server(answer=lambda number, asked: None, *, context=None):
         def _send(self, status, answer):
             data = json.dumps(answer).encode()
             self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
+            if self.halves == "in halves to the end":
+                self.send_header("Connection", "close")
+            else:
+                self.send_header("Content-Length", str(len(data)))
             self.end_headers()
-            self.wfile.write(data)
+            half = len(data) // 2
+            self.wfile.write(data[:half])
+            if self.halves:
+                time.sleep(PAUSE_S)
+            self.wfile.write(data[half:])
 
         def log_message(self, *_):
             pass
@@ -256,12 +269,16 @@ def openssl(*arguments):
 
 # Images that `python -m tests.unit.client_servers` takes longer for, in seconds.
 SLOW, HELD = 9_999, 9_998
+# And whose answers pause in the middle, over HTTP.
+HALVES, HALVES_TO_THE_END = 9_997, 9_996
+_HOW = {image(HALVES): "in halves", image(HALVES_TO_THE_END): "in halves to the end"}
 _TAKES_S = {image(SLOW): 1.0, image(HELD): 0.2}
 
 
 def _at_its_own_pace(number, asked, *_):
     """Answers overtake each other."""
     time.sleep(max(_TAKES_S.get(one, 0.002 * (number % 4)) for one in asked.images))
+    return next((_HOW[one] for one in asked.images if one in _HOW), None)
 
 
 if __name__ == "__main__":  # both until stdin ends, in a process that nobody forks

@@ -5,7 +5,8 @@ import re
 import socket
 import threading
 import time
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 
 import grpc
 import numpy as np
@@ -23,8 +24,10 @@ from client import (
     RequestCancelledError,
     Retry,
     ServerError,
+    Tls,
     UnavailableError,
 )
+from client.channel import Channels
 from client.messages import predictions
 from tests.unit.client_servers import grpc_server, http_server, image
 
@@ -161,6 +164,84 @@ def test_a_stream_yields_an_error_for_anothers_answer_and_goes_on():
     assert scores(found) == [number for number in range(20) if number != 5]
 
 
+def all_three_at_once():
+    """Three requests arrive; 5 is answered at once, as another's, and the others later."""
+    arrived = threading.Barrier(3)
+
+    def answer(number, asked, *_):
+        if asked.images == [image(9)]:
+            return
+        arrived.wait(10)
+        if asked.images == [image(5)]:
+            asked.id = "x"
+        else:
+            time.sleep(0.3)
+
+    return answer
+
+
+@pytest.mark.parametrize("kind", [GrpcClient, AsyncGrpcClient])
+def test_anothers_answer_ends_no_request_but_its_own(kind):
+    def told(call, *arguments):
+        try:
+            return call(*arguments)
+        except ClientError as error:
+            return error
+
+    async def at_once(url):
+        async with AsyncGrpcClient(url, retry=None) as client:
+            found = await asyncio.gather(
+                *(client.infer([image(n)]) for n in (4, 5, 6)), return_exceptions=True
+            )
+            return [*found, await client.infer([image(9)])]
+
+    def in_threads(url):
+        with GrpcClient(url, retry=None) as client, ThreadPoolExecutor(3) as pool:
+            ask = lambda number: told(client.infer, [image(number)])  # noqa: E731
+            return [*pool.map(ask, (4, 5, 6)), ask(9)]
+
+    with served(kind, all_three_at_once()) as (asked, url):
+        found = asyncio.run(at_once(url)) if kind is AsyncGrpcClient else in_threads(url)
+    assert type(found.pop(1)) is AnswerMismatchError
+    assert [scores(one) for one in found] == [[4], [6], [9]]
+    peers = [request.peer for request in asked]
+    assert len(set(peers[:3])) == 1 and peers[3] not in peers[:3]
+
+
+def test_a_stream_of_several_at_once_loses_only_what_was_anothers():
+    def answer(number, asked, *_):
+        time.sleep(0.01 * (number % 3))
+        if asked.images in ([image(5)], [image(8)]):
+            asked.id = "x"
+
+    async def main(url):
+        async with AsyncGrpcClient(url, retry=None) as client:
+            images = (image(number) for number in range(24))
+            return [found async for found in client.stream(images, concurrency=4)]
+
+    with grpc_server(answer) as (_, url):
+        found = asyncio.run(main(url))
+    assert [type(found.pop(n)) for n in (8, 5)] == [AnswerMismatchError] * 2
+    assert scores(found) == [number for number in range(24) if number not in (5, 8)]
+
+
+def test_a_channel_that_was_given_up_is_closed_by_the_last_to_leave_it():
+    channels = Channels(object)
+    first = channels.enter()
+    assert channels.enter() is first
+    channels.give_up(first)
+    second = channels.enter()
+    channels.give_up(first)  # by the other call too
+    assert channels.enter() is second is not first
+    assert (channels.leave(first), channels.leave(first)) == ([], [first])
+    assert (channels.leave(second), channels.leave(second)) == ([], [])  # stays for the next call
+    assert channels.enter() is second
+    channels.give_up(second)
+    third = channels.enter()
+    assert set(channels.forget()) == {second, third}
+    assert channels.forget() == []
+
+
 def test_logits_of_another_number_of_rows_are_refused():
     class Result:
         def as_numpy(self, name):
@@ -214,6 +295,76 @@ def test_closing_ends_the_requests_of_other_threads(kind):
     assert found == [RequestCancelledError]
 
 
+def test_closing_an_asyncio_client_ends_its_requests_as_cancelled_and_nobodys_task():
+    arrived = threading.Semaphore(0)
+
+    def answer(*_):
+        arrived.release()
+        time.sleep(0.5)
+
+    async def main(url):
+        client = AsyncGrpcClient(url)
+        asking = [asyncio.create_task(client.infer([image(n)])) for n in range(3)]
+        for _ in asking:
+            assert await asyncio.to_thread(arrived.acquire, timeout=10)
+        asking[0].cancel()  # this one is the caller's doing
+        await client.close()
+        return await asyncio.gather(*asking, return_exceptions=True)
+
+    with grpc_server(answer) as (_, url):
+        found = asyncio.run(main(url))
+    assert [type(one) for one in found] == [asyncio.CancelledError, *[RequestCancelledError] * 2]
+
+
+@pytest.mark.parametrize("steps", range(8))
+def test_closing_an_asyncio_client_at_any_moment_is_one_of_our_errors(steps):
+    async def main(url):
+        client = AsyncGrpcClient(url)
+        asking = asyncio.create_task(client.infer([image(1)]))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        await client.close()
+        return await asyncio.gather(asking, return_exceptions=True)
+
+    with grpc_server(lambda *_: time.sleep(0.2)) as (_, url):
+        (found,) = asyncio.run(main(url))
+    # It closed before the request began, or while it was under way.
+    assert type(found) is (InvalidRequestError if steps == 0 else RequestCancelledError)
+
+
+@contextmanager
+def listening(backlog=8):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(backlog)
+        yield listener, f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("during", ["handshake", "body to the end"])
+def test_closing_ends_an_http_request_wherever_it_stands(during):
+    found = []
+
+    def ask(client):
+        try:
+            client.infer([image(1)], timeout_s=20)
+        except ClientError as error:
+            found.append(type(error))
+
+    with listening() as (listener, url):
+        client = HttpClient(url, tls=Tls() if during == "handshake" else None)
+        asking = threading.Thread(target=ask, args=(client,))
+        asking.start()
+        peer, _ = listener.accept()
+        with peer:
+            peer.recv(1 << 16)
+            if during != "handshake":
+                peer.send(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n{")
+                time.sleep(0.2)
+            client.close()
+            asking.join(5)
+            assert found == [RequestCancelledError]
+
+
 # --- HTTP: whole, in time, Triton's ------------------------------------------------------------
 
 
@@ -235,6 +386,33 @@ def test_who_waits_for_a_connection_does_so_within_the_deadline():
         holding.join()
         assert client.infer([image(3)], timeout_s=20)[0].score == 3
     assert [request.images for request in asked] == [[image(1)], [image(3)]]
+
+
+def test_the_deadline_is_over_all_addresses_of_a_host(monkeypatch):
+    with listening(0) as (listener, url), ExitStack() as full:
+        for _ in range(4):  # after the first one or two the kernel answers nobody
+            waiting = full.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listener.getsockname())
+        found = socket.getaddrinfo(*listener.getsockname(), type=socket.SOCK_STREAM)
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found * 4)
+        started = time.monotonic()
+        with HttpClient(url) as client, pytest.raises(DeadlineError, match=r"within 0\.4 s"):
+            client.infer([image(1)], timeout_s=0.4)
+        assert 0.3 < time.monotonic() - started < 1.0
+
+
+def test_of_several_addresses_the_first_that_answers_is_asked(monkeypatch):
+    with http_server() as (asked, url):
+        host, port = url.split(":")
+        found = [
+            *socket.getaddrinfo(host, 1, type=socket.SOCK_STREAM),  # nobody is there
+            *socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM) * 2,
+        ]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+        with HttpClient(url, retry=None) as client:
+            assert client.infer([image(7)], timeout_s=20)[0].score == 7
+    assert len(asked) == 1
 
 
 def test_no_connections_are_refused():
@@ -296,6 +474,6 @@ def test_a_connection_that_was_closed_while_idle_is_not_used():
     with http_server(lambda number, _: None) as (asked, url), HttpClient(url, retry=None) as client:
         assert client.infer([image(1)])[0].score == 1
         (idle,) = client._connections._idle
-        socket.socket.shutdown(idle._http.sock, socket.SHUT_RDWR)  # as the other side would
+        socket.socket.shutdown(idle._sock, socket.SHUT_RDWR)  # as the other side would
         assert client.infer([image(2)])[0].score == 2
     assert len({request.peer for request in asked}) == 2

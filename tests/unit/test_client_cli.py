@@ -13,7 +13,7 @@ from rich.console import Console
 
 import client.__main__ as command_line
 import client.many as many
-from client import InvalidRequestError, Prediction, Task
+from client import AccessDeniedError, InvalidRequestError, NotServedError, Prediction, Task
 from client.files import UsageError, find_images, read_admin_key, read_labels
 from client.many import Outcome, Question, ask_grpc, ask_http, summarise
 from client.render import UNKNOWN_TASK, as_dict, summary_line, table
@@ -130,6 +130,24 @@ def test_a_refused_or_unreadable_file_does_not_stop_the_rest(
     assert client.closed
     connections = {"concurrency": concurrency} if protocol == "http" else {}
     assert client.options == {"admin_key": "k", **connections}
+
+
+@pytest.mark.parametrize("kind", [AccessDeniedError, NotServedError])
+def test_a_server_that_hides_its_configuration_can_still_be_asked(kind, monkeypatch):
+    class Hiding(FakeHttpClient):
+        def server_version(self):
+            return "2.51.0"
+
+        def metadata(self, model=None):
+            return {}
+
+        def task(self):
+            raise kind("not here")
+
+    monkeypatch.setattr(command_line, "HttpClient", Hiding)
+    described, task = command_line._look_at_server("h:1", "http", None, {})
+    assert task == Task() and described["triton_version"] == "2.51.0"
+    assert Hiding.opened.pop().closed
 
 
 # --- what is shown -----------------------------------------------------------------------------

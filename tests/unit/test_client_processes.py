@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from tests.unit.client_program import MOST_DESCRIPTORS, WORKERS
+from tests.unit.client_servers import HALVES, HALVES_TO_THE_END, SLOW
 
 both = pytest.mark.parametrize("kind", ["grpc", "http"])
 
@@ -82,6 +83,24 @@ def test_where_it_cannot_wait_for_it_the_child_says_so(urls):
 def test_http_needs_no_wait(urls):
     found = run("in-flight-too-long", "http", urls)
     assert found["child"][0] == found["after"][0] == []
+
+
+@pytest.mark.parametrize("doing", ["waiting", "reading", "reading-to-the-end"])
+def test_a_fork_in_the_middle_of_an_http_answer_leaves_the_child_nothing_of_it(urls, doing):
+    found = run(doing, "http", urls)
+    number = {"waiting": SLOW, "reading": HALVES, "reading-to-the-end": HALVES_TO_THE_END}[doing]
+    assert found["asked"] == [number]
+    inherited, (wrong, _, _) = found["child"]
+    assert (inherited, wrong) == (0, [])
+
+
+@both
+def test_children_of_c_code_that_calls_no_hooks_get_their_own_answers(urls, kind):
+    assert_own_answers(run("fork-in-c", kind, urls), WORKERS, 52)
+
+
+def test_one_client_that_fails_after_a_fork_does_not_keep_the_others_from_forgetting(urls):
+    assert run("failing", "http", urls) == [True, True]
 
 
 def test_a_child_of_an_open_asyncio_client_says_so_instead_of_hanging(urls):
