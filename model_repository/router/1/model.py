@@ -73,7 +73,7 @@ class TritonPythonModel:
         ask_reference = partial(
             call_rung, REFERENCE_MODEL, output_names=["embedding", *head], timeout_s=budget_s
         )
-        self.waiting = Waiting()
+        self.waiting = Waiting(self.settings.instances)
         version = int(args["model_version"])
         # A version that runs in the shadow of another has no shadow itself.
         candidate = self.settings.shadow_version if self.settings.shadow_version != version else 0
@@ -145,7 +145,7 @@ class TritonPythonModel:
         results = [r if isinstance(r, RequestError) else next(answers) for r in asked]
         self._take_note(asked, results, time.perf_counter() - started)
         responses = [_response(result) for result in results]
-        self.waiting.free_since_s = time.perf_counter()
+        self.waiting.answered(time.perf_counter())
         return responses
 
     def _run(self, requests, tensors, waiting):
