@@ -62,7 +62,7 @@ class Backend:
 
     def __init__(self, folder):
         self.get_model_dir = lambda: str(folder)
-        self.asked, self.warnings, self.now_s = [], [], 0.0
+        self.asked, self.warnings, self.now_s, self.takes_s = [], [], 0.0, 0.0
         self.Logger = SimpleNamespace(log_warn=self.warnings.append)
         self.InferenceRequest = lambda **fields: SimpleNamespace(exec=lambda: self._rung(**fields))
 
@@ -78,6 +78,7 @@ class Backend:
     def _rung(self, model_name, requested_output_names, inputs, **_):
         n = len(inputs[0].as_numpy())
         self.asked.append((model_name, n))
+        self.now_s += self.takes_s
         shapes = {"embedding": (n, D), "cls_layers": (n, LAYERS + 1, D), "logits": (n, CLASSES)}
         tensors = [Tensor(k, np.zeros(shapes[k], np.float32)) for k in requested_output_names]
         return SimpleNamespace(has_error=lambda: False, output_tensors=lambda: tensors)
@@ -121,7 +122,12 @@ def start(certified, tmp_path, monkeypatch):
         router = model.TritonPythonModel()
         given = {name: {"string_value": value} for name, value in _parameters(repository).items()}
         queue = {"default_queue_policy": {"max_queue_size": 64}}
-        config = {"parameters": given, "max_batch_size": 32, "dynamic_batching": queue}
+        config = {
+            "parameters": given,
+            "max_batch_size": 32,
+            "instance_group": [{"count": 2, "gpus": []}],
+            "dynamic_batching": queue,
+        }
         router.initialize(
             {
                 "model_config": json.dumps(config),
@@ -159,6 +165,10 @@ def test_pressure_is_what_waited_and_not_the_size_of_a_request(start):
     assert not are_degraded(32, after_s=0.05)
     assert are_degraded(*[1] * (DEPTH + 1), after_s=0.05)  # those behind the first had to wait
     assert not are_degraded(*[1] * DEPTH, after_s=0.05)
+    backend.takes_s = 2.0  # a rung's call, on cores so busy that the hand-over takes long, too
+    assert not are_degraded(32, after_s=0.05)
+    assert are_degraded(32, after_s=0.1)
+    assert not are_degraded(32, after_s=1.0)
 
 
 def test_the_audit_asks_the_full_model_that_the_certificate_is_about(start):

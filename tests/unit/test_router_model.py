@@ -117,7 +117,12 @@ def deployed(tmp_path, monkeypatch):
 def config(**changed):
     parameters = {k: {"string_value": v} for k, v in {**DEFAULTS, **changed}.items()}
     queue = {"default_queue_policy": {"max_queue_size": 64}}
-    return {"parameters": parameters, "max_batch_size": 32, "dynamic_batching": queue}
+    return {
+        "parameters": parameters,
+        "max_batch_size": 32,
+        "instance_group": [{"count": 2, "gpus": []}],
+        "dynamic_batching": queue,
+    }
 
 
 class FakeInferenceRequest:
@@ -706,7 +711,15 @@ def test_a_shadow_is_counted_without_another_call(look):
 
 @pytest.fixture
 def waiting(deployed):
-    return deployed("waiting").Waiting()
+    """One of two instances that has answered a batch between two moments, the only one, ..."""
+
+    def make(started_s=9.0, answered_s=10.0, instances=2):
+        made = deployed("waiting").Waiting(instances)
+        assert made.images(batch_of(32), started_s) == 0  # the first
+        made.answered(answered_s)
+        return made
+
+    return make
 
 
 def batch_of(*sizes):
@@ -714,31 +727,40 @@ def batch_of(*sizes):
 
 
 def test_a_request_to_an_idle_router_has_not_waited_whatever_its_size(waiting):
-    assert waiting.images(batch_of(32), 10.0) == 0
-    waiting.free_since_s = 10.5
-    assert waiting.images(batch_of(32), 11.0) == 0
+    assert waiting().images(batch_of(32), 11.0) == 0
 
 
 def test_what_came_behind_the_first_request_has_waited(waiting):
-    assert waiting.images(batch_of(8, 1, 2), 10.0) == 3
+    assert waiting().images(batch_of(8, 1, 2), 11.0) == 3
 
 
 def test_a_batch_that_comes_as_soon_as_the_router_is_free_has_waited_whole(waiting):
-    waiting.free_since_s = 10.0
-    assert waiting.images(batch_of(32), 10.0005) == 32
-    assert waiting.images(batch_of(1, 1, 1), 10.0005) == 3
-    assert waiting.images(batch_of(1, 1, 1), 10.0015) == 2
+    assert waiting(9.99).images(batch_of(32), 10.0005) == 32
+    assert waiting(9.99).images(batch_of(1, 1, 1), 10.0005) == 3
+    assert waiting(9.99).images(batch_of(1, 1, 1), 10.0015) == 2
 
 
 def test_the_time_to_copy_large_images_is_no_idle_time(waiting):
-    waiting.free_since_s = 10.0
     large = [np.zeros((32, 3, 518, 518), np.float32)]  # 98 MiB
-    assert waiting.images(large, 10.040) == 32
-    assert waiting.images(large, 10.080) == 0
+    assert waiting(9.9).images(large, 10.040) == 32
+    assert waiting(9.9).images(large, 10.080) == 0
+
+
+def test_a_slow_hand_over_on_busy_cores_is_no_idle_time(waiting):
+    """Six clients of 32 images each, and a busy loop on each core: batches took 4.5 s."""
+    for free_s in (0.004, 0.012, 0.328):
+        assert waiting(5.5).images(batch_of(32), 10.0 + free_s) == 32
+
+
+def test_a_lone_clients_requests_have_not_waited_wherever_they_go(waiting):
+    assert waiting(8.7).images(batch_of(32), 11.3) == 0  # the other of two instances was asked
+    # The only one: as fast as its client sends the next request.
+    assert waiting(8.7, instances=1).images(batch_of(32), 10.004) == 0
+    assert waiting(8.7, instances=1).images(batch_of(32), 10.001) == 32
 
 
 def test_a_batch_without_a_sound_request_waits_for_nothing(waiting):
-    assert waiting.images([], 10.0) == 0
+    assert waiting().images([], 10.0) == 0
 
 
 # --- reference answers: does this server answer as the calibration did? --------------------------

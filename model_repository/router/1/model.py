@@ -75,7 +75,7 @@ class TritonPythonModel:
         ask_reference = partial(
             call_rung, REFERENCE_MODEL, output_names=["embedding", *head], timeout_s=budget_s
         )
-        self.waiting = Waiting()
+        self.waiting = Waiting(self.settings.instances)
         self.hold = Hold()
         high_aside = self.hold.keeping(lambda image: ask_high(pb_utils.Tensor("image", image)))
         version = int(args["model_version"])
@@ -155,7 +155,7 @@ class TritonPythonModel:
         results = [r if isinstance(r, RequestError) else next(answers) for r in asked]
         self._take_note(asked, results, time.perf_counter() - started)
         responses = [_response(result) for result in results]
-        self.waiting.free_since_s = time.perf_counter()
+        self.waiting.answered(time.perf_counter())
         return responses
 
     def _run(self, requests, tensors, waiting):

@@ -23,6 +23,7 @@ class Settings:
         audit_fraction: share of images whose realised risk is measured, 0..1.
         shadow_version: version of the router whose artifact is tried beside this one's; 0: none.
         shadow_fraction: share of images that it sees, 0..1.
+        instances: of the router.
         queue_limit: requests that may wait for the router.
         reference_check: `off`, `warn` or `refuse`: what becomes of other answers than the
             calibration's.
@@ -35,6 +36,7 @@ class Settings:
     audit_fraction: float
     shadow_version: int
     shadow_fraction: float
+    instances: int
     queue_limit: int
     reference_check: str
 
@@ -64,6 +66,10 @@ class Settings:
             audit_fraction=_number(given, "audit_fraction", 0, 1),
             shadow_version=int(_number(given, "shadow_version", 0, math.inf)),
             shadow_fraction=_number(given, "shadow_fraction", 0, 1),
+            instances=sum(
+                group["count"] * max(1, len(group.get("gpus", ())))
+                for group in config["instance_group"]
+            ),
             queue_limit=config["dynamic_batching"]["default_queue_policy"]["max_queue_size"],
             reference_check=_one_of(given, "reference_check", ("off", "warn", "refuse")),
         )
