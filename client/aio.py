@@ -62,9 +62,10 @@ class AsyncGrpcClient(ClientBase):
     def __init__(self, url: str = DEFAULT_GRPC_URL, **options: Any) -> None:
         super().__init__(url, **options)
         self._closed = False
-        self._channels = Channels(
-            lambda: open_channel(grpc_aio, self.url, self._tls, self._admin_key, self)
-        )
+        self._channels = Channels(self._open())
+
+    def _open(self) -> Any:
+        return open_channel(grpc_aio, self.url, self._tls, self._admin_key, self)
 
     @asynccontextmanager
     async def _calling(self) -> AsyncIterator[Any]:
@@ -72,7 +73,7 @@ class AsyncGrpcClient(ClientBase):
         check_grpc()
         if self._closed:
             raise closed_client()
-        channel = self._channels.enter()
+        channel = self._channels.enter(self._open)
         try:
             yield channel
         except AnswerMismatchError:

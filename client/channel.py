@@ -75,18 +75,22 @@ class Channels:
     what it is given to close.
 
     Args:
-        open_one: opens a channel; called at once, and for the first call after one is given up.
+        first: an open channel.
     """
 
-    def __init__(self, open_one: Callable[[], Any]) -> None:
-        self._open_one = open_one
-        self._current: Any = open_one()
+    def __init__(self, first: Any) -> None:
+        self._current: Any = first
         self._calls: dict[Any, int] = {}
 
-    def enter(self) -> Any:
-        """The channel for a new call, which has to `leave` it."""
+    def enter(self, open_one: Callable[[], Any]) -> Any:
+        """The channel for a new call, which has to `leave` it.
+
+        Args:
+            open_one: opens a channel; called for the first call after one is given up. It is not
+                kept: who lets go of a client closes its channel then and there.
+        """
         if self._current is None:
-            self._current = self._open_one()
+            self._current = open_one()
         self._calls[self._current] = self._calls.get(self._current, 0) + 1
         return self._current
 

@@ -221,9 +221,7 @@ class GrpcClient(SyncClient):
         super().__init__(url, **options)
         self._lock = threading.Lock()
         self._closed = False
-        self._channels = Channels(
-            lambda: open_channel(grpc_protocol, self.url, self._tls, self._admin_key)
-        )
+        self._channels = Channels(self._open())
         forget_after_fork(self)
 
     def close(self) -> None:
@@ -240,6 +238,9 @@ class GrpcClient(SyncClient):
         self._lock = threading.Lock()
         self._channels.forget()
 
+    def _open(self) -> Any:
+        return open_channel(grpc_protocol, self.url, self._tls, self._admin_key)
+
     @contextmanager
     def _calling(self, left_s: float | None) -> Iterator[tuple[Any, float | None]]:
         """Around one call: the channel for it, and the seconds that are left of its time."""
@@ -247,7 +248,7 @@ class GrpcClient(SyncClient):
             with self._lock:
                 if self._closed:
                     raise closed_client()
-                channel = self._channels.enter()
+                channel = self._channels.enter(self._open)
             try:
                 yield channel, still_s
             except AnswerMismatchError:

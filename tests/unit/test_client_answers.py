@@ -1,10 +1,12 @@
 """An answer is its own request's, or an error; an HTTP answer is whole, in time and Triton's."""
 
 import asyncio
+import gc
 import re
 import socket
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
@@ -226,20 +228,37 @@ def test_a_stream_of_several_at_once_loses_only_what_was_anothers():
 
 
 def test_a_channel_that_was_given_up_is_closed_by_the_last_to_leave_it():
-    channels = Channels(object)
-    first = channels.enter()
-    assert channels.enter() is first
+    first = object()
+    channels = Channels(first)
+    assert channels.enter(object) is channels.enter(object) is first
     channels.give_up(first)
-    second = channels.enter()
+    second = channels.enter(object)
     channels.give_up(first)  # by the other call too
-    assert channels.enter() is second is not first
+    assert channels.enter(object) is second is not first
     assert (channels.leave(first), channels.leave(first)) == ([], [first])
     assert (channels.leave(second), channels.leave(second)) == ([], [])  # stays for the next call
-    assert channels.enter() is second
+    assert channels.enter(object) is second
     channels.give_up(second)
-    third = channels.enter()
+    third = channels.enter(object)
     assert set(channels.forget()) == {second, third}
     assert channels.forget() == []
+
+
+@pytest.mark.parametrize("kind", ["sync", "asyncio"])
+def test_who_lets_go_of_a_client_has_let_go_of_its_channel(kind):
+    """Not when cycles are collected: one that lives on to the end of Python may hang it."""
+
+    async def make():
+        client = GrpcClient("127.0.0.1:9") if kind == "sync" else AsyncGrpcClient("127.0.0.1:9")
+        channel = weakref.ref(client._channels._current)
+        gc.disable()
+        try:
+            del client
+            assert channel() is None
+        finally:
+            gc.enable()
+
+    asyncio.run(make())
 
 
 def test_logits_of_another_number_of_rows_are_refused():
