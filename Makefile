@@ -27,7 +27,7 @@ demo: $(INSTALLED)  ## export, calibrate, serve, query and measure; PLAN=1 RISK=
 	$(PY) -m demo$(if $(MODEL), --model $(MODEL))$(if $(filter-out 0,$(PLAN)), --plan)$(if $(RISK), --risk $(RISK))
 
 DEMO := build/demo
-perf: $(INSTALLED)  ## what the cascade costs beside its alternatives, in three minutes
+perf: $(INSTALLED)  ## what the cascade costs beside its alternatives, in four minutes
 	$(PY) -m demo --prepare
 	$(PY) -m perf run --images sample --onnx $(DEMO)/onnx \
 	  --calibration $(DEMO)/calibration.json --repository $(DEMO)/model_repository
@@ -47,7 +47,7 @@ original: $(INSTALLED)  ## the tables of the research script this began with, me
 test: test-unit test-triton  ## unit tests, then tests against a real tritonserver
 
 # One process a core, each with one thread: a file's fixtures are made once, by the process it goes to.
-test-unit: $(INSTALLED)  ## two minutes on two cores
+test-unit: $(INSTALLED)  ## five minutes on two cores
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/unit -n auto --dist loadfile
 
 test-triton: $(INSTALLED)  ## against a real tritonserver
