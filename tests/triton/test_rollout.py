@@ -380,8 +380,10 @@ def test_a_version_that_does_not_load_leaves_server_and_repository_as_they_were(
     finally:
         drop(repository, 2)
     assert code == 1
-    assert complaint.startswith("error: router was not loaded; router/1 goes on answering: ")
-    assert "no such luck" in complaint
+    assert complaint.startswith("error: router was not loaded: ") and "no such luck" in complaint
+    shadow = "router/1 answers; router/2 shadows 50% of the images"  # on disk, and never loaded
+    assert f"the repository says {shadow}; but the server at" in complaint
+    assert "says router/1 answers; to make them agree, run python -m server rollout" in complaint
 
 
 def test_a_server_with_fixed_models_says_how_to_start_it(server, build):
