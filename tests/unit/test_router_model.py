@@ -676,6 +676,9 @@ def test_a_version_above_the_one_that_answers_is_told_of(deployed, tmp_path):
     tell(repository, 2)
     (warning,) = WARNINGS
     assert warning.startswith("router: router/2 is loaded above router/1, so it answers requests")
+    shutil.rmtree(repository / "adaptive_vit")
+    tell(repository, 2)  # without an ensemble there is nothing to be above
+    assert len(WARNINGS) == 1
 
 
 def test_a_candidate_of_other_rungs_is_refused(deployed, tmp_path):

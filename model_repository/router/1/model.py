@@ -31,7 +31,7 @@ from .routing import (
     parse_overrides,
     run_cascade,
 )
-from .routing.versions import Versions
+from .routing.versions import VersionError, Versions
 from .rungs import Budgeted, LateError, call_rung
 from .settings import Settings
 from .waiting import Waiting
@@ -213,7 +213,10 @@ def _load_artifact(version_dir):
 
 def _tell_of_higher(repository, version):
     # Not refused: a rollout back to a lower version passes through this.
-    found = Versions.load(repository)
+    try:
+        found = Versions.load(repository)
+    except VersionError:  # served without the ensemble, whose version a router could be above
+        return
     if version > found.live:
         pb_utils.Logger.log_warn(f"router: {found.fault}, or as a rollout that is under way has it")
 
