@@ -175,31 +175,27 @@ def test_other_images_start_anew_even_if_they_are_fewer(rung_set, out):
     assert len(source.read) == len(outputs) == PART and not parts_of(out)
 
 
-def test_another_library_starts_anew(rung_set, out, monkeypatch):
+@pytest.mark.parametrize(
+    ("what", "other"),
+    [
+        ("PIL.__version__", "0.0.1"),
+        ("code_sha256", lambda: "e" * 64),
+        ("looks_sha256", lambda: "e" * 64),
+    ],
+)
+def test_another_library_and_other_code_start_anew(rung_set, out, monkeypatch, what, other):
     with pytest.raises(StoppedError):
         collect(rung_set, MemorySource(COUNT), out, stop_after(COUNT))
-    monkeypatch.setattr(module.PIL, "__version__", "0.0.1")
+    monkeypatch.setattr(f"calibration.collect.{what}", other)
     source = MemorySource(COUNT)
     collect(rung_set, source, out)
     assert len(source.read) == COUNT
 
 
-def test_other_code_that_decodes_starts_anew_and_is_on_record(rung_set, out, monkeypatch):
-    with pytest.raises(StoppedError):
-        collect(rung_set, MemorySource(COUNT), out, stop_after(COUNT))
+def test_the_code_that_decodes_is_on_record(rung_set, out, monkeypatch):
     monkeypatch.setattr(module, "code_sha256", lambda: "e" * 64)
-    source = MemorySource(COUNT)
-    collect(rung_set, source, out)
-    assert len(source.read) == COUNT and Outputs.load(out).imaging_sha256 == "e" * 64
-
-
-def test_other_looks_start_anew(rung_set, out, monkeypatch):
-    with pytest.raises(StoppedError):
-        collect(rung_set, MemorySource(PART), out, stop_after(PART))
-    monkeypatch.setattr(module, "looks_sha256", lambda: "e" * 64)
-    source = MemorySource(PART)
-    collect(rung_set, source, out)
-    assert len(source.read) == PART
+    collect(rung_set, MemorySource(BATCH), out)
+    assert Outputs.load(out).imaging_sha256 == "e" * 64
 
 
 def truncate(part):
