@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from .security import CLIENT_SHARED_MEMORY, HTTP_MAX_INPUT, OTHER_FRONT_ENDS, Se
 # restricted APIs), and so after those of 2025 (HTTP chunks, shared memory).
 RECENT_TRITON = (2, 69)
 RECENT_IMAGE = "26.05"
+# proc(5): of others' processes, 1 hides what is in /proc/PID, 2 that they exist; older kernels list
+# the numbers, newer ones these names.
+_HIDDEN = re.compile(r"\bhidepid=(?:1|2|4|noaccess|invisible|ptraceable)\b")
 
 
 @dataclass(frozen=True)
@@ -41,14 +45,14 @@ class Situation:
         addresses: the addresses bound.
         triton_version: such as `2.51.0`.
         known_options: names of this tritonserver's options.
-        shows_key: whether a key still stands in the arguments of a process.
+        mounts: the file systems that this process sees, as the kernel lists them.
     """
 
     repository: Path
     addresses: Addresses
     triton_version: str
     known_options: Collection[str]
-    shows_key: bool
+    mounts: Path = Path("/proc/mounts")
 
 
 def controls(security: Security, now: Situation) -> list[Control]:
@@ -80,7 +84,9 @@ def _gates(security: Security, now: Situation) -> Iterator[Control]:
     )
     how = f"--{CLIENT_SHARED_MEMORY}=false" if CLIENT_SHARED_MEMORY in now.known_options else ""
     yield Control(
-        "shared memory", True, how or "clients cannot register any (a key that nobody has)"
+        "shared memory",
+        True,
+        how or "clients cannot register any (its key fits no request)",
     )
     closed = [name for name in OTHER_FRONT_ENDS if name in now.known_options]
     yield Control(
@@ -121,19 +127,14 @@ def _limits(now: Situation) -> Iterator[Control]:
 
 
 def _surroundings(security: Security, now: Situation) -> Iterator[Control]:
-    if now.shows_key:
-        yield Control(
-            "hidden admin key",
-            False,
-            "stands in tritonserver's arguments, which every local user reads; mount /proc with "
-            "hidepid=2",
-        )
-    else:
-        yield Control(
-            "hidden admin key",
-            True,
-            "out of tritonserver's arguments since it serves; local users could read it before",
-        )
+    is_hidden = hides_arguments(now.mounts)
+    yield Control(
+        "hidden admin key",
+        is_hidden,
+        "/proc is mounted with hidepid"
+        if is_hidden
+        else "every local user can read it in tritonserver's arguments; mount /proc with hidepid=2",
+    )
     version = tuple(int(part) for part in now.triton_version.split(".")[:2])
     is_recent = version >= RECENT_TRITON
     yield Control(
@@ -161,6 +162,17 @@ def _surroundings(security: Security, now: Situation) -> Iterator[Control]:
         not is_open,
         f"every user can read {security.tls.key}; chmod 600 it" if is_open else "not everyone's",
     )
+
+
+def hides_arguments(mounts: Path) -> bool:
+    """Whether the kernel shows the arguments of a user's processes to that user and root alone.
+
+    Args:
+        mounts: the mounted file systems, such as `/proc/mounts`.
+    """
+    fields = (line.split() for line in mounts.read_text().splitlines())
+    options = [field[3] for field in fields if field[1:3] == ["/proc", "proc"]]
+    return bool(options and _HIDDEN.search(options[-1]))  # The last mount covers those before.
 
 
 def first_writable(repository: Path) -> Path | None:

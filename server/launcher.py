@@ -14,7 +14,6 @@ from . import triton_log
 from .backend_directory import prepare_backend_directory
 from .channel import PLAIN, Channel
 from .command import triton_command
-from .concealing import overwrite_arguments, shows_any
 from .controls import Control, Situation, controls
 from .environment import server_environment
 from .errors import ServerStartError
@@ -163,10 +162,7 @@ class TritonServer:
         """
         if not self.security.production:
             return []
-        shows_key = shows_any(self.process_ids(), self.security.secrets)
-        now = Situation(
-            self.repository, self.addresses, self.version, self._known_options, shows_key
-        )
+        now = Situation(self.repository, self.addresses, self.version, self._known_options)
         return controls(self.security, now)
 
     def memory_mib(self) -> float:
@@ -318,6 +314,5 @@ class TritonServer:
             self._on_progress,
         )
         self.version = startup.wait(self.ports, self._timeout_s)
-        overwrite_arguments(self.process_ids(), self.security.secrets)
         compares = refuses_other_answers(self.repository)
         startup.ask(self._canary, self._timeout_s, compares)

@@ -5,9 +5,8 @@ Nothing here is on unless asked for, except that the models cannot be changed wh
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from .admin_key import HOW_TO_MAKE, KEY_NAME, AdminKey
@@ -22,7 +21,9 @@ ADMIN_APIS = ("model-repository", "trace", "logging")
 SHARED_MEMORY = "shared-memory"
 # The traffic of everybody. Open outside production, where perf and people look at it.
 STATISTICS = "statistics"
-_SWITCHED_OFF = "switched-off"
+# A key that no request can carry: a header and a gRPC call hold no line break. So nothing is lost
+# where tritonserver's arguments are read.
+_SWITCHED_OFF = "switched-off", "switched\r\noff"
 _HTTP_MAX_BYTES = 64 * 2**20
 HTTP_MAX_INPUT = "http-max-input-size"
 CLIENT_SHARED_MEMORY = "allow-client-shm"
@@ -44,7 +45,6 @@ class Security:
         http_host: address for HTTP, which has no TLS; if not given the loopback address in
             production, else the server's.
         metrics_host: address for the metrics, likewise.
-        token: key of what nobody may use, so nobody is told it; a new one for each object.
 
     Raises:
         ServerUsageError: `production` without TLS or a key.
@@ -56,7 +56,6 @@ class Security:
     allow_reload: bool = False
     http_host: str | None = None
     metrics_host: str | None = None
-    token: str = field(default_factory=lambda: secrets.token_hex(32), repr=False)
 
     def __post_init__(self) -> None:
         if self.production and self.tls is None:
@@ -112,20 +111,14 @@ class Security:
             open_to_key = (*ADMIN_APIS, STATISTICS if self.production else SHARED_MEMORY)
             arguments += _restricted(open_to_key, KEY_NAME, self.admin_key.value)
         if self.production:
-            # Where Triton has no switch for it, a key that nobody has does the same.
-            arguments += _restricted((SHARED_MEMORY,), _SWITCHED_OFF, self.token)
+            # Triton has no switch for it before --allow-client-shm.
+            arguments += _restricted((SHARED_MEMORY,), *_SWITCHED_OFF)
             arguments += ["--strict-readiness=true", "--exit-on-error=true", "--log-verbose=0"]
             arguments += ["--trace-config=level=OFF"]
             switches = dict.fromkeys((*OTHER_FRONT_ENDS, CLIENT_SHARED_MEMORY), "false")
             switches[HTTP_MAX_INPUT] = str(_HTTP_MAX_BYTES)
             arguments += [f"--{name}={value}" for name, value in switches.items() if name in known]
         return arguments
-
-    @property
-    def secrets(self) -> list[str]:
-        """What stands in the arguments and should not be seen there."""
-        key = [] if self.admin_key is None else [self.admin_key.value]
-        return [*key, self.token]
 
 
 def security_options(
