@@ -12,7 +12,7 @@ from rich.console import Console
 from tritonclient.utils import InferenceServerException
 
 from client import ClientError
-from perf.errors import PerfError
+from perf.figures import PerfError
 from routing import CalibrationError, RungSetError
 from server import ServerError
 

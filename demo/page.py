@@ -14,7 +14,7 @@ from PIL import Image
 
 from calibration.pages.page import HIGH_COLOUR, LOW_COLOUR, THUMBNAIL_PX, data_uri
 from calibration.pages.recipe_words import recipe_words
-from perf.belief import TOO_BUSY
+from perf.figures import TOO_BUSY
 from routing import score_texts, threshold_text
 
 from .plan_summary import best_sentence, served_rows, speedup_sentence

@@ -7,7 +7,7 @@ from typing import Any
 
 from calibration.pages.page import percent
 from calibration.pages.recipe_words import recipe_words
-from perf.belief import TOO_BUSY
+from perf.figures import TOO_BUSY
 from perf.measure.paired import Paired
 
 from .serve import Measured

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from calibration.pages.recipe_words import recipe_words
-from perf.belief import TOO_BUSY
+from perf.figures import TOO_BUSY
 
 from .plan_summary import best_sentence, served_rows, speedup_sentence
 from .systems import ADAPTIVE, HIGH, LOW

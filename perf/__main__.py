@@ -15,9 +15,8 @@ from client import ClientError
 from server import ServerError
 
 from .analyzer import install as install_analyzer
-from .belief import TOO_BUSY, doubts_of, load_of
 from .costs.commands import app as costs_app
-from .errors import PerfError
+from .figures import TOO_BUSY, PerfError, doubts_of, load_of
 
 app = typer.Typer(
     help="Measure a served adaptive ViT, and what its calibration costs.",

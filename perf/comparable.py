@@ -12,9 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .belief import doubts_of, load_of
+from .figures import Spread, doubts_of, load_of
 from .measure.systems import HIGH
-from .spread import Spread
 
 DISTURBED = "the machine was too busy for a figure"
 _SETTINGS = ("environment", "model", "certificate", "images", "suite", "fidelity")

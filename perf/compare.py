@@ -25,8 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .comparable import Figure, figures
-from .errors import PerfError
-from .spread import Spread
+from .figures import PerfError, Spread
 from .summary import NAME, SCHEMA_VERSION
 
 LEAST_RUNS = 4

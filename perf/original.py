@@ -25,7 +25,7 @@ from imaging import Preprocessing
 from routing import RUNGS, Calibration, RungSet
 
 from .environment import environment
-from .errors import PerfError
+from .figures import PerfError
 from .measure.asking import Asker
 from .measure.deployment import assembled, undisturbed
 from .measure.memory import MemoryUse, serving

@@ -10,8 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from . import derive
-from .belief import TOO_BUSY
+from .figures import TOO_BUSY, cascade_bound
 from .measure.systems import ADAPTIVE, HIGH, LOW
 
 # The script's own figures. Latency in ms, memory in MB.
@@ -52,7 +51,7 @@ def original_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
             (f"{title}: peak memory", memory, f"{memory_mb:g} MB"),
         ]
     rate, speedup = source["escalation_rate"], source["speedup"]
-    bound = derive.cascade_bound(theirs[LOW], theirs[HIGH], rate)
+    bound = cascade_bound(theirs[LOW], theirs[HIGH], rate)
     ratios = [
         _ratio("average latency, static high / low", HIGH, LOW, ours, theirs),
         ("escalated", f"{result['escalation_rate']:.1%}", f"{rate:.1%}"),

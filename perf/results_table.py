@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .belief import doubts_of
 from .compare import load_summary, read_json
-from .errors import PerfError
+from .figures import PerfError, doubts_of
 from .pages.words import rung_words
 
 BEGIN = "<!-- perf/results: begin, made by python -m perf table -->"

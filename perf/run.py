@@ -25,7 +25,7 @@ from server import TritonServer
 from . import stages, summary
 from .analyzer import Analyzer, find_analyzer
 from .environment import environment
-from .errors import PerfError
+from .figures import PerfError
 from .measure.deployment import assembled, with_alternatives
 from .measure.sets import open_pool_source
 from .measure.suites import Suite

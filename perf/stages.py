@@ -18,7 +18,7 @@ from routing import Calibration, Overrides, RungSet, escalation_mask
 
 from . import summary
 from .analyzer import Analyzer, InputData, write_bytes, write_tensors
-from .errors import PerfError
+from .figures import PerfError
 from .measure.asking import Asker
 from .measure.attribution import attribute, scoring_ms, together
 from .measure.backend import measure_backend

@@ -12,12 +12,11 @@ from typing import Any
 from calibration.fidelity import Fidelity
 from routing import Calibration, RungSet
 
-from . import derive
+from .figures import Spread
 from .measure.asking import Answer
 from .measure.memory import MemoryUse
 from .measure.paired import Paired
 from .measure.systems import ADAPTIVE, ENSEMBLE, HIGH, LOW, System
-from .spread import Spread
 
 SCHEMA_VERSION = 1
 NAME = "summary.json"
@@ -148,7 +147,6 @@ def memory_figures(peaks: Mapping[str, Sequence[MemoryUse]]) -> dict[str, Any]:
             for field in entries[0]
         }
     turns = zip(*(peaks[name] for name in (ADAPTIVE, LOW, HIGH)), strict=True)
-    ratios = [
-        derive.memory_ratio(*(use.to_dict()["peak_pss_mib"] for use in turn)) for turn in turns
-    ]
+    pss_mib = [[use.to_dict()["peak_pss_mib"] for use in turn] for turn in turns]
+    ratios = [adaptive / (low + high) for adaptive, low, high in pss_mib]
     return {"memory": memory, "peak_memory_ratio": Spread.of(ratios).to_dict()}

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from routing import RungSet
 
-from ..belief import TOO_BUSY
+from ..figures import TOO_BUSY
 from . import scoring
 
 app = typer.Typer()

@@ -26,13 +26,11 @@ from client.errors import server_errors
 from routing import RungSet
 from server import TritonServer
 
-from ..belief import MOST_APART, apart
-from ..errors import PerfError
+from ..figures import MOST_APART, PerfError, Spread, apart
 from ..measure.cpu import CpuMeter
 from ..measure.deployment import lay_out_graph
 from ..measure.sets import Pool
 from ..nvml import Nvml
-from ..spread import Spread
 from .clients import Clients, input_tensors
 
 REFERENCE = "vit_high"

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from ..errors import PerfError
+from ..figures import PerfError
 from ..measure.memory import read_rollup
 
 

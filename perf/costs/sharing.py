@@ -23,7 +23,7 @@ from onnx.external_data_helper import uses_external_data
 
 from routing import RUNGS, RungSet
 
-from ..errors import PerfError
+from ..figures import PerfError
 from .session_process import SessionProcess
 
 # Batch sizes, and how many requests of each a rung answers before its memory is read: at batch 8 a

@@ -18,7 +18,7 @@ import numpy as np
 
 from server import TritonServer
 
-from ..belief import LEAST_OVER_LOW
+from ..figures import LEAST_OVER_LOW
 from ..measure.asking import Asker
 from ..measure.deployment import undisturbed
 from ..measure.sets import Pool

@@ -10,7 +10,7 @@ from functools import cache
 from calibration.images import open_images
 from imaging import ImageError, decode
 
-from ..errors import PerfError
+from ..figures import PerfError
 
 SAMPLE_SEED = 21  # crops that calibration's default seeds do not give
 

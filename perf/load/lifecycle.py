@@ -13,7 +13,7 @@ from locust.runners import LocalRunner, Runner, WorkerRunner
 
 from calibration.source import ImagesError
 
-from ..errors import PerfError
+from ..figures import PerfError
 from .images import image_round
 from .settings import Settings
 from .slo import Slo

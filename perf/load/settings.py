@@ -6,7 +6,7 @@ import math
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass, fields
 
-from ..errors import PerfError
+from ..figures import PerfError
 
 
 @dataclass(frozen=True)

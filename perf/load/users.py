@@ -16,7 +16,7 @@ from locust.runners import LocalRunner
 from calibration.source import ImagesError
 from client import ClientError, GrpcClient, HttpClient
 
-from ..errors import PerfError
+from ..figures import PerfError
 from .arrivals import arrivals
 from .hub import blocks_hub
 from .images import image_round

@@ -15,7 +15,7 @@ import numpy as np
 
 from routing import Calibration, RungOutputs
 
-from ..errors import PerfError
+from ..figures import PerfError
 from .asking import Asker
 from .server_times import ModelTimes, since
 from .systems import System

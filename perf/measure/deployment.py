@@ -9,7 +9,7 @@ from pathlib import Path
 from routing import WEIGHTS, RungRecord, RungSet, manifest
 from routing.versions import with_parameter
 
-from ..errors import PerfError
+from ..figures import PerfError
 
 
 def assembled(repository: Path) -> Path:

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from ..analyzer import Analyzer, AnalyzerResult, InputData, Load, run
-from ..spread import Spread
+from ..figures import Spread
 from .server_times import ModelTimes, since
 from .systems import System
 from .target import Target

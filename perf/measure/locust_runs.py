@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import PerfError
+from ..figures import PerfError
 from ..load.slo import Slo
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -19,7 +19,7 @@ from typing import Any
 
 from server import TritonServer
 
-from ..errors import PerfError
+from ..figures import PerfError
 from ..nvml import Nvml
 
 INTERVAL_S = 0.05

@@ -18,8 +18,8 @@ import numpy as np
 
 from routing import RungOutputs, fidelity_loss
 
-from .. import belief, derive
-from ..spread import Spread
+from .. import figures
+from ..figures import Spread
 from .asking import Answer, Asker
 from .systems import ADAPTIVE, ENSEMBLE, ESCALATION, HIGH, LOW, System
 
@@ -78,7 +78,7 @@ class Paired:
         if min(*costs, *others) <= 0:
             return True
         by_cpu = median(cost / other for cost, other in zip(costs, others, strict=True))
-        return belief.apart(self.cost_ratio(system, to).median, by_cpu) > belief.MOST_APART
+        return figures.apart(self.cost_ratio(system, to).median, by_cpu) > figures.MOST_APART
 
     def escalation_rate(self, system: str) -> float:
         """Share of all images that the full rung answered, 0..1."""
@@ -96,7 +96,7 @@ class Paired:
         """Of each share the median over its images of adaptive-0 / static low, side by side."""
         ratios = [
             median(
-                derive.router_overhead(never.latency_ms, low.latency_ms)
+                never.latency_ms / low.latency_ms
                 for never, low in zip(share["adaptive-0"], share[LOW], strict=True)
             )
             for share in self.shares
@@ -106,17 +106,17 @@ class Paired:
     def speedup(self) -> Spread:
         """Of the calibrated cascade, one value per share."""
         both = zip(self.costs_ms(ADAPTIVE), self.costs_ms(HIGH), strict=True)
-        return Spread.of([derive.speedup(cost, high) for cost, high in both])
+        return Spread.of([figures.speedup(cost, high) for cost, high in both])
 
     def cpu_speedup(self) -> Spread | None:
         """The same by CPU time; None where that was not measured, or took none."""
         own, high = self.cpu_costs_ms(ADAPTIVE), self.cpu_costs_ms(HIGH)
         if own is None or high is None or min(*own, *high) <= 0:
             return None
-        return Spread.of([derive.speedup(*both) for both in zip(own, high, strict=True)])
+        return Spread.of([figures.speedup(*both) for both in zip(own, high, strict=True)])
 
     def doubts(self, cpu_counts: bool) -> list[str]:
-        """Why the figures cannot be believed, see `belief.doubts`.
+        """Why the figures cannot be believed, see `figures.doubts`.
 
         Args:
             cpu_counts: whether CPU time grows as the time by the clock does: no GPU, and requests
@@ -129,7 +129,7 @@ class Paired:
         speedup = self.speedup().median
         # People divide the two medians that they are shown, which is another figure.
         efficiency = max(self.efficiency().median, speedup / self.bound().median)
-        found = belief.doubts(speedup, efficiency, over_low, None if cpu is None else cpu.median)
+        found = figures.doubts(speedup, efficiency, over_low, None if cpu is None else cpu.median)
         if cpu_counts and cpu is None and self.cpu_costs_ms(ADAPTIVE) is not None:
             found.append(
                 "some images took no CPU time, less what the server was seen to take while idle"
@@ -138,11 +138,11 @@ class Paired:
 
     def bound(self) -> Spread:
         """The cascade bound at each share's own escalation rate."""
-        return Spread.of([derive.cascade_bound(*costs) for _, *costs in self._cascade])
+        return Spread.of([figures.cascade_bound(*costs) for _, *costs in self._cascade])
 
     def efficiency(self) -> Spread:
         """The cascade efficiency, one value per share."""
-        return Spread.of([derive.cascade_efficiency(*costs) for costs in self._cascade])
+        return Spread.of([figures.cascade_efficiency(*costs) for costs in self._cascade])
 
     @property
     def _cascade(self) -> list[tuple[float, float, float, float, float]]:

@@ -13,7 +13,7 @@ from calibration.source import ImageSource
 from imaging import ImageError, Preprocessing, decode
 from routing import RungSet
 
-from ..errors import PerfError
+from ..figures import PerfError
 
 FEWEST = 4  # images of a set; fewer are no set
 

@@ -15,7 +15,7 @@ from client.errors import check_url, server_errors
 from routing import Calibration, RungSet, score_texts
 from server import TritonServer
 
-from ..errors import PerfError
+from ..figures import PerfError
 from ..nvml import Nvml
 from .cpu import CpuMeter
 from .server_times import ModelTimes, server_times

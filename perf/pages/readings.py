@@ -7,9 +7,8 @@ from typing import Any
 
 from calibration.pages.page import count_of, percent
 
-from .. import belief
-from ..belief import doubts_of
-from ..spread import Spread as Runs
+from ..figures import TOO_BUSY, doubts_of
+from ..figures import Spread as Runs
 from .words import (
     Spread,
     Summary,
@@ -196,7 +195,7 @@ def disturbed(summary: Summary) -> list[str]:
     """For each load whose figures cannot be true a sentence that says so, and why."""
     loads = {"c1": "With one request in flight", "saturated": "Saturated"}
     return [
-        f"{words} {belief.TOO_BUSY}: {'; '.join(reasons)}. The tables below hold the times "
+        f"{words} {TOO_BUSY}: {'; '.join(reasons)}. The tables below hold the times "
         "that were measured, and no ratio of them."
         for load, words in loads.items()
         if (reasons := doubts_of(summary, load))

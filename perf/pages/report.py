@@ -14,7 +14,7 @@ import jinja2
 
 from calibration.pages import page as shared
 
-from ..belief import doubts_of
+from ..figures import doubts_of
 from . import figures, load_tables, readings, tables
 from .frontier import frontier
 from .words import MISSING, Summary, amount, rung_words, share

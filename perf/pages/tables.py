@@ -7,7 +7,7 @@ from typing import Any
 
 from calibration.pages.page import count_of
 
-from ..belief import doubts_of, load_of
+from ..figures import doubts_of, load_of
 from .words import (
     MISSING,
     NONE,

@@ -15,7 +15,7 @@ NONE = "–"
 NOT_BELIEVED = "not believed"
 
 Summary = Mapping[str, Any]
-Spread = Mapping[str, Any]  # as `perf.spread.Spread.to_dict` writes it
+Spread = Mapping[str, Any]  # as `perf.figures.Spread.to_dict` writes it
 
 
 def amount(value: float | None) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from client import GrpcClient
-from perf.errors import PerfError
+from perf.figures import PerfError
 from perf.measure.locust_runs import run_locust
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -3,7 +3,7 @@
 import pytest
 from tritonclient.grpc.service_pb2 import ModelStatisticsResponse
 
-from perf.errors import PerfError
+from perf.figures import PerfError
 from perf.measure import attribution
 from perf.measure.attribution import attribute, parts, scoring_ms, together
 from perf.measure.server_times import ModelTimes, server_times, since

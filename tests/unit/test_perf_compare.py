@@ -18,7 +18,7 @@ from perf.compare import (
     load_summary,
     render,
 )
-from perf.errors import PerfError
+from perf.figures import PerfError
 from tests.unit.perf_summary import around, sample_summary, spread
 
 

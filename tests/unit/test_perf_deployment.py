@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from perf.errors import PerfError
+from perf.figures import PerfError
 from perf.measure import deployment
 from perf.measure.deployment import assembled, with_alternatives
 from routing import WEIGHTS, manifest

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy.stats import kstest
 
-from perf.errors import PerfError
+from perf.figures import PerfError
 from perf.load.arrivals import arrivals
 from perf.load.hub import blocks_hub, longest_pause_share
 from perf.load.images import image_round

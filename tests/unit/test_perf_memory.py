@@ -8,7 +8,7 @@ import time
 import psutil
 import pytest
 
-from perf.errors import PerfError
+from perf.figures import PerfError
 from perf.measure import memory
 from perf.measure.memory import MemoryUse, PeakMemory, read_rollup
 

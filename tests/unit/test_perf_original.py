@@ -8,10 +8,9 @@ import pytest
 from rich.console import Console
 
 from perf import original
-from perf.errors import PerfError
+from perf.figures import PerfError, Spread
 from perf.measure.systems import ADAPTIVE, HIGH, LOW
 from perf.original_table import SOURCE, original_rows, original_table
-from perf.spread import Spread
 from routing import RungSet, RungSetError, manifest
 from tests.unit.onnx_files import write_rung_set
 from tests.unit.perf_workplace import write_repository, write_rungs

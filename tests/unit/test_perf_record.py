@@ -6,7 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
-from perf.errors import PerfError
+from perf.figures import PerfError
 from perf.record import Record
 from tests.unit.perf_summary import sample_summary
 

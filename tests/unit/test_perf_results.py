@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from perf.errors import PerfError
+from perf.figures import PerfError
 from perf.results_table import BEGIN, END, results_table, update_readme
 from tests.unit.perf_summary import sample_summary, spread
 

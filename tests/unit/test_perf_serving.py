@@ -16,7 +16,7 @@ from tritonclient.utils import InferenceServerException
 from client import ClientError
 from perf.costs import clients, serving
 from perf.costs.serving import TOGETHER, GraphCost, Load, groups_of, lay_out, measure_serving, steps
-from perf.errors import PerfError
+from perf.figures import PerfError
 from perf.measure.sets import Pool
 from tests.unit.onnx_files import SIZE
 from tests.unit.perf_workplace import write_rungs

@@ -5,7 +5,7 @@ import pytest
 
 from calibration.images import ImagesError
 from imaging import Preprocessing, decode
-from perf.errors import PerfError
+from perf.figures import PerfError
 from perf.measure.sets import (
     choose_sets,
     open_pool_source,

@@ -10,7 +10,7 @@ from onnx import numpy_helper
 from export.shared_weights import share_weights
 from perf.costs.session_process import SessionProcess
 from perf.costs.sharing import REQUESTS, WAYS, measure_sharing
-from perf.errors import PerfError
+from perf.figures import PerfError
 from routing import RUNGS
 from tests.unit.onnx_files import write_rung_set
 

@@ -8,7 +8,7 @@ from tritonclient.utils import InferenceServerException
 
 from calibration.sessions import open_session, run_session
 from client import ClientError
-from perf.errors import PerfError
+from perf.figures import PerfError
 from perf.measure import target as module
 from perf.measure.target import Target
 from tests.unit.perf_workplace import calibration_of, write_rungs

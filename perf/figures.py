@@ -1,0 +1,167 @@
+"""What figures are made of: spreads, the formulas of the report, and which figures can be true.
+
+Pure: nothing here measures. A cost is time per image: latency with one request in flight,
+1 / throughput under load. The costs of one formula come from the same run, taken in turn, so that
+a machine whose speed drifts changes all of them alike.
+
+A machine that does something else meanwhile gives speed-ups that no cascade can have. What the
+figures say of each other shows it: a cascade cannot be faster than its parts allow, and the time by
+the clock and the CPU time of the same requests tell the same story where nothing disturbs.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+MOST_EFFICIENCY = 1.05
+LEAST_OVER_LOW = 1 / 1.05  # of the cascade's cost to its own cheap rung's: noise below 1
+MOST_APART = 0.15  # of the speed-up by the clock and by CPU time
+
+TOO_BUSY = "the machine was too busy for a figure"
+
+
+class PerfError(ValueError):
+    """Measuring cannot start or go on. The message is one line that says what to do."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure that was measured several times, one value per run in the order of the runs.
+
+    Attributes:
+        values: at least one.
+    """
+
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.values:
+            raise ValueError("a spread needs at least one value")
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """A spread of any sequence of numbers."""
+        return cls(tuple(float(value) for value in values))
+
+    @property
+    def median(self) -> float:
+        """The median over the runs."""
+        return statistics.median(self.values)
+
+    @property
+    def min(self) -> float:
+        """The smallest of the runs."""
+        return min(self.values)
+
+    @property
+    def max(self) -> float:
+        """The largest of the runs."""
+        return max(self.values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The spread as it stands in summary.json; `runs` is the number of values."""
+        return {
+            "median": self.median,
+            "min": self.min,
+            "max": self.max,
+            "runs": len(self.values),
+            "values": list(self.values),
+        }
+
+
+def speedup(cost: float, cost_high: float) -> float:
+    """How many times as fast as static high."""
+    return cost_high / cost
+
+
+def cascade_bound(
+    cost_low: float,
+    cost_high: float,
+    escalation_rate: float,
+    cost_escalated: float | None = None,
+) -> float:
+    """The best possible speed-up over static high, 1 / (1/r + p) with r = cost_high / cost_low.
+
+    It holds where the rungs run one after the other: p of the images cost the full rung on top of
+    the cheap one.
+
+    Args:
+        cost_low: the cost of static low.
+        cost_high: the cost of static high.
+        escalation_rate: p, of the images that were measured.
+        cost_escalated: the cost of the rung that escalated images go to, where that is not static
+            high.
+    """
+    ratio = 1.0 if cost_escalated is None else cost_escalated / cost_high
+    return 1.0 / (cost_low / cost_high + escalation_rate * ratio)
+
+
+def cascade_efficiency(
+    cost: float,
+    cost_low: float,
+    cost_high: float,
+    escalation_rate: float,
+    cost_escalated: float | None = None,
+) -> float:
+    """Measured speed-up / cascade bound; 1 is a router that costs nothing."""
+    bound = cascade_bound(cost_low, cost_high, escalation_rate, cost_escalated)
+    return speedup(cost, cost_high) / bound
+
+
+def doubts(
+    speedup: float,
+    efficiency: float,
+    cost_over_low: float | None = None,
+    cpu_speedup: float | None = None,
+) -> list[str]:
+    """Why a measurement cannot be believed, one clause each; empty where it can be.
+
+    Args:
+        speedup: of the cascade over static high, by the clock.
+        efficiency: that speed-up / the cascade bound.
+        cost_over_low: the cascade's cost / its own cheap rung's, which is a part of it.
+        cpu_speedup: the same speed-up by CPU time; None where that cannot be compared, as on a GPU.
+    """
+    found = []
+    if efficiency > MOST_EFFICIENCY:
+        found.append(f"an efficiency of {efficiency:.2f} is more than the rungs allow")
+    if cost_over_low is not None and cost_over_low < LEAST_OVER_LOW:
+        found.append(f"the cascade took {cost_over_low:.2f} of the time of its own cheap rung")
+    if cpu_speedup is not None and apart(speedup, cpu_speedup) > MOST_APART:
+        found.append(
+            f"the speed-up is {speedup:.2f} by the clock and {cpu_speedup:.2f} by CPU time"
+        )
+    return found
+
+
+def apart(one: float, other: float) -> float:
+    """How much larger the larger of two ratios is than the smaller one, 0 where they are equal."""
+    smaller = min(one, other)
+    return max(one, other) / smaller - 1 if smaller > 0 else float("inf")
+
+
+def doubts_of(summary: Mapping[str, Any], load: str) -> list[str]:
+    """Why a summary's figures under a load, `c1` or `saturated`, cannot be believed.
+
+    What the run itself noted, else what its figures say: summaries of earlier code noted nothing.
+    """
+    noted = (summary.get("doubts") or {}).get(load)
+    if noted is not None:
+        return list(noted)
+    names = (f"speedup_{load}", f"cascade_efficiency_{load}", f"bound_{load}")
+    speedup, efficiency, bound = (
+        None if (spread := summary.get(name)) is None else float(spread["median"]) for name in names
+    )
+    if speedup is None or efficiency is None:
+        return []
+    return doubts(speedup, efficiency if bound is None else max(efficiency, speedup / bound))
+
+
+def load_of(figure: str) -> str | None:
+    """The load whose doubts a derived figure of a summary shares; None: it is of its own kind."""
+    if figure.endswith("_saturated"):
+        return "saturated"
+    return "c1" if figure.endswith("_c1") or figure == "ensemble_over_router" else None
