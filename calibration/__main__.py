@@ -1,4 +1,4 @@
-"""`python -m calibration sample | collect | analyse | align | fit | plan | evaluate | report`."""
+"""`python -m calibration sample | collect | analyse | align | fit | evaluate | report`."""
 
 from __future__ import annotations
 
@@ -42,8 +42,6 @@ from .images import open_images
 from .outputs import Outputs, OutputsError
 from .pages.analysis import write_analysis
 from .pages.report import write_report
-from .plan.command import plan_command
-from .plan.subprocesses import PlanError
 from .record import FitRecord, record_path
 from .reference import REFERENCE_IMAGES, with_reference_answers
 from .sample import write
@@ -322,7 +320,16 @@ def align_command(
         console.print("On held-out images the alignment does not help: leave it out.", style="red")
 
 
-app.command("plan")(plan_command)
+@app.command(
+    "plan",
+    hidden=True,
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def plan_command() -> None:
+    """Moved to a package of its own; this line goes with the next release."""
+    print("error: plan moved: python -m planner plan, with the same options", file=sys.stderr)
+    raise typer.Exit(2)
 
 
 @app.command("evaluate")
@@ -492,7 +499,6 @@ def main() -> None:
         FitError,
         ImagesError,
         OutputsError,
-        PlanError,
         PreprocessingError,
         RungSetError,
         ServedError,

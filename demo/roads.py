@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import DemoError, StepError
-from .steps import OUT, Step, code_hash, prepare
+from .steps import CODE, OUT, Step, code_hash, prepare
 
 MAX_RISK, CONFIDENCE = 0.05, 0.9
 HEAD_CROPS, HEAD_SEED = 600, 11
@@ -159,7 +159,7 @@ def planned(model: Model, max_risk: float) -> Road:
         "2/5 Plan: export, run and price the candidates, certify and choose a cascade",
         PLAN,
         (
-            *("calibration", "plan", "--model", model.name, "--px", model.high_px),
+            *("planner", "plan", "--model", model.name, "--px", model.high_px),
             *("--images", "sample", "--limit", PLAN_CROPS, "--seed", CALIBRATION_SEED),
             *("--head-images", HEAD),
             *("--max-risk", max_risk, "--confidence", CONFIDENCE),
@@ -174,7 +174,7 @@ def planned(model: Model, max_risk: float) -> Road:
             *("--instances", PLAN_INSTANCES, "--out", PLAN, "--cache", _cache()),
             "--require-certificate",
         ),
-        ("client", "perf", "server"),  # it serves the candidates to price them
+        ("client", "perf", "planner", "server"),  # it serves the candidates to price them
     )
     instances = ("--instances", PLAN_INSTANCES)
     steps = (
@@ -207,7 +207,7 @@ def prepare_road(road: Road) -> None:
 
 def _cache() -> Path:
     """Of graphs and their answers: they outlive another risk, but not another code."""
-    return PLAN_CACHES / code_hash()[:16]
+    return PLAN_CACHES / code_hash((*CODE, "planner"))[:16]
 
 
 def _drop_other_caches() -> None:

@@ -1,6 +1,6 @@
 """Work on a folder of exported graphs: align one of them, or make a pair of two.
 
-`python -m calibration plan` exports many graphs at once, aligns some and serves two.
+`python -m planner plan` exports many graphs at once, aligns some and serves two.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m calibration plan` from end to end: real exports, priced by a real server."""
+"""`python -m planner plan` from end to end: real exports, priced by a real server."""
 
 import html
 import json
@@ -19,7 +19,7 @@ IMAGES, SEED, MAX_RISK = 400, 3, 0.2
 
 def plan(folder, out, max_risk):
     run_command(
-        *("calibration", "plan", "--model", "static-vit", "--images", f"sample:{SEED}"),
+        *("planner", "plan", "--model", "static-vit", "--images", f"sample:{SEED}"),
         *("--limit", IMAGES, "--max-risk", max_risk, "--seed", SEED),
         *("--candidates", "px=32,int8=static,align; px=32", "--highs", "fp32; int8=static"),
         *("--beside", "px=48; tome=8", "--cache", folder / "cache", "--out", folder / out),

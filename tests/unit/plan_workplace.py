@@ -17,8 +17,6 @@ from PIL import Image
 from rich.console import Console
 
 from calibration.certify import Goal
-from calibration.plan.bars import Bars
-from calibration.plan.request import Request
 from calibration.source import SourceImage
 from export.backbones import Backbone
 from export.errors import UsageError
@@ -28,6 +26,8 @@ from export.rungs import describe
 from export.shelf import align, choose
 from imaging import ImageError, Preprocessing
 from perf.costs.serving import GraphCost
+from planner.bars import Bars
+from planner.request import Request
 from routing import Alignment, manifest
 from routing.rungset import SCHEMA_VERSION
 
@@ -247,9 +247,9 @@ def _options(arguments):
 def patch_commands(monkeypatch, commands):
     """Let the planner's commands go to `commands`."""
     for module in ("shelf", "plan"):
-        monkeypatch.setattr(f"calibration.plan.{module}.run", commands.run)
+        monkeypatch.setattr(f"planner.{module}.run", commands.run)
     for module in ("plan", "checks"):
-        monkeypatch.setattr(f"calibration.plan.{module}.run_json", commands.run_json)
+        monkeypatch.setattr(f"planner.{module}.run_json", commands.run_json)
 
 
 def make_request(folder, **changes):

@@ -60,11 +60,11 @@ def prepare(monkeypatch, *arguments, chosen=True):
 def test_a_plan_takes_the_place_of_export_collect_and_fit(elsewhere, monkeypatch, capsys):
     commands = prepare(monkeypatch, "--plan")
     assert commands.verbs == [
-        *("calibration sample", "calibration plan", "calibration report", "export repository")
+        *("calibration sample", "planner plan", "calibration report", "export repository")
     ]
-    assert commands.option("calibration plan", "--max-risk") == ["0.05"]
+    assert commands.option("planner plan", "--max-risk") == ["0.05"]
     assert commands.option("export repository", "--instances") == commands.option(
-        "calibration plan", "--instances"
+        "planner plan", "--instances"
     )  # priced as served
     assert "build/demo/plan/model_repository" in capsys.readouterr().out
     assert prepare(monkeypatch, "--plan").verbs == []  # nothing was done again
@@ -73,34 +73,34 @@ def test_a_plan_takes_the_place_of_export_collect_and_fit(elsewhere, monkeypatch
 def test_the_commands_shown_can_be_typed(elsewhere, monkeypatch, capsys):
     commands = prepare(monkeypatch, "--plan")
     shown = capsys.readouterr().err.replace("\n", " ")
-    (candidates,) = commands.option("calibration plan", "--candidates")
+    (candidates,) = commands.option("planner plan", "--candidates")
     assert f"--candidates '{candidates}'" in re.sub(" +", " ", shown)
 
 
 def test_another_risk_plans_anew_on_the_same_graphs(elsewhere, monkeypatch):
     first = prepare(monkeypatch, "--plan")
     second = prepare(monkeypatch, "--plan", "--risk", "0.02")
-    assert second.verbs == ["calibration plan", "calibration report", "export repository"]
-    assert second.option("calibration plan", "--max-risk") == ["0.02"]
-    caches = [commands.option("calibration plan", "--cache") for commands in (first, second)]
+    assert second.verbs == ["planner plan", "calibration report", "export repository"]
+    assert second.option("planner plan", "--max-risk") == ["0.02"]
+    caches = [commands.option("planner plan", "--cache") for commands in (first, second)]
     assert caches[0] == caches[1] and Path(caches[0][0]).is_dir()
 
 
 def test_other_code_starts_another_cache_and_drops_the_old_one(elsewhere, monkeypatch):
-    (old,) = prepare(monkeypatch, "--plan").option("calibration plan", "--cache")
+    (old,) = prepare(monkeypatch, "--plan").option("planner plan", "--cache")
     Path("routing").mkdir()
     Path("routing/signals.py").write_text("changed")
-    (new,) = prepare(monkeypatch, "--plan").option("calibration plan", "--cache")
+    (new,) = prepare(monkeypatch, "--plan").option("planner plan", "--cache")
     assert new != old and Path(new).is_dir() and not Path(old).exists()
 
 
 def test_how_candidates_are_priced_is_part_of_a_plan_but_not_of_its_cache(elsewhere, monkeypatch):
-    (old,) = prepare(monkeypatch, "--plan").option("calibration plan", "--cache")
+    (old,) = prepare(monkeypatch, "--plan").option("planner plan", "--cache")
     Path("perf").mkdir()
     Path("perf/serving.py").write_text("changed")
     again = prepare(monkeypatch, "--plan")
-    assert again.verbs[0] == "calibration plan"
-    assert again.option("calibration plan", "--cache") == [old]
+    assert again.verbs[0] == "planner plan"
+    assert again.option("planner plan", "--cache") == [old]
 
 
 def test_both_roads_share_the_head_crops_and_spoil_nothing_of_each_other(elsewhere, monkeypatch):
@@ -132,9 +132,7 @@ def test_a_plan_that_fails_names_its_command_whatever_an_earlier_one_found(
     monkeypatch.setattr(steps, "subprocess", Failing())
     with pytest.raises(SystemExit):
         demo.main(["--plan", "--prepare"])
-    assert re.search(
-        r"^error: `python -m calibration plan .*` failed", capsys.readouterr().err, re.M
-    )
+    assert re.search(r"^error: `python -m planner plan .*` failed", capsys.readouterr().err, re.M)
 
 
 @pytest.mark.parametrize(
@@ -149,11 +147,11 @@ def test_a_risk_that_means_nothing_is_refused(arguments, said, capsys):
 
 def test_another_model_is_planned_for_with_graphs_of_its_own(elsewhere, monkeypatch):
     commands = prepare(monkeypatch, "--plan", "--model", "static-vit")
-    assert commands.option("calibration plan", "--model") == ["static-vit"]
-    assert commands.option("calibration plan", "--px") == ["64"]
-    (candidates,) = commands.option("calibration plan", "--candidates")
+    assert commands.option("planner plan", "--model") == ["static-vit"]
+    assert commands.option("planner plan", "--px") == ["64"]
+    (candidates,) = commands.option("planner plan", "--candidates")
     assert "px=32,int8=static,align" in candidates and "px=112" not in candidates
-    assert "calibration plan" in prepare(monkeypatch, "--plan").verbs
+    assert "planner plan" in prepare(monkeypatch, "--plan").verbs
 
 
 def test_the_test_crops_are_no_draw_of_the_others():

@@ -25,6 +25,7 @@ ARROWS = {
     "server": {"routing"},  # the manifest, versions and reference answers of a repository
     "client": set(),
     "perf": {"bundle", "calibration", "client", "imaging", "routing", "server"},
+    "planner": {"bundle", "calibration", "export", "imaging", "perf", "routing"},
     "demo": {"calibration", "client", "imaging", "perf", "routing", "server"},
 }
 IN_TRITON = sorted(

@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from calibration.plan.candidates import FULL, default_candidates, find, recipes, said, shelf_graphs
-from calibration.plan.subprocesses import PlanError
 from export.recipes.recipe import Recipe
+from planner.candidates import FULL, default_candidates, find, recipes, said, shelf_graphs
+from planner.subprocesses import PlanError
 from routing import RungSet
 from tests.unit.plan_workplace import SIZE, write_shelf
 

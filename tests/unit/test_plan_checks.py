@@ -7,15 +7,15 @@ import pytest
 from calibration.certify import Goal, images_needed
 from calibration.fidelity import Fidelity, FidelityError
 from calibration.images import open_images
-from calibration.plan.checks import (
+from planner.checks import (
     Asked,
     check_images,
     check_recipes,
     choices_for,
     images_for,
 )
-from calibration.plan.plan import make_plan
-from calibration.plan.subprocesses import PlanError
+from planner.plan import make_plan
+from planner.subprocesses import PlanError
 from tests.unit.image_files import write_images
 from tests.unit.plan_workplace import (
     QUIET,

@@ -1,4 +1,4 @@
-"""`python -m calibration plan`, its commands stood in for: what it prints, writes and refuses."""
+"""`python -m planner plan`, its commands stood in for: what it prints, writes and refuses."""
 
 import json
 import re
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from calibration.__main__ import main
-from calibration.plan.command import _chosen
+from calibration.__main__ import main as calibration_main
 from export.__main__ import main as export_main
+from planner.__main__ import _chosen, main
 from tests.unit.image_files import write_images
 from tests.unit.pages import Page
 from tests.unit.plan_content import plan_content
@@ -32,7 +32,7 @@ def run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["calibration", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["planner", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             main()
@@ -188,3 +188,13 @@ def test_images_that_cannot_be_read_are_one_line(run, tmp_path):
     code, _, err = run(*PLAN, *plain, "--images", "broken", *RISK)
     assert code == 2
     assert "none of 50 images can be read" in err.splitlines()[-1]
+
+
+def test_the_verb_as_it_was_called_says_where_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["calibration", *map(str, (*PLAN, *RISK))])
+    with pytest.raises(SystemExit) as stop:
+        calibration_main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: plan moved: python -m planner plan, with the same options\n"
+    )

@@ -6,7 +6,7 @@ import pytest
 
 from calibration.fidelity import Fidelity
 from calibration.metrics import needed_escalation
-from calibration.plan.early import BLS_HOP_MS, early_decision
+from planner.early import BLS_HOP_MS, early_decision
 from routing import RungOutputs, RungSet, features
 from tests.unit.calibration_outputs import make_outputs
 from tests.unit.onnx_files import CLASSES, D, write_rung_set

@@ -4,11 +4,11 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from calibration.plan import graph_outputs
-from calibration.plan.candidates import FULL, shelf_graphs
-from calibration.plan.graph_outputs import BATCH, OutputsCache
 from calibration.source import ImagesError
 from imaging import Preprocessing, decode
+from planner import graph_outputs
+from planner.candidates import FULL, shelf_graphs
+from planner.graph_outputs import BATCH, OutputsCache
 from routing import RungSet
 from tests.unit.image_files import MemorySource
 from tests.unit.plan_workplace import LAYERS, D, write_shelf
@@ -140,7 +140,7 @@ def test_a_whole_batch_that_cannot_be_read_is_left_out(get):
 
 
 def test_images_on_which_the_graph_overflows_are_left_out(get, monkeypatch):
-    from calibration.plan import graph_outputs as module
+    from planner import graph_outputs as module
 
     original = module.run_session
 

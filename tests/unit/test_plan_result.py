@@ -12,14 +12,14 @@ from calibration.certify import Goal, allowed_errors, images_needed, one_per_gro
 from calibration.fidelity import Fidelity, FidelityError
 from calibration.fit import without_learned
 from calibration.outputs import Outputs
-from calibration.plan import result
-from calibration.plan.checks import images_for
-from calibration.plan.plan import choose_rungs, make_plan
-from calibration.plan.select import cascade_ms
-from calibration.plan.shelf import fit_image_rows, taught_by_export
-from calibration.plan.subprocesses import PlanError
 from calibration.record import FitRecord, record_path
 from calibration.splits import CERTIFIED, group_keys, split_by_group
+from planner import result
+from planner.checks import images_for
+from planner.plan import choose_rungs, make_plan
+from planner.select import cascade_ms
+from planner.shelf import fit_image_rows, taught_by_export
+from planner.subprocesses import PlanError
 from routing import Calibration, Overrides, RungSet, escalation_mask
 from tests.unit.plan_workplace import (
     CHEAP_MS,

@@ -5,8 +5,8 @@ import pytest
 
 from calibration.certify import Goal, allowed_errors
 from calibration.fidelity import Fidelity
-from calibration.plan import select
-from calibration.plan.select import (
+from planner import select
+from planner.select import (
     MOST,
     WITHIN,
     Candidate,

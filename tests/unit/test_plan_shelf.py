@@ -11,12 +11,12 @@ from calibration.align import fit_alignment
 from calibration.fidelity import Fidelity
 from calibration.head import LinearHead
 from calibration.outputs import Outputs
-from calibration.plan import subprocesses
-from calibration.plan.bars import Bars
-from calibration.plan.candidates import recipes, shelf_graphs
-from calibration.plan.shelf import FIT_IMAGES, align_graph, export_shelf
-from calibration.plan.subprocesses import PlanError
 from imaging import code_sha256
+from planner import subprocesses
+from planner.bars import Bars
+from planner.candidates import recipes, shelf_graphs
+from planner.shelf import FIT_IMAGES, align_graph, export_shelf
+from planner.subprocesses import PlanError
 from routing import Alignment, RungOutputs, RungSet
 from tests.unit.calibration_outputs import sha256
 from tests.unit.onnx_files import write_rung_set
@@ -120,7 +120,7 @@ def test_other_code_that_decodes_or_looks_makes_another_shelf(
     tmp_path, commands, monkeypatch, code
 ):
     shelf = export_shelf(make_request(tmp_path), RECIPES, QUIET)
-    monkeypatch.setattr(f"calibration.plan.shelf.{code}", lambda: "e" * 64)
+    monkeypatch.setattr(f"planner.shelf.{code}", lambda: "e" * 64)
     assert export_shelf(make_request(tmp_path), RECIPES, QUIET) != shelf
 
 
@@ -253,7 +253,7 @@ def test_what_an_alignment_has_learned_from_is_on_the_shelfs_record(shelf, comma
 
 def test_a_model_without_a_head_is_aligned_all_the_same(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("calibration.plan.shelf.run", lambda arguments, say: said.append(arguments))
+    monkeypatch.setattr("planner.shelf.run", lambda arguments, say: said.append(arguments))
     rung_set = RungSet.load(write_rung_set(tmp_path / "onnx", classes=None))
     headless = outputs_of(rung_set)
     assert headless.low.logits is None

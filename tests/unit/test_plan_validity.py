@@ -28,7 +28,7 @@ from calibration.certify import (
 )
 from calibration.fidelity import Fidelity
 from calibration.metrics import needed_escalation
-from calibration.plan import select
+from planner import select
 from tests.unit.test_calibration_validity import NOISE, RISING, WAVY, promise_kept
 
 REPEATS = 1000

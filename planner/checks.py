@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..align import ALIGN_SHARE
-from ..certify import Goal, allowed_errors, goal_words, images_needed, too_few
-from ..splits import CERTIFIED, MIN_GROUPS, SplitError, split_by_group
+from calibration.align import ALIGN_SHARE
+from calibration.certify import Goal, allowed_errors, goal_words, images_needed, too_few
+from calibration.splits import CERTIFIED, MIN_GROUPS, SplitError, split_by_group
+
 from .bars import Bars
 from .candidates import ALIGN, default_candidates, recipes, written
 from .request import Request

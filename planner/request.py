@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..certify import Goal
-from ..fidelity import Fidelity
-from ..reference import REFERENCE_IMAGES
-from ..source import ImageSource
+from calibration.certify import Goal
+from calibration.fidelity import Fidelity
+from calibration.reference import REFERENCE_IMAGES
+from calibration.source import ImageSource
 
 
 @dataclass(frozen=True)

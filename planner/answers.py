@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundle.prints import among, find_copies
+from calibration.align import ALIGN_SHARE
+from calibration.fidelity import Fidelity
+from calibration.outputs import Outputs
+from calibration.sessions import local_runtime
+from calibration.splits import CERTIFIED, Rows, group_keys, split_by_group
 from imaging import code_sha256
 from routing import RungOutputs, RungSet
 
-from ..align import ALIGN_SHARE
-from ..fidelity import Fidelity
-from ..outputs import Outputs
-from ..sessions import local_runtime
-from ..splits import CERTIFIED, Rows, group_keys, split_by_group
 from .bars import Bars
 from .candidates import FULL, Graph, shelf_graphs
 from .graph_outputs import GraphOutputs, OutputsCache

@@ -13,15 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundle.prints import looks_sha256, without
+from calibration.align import Aligned, fit_alignment
+from calibration.fidelity import Fidelity
+from calibration.head import LinearHead
+from calibration.outputs import Outputs
+from calibration.splits import group_keys
 from imaging import ImageError, code_sha256
 from routing import Alignment, AlignmentError, RungSet
 from routing.rungset import NAME as RECORD
 
-from ..align import Aligned, fit_alignment
-from ..fidelity import Fidelity
-from ..head import LinearHead
-from ..outputs import Outputs
-from ..splits import group_keys
 from .bars import Bars
 from .candidates import ALIGN, Graph, said
 from .request import Request

@@ -28,13 +28,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..certify import Goal
-from ..coefficients import FitSample, out_of_fold
-from ..fidelity import Fidelity
-from ..fit import Fit, cross_validated_costs
-from ..outputs import Outputs
-from ..scoring import learn_sign
-from ..splits import Rows
+from calibration.certify import Goal
+from calibration.coefficients import FitSample, out_of_fold
+from calibration.fidelity import Fidelity
+from calibration.fit import Fit, cross_validated_costs
+from calibration.outputs import Outputs
+from calibration.scoring import learn_sign
+from calibration.splits import Rows
 
 MOST = 4
 WITHIN = 1.15

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..certify import images_needed
+from calibration.certify import images_needed
+
 from .candidates import FULL
 from .plan import Planned
 from .select import Tested, cascade_ms

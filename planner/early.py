@@ -29,15 +29,15 @@ from sklearn.linear_model import RidgeCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from calibration.align import ALPHAS
+from calibration.coefficients import FitSample, out_of_fold
+from calibration.fidelity import Fidelity
+from calibration.metrics import needed_escalation
+from calibration.outputs import Outputs
+from calibration.scoring import learn_sign
+from calibration.splits import Rows
 from routing import RungOutputs
 
-from ..align import ALPHAS
-from ..coefficients import FitSample, out_of_fold
-from ..fidelity import Fidelity
-from ..metrics import needed_escalation
-from ..outputs import Outputs
-from ..scoring import learn_sign
-from ..splits import Rows
 from .select import cascade_ms
 
 FloatVector = NDArray[np.float64]

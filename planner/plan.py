@@ -11,15 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from calibration.align import Aligned
+from calibration.certify import one_per_group
+from calibration.fidelity import Fidelity
+from calibration.fit import Options, fit
+from calibration.outputs import Outputs
+from calibration.reference import with_reference_answers
+from calibration.splits import SplitError, check_grouping, group_keys
 from routing import Overrides, RungSet, escalation_mask
 
-from ..align import Aligned
-from ..certify import one_per_group
-from ..fidelity import Fidelity
-from ..fit import Options, fit
-from ..outputs import Outputs
-from ..reference import with_reference_answers
-from ..splits import SplitError, check_grouping, group_keys
 from .answers import (
     Parts,
     agreements,

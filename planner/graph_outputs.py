@@ -20,13 +20,12 @@ import PIL
 from numpy.typing import NDArray
 
 from bundle.prints import Looks, looks_sha256
+from calibration.decoding import DecodedImage, decode_ahead
+from calibration.npz import NpzError, load_npz, save_npz
+from calibration.sessions import local_runtime, open_session, run_session
+from calibration.source import ImagesError, ImageSource
 from imaging import Preprocessing, code_sha256
 from routing import RungOutputs, RungRecord, RungSet
-
-from ..decoding import DecodedImage, decode_ahead
-from ..npz import NpzError, load_npz, save_npz
-from ..sessions import local_runtime, open_session, run_session
-from ..source import ImagesError, ImageSource
 
 BATCH = 16
 _NO_TENSOR = np.zeros(0, np.float32)  # tensors of thousands of images would fill the memory

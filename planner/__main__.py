@@ -1,9 +1,10 @@
-"""The verb `plan` of `python -m calibration`."""
+"""`python -m planner plan`."""
 
 from __future__ import annotations
 
 import json
 import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,30 +12,46 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from routing import threshold_text
+from calibration.certify import CertifyError, Goal
+from calibration.fidelity import KINDS, Fidelity, FidelityError
+from calibration.fit import FitError
+from calibration.images import open_images
+from calibration.outputs import OutputsError
+from calibration.pages.plan import write_plan
+from calibration.pages.plan_points import cascade_marks
+from calibration.pages.plan_readings import why_nothing
+from calibration.reference import REFERENCE_IMAGES
+from calibration.scoring import flat_score
+from calibration.source import ImagesError, ImageSource
+from calibration.splits import GROUPINGS, SplitError
+from imaging import PreprocessingError
+from routing import CalibrationError, RungSetError, threshold_text
 
-from ..certify import Goal
-from ..fidelity import KINDS, Fidelity
-from ..images import open_images
-from ..pages.plan import write_plan
-from ..pages.plan_points import cascade_marks
-from ..pages.plan_readings import why_nothing
-from ..reference import REFERENCE_IMAGES
-from ..scoring import flat_score
-from ..source import ImageSource
-from ..splits import GROUPINGS
 from . import result
 from .bars import Bars
 from .candidates import ALIGN
 from .early import early_decision
 from .plan import Planned, choose_rungs, make_plan
 from .request import Request
+from .subprocesses import PlanError
 
 SAMPLE_CROPS = 2400
 
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 console = Console(highlight=False, markup=False)
 
 
+@app.callback()
+def _root() -> None:
+    """Find the cheapest cascade of a model that can be certified."""
+
+
+@app.command("plan")
 def plan_command(
     model: Annotated[str, typer.Option(metavar="NAME|PATH|ID", help="As `export rungs --model`.")],
     images: Annotated[str, typer.Option(help="A folder (recursive), or `sample`.")],
@@ -268,3 +285,36 @@ def _worth(ratio: float | None) -> str:
     if ratio >= 1:
         return f": it costs {ratio:.2f} times as much as the cascade"
     return f": it WINS: it costs {ratio:.2f} of the cascade, though nothing is certified of it"
+
+
+def main() -> None:
+    """Run the command line; a foreseeable error is one line and exit code 2."""
+    try:
+        code = app(standalone_mode=False)
+    except typer.TyperException as error:
+        message = " ".join(error.format_message().split()) + " (--help tells more)"
+    except (
+        CalibrationError,
+        CertifyError,
+        FidelityError,
+        FitError,
+        ImagesError,
+        OutputsError,
+        PlanError,
+        PreprocessingError,
+        RungSetError,
+        SplitError,
+    ) as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}"
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+    else:
+        sys.exit(code)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,6 @@
 """What the planner has the other folders do, each by its command line.
 
-`calibration` imports neither `export` nor `perf`; a planner runs them as a user would, and says
-which command it runs.
+A planner runs them as a user would, and says which command it runs.
 """
 
 from __future__ import annotations
