@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from calibration.pages.page import percent
-from calibration.pages.recipe_words import recipe_words
 from perf.figures import TOO_BUSY
 from perf.measure.paired import Paired
+from report.words import percent, recipe_words
 
 from .serve import Measured
 from .systems import ADAPTIVE, HIGH, LOW, RUNG, name_of

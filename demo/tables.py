@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from calibration.pages.recipe_words import recipe_words
 from perf.figures import TOO_BUSY
+from report.words import recipe_words
 
 from .plan_summary import best_sentence, served_rows, speedup_sentence
 from .systems import ADAPTIVE, HIGH, LOW

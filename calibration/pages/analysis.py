@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
+from report.words import count_of, percent
+
 from ..analyse import QUANTILES, Analysis, LossRelation
 from ..fidelity import oracle_cosine, oracle_l2
 from ..outputs import Outputs
 from ..source import ImageSource
 from . import figures
-from .page import Cards, count_of, missing_reading, percent, write
+from .page import Cards, missing_reading, write
 
 
 def write_analysis(

@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from .page import data_uri
+from report.page import data_uri
 
 GREY, RED, INK = "#999999", "#b3261e", "#222222"
 LEGEND = {"frameon": False, "fontsize": 8.5}

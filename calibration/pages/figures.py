@@ -13,9 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
+from report.page import data_uri
+from report.words import setting
+
 from .. import metrics
 from .decisions import Decisions, UnitBin
-from .page import HIGH_COLOUR, LOW_COLOUR, data_uri, setting
+from .page import HIGH_COLOUR, LOW_COLOUR
 
 FloatVector = NDArray[np.float64]
 BoolVector = NDArray[np.bool_]

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from report.words import count_of, percent
 from routing import score_texts
 
 from ..splits import Rows
 from .decisions import Decisions
-from .page import GALLERY, HIGH_COLOUR, LOW_COLOUR, Cards, count_of, percent
+from .page import GALLERY, HIGH_COLOUR, LOW_COLOUR, Cards
 
 MIN_ROWS = 100  # below, some cell of the galleries is nearly always empty
 

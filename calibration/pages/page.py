@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from numpy.typing import NDArray
 from PIL import ImageOps
 
 from imaging import decode, pixels_sha256
+from report.page import data_uri
+from report.words import count_of, percent, setting
 from routing.fidelity import LABEL_THRESHOLD, label_sets
 
 from ..fidelity import oracle_cosine, oracle_l2
@@ -113,26 +114,6 @@ class Cards:
         buffer = io.BytesIO()
         square.save(buffer, "JPEG", quality=80)
         return data_uri("image/jpeg", buffer.getvalue()), ""
-
-
-def data_uri(media_type: str, data: bytes) -> str:
-    """`data` as the address of an embedded file."""
-    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
-
-
-def percent(share: float) -> str:
-    """A measured share, e.g. `4.2 %`, its space non-breaking."""
-    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
-
-
-def setting(share: float) -> str:
-    """A share that somebody chose, e.g. `5 %`, its space non-breaking."""
-    return f"{100 * share:g}\N{NO-BREAK SPACE}%"
-
-
-def count_of(number: int, noun: str) -> str:
-    """`1 image`, `1,200 images`."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def missing_reading(cards: Sequence[Card]) -> str:

@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from report.words import percent, recipe_words, setting
+
 from . import plan_figures, plan_readings
-from .page import percent, setting, write
+from .page import write
 from .plan_points import (
     Content,
     cascade_marks,
@@ -20,7 +22,6 @@ from .plan_points import (
     points,
 )
 from .plan_readings import milliseconds
-from .recipe_words import recipe_words
 
 _ROLES = {
     "reference": "full model",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any
 
-from .recipe_words import recipe_words
+from report.words import recipe_words
 
 Content = Mapping[str, Any]
 FAMILIES = ("px", "tome")  # of graphs that are cheaper in this one way

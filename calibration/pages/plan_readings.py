@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from report.words import count_of, percent, setting
 from routing import threshold_text
 
 from ..fidelity import Fidelity
-from .page import count_of, percent, setting
 from .plan_points import (
     Content,
     Point,

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from report.words import count_of, percent, setting
 from routing import score_texts, threshold_text
 
 from ..outputs import FULL_RUNG
 from ..scoring import flat_score
 from .decisions import Decisions, UnitBin
 from .figures import MAX_POINTS, REFERENCES
-from .page import count_of, percent, setting
 
 METHODS = {
     "ltt": "fixed-sequence testing with the exact binomial tail",

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from report.words import count_of, percent, setting
 from routing import SIGNALS, Calibration, threshold_text
 from routing.provenance import runtime_words
 from routing.reference import reference_words
@@ -21,7 +22,7 @@ from ..source import ImageSource
 from . import figures, readings
 from .decisions import Decisions, unit_bins
 from .galleries import cell_table, galleries, gallery_rows
-from .page import Cards, count_of, missing_reading, percent, setting, write
+from .page import Cards, missing_reading, write
 
 _HASH_DIGITS = 12
 

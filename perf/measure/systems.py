@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.pages.recipe_words import recipe_words
+from report.words import recipe_words
 from routing import RungSet
 
 LOW, HIGH, ADAPTIVE, ENSEMBLE = "static-low", "static-high", "adaptive", "ensemble"

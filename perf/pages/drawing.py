@@ -8,7 +8,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from calibration.pages.page import HIGH_COLOUR, LOW_COLOUR, data_uri
+from calibration.pages.page import HIGH_COLOUR, LOW_COLOUR
+from report.page import data_uri
 
 from .words import resolution
 

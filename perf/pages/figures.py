@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from calibration.pages.page import HIGH_COLOUR, LOW_COLOUR, count_of
+from calibration.pages.page import HIGH_COLOUR, LOW_COLOUR
+from report.words import count_of
 
 from .drawing import GREY, LEGEND, colour, new_figure, svg
 from .words import Summary, amount, short_name, system_order

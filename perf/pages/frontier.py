@@ -14,7 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
-from calibration.pages.page import HIGH_COLOUR, percent
+from calibration.pages.page import HIGH_COLOUR
+from report.words import percent
 
 from .drawing import GREY, INK, LEGEND, colour, new_figure, svg
 from .labels import Label, place

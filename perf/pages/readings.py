@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from calibration.pages.page import count_of, percent
+from report.words import count_of, percent
 
 from ..figures import TOO_BUSY, doubts_of
 from ..figures import Spread as Runs

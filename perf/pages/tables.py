@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from calibration.pages.page import count_of
+from report.words import count_of
 
 from ..figures import doubts_of, load_of
 from .words import (

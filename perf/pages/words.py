@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from calibration.pages.page import percent
-from calibration.pages.recipe_words import recipe_words
+from report.words import percent, recipe_words
 
 MISSING = "not measured"
 NONE = "–"

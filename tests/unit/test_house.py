@@ -21,12 +21,13 @@ ARROWS = {
     "imaging": set(),
     "bundle": set(),
     "export": {"routing", "imaging", "bundle"},
-    "calibration": {"routing", "imaging", "bundle"},
+    "calibration": {"routing", "imaging", "bundle", "report"},
     "server": {"routing"},  # the manifest, versions and reference answers of a repository
     "client": set(),
-    "perf": {"bundle", "calibration", "client", "imaging", "routing", "server"},
-    "planner": {"bundle", "calibration", "export", "imaging", "perf", "routing"},
-    "demo": {"calibration", "client", "imaging", "perf", "routing", "server"},
+    "report": set(),
+    "perf": {"bundle", "calibration", "client", "imaging", "report", "routing", "server"},
+    "planner": {"bundle", "calibration", "export", "imaging", "perf", "report", "routing"},
+    "demo": {"calibration", "client", "imaging", "perf", "report", "routing", "server"},
 }
 IN_TRITON = sorted(
     path.relative_to(ROOT).as_posix()

@@ -10,7 +10,6 @@ import pytest
 from calibration.pages import plan_figures
 from calibration.pages.plan import write_plan
 from calibration.pages.plan_points import cascade_marks, graph_marks, points
-from calibration.pages.recipe_words import recipe_words
 from tests.unit.pages import Page, squeeze
 from tests.unit.plan_content import (
     FULL_MS,
@@ -47,23 +46,6 @@ def nothing_chosen(**changes):
 
 def svg_of(uri):
     return base64.b64decode(uri.partition(",")[2]).decode()
-
-
-@pytest.mark.parametrize(
-    ("recipe", "words"),
-    [
-        (
-            "px=112,depth=9,tome=4,int8=static,align",
-            "112 px, 9 blocks, 4 tokens merged per block, int8, aligned",
-        ),
-        ("px=224,int8", "224 px, int8 (dynamic)"),
-        ("depth=1,tome=1,fp16", "1 block, 1 token merged per block, fp16"),
-        ("fp32", "fp32"),
-        ("px=98,sparse=2", "98 px, sparse=2"),
-    ],
-)
-def test_a_recipe_reads_in_words(recipe, words):
-    assert recipe_words(recipe) == words
 
 
 def test_the_page_begins_with_the_certificate_and_what_is_served(usual):

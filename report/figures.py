@@ -1,0 +1,366 @@
+"""The kinds of figure of every page: numbers in, the address of an embedded SVG out.
+
+Equal numbers give equal bytes. What stands where several things are shown is said by a legend and
+by numbers inside the markers, which a table beside the figure names.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator, PercentFormatter
+
+from .page import HIGH_COLOUR, LOW_COLOUR, data_uri
+from .words import amount, setting
+
+GREY, INK = "#999999", "#222222"
+OTHERS = ("#4c78a8", "#b279a2", "#d99a2b", "#5fa8a1", "#9d755d", "#7a7fd0", "#7f9a3b", "#96588a")
+_BEATEN = "#f3f0e4"
+_LOG_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)  # of shares
+_STYLE: Any = {  # matplotlib types its keys as literals
+    "font.size": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "svg.hashsalt": "report",
+}
+_LEGEND: Any = {"frameon": False, "fontsize": 8.5, "columnspacing": 1.2}
+_LEGEND_CHARACTERS = 96  # of all entries in a row, at the width of a usual figure
+_USUAL_WIDTH = 6.6  # inches
+_LEAST_WRITTEN = 0.06  # share of the longest bar below which its number does not fit inside
+
+
+@dataclass(frozen=True)
+class Axis:
+    """How an axis is labelled and scaled.
+
+    Attributes:
+        label: what it shows, and in which unit.
+        percent: whether its numbers are shares.
+        log: whether equal steps are equal factors.
+        limits: its ends; None leaves room for all that is drawn.
+        ticks: texts at 1, 2, ... instead of numbers.
+    """
+
+    label: str
+    percent: bool = False
+    log: bool = False
+    limits: tuple[float | None, float | None] | None = None
+    ticks: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points that are drawn alike.
+
+    Attributes:
+        name: in the legend; empty for none.
+        x: of the n points.
+        y: of the n points.
+        colour: of marker and line.
+        marker: of matplotlib's; empty for none.
+        line: of matplotlib's; empty leaves the points unjoined.
+        width: of the line.
+        size: of the markers, in points.
+        x_spread: for each point the ends of a thin line through it.
+        y_spread: the same, upright.
+        numbers: for each point the text inside its marker.
+        hollow: which markers are empty.
+        alpha: opacity.
+        above: whether it is drawn over the others.
+    """
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: str
+    marker: str = ""
+    line: str = ""
+    width: float = 1.2
+    size: float = 6
+    x_spread: Sequence[tuple[float, float]] = ()
+    y_spread: Sequence[tuple[float, float]] = ()
+    numbers: Sequence[str] = ()
+    hollow: Sequence[bool] = ()
+    alpha: float = 1.0
+    above: bool = False
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A straight line through the whole figure.
+
+    Attributes:
+        at: its place on the axis that it crosses.
+        name: in the legend; empty for none.
+        across: whether it runs from left to right.
+        colour: of the line.
+        line: of matplotlib's.
+    """
+
+    at: float
+    name: str = ""
+    across: bool = False
+    colour: str = INK
+    line: str = "--"
+
+
+def chart(
+    series: Sequence[Series],
+    x: Axis,
+    y: Axis,
+    rules: Sequence[Rule] = (),
+    beaten_by: Sequence[tuple[float, float]] = (),
+    beaten: str = "",
+    size: tuple[float, float] = (_USUAL_WIDTH, 4.8),
+) -> str:
+    """Points and lines over two axes.
+
+    Args:
+        series: in the order in which they are drawn and named.
+        x: the axis to the right.
+        y: the axis upwards.
+        rules: straight lines.
+        beaten_by: points; what lies right of one and no higher is shaded.
+        beaten: name of the shade in the legend.
+        size: width and height in inches, the legend above them.
+    """
+    figure, axes = _figure(*size)
+    for one in series:
+        _draw(axes, one)
+    for rule in rules:
+        line = axes.axhline if rule.across else axes.axvline
+        label = rule.name or None
+        line(rule.at, color=rule.colour, linestyle=rule.line, linewidth=1, label=label, zorder=1)
+    _scale(axes, "x", x)
+    _scale(axes, "y", y)
+    axes.grid(color="#eeeeee")
+    if beaten_by:
+        _shade(axes, beaten_by, beaten)
+    _legend(figure, axes, size[0])
+    return _svg(figure)
+
+
+def _draw(axes: Axes, one: Series) -> None:
+    order = 5 if one.above else 3
+    for ends, at in zip(one.x_spread, one.y, strict=False):
+        axes.plot(ends, [at, at], color=one.colour, linewidth=1.2, zorder=2)
+    for ends, at in zip(one.y_spread, one.x, strict=False):
+        axes.plot([at, at], ends, color=one.colour, linewidth=1.2, zorder=2)
+    hollow = one.hollow or [False] * len(one.x)
+    if one.line:
+        axes.plot(
+            one.x,
+            one.y,
+            one.line,
+            color=one.colour,
+            linewidth=one.width,
+            zorder=order,
+            label=(None if one.marker else one.name or None),
+        )
+    if not one.marker:
+        return
+    style: Any = {
+        "color": one.colour,
+        "markersize": one.size,
+        "alpha": one.alpha,
+        "zorder": order + 0.5,
+        "clip_on": False,
+    }
+    if one.alpha == 1:
+        style["markeredgecolor"] = one.colour if any(hollow) else "white"
+    full = [i for i, empty in enumerate(hollow) if not empty]
+    name = one.name or None
+    axes.plot(_of(one.x, full), _of(one.y, full), one.marker, linestyle="", label=name, **style)
+    empty = [i for i, is_empty in enumerate(hollow) if is_empty]
+    style["markerfacecolor"] = "white"
+    axes.plot(_of(one.x, empty), _of(one.y, empty), one.marker, linestyle="", **style)
+    for i, number in enumerate(one.numbers):
+        axes.annotate(
+            number,
+            (one.x[i], one.y[i]),
+            ha="center",
+            va="center_baseline",
+            fontsize=min(8.0, 0.62 * one.size),
+            fontweight="bold",
+            color=one.colour if hollow[i] else "white",
+            zorder=order + 0.6,
+        )
+
+
+def _of(values: Sequence[float], rows: Sequence[int]) -> list[float]:
+    return [values[row] for row in rows]
+
+
+def _shade(axes: Axes, points: Sequence[tuple[float, float]], name: str) -> None:
+    costs, heights = np.array(sorted(points)).T
+    best = np.maximum.accumulate(heights)
+    end, (bottom, _) = axes.get_xlim()[1], axes.get_ylim()
+    axes.fill_between(
+        [*costs, end],
+        bottom,
+        [*best, best[-1]],
+        step="post",
+        color=_BEATEN,
+        linewidth=0,
+        zorder=0,
+        label=name or None,
+    )
+
+
+def intervals(
+    rows: Sequence[tuple[str, float | None, Sequence[float] | None]],
+    label: str,
+    chance: float,
+    chosen: str = "",
+    references: Sequence[str] = (),
+) -> str:
+    """Values with their intervals, one above the other.
+
+    Args:
+        rows: name, value and interval, from top to bottom; None where they are not defined.
+        label: of the axis.
+        chance: value of what knows nothing, a dashed line.
+        chosen: the row that stands out.
+        references: the rows that are there to compare with.
+    """
+    figure, axes = _figure(_USUAL_WIDTH, 0.9 + 0.3 * len(rows))
+    axes.axvline(chance, color=GREY, linestyle="--", linewidth=1)
+    for height, (name, value, ends) in enumerate(rows):
+        colour = HIGH_COLOUR if name == chosen else GREY if name in references else INK
+        if ends is not None:
+            axes.plot(ends, [height, height], color=colour, linewidth=1.5)
+        if value is not None:
+            axes.plot(value, height, "o", color=colour, markersize=6)
+    axes.set_yticks(range(len(rows)), [name for name, *_ in rows])
+    for tick, (name, *_) in zip(axes.get_yticklabels(), rows, strict=True):
+        tick.set_fontweight("bold" if name == chosen else "normal")
+    axes.set(xlabel=label, ylim=(len(rows) - 0.5, -0.5))
+    axes.grid(axis="x", color="#eeeeee")
+    return _svg(figure)
+
+
+def histogram(
+    groups: Mapping[str, Sequence[float]],
+    label: str,
+    things: str = "images",
+    rules: Sequence[Rule] = (),
+    size: tuple[float, float] = (5.6, 3.4),
+) -> str:
+    """How often values occur, stacked.
+
+    Args:
+        groups: values by name, at most two groups: those without a loss, then those with one.
+        label: of the values' axis.
+        things: what is counted.
+        rules: upright lines; one that is far from every value is left out.
+        size: width and height in inches.
+    """
+    figure, axes = _figure(*size)
+    values = np.concatenate([np.asarray(group, np.float64) for group in groups.values()])
+    axes.hist(
+        list(groups.values()),
+        bins=np.histogram_bin_edges(values, 40).tolist(),
+        stacked=True,
+        color=[LOW_COLOUR, HIGH_COLOUR][: len(groups)],
+        label=list(groups),
+    )
+    for rule in near(rules, values.tolist()):
+        axes.axvline(rule.at, color=rule.colour, linestyle=rule.line, label=rule.name)
+    axes.set(xlabel=label, ylabel=things)
+    _legend(figure, axes, size[0])
+    return _svg(figure)
+
+
+def near(rules: Sequence[Rule], values: Sequence[float]) -> list[Rule]:
+    """The rules that lie near the values: one far away would squeeze them together."""
+    least, most = min(values), max(values)
+    margin = 0.1 * max(most - least, 1e-9)
+    return [rule for rule in rules if least - margin <= rule.at <= most + margin]
+
+
+def bars(
+    rows: Mapping[str, Mapping[str, float]],
+    totals: Sequence[float],
+    colours: Mapping[str, str],
+    label: str,
+) -> str:
+    """Stacked bars, one above the other, with their totals.
+
+    Args:
+        rows: for each bar, named on the left, its parts by name.
+        totals: what stands at the end of each bar.
+        colours: of the parts.
+        label: of the axis.
+    """
+    figure, axes = _figure(5.6, 1.3 + 0.8 * len(rows))
+    longest = max(totals)
+    named: set[str] = set()
+    for height, (parts, total) in enumerate(zip(rows.values(), totals, strict=True)):
+        left = 0.0
+        for name, value in parts.items():
+            width = max(value, 0.0)  # a difference of two measurements can fall below 0
+            shown = None if name in named else name
+            named.add(name)
+            colour = colours.get(name, GREY)
+            axes.barh(height, width, left=left, height=0.62, color=colour, label=shown)
+            if width > _LEAST_WRITTEN * longest:
+                middle = left + width / 2
+                axes.text(middle, height, amount(width), ha="center", va="center", color="white")
+            left += width
+        axes.text(left, height, f" {amount(total)} ms", va="center", fontweight="bold")
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set(xlabel=label, ylim=(len(rows) - 0.5, -0.5), xlim=(0, 1.2 * longest))
+    axes.grid(axis="x", color="#eeeeee")
+    _legend(figure, axes, 5.6)
+    return _svg(figure)
+
+
+def _scale(axes: Axes, name: str, scale: Axis) -> None:
+    axis = axes.xaxis if name == "x" else axes.yaxis
+    axis.set_label_text(scale.label)
+    if scale.log:
+        (axes.set_xscale if name == "x" else axes.set_yscale)("log")
+        axis.set_minor_locator(NullLocator())
+        if scale.percent:
+            axis.set_major_locator(FixedLocator(_LOG_TICKS))
+            axis.set_major_formatter(FuncFormatter(lambda share, _: setting(round(share, 4))))
+        else:
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    elif scale.percent:
+        axis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    if scale.ticks:
+        axis.set_ticks(range(1, len(scale.ticks) + 1), labels=scale.ticks)
+    if scale.limits is not None:
+        (axes.set_xlim if name == "x" else axes.set_ylim)(*scale.limits)
+
+
+def _legend(figure: Figure, axes: Axes, width: float) -> None:
+    """Name everything above the axes, in as many columns as there is room for."""
+    names = axes.get_legend_handles_labels()[1]
+    if not names:
+        return
+    room = _LEGEND_CHARACTERS * width / _USUAL_WIDTH
+    columns = int(room // (max(map(len, names)) + 6))  # with its marker and the gap
+    figure.legend(loc="outside upper left", ncols=max(1, min(4, columns)), **_LEGEND)
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        return figure, figure.subplots()
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return data_uri("image/svg+xml", buffer.getvalue())

@@ -1,0 +1,92 @@
+"""Numbers and recipes as people read them. Each function is a filter of the templates, too.
+
+Numbers have as many digits as they carry; one that was not measured, `None`, is a dash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+NONE = "–"
+_SPACE = "\N{NO-BREAK SPACE}"
+_PRECISIONS = {"int8=static": "int8", "int8": "int8 (dynamic)", "align": "aligned"}
+
+
+def percent(share: float | None) -> str:
+    """A measured share, such as `4.2 %`."""
+    return NONE if share is None else f"{100 * share:.1f}{_SPACE}%"
+
+
+def setting(share: float) -> str:
+    """A share that somebody chose, such as `5 %`."""
+    return f"{round(100 * share, 10):g}{_SPACE}%"
+
+
+def count_of(number: int, noun: str) -> str:
+    """A number of things, such as `1 image` or `1,200 images`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def amount(value: float | None) -> str:
+    """A quantity with about three digits, such as `1,204`, `104`, `31.2` or `0.62`."""
+    if value is None:
+        return NONE
+    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+    return f"{value:,.{digits}f}"
+
+
+def milliseconds(value: float | None) -> str:
+    """A duration with three digits, such as `6.25 ms`."""
+    return NONE if value is None else f"{amount(value)}{_SPACE}ms"
+
+
+def ratio(value: float | None) -> str:
+    """A ratio with two digits after the point."""
+    return NONE if value is None else f"{value:.2f}"
+
+
+def fine(value: float | None) -> str:
+    """A ratio near 1, whose third digit counts."""
+    return NONE if value is None else f"{value:.3f}"
+
+
+def times(value: float | None) -> str:
+    """A speed-up, such as `2.34×`."""
+    return NONE if value is None else f"{value:.2f}×"
+
+
+def interval(ends: tuple[float, float] | None, show: Callable[[float], str] = ratio) -> str:
+    """An interval, such as `0.61 to 0.80`; a dash where there is none."""
+    return NONE if ends is None else " to ".join(map(show, ends))
+
+
+def spread_range(spread: Mapping[str, Any] | None, show: Callable[[float], str] = amount) -> str:
+    """From the smallest run to the largest; empty where there is one run or none."""
+    if spread is None or spread["runs"] < 2:
+        return ""
+    return f"{show(spread['min'])} to {show(spread['max'])}"
+
+
+def recipe_words(recipe: str) -> str:
+    """How a graph makes itself cheap.
+
+    Args:
+        recipe: such as `px=112,depth=9,tome=4,int8=static,align`.
+
+    Returns:
+        Such as `112 px, 9 blocks, 4 tokens merged per block, int8, aligned`. A part that is not
+        known stays as it is.
+    """
+    return ", ".join(map(_part_words, recipe.split(",")))
+
+
+def _part_words(part: str) -> str:
+    name, _, value = part.partition("=")
+    if name == "px":
+        return f"{value} px"
+    if name == "depth":
+        return count_of(int(value), "block")
+    if name == "tome":
+        return f"{count_of(int(value), 'token')} merged per block"
+    return _PRECISIONS.get(part, part)
