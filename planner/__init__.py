@@ -2,6 +2,5 @@
 
 `candidates` (what may be combined) -> `shelf` (graphs exported and aligned, by `subprocesses`) ->
 `graph_outputs`, `answers` (what each graph answers) -> `select` (shortlist on the fit split,
-certify, choose) -> `early` (would deciding inside the cheap rung pay?) -> `plan` (the road through
-all of them) -> `result` (plan.json).
+certify, choose) -> `plan` (the road through all of them) -> `result` (plan.json).
 """

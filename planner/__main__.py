@@ -30,7 +30,6 @@ from routing import CalibrationError, RungSetError, threshold_text
 from . import result
 from .bars import Bars
 from .candidates import ALIGN
-from .early import early_decision
 from .plan import Planned, choose_rungs, make_plan
 from .request import Request
 from .subprocesses import PlanError
@@ -141,7 +140,7 @@ def plan_command(
     )
     bars = Bars(Console(stderr=True))
     planned = make_plan(request, bars)
-    content = result.to_dict(planned, _early(planned), _notes(planned))
+    content = result.to_dict(planned, _notes(planned))
     if planned.chosen is not None:
         choose_rungs(planned, bars)
     path = result.write(content, out)
@@ -159,25 +158,6 @@ def _open(images: str, limit: int | None, seed: int) -> ImageSource:
     if images == "sample":
         return open_images(f"sample:{seed}", limit or SAMPLE_CROPS)
     return open_images(images, limit)
-
-
-def _early(planned: Planned) -> dict[str, Any] | None:
-    chosen = planned.chosen
-    if chosen is None or planned.doubted:  # what is worth a call is a question of costs
-        return None
-    low, high = chosen.candidate.low, chosen.candidate.high
-    certificate = chosen.fit.calibration.certificate or {}
-    return early_decision(
-        planned.pairs[low, high],
-        planned.parts.splits["fit"],
-        planned.parts.groups,
-        planned.fidelity,
-        planned.ms[low],
-        planned.ms[high],
-        chosen.candidate.signal,
-        certificate["allowed"] / certificate["n"],
-        planned.request.seed,
-    )
 
 
 def _notes(planned: Planned) -> list[str]:

@@ -24,12 +24,11 @@ PROCEDURE = (
 )
 
 
-def to_dict(planned: Planned, early: Mapping[str, Any] | None, notes: list[str]) -> dict[str, Any]:
+def to_dict(planned: Planned, notes: list[str]) -> dict[str, Any]:
     """The content of plan.json.
 
     Args:
         planned: what was found.
-        early: what deciding inside the cheap rung would be worth; None: nothing was chosen.
         notes: one line each.
     """
     request, parts = planned.request, planned.parts
@@ -59,7 +58,6 @@ def to_dict(planned: Planned, early: Mapping[str, Any] | None, notes: list[str])
         "tested": [_tested(planned, entry) for entry in planned.tested],
         "chosen": None if planned.chosen is None else _tested(planned, planned.chosen),
         "best_alternative": best_alternative(planned),
-        "early_decision": early,
         "notes": notes,
     }
 

@@ -79,7 +79,6 @@ def write_plan(path: Path, content: Mapping[str, Any]) -> None:
         ],
         given_back=plan_readings.given_back(content),
         enough=plan_readings.enough(content),
-        early=_early(content["early_decision"]),
         parts=[
             {"name": name, "images": f"{content['images'][name]:,}", "words": words}
             for name, words in _PARTS.items()
@@ -233,29 +232,3 @@ def _growth(content: Content, aligned: Mapping[str, Any]) -> str | None:
         for name, found in aligned.items()
     ]
     return plan_figures.growth(curves) if curves else None
-
-
-def _early(early: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Rows of the places to split at, the best marked, and what they are held against."""
-    if early is None:
-        return None
-    rows = [
-        {
-            "after": f"{split['after_block']} of {split['blocks']}",
-            "signal": split["signal"] or "none is worth it",
-            "early": percent(split["escalated_early"]),
-            "escalation": percent(split["escalation_rate"]),
-            "ms": milliseconds(split["ms_per_image"]),
-            "gain": percent(split["gain"]),
-            "perfect": percent(split["perfect_gain"]),
-            "kind": "chosen" if early["pays"] and split == early["best"] else "",
-        }
-        for split in early["splits"]
-    ]
-    return {
-        "verdict": early["verdict"],
-        "escalation": percent(early["escalation_rate"]),
-        "ms": milliseconds(early["ms_per_image"]),
-        "hop": milliseconds(early["hop_ms"]),
-        "rows": rows,
-    }

@@ -29,7 +29,6 @@ _GRAPHS = {
     "vit_high": ("px=224", 1.0, 1.0, ["high", "reference"]),
 }
 SIGNALS = ("deferral", "layer_lens", "margin", "cls_path")
-_SPLIT = {"blocks": 12, "signal": "deferral", "escalated_early": 0.004, "escalation_rate": 0.043}
 
 
 def spread(value, share=0.05):
@@ -121,10 +120,6 @@ def plan_content(**changes):
         chosen,
         cascade("static_98_int8static_align", "static_int8static", 1.0, 0.01, certified=False),
     ]
-    splits = [
-        _SPLIT | {"after_block": k, "ms_per_image": ms, "gain": gain, "perfect_gain": gain + 0.01}
-        for k, ms, gain in ((4, 9.93, 0.0071), (6, 9.95, 0.0052), (8, 9.97, 0.0031))
-    ]
     content = {
         "schema_version": 1,
         "backbone": "dinov2-small",
@@ -152,18 +147,6 @@ def plan_content(**changes):
             "recipe": "px=224,int8=static",
             "agreement": 0.99,
             "cost_ratio_to_plan": 0.5 / 0.123,
-        },
-        "early_decision": {
-            "pays": False,
-            "verdict": "Not worth it: deciding after block 4 of 12 saves 0.07 of 10 ms per image.",
-            "signal": "deferral",
-            "allowed_risk": 0.03,
-            "escalation_rate": 0.041,
-            "ms_per_image": 10.01,
-            "saved_ms": 0.07,
-            "hop_ms": 0.7,
-            "best": splits[0],
-            "splits": splits,
         },
         "notes": [],
     }

@@ -24,7 +24,6 @@ from tests.unit.plan_content import (
 
 LOW, HIGH = "static_112_int8static_align", "static_int8static"
 FRONTIER = "What it costs and how often the answer will do"
-EARLY = "Deciding inside the cheap graph"
 ALIGNING = "What aligning is worth"
 
 
@@ -41,7 +40,7 @@ def usual(tmp_path_factory):
 
 
 def nothing_chosen(**changes):
-    return plan_content(chosen=None, best_alternative=None, early_decision=None, **changes)
+    return plan_content(chosen=None, best_alternative=None, **changes)
 
 
 def svg_of(uri):
@@ -193,7 +192,6 @@ def test_nothing_certified_is_shown_as_a_normal_result(tmp_path):
     assert "Nothing beats the full model" in top and STATEMENT not in top
     assert "Every image runs through 224 px, full model, as without a plan." in top
     assert "could be certified for a risk of at most 5 %" in top
-    assert "No cascade was chosen" in page.sections[EARLY]
 
 
 def test_a_certified_cascade_that_saves_nothing_explains_why_it_was_not_chosen(tmp_path):
@@ -275,18 +273,6 @@ def test_an_alignment_that_does_not_help_is_red_in_its_figure():
     assert red in svg and green not in svg
     svg = svg_of(plan_figures.growth([helping] * 3 + [idle]))
     assert red in svg and green in svg
-
-
-def test_early_decision_shows_its_verdict_and_every_place_to_split(usual, tmp_path):
-    content = plan_content()
-    text = usual.sections[EARLY]
-    assert content["early_decision"]["verdict"] in text
-    assert "the last one 4.1 % 10.0 ms 4 of 12 deferral 0.4 % 4.3 % 9.93 ms 0.7 % 1.7 %" in text
-    assert "8 of 12 deferral 0.4 % 4.3 % 9.97 ms 0.3 % 1.3 %" in text and "0.70 ms" in text
-    content["early_decision"]["splits"][0]["signal"] = None
-    assert "4 of 12 none is worth it" in write(tmp_path, content).sections[EARLY]
-    content["early_decision"] |= {"splits": [], "best": None}
-    assert "decided after block" not in write(tmp_path, content).sections[EARLY]
 
 
 def test_the_page_ends_with_the_procedure_what_is_left_out_and_the_notes(usual, tmp_path):

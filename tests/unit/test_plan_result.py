@@ -50,7 +50,7 @@ def made(tmp_path_factory):
     """A plan, the commands it gave, and plan.json's content."""
     commands = Commands()
     planned = plan(make_request(tmp_path_factory.mktemp("plan")), commands)
-    return planned, commands, result.to_dict(planned, None, ["a note"])
+    return planned, commands, result.to_dict(planned, ["a note"])
 
 
 @pytest.fixture
@@ -180,7 +180,7 @@ def test_the_best_alternative_reaches_the_cascades_agreement_at_the_least_cost(c
 
 def test_graphs_whose_price_was_disturbed_are_priced_once_more(tmp_path, content):
     commands = Commands(busy=1)
-    found = result.to_dict(plan(make_request(tmp_path), commands), None, [])
+    found = result.to_dict(plan(make_request(tmp_path), commands), [])
     assert len(commands.of("perf", "serving")) == 2
     assert not found["disturbed"] and found["doubts"] == []
     assert found["best_alternative"] == content["best_alternative"]
@@ -189,7 +189,7 @@ def test_graphs_whose_price_was_disturbed_are_priced_once_more(tmp_path, content
 def test_no_ratio_of_costs_that_stay_disturbed_is_told(tmp_path, content):
     commands = Commands(busy=2)
     planned = plan(make_request(tmp_path), commands)
-    found = result.to_dict(planned, None, [])
+    found = result.to_dict(planned, [])
     assert len(commands.of("perf", "serving")) == 2
     assert found["disturbed"] and "the machine was too busy for a figure" in found["doubts"][0]
     assert "px=6" in found["doubts"][0]
@@ -287,7 +287,7 @@ def unhelped(tmp_path_factory):
 
 def test_where_an_alignment_does_not_help_the_graph_without_it_takes_its_place(unhelped):
     planned, commands = unhelped
-    content = result.to_dict(planned, None, [])
+    content = result.to_dict(planned, [])
     assert commands.of("export", "align") == []
     assert planned.lows == ["vit_low", "static_4"]
     graph = content["graphs"]["vit_low"]
@@ -355,7 +355,7 @@ def test_plan_json_says_how_many_images_were_needed(content):
 def test_cheap_graphs_that_cost_more_than_the_full_model_are_not_chosen(tmp_path):
     dear = {"vit_high": 5.0, "static_int8static": 5.0}
     planned = plan(make_request(tmp_path), Commands(ms=dear))
-    content = result.to_dict(planned, None, [])
+    content = result.to_dict(planned, [])
     assert any(entry["certified"] for entry in content["tested"])
     assert content["chosen"] is None and content["best_alternative"] is None
     assert not (tmp_path / "out").exists()
@@ -366,7 +366,7 @@ def test_where_nothing_can_be_certified_nothing_is_chosen(tmp_path):
     planned = plan(strict, Commands())
     assert planned.chosen is None
     assert not any(entry.certified for entry in planned.tested)
-    json.dumps(result.to_dict(planned, None, []), allow_nan=False)
+    json.dumps(result.to_dict(planned, []), allow_nan=False)
 
 
 def test_a_latency_budget_leaves_out_pairs_that_take_too_long(tmp_path):
@@ -381,7 +381,7 @@ def test_a_latency_budget_leaves_out_pairs_that_take_too_long(tmp_path):
 def test_without_a_head_cosines_are_held_against_the_tolerance(tmp_path):
     request = make_request(tmp_path, tolerance=0.02, beside="")
     planned = plan(request, Commands(head=False))
-    content = result.to_dict(planned, None, [])
+    content = result.to_dict(planned, [])
     assert (content["goal"]["fidelity"], content["goal"]["tolerance"]) == ("cosine", 0.02)
     looser = plan(replace(request, tolerance=0.5), Commands(head=False))
     assert looser.agreement["static_4"] > planned.agreement["static_4"] + 0.05
@@ -389,7 +389,7 @@ def test_without_a_head_cosines_are_held_against_the_tolerance(tmp_path):
 
 def test_a_fidelity_that_is_named_is_kept(tmp_path):
     request = make_request(tmp_path, fidelity=Fidelity("cosine", 0.3))
-    content = result.to_dict(plan(request, Commands()), None, [])
+    content = result.to_dict(plan(request, Commands()), [])
     assert (content["goal"]["fidelity"], content["goal"]["tolerance"]) == ("cosine", 0.3)
     assert content["tested"][0]["certificate"]["tolerance"] == 0.3
 
@@ -397,7 +397,7 @@ def test_a_fidelity_that_is_named_is_kept(tmp_path):
 def test_independent_labels_are_planned_for_by_their_sets(tmp_path):
     request = make_request(tmp_path, tolerance=None, label_threshold=0.6)
     planned = plan(request, Commands(task="labels"))
-    goal = result.to_dict(planned, None, [])["goal"]
+    goal = result.to_dict(planned, [])["goal"]
     assert (goal["fidelity"], goal["label_threshold"]) == ("labels", 0.6)
     assert {c.signal for c in planned.candidates} == {"label_margin", "cls_path", "cls_regression"}
     outputs = planned.pairs[planned.tested[0].candidate.low, planned.tested[0].candidate.high]
@@ -412,7 +412,7 @@ def test_what_may_differ_of_a_value_is_asked_before_anything_is_exported(tmp_pat
         plan(make_request(tmp_path), commands)
     assert commands.of("export", "rungs") == []
     planned = plan(make_request(tmp_path, fidelity=Fidelity("value", 0.3)), Commands(task="value"))
-    goal = result.to_dict(planned, None, [])["goal"]
+    goal = result.to_dict(planned, [])["goal"]
     assert (goal["fidelity"], goal["tolerance"], goal["relative"]) == ("value", 0.3, False)
     assert {c.signal for c in planned.candidates} == {"cls_path", "cls_regression"}
 
