@@ -25,9 +25,9 @@ from bundle.prints import LOOK_BYTES, looks_sha256
 from imaging import Preprocessing, code_sha256
 from routing import RUNGS, RungOutputs, RungSet, RungSetError
 
-from .decoding import DecodedImage, decode_ahead
 from .outputs import OutputsError, row_arrays, scalar_arrays
 from .parts import Parts
+from .running import DecodedImage, decode_ahead, local_runtime, open_session, run_session
 from .served import (
     PROBES,
     Answers,
@@ -37,7 +37,6 @@ from .served import (
     remembered,
     same_server,
 )
-from .sessions import local_runtime, open_session, run_session
 from .source import ImagesError, ImageSource
 
 BATCH = 16

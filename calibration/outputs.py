@@ -71,7 +71,7 @@ class Outputs:
         source: opens the images again: see `images.open_images`.
         title: the source in words, without paths.
         task: what the logits mean, see `routing.TASKS`; None: no head, or `routing.default_task`.
-        runtime: what ran the graphs, `name` and `processor`, as `sessions.local_runtime` or
+        runtime: what ran the graphs, `name` and `processor`, as `running.local_runtime` or
             `served.ServedRungs` say it; empty in files of earlier releases.
     """
 

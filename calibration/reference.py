@@ -16,10 +16,10 @@ import numpy as np
 from imaging import Preprocessing
 from routing import ReferenceAnswers, RungSet
 
-from .decoding import decode_ahead
 from .fit import Fit
 from .images import open_images
 from .outputs import Outputs
+from .running import decode_ahead
 from .source import ImagesError
 from .splits import Rows
 

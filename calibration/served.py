@@ -23,7 +23,7 @@ from routing import RUNGS, RungOutputs, RungSet, is_outage
 from routing.provenance import processor
 
 from .npz import NpzError, load_npz, save_npz
-from .sessions import open_session, run_session
+from .running import open_session, run_session
 
 VERSION = "1"  # of the rungs in an assembled repository
 _TIMEOUT_S = 120.0

@@ -12,7 +12,7 @@ from bundle.prints import among, find_copies
 from calibration.align import ALIGN_SHARE
 from calibration.fidelity import Fidelity
 from calibration.outputs import Outputs
-from calibration.sessions import local_runtime
+from calibration.running import local_runtime
 from calibration.splits import CERTIFIED, Rows, group_keys, split_by_group
 from imaging import code_sha256
 from routing import RungOutputs, RungSet

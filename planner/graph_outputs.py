@@ -20,9 +20,8 @@ import PIL
 from numpy.typing import NDArray
 
 from bundle.prints import Looks, looks_sha256
-from calibration.decoding import DecodedImage, decode_ahead
 from calibration.npz import NpzError, load_npz, save_npz
-from calibration.sessions import local_runtime, open_session, run_session
+from calibration.running import DecodedImage, decode_ahead, local_runtime, open_session, run_session
 from calibration.source import ImagesError, ImageSource
 from imaging import Preprocessing, code_sha256
 from routing import RungOutputs, RungRecord, RungSet

@@ -13,7 +13,7 @@ import numpy as np
 
 from calibration.collect import BATCH, collect
 from calibration.images import open_images
-from calibration.sessions import open_session, run_session
+from calibration.running import open_session, run_session
 from imaging import Preprocessing, decode
 from routing import RUNGS, RungSet
 

@@ -10,7 +10,7 @@ import tritonclient.grpc as triton
 from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
 
-from calibration.sessions import open_session, run_session
+from calibration.running import open_session, run_session
 from client.errors import check_url, server_errors
 from routing import Calibration, RungSet, score_texts
 from server import TritonServer

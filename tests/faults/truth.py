@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.sessions import open_session, run_session
+from calibration.running import open_session, run_session
 from imaging import Preprocessing, decode
 from routing import Calibration, Overrides, RungOutputs, RungSet, escalation_mask
 

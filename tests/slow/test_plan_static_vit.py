@@ -9,7 +9,7 @@ import pytest
 from calibration.fidelity import Fidelity
 from calibration.images import open_images
 from calibration.outputs import Outputs
-from calibration.sessions import open_session, run_session
+from calibration.running import open_session, run_session
 from imaging import Preprocessing, decode
 from routing import Calibration, Overrides, RungSet, escalation_mask
 from tests.triton.conftest import run_command

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 
-from calibration.sessions import open_session, run_session
+from calibration.running import open_session, run_session
 from client import GrpcClient
 from routing import Overrides, RungOutputs, escalation_mask
 

@@ -13,7 +13,7 @@ from calibration.collect import BATCH, PART, collect
 from calibration.images import open_images
 from calibration.npz import load_npz
 from calibration.outputs import Outputs, OutputsError
-from calibration.sessions import run_session
+from calibration.running import run_session
 from calibration.source import ImagesError
 from imaging import Preprocessing, decode, pixels_sha256
 from routing import RungOutputs, RungSet, RungSetError

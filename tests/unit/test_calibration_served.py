@@ -10,8 +10,8 @@ from calibration import collect as collect_module
 from calibration import served as module
 from calibration.collect import PART, collect
 from calibration.outputs import Outputs
+from calibration.running import open_session, run_session
 from calibration.served import ServedError, ServedRungs, credentials
-from calibration.sessions import open_session, run_session
 from routing import RungSet
 from tests.unit.calibration_outputs import with_reference
 from tests.unit.image_files import MemorySource

@@ -7,8 +7,8 @@ import pytest
 
 from bundle.prints import decode as known
 from bundle.prints import encode
-from calibration.decoding import decode_ahead
 from calibration.images import FolderImages
+from calibration.running import decode_ahead
 from export.errors import UsageError
 from export.fit_images import MOST, FitImages
 from imaging import Preprocessing, decode, pixels_sha256

@@ -11,8 +11,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from bundle.prints import among, no_looks
-from calibration.decoding import decode_ahead
 from calibration.images import FolderImages
+from calibration.running import decode_ahead
 from export.errors import UsageError
 from export.pretrained import pretrained
 from export.probe import LabelledImages, fit_linear, fit_probe

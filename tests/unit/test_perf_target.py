@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tritonclient.utils import InferenceServerException
 
-from calibration.sessions import open_session, run_session
+from calibration.running import open_session, run_session
 from client import ClientError
 from perf.figures import PerfError
 from perf.measure import target as module

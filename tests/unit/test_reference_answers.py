@@ -10,7 +10,7 @@ from scipy.stats import binom
 from calibration.certify import Goal
 from calibration.fit import EscalationRate, Threshold
 from calibration.images import open_images
-from calibration.sessions import open_session, run_session
+from calibration.running import open_session, run_session
 from export.errors import UsageError
 from export.repository import RepositoryError, assemble
 from export.settings import ReferenceCheck, Settings

@@ -19,7 +19,7 @@ import pytest
 from calibration.certify import Goal, certificate, certify
 from calibration.fidelity import Fidelity
 from calibration.outputs import FULL_MODEL, FULL_RUNG
-from calibration.sessions import open_session, run_session
+from calibration.running import open_session, run_session
 from export.repository import assemble
 from routing import RungRecord
 from routing.versions import Versions, put

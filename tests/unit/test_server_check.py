@@ -9,7 +9,7 @@ import pytest
 from tritonclient.utils import InferenceServerException
 
 import server.__main__ as command_line
-from calibration.sessions import open_session, run_session
+from calibration.running import open_session, run_session
 from export.repository import assemble
 from routing import PROBE_ID, Calibration, CascadeRequest, run_cascade
 from routing.policy import parse_overrides
