@@ -46,9 +46,11 @@ original: $(INSTALLED)  ## the tables of the research script this began with, me
 
 test: test-unit test-triton  ## unit tests, then tests against a real tritonserver
 
-# One process a core, each with one thread: a file's fixtures are made once, by the process it goes to.
+# A file's fixtures are made once, by the process it goes to; tests/conftest.py has long files go first.
+SIDE_BY_SIDE := --dist loadfile --no-loadscope-reorder
+# One process a core, each with one thread.
 test-unit: $(INSTALLED)  ## five minutes on two cores
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests/unit -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/unit -n auto $(SIDE_BY_SIDE)
 
 test-triton: $(INSTALLED)  ## against a real tritonserver
 	$(PY) -m pytest tests/triton

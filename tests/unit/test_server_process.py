@@ -18,9 +18,12 @@ ROOT = Path(__file__).resolve().parents[2]
 GUARD = ROOT / "server" / "guard.py"
 # Prints the command's id and waits; the command has a child of its own.
 LAUNCHER = """
-    import os, sys, threading, time
+    import os, signal, sys, threading, time
     from pathlib import Path
     from server import process
+
+    # nohup, and who runs the tests under it, ignores it, which every process below inherits.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     scratch, script = Path(sys.argv[1]), sys.argv[2]
     process._GUARD = Path(sys.argv[3])

@@ -1,0 +1,29 @@
+"""What unit tests and tests with a server share: their order, the long files first.
+
+xdist gives a file at a time to whichever process has nothing to do: one that takes long and comes
+last keeps the others waiting.
+"""
+
+LONG = (
+    # tests/unit
+    "test_export_rungs",
+    "test_export_recipes",
+    "test_export_token_merging",
+    "test_tasks",
+    "test_plan_result",
+    "test_calibration_fit",
+    "test_client_processes",
+    "test_calibration_report",
+    "test_calibration_collect",
+    "test_export_quantise",
+    "test_router_model",
+    "test_export_align",
+    "test_calibration_validity",
+    "test_export_pretrained",
+    "test_plan_validity",
+)
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
