@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager
 
 from tests.faults.asking import Question, Request
 from tests.faults.load import Load, usual_workers
-from tests.faults.processes import wait_for
 from tests.faults.results import Row, row
 from tests.faults.truth import Truth
+from tests.servers import wait_for
 
 BEFORE_S, AFTER_S = 2.0, 2.0
 

@@ -10,29 +10,7 @@ from pathlib import Path
 
 import tritonclient.grpc as triton
 
-STUB = "triton_python_backend_stub"
-# Arguments of the stub: model file, segment, two sizes, server, backends, pipe, instance, ...
-_INSTANCE = 8
-
-
-def stubs(process_ids: Sequence[int], model: str) -> list[int]:
-    """The processes that run a model, of those given.
-
-    Args:
-        process_ids: of a server and its model processes.
-        model: the model's name; its instances are called `<model>_0_0`, `<model>_0_1`, ...
-    """
-    return [pid for pid in process_ids if _instance_of(pid).startswith(f"{model}_0_")]
-
-
-def _instance_of(pid: int) -> str:
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except OSError:  # it has ended
-        return ""
-    if len(words) <= _INSTANCE or not words[0].endswith(STUB.encode()):
-        return ""
-    return words[_INSTANCE].decode()
+from tests.servers import instance_of
 
 
 def kill(process_ids: Sequence[int]) -> None:
@@ -57,7 +35,7 @@ def stopped(process_ids: Sequence[int]) -> Iterator[None]:
         yield
     finally:
         for pid in process_ids:
-            if _instance_of(pid):
+            if instance_of(pid):
                 os.kill(pid, signal.SIGCONT)
 
 

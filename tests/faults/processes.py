@@ -7,7 +7,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,10 +14,9 @@ from types import TracebackType
 import psutil
 
 from server.shared_memory import SHM_DIRECTORY
-from tests.faults.inject import STUB
+from tests.servers import STUB
 
 ROOT = Path(__file__).resolve().parents[2]
-_POLL_S = 0.1
 
 
 class ServerCommand:
@@ -114,24 +112,6 @@ def segment_bytes(pid: int) -> int:
     lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
     paths = {line.split()[-1] for line in lines if f" {SHM_DIRECTORY}/" in line}
     return sum(Path(path).stat().st_blocks * 512 for path in paths)
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that nobody has reaped yet does not."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 30) -> bool:
-    """Whether it becomes true in time."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(_POLL_S)
-    return condition()
 
 
 def own_file_systems(sizes: Mapping[str, str], first: Sequence[str] = ()) -> list[str]:

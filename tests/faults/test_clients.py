@@ -13,8 +13,9 @@ from tests.faults import inject
 from tests.faults.asking import Question, Request
 from tests.faults.experiment import reasons
 from tests.faults.load import PAUSE_S, recovery_s
-from tests.faults.processes import ServerCommand, wait_for
+from tests.faults.processes import ServerCommand
 from tests.faults.results import row
+from tests.servers import wait_for
 
 PATIENT = Retry(attempts=1000, max_backoff_s=0.5)
 TIMEOUT_S = 60.0

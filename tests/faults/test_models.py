@@ -15,7 +15,8 @@ from tests.faults import inject
 from tests.faults.asking import CHANNEL, METHOD, mixed_questions, question
 from tests.faults.experiment import lasting, measure, reasons
 from tests.faults.load import Load, event_loop, percentile_ms
-from tests.faults.processes import ServerCommand, wait_for
+from tests.faults.processes import ServerCommand
+from tests.servers import wait_for
 
 MODEL_CONTROL = ["--model-control-mode=explicit", "--load-model=*"]  # lets a test unload a model
 FAULT_S = 4.0

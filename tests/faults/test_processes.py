@@ -4,7 +4,8 @@ import pytest
 
 from tests.faults import inject
 from tests.faults.experiment import lasting, measure, reasons
-from tests.faults.processes import ServerCommand, is_alive
+from tests.faults.processes import ServerCommand
+from tests.servers import is_alive, stubs
 
 RECOVER_WITHIN_S = 30.0
 # Triton gives a model process up after 1.3 s; a late answer must not be taken for another's.
@@ -54,7 +55,7 @@ def strike(server, truth, record, fault, inject_it, note=""):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_killed_stub_is_replaced(supervised, truth, record, model):
-    victim = inject.stubs(supervised.process_ids(), model)[:1]
+    victim = stubs(supervised.process_ids(), model)[:1]
     fault = f"kill -9 of a {model} stub"
     strike(supervised, truth, record, fault, lambda: inject.kill(victim))
 
@@ -65,18 +66,18 @@ def test_a_killed_server_is_replaced(supervised, truth, record):
 
 
 def test_a_hung_cheap_rung_is_replaced(supervised, truth, record):
-    victim = inject.stubs(supervised.process_ids(), "vit_low")
+    victim = stubs(supervised.process_ids(), "vit_low")
     strike(supervised, truth, record, "SIGSTOP of vit_low", lambda: inject.stop(victim))
 
 
 def test_a_hung_full_rung_is_replaced(supervised, truth, record):
-    victim = inject.stubs(supervised.process_ids(), "vit_high")
+    victim = stubs(supervised.process_ids(), "vit_high")
     fault = "SIGSTOP of vit_high, on_high_failure=error"
     strike(supervised, truth, record, fault, lambda: inject.stop(victim))
 
 
 def test_a_hung_full_rung_degrades_where_that_was_chosen(supervised_low, truth, record):
-    victim = inject.stubs(supervised_low.process_ids(), "vit_high")
+    victim = stubs(supervised_low.process_ids(), "vit_high")
     fault = "SIGSTOP of vit_high, on_high_failure=low"
     note = "answers low until the server is replaced, which fails some"
     found = strike(supervised_low, truth, record, fault, lambda: inject.stop(victim), note)
@@ -88,7 +89,7 @@ def test_a_hung_full_rung_degrades_where_that_was_chosen(supervised_low, truth, 
 def test_a_rung_that_hangs_and_goes_on_answers_nothing_wrong(
     supervised, truth, record, model, pause_s
 ):
-    victim = inject.stubs(supervised.process_ids(), model)
+    victim = stubs(supervised.process_ids(), model)
     hang = lasting(inject.stopped(victim), pause_s)
     fault = f"SIGSTOP of {model}, SIGCONT after {pause_s:g} s"
     strike(supervised, truth, record, fault, hang)

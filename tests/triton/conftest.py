@@ -16,7 +16,7 @@ from calibration.sample import crops as sample_crops
 from client import GrpcClient
 from imaging import Preprocessing, decode
 from routing import Calibration, RungSet
-from server import TritonServer
+from tests.servers import grey_image, running
 
 ROOT = Path(__file__).resolve().parents[2]
 ESCALATION_RATE = 0.3  # high enough that every batch of a few crops mixes easy and hard
@@ -29,13 +29,6 @@ def run_command(*arguments):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
-
-
-def grey_image():
-    """JPEG bytes."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (64, 64), (128, 128, 128)).save(buffer, "JPEG")
-    return buffer.getvalue()
 
 
 def reference_outcome(server, version=1, image=None):
@@ -99,9 +92,9 @@ def calibration(build):
 
 @pytest.fixture(scope="session")
 def server(build):
-    with TritonServer(build / "model_repository", free_ports=True) as running:
-        reference_outcome(running)  # from then on nothing but the tests' requests reaches a rung
-        yield running
+    with running(build / "model_repository") as server:
+        reference_outcome(server)  # from then on nothing but the tests' requests reaches a rung
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -23,28 +23,27 @@ from client import (
     Prediction,
     Retry,
 )
-from server import TritonServer
-from tests.triton.conftest import run_command
+from export.repository import assemble
+from export.settings import ReferenceCheck, Settings
+from tests.servers import running
 
 KEY = "not much of a secret"
 PATIENT = Retry(attempts=500, first_backoff_s=0.05, max_backoff_s=0.2)
 
 
 @pytest.fixture(scope="module")
-def narrow(build, tmp_path_factory):
+def narrow(build, rung_set, tmp_path_factory):
     """The session's models behind queues of one request; sizes of batches only with a key."""
-    repository = tmp_path_factory.mktemp("narrow") / "repository"
-    run_command(
-        *("export", "repository", "--onnx", build / "onnx", "--out", repository),
-        *("--calibration", build / "calibration.json", "--max-queue", 1),
-        *("--reference-check", "off"),  # its images would fill a queue of one
-    )
+    # The reference answers' images would fill a queue of one.
+    settings = Settings(max_queue=1, reference_check=ReferenceCheck.OFF)
+    folder = tmp_path_factory.mktemp("narrow") / "repository"
+    repository = assemble(rung_set, build / "calibration.json", folder, settings)
     restricted = [
         f"--grpc-restricted-protocol=model-config:admin-key={KEY}",
         f"--http-restricted-api=model-config:admin-key={KEY}",
     ]
-    with TritonServer(repository, free_ports=True, extra_args=restricted) as running:
-        yield running
+    with running(repository, extra_args=restricted) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

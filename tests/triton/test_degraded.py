@@ -11,7 +11,7 @@ import tritonclient.grpc as triton
 from client import GrpcClient, UnavailableError
 from export.repository import assemble
 from export.settings import ClientParameters, OnHighFailure, Settings
-from server import TritonServer
+from tests.servers import running
 from tests.triton.test_keystone import statistics
 
 MODEL_CONTROL = ["--model-control-mode=explicit", "--load-model=*"]  # lets a test unload a model
@@ -27,8 +27,8 @@ def always_high(build, rung_set, tmp_path_factory):
     (folder / "calibration.json").write_text(json.dumps(artifact))
     settings = Settings(client_parameters=ClientParameters.ANY)
     repository = assemble(rung_set, folder / "calibration.json", folder / "repository", settings)
-    with TritonServer(repository, free_ports=True, extra_args=MODEL_CONTROL) as running:
-        yield running
+    with running(repository, extra_args=MODEL_CONTROL) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +37,8 @@ def degrading(build, rung_set, tmp_path_factory):
     folder = tmp_path_factory.mktemp("degrading")
     settings = Settings(on_high_failure=OnHighFailure.LOW, client_parameters=ClientParameters.ANY)
     repository = assemble(rung_set, build / "calibration.json", folder / "repository", settings)
-    with TritonServer(repository, free_ports=True, extra_args=MODEL_CONTROL) as running:
-        yield running
+    with running(repository, extra_args=MODEL_CONTROL) as server:
+        yield server
 
 
 @contextmanager

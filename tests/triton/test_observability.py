@@ -13,7 +13,7 @@ from client import GrpcClient
 from export.repository import assemble
 from export.settings import Settings
 from export.versions import add_version
-from server import TritonServer
+from tests.servers import running
 from tests.triton.conftest import run_command
 from tests.triton.prometheus import Prometheus, find
 from tests.unit.observability import FOLDER, alerts, expressions, panel_expressions, rules
@@ -36,8 +36,8 @@ def watched(build, rung_set, tmp_path_factory):
     settings = Settings(audit_fraction=1.0)
     repository = assemble(rung_set, folder / "calibration.json", folder / "repository", settings)
     add_version(repository, build / "calibration.json", shadow_fraction=1.0)
-    with TritonServer(repository, free_ports=True, log=folder / "triton.log") as running:
-        yield running
+    with running(repository, log=folder / "triton.log") as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 from tritonclient.utils import InferenceServerException
 
 from server import ServerStartError, TritonServer
+from tests.servers import running
 
 MINIMAL = (
     'backend: "onnxruntime"\nmax_batch_size: 8\ninstance_group [ { kind: KIND_CPU count: 1 } ]\n'
@@ -97,8 +98,8 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(repository: Path) -> Iterator[TritonServer]:
-    with TritonServer(repository, free_ports=True) as running:
-        yield running
+    with running(repository) as server:
+        yield server
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 from perf.analyzer import Load, run, write_bytes, write_tensors
-from server import TritonServer
+from tests.servers import running
 
 COUNT = 6
 # Keeps the hash of every element it receives.
@@ -59,7 +59,7 @@ def receiver(tmp_path_factory):
         (version / "model.py").write_text(MODEL)
         config = CONFIG.format(name=name, kind=kind, dims=dims, log=logs[model])
         (version.parent / "config.pbtxt").write_text(config)
-    with TritonServer(folder / "repository", free_ports=True) as server:
+    with running(folder / "repository") as server:
         yield server, logs
 
 

@@ -31,7 +31,7 @@ def folder(crops, tmp_path_factory):
 def command(server, folder, *arguments, files=LOCUSTFILE):
     return [
         *(sys.executable, "-m", "locust", "-f", str(files), "--headless", "--only-summary"),
-        *("--host", server.grpc_url, "--images", str(folder), "--run-time", "2s"),
+        *("--host", server.grpc_url, "--images", str(folder), "--run-time", "1s"),
         *map(str, arguments),
     ]
 

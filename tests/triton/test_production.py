@@ -21,7 +21,8 @@ from tritonclient.utils import InferenceServerException
 
 from server import AdminKey, Security, Tls, TritonServer
 from server.security import security_options
-from tests.triton.test_server import ROOT, add_model, command, refused
+from tests.servers import add_model, running
+from tests.triton.test_server import ROOT, command, refused
 from tests.unit.certificate_files import Pair, authority, issued
 
 KEY = "a-key-that-nobody-guesses-4711"
@@ -122,8 +123,8 @@ def keyed(build: Path, pair: Pair) -> Iterator[TritonServer]:
     tls = Tls(pair.certificate, pair.key)
     security = Security(tls=tls, admin_key=AdminKey(KEY), allow_reload=True)
     repository = build / "model_repository"
-    with TritonServer(repository, free_ports=True, security=security) as running:
-        yield running
+    with running(repository, security=security) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +139,8 @@ def production(build: Path, pair: Pair, ca: Pair) -> Iterator[TritonServer]:
         metrics_host="127.0.0.1",
     )
     repository = build / "model_repository"
-    with TritonServer(repository, free_ports=True, host="127.0.0.2", security=security) as running:
-        yield running
+    with running(repository, host="127.0.0.2", security=security) as server:
+        yield server
 
 
 @contextmanager
@@ -286,7 +287,7 @@ def test_our_own_calls_can_have_a_certificate_of_their_own(
         tls_own_key=stranger.key,
     )
     with (
-        TritonServer(repository, free_ports=True, security=security) as server,
+        running(repository, security=security) as server,
         server.channel.open(server.grpc_url) as client,
     ):
         assert client.is_model_ready("echo")

@@ -15,6 +15,7 @@ from export.settings import ReferenceCheck, Settings
 from export.versions import add_version
 from routing.versions import Versions
 from server import Security, ServerStartError, TritonServer
+from tests.servers import running
 from tests.triton.conftest import ROOT, reference_outcome, run_command
 from tests.unit.reference_files import collected, fitted
 
@@ -60,7 +61,7 @@ def test_a_server_that_answers_as_calibrated_passes(build, server):
 def test_other_answers_under_the_same_hashes_are_told(foreign, tmp_path):
     rung_set, artifact = foreign
     repository = assemble(rung_set, artifact, tmp_path / "repository")
-    with TritonServer(repository, free_ports=True) as server:
+    with running(repository) as server:
         assert reference_outcome(server) == "other"
         assert f"router: {OTHER}: of 32" in server.log_path.read_text()
         done = check(server, repository)
@@ -100,7 +101,7 @@ def test_a_rollout_to_a_version_that_would_refuse_everything_is_taken_back(forei
 
     security = Security(allow_reload=True)
     with (
-        TritonServer(repository, free_ports=True, security=security) as server,
+        running(repository, security=security) as server,
         GrpcClient(server.grpc_url, retry=None) as client,
     ):
         done = rollout("--to", 3)

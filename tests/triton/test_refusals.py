@@ -10,6 +10,7 @@ from tritonclient.utils import InferenceServerException
 import server.launcher
 from routing import manifest
 from server import ServerStartError, ServerUsageError, TritonServer
+from tests.servers import running
 
 
 @pytest.fixture
@@ -56,8 +57,8 @@ def test_another_version_of_a_rung_is_refused_and_would_not_be_served(
     # Nor where somebody lists it.
     manifest.write(repository)
     with (
-        TritonServer(repository, free_ports=True) as running,
-        triton.InferenceServerClient(running.grpc_url) as client,
+        running(repository) as served,
+        triton.InferenceServerClient(served.grpc_url) as client,
     ):
         image = triton.InferInput("image", [1, *images[0].shape], "FP32")
         image.set_data_from_numpy(images[:1])

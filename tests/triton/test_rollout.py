@@ -23,7 +23,8 @@ from perf.measure.systems import System
 from perf.measure.target import Target
 from routing import manifest
 from routing.versions import Versions
-from server import AdminKey, Security, Tls, TritonServer
+from server import AdminKey, Security, Tls
+from tests.servers import running
 from tests.triton.conftest import ROOT, reference_outcome, run_command
 from tests.unit.certificate_files import authority, issued
 
@@ -59,8 +60,7 @@ def refused_rollout(server, repository, *more):
 
 
 def serving(repository, allow_reload=True):
-    security = Security(allow_reload=allow_reload)
-    return TritonServer(repository, free_ports=True, security=security)
+    return running(repository, security=Security(allow_reload=allow_reload))
 
 
 def flip_a_bit(path):
@@ -430,7 +430,7 @@ def test_over_tls_and_with_the_admin_key_and_not_without(repository, artifacts, 
         admin_key=AdminKey.read(key),
     )
     trusting = ("--tls-ca", ca.certificate)
-    with TritonServer(repository, free_ports=True, security=security) as server:
+    with running(repository, security=security) as server:
         code, complaint = refused_rollout(server, repository, "--to", 2)
         assert code == 2 and "no answer from a server" in complaint
         code, complaint = refused_rollout(server, repository, "--to", 2, *trusting)

@@ -7,11 +7,9 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,16 +27,15 @@ from export.repository import assemble
 from export.settings import ClientParameters, OnHighFailure, ReferenceCheck, Settings
 from export.shelf import choose
 from routing import RungOutputs, RungSet
-from server import TritonServer
 from server.canary import Canaries
 from server.readiness import ENTRY_MODEL, adaptive_vit_canary
+from tests.servers import FLUSHED_S, bucket, growth, metrics, running, series, stubs, wait_for
 from tests.triton.conftest import run_command
 from tests.triton.test_keystone import statistics
 
 HIGH_TIMEOUT_MS = 250
 # tritonserver gives up a stopped process after a second, and aborts when it goes on after that.
 PAUSE_S = 0.6
-FLUSHED_S = 1.2  # the router hands its counts on twice a second
 RELIEF_DEPTH = 12
 
 
@@ -53,8 +50,8 @@ def operated(build, rung_set, tmp_path_factory):
     folder = tmp_path_factory.mktemp("operated")
     settings = Settings(max_queue=4, degrade_queue_depth=RELIEF_DEPTH, degrade_threshold=1e6)
     repository = assemble(rung_set, build / "calibration.json", folder / "repository", settings)
-    with TritonServer(repository, free_ports=True) as running:
-        yield running
+    with running(repository) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +73,8 @@ def planned(build, log, tmp_path_factory):
     found.save(folder / "calibration.json")
     settings = Settings(audit_fraction=1.0)
     repository = assemble(pair, folder / "calibration.json", folder / "repository", settings)
-    with TritonServer(repository, free_ports=True, log=log) as running:
-        yield running
+    with running(repository, log=log) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +83,8 @@ def hasty(build, rung_set, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hasty")
     settings = Settings(high_timeout_ms=HIGH_TIMEOUT_MS)
     repository = assemble(rung_set, build / "calibration.json", folder / "repository", settings)
-    with TritonServer(repository, free_ports=True) as running:
-        yield running
+    with running(repository) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -101,65 +98,17 @@ def falling_back(build, rung_set, tmp_path_factory):
         reference_check=ReferenceCheck.OFF,  # nothing but the tests' requests reaches a rung
     )
     repository = assemble(rung_set, build / "calibration.json", folder / "repository", settings)
-    with TritonServer(repository, free_ports=True) as running:
-        yield running
-
-
-def metrics(server):
-    """Every series of the router, by name and labels as printed."""
-    with urllib.request.urlopen(server.metrics_url, timeout=10) as response:
-        lines = response.read().decode().splitlines()
-    series = (line.rsplit(" ", 1) for line in lines if line.startswith("adaptive_vit_"))
-    return {name: float(value) for name, value in series}
-
-
-def series(name, **labels):
-    # As the server prints it: in alphabetical order, but for a bucket's bound.
-    ordered = sorted(labels, key=lambda label: (label == "le", label))
-    inner = ",".join(f'{label}="{labels[label]}"' for label in ordered)
-    return f"adaptive_vit_{name}{{{inner}}}"
-
-
-def bucket(server, bound):
-    """A bound of the score's buckets as the server prints it."""
-    printed = re.findall(
-        r'adaptive_vit_score_bucket{version="1",le="([-\d.e+]+)"', "\n".join(metrics(server))
-    )
-    return min(printed, key=lambda text: abs(float(text) - bound))
-
-
-def grown(server, name, **labels):
-    """Waits are for the caller: a function of how much a series has grown since now."""
-    time.sleep(FLUSHED_S)  # what was asked before is counted before
-    key = series(name, version="1", **labels)
-    before = metrics(server)[key]
-    return lambda: metrics(server)[key] - before
-
-
-def wait_for(condition, timeout_s=20.0):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-def stub_of(server, model):
-    """Process ids of a model's instances."""
-    found = []
-    for pid in server.process_ids():
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-        if "triton_python_backend_stub" in command[0] and any(model in part for part in command):
-            found.append(pid)
-    assert found
-    return found
+    with running(repository) as server:
+        yield server
 
 
 @contextmanager
 def paused(server, model):
     """Stops a model's processes; they go on after `PAUSE_S`, which the end waits for."""
-    stubs = stub_of(server, model)
-    signal_all(stubs, signal.SIGSTOP)
-    timer = threading.Timer(PAUSE_S, signal_all, (stubs, signal.SIGCONT))
+    pids = stubs(server.process_ids(), model)
+    assert pids
+    signal_all(pids, signal.SIGSTOP)
+    timer = threading.Timer(PAUSE_S, signal_all, (pids, signal.SIGCONT))
     timer.start()
     try:
         yield
@@ -193,29 +142,28 @@ def test_a_client_can_make_it_more_careful(operated, crops, options):
 
 
 def test_outcomes_and_paths_are_counted(server, crops):
-    ok, invalid = (
-        grown(server, "requests_total", outcome="ok"),
-        grown(server, "requests_total", outcome="invalid"),
-    )
-    low, high = (grown(server, "images_total", path=path) for path in ("low", "high"))
+    grown = growth(server)
+    ok, invalid = (grown("requests_total", outcome=outcome) for outcome in ("ok", "invalid"))
+    low, high = (grown("images_total", path=path) for path in ("low", "high"))
     with GrpcClient(server.grpc_url) as client:
         predictions = client.infer(crops[:16])
         with pytest.raises(InvalidRequestError):
             client.infer(crops[:1], policy="sideways")
     escalated = sum(p.escalated for p in predictions)
-    wait_for(lambda: ok() + invalid() == 2)
+    assert wait_for(lambda: ok() + invalid() == 2)
     assert (ok(), invalid()) == (1, 1)
     assert (low(), high()) == (16 - escalated, escalated)
     assert metrics(server)[series("images_in_flight", version="1")] == 0
 
 
 def test_scores_and_durations_are_histograms(server, calibration, crops):
-    scores = grown(server, "score_count")
-    times = grown(server, "request_duration_seconds_count", path="high")
-    below = grown(server, "score_bucket", le=bucket(server, calibration.threshold))
+    grown = growth(server)
+    scores = grown("score_count")
+    times = grown("request_duration_seconds_count", path="high")
+    below = grown("score_bucket", le=bucket(server, calibration.threshold))
     with GrpcClient(server.grpc_url) as client:
         predictions = client.infer(crops[:16], threshold=-1e9)
-    wait_for(lambda: scores() == 16)
+    assert wait_for(lambda: scores() == 16)
     assert times() == 1
     kept = sum(p.score <= calibration.threshold for p in predictions)
     assert below() == kept
@@ -269,7 +217,7 @@ def test_images_that_wait_raise_the_threshold_and_a_large_request_alone_does_not
 
 
 def check_relief(operated, calibration, images):
-    relieved = grown(operated, "degraded_images_total", cause="pressure")
+    relieved = growth(operated)("degraded_images_total", cause="pressure")
     for _ in range(3):
         (alone,) = ask_at_once(operated.http_url, images[:32], 1)
         wanted = alone["score"] > calibration.threshold
@@ -284,7 +232,7 @@ def check_relief(operated, calibration, images):
     for answer in degraded:
         assert answer["degraded"].tolist() == wanted.tolist() and not answer["escalated"].any()
     assert not any(answer["degraded"].any() for answer in burst[:1])  # came to an idle router
-    wait_for(lambda: relieved() >= sum(wanted))
+    assert wait_for(lambda: relieved() >= sum(wanted))
 
 
 def test_a_full_queue_refuses_at_once_and_counts(operated, images):
@@ -310,20 +258,21 @@ def test_a_full_queue_refuses_at_once_and_counts(operated, images):
 def test_what_watches_the_service_is_in_no_audit_and_no_figure_about_images(planned):
     """Each image is audited here: of the supervisor's, the start's and the check's none is."""
     outcomes = ("kept_ok", "kept_lost", "escalated", "escalated_lost")
+    grown = growth(planned)
     unmoved = [
-        *(grown(planned, "audited_images_total", outcome=outcome) for outcome in outcomes),
-        *(grown(planned, "images_total", path=path) for path in ("low", "high", "degraded")),
-        grown(planned, "audit_dropped_total"),
-        grown(planned, "score_count"),
+        *(grown("audited_images_total", outcome=outcome) for outcome in outcomes),
+        *(grown("images_total", path=path) for path in ("low", "high", "degraded")),
+        grown("audit_dropped_total"),
+        grown("score_count"),
     ]
-    answered = grown(planned, "requests_total", outcome="ok")
+    answered = grown("requests_total", outcome="ok")
     with Canaries(planned.grpc_url) as canaries:
         question = canaries.ask(ENTRY_MODEL)
-        wait_for(lambda: question.answer is not None)
+        assert wait_for(lambda: question.answer is not None)
         assert question.answer.error == ""
     adaptive_vit_canary(planned.grpc_url)
     run_command("server", "check", "--repository", planned.repository, "--url", planned.grpc_url)
-    wait_for(lambda: answered() >= 6)  # the check asks in batches
+    assert wait_for(lambda: answered() >= 6)  # the check asks in batches
     time.sleep(2 * FLUSHED_S)
     assert [found() for found in unmoved] == [0] * len(unmoved)
 
@@ -338,7 +287,7 @@ def test_an_audit_of_a_cascade_with_a_cheaper_full_rung_asks_the_full_model(plan
             client.infer(unlike)
             return metrics(planned)[name] > 0
 
-        wait_for(contradicted)
+        assert wait_for(contradicted)
     assert "live traffic contradicts the certificate" in log.read_text()
     assert statistics(planned, "vit_reference")[0] > asked
 
@@ -360,8 +309,9 @@ def ask_high(url, image):
 
 def test_a_slow_full_rung_is_given_up_and_kept_images_are_answered(hasty, server, images):
     """That it costs each instance one budget is a unit test's: no busy machine disturbs it."""
-    late = grown(hasty, "high_failures_total", reason="timeout")
-    refused = grown(hasty, "high_failures_total", reason="open")
+    grown = growth(hasty)
+    late = grown("high_failures_total", reason="timeout")
+    refused = grown("high_failures_total", reason="open")
     with GrpcClient(server.grpc_url) as other, GrpcClient(hasty.grpc_url) as client:
         kept = [not p.escalated for p in other.infer_tensor(images[:16])]
         easy = images[:16][kept][:1]
@@ -371,9 +321,9 @@ def test_a_slow_full_rung_is_given_up_and_kept_images_are_answered(hasty, server
     failed = [error for error in errors if error is not None]
     assert failed and all(e.status() == "StatusCode.UNAVAILABLE" for e in failed)
     assert all("vit_high failed: " in e.message() for e in failed)
-    wait_for(lambda: late() + refused() == len(failed))
+    assert wait_for(lambda: late() + refused() == len(failed))
     assert late() >= 1
-    wait_for(lambda: ask_high(hasty.grpc_url, images[0]) is None)
+    assert wait_for(lambda: ask_high(hasty.grpc_url, images[0]) is None)
 
 
 def test_a_slow_full_rung_degrades_where_the_operator_chose_so(falling_back, server, images):
@@ -386,7 +336,7 @@ def test_a_slow_full_rung_degrades_where_the_operator_chose_so(falling_back, ser
         assert not any(p.escalated for p in found)
         # One image: on a busy machine more of them may be late by themselves.
         hard = images[[wanted.index(True)]]
-        wait_for(lambda: client.infer_tensor(hard)[0].escalated)
+        assert wait_for(lambda: client.infer_tensor(hard)[0].escalated)
 
 
 # --- clients that are gone -----------------------------------------------------------------------
@@ -396,7 +346,7 @@ def settled(server):
     """What `vit_high` has done once it does no more: calls that were given up are still made."""
     found, again = None, statistics(server, "vit_high")
     while found != again:
-        time.sleep(0.7)
+        time.sleep(0.3)
         found, again = again, statistics(server, "vit_high")
     return found
 
@@ -404,21 +354,21 @@ def settled(server):
 def test_a_passed_deadline_costs_no_full_call(falling_back, images):
     """The cheap rung hangs until the deadline has passed, then would have escalated."""
     before = settled(falling_back)
-    cancelled = grown(falling_back, "requests_total", outcome="cancelled")
+    cancelled = growth(falling_back)("requests_total", outcome="cancelled")
     client = triton.InferenceServerClient(falling_back.grpc_url)
     tensor = triton.InferInput("image", [4, *images.shape[1:]], "FP32")
     tensor.set_data_from_numpy(images[:4])
     with paused(falling_back, "vit_low"):
         with pytest.raises(InferenceServerException, match="Deadline"):
             client.infer("router", [tensor], parameters={"threshold": -1e9}, client_timeout=0.2)
-    wait_for(lambda: cancelled() == 1)
+    assert wait_for(lambda: cancelled() == 1)
     assert settled(falling_back) == before
 
 
 def test_a_passed_timeout_of_the_request_costs_no_full_call(falling_back, images):
     """HTTP has no deadline of its own: the request's `timeout` stands in for it."""
     before = settled(falling_back)
-    expired = grown(falling_back, "requests_total", outcome="expired")
+    expired = growth(falling_back)("requests_total", outcome="expired")
     client = triton_http.InferenceServerClient(falling_back.http_url)
     tensor = triton_http.InferInput("image", [4, *images.shape[1:]], "FP32")
     tensor.set_data_from_numpy(images[:4])
@@ -429,13 +379,13 @@ def test_a_passed_timeout_of_the_request_costs_no_full_call(falling_back, images
     with pytest.raises(InferenceServerException, match="timeout of 200000 microseconds") as error:
         call.get_result()
     assert error.value.status() == "503"
-    wait_for(lambda: expired() == 1)
+    assert wait_for(lambda: expired() == 1)
     client.close()
     assert settled(falling_back) == before
 
 
 def test_all_of_it_left_the_models_healthy(operated, planned, hasty, falling_back, crops):
-    for running in (operated, planned, hasty, falling_back):
-        with GrpcClient(running.grpc_url) as client:
+    for server in (operated, planned, hasty, falling_back):
+        with GrpcClient(server.grpc_url) as client:
             assert len(client.infer(crops[:4])) == 4
     assert np.isfinite(list(metrics(operated).values())).all()

@@ -11,9 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -25,31 +23,9 @@ from client import GrpcClient
 from server import ServerStartError, TritonServer, find_wheel
 from server.ports import pick_free_ports
 from server.shared_memory import SHM_DIRECTORY
+from tests.servers import ECHO_CONFIG, add_model, is_alive, running, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = """backend: "python"
-input [ { name: "x" data_type: TYPE_FP32 dims: [ 1 ] } ]
-output [ { name: "y" data_type: TYPE_FP32 dims: [ 1 ] } ]
-instance_group [ { kind: KIND_CPU count: 1 } ]
-"""
-MODEL = """import os
-
-
-class TritonPythonModel:
-    def initialize(self, args):
-        BODY
-
-    def execute(self, requests):
-        raise RuntimeError("not called here")
-"""
-
-
-def add_model(repository: Path, name: str, body: str = "pass", config: str = CONFIG) -> Path:
-    folder = repository / name / "1"
-    folder.mkdir(parents=True)
-    (folder / "model.py").write_text(MODEL.replace("BODY", body))
-    (folder.parent / "config.pbtxt").write_text(config)
-    return repository
 
 
 @pytest.fixture
@@ -66,21 +42,6 @@ def segments(pid: int) -> set[str]:
 def others() -> set[str]:
     """Segments of servers that other tests' fixtures keep running in this process."""
     return segments(os.getpid())
-
-
-def is_alive(process: psutil.Process) -> bool:
-    # An orphan that nobody has reaped yet is dead.
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return condition()
 
 
 def test_a_server_starts_answers_and_leaves_nothing_behind(repository: Path, others: set[str]):
@@ -112,7 +73,7 @@ def test_a_server_starts_answers_and_leaves_nothing_behind(repository: Path, oth
         } == {("127.0.0.1", port) for port in server.ports.all}
         work, processes = server.log_path.parent, [psutil.Process(server.pid), *tree]
     assert not server.is_running()
-    assert wait_for(lambda: not any(is_alive(process) for process in processes), 5)
+    assert wait_for(lambda: not any(is_alive(process.pid) for process in processes), 5)
     assert segments(os.getpid()) <= others
     assert not work.exists()
     assert not list(repository.rglob("__pycache__"))
@@ -154,9 +115,9 @@ def test_a_failing_model_is_named_with_its_reason(repository: Path, others: set[
 
 def test_a_model_that_silently_vanishes_is_named(repository: Path):
     # With a field that this Triton does not know, and leniency, the server itself reports ready.
-    add_model(repository, "newer", config=CONFIG + "field_of_tomorrow: 1\n")
+    add_model(repository, "newer", config=ECHO_CONFIG + "field_of_tomorrow: 1\n")
     server = TritonServer(
-        repository, free_ports=True, timeout_s=6, extra_args=["--exit-on-error=false"]
+        repository, free_ports=True, timeout_s=4, extra_args=["--exit-on-error=false"]
     )
     with pytest.raises(ServerStartError, match="model 'newer' failed.*field_of_tomorrow"):
         server.start()
@@ -190,7 +151,7 @@ def test_tritonserver_from_path(
         tree = psutil.Process(server.pid).children(recursive=True)
         with triton.InferenceServerClient(server.grpc_url) as client:
             assert client.is_model_ready("echo")
-    assert wait_for(lambda: not any(is_alive(process) for process in tree), 5)
+    assert wait_for(lambda: not any(is_alive(process.pid) for process in tree), 5)
 
 
 def test_the_adaptive_repository_answers_on_a_tritonserver_from_path(
@@ -207,7 +168,7 @@ def test_the_adaptive_repository_answers_on_a_tritonserver_from_path(
     wrapper.write_text(f'#!/bin/sh\nexec "{wheel.binary}" "$@"\n')
     wrapper.chmod(0o755)
     monkeypatch.setenv("PATH", str(wrapper.parent), prepend=os.pathsep)
-    with TritonServer(build / "model_repository", free_ports=True) as from_path:
+    with running(build / "model_repository") as from_path:
         assert from_path.server is not None and from_path.server.binary == wrapper
         with GrpcClient(from_path.grpc_url) as client, GrpcClient(server.grpc_url) as other:
             found, expected = client.infer(crops[:16]), other.infer(crops[:16])
@@ -249,7 +210,7 @@ def test_a_signal_ends_the_command_line_cleanly(repository: Path, number: signal
     _, error = process.communicate(timeout=60)
     assert process.returncode == 0, error
     assert "Traceback" not in error
-    assert not any(is_alive(child) for child in tree)
+    assert not any(is_alive(child.pid) for child in tree)
     assert segments(process.pid) == set()
 
 
@@ -278,7 +239,7 @@ def test_a_closed_terminal_ends_the_command_line_cleanly(repository: Path):
     os.close(end)
     os.close(terminal)
     assert process.wait(timeout=60) == 0
-    assert not any(is_alive(child) for child in tree)
+    assert not any(is_alive(child.pid) for child in tree)
     assert segments(process.pid) == set()
     assert not work.exists()
 
@@ -310,7 +271,7 @@ def test_a_server_does_not_outlive_a_program_that_ends_without_stopping_it(
     assert any("stub" in child.name() for child in tree)
     program.send_signal(number)
     assert program.wait() == -number
-    assert wait_for(lambda: not any(is_alive(child) for child in tree))
+    assert wait_for(lambda: not any(is_alive(child.pid) for child in tree))
     assert segments(program.pid) == set()
     assert not Path(facts["log"]).parent.exists()
 
@@ -324,7 +285,7 @@ def test_a_signal_while_starting_ends_it_cleanly(tmp_path: Path):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=30)  # Without waiting for the model.
     assert process.returncode == 0, error
-    assert not any(is_alive(child) for child in tree)
+    assert not any(is_alive(child.pid) for child in tree)
     assert segments(process.pid) == set()
 
 

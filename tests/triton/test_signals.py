@@ -15,7 +15,7 @@ from client import AsyncGrpcClient, GrpcClient, HttpClient, Task
 from export.repository import answer_parameters
 from routing import SIGNALS, Calibration, Overrides, RungOutputs, RungSet, escalation_mask, manifest
 from routing.versions import with_parameter
-from server import TritonServer
+from tests.servers import running
 from tests.triton.conftest import ESCALATION_RATE
 
 RTOL = 1e-4  # FP32 matrix products sum in another order at another batch size
@@ -42,7 +42,7 @@ def routers(build, tmp_path_factory):
             config.write_text(with_parameter(config.read_text(), key, value))
     shutil.rmtree(repository / "adaptive_vit")
     manifest.write(repository)
-    with TritonServer(repository, free_ports=True) as server:
+    with running(repository) as server:
         yield server, artifacts
 
 

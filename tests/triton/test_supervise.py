@@ -19,18 +19,10 @@ import pytest
 import tritonclient.grpc as triton
 
 from client import GrpcClient
-from server.backend_directory import STUB_NAME
 from server.shared_memory import SHM_DIRECTORY
+from tests.servers import is_alive, stubs
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def is_alive(pid: int) -> bool:
-    # An orphan that nobody has reaped yet is dead.
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 class Supervised:
@@ -74,11 +66,7 @@ class Supervised:
 
     def stub(self, model: str) -> int:
         """An instance of a model."""
-        for child in self.below():
-            arguments = child.cmdline()
-            if arguments and Path(arguments[0]).name == STUB_NAME and f"/{model}/" in arguments[1]:
-                return child.pid
-        raise AssertionError(f"no instance of {model}")
+        return stubs([child.pid for child in self.below()], model)[0]
 
     def segments(self) -> set[str]:
         return {path.name for path in SHM_DIRECTORY.glob(f"triton_{self.process.pid}_*")}
@@ -184,10 +172,10 @@ def test_reloading_and_unloading_a_model_is_no_failure(build: Path, crops: list[
             GrpcClient(supervised.url) as client,
         ):
             control.load_model("router")
-            time.sleep(5)
+            time.sleep(4)
             control.unload_model("vit_high")
             supervised.wait_for("vit_high is not served any more")
-            time.sleep(8)
+            time.sleep(7.5)  # longer than the interval and the patience of the supervisor together
             control.load_model("vit_high")
             supervised.wait_for("vit_high is served again")
             assert client.infer(crops[:1], policy="high")[0].escalated
@@ -232,7 +220,7 @@ def test_a_rung_that_hangs_with_its_process_alive_is_seen_within_10_s(tmp_path: 
         (folder / "model.py").write_text(MODEL.replace("HANG", repr(where)))
     supervised = Supervised(repository)
     try:
-        time.sleep(3)
+        time.sleep(1)
         assert not supervised.lines or "failure" not in "".join(supervised.lines)
         hang.touch()
         seen_s = supervised.wait_for("failure: vit_high gave no answer within 5 s")
