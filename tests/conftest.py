@@ -21,6 +21,18 @@ LONG = (
     "test_calibration_validity",
     "test_export_pretrained",
     "test_plan_validity",
+    # tests/triton: test_server begins with what needs no build, while another process makes it
+    "test_supervise",
+    "test_server",
+    "test_rollout",
+    "test_router_operations",
+    "test_perf_locust",
+    "test_reference_answers",
+    "test_signals",
+    "test_observability",
+    "test_production",
+    "test_readme",
+    "test_client",
 )
 
 

@@ -17,6 +17,7 @@ from client import GrpcClient
 from imaging import Preprocessing, decode
 from routing import Calibration, RungSet
 from tests.servers import grey_image, running
+from tests.shared_build import linked_copy, shared
 
 ROOT = Path(__file__).resolve().parents[2]
 ESCALATION_RATE = 0.3  # high enough that every batch of a few crops mixes easy and hard
@@ -58,10 +59,8 @@ def reference_outcome(server, version=1, image=None):
         time.sleep(0.1)
 
 
-@pytest.fixture(scope="session")
-def build(tmp_path_factory):
-    """onnx/, calibration.json and model_repository/ of static-vit at 32/64 px."""
-    folder = tmp_path_factory.mktemp("build")
+def make_build(folder):
+    """onnx/, outputs.npz, calibration.json and model_repository/ of static-vit at 32/64 px."""
     onnx, outputs = folder / "onnx", folder / "outputs.npz"
     artifact = folder / "calibration.json"
     run_command("export", "rungs", "--model", "static-vit", "--out", onnx)
@@ -77,7 +76,12 @@ def build(tmp_path_factory):
         *("export", "repository", "--onnx", onnx, "--calibration", artifact),
         *("--out", folder / "model_repository", "--client-parameters", "any"),
     )
-    return folder
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory):
+    """This process's copy of what `make_build` makes: a server writes into what it serves."""
+    return linked_copy(shared("static_vit", make_build), tmp_path_factory.mktemp("build") / "build")
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,8 @@ import pytest
 from perf.measure.backend import measure_backend
 from tests.triton.test_keystone import statistics
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.mark.parametrize("batch", [1, 8])
 def test_a_request_is_timed_beside_a_direct_run(server, build, images, batch):

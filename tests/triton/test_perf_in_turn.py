@@ -11,6 +11,7 @@ from perf.measure.sets import load_pool
 from perf.measure.systems import systems
 from perf.measure.target import Target
 
+pytestmark = pytest.mark.alone
 COUNT = 12
 
 

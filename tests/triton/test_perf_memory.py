@@ -8,6 +8,7 @@ from perf import original
 from perf.measure.memory import measure_memory
 from perf.measure.systems import ADAPTIVE, HIGH, LOW
 
+pytestmark = pytest.mark.alone
 REQUESTS = 5
 
 

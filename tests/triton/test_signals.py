@@ -16,9 +16,23 @@ from export.repository import answer_parameters
 from routing import SIGNALS, Calibration, Overrides, RungOutputs, RungSet, escalation_mask, manifest
 from routing.versions import with_parameter
 from tests.servers import running
-from tests.triton.conftest import ESCALATION_RATE
+from tests.shared_build import shared
+from tests.triton.conftest import ESCALATION_RATE, make_build
 
 RTOL = 1e-4  # FP32 matrix products sum in another order at another batch size
+
+
+def make_artifacts(folder):
+    """SIGNAL.json of each signal, fitted to the session's outputs."""
+    made = shared("static_vit", make_build)
+    stored, rungs = Outputs.load(made / "outputs.npz"), RungSet.load(made / "onnx")
+    for name, signal in SIGNALS.items():
+        # The same logits stand for independent labels where a signal is about those.
+        task = signal.task or "classes"
+        outputs, rung_set = replace(stored, task=task), replace(rungs, task=task)
+        options = Options(Fidelity.asked(task, None), signal=name)
+        found = fit(outputs, rung_set, EscalationRate(ESCALATION_RATE), options)
+        found.calibration.save(folder / f"{name}.json")
 
 
 @pytest.fixture(scope="module")
@@ -26,16 +40,12 @@ def routers(build, tmp_path_factory):
     """(server, artifact of each signal): one router for each, before the same rungs."""
     repository = tmp_path_factory.mktemp("signals") / "model_repository"
     shutil.copytree(build / "model_repository", repository)
-    stored, rungs = Outputs.load(build / "outputs.npz"), RungSet.load(build / "onnx")
+    made = shared("signals", make_artifacts)
     artifacts = {}
-    for name, signal in SIGNALS.items():
-        # The same logits stand for independent labels where a signal is about those.
-        task = signal.task or "classes"
-        outputs, rung_set = replace(stored, task=task), replace(rungs, task=task)
-        options = Options(Fidelity.asked(task, None), signal=name)
+    for name in SIGNALS:
         shutil.copytree(repository / "router", repository / f"router_{name}")
         path = repository / f"router_{name}/1/calibration.json"
-        fit(outputs, rung_set, EscalationRate(ESCALATION_RATE), options).calibration.save(path)
+        shutil.copyfile(made / f"{name}.json", path)
         artifacts[name] = Calibration.load(path)
         config = repository / f"router_{name}/config.pbtxt"
         for key, value in answer_parameters(artifacts[name]).items():

@@ -1,0 +1,77 @@
+"""What several test processes need is made once, and made again when the code behind it changes."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import inspect
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "build/tests"
+_SOURCES = ("bundle", "calibration", "export", "imaging", "model_repository", "routing")
+_LIBRARIES = (
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "pillow",
+    "scikit-learn",
+    "scipy",
+    "torch",
+    "transformers",
+)
+
+
+def shared(name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that whoever asks first fills while the others wait; nobody is to change it.
+
+    Args:
+        name: of the folder.
+        make: fills the empty folder that it is given. It is called again when its file, a source
+            that makes artifacts, or a library has changed since.
+    """
+    home = FOLDER / f"{name}-{_key(make)}"
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with (FOLDER / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not home.exists():
+            for old in FOLDER.glob(f"{name}-*"):
+                shutil.rmtree(old)
+            unfinished = FOLDER / f"{name}-unfinished"
+            unfinished.mkdir()
+            make(unfinished)
+            unfinished.rename(home)
+    return home
+
+
+def linked_copy(source: Path, target: Path) -> Path:
+    """Copy a folder, but only link graphs and weights: the copy's other files may be changed."""
+    shutil.copytree(source, target, copy_function=_link_or_copy)
+    return target
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    if source.endswith((".onnx", ".bin")):
+        try:
+            os.link(source, target)
+            return
+        except OSError:  # another file system
+            pass
+    shutil.copy2(source, target)
+
+
+def _key(make: Callable[[Path], None]) -> str:
+    found = hashlib.sha256(sys.version.encode())
+    for library in _LIBRARIES:
+        found.update(f"{library} {version(library)}\n".encode())
+    files = [path for name in _SOURCES for path in (ROOT / name).rglob("*") if path.is_file()]
+    for path in [*sorted(files), Path(__file__), Path(inspect.getfile(make))]:
+        if path.suffix != ".pyc":
+            found.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+    return found.hexdigest()[:16]
