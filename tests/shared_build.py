@@ -8,24 +8,15 @@ import inspect
 import os
 import shutil
 import sys
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import distributions
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build/tests"
 _SOURCES = ("bundle", "calibration", "export", "imaging", "model_repository", "routing")
-_LIBRARIES = (
-    "numpy",
-    "onnx",
-    "onnxruntime",
-    "onnxscript",
-    "pillow",
-    "scikit-learn",
-    "scipy",
-    "torch",
-    "transformers",
-)
 
 
 def shared(name: str, make: Callable[[Path], None]) -> Path:
@@ -37,9 +28,7 @@ def shared(name: str, make: Callable[[Path], None]) -> Path:
             that makes artifacts, or a library has changed since.
     """
     home = FOLDER / f"{name}-{_key(make)}"
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    with (FOLDER / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(FOLDER / f"{name}.lock"):
         if not home.exists():
             for old in FOLDER.glob(f"{name}-*"):
                 shutil.rmtree(old)
@@ -67,11 +56,27 @@ def _link_or_copy(source: str, target: str) -> None:
 
 
 def _key(make: Callable[[Path], None]) -> str:
-    found = hashlib.sha256(sys.version.encode())
-    for library in _LIBRARIES:
-        found.update(f"{library} {version(library)}\n".encode())
-    files = [path for name in _SOURCES for path in (ROOT / name).rglob("*") if path.is_file()]
-    for path in [*sorted(files), Path(__file__), Path(inspect.getfile(make))]:
-        if path.suffix != ".pyc":
-            found.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+    found = hashlib.sha256(state(*_SOURCES).encode())
+    for path in (Path(__file__), Path(inspect.getfile(make))):
+        found.update(path.read_bytes())
     return found.hexdigest()[:16]
+
+
+@cache
+def state(*folders: str) -> str:
+    """SHA-256 of all files of these folders of the project, of Python and of the libraries."""
+    installed = sorted(f"{library.name} {library.version}" for library in distributions())
+    found = hashlib.sha256("\n".join([sys.version, *installed]).encode())
+    for path in sorted(path for name in folders for path in (ROOT / name).rglob("*")):
+        if path.is_file() and path.suffix != ".pyc":
+            found.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """One process at a time; the file is made and stays."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

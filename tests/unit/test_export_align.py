@@ -10,8 +10,9 @@ import onnxruntime as ort
 import pytest
 from onnx.external_data_helper import uses_external_data
 
+from export import onnx_graph
 from export.errors import UsageError
-from export.onnx_graph import check_versions, export_onnx
+from export.onnx_graph import check_versions
 from export.parity import sample_images, structure_failures
 from export.pretrained import pretrained
 from export.recipes.align import bake_alignment
@@ -22,6 +23,8 @@ from export.shared_weights import share_weights
 from routing import Alignment, RungOutputs
 from tests.unit.export_tiny import LAYERS, PX, WIDTH, save_tiny
 from tests.unit.quantised_files import ask
+
+pytestmark = pytest.mark.usefixtures("remembered_exports")
 
 IMAGES = sample_images(8, PX, seed=8)
 KINDS = {
@@ -36,7 +39,7 @@ TOLERANCE = {"fp16": 2e-2}  # its head computes in FP16
 def export(folder: Path, class_name: str, px: int = 8) -> onnx.ModelProto:
     backbone = pretrained(str(save_tiny(folder / "model", class_name)))
     names = list(backbone.output_shapes())
-    return export_onnx(backbone.rung(Recipe(px)), PX, names, folder / "graph.onnx", 20)
+    return onnx_graph.export_onnx(backbone.rung(Recipe(px)), PX, names, folder / "graph.onnx", 20)
 
 
 def alignment(layers: int = LAYERS) -> Alignment:

@@ -12,6 +12,8 @@ from export.parity import sample_images
 from export.recipes.half import to_half
 from tests.unit.quantised_files import FULL_PX, ask, cosines, export_static_vit
 
+pytestmark = pytest.mark.usefixtures("remembered_exports")
+
 IMAGES = sample_images(8, FULL_PX, seed=4)
 
 

@@ -15,13 +15,15 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from export import onnx_graph
 from export.errors import UsageError
-from export.onnx_graph import export_onnx
 from export.pretrained import pretrained
 from export.processor import Processor
 from export.recipes.recipe import Recipe
 from export.recipes.resize import downsample
 from tests.unit.export_tiny import LAYERS, PX, WIDTH, save_tiny, saved_library_model
+
+pytestmark = pytest.mark.usefixtures("remembered_exports")
 
 LOW_PX = 8
 
@@ -59,7 +61,7 @@ def test_rungs_answer_as_the_library_does(class_name, tmp_path):
         low_truth = library(downsample(image, LOW_PX), output_hidden_states=True, **options)
     # The low rung as ONNX: it has everything that the high one has, and Resize and a fitted table.
     low_rung = backbone.rung(Recipe(LOW_PX))
-    export_onnx(low_rung, PX, names, tmp_path / "vit_low.onnx", 18)
+    onnx_graph.export_onnx(low_rung, PX, names, tmp_path / "vit_low.onnx", 18)
     low = run_onnx(tmp_path / "vit_low.onnx", image)
 
     for answer, truth in ((high, high_truth), (low, low_truth)):

@@ -21,6 +21,8 @@ from imaging import Preprocessing
 from routing import RungSet
 from tests.unit.export_tiny import PX, QUIET, save_tiny
 
+pytestmark = pytest.mark.usefixtures("remembered_exports")
+
 COLOURS = {"blue": (20, 40, 200), "green": (30, 180, 60), "red": (210, 30, 30)}
 
 

@@ -24,6 +24,8 @@ from tests.unit.export_tiny import LAYERS, PX, QUIET, WIDTH, run_export, save_ti
 from tests.unit.image_files import write_images
 from tests.unit.quantised_files import ask, cosines
 
+pytestmark = pytest.mark.usefixtures("remembered_exports")
+
 LOW, HIGH = "px=8,int8=static", "int8"
 BESIDE = {
     "static_8": "px=8",

@@ -8,6 +8,7 @@ import onnx
 import pytest
 from rich.console import Console
 
+from export import onnx_graph
 from export.progress import Steps
 from export.recipes.recipe import Recipe
 from export.rungs import RungsRequest, export_rungs
@@ -17,6 +18,8 @@ from routing.manifest import sha256_file
 from routing.provenance import RELEASE
 from routing.rungset import SCHEMA_VERSION
 from tests.unit.export_tiny import LAYERS, PX, QUIET, WIDTH, run_export, save_tiny
+
+pytestmark = pytest.mark.usefixtures("remembered_exports")
 
 MORE = ("--low", "px=4", "--beside", "px=12", "--beside", "px=8")
 
@@ -140,8 +143,11 @@ def test_alternatives_are_recorded_and_checked_like_the_rungs(with_alternatives)
     assert rung_set.alternative_files["static_8"] == out / "static_8.onnx"
 
 
-def test_the_same_request_gives_the_same_bytes_without_paths(exported, model, tmp_path):
+def test_the_same_request_gives_the_same_bytes_without_paths(
+    exported, model, tmp_path, remembered_exports, monkeypatch
+):
     out, _ = exported
+    monkeypatch.setattr(onnx_graph, "export_onnx", remembered_exports)
     export_rungs(RungsRequest(str(model), tmp_path / "again"), QUIET)
     assert listing(tmp_path / "again") == listing(out)
     for file in out.iterdir():

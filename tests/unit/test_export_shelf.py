@@ -23,6 +23,8 @@ from tests.unit.export_tiny import LAYERS, PX, QUIET, WIDTH, run_export, save_ti
 from tests.unit.image_files import write_images
 from tests.unit.quantised_files import ask
 
+pytestmark = pytest.mark.usefixtures("remembered_exports")
+
 IMAGES = sample_images(4, PX, seed=12)
 LEARNED = base64.b64encode(bytes(range(16))).decode()  # of two images
 ALIGNED = "static_8_int8static_align"

@@ -10,15 +10,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from export import onnx_graph
 from export.backbones import RungModule
 from export.errors import UsageError
-from export.onnx_graph import check_versions, export_onnx
+from export.onnx_graph import check_versions
 from export.parity import sample_images
 from export.pretrained import pretrained
 from export.recipes.resize import bake_positions
 from export.recipes.token_merging import match, merge, merge_tokens, token_counts
 from export.vit_families import base_model, blocks
 from tests.unit.export_tiny import LAYERS, PATCH, PX, save_tiny
+
+pytestmark = pytest.mark.usefixtures("remembered_exports")
 
 PATCHES = (PX // PATCH) ** 2
 BARE = ("ViTModel", "DeiTModel", "Dinov2Model")
@@ -205,7 +208,7 @@ def exported(request, tmp_path_factory) -> tuple[RungModule, Path]:
     module = RungModule(merge_tokens(tiny(request.param, folder), R), PX, None)
     # Both ends of the range of opsets.
     opset = 21 if request.param.startswith("ViT") else 18
-    export_onnx(module, PX, OUTPUTS, folder / "graph.onnx", opset)
+    onnx_graph.export_onnx(module, PX, OUTPUTS, folder / "graph.onnx", opset)
     return module, folder / "graph.onnx"
 
 
@@ -248,7 +251,7 @@ def test_weights_stay_constants_that_can_be_quantised(tmp_path):
 
     def weighted_products(r: int) -> int:
         module = RungModule(merge_tokens(model, r), PX, None)
-        graph = export_onnx(module, PX, OUTPUTS[:2], tmp_path / "graph.onnx", 18).graph
+        graph = onnx_graph.export_onnx(module, PX, OUTPUTS[:2], tmp_path / "graph.onnx", 18).graph
         constants = {tensor.name for tensor in graph.initializer}
         products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm")]
         return sum(node.input[1] in constants for node in products)
@@ -269,7 +272,7 @@ def test_equal_pairs_are_taken_in_the_order_of_the_tokens_in_torch_and_in_the_gr
     axes = torch.cat([torch.eye(3), -torch.eye(3)])
     images = axes[torch.randint(6, (4, 64), generator=generator)].transpose(1, 2).view(4, 3, 8, 8)
     names = ["sources", "targets", "kept"]
-    export_onnx(_Match(), 8, names, tmp_path / "match.onnx", 18)
+    onnx_graph.export_onnx(_Match(), 8, names, tmp_path / "match.onnx", 18)
     session = ort.InferenceSession(tmp_path / "match.onnx", providers=["CPUExecutionProvider"])
     answers = session.run(names, {"image": images.numpy()})
     for answer, truth in zip(answers, _Match()(images), strict=True):

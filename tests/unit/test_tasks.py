@@ -30,6 +30,8 @@ from routing import (
 from routing.policy import Overrides
 from tests.unit.export_tiny import run_export, save_tiny
 
+pytestmark = pytest.mark.usefixtures("remembered_exports")
+
 PROCESSOR = {
     "image_processor_type": "ViTImageProcessor",
     "do_resize": True,

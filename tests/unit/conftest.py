@@ -1,0 +1,64 @@
+"""Exports by torch, which take seconds each, are remembered under build/tests."""
+
+import hashlib
+import os
+
+import pytest
+
+from tests.shared_build import FOLDER, locked, state
+
+EXPORTS = FOLDER / "exports"
+KEPT = 200  # graphs, the newest; all unit tests together ask for some thirty
+
+
+@pytest.fixture(scope="module")
+def remembered_exports():
+    """Each graph is exported once, by whichever test of whichever process asks for it first.
+
+    Asked for in `pytestmark`, and not by tests of the exporter itself. The fixture's value is the
+    function that exports anew.
+    """
+    from export import onnx_graph
+
+    anew = onnx_graph.export_onnx
+
+    def export_onnx(module, image_px, output_names, file, opset):
+        kept = EXPORTS / f"{_key(module, image_px, output_names, opset)}.onnx"
+        with locked(kept.with_suffix(".lock")):
+            if not kept.exists():
+                model = anew(module, image_px, output_names, file, opset)
+                unfinished = kept.with_suffix(".unfinished")
+                unfinished.write_bytes(file.read_bytes())
+                unfinished.rename(kept)
+                _forget()
+                return model
+        os.utime(kept)
+        file.write_bytes(kept.read_bytes())
+        return onnx_graph.onnx.load(kept)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_graph, "export_onnx", export_onnx)
+        yield anew
+
+
+def _key(module, image_px, output_names, opset):
+    """What a graph depends on: the module, and the code and libraries that export it."""
+    import torch
+
+    found = hashlib.sha256(state("export").encode())
+    found.update(repr((module, image_px, output_names, opset)).encode())
+    for name, tensor in sorted([*module.named_parameters(), *module.named_buffers()]):
+        found.update(name.encode() + tensor.detach().contiguous().numpy().tobytes())
+    # Tables that were worked out beforehand may be neither: they show in what it answers.
+    images = torch.randn(2, 3, image_px, image_px, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        answers = module.eval()(images)
+    for answer in (answers,) if isinstance(answers, torch.Tensor) else answers:
+        found.update(answer.contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def _forget():
+    graphs = sorted(EXPORTS.glob("*.onnx"), key=lambda file: file.stat().st_mtime)
+    for old in graphs[:-KEPT]:
+        old.unlink(missing_ok=True)
