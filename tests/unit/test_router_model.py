@@ -101,6 +101,9 @@ def deployed(tmp_path, monkeypatch):
     folder.mkdir()
     for file in (ROOT / "model_repository/router/1").glob("*.py"):
         shutil.copy(file, folder)
+    metrics, waits = folder / "metrics.py", "_FLUSH_S = 0.5\n"
+    assert waits in metrics.read_text()
+    metrics.write_text(metrics.read_text().replace(waits, "_FLUSH_S = 0.01\n"))
     shutil.copytree(ROOT / "routing", folder / "routing")
     backend = SimpleNamespace(
         MetricFamily=FakeFamily,
