@@ -17,10 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bundle.prints import Looks, among, find_copies
 from imaging import PreprocessingError
+from report.calibration_page import write_calibration
 from routing import SIGNALS, Calibration, CalibrationError, RungSet, RungSetError
 
 from .align import ALIGN_SHARE, fit_alignment
-from .analyse import analyse
 from .certify import METHODS, CertifyError, Goal
 from .collect import collect
 from .evaluate import EvaluateError, Made, check_artifact, evaluate
@@ -40,15 +40,14 @@ from .fit import (
 from .head import LinearHead
 from .images import open_images
 from .outputs import Outputs, OutputsError
-from .pages.analysis import write_analysis
-from .pages.report import write_report
+from .page_data import analysis_data, fit_data
 from .record import FitRecord, record_path
 from .reference import REFERENCE_IMAGES, with_reference_answers
 from .sample import write
 from .served import ServedError, ServedRungs, credentials
 from .source import ImagesError, ImageSource
 from .splits import GROUPINGS, SplitError, group_keys, split_by_group
-from .tables import print_fit, print_growth, print_rows
+from .tables import print_analysis, print_fit, print_growth
 
 app = typer.Typer(
     help="Run both rungs offline, fit the score, certify the threshold, show what it is worth.",
@@ -184,12 +183,12 @@ def analyse_command(
         raise OutputsError("no image is left to analyse; collect others")
     with console.status("analysing"):
         asked = Fidelity.asked(stored.task, fidelity, tolerance, relative, label_threshold)
-        analysis = analyse(stored, asked)
-        write_analysis(out, analysis, stored, _source_of(stored), rung_set.labels)
+        analysis = analysis_data(stored, asked, _source_of(stored), rung_set.labels)
+        write_calibration(out, None, analysis)
     if as_json:
-        print(json.dumps({"page": str(out), **analysis.to_dict()}))
+        print(json.dumps({"page": str(out), **analysis["found"]}))
         return
-    print_rows(f"what the full rung changes: {stored.title}", analysis.rows())
+    print_analysis(analysis["found"])
     print(f"wrote {out}")
 
 
@@ -371,12 +370,15 @@ def report_command(
     onnx: OnnxOption = ONNX,
     out: Annotated[Path, typer.Option(help="Page to write.")] = FOLDER / "report.html",
 ) -> None:
-    """Write report.html: certificate, risk against escalation, signals, galleries."""
+    """Write report.html: certificate, risk against escalation, signals, galleries, analysis."""
     artifact, rung_set = Calibration.load(calibration), RungSet.load(onnx)
     stored = without_learned(Outputs.load(outputs), rung_set)
     record = FitRecord.load(record_path(calibration), stored, calibration)
     with console.status("drawing"):
-        write_report(out, artifact, record, stored, _source_of(stored), rung_set.labels)
+        source = _source_of(stored)
+        fit = fit_data(artifact, record, stored, source, rung_set.labels)
+        analysis = analysis_data(stored, Fidelity.of(artifact), source, rung_set.labels)
+        write_calibration(out, fit, analysis)
     print(f"wrote {out}")
 
 

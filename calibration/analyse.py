@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -27,131 +26,20 @@ GROUPS = 10
 INTERVAL = 0.95
 
 
-@dataclass(frozen=True)
-class Distribution:
-    """Of one quantity over the images.
-
-    Attributes:
-        mean: of all.
-        quantiles: by percent.
-    """
-
-    mean: float
-    quantiles: Mapping[int, float]
-
-    @classmethod
-    def of(cls, values: FloatVector) -> Distribution:
-        """Of (N,) values."""
-        quantiles = np.percentile(values, QUANTILES).tolist()
-        return cls(float(values.mean()), dict(zip(QUANTILES, quantiles, strict=True)))
-
-
-@dataclass(frozen=True)
-class Tenth:
-    """A tenth of the images, neighbours in the size of their change.
-
-    Attributes:
-        upper: its largest L2.
-        images: how many.
-        losses: of them.
-        interval: of the loss rate, 95 % (Wilson 1927).
-    """
-
-    upper: float
-    images: int
-    losses: int
-    interval: tuple[float, float]
-
-    @property
-    def rate(self) -> float:
-        """Share of its images with a loss."""
-        return self.losses / self.images
-
-
-@dataclass(frozen=True)
-class LossRelation:
-    """How one fidelity loss goes with the size of the change.
-
-    Attributes:
-        kind: of the fidelity.
-        words: what a loss is, to be read after "an answer that".
-        rate: share of images with a loss.
-        auroc: probability that an image with a loss has the larger L2 than one without; None
-            where all images have a loss, or none.
-        auroc_interval: of it, 95 % bootstrap over groups.
-        tenths: from the least to the most changed.
-    """
-
-    kind: str
-    words: str
-    rate: float
-    auroc: float | None
-    auroc_interval: list[float] | None
-    tenths: tuple[Tenth, ...]
-
-
-@dataclass(frozen=True)
-class Analysis:
-    """The representation delta between the rungs.
-
-    Attributes:
-        source: of the images, in words.
-        images: N.
-        fidelity: the loss that was asked for.
-        tolerance: of the cosine loss.
-        l2: of the distances between the rungs' embeddings.
-        cosine: of the cosines between them.
-        losses: the asked one first, then the other that applies without being asked for: `cosine`,
-            and of classes `top1`, of labels `labels`.
-        spearman: rank correlation of the L2 with what is known without labels; None where it, or
-            the L2, is constant.
-        most: rows of the images with the largest L2, largest first.
-        least: rows of those with the smallest, smallest first.
-    """
-
-    source: str
-    images: int
-    fidelity: Fidelity
-    tolerance: float
-    l2: Distribution
-    cosine: Distribution
-    losses: tuple[LossRelation, ...]
-    spearman: Mapping[str, float | None]
-    most: tuple[int, ...]
-    least: tuple[int, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON types."""
-        content = asdict(self)
-        for name in ("l2", "cosine"):
-            quantiles = content[name]["quantiles"]
-            content[name]["quantiles"] = {str(percent): v for percent, v in quantiles.items()}
-        return content
-
-    def rows(self) -> list[tuple[str, str]]:
-        """What a printed table shows: names and values."""
-        rows = [("images", f"{self.images:,}")]
-        for name, distribution in (("L2", self.l2), ("cosine", self.cosine)):
-            rows.append((f"{name}: mean", f"{distribution.mean:.4g}"))
-            rows += [(f"{name}: {p} %", f"{v:.4g}") for p, v in distribution.quantiles.items()]
-        for loss in self.losses:
-            rows.append((f"{loss.kind}: share with a loss", f"{loss.rate:.3f}"))
-            rows.append((f"{loss.kind}: AUROC of the L2", _number(loss.auroc)))
-        rows += [(f"Spearman of the L2: {name}", _number(v)) for name, v in self.spearman.items()]
-        return rows
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
-
-
-def analyse(outputs: Outputs, fidelity: Fidelity, seed: int = 0) -> Analysis:
+def analyse(outputs: Outputs, fidelity: Fidelity, seed: int = 0) -> dict[str, Any]:
     """Measure the change between the rungs, and what goes with it.
 
     Args:
         outputs: of N images, at least one.
         fidelity: the loss to name first; the others that apply are measured beside it.
         seed: of the bootstrap.
+
+    Returns:
+        JSON types. `l2` and `cosine`: mean and quantiles, by percent, of the distances and the
+        cosines between the rungs' embeddings. `losses`: how each fidelity loss goes with the L2
+        distance, the asked one first, as `_relation` says. `spearman`: rank correlation of the L2
+        distance with what is known without labels; None where either is constant. `most`, `least`:
+        rows of the images with the largest L2 distance and the smallest, the extreme one first.
 
     Raises:
         FidelityError: the fidelity loss does not apply.
@@ -161,21 +49,32 @@ def analyse(outputs: Outputs, fidelity: Fidelity, seed: int = 0) -> Analysis:
     order = np.argsort(oracle, kind="stable")
     ends = max(1, min(EXTREMES, len(outputs) // 2))
     bootstrap = metrics.Bootstrap(np.array(outputs.groups), seed)
-    return Analysis(
-        source=outputs.title,
-        images=len(outputs),
-        fidelity=fidelity,
-        tolerance=next((f.tolerance for f in fidelities if f.kind == "cosine"), COSINE_TOLERANCE),
-        l2=Distribution.of(oracle),
-        cosine=Distribution.of(cosine),
-        losses=tuple(_relation(kind, kind.loss(outputs), oracle, bootstrap) for kind in fidelities),
-        spearman={
+    return {
+        "source": outputs.title,
+        "images": len(outputs),
+        "fidelity": asdict(fidelity),
+        "tolerance": next(
+            (f.tolerance for f in fidelities if f.kind == "cosine"), COSINE_TOLERANCE
+        ),
+        "l2": distribution(oracle),
+        "cosine": distribution(cosine),
+        "losses": [_relation(kind, kind.loss(outputs), oracle, bootstrap) for kind in fidelities],
+        "spearman": {
             name: metrics.value(partial(metrics.spearman, first=values, second=oracle), len(oracle))
             for name, values in _companions(outputs, cosine).items()
         },
-        most=tuple(order[::-1][:ends].tolist()),
-        least=tuple(order[:ends].tolist()),
-    )
+        "most": order[::-1][:ends].tolist(),
+        "least": order[:ends].tolist(),
+    }
+
+
+def distribution(values: FloatVector) -> dict[str, Any]:
+    """The mean of (N,) values, and their quantiles by percent."""
+    quantiles = np.percentile(values, QUANTILES).tolist()
+    return {
+        "mean": float(values.mean()),
+        "quantiles": dict(zip(map(str, QUANTILES), quantiles, strict=True)),
+    }
 
 
 def _fidelities(outputs: Outputs, asked: Fidelity) -> list[Fidelity]:
@@ -187,27 +86,46 @@ def _fidelities(outputs: Outputs, asked: Fidelity) -> list[Fidelity]:
 
 def _relation(
     fidelity: Fidelity, loss: BoolVector, oracle: FloatVector, bootstrap: metrics.Bootstrap
-) -> LossRelation:
+) -> dict[str, Any]:
+    """How one fidelity loss goes with the size of the change.
+
+    Returns:
+        `kind` of the loss; `words`, to be read after "an answer that"; `rate`, the share of images
+        with a loss; `auroc`, the probability that an image with a loss has the larger L2 distance
+        than one without, None where all images have a loss, or none; `auroc_interval`, 95 %,
+        bootstrapped over groups; `tenths`.
+    """
     auroc = partial(metrics.auroc, values=oracle, loss=loss)
-    return LossRelation(
-        kind=fidelity.kind,
-        words=fidelity.words(),
-        rate=float(loss.mean()),
-        auroc=metrics.value(auroc, len(loss)),
-        auroc_interval=bootstrap.interval(auroc),
-        tenths=tuple(tenths(oracle, loss)),
-    )
+    return {
+        "kind": fidelity.kind,
+        "words": fidelity.words(),
+        "rate": float(loss.mean()),
+        "auroc": metrics.value(auroc, len(loss)),
+        "auroc_interval": bootstrap.interval(auroc),
+        "tenths": tenths(oracle, loss),
+    }
 
 
-def tenths(oracle: FloatVector, loss: BoolVector) -> Sequence[Tenth]:
-    """Loss counts in groups of equal count along the oracle, ten where there are images enough."""
+def tenths(oracle: FloatVector, loss: BoolVector) -> list[dict[str, Any]]:
+    """Losses in groups of equal count along the oracle, ten where there are images enough.
+
+    Returns:
+        From the least to the most changed images: `upper`, the largest L2 distance of the group;
+        its number of `images` and of `losses`; `interval` of its loss rate, 95 % (Wilson 1927).
+    """
     groups = np.array_split(np.argsort(oracle, kind="stable"), min(GROUPS, len(oracle)))
     found = []
     for rows in groups:
         losses = int(loss[rows].sum())
-        interval = binomtest(losses, len(rows)).proportion_ci(INTERVAL, "wilson")
-        ends = (float(interval.low), float(interval.high))
-        found.append(Tenth(float(oracle[rows].max()), len(rows), losses, ends))
+        ends = binomtest(losses, len(rows)).proportion_ci(INTERVAL, "wilson")
+        found.append(
+            {
+                "upper": float(oracle[rows].max()),
+                "images": len(rows),
+                "losses": losses,
+                "interval": [float(ends.low), float(ends.high)],
+            }
+        )
     return found
 
 

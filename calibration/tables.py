@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from report.terminal import table
+from report.words import ratio
 from routing import Calibration, threshold_text
 
 from .align import Aligned
@@ -18,26 +20,25 @@ console = Console(highlight=False, markup=False)
 def print_fit(calibration: Calibration) -> None:
     """What a fit is worth on held-out images, every signal, and the certificate."""
     metrics = calibration.metrics
-    table = Table(title=f"{metrics['images']} held-out images, signal {calibration.signal}")
-    for column in ("", "value", "95 % interval"):
-        table.add_column(column, justify="left" if not column else "right")
-    for name, interval in metrics["intervals"].items():
-        between = "" if interval is None else f"{interval[0]:.1%} to {interval[1]:.1%}"
-        table.add_row(name.replace("_", " "), f"{metrics[name]:.1%}", between)
-    console.print(table)
-    table = Table(title="signals, larger is better but for the last column")
-    for column in ("signal", "AUROC", "Spearman", "escalation needed"):
-        table.add_column(column, justify="left" if column == "signal" else "right")
-    for name, figures in metrics["signals"].items():
-        style = "bold" if name == calibration.signal else None
-        auroc, rank, needed = (figures[key] for key in ("auroc", "spearman", "needed_escalation"))
-        table.add_row(
-            name,
-            *("" if figure is None else f"{figure:.2f}" for figure in (auroc, rank)),
-            "" if needed is None else f"{needed:.0%}",
-            style=style,
+    rows = [
+        (
+            name.replace("_", " "),
+            f"{metrics[name]:.1%}",
+            "" if ends is None else f"{ends[0]:.1%} to {ends[1]:.1%}",
         )
-    console.print(table)
+        for name, ends in metrics["intervals"].items()
+    ]
+    title = f"{metrics['images']} held-out images, signal {calibration.signal}"
+    console.print(table(title, ("", "value", "95 % interval"), rows))
+    signals = metrics["signals"]
+    rows = []
+    for name, figures in signals.items():
+        auroc, rank, needed = (figures[key] for key in ("auroc", "spearman", "needed_escalation"))
+        shown = ("" if figure is None else f"{figure:.2f}" for figure in (auroc, rank))
+        rows.append((name, *shown, "" if needed is None else f"{needed:.0%}"))
+    title = "signals, larger is better but for the last column"
+    headings = ("signal", "AUROC", "Spearman", "escalation needed")
+    console.print(table(title, headings, rows, bold=[list(signals).index(calibration.signal)]))
     if metrics["no_better_than_random"]:
         console.print(f"{calibration.signal} is not shown to rank losses better than random")
     flat = flat_score(metrics["score_spread"])
@@ -52,18 +53,28 @@ def print_fit(calibration: Calibration) -> None:
 
 def print_growth(aligned: Aligned) -> None:
     """What an alignment is worth on held-out images, by the number it was fitted on."""
-    table = Table(title="images held out, by images aligned on")
-    for column in ("images", "acceptable answers", "mean cosine"):
-        table.add_column(column, justify="right")
-    for point in aligned.growth:
-        images = str(point.images) if point.images else "not aligned"
-        table.add_row(images, f"{point.acceptable:.1%}", f"{point.cosine:.4f}")
-    console.print(table)
+    rows = [
+        (
+            str(point.images) if point.images else "not aligned",
+            f"{point.acceptable:.1%}",
+            f"{point.cosine:.4f}",
+        )
+        for point in aligned.growth
+    ]
+    headings = ("images", "acceptable answers", "mean cosine")
+    console.print(table("images held out, by images aligned on", headings, rows, left=()))
 
 
-def print_rows(title: str, rows: Sequence[tuple[str, ...]]) -> None:
-    """Rows of text under a title."""
-    table = Table(title=title, show_header=False)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+def print_analysis(analysis: Mapping[str, Any]) -> None:
+    """How much the full rung changes, and what goes with it."""
+    rows = [("images", f"{analysis['images']:,}")]
+    for key, name in (("l2", "L2"), ("cosine", "cosine")):
+        found = analysis[key]
+        rows.append((f"{name}: mean", f"{found['mean']:.4g}"))
+        rows += [(f"{name}: {p} %", f"{value:.4g}") for p, value in found["quantiles"].items()]
+    for loss in analysis["losses"]:
+        rows.append((f"{loss['kind']}: share with a loss", f"{loss['rate']:.3f}"))
+        rows.append((f"{loss['kind']}: AUROC of the L2", ratio(loss["auroc"])))
+    rows += [(f"Spearman of the L2: {name}", ratio(v)) for name, v in analysis["spearman"].items()]
+    title = f"what the full rung changes: {analysis['source']}"
+    console.print(table(title, ("", "value"), rows))

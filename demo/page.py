@@ -12,9 +12,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
-from calibration.pages.page import HIGH_COLOUR, LOW_COLOUR, THUMBNAIL_PX
 from perf.figures import TOO_BUSY
-from report.page import data_uri
+from report.page import HIGH_COLOUR, LOW_COLOUR, THUMBNAIL_PX, data_uri
 from report.words import recipe_words
 from routing import score_texts, threshold_text
 

@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 from matplotlib.transforms import Bbox
 
+from report.page import HIGH_COLOUR, LOW_COLOUR
 from report.words import setting
 
 from .drawing import GREY, INK, LEGEND, RED, STYLE, new_figure, svg
-from .page import HIGH_COLOUR, LOW_COLOUR
 from .plan_points import FAMILIES, Point
 
 _BEATEN = "#f3f0e4"

@@ -8,8 +8,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from calibration.pages.page import HIGH_COLOUR, LOW_COLOUR
-from report.page import data_uri
+from report.page import HIGH_COLOUR, LOW_COLOUR, data_uri
 
 from .words import resolution
 

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from calibration.pages.page import HIGH_COLOUR, LOW_COLOUR
+from report.page import HIGH_COLOUR, LOW_COLOUR
 from report.words import count_of
 
 from .drawing import GREY, LEGEND, colour, new_figure, svg

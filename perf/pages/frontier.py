@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
-from calibration.pages.page import HIGH_COLOUR
+from report.page import HIGH_COLOUR
 from report.words import percent
 
 from .drawing import GREY, INK, LEGEND, colour, new_figure, svg

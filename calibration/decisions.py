@@ -1,8 +1,8 @@
-"""What an artifact decides about some images, and what the report computes from that."""
+"""What an artifact decides about some images, and what the report's page says of that."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from routing import Calibration, Overrides, escalation_mask
 
-from .. import metrics
-from ..fidelity import oracle_l2
-from ..outputs import Outputs
-from ..record import FitRecord
-from ..splits import Rows
+from . import metrics
+from .fidelity import oracle_l2
+from .outputs import Outputs
+from .record import FitRecord
+from .splits import Rows
 
 FloatVector = NDArray[np.float64]
 BoolVector = NDArray[np.bool_]
@@ -121,31 +121,71 @@ class Decisions:
         }
 
 
-@dataclass(frozen=True)
-class UnitBin:
-    """Images of neighbouring scores.
+def risk_case(
+    decisions: Decisions, interval: Sequence[float] | None, epsilon: float | None, grouped: bool
+) -> str:
+    """How the risk measured on the test split stands to its limit.
 
-    Attributes:
-        images: how many.
-        score: their mean score, the predicted change.
-        oracle: their mean measured change.
-        half_width: of the normal 95 % interval of that mean.
+    Args:
+        decisions: about the test split.
+        interval: 95 % interval of the risk.
+        epsilon: limit on the risk; None where none was asked for.
+        grouped: whether some group holds several images.
+
+    Returns:
+        `by_construction` where every image escalates and the full rung is the reference;
+        `none_lost`; `no_limit`; `grouped` where the limit is about another share; else where the
+        limit lies: `within` has the whole interval below it, `reaches_beyond` and `reaches_down`
+        have it inside the interval, above or below the measured risk, `contradicts` below all.
     """
+    if decisions.escalated.all() and decisions.high_loss is None:
+        return "by_construction"
+    if not decisions.lost.any():
+        return "none_lost"
+    if epsilon is None:
+        return "no_limit"
+    if grouped or interval is None:
+        return "grouped"
+    if interval[1] <= epsilon:
+        return "within"
+    if decisions.risk <= epsilon:
+        return "reaches_beyond"
+    return "reaches_down" if interval[0] <= epsilon else "contradicts"
 
-    images: int
-    score: float
-    oracle: float
-    half_width: float
+
+def curve_case(decisions: Decisions) -> str:
+    """What the curve of risk against escalation can show.
+
+    Returns:
+        `no_loss` where no image can lose, `all` or `none` where that many escalate, else `some`.
+    """
+    if decisions.base_risk == 0 and decisions.high_loss is None:
+        return "no_loss"
+    return {1.0: "all", 0.0: "none"}.get(decisions.escalation, "some")
 
 
-def unit_bins(scores: FloatVector, oracle: FloatVector) -> list[UnitBin]:
-    """Bins of equal count along the score, `BINS` of them where there are images enough."""
+def unit_bins(scores: FloatVector, oracle: FloatVector) -> list[dict[str, float]]:
+    """Images of neighbouring scores, in bins of equal count.
+
+    Args:
+        scores: predicted changes of n images, (n,).
+        oracle: their measured changes, (n,).
+
+    Returns:
+        For each of `BINS` bins, or of fewer where there are few images, from the lowest score on:
+        the number of `images`, their mean `score`, their mean `oracle`, and the `half_width` of
+        the normal 95 % interval of that mean.
+    """
     count = min(BINS, max(1, len(scores) // _IMAGES_PER_BIN))
     bins = []
     for rows in np.array_split(np.argsort(scores, kind="stable"), count):
         spread = oracle[rows].std(ddof=1) if len(rows) > 1 else 0.0
-        half_width = 1.96 * float(spread) / len(rows) ** 0.5
         bins.append(
-            UnitBin(len(rows), float(scores[rows].mean()), float(oracle[rows].mean()), half_width)
+            {
+                "images": len(rows),
+                "score": float(scores[rows].mean()),
+                "oracle": float(oracle[rows].mean()),
+                "half_width": 1.96 * float(spread) / len(rows) ** 0.5,
+            }
         )
     return bins

@@ -1,0 +1,171 @@
+"""`report.html` and `analysis.html`: a calibration, or only what the full rung changes.
+
+A report has the certificate first, then what was measured on the test split, which decided nothing,
+then the images themselves, then how the two rungs differ on all images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .figures import GREY, INK, OTHERS, Axis, Rule, Series, chart, histogram, intervals, near
+from .page import HIGH_COLOUR, LOW_COLOUR, RED, render
+from .words import setting
+
+MAX_POINTS = 2000  # of a scatter: more make the page heavy and the eye no wiser
+REFERENCES = ("random", "oracle")  # what signals are held against
+_AUROC = "AUROC: probability that an image with a loss has the larger value"
+_SPEARMAN = "Spearman: rank correlation with the oracle L2"
+_CURVES: dict[str, dict[str, Any]] = {
+    "chosen": {"colour": INK, "line": "-", "width": 2.4},
+    "random": {"colour": GREY, "line": "--"},
+    "oracle": {"colour": GREY, "line": ":", "width": 2},
+    "perfect": {"colour": GREY, "line": "-", "width": 0.9},
+}
+
+
+def write_calibration(
+    path: Path, fit: Mapping[str, Any] | None, analysis: Mapping[str, Any]
+) -> None:
+    """Write the page.
+
+    Args:
+        path: file to write.
+        fit: what `calibration.page_data.fit_data` gives; None shows the analysis alone.
+        analysis: what `calibration.page_data.analysis_data` gives.
+    """
+    render(
+        path,
+        "calibration.html.j2",
+        fit=fit,
+        fit_figures=None if fit is None else _fit_figures(fit),
+        max_points=MAX_POINTS,
+        references=REFERENCES,
+        analysis=analysis,
+        found=analysis["found"],
+        figures=_analysis_figures(analysis),
+    )
+
+
+def thinned(count: int) -> NDArray[np.intp]:
+    """Which of `count` points a scatter draws: all, or `MAX_POINTS` chosen with seed 0."""
+    if count <= MAX_POINTS:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(0).choice(count, MAX_POINTS, replace=False))
+
+
+def _fit_figures(fit: Mapping[str, Any]) -> dict[str, str]:
+    threshold = fit["threshold_at"]
+    rules = [Rule(threshold, "threshold: escalate right of it")] if threshold is not None else []
+    return {
+        "curve": _curve(fit),
+        "signals": _signals(fit),
+        "scatter": _scatter(fit["scatter"], rules),
+        "units": _units(fit["bins"]),
+    }
+
+
+def _curve(fit: Mapping[str, Any]) -> str:
+    """Risk against escalation for every signal, with the chosen point."""
+    test, epsilon = fit["test"], fit["metrics"]["needed_for"]
+    series = []
+    for number, curve in enumerate(fit["curves"]):
+        look: dict[str, Any] = {"colour": OTHERS[number % len(OTHERS)], "line": "-"}
+        look = _CURVES.get(curve["kind"], look)
+        series.append(Series(curve["name"], curve["rates"], curve["risks"], **look))
+    here = ([test["escalation_rate"]], [test["risk"]])
+    series.append(Series("this calibration", *here, HIGH_COLOUR, marker="o", size=10, above=True))
+    limit = []
+    if epsilon is not None:
+        limit = [Rule(epsilon, f"risk limit ε = {setting(epsilon)}", True, RED, "-")]
+    top = 1.1 * max(test["base_risk"], epsilon or 0, 1 / test["images"])
+    return chart(
+        series,
+        Axis("escalated: share of the test images", percent=True, limits=(0, 1)),
+        Axis("risk: share of the test images", percent=True, limits=(0, top)),
+        limit,
+    )
+
+
+def _signals(fit: Mapping[str, Any]) -> str:
+    """How well each signal ranks losses, or where none can, the size of the change."""
+    table = fit["metrics"]["signals"]
+    key, chance, label = "auroc", 0.5, _AUROC
+    if table["oracle"]["auroc"] is None:
+        key, chance, label = "spearman", 0.0, _SPEARMAN
+    rows = [(name, table[name][key], table[name][f"{key}_interval"]) for name in fit["signals"]]
+    return intervals(rows, label, chance, fit["signal"], REFERENCES)
+
+
+def _scatter(scatter: Mapping[str, Any], rules: Sequence[Rule]) -> str:
+    """Predicted against measured change, losses in colour, the threshold as a line."""
+    rows = thinned(len(scatter["score"]))
+    score, oracle, loss = (scatter[name][rows] for name in ("score", "oracle", "loss"))
+    # Losses last: they are the few that must be seen.
+    series = [
+        Series(name, score[some], oracle[some], colour, "o", size=4, alpha=alpha)
+        for name, some, colour, alpha in (
+            ("no loss", ~loss, LOW_COLOUR, 0.45),
+            ("loss", loss, HIGH_COLOUR, 0.75),
+        )
+    ]
+    return chart(
+        series,
+        Axis("score: predicted L2 change"),
+        Axis("oracle: measured L2 change"),
+        near(rules, scatter["score"].tolist()),
+        size=(5.6, 4.0),
+    )
+
+
+def _units(bins: Sequence[Mapping[str, float]]) -> str:
+    """Mean measured against mean predicted change, bin by bin, with the diagonal."""
+    x, y = [b["score"] for b in bins], [b["oracle"] for b in bins]
+    ends = [(b["oracle"] - b["half_width"], b["oracle"] + b["half_width"]) for b in bins]
+    corners = [min(*x, *(low for low, _ in ends)), max(*x, *(high for _, high in ends))]
+    series = [
+        Series("predicted = measured", corners, corners, GREY, line="--"),
+        Series("mean of a bin, 95 % interval", x, y, INK, "o", y_spread=ends),
+    ]
+    labels = ("mean score of the bin", "mean oracle L2 of the bin")
+    return chart(series, Axis(labels[0]), Axis(labels[1]), size=(5.6, 4.0))
+
+
+def _analysis_figures(analysis: Mapping[str, Any]) -> dict[str, str]:
+    values = analysis["values"]
+    loss = values["loss"]
+
+    def by_loss(name: str, label: str) -> str:
+        groups = {"no loss": values[name][~loss], "loss": values[name][loss]}
+        return histogram(groups, label)
+
+    return {
+        "l2": by_loss("l2", "L2 distance between the two final CLS embeddings"),
+        "cosine": by_loss("cosine", "cosine between them"),
+        "tenths": _tenths(analysis["found"]["losses"]),
+    }
+
+
+def _tenths(losses: Sequence[Mapping[str, Any]]) -> str:
+    """Loss rates of the tenths of the images, from least to most changed."""
+    series = []
+    shifts = (0.0,) if len(losses) == 1 else (-0.08, 0.08)
+    looks = ((HIGH_COLOUR, "o"), (OTHERS[0], "s"))
+    for relation, shift, (colour, marker) in zip(losses, shifts, looks, strict=False):
+        tenths = relation["tenths"]
+        x = [number + shift for number in range(1, len(tenths) + 1)]
+        rates = [tenth["losses"] / tenth["images"] for tenth in tenths]
+        ends = [tuple(tenth["interval"]) for tenth in tenths]
+        series.append(Series(relation["kind"], x, rates, colour, marker, size=5, y_spread=ends))
+    uppers = [f"{tenth['upper']:.3g}" for tenth in losses[0]["tenths"]]
+    return chart(
+        series,
+        Axis("largest L2 change of each group", ticks=uppers),
+        Axis("share with a loss", percent=True, limits=(0, None)),
+        size=(5.6, 3.4),
+    )
