@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from perf.figures import TOO_BUSY
-from perf.measure.paired import Paired
+from perf.harness import Paired
 from report.words import percent, recipe_words
 
 from .serve import Measured

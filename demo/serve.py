@@ -14,9 +14,8 @@ from rich.progress import Progress
 from calibration.images import SourceImage
 from client import GrpcClient, HttpClient, Prediction
 from imaging import Preprocessing, decode
-from perf.measure.asking import Answer, Asker
+from perf.harness import ONE_BY_ONE, Answer, Asker, Load, Paired, believed, cut, take_turns
 from perf.measure.cpu import on_same_cores
-from perf.measure.paired import Paired, believed, measure_paired, measure_spans
 from perf.measure.sets import Pool
 from perf.measure.target import Target
 from server import TritonServer
@@ -120,12 +119,13 @@ def measure(target: Target, systems: Mapping[str, str], pool: Pool) -> Measured:
     names = [name for name in (*CORE, RUNG) if name in systems]
     alone = [asked(name, systems) for name in names]
     asker, threads = Asker(target, pool, True, target.meter()), target.cpu_threads()
+    shares = cut(range(len(pool)), SHARES)
     with Progress(console=console) as progress:
-        task = progress.add_task("one at a time", total=len(pool))
+        task = progress.add_task("one at a time", total=len(pool) * (len(alone) + 1))
 
         def once() -> Paired:
             advance = _advance(progress, task)
-            return measure_paired(asker, [*alone, NEVER], range(len(pool)), SHARES, 1, advance)
+            return take_turns(asker, [*alone, NEVER], shares, ONE_BY_ONE, advance)
 
         return Measured(*believed(once, threads == 1, _again(progress, task)), threads == 1)
 
@@ -139,7 +139,7 @@ def measure_saturated(target: Target, systems: Mapping[str, str], pool: Pool) ->
         pool: the crops.
     """
     every = [asked(name, systems) for name in systems]
-    spans = [span.tolist() for span in np.array_split(np.arange(len(pool)), TURNS)]
+    spans, load = cut(range(len(pool)), TURNS), Load(IN_FLIGHT, block=None)
     asker, threads = Asker(target, pool, True, target.meter()), target.cpu_threads()
     assert target.server is not None
     with (
@@ -149,7 +149,8 @@ def measure_saturated(target: Target, systems: Mapping[str, str], pool: Pool) ->
         task = progress.add_task("saturated", total=TURNS * len(every))
 
         def once() -> Paired:
-            return measure_spans(asker, every, spans, IN_FLIGHT, _advance(progress, task))
+            advance = _advance(progress, task)
+            return take_turns(asker, every, spans, load, advance, warm_up=2 * IN_FLIGHT)
 
         counts = threads is not None
         return Measured(*believed(once, counts, _again(progress, task)), counts)

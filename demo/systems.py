@@ -29,7 +29,7 @@ _MEASURED = {
 
 
 def name_of(system: str) -> str:
-    """A system's name in a `perf.measure.paired.Paired`."""
+    """A system's name in a `perf.harness.Paired`."""
     return _MEASURED.get(system, system)
 
 

@@ -26,10 +26,9 @@ from routing import RUNGS, Calibration, RungSet
 
 from .environment import environment
 from .figures import PerfError
-from .measure.asking import Asker
+from .harness import ONE_BY_ONE, Asker, Paired, believed, cut, take_turns
 from .measure.deployment import assembled, undisturbed
 from .measure.memory import MemoryUse, serving
-from .measure.paired import Paired, believed, measure_paired
 from .measure.peaks import CASCADES, PeakLoad, peak_memory
 from .measure.sets import Pool, open_pool_source, read_pool
 from .measure.systems import ADAPTIVE, HIGH, LOW, System
@@ -150,15 +149,13 @@ def _latencies(
         Target(server.grpc_url, server.http_url, server) as target,
     ):
         asker = Asker(target, pool, has_head, target.meter())
-        for row in range(min(FORWARD_WARMUP, len(pool))):
-            for system in SYSTEMS:
-                asker.ask(system, row)
+        shares = cut(range(len(pool)), ROUNDS)
+
+        def on_turn() -> None:
+            on_progress("the three systems in turn", len(SYSTEMS) * len(pool))
 
         def measure() -> Paired:
-            def on_image() -> None:
-                on_progress("the three systems in turn", len(pool))
-
-            return measure_paired(asker, SYSTEMS, range(len(pool)), ROUNDS, 1, on_image)
+            return take_turns(asker, SYSTEMS, shares, ONE_BY_ONE, on_turn, warm_up=FORWARD_WARMUP)
 
         cpu_counts = target.cpu_threads() == 1
         paired, doubts = believed(measure, cpu_counts, again=lambda words: None)

@@ -19,7 +19,7 @@ from routing import Calibration, Overrides, RungSet, escalation_mask
 from . import summary
 from .analyzer import Analyzer, InputData, write_bytes, write_tensors
 from .figures import PerfError
-from .measure.asking import Asker
+from .harness import ONE_BY_ONE, Asker, Load, Paired, believed, cut, is_a_loss, take_turns
 from .measure.attribution import attribute, scoring_ms, together
 from .measure.backend import measure_backend
 from .measure.cpu import on_same_cores
@@ -27,13 +27,6 @@ from .measure.levels import COMPARED, closed_levels, open_levels, saturated
 from .measure.loads import Level, LoadRunner, Measured
 from .measure.locust_runs import run_locust
 from .measure.memory import MemoryUse
-from .measure.paired import (
-    Paired,
-    believed,
-    is_a_loss,
-    measure_paired,
-    measure_spans,
-)
 from .measure.peaks import MEASURED, PeakLoad, peak_memory
 from .measure.scoring import score_pool
 from .measure.sets import ImageSets, Pool, choose_sets, read_pool, sent_under_load
@@ -155,12 +148,11 @@ def ask_in_turn(record: Record, bench: Bench) -> dict[str, float]:
     """
     rows, suite = bench.sets.rows["mixed"], bench.suite
     asker, title = bench.metered_asker, "systems in turn"
-    with record.stage(title, len(rows) * suite.repeats) as bar:
+    shares = cut(rows, min(suite.shares, len(rows))) * suite.repeats
+    with record.stage(title, sum(map(len, shares)) * len(bench.systems)) as bar:
 
         def measure() -> Paired:
-            shares = min(suite.shares, len(rows))
-            systems = bench.systems
-            return measure_paired(asker, systems, rows, shares, suite.repeats, bar.advance)
+            return take_turns(asker, bench.systems, shares, ONE_BY_ONE, bar.advance)
 
         cpu_counts = bench.target.cpu_threads() == 1
         paired, doubts = believed(measure, cpu_counts, again=bar.begin_again)
@@ -196,8 +188,9 @@ def saturate(record: Record, bench: Bench) -> None:
     ):
 
         def measure() -> Paired:
+            load = Load(in_flight, block=None)
             spans = [rows] * suite.spans
-            return measure_spans(asker, systems, spans, in_flight, bar.advance)
+            return take_turns(asker, systems, spans, load, bar.advance, warm_up=2 * in_flight)
 
         paired, doubts = believed(measure, threads is not None, again=bar.begin_again)
         record.doubt("saturated", doubts)

@@ -13,9 +13,8 @@ from calibration.fidelity import Fidelity
 from routing import Calibration, RungSet
 
 from .figures import Spread
-from .measure.asking import Answer
+from .harness import Answer, Paired
 from .measure.memory import MemoryUse
-from .measure.paired import Paired
 from .measure.systems import ADAPTIVE, ENSEMBLE, HIGH, LOW, System
 
 SCHEMA_VERSION = 1

@@ -19,7 +19,7 @@ import numpy as np
 from server import TritonServer
 
 from ..figures import LEAST_OVER_LOW
-from ..measure.asking import Asker
+from ..harness import Asker
 from ..measure.deployment import undisturbed
 from ..measure.sets import Pool
 from ..measure.systems import ENSEMBLE, LOW, NEVER, System
@@ -101,11 +101,12 @@ def measure(
         for asker in askers:
             for row in range(min(WARMUP, len(pool))):
                 for system in SYSTEMS:
-                    asker.ask(system, row)
+                    asker.ask(system, [row])
         for row in [*range(len(pool))] * rounds:
             for index in rng.permutation(len(turns)):
                 variant, system = turns[index]
-                taken[variant][system.name].append(askers[variant].ask(system, row).latency_ms)
+                (answer,) = askers[variant].ask(system, [row])
+                taken[variant][system.name].append(answer.latency_ms)
             on_image()
     return [Variant(t[LOW], t["adaptive-0"], t[ENSEMBLE]) for t in taken]
 

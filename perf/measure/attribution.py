@@ -16,7 +16,7 @@ import numpy as np
 from routing import Calibration, RungOutputs
 
 from ..figures import PerfError
-from .asking import Asker
+from ..harness import Asker
 from .server_times import ModelTimes, since
 from .systems import System
 from .target import Target
@@ -54,7 +54,7 @@ def attribute(
     before = target.times()
     latencies = []
     for row in rows:
-        latencies.append(asker.ask(ensemble, row).latency_ms)
+        latencies += [answer.latency_ms for answer in asker.ask(ensemble, [row])]
         on_image()
     times = _counted(target, before, len(rows))
     return parts(mean(latencies), len(rows), times, scoring_ms)

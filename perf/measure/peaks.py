@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from routing import WEIGHTS, RungSet
 from server import TritonServer
 
-from .asking import Asker
+from ..harness import Asker, Load
 from .memory import MemoryUse, measure_memory
 from .sets import Pool
 from .systems import ADAPTIVE, ENSEMBLE, HIGH, LOW, System
@@ -55,13 +54,9 @@ def peak_memory(system: System, repository: Path, rung_set: RungSet, load: PeakL
     models = CASCADES.get(system.name, (system.model,))
 
     def exercise(server: TritonServer) -> None:
-        with (
-            Target(server.grpc_url, None, server) as target,
-            ThreadPoolExecutor(load.concurrency) as threads,
-        ):
+        with Target(server.grpc_url, None, server) as target:
             asker = Asker(target, load.pool, rung_set.classes is not None)
-            for _ in threads.map(lambda row: asker.ask(system, row), load.rows):
-                pass
+            asker.ask(system, load.rows, Load(in_flight=load.concurrency))
 
     return measure_memory(repository, models, exercise, _weights(rung_set, models))
 

@@ -28,6 +28,8 @@ class System:
         parameters: of each request. A threshold is text, because perf_analyzer sends no
             floating-point parameter.
         takes_bytes: whether it takes encoded images instead of the image tensor.
+        outputs: what it is asked for; of none the embedding, the logits where there is a head, and
+            of a router its decision.
     """
 
     name: str
@@ -35,6 +37,7 @@ class System:
     model: str
     parameters: Mapping[str, str | int] = field(default_factory=dict)
     takes_bytes: bool = False
+    outputs: tuple[str, ...] = ()
 
     @property
     def is_static(self) -> bool:

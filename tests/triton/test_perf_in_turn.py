@@ -4,9 +4,8 @@ import os
 
 import pytest
 
-from perf.measure.asking import Asker
+from perf.harness import ONE_BY_ONE, Asker, Load, take_turns
 from perf.measure.cpu import on_same_cores
-from perf.measure.paired import measure_paired, measure_spans
 from perf.measure.sets import load_pool
 from perf.measure.systems import systems
 from perf.measure.target import Target
@@ -36,7 +35,7 @@ def compared(rung_set, calibration, target):
 def test_the_servers_cpu_time_belongs_to_the_system_that_was_asked(target, pool, compared):
     assert target.cpu_threads() == 1
     asker = Asker(target, pool, True, target.meter())
-    found = measure_paired(asker, compared, range(COUNT), 1, 1, lambda: None)
+    found = take_turns(asker, compared, [range(COUNT)], ONE_BY_ONE, lambda: None)
     cpu_ms = {system.name: found.cpu_cost(system.name).median for system in compared}
     # The full rung has four times the cheap one's patches, and no neighbour changes that much.
     assert cpu_ms["static-high"] > 1.5 * cpu_ms["static-low"] > 0
@@ -55,9 +54,10 @@ def test_saturated_spans_answer_as_requests_do_and_the_cores_are_given_back(
         if len(cores) > 1:
             allowed = {core for pid in ids for core in os.sched_getaffinity(pid)}
             assert len(allowed) == 1
-        found = measure_spans(asker, compared, [range(COUNT)] * 2, 4, lambda: None)
+        load = Load(in_flight=4, block=None)
+        found = take_turns(asker, compared, [range(COUNT)] * 2, load, lambda: None, warm_up=8)
     assert all(os.sched_getaffinity(pid) == cores for pid in [os.getpid(), *ids])
-    alone = measure_paired(asker, compared, range(COUNT), 1, 1, lambda: None)
+    alone = take_turns(asker, compared, [range(COUNT)], ONE_BY_ONE, lambda: None)
     for system in compared:
         costs = [found.costs_ms(system.name), found.cpu_costs_ms(system.name)]
         assert all(len(values) == 2 and min(values) > 0 for values in costs)

@@ -16,7 +16,7 @@ import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
 from client import ClientError, GrpcClient, HttpClient
-from perf.measure.asking import Asker
+from perf.harness import Asker
 from perf.measure.attribution import attribute
 from perf.measure.sets import Pool
 from perf.measure.systems import System

@@ -4,7 +4,7 @@ import numpy as np
 
 from demo.serve import Measured
 from demo.systems import name_of
-from perf.measure.paired import Paired
+from perf.harness import Paired
 from tests.unit.perf_measured import make_answer
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from perf.analyzer import AnalyzerResult, Figures
-from perf.measure.asking import Answer
+from perf.harness import Answer
 from perf.measure.loads import Level, Measured, Pass
 from perf.measure.server_times import ModelTimes
 from perf.measure.systems import System

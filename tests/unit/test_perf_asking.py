@@ -2,7 +2,6 @@
 
 import contextlib
 import time
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,8 +9,8 @@ import pytest
 from tritonclient.utils import InferenceServerException, deserialize_bytes_tensor
 
 from client import ClientError
+from perf.harness import Asker, Load
 from perf.measure import scoring
-from perf.measure.asking import Asker
 from perf.measure.scoring import BATCH, score_pool
 from perf.measure.sets import Pool
 from perf.measure.systems import NEVER
@@ -46,7 +45,8 @@ class FakeClient:
         time.sleep(self.takes_s)
         if self.fails:
             raise InferenceServerException("went away", "StatusCode.UNAVAILABLE")
-        return SimpleNamespace(as_numpy={name: OUTPUTS[name] for name in names}.get)
+        count = tensor.shape()[0]
+        return SimpleNamespace(as_numpy=lambda name: np.repeat(OUTPUTS[name], count, axis=0))
 
 
 @pytest.fixture
@@ -56,7 +56,8 @@ def client():
 
 def ask(client, system, row=0, has_head=True):
     target = SimpleNamespace(client=client, grpc_url="host:1")
-    return Asker(target, POOL, has_head).ask(system, row)
+    (answer,) = Asker(target, POOL, has_head).ask(system, [row])
+    return answer
 
 
 def test_a_static_system_is_sent_the_tensor_and_says_nothing_of_escalation(client):
@@ -114,20 +115,36 @@ class Meter:
 
 def test_the_cpu_time_of_a_request_is_what_passed_meanwhile(client):
     target = SimpleNamespace(client=client, grpc_url="host:1")
-    answer = Asker(target, POOL, True, Meter()).ask(make_system("adaptive"), 0)
+    (answer,) = Asker(target, POOL, True, Meter()).ask(make_system("adaptive"), [0])
     assert answer.cpu_ms == 1000.0 and answer.latency_ms < 1000
     assert ask(client, make_system("adaptive")).cpu_ms is None
 
 
 def test_requests_of_a_span_are_in_flight_together_and_share_its_time():
     target = SimpleNamespace(client=FakeClient(takes_s=0.05), grpc_url="host:1")
-    with ThreadPoolExecutor(4) as threads:
-        answers = Asker(target, POOL, True, Meter()).ask_span(
-            make_system("adaptive"), [0, 1] * 4, threads
-        )
+    asker = Asker(target, POOL, True, Meter())
+    answers = asker.ask(make_system("adaptive"), [0, 1] * 4, Load(in_flight=4))
     assert len(answers) == 8 and len({answer.latency_ms for answer in answers}) == 1
     assert 2 * 50 / 8 <= answers[0].latency_ms < 6 * 50 / 8  # two rounds of four
     assert {answer.cpu_ms for answer in answers} == {1000.0 / 8}
+
+
+def test_images_of_a_batch_share_its_time_and_have_answers_of_their_own(client):
+    target = SimpleNamespace(client=FakeClient(takes_s=0.05), grpc_url="host:1")
+    asker = Asker(target, POOL, True, Meter())
+    answers = asker.ask(make_system("adaptive"), [1, 0, 1], Load(batch=2))
+    first, last = (request[1] for request in target.client.requests)
+    assert (first.shape(), last.shape()) == ([2, 3, 4, 4], [1, 3, 4, 4])
+    assert first._get_content() == POOL.tensors[::-1].tobytes()
+    assert len(answers) == 3 and {answer.cpu_ms for answer in answers} == {1000.0 / 3}
+    assert all(100 / 3 <= answer.latency_ms < 1000 for answer in answers)  # two requests in turn
+    alone = asker.ask(make_system("adaptive"), [0, 1], Load(batch=2))
+    assert all(25 <= answer.latency_ms < 500 for answer in alone)
+
+
+def test_a_system_can_be_asked_for_more_than_its_answer(client):
+    ask(client, make_system("static-high", outputs=("embedding", "score")))
+    assert client.requests[0][2] == ["embedding", "score"]
 
 
 def test_a_server_that_goes_away_is_an_error_of_ours():

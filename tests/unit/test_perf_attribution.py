@@ -100,10 +100,11 @@ class FakeServer:
         self.late, self.counts = late, counts
         self.asked, self.counted, self.questions = [], 3, 0
 
-    def ask(self, system, row):
+    def ask(self, system, rows):
+        (row,) = rows
         self.asked.append((system.name, row))
         self.questions = self.late
-        return make_answer(10.0 * row)
+        return [make_answer(10.0 * row)]
 
     def times(self):
         if self.questions:

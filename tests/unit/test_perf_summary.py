@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from perf import summary
+from perf.harness import Paired, is_a_loss
 from perf.measure.memory import MemoryUse
-from perf.measure.paired import Paired, is_a_loss
 from routing import RungSet
 from tests.unit.fakes import make_calibration
 from tests.unit.onnx_files import CLASSES, SIZE, D, write_rung_set

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from perf.costs import variants
 from perf.costs.commands import app
 from perf.costs.variants import SYSTEMS, Variant, measure
-from perf.measure.asking import Answer
+from perf.harness import Answer
 from perf.measure.sets import Pool
 from tests.unit.perf_workplace import write_repository, write_rungs
 
@@ -46,10 +46,11 @@ class FakeAsker:
     def __init__(self, number, asked):
         self.number, self.asked = number, asked
 
-    def ask(self, system, row):
+    def ask(self, system, rows):
+        (row,) = rows
         self.asked.append((self.number, system.name, row))
         latency_ms = 1000 * self.number + 100 * SYSTEMS.index(system) + row
-        return Answer(float(latency_ms), np.zeros(4, np.float32), None, False, 0.0)
+        return [Answer(float(latency_ms), np.zeros(4, np.float32), None, False, 0.0)]
 
 
 def test_every_variant_is_asked_about_every_image_in_a_new_order(monkeypatch):

@@ -5,14 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from perf.measure.paired import (
+from perf.harness import (
     ATTEMPTS,
+    ONE_BY_ONE,
     PAIRS,
+    Load,
     Paired,
     believed,
+    cut,
     is_a_loss,
-    measure_paired,
-    measure_spans,
+    take_turns,
 )
 from tests.unit.perf_measured import make_answer, make_system
 
@@ -27,9 +29,11 @@ class FakeAsker:
         self.latency_ms = latency_ms
         self.log = []
 
-    def ask(self, system, row):
+    def ask(self, system, rows, load):
+        assert load == ONE_BY_ONE
+        (row,) = rows
         self.log.append((system.name, row))
-        return make_answer(self.latency_ms(system.name, row), escalated=row == 3)
+        return [make_answer(self.latency_ms(system.name, row), escalated=row == 3)]
 
 
 def paired(**by_system):
@@ -54,17 +58,18 @@ def turns(asker):
 
 def test_every_system_is_asked_about_an_image_before_the_next_one_is_sent():
     asker, steps = FakeAsker(), []
-    measure_paired(asker, SYSTEMS, [5, 3, 9, 4], 2, 3, lambda: steps.append(len(asker.log)))
+    shares = cut([5, 3, 9, 4], 2) * 3
+    take_turns(asker, SYSTEMS, shares, ONE_BY_ONE, lambda: steps.append(len(asker.log)))
     assert [turn[0][1] for turn in turns(asker)] == [5, 3, 9, 4] * 3
     for turn in turns(asker):
         assert sorted(name for name, _ in turn) == sorted(NAMES)
         assert len({row for _, row in turn}) == 1
-    assert steps == [len(NAMES) * (i + 1) for i in range(12)]
+    assert steps == list(range(1, 12 * len(NAMES) + 1))
 
 
 def test_a_system_and_what_it_is_compared_with_are_asked_side_by_side_in_either_order():
     asker = FakeAsker()
-    measure_paired(asker, SYSTEMS, range(40), 1, 1, lambda: None)
+    take_turns(asker, SYSTEMS, [range(40)], ONE_BY_ONE, lambda: None)
     assert PAIRS == {"adaptive-0": "static-low", "ensemble": "adaptive"}
     for second, first in PAIRS.items():
         steps = []
@@ -77,7 +82,7 @@ def test_a_system_and_what_it_is_compared_with_are_asked_side_by_side_in_either_
 
 def test_no_system_keeps_its_place():
     asker = FakeAsker()
-    measure_paired(asker, SYSTEMS, range(60), 1, 1, lambda: None)
+    take_turns(asker, SYSTEMS, [range(60)], ONE_BY_ONE, lambda: None)
     for name in NAMES:
         places = {[asked for asked, _ in turn].index(name) for turn in turns(asker)}
         assert places == set(range(len(NAMES)))
@@ -86,13 +91,13 @@ def test_no_system_keeps_its_place():
 def test_a_missing_half_of_a_pair_leaves_the_other_to_itself():
     asker = FakeAsker()
     some = [make_system(name) for name in ("static-low", "static-high", "ensemble")]
-    found = measure_paired(asker, some, range(6), 1, 1, lambda: None)
+    found = take_turns(asker, some, [range(6)], ONE_BY_ONE, lambda: None)
     assert all(len(found.shares[0][system.name]) == 6 for system in some)
 
 
 def test_neighbours_come_into_the_same_share_and_repeats_are_shares_of_their_own():
     asker = FakeAsker(lambda name, row: float(row))
-    found = measure_paired(asker, SYSTEMS, [1, 2, 3, 4, 5], 2, 2, lambda: None)
+    found = take_turns(asker, SYSTEMS, cut([1, 2, 3, 4, 5], 2) * 2, ONE_BY_ONE, lambda: None)
     assert [[a.latency_ms for a in share["static-6"]] for share in found.shares] == [
         [1, 2, 3],
         [4, 5],
@@ -102,24 +107,24 @@ def test_neighbours_come_into_the_same_share_and_repeats_are_shares_of_their_own
     assert found.escalation_rate("static-6") == pytest.approx(1 / 5)
 
 
-class SpanAsker:
-    """Logs each span, and whether all of them could be in flight together."""
+class BlockAsker:
+    """Logs each block and how it was asked."""
 
     def __init__(self):
         self.log = []
 
-    def ask_span(self, system, rows, threads):
-        self.log.append((system.name, tuple(rows), threads._max_workers))
+    def ask(self, system, rows, load):
+        self.log.append((system.name, tuple(rows), load))
         return [make_answer(float(row), cpu_ms=1.0) for row in rows]
 
 
 def test_saturated_the_systems_take_turns_on_spans_after_they_are_warm():
-    asker, steps = SpanAsker(), []
+    asker, steps, load = BlockAsker(), [], Load(in_flight=3, block=None)
     spans = [[1, 2, 3, 4, 5, 6, 7], [8, 9]] * 20
-    found = measure_spans(asker, SYSTEMS, spans, 3, lambda: steps.append(1))
+    found = take_turns(asker, SYSTEMS, spans, load, lambda: steps.append(1), warm_up=6)
     warm, asked = asker.log[: len(NAMES)], asker.log[len(NAMES) :]
     assert [entry[:2] for entry in warm] == [(name, (1, 2, 3, 4, 5, 6)) for name in NAMES]
-    assert {threads for *_, threads in asker.log} == {3}
+    assert {load for *_, load in asker.log} == {load}
     turns = [asked[start : start + len(NAMES)] for start in range(0, len(asked), len(NAMES))]
     for turn, span in zip(turns, spans, strict=True):
         assert sorted(name for name, *_ in turn) == sorted(NAMES)
@@ -127,6 +132,14 @@ def test_saturated_the_systems_take_turns_on_spans_after_they_are_warm():
     assert {turn[0][0] for turn in turns} == set(NAMES)  # nobody is always first
     assert len(steps) == len(asked)
     assert found.costs_ms("adaptive")[:2] == [4.0, 8.5]
+
+
+def test_every_system_is_asked_about_a_block_before_the_next_block_is_sent():
+    asker = BlockAsker()
+    found = take_turns(asker, SYSTEMS[:2], [range(7), [7]], Load(block=3), lambda: None)
+    rows = [rows for _, rows, _ in asker.log]
+    assert rows[::2] == rows[1::2] == [(0, 1, 2), (3, 4, 5), (6,), (7,)]
+    assert [a.latency_ms for a in found.shares[0]["static-6"]] == list(range(7))
 
 
 # --- costs -------------------------------------------------------------------------------------
