@@ -12,7 +12,7 @@ import pytest
 from server.backend_directory import STAND_IN
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-BARE = ("model", "onnx_model_config", "onnx_session_settings", "stall_guard")
+BARE = ("model", "onnx_config", "stall_guard")
 
 
 class FakeOnnxRuntime(ModuleType):

@@ -11,6 +11,8 @@ import pytest
 
 from server.backend_directory import STAND_IN
 
+INPUTS, OUTPUTS = [("x", (-1, 3))], [("y", (-1, 2))]
+
 
 @dataclass
 class NodeArg:
@@ -22,101 +24,125 @@ class NodeArg:
 
 
 @pytest.fixture
-def modules() -> Iterator[tuple[ModuleType, ModuleType]]:
+def rules() -> Iterator[ModuleType]:
     # As in Triton: the backend's directory is on sys.path, its modules have bare names.
-    names = ("onnx_model_config", "onnx_session_settings")
     sys.path.append(str(STAND_IN))
-    yield tuple(importlib.import_module(name) for name in names)
+    yield importlib.import_module("onnx_config")
     sys.path.remove(str(STAND_IN))
-    for name in names:
-        del sys.modules[name]
-
-
-@pytest.fixture
-def rules(modules: tuple[ModuleType, ModuleType]) -> ModuleType:
-    return modules[0]
-
-
-@pytest.fixture
-def settings(modules: tuple[ModuleType, ModuleType]) -> ModuleType:
-    return modules[1]
-
-
-def tensors(rules: ModuleType, *nodes: tuple[str, list[Any]], type_: str = "tensor(float)"):
-    return rules.tensor_infos("m", [NodeArg(name, type_, shape) for name, shape in nodes])
+    del sys.modules["onnx_config"]
 
 
 def config(**changes: Any) -> dict[str, Any]:
     return {"name": "m", "max_batch_size": 8, "input": [], "output": [], **changes}
 
 
+def parameters(**values: str) -> dict[str, Any]:
+    return config(parameters={key: {"string_value": value} for key, value in values.items()})
+
+
 def io(name: str, dims: list[Any], data_type: str = "TYPE_FP32", **more: Any) -> dict[str, Any]:
     return {"name": name, "data_type": data_type, "dims": dims, **more}
 
 
-def test_dynamic_dimensions_become_minus_one(rules: ModuleType):
-    (tensor,) = tensors(rules, ("x", ["N", None, 3, -5]))
-    assert tensor.shape == (-1, -1, 3, -1)
-    assert tensor.data_type == "TYPE_FP32"
+def accelerator(side: str, name: str) -> dict[str, Any]:
+    return {"execution_accelerators": {f"{side}_execution_accelerator": [{"name": name}]}}
 
 
-def test_a_type_that_triton_does_not_know_is_refused(rules: ModuleType):
-    with pytest.raises(rules.ConfigError, match=r"model 'm', tensor 'x' has type tensor\(bfl"):
-        tensors(rules, ("x", ["N"]), type_="tensor(bfloat16)")
+# --- what it does not do -----------------------------------------------------------------------
 
 
-def test_completion_of_an_empty_config(rules: ModuleType):
-    completed = config(max_batch_size=0)
-    warnings = rules.complete(
-        completed,
-        tensors(rules, ("image", ["N", 3, 8, 8])),
-        tensors(rules, ("embedding", ["N", 5]), ("score", ["N"])),
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"max_batch_size": 0}, "max_batch_size: 0"),
+        ({"default_model_filename": "other.onnx"}, "default_model_filename"),
+        ({"optimization": {"graph": {"level": 1}}}, "optimization.graph"),
+        ({"optimization": accelerator("gpu", "cuda")}, "optimization.execution_accelerators"),
+        ({"optimization": accelerator("cpu", "openvino")}, "optimization.execution_accelerators"),
+        ({"sequence_batching": {"max_sequence_idle_microseconds": 5}}, "sequence_batching"),
+        ({"batch_input": [{"kind": "BATCH_ELEMENT_COUNT"}]}, "batch_input"),
+        ({"batch_output": [{"kind": "BATCH_SCATTER_WITH_INPUT_SHAPE"}]}, "batch_output"),
+        ({"input": [io("x", [1], reshape={"shape": []})]}, "reshape of 'x'"),
+        ({"input": [io("x", [3], optional=True)]}, "optional of 'x'"),
+        ({"input": [io("x", [3], allow_ragged_batch=True)]}, "allow_ragged_batch of 'x'"),
+        ({"output": [io("y", [3], is_shape_tensor=True)]}, "is_shape_tensor of 'y'"),
+        (parameters(execution_mode="1"), "the parameter 'execution_mode'"),
+        (parameters(intra_op_threads="2"), "the parameter 'intra_op_threads'"),
+    ],
+)
+def test_what_it_does_not_do_is_refused_by_name(rules: ModuleType, changes: dict, key: str):
+    with pytest.raises(rules.ConfigError) as caught:
+        rules.refuse(config(**{**changes, "name": "m"}))
+    message = str(caught.value)
+    assert "\n" not in message and "model 'm'" in message and f"does not do {key}" in message
+    assert message.endswith("run a tritonserver with the C++ onnxruntime backend")
+
+
+def test_what_triton_hands_on_by_itself_is_not_refused(rules: ModuleType):
+    rules.refuse(
+        config(
+            default_model_filename="model.onnx",
+            optimization={"priority": "PRIORITY_DEFAULT", "graph": {"level": 0}},
+            batch_input=[],
+            batch_output=[],
+            input=[io("x", [3], optional=False, allow_ragged_batch=False, is_shape_tensor=False)],
+            dynamic_batching={"preferred_batch_size": [8]},
+            parameters={"intra_op_thread_count": {"string_value": "1"}},
+        )
     )
-    assert completed["max_batch_size"] == 4
-    assert completed["dynamic_batching"] == {}
+
+
+@pytest.mark.parametrize(
+    ("type_", "shape", "said"),
+    [
+        ("tensor(int64)", ["N", 3], r"'x' is tensor\(int64\) of shape \[-1,3\]"),
+        ("tensor(string)", ["N", 3], r"tensor\(string\)"),
+        ("tensor(float)", ["N"], r"of shape \[-1\]"),
+        ("tensor(float)", [], r"of shape \[\]"),
+    ],
+)
+def test_other_tensors_than_rows_of_fp32_are_refused(
+    rules: ModuleType, type_: str, shape: list, said: str
+):
+    with pytest.raises(rules.ConfigError, match=f"model 'm'.*{said}.*C\\+\\+ onnxruntime backend"):
+        rules.file_tensors("m", [NodeArg("x", type_, shape)])
+
+
+def test_dynamic_dimensions_become_minus_one(rules: ModuleType):
+    found = rules.file_tensors("m", [NodeArg("x", "tensor(float)", ["N", None, 3, -5])])
+    assert found == [("x", (-1, -1, 3, -1))]
+
+
+# --- completing and comparing ------------------------------------------------------------------
+
+
+def test_what_is_left_out_is_completed(rules: ModuleType):
+    completed = config()
+    rules.complete(completed, [("image", (-1, 3, 8, 8))], [("embedding", (-1, 5))])
     assert completed["input"] == [io("image", [3, 8, 8])]
-    assert completed["output"] == [
-        io("embedding", [5]),
-        io("score", [1], reshape={"shape": []}),
-    ]
-    assert len(warnings) == 1 and "autofilled max_batch_size to 4" in warnings[0]
+    assert completed["output"] == [io("embedding", [5])]
+    assert completed["dynamic_batching"] == {}
+    single = config(max_batch_size=1)
+    rules.complete(single, INPUTS, OUTPUTS)
+    assert "dynamic_batching" not in single
 
 
-def test_completion_keeps_what_is_written(rules: ModuleType):
+def test_what_is_written_is_kept(rules: ModuleType):
     scheduler = {"max_queue_delay_microseconds": 7}
     written = config(dynamic_batching=scheduler, input=[io("image", [3])])
-    rules.complete(written, tensors(rules, ("x", ["N", 3])), tensors(rules, ("y", ["N", 2])))
+    rules.complete(written, INPUTS, OUTPUTS)
     assert written["dynamic_batching"] is scheduler
-    assert written["input"] == [io("image", [3])]
-    assert written["output"] == [io("y", [2])]
-
-
-def test_a_complete_config_is_left_alone(rules: ModuleType):
-    written = config(input=[io("x", [3])], output=[io("y", [2])])
-    before = dict(written)
-    assert not rules.needs_completion(written)
-    rules.complete(written, tensors(rules, ("x", ["N", 3])), tensors(rules, ("y", ["N", 2])))
-    assert written == before
-
-
-def test_no_batching_for_a_fixed_first_dimension(rules: ModuleType):
-    completed = config(max_batch_size=0)
-    rules.complete(completed, tensors(rules, ("x", [2, 3])), tensors(rules, ("y", [])))
-    assert completed["max_batch_size"] == 0
-    assert "dynamic_batching" not in completed
-    assert completed["input"] == [io("x", [2, 3])]
-    assert completed["output"] == [io("y", [1])]
-
-
-def test_a_batch_of_one_needs_no_scheduler(rules: ModuleType):
-    completed = config(max_batch_size=1)
-    rules.complete(completed, tensors(rules, ("x", ["N"])), tensors(rules, ("y", ["N"])))
-    assert "dynamic_batching" not in completed
+    assert (written["input"], written["output"]) == ([io("image", [3])], [io("y", [2])])
+    whole = config(input=[io("x", [3])], output=[io("y", [2])])
+    before = dict(whole)
+    assert rules.is_complete(whole)
+    rules.complete(whole, INPUTS, OUTPUTS)
+    assert whole == before
 
 
 def test_completion_refuses_batching_that_the_file_cannot_do(rules: ModuleType):
     with pytest.raises(rules.ConfigError, match=r"model 'm'.*'x' has shape \[1,3\].*size is 8"):
-        rules.complete(config(), tensors(rules, ("x", [1, 3])), tensors(rules, ("y", ["N"])))
+        rules.complete(config(), [("x", (1, 3))], OUTPUTS)
 
 
 MATCHING = {"input": [io("x", [3])], "output": [io("y", [2])]}
@@ -132,8 +158,7 @@ MATCHING = {"input": [io("x", [3])], "output": [io("y", [2])]}
     ],
 )
 def test_validation_accepts(rules: ModuleType, changes: dict[str, Any]):
-    written = config(**{**MATCHING, **changes})
-    rules.validate(written, tensors(rules, ("x", ["N", 3])), tensors(rules, ("y", ["N", 2])))
+    rules.validate(config(**{**MATCHING, **changes}), INPUTS, OUTPUTS)
 
 
 @pytest.mark.parametrize(
@@ -144,119 +169,64 @@ def test_validation_accepts(rules: ModuleType, changes: dict[str, Any]):
         ({"input": [io("x", [3]), io("z", [1])]}, r"expects 2 inputs \(x, z\), .*provides 1 \(x"),
         ({"input": [io("x", [3], "TYPE_FP16")]}, "TYPE_FP16 for input 'x', .*provides TYPE_FP32"),
         ({"output": [io("y", [2], "TYPE_INT8")]}, "TYPE_INT8 for output 'y', .*provides TYPE_FP32"),
-        ({"input": [io("x", [4])]}, r"tensor 'x'.*\(shape \[-1,3\]\).*\(shape \[-1,4\]\)"),
-        ({"input": [io("x", [3, 1])]}, r"tensor 'x'.* 2 dimensions .*specifies 3 dimensions"),
-        ({"output": [io("y", [-1])]}, r"tensor 'y'.*\(shape \[-1,2\]\).*\(shape \[-1,-1\]\)"),
-        ({"max_batch_size": 0}, r"tensor 'x'.*\(shape \[-1,3\]\).*\(shape \[3\]\)"),
+        ({"input": [io("x", [4])]}, r"tensor 'x'.*shape \[-1,3\].*specifies \[-1,4\]"),
+        ({"input": [io("x", [3, 1])]}, r"tensor 'x'.*shape \[-1,3\].*specifies \[-1,3,1\]"),
+        ({"output": [io("y", [-1])]}, r"tensor 'y'.*shape \[-1,2\].*specifies \[-1,-1\]"),
     ],
 )
 def test_validation_refuses(rules: ModuleType, changes: dict[str, Any], message: str):
-    written = config(**{**MATCHING, **changes})
     with pytest.raises(rules.ConfigError, match=f"model 'm'.*{message}"):
-        rules.validate(written, tensors(rules, ("x", ["N", 3])), tensors(rules, ("y", ["N", 2])))
+        rules.validate(config(**{**MATCHING, **changes}), INPUTS, OUTPUTS)
 
 
 def test_validation_refuses_a_fixed_batch_dimension(rules: ModuleType):
     with pytest.raises(rules.ConfigError, match=r"'x'.*must be -1.*\[1,3\].*max_batch_size is 8"):
-        rules.validate(
-            config(**MATCHING), tensors(rules, ("x", [1, 3])), tensors(rules, ("y", ["N", 2]))
-        )
+        rules.validate(config(**MATCHING), [("x", (1, 3))], OUTPUTS)
 
 
-def parameters(**values: str) -> dict[str, Any]:
-    return config(parameters={key: {"string_value": value} for key, value in values.items()})
+# --- the session -------------------------------------------------------------------------------
 
 
-def test_settings_default_to_onnx_runtimes_own(settings: ModuleType):
-    assert settings.session_settings(config()) == settings.SessionSettings()
-
-
-def test_settings_are_read(settings: ModuleType):
-    written = parameters(intra_op_thread_count="2", inter_op_thread_count="3", execution_mode="1")
-    written["optimization"] = {
-        "graph": {"level": 1},
-        "execution_accelerators": {
-            "gpu_execution_accelerator": [
-                {"name": "cuda", "parameters": {"cudnn_conv_use_max_workspace": "0"}}
-            ]
-        },
+def test_a_sessions_options_are_onnx_runtimes_own_unless_written(rules: ModuleType):
+    own = {
+        "intra_op_num_threads": 0,
+        "inter_op_num_threads": 0,
+        "enable_cpu_mem_arena": True,
+        "enable_mem_pattern": True,
     }
-    read = settings.session_settings(written)
-    assert (read.intra_op_threads, read.inter_op_threads, read.parallel) == (2, 3, True)
-    assert read.graph_level == "ORT_ENABLE_EXTENDED"
-    assert read.cuda_options == {"cudnn_conv_use_max_workspace": "0"}
-    assert read.warnings == []
-
-
-@pytest.mark.parametrize(
-    ("level", "name"),
-    [(-1, "ORT_ENABLE_BASIC"), (0, "ORT_ENABLE_ALL"), (2, "ORT_DISABLE_ALL")],
-)
-def test_graph_levels(settings: ModuleType, level: int, name: str):
-    written = config(optimization={"graph": {"level": level}})
-    assert settings.session_settings(written).graph_level == name
-
-
-@pytest.mark.parametrize("key", ["intra_op_thread_count", "inter_op_thread_count"])
-def test_thread_counts_must_be_integers(settings: ModuleType, key: str):
-    with pytest.raises(ValueError, match=f"model 'm', parameter '{key}' .*integer, got '1.5'"):
-        settings.session_settings(parameters(**{key: "1.5"}))
-
-
-def test_execution_mode_is_zero_or_one(settings: ModuleType):
-    with pytest.raises(ValueError, match="'execution_mode' must be 0 .* got 2"):
-        settings.session_settings(parameters(execution_mode="2"))
-
-
-def test_prepacking_is_on_unless_it_is_turned_off(settings: ModuleType):
-    assert settings.session_settings(config()).prepacking
-    on = settings.session_settings(parameters(**{"session.disable_prepacking": "0"}))
-    assert on.prepacking and on.warnings == []
-    off = settings.session_settings(parameters(**{"session.disable_prepacking": "1"}))
-    assert not off.prepacking
-    (warning,) = off.warnings
-    assert "model 'm'" in warning and "the C++ one prepacks always" in warning
-
-
-@pytest.mark.parametrize(
-    ("text", "said"), [("2", "0 .* or 1 .* got 2"), ("true", "integer, got 'true'")]
-)
-def test_prepacking_is_zero_or_one(settings: ModuleType, text: str, said: str):
-    with pytest.raises(ValueError, match=f"'session.disable_prepacking' .*{said}"):
-        settings.session_settings(parameters(**{"session.disable_prepacking": text}))
-
-
-@pytest.mark.parametrize("key", ["memory_arena", "memory_pattern"])
-def test_memory_is_kept_unless_that_is_turned_off(settings: ModuleType, key: str):
-    name = key.replace("memory", "enable_mem")
-    assert getattr(settings.session_settings(config()), key)
-    for text, kept in (("1", True), ("True", True), ("0", False), ("false", False)):
-        read = settings.session_settings(parameters(**{name: text}))
-        assert getattr(read, key) is kept and read.warnings == []
-    with pytest.raises(ValueError, match=f"'{name}' must be true, 1, false or 0, got 'off'"):
-        settings.session_settings(parameters(**{name: "off"}))
-
-
-def test_unknown_parameters_and_unavailable_accelerators_warn(settings: ModuleType):
-    written = parameters(intra_op_threads="2")
-    written["optimization"] = {
-        "execution_accelerators": {
-            "gpu_execution_accelerator": [{"name": "tensorrt"}],
-            "cpu_execution_accelerator": [{"name": "openvino"}],
-        }
-    }
-    warnings = settings.session_settings(written).warnings
-    assert len(warnings) == 3
-    for word in ("'intra_op_threads' is unknown", "'tensorrt'", "'openvino'"):
-        assert sum(word in warning for warning in warnings) == 1
-
-
-def test_an_unknown_accelerator_is_refused(settings: ModuleType):
-    written = config(
-        optimization={"execution_accelerators": {"gpu_execution_accelerator": [{"name": "warp"}]}}
+    assert rules.session_options(config()) == (own, {})
+    written = parameters(
+        intra_op_thread_count="2",
+        inter_op_thread_count="-1",
+        enable_mem_arena="False",
+        enable_mem_pattern="0",
+        **{"session.disable_prepacking": "1"},
     )
-    with pytest.raises(ValueError, match="unknown Execution Accelerator 'warp'"):
-        settings.session_settings(written)
+    assert rules.session_options(written) == (
+        {
+            "intra_op_num_threads": 2,
+            "inter_op_num_threads": 0,
+            "enable_cpu_mem_arena": False,
+            "enable_mem_pattern": False,
+        },
+        {"session.disable_prepacking": "1"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "wanted"),
+    [
+        ("intra_op_thread_count", "1.5", "an integer"),
+        ("inter_op_thread_count", "two", "an integer"),
+        ("enable_mem_arena", "off", "true, 1, false or 0"),
+        ("enable_mem_pattern", "2", "true, 1, false or 0"),
+        ("session.disable_prepacking", "true", "0 (prepack) or 1 (do not)"),
+    ],
+)
+def test_a_value_that_says_nothing_is_refused(rules: ModuleType, key: str, text: str, wanted: str):
+    with pytest.raises(rules.ConfigError) as caught:
+        rules.session_options(parameters(**{key: text}))
+    assert f"model 'm', parameter '{key}' must be {wanted}, got '{text}'" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -271,6 +241,6 @@ def test_an_unknown_accelerator_is_refused(settings: ModuleType):
     ],
 )
 def test_a_config_that_names_the_gpu_is_told_from_one_that_may_get_it(
-    settings: ModuleType, text: str, named: bool
+    rules: ModuleType, text: str, named: bool
 ):
-    assert settings.names_gpu(text) is named
+    assert rules.names_gpu(text) is named
