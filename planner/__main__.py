@@ -17,14 +17,13 @@ from calibration.fidelity import KINDS, Fidelity, FidelityError
 from calibration.fit import FitError
 from calibration.images import open_images
 from calibration.outputs import OutputsError
-from calibration.pages.plan import write_plan
-from calibration.pages.plan_points import cascade_marks
-from calibration.pages.plan_readings import why_nothing
 from calibration.reference import REFERENCE_IMAGES
 from calibration.scoring import flat_score
 from calibration.source import ImagesError, ImageSource
 from calibration.splits import GROUPINGS, SplitError
 from imaging import PreprocessingError
+from report.plan_page import cascade_marks, write_plan
+from report.terminal import table
 from routing import CalibrationError, RungSetError, threshold_text
 
 from . import result
@@ -144,7 +143,8 @@ def plan_command(
     if planned.chosen is not None:
         choose_rungs(planned, bars)
     path = result.write(content, out)
-    write_plan(out / "plan.html", content)
+    threshold = content["chosen"] and threshold_text(content["chosen"]["threshold"])
+    write_plan(out / "plan.html", content, threshold)
     if as_json:
         typer.echo(json.dumps(content))
     else:
@@ -189,25 +189,23 @@ def _print(content: dict[str, Any], request: Request) -> None:
 
 def _table(content: dict[str, Any]) -> Table:
     """A letter for each cascade, as on the page: a column of recipes would be cut."""
-    table = Table(title="cascades that were tested; costs without the router")
-    table.add_column("")
-    table.add_column("signal")
-    for column in ("escalated", "ms/image", "speed-up"):
-        table.add_column(column, justify="right")
-    table.add_column("certified")
+    rows = []
     for mark, entry in zip(cascade_marks(content).values(), content["tested"], strict=True):
         figures, certificate = entry["certify"], entry["certificate"]
-        table.add_row(
-            mark,
-            entry["signal"],
-            f"{figures['escalation_rate']:.1%}",
-            "–" if content["disturbed"] else f"{figures['ms_per_image']:.1f}",
-            "–" if content["disturbed"] else f"{figures['speedup']:.2f}",
-            f"{certificate['errors']} lost of {certificate['allowed']} allowed"
-            if entry["certified"]
-            else "no",
+        lost = f"{certificate['errors']} lost of {certificate['allowed']} allowed"
+        rows.append(
+            (
+                mark,
+                entry["signal"],
+                f"{figures['escalation_rate']:.1%}",
+                "–" if content["disturbed"] else f"{figures['ms_per_image']:.1f}",
+                "–" if content["disturbed"] else f"{figures['speedup']:.2f}",
+                lost if entry["certified"] else "no",
+            )
         )
-    return table
+    headings = ("", "signal", "escalated", "ms/image", "speed-up", "certified")
+    title = "cascades that were tested; costs without the router"
+    return table(title, headings, rows, left=(0, 1, 5))
 
 
 def _recipes(content: dict[str, Any]) -> list[str]:
@@ -223,7 +221,7 @@ def _chosen(content: dict[str, Any], request: Request) -> list[str]:
     """What is to be served, what it promises, what it is worth, and how to go on."""
     chosen, best = content["chosen"], content["best_alternative"]
     if chosen is None:
-        return [why_nothing(content)]
+        return [content["outcome"]["sentence"]]
     test = chosen["test"]
     command = [
         *("python", "-m", "export", "repository", "--onnx", request.out / "onnx"),

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from calibration.certify import images_needed
+from report.plan_page import cascade_marks, reference_name
+from report.words import milliseconds, setting
 
 from .candidates import FULL
-from .plan import Planned
+from .plan import BATCH, Planned
 from .select import Tested, cascade_ms
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1 had costs by batch and an early decision, and no outcome
 NAME = "plan.json"
 PROCEDURE = (
     "The shortlist was made on the fit split; each of its cascades was tested on the certify split "
@@ -32,7 +34,7 @@ def to_dict(planned: Planned, notes: list[str]) -> dict[str, Any]:
         notes: one line each.
     """
     request, parts = planned.request, planned.parts
-    return {
+    content = {
         "schema_version": SCHEMA_VERSION,
         "backbone": planned.rung_set.backbone,
         "reference": planned.graphs[FULL].record.recipe,
@@ -41,6 +43,7 @@ def to_dict(planned: Planned, notes: list[str]) -> dict[str, Any]:
             "confidence": request.goal.confidence,
             "method": request.goal.method,
             **planned.fidelity.to_dict(),
+            "loss": planned.fidelity.words("full model"),  # to be read after "an answer that"
             "latency_budget_ms": request.latency_budget_ms,
             "certify_images_needed": images_needed(request.goal),  # if none of them is lost
             "procedure": PROCEDURE,
@@ -50,7 +53,7 @@ def to_dict(planned: Planned, notes: list[str]) -> dict[str, Any]:
             "align": len(parts.align),
             **{name: len(rows) for name, rows in parts.splits.items()},
         },
-        "served": {"instances": request.instances, "threads": request.threads},
+        "served": {"instances": request.instances, "threads": request.threads, "batch": BATCH},
         "disturbed": bool(planned.doubted),
         "doubts": _doubts(planned),
         "graphs": {name: _graph(planned, name) for name in planned.costs},
@@ -60,6 +63,60 @@ def to_dict(planned: Planned, notes: list[str]) -> dict[str, Any]:
         "best_alternative": best_alternative(planned),
         "notes": notes,
     }
+    return content | {"outcome": outcome(content)}
+
+
+def outcome(content: Mapping[str, Any]) -> dict[str, str]:
+    """What became of the plan: the case, and a sentence for the terminal and the page.
+
+    Args:
+        content: of plan.json, without its outcome.
+
+    Returns:
+        `case`: `chosen`; `doubted` or `dearer` where what is certified costs no less than the full
+        model, by CPU time or by the clock; `nothing_certified`; `over_budget` where every cascade
+        that could meet the limit takes too long; `never` where none could. And its `sentence`.
+    """
+    goal, tested = content["goal"], content["tested"]
+    limit = f"a risk of at most {setting(goal['max_risk'])}"
+    certified = [entry for entry in tested if entry["certified"]]
+    if content["chosen"] is not None:
+        return {"case": "chosen", "sentence": content["chosen"]["certificate"]["statement"]}
+    if certified and content["disturbed"]:
+        case = "doubted"
+        sentence = (
+            f"Cascades were certified ({len(certified)}), but by CPU time none of them costs less "
+            "than the full model."
+        )
+    elif certified:
+        case = "dearer"
+        best = min(certified, key=lambda entry: entry["certify"]["ms_per_image"])
+        full = content["graphs"][reference_name(content)]["ms_per_image"]
+        sentence = (
+            f"Cascade {cascade_marks(content)[best['low'], best['high']]} is the cheapest that was "
+            f"certified, and costs {milliseconds(best['certify']['ms_per_image'])} per image where "
+            f"the full model costs {milliseconds(full)}. That is a result, not a failure."
+        )
+    elif tested:
+        case = "nothing_certified"
+        sentence = (
+            f"Not one of the cascades that were tested ({len(tested)}) could be certified for "
+            f"{limit}. That is a result, not a failure: without proof the full model answers."
+        )
+    elif any(candidate["escalation"] is not None for candidate in content["candidates"]):
+        case = "over_budget"
+        sentence = (
+            f"Every cascade that could meet {limit} takes longer than the latency budget of "
+            f"{milliseconds(goal['latency_budget_ms'])} for an image that runs through both "
+            "graphs, so none was tested."
+        )
+    else:
+        case = "never"
+        sentence = (
+            f"On the fit split no share of escalated images brought any cascade down to {limit}, "
+            "so none was tested."
+        )
+    return {"case": case, "sentence": sentence}
 
 
 def write(content: Mapping[str, Any], folder: Path) -> Path:
@@ -119,7 +176,6 @@ def _graph(planned: Planned, name: str) -> dict[str, Any]:
         "roles": [role for role, plays in roles.items() if plays],
         "acceptable": planned.agreement[name],  # of test images, if it answers alone
         "ms_per_image": planned.ms[name],
-        "ms_per_image_by_batch": planned.costs[name]["ms_per_image"],
         "latency_ms": planned.costs[name]["latency_ms"],
         "cost_ratio": planned.costs[name]["cost_ratio"],
         "cpu_cost_ratio": planned.costs[name]["cpu_cost_ratio"],

@@ -12,7 +12,8 @@ from typing import Any
 
 import jinja2
 
-from calibration.pages import page as shared
+from report.page import HIGH_COLOUR, LOW_COLOUR
+from report.words import count_of
 
 from ..figures import doubts_of
 from . import figures, load_tables, readings, tables
@@ -47,7 +48,7 @@ def write_report(summary: dict[str, Any], path: Path) -> None:
     """
     attribution = summary.get("attribution") or {}
     groups, parts = tables.attribution(attribution)
-    loader = [Path(__file__).parent, Path(shared.__file__).parent]  # ours first, then page.html.j2
+    loader = Path(__file__).parent
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(loader),
         autoescape=True,
@@ -55,7 +56,7 @@ def write_report(summary: dict[str, Any], path: Path) -> None:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.globals.update(low_colour=shared.LOW_COLOUR, high_colour=shared.HIGH_COLOUR)
+    environment.globals.update(low_colour=LOW_COLOUR, high_colour=HIGH_COLOUR)
     html = environment.get_template("report.html.j2").render(
         title=readings.title(summary),
         complete=bool(summary.get("complete")),
@@ -119,8 +120,7 @@ def _images(summary: Summary) -> list[tuple[str, str]]:
     rows += [
         (
             f"set {name}",
-            f"{shared.count_of(found['images'], 'image')}, {share(found['escalation_rate'])} "
-            "escalated",
+            f"{count_of(found['images'], 'image')}, {share(found['escalation_rate'])} escalated",
         )
         for name, found in (images.get("sets") or {}).items()
     ]

@@ -209,7 +209,7 @@ def test_plan_json_is_json_without_paths(content, tmp_path, planned):
     assert json.loads(path.read_text()) == json.loads(json.dumps(content, allow_nan=False))
     assert str(planned.request.cache) not in path.read_text()
     assert content["notes"] == ["a note"] and content["goal"]["max_risk"] == 0.2
-    assert content["served"] == {"instances": 2, "threads": 1}
+    assert content["served"] == {"instances": 2, "threads": 1, "batch": 8}
 
 
 def test_what_is_written_belongs_together(planned):

@@ -1,15 +1,14 @@
 """The plan's page: it says what plan.json says, in every case that is a normal result."""
 
 import base64
-import math
 import re
-from itertools import combinations
 
 import pytest
 
-from calibration.pages import plan_figures
-from calibration.pages.plan import write_plan
-from calibration.pages.plan_points import cascade_marks, graph_marks, points
+from planner.result import outcome
+from report import plan_page
+from report.page import RED
+from report.plan_page import cascade_marks, graph_marks, points, write_plan
 from tests.unit.pages import Page, squeeze
 from tests.unit.plan_content import (
     FULL_MS,
@@ -29,7 +28,9 @@ ALIGNING = "What aligning is worth"
 
 def write(tmp_path, content):
     path = tmp_path / "plan.html"
-    write_plan(path, content)
+    chosen = content["chosen"]
+    content = content | {"outcome": outcome(content)}
+    write_plan(path, content, chosen and str(chosen["threshold"]))
     return Page(path)
 
 
@@ -61,11 +62,12 @@ def test_the_page_says_what_is_saved_over_the_full_model_and_over_the_best_singl
     top = usual.sections["Plan"]
     test = content["chosen"]["test"]
     ms, speedup = f"{test['ms_per_image']:.2f} ms", test["speedup"]
-    assert f"4.6 % escalate and an image costs {ms}, {speedup:.1f} times less" in top
-    assert f"({FULL_MS} ms); 97.2 % of the answers are acceptable" in top
+    assert "4.6 % escalate; 97.2 % of the answers are acceptable" in top
+    costs = f"An image costs {ms} where the full model takes {FULL_MS} ms: {speedup:.2f}× cheaper"
+    assert costs in top
     assert "On 288 test images" in top
     ratio = content["best_alternative"]["cost_ratio_to_plan"]
-    assert f"is 224 px, int8 (no. 6) (99.0 % acceptable): it costs {ratio:.1f} times" in top
+    assert f"is 224 px, int8 (no. 6) (99.0 % acceptable): it costs {ratio:.2f} times" in top
     assert f"{speedup:.2f}× cheaper than the full model {ratio:.2f}× cheaper than the best" in top
 
 
@@ -73,7 +75,7 @@ def test_where_only_the_full_model_agrees_as_often_the_page_says_so(tmp_path):
     best = {"name": "vit_high", "recipe": "px=224", "agreement": 1.0, "cost_ratio_to_plan": 8.13}
     top = write(tmp_path, plan_content(best_alternative=best)).sections["Plan"]
     assert "No cheaper graph alone agrees" in top
-    assert "the full model itself costs 8.1 times as much" in top
+    assert "the full model itself costs 8.13 times as much" in top
 
 
 def test_every_graph_has_a_row_with_the_content_s_figures(usual):
@@ -135,20 +137,20 @@ def test_pairs_over_the_latency_budget_are_named_as_that(tmp_path):
 
 def test_points_stand_where_the_content_puts_them():
     content = plan_content()
-    found = {point.mark: point for point in points(content)}
+    found = {point["mark"]: point for point in points(content)}
     low, high = (content["graphs"][name]["cost_ratio"] for name in (LOW, HIGH))
-    assert found["3"].cost == low["median"] and found["3"].acceptable == 0.955
-    assert found["3"].spread == (low["min"], low["max"])
+    assert found["3"]["cost"] == low["median"] and found["3"]["acceptable"] == 0.955
+    assert found["3"]["spread"] == (low["min"], low["max"])
     chosen = found[cascade_marks(content)[LOW, HIGH]]
-    assert chosen.kind == "chosen" and chosen.acceptable == 1 - 0.0275
-    assert chosen.cost == pytest.approx(1 / content["chosen"]["test"]["speedup"])
-    assert chosen.spread == pytest.approx([low[k] + 0.046 * high[k] for k in ("min", "max")])
-    kinds = [found[mark].kind for mark in ("3", "6", "12", "7", "8", "9", "A", "C")]
+    assert chosen["kind"] == "chosen" and chosen["acceptable"] == 1 - 0.0275
+    assert chosen["cost"] == pytest.approx(1 / content["chosen"]["test"]["speedup"])
+    assert chosen["spread"] == pytest.approx([low[k] + 0.046 * high[k] for k in ("min", "max")])
+    kinds = [found[mark]["kind"] for mark in ("3", "6", "12", "7", "8", "9", "A", "C")]
     assert kinds == ["low", "high", "reference", "px", "tome", "other", "certified", "refused"]
 
 
 def test_only_graphs_cheaper_in_one_way_are_joined_by_a_line():
-    found = {point.mark: point.family for point in points(plan_content())}
+    found = {point["mark"]: point["family"] for point in points(plan_content())}
     assert [mark for mark in found if found[mark] == "px"] == ["4", "5", "7", "10"]
     assert [mark for mark in found if found[mark] == "tome"] == ["8", "11"]
 
@@ -164,25 +166,35 @@ def crowded():
     return content
 
 
-def test_every_point_s_mark_is_written_once_and_none_over_another():
-    shown = points(crowded())
-    svg = svg_of(plan_figures.frontier(shown, 0.05))
-    place = r"<!-- (\d+|[A-D]) -->\s*<g [^>]*translate\(([\d.]+) ([\d.]+)\)"
-    marks = {mark: (float(x), float(y)) for mark, x, y in re.findall(place, svg)}
-    assert sorted(marks) == sorted(point.mark for point in shown) and len(marks) == 19
-    for one, other in combinations(marks, 2):
-        assert math.dist(marks[one], marks[other]) > 7, f"{one} covers {other}"  # points
+def drawn(monkeypatch, content):
+    """The series of the frontier, and of the growth of alignments, that a page draws."""
+    charts = []
+    monkeypatch.setattr(plan_page, "chart", lambda series, *_, **__: charts.append(series) or "")
+    plan_page._frontier(content)
+    aligned = {n: g["alignment"] for n, g in content["graphs"].items() if g["alignment"]}
+    plan_page._growth(content, aligned)
+    return charts
 
 
-def test_the_reading_of_the_frontier_counts_what_the_chosen_cascade_beats(usual, tmp_path):
-    counted = "Of 12 graphs alone, 6 cost at least as much as the chosen cascade and agree no more"
-    text = usual.sections[FRONTIER]
-    assert f"{counted} often, 3 cost less and agree less often, 3 agree more" in text
-    assert "cost no more" not in text
+def test_every_point_s_mark_is_in_its_marker_once(monkeypatch):
+    content = crowded()
+    frontier, _ = drawn(monkeypatch, content)
+    marks = [mark for series in frontier for mark in series.numbers]
+    assert sorted(marks) == sorted(point["mark"] for point in points(content)) and len(marks) == 19
+    looks = [(series.colour, series.marker) for series in frontier if series.name]
+    assert len(set(looks)) == len(looks)
+    lines = [series for series in frontier if series.line]
+    assert [len(series.x) for series in lines] == [5, 3]  # each ends at the full model
+
+
+def test_an_alignment_that_does_not_help_is_red_in_its_figure(monkeypatch):
     content = plan_content()
-    content["graphs"][LOW]["acceptable"] = 0.98
-    text = write(tmp_path, content).sections[FRONTIER]
-    assert "2 cost less" in text and "1 cost no more and agree at least as often" in text
+    curve = {"helps": False, "growth": growth(0.9, 0.85, 0.87, 0.88, 0.89)}
+    content["graphs"][LOW]["alignment"] = curve
+    _, lines = drawn(monkeypatch, content)
+    assert [series.colour == RED for series in lines] == [True, False, False]
+    assert lines[0].name == "112 px, int8, aligned: does not help"
+    assert lines[0].x == [0, 96, 192, 384, 768]
 
 
 def test_nothing_certified_is_shown_as_a_normal_result(tmp_path):
@@ -234,7 +246,7 @@ def test_alignments_show_their_growth_and_warn_where_they_do_not_help(usual, tmp
         "112 px, int8, aligned: 83.5 % acceptable without, 94.5 % with the alignment from 768 "
         "images; going from 384 to 768 images brought +2.0 points."
     ) in usual.sections[ALIGNING]
-    assert "does not help" not in usual.text
+    assert "alignment does not help" not in usual.text
     name = "static_84_int8static_align"
     curve = {"helps": False, "growth": growth(0.9, 0.85, 0.87, 0.88, 0.87)}
     content["graphs"][name]["alignment"] = curve
@@ -255,26 +267,6 @@ def test_the_page_says_how_many_images_the_test_took_at_the_least(usual):
     ) in usual.text
 
 
-def test_a_long_recipe_is_whole_over_its_panel():
-    recipe = "112 px, 9 blocks, 4 tokens merged per block, int8, aligned"
-    svg = svg_of(plan_figures.growth([plan_figures.Curve(recipe, True, growth(0.9, 0.91))] * 3))
-    words = re.findall(r"<!-- (.*?) -->", svg)
-    assert " ".join(words).count("9 blocks") == 3 and recipe not in words
-    assert all(len(line) <= 42 for line in words)
-
-
-def test_an_alignment_that_does_not_help_is_red_in_its_figure():
-    fits = growth(0.9, 0.85, 0.87, 0.88, 0.89)
-    helping, idle = (plan_figures.Curve("a graph", helps, fits) for helps in (True, False))
-    green, red = "#2a7f62", "#b3261e"
-    svg = svg_of(plan_figures.growth([helping]))
-    assert green in svg and red not in svg
-    svg = svg_of(plan_figures.growth([idle]))
-    assert red in svg and green not in svg
-    svg = svg_of(plan_figures.growth([helping] * 3 + [idle]))
-    assert red in svg and green in svg
-
-
 def test_the_page_ends_with_the_procedure_what_is_left_out_and_the_notes(usual, tmp_path):
     content = plan_content(notes=["one thing to know"])
     page = write(tmp_path, content)
@@ -289,9 +281,9 @@ def test_the_page_ends_with_the_procedure_what_is_left_out_and_the_notes(usual, 
     assert "Notes" not in usual.sections
 
 
-def test_a_cosine_goal_is_explained_with_its_tolerance(tmp_path):
+def test_a_loss_is_explained_as_the_plan_does(tmp_path):
     content = plan_content()
-    content["goal"] |= {"fidelity": "cosine", "tolerance": 0.05}
+    content["goal"]["loss"] = "has a cosine below 0.95 to the full model's embedding"
     top = write(tmp_path, content).sections["Plan"]
     assert "has a cosine below 0.95 to the full model's embedding" in top
 

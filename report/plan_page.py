@@ -1,0 +1,237 @@
+"""`plan.html`: what a plan serves and promises, and everything it was chosen over.
+
+One self-contained file made from plan.json. Costs are shares of the full model's, taken in one turn
+with it, because minutes apart the same graph differs by more than many graphs do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+from .figures import INK, OTHERS, Axis, Rule, Series, chart
+from .page import HIGH_COLOUR, LOW_COLOUR, RED, render
+from .words import milliseconds, recipe_words, setting
+
+Content = Mapping[str, Any]
+_FAMILIES = ("px", "tome")  # graphs that are cheaper in this one way are joined by a line
+_ROLES = ("reference", "low", "high")  # the first one that a graph plays decides its looks
+_LOOKS = {  # what a point is: its name in the legend, colour, marker and size
+    "low": ("cheap candidate alone", LOW_COLOUR, "o", 12),
+    "high": ("full candidate alone", "#7a5230", "s", 12),
+    "reference": ("full model", INK, "s", 13),
+    "px": ("alternative, fewer pixels", "#777777", "v", 14),
+    "tome": ("alternative, merged tokens", OTHERS[0], "^", 14),
+    "other": ("alternative, other", OTHERS[7], "h", 13),
+    "refused": ("cascade, not certified", RED, "D", 12),
+    "certified": ("cascade, certified", HIGH_COLOUR, "D", 12),
+    "chosen": ("cascade, chosen", HIGH_COLOUR, "p", 18),
+}
+
+
+def write_plan(path: Path, content: Content, threshold: str | None) -> None:
+    """Write the page.
+
+    Args:
+        path: file to write.
+        content: of plan.json.
+        threshold: of the chosen cascade, with the digits that decide; None where none is chosen.
+    """
+    marks = graph_marks(content)
+    aligned = {n: g["alignment"] for n, g in content["graphs"].items() if g["alignment"]}
+    render(
+        path,
+        "plan.html.j2",
+        content=content,
+        threshold=threshold,
+        full=reference_name(content),
+        marks=marks,
+        letters=cascade_marks(content),
+        named={name: f"{graph_words(content, name)} (no. {mark})" for name, mark in marks.items()},
+        graph_words={name: graph_words(content, name) for name in marks},
+        is_chosen=lambda entry: is_chosen(content, entry),
+        frontier=None if content["disturbed"] else _frontier(content),
+        growth=_growth(content, aligned) if aligned else None,
+        aligned=aligned,
+        has_alternatives=any("beside" in graph["roles"] for graph in content["graphs"].values()),
+        pairs=_pairs(content),
+    )
+
+
+def graph_marks(content: Content) -> dict[str, str]:
+    """Each graph's number, the cheapest first."""
+    graphs = content["graphs"]
+    ordered = sorted(graphs, key=lambda name: graphs[name]["cost_ratio"]["median"])
+    return {name: str(number) for number, name in enumerate(ordered, 1)}
+
+
+def cascade_marks(content: Content) -> dict[tuple[str, str], str]:
+    """The letter of each tested (cheap, full) pair."""
+    pairs = [(entry["low"], entry["high"]) for entry in content["tested"]]
+    return dict(zip(pairs, ascii_uppercase, strict=False))
+
+
+def reference_name(content: Content) -> str:
+    """The full model, which answers are held against."""
+    graphs = content["graphs"]
+    return next(str(name) for name in graphs if "reference" in graphs[name]["roles"])
+
+
+def graph_words(content: Content, name: str) -> str:
+    """A graph by its recipe."""
+    words = recipe_words(content["graphs"][name]["recipe"])
+    if name != reference_name(content):
+        return words
+    return "full model" if words == "fp32" else f"{words}, full model"
+
+
+def is_chosen(content: Content, entry: Mapping[str, Any]) -> bool:
+    """Whether a tested cascade is the chosen one."""
+    chosen = content["chosen"]
+    return chosen is not None and all(chosen[key] == entry[key] for key in ("low", "high"))
+
+
+def points(content: Content) -> list[dict[str, Any]]:
+    """Where every graph that answers alone, and every tested cascade, stands.
+
+    Returns:
+        For each its `mark`; its `kind`, a key of the looks; the `family` that a line joins it with;
+        its `cost` over the full model's, and the `spread` of that over the turns measured; and
+        `acceptable`, the share of the test images whose answer is no loss.
+    """
+    return [*_graph_points(content), *_cascade_points(content)]
+
+
+def _graph_points(content: Content) -> Iterator[dict[str, Any]]:
+    full = _parts(content["graphs"][reference_name(content)]["recipe"])
+    for name, mark in graph_marks(content).items():
+        graph = content["graphs"][name]
+        ways = [part.partition("=")[0] for part in _parts(graph["recipe"]) - full]
+        family = ways[0] if len(ways) == 1 and ways[0] in _FAMILIES else None
+        cost = graph["cost_ratio"]
+        yield {
+            "mark": mark,
+            "kind": next((role for role in _ROLES if role in graph["roles"]), family or "other"),
+            "family": family,
+            "cost": cost["median"],
+            "spread": (cost["min"], cost["max"]),
+            "acceptable": graph["acceptable"],
+        }
+
+
+def _cascade_points(content: Content) -> Iterator[dict[str, Any]]:
+    marks = cascade_marks(content)
+    for entry in content["tested"]:
+        low, high = (content["graphs"][entry[key]]["cost_ratio"] for key in ("low", "high"))
+        rate = entry["test"]["escalation_rate"]
+        middle, least, most = (low[key] + rate * high[key] for key in ("median", "min", "max"))
+        kind = "certified" if entry["certified"] else "refused"
+        yield {
+            "mark": marks[entry["low"], entry["high"]],
+            "kind": "chosen" if is_chosen(content, entry) else kind,
+            "family": None,
+            "cost": middle,
+            "spread": (least, most),
+            "acceptable": entry["test"]["acceptable"],
+        }
+
+
+def _parts(recipe: str) -> set[str]:
+    return set(recipe.split(",")) - {"fp32"}
+
+
+def _frontier(content: Content) -> str:
+    """Cost and agreement of every graph alone and of every tested cascade."""
+    shown, limit = points(content), 1 - content["goal"]["max_risk"]
+    series = []
+    for family in _FAMILIES:
+        joined = [p for p in shown if p["family"] == family]
+        joined += [p for p in shown if p["kind"] == "reference" and joined]
+        costs, shares = [p["cost"] for p in joined], [p["acceptable"] for p in joined]
+        series.append(Series("", costs, shares, _LOOKS[family][1], line="-", width=1))
+    for kind, (name, colour, marker, size) in _LOOKS.items():
+        some = [p for p in shown if p["kind"] == kind]
+        if some:
+            series.append(
+                Series(
+                    name,
+                    [p["cost"] for p in some],
+                    [p["acceptable"] for p in some],
+                    colour,
+                    marker,
+                    size=size,
+                    x_spread=[p["spread"] for p in some],
+                    numbers=[p["mark"] for p in some],
+                    above=kind in ("refused", "certified", "chosen"),
+                )
+            )
+    lowest = min(limit, *(p["acceptable"] for p in shown))
+    room = max(1 - lowest, 0.02)
+    ends = [end for p in shown for end in p["spread"]]
+    return chart(
+        series,
+        Axis(
+            "cost of an image, of the full model's (logarithmic)",
+            percent=True,
+            log=True,
+            limits=(0.8 * min(ends), 1.2 * max(ends)),
+        ),
+        Axis(
+            "acceptable answers, of the test images",
+            percent=True,
+            limits=(lowest - 0.12 * room, 1 + 0.1 * room),
+        ),
+        [Rule(limit, f"risk limit ε = {setting(1 - limit)}", across=True, colour=RED)],
+        [(p["cost"], p["acceptable"]) for p in shown if p["kind"] == "chosen"],
+        "beaten by the chosen cascade",
+        size=(8.8, 5.6),
+    )
+
+
+def _growth(content: Content, aligned: Mapping[str, Mapping[str, Any]]) -> str:
+    """What each alignment is worth by the images it was fitted on, from none on; red if nothing."""
+    series = []
+    for number, (name, found) in enumerate(aligned.items()):
+        colour = OTHERS[number % len(OTHERS)] if found["helps"] else RED
+        images = [float(point["images"]) for point in found["growth"]]
+        shares = [point["acceptable"] for point in found["growth"]]
+        words = graph_words(content, name) + ("" if found["helps"] else ": does not help")
+        series.append(Series(words, images, shares, colour, "o", "-" if found["helps"] else "--"))
+    return chart(
+        series,
+        Axis("images to learn from; at 0 the graph is not aligned", limits=(0, None)),
+        Axis("acceptable if it answers alone", percent=True),
+        size=(6.6, 4.0),
+    )
+
+
+def _pairs(content: Content) -> Sequence[Mapping[str, Any]]:
+    """Each pair of graphs with its best signal, the cheapest predicted first, and its outcome."""
+    best: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for candidate in content["candidates"]:
+        best.setdefault((candidate["low"], candidate["high"]), candidate)
+    tested = {(entry["low"], entry["high"]): entry for entry in content["tested"]}
+    return [
+        {
+            **candidate,
+            "outcome": _outcome(content, candidate, tested.get(pair)),
+            "chosen": pair in tested and is_chosen(content, tested[pair]),
+        }
+        for pair, candidate in best.items()
+    ]
+
+
+def _outcome(
+    content: Content, candidate: Mapping[str, Any], tested: Mapping[str, Any] | None
+) -> str:
+    if tested is not None:
+        return "certified" if tested["certified"] else "tested, not certified"
+    if candidate["escalation"] is None:
+        return "not tested: no escalation is enough"
+    graphs, budget = content["graphs"], content["goal"]["latency_budget_ms"]
+    latency = sum(graphs[candidate[key]]["latency_ms"]["median"] for key in ("low", "high"))
+    if budget is not None and latency > budget:
+        return f"not tested: {milliseconds(latency)} is over the latency budget"
+    return "not tested: others are predicted to be cheaper"
