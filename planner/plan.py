@@ -180,15 +180,14 @@ def make_plan(request: Request, bars: Bars) -> Planned:
 
 
 def costs_ms(costs: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Milliseconds per image of each graph at the largest batch that `perf serving` measured.
+    """Milliseconds per image of each graph as `perf serving` measured it.
 
     Of the full model the median; of every other graph its ratio to the full model, taken turn by
     turn in one run, times that: two servers minutes apart differ by more than many graphs do. Where
     the clock was disturbed, the ratio is of CPU time, which other work on the machine disturbs
     less; it orders the cascades, and nobody is told it as a figure.
     """
-    by_batch = costs[FULL]["ms_per_image"]
-    full_ms = float(by_batch[max(by_batch, key=int)]["median"])
+    full_ms = float(costs[FULL]["ms_per_image"]["median"])
     ratio, by_cpu = "cost_ratio", [cost["cpu_cost_ratio"] for cost in costs.values()]
     if disturbed(costs) and all(spread and spread["median"] > 0 for spread in by_cpu):
         ratio = "cpu_cost_ratio"
@@ -220,7 +219,7 @@ def _costs(
     wanted = ",".join(dict.fromkeys([*names, FULL]))
     arguments = ["perf", "serving", "--onnx", shelf, "--images", request.images]
     arguments += ["--graphs", wanted, "--instances", request.instances]
-    arguments += ["--threads", request.threads, "--batches", BATCH, "--turns", TURNS, "--json"]
+    arguments += ["--threads", request.threads, "--batch", BATCH, "--turns", TURNS, "--json"]
     costs = dict(run_json(arguments, bars.say)["graphs"])
     if not disturbed(costs):
         return costs

@@ -127,48 +127,46 @@ def serving_command(
     graphs: Annotated[str, typer.Option(help="Names of graphs with commas; all if empty.")] = "",
     instances: Annotated[int, typer.Option(min=1, help="Of each graph.")] = 2,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of each instance.")] = 1,
-    batches: Annotated[str, typer.Option(help="Images per request, with commas.")] = "1,8",
+    batch: Annotated[int, typer.Option(min=1, help="Images per request.")] = 8,
     turns: Annotated[int, typer.Option(min=1, help="How often each is measured.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Time every exported graph as Triton serves it here, the graphs in turn."""
+    from .. import prices  # here, as above
     from ..measure.sets import load_pool
-    from . import serving  # here, as above
 
-    rung_set, load = RungSet.load(onnx), serving.Load.of(instances, threads, batches, turns)
+    rung_set, served = RungSet.load(onnx), prices.Served(instances, threads, batch, turns)
     names = [name.strip() for name in graphs.split(",") if name.strip()]
-    groups = serving.groups_of(rung_set, names)
+    total = prices.steps(rung_set, names, served)
     pool = load_pool(rung_set, images, limit)
     with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("graphs in turn", total=serving.steps(groups, load))
-        costs = serving.measure_serving(
-            rung_set, groups, pool, load, lambda: progress.advance(task)
+        task = progress.add_task("graphs in turn", total=total)
+        found = prices.price(
+            rung_set,
+            names,
+            pool,
+            served,
+            lambda: progress.advance(task),
+            again=lambda words: progress.reset(task, description=words),
         )
-    entries = {name: cost.to_dict() for name, cost in costs.items()}
     if as_json:
-        typer.echo(json.dumps({**asdict(load), "images": len(pool), "graphs": entries}, indent=2))
+        typer.echo(json.dumps({**asdict(served), "images": len(pool), "graphs": found}, indent=2))
         return
     table = Table(title=f"medians of {turns} turns; {instances} requests in flight; milliseconds")
     table.add_column("graph")
-    headings = [f"per image, batch {batch}" for batch in load.batches]
-    for heading in (
-        *("lone request", *headings, "client's CPU", "server's CPU"),
-        *("cost / vit_high", "by CPU"),
-    ):
+    headings = ("lone request", f"per image, batch {batch}", "server's CPU")
+    for heading in (*headings, "cost / vit_high", "by CPU"):
         table.add_column(heading, justify="right")
-    for name, entry in entries.items():
-        largest = str(load.batches[-1])
+    for name, entry in found.items():
+        ratios = (entry["cost_ratio"], entry["cpu_cost_ratio"])
         table.add_row(
             name,
-            f"{entry['latency_ms']['median']:.2f}",
-            *(f"{entry['ms_per_image'][str(batch)]['median']:.2f}" for batch in load.batches),
-            f"{entry['client_cpu_ms'][largest]['median']:.2f}",
+            *(_median(entry[key], ".2f") for key in ("latency_ms", "ms_per_image")),
             _median(entry["server_cpu_ms"], ".2f"),
-            "–" if entry["disturbed"] else f"{entry['cost_ratio']['median']:.3f}",
-            "–" if entry["disturbed"] else _median(entry["cpu_cost_ratio"], ".3f"),
+            *(_median(None if entry["disturbed"] else ratio, ".3f") for ratio in ratios),
         )
     Console().print(table)
-    if any(entry["disturbed"] for entry in entries.values()):
+    if prices.disturbed(found):
         typer.echo(f"–: {TOO_BUSY}, clock and CPU time differ by more than 15 %")
 
 

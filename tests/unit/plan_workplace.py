@@ -25,7 +25,7 @@ from export.recipes.recipe import Recipe
 from export.rungs import describe
 from export.shelf import align, choose
 from imaging import ImageError, Preprocessing
-from perf.costs.serving import GraphCost
+from perf.figures import Spread
 from planner.bars import Bars
 from planner.request import Request
 from routing import Alignment, manifest
@@ -223,14 +223,15 @@ class Commands:
     def _cost(self, name, busy):
         ms, full = self._ms.get(name, CHEAP_MS), self._ms["vit_high"]
         clock_ms = BUSY * ms if busy and name != "vit_high" else ms
-        return GraphCost(
-            latency_ms=[2 * clock_ms],
-            ms_per_image={1: [1.5 * clock_ms], 8: [clock_ms]},
-            client_cpu_ms={1: [1.0], 8: [1.0]},
-            server_cpu_ms=[ms],
-            cost_ratio=[clock_ms / full],
-            cpu_cost_ratio=[ms / full],
-        ).to_dict()
+        figures = {
+            "latency_ms": 2 * clock_ms,
+            "ms_per_image": clock_ms,
+            "server_cpu_ms": ms,
+            "cost_ratio": clock_ms / full,
+            "cpu_cost_ratio": ms / full,
+        }
+        spreads = {key: Spread.of([value]).to_dict() for key, value in figures.items()}
+        return {"batch": 8, **spreads, "disturbed": busy and name != "vit_high"}
 
 
 def _options(arguments):

@@ -1,0 +1,255 @@
+"""What each exported graph costs as Triton serves it on this machine.
+
+images ─► batches ─► as many requests in flight as instances ─► one server with several graphs
+
+Two servers minutes apart differ by more than many graphs do. So graphs are served together and
+take turns every few batches, and each group of them holds the full rung: ratios are taken within
+a turn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from routing import RungSet
+from server import TritonServer
+
+from .figures import PerfError, Spread
+from .harness import ONE_BY_ONE, Asker, Asks, Load, Paired, take_turns
+from .measure.cpu import CpuMeter
+from .measure.deployment import lay_out_graph
+from .measure.sets import Pool
+from .measure.systems import System
+from .measure.target import Target
+from .nvml import Nvml
+
+REFERENCE = "vit_high"
+TOGETHER = 8  # graphs of one server; each instance holds the weights once more
+LONE = 8  # images that are asked one at a time in a turn
+SATURATED_S = 1.0  # that the full rung is asked for in a turn, about
+MOST_BLOCKS = 32
+_CONFIG = Path(__file__).resolve().parents[1] / "model_repository" / REFERENCE / "config.pbtxt"
+_START_S = 300.0  # for many graphs on few cores
+
+Price = dict[str, Any]
+"""What one graph costs, as JSON types; a spread holds one value per turn.
+
+`latency_ms`: spread of the median of lone requests of one image. `ms_per_image` and
+`server_cpu_ms`: spreads by the clock and of the server's CPU time, in batches of `batch`, with as
+many requests in flight as there are instances. `cost_ratio` and `cpu_cost_ratio`: spreads of those
+over the full rung's in the same turn. Figures of CPU time are None on a GPU, where it says nothing.
+`disturbed`: whether clock and CPU time tell different stories of the ratio.
+"""
+
+
+@dataclass(frozen=True)
+class Served:
+    """How graphs are served and asked.
+
+    Attributes:
+        instances: of each graph, and requests in flight.
+        threads: CPU threads of each instance.
+        batch: images per request.
+        turns: how often everything is measured.
+    """
+
+    instances: int = 2
+    threads: int = 1
+    batch: int = 8
+    turns: int = 3
+
+    @property
+    def load(self) -> Load:
+        """Two requests of every instance before the next graph has its turn."""
+        return Load(self.instances, self.batch, block=2 * self.instances * self.batch)
+
+
+def price(
+    rung_set: RungSet,
+    names: Sequence[str],
+    pool: Pool,
+    served: Served,
+    on_step: Callable[[], None],
+    again: Callable[[str], None],
+) -> dict[str, Price]:
+    """Serve the graphs group by group, and ask those of a group in turn.
+
+    Where clock and CPU time tell different stories of a graph, everything is measured once more,
+    and the less disturbed of the two measurements is returned.
+
+    Args:
+        rung_set: the exported rungs and alternatives.
+        names: of the graphs; none: all of them. The full rung is measured whether named or not.
+        pool: the images, at least a batch of them.
+        served: how they are served and asked.
+        on_step: called `steps` times, and as often again after `again`.
+        again: called with words for a bar before everything is measured once more.
+
+    Returns:
+        The price of each graph; the full rung's has values of every group.
+
+    Raises:
+        PerfError: an unknown graph, or too few images.
+        ServerError: the server does not start.
+        ClientError: it does not answer.
+    """
+    groups = groups_of(rung_set, names)
+    if len(pool) < served.batch:
+        raise PerfError(
+            f"{len(pool)} images do not fill a batch of {served.batch}; give more --images"
+        )
+    found = _measure(rung_set, groups, pool, served, on_step)
+    if not disturbed(found):
+        return found
+    again(f"clock and CPU time of {', '.join(disturbed(found))} differ: priced once more")
+    second = _measure(rung_set, groups, pool, served, on_step)
+    return min(second, found, key=lambda prices: len(disturbed(prices)))
+
+
+def disturbed(prices: Mapping[str, Price]) -> list[str]:
+    """Names of the graphs of which clock and CPU time tell different stories."""
+    return [name for name, entry in prices.items() if entry["disturbed"]]
+
+
+def steps(rung_set: RungSet, names: Sequence[str], served: Served) -> int:
+    """How often `price` calls `on_step`.
+
+    Raises:
+        PerfError: an unknown graph.
+    """
+    return 2 * served.turns * len(groups_of(rung_set, names))
+
+
+def groups_of(rung_set: RungSet, names: Sequence[str]) -> list[list[str]]:
+    """Which graphs are served together, the full rung first in each group.
+
+    Raises:
+        PerfError: an unknown graph.
+    """
+    known = [REFERENCE, "vit_low", *rung_set.alternatives]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise PerfError(f"no graph {unknown[0]!r} was exported; there are {', '.join(known)}")
+    others = [name for name in known if name != REFERENCE and (not names or name in names)]
+    size = TOGETHER - 1
+    return [[REFERENCE, *others[i : i + size]] for i in range(0, max(1, len(others)), size)]
+
+
+def _measure(
+    rung_set: RungSet,
+    groups: Sequence[Sequence[str]],
+    pool: Pool,
+    served: Served,
+    on_step: Callable[[], None],
+) -> dict[str, Price]:
+    alone: list[dict[str, Any]] = []  # of each turn of each group, answers by graph
+    saturated: list[dict[str, Any]] = []
+    for group in groups:
+        systems = [_system(name, rung_set.classes is not None) for name in group]
+        with _serving(rung_set, group, pool, served) as asker:
+            block = _warm_up(asker, systems, pool, served)
+            lone = [row % len(pool) for row in range(LONE)]
+            for found, rows, load in (
+                (alone, lone, ONE_BY_ONE),
+                (saturated, block, served.load),
+            ):
+                asked = len(systems) * len(rows) // (load.block or 1)
+                on_turn = _every(asked, on_step)
+                found += take_turns(asker, systems, [rows] * served.turns, load, on_turn).shares
+    names = dict.fromkeys(name for group in groups for name in group)
+    return {name: _price(name, alone, saturated, served.batch) for name in names}
+
+
+def _price(
+    name: str, alone: Sequence[dict[str, Any]], saturated: Sequence[dict[str, Any]], batch: int
+) -> Price:
+    latencies = [median(a.latency_ms for a in turn[name]) for turn in alone if name in turn]
+    paired = Paired([turn for turn in saturated if name in turn])
+    cpu, cpu_ratio = paired.cpu_cost(name), paired.cpu_cost_ratio(name, to=REFERENCE)
+    return {
+        "batch": batch,
+        "latency_ms": Spread.of(latencies).to_dict(),
+        "ms_per_image": paired.cost(name).to_dict(),
+        "server_cpu_ms": None if cpu is None else cpu.to_dict(),
+        "cost_ratio": paired.cost_ratio(name, to=REFERENCE).to_dict(),
+        "cpu_cost_ratio": None if cpu_ratio is None else cpu_ratio.to_dict(),
+        "disturbed": paired.disturbed(name, REFERENCE, cpu_counts=True),
+    }
+
+
+def _system(name: str, has_head: bool) -> System:
+    """A graph, asked what the router asks it: the full rung not for the tokens of its layers."""
+    layers = () if name == REFERENCE else ("cls_layers",)
+    head = ("logits",) if has_head else ()
+    return System(name, name, name, outputs=("embedding", *layers, *head))
+
+
+def _warm_up(asker: Asks, systems: Sequence[System], pool: Pool, served: Served) -> list[int]:
+    """Send every instance a few requests of either size.
+
+    Returns:
+        Rows of the pool that make a turn: whole blocks, for about `SATURATED_S` of the full rung.
+    """
+    size = served.load.block or 1
+    block = [row % len(pool) for row in range(size)]
+    for system in systems:
+        asker.ask(system, block[:1], ONE_BY_ONE)
+        asker.ask(system, block, served.load)
+    seconds = 1e-3 * sum(a.latency_ms for a in asker.ask(systems[0], block, served.load))
+    count = min(max(1, math.ceil(SATURATED_S / seconds)), MOST_BLOCKS)
+    return [row % len(pool) for row in range(count * size)]
+
+
+def _every(count: int, call: Callable[[], None]) -> Callable[[], None]:
+    """Call once for every so many calls."""
+    calls = itertools.count(1)
+
+    def counted() -> None:
+        if next(calls) % count == 0:
+            call()
+
+    return counted
+
+
+@contextlib.contextmanager
+def _serving(rung_set: RungSet, names: Sequence[str], pool: Pool, served: Served) -> Iterator[Asks]:
+    """Ask a server that has these graphs and nothing else."""
+    with tempfile.TemporaryDirectory(prefix="perf-prices-") as folder:
+        lay_out(rung_set, names, served, Path(folder))
+        with (
+            TritonServer(Path(folder), free_ports=True, timeout_s=_START_S) as server,
+            Target(server.grpc_url, None, server) as target,
+            Nvml() as nvml,
+        ):
+            meter = None if nvml.handles else CpuMeter(server.process_ids())
+            yield Asker(target, pool, rung_set.classes is not None, meter)
+
+
+def lay_out(rung_set: RungSet, names: Sequence[str], served: Served, repository: Path) -> None:
+    """Write a model repository of these graphs, configured as the full rung is.
+
+    Args:
+        rung_set: the exported rungs and alternatives.
+        names: of the graphs.
+        served: instances and threads.
+        repository: an empty folder.
+    """
+    files = {**rung_set.files, **rung_set.alternative_files}
+    records = {**rung_set.rungs, **rung_set.alternatives}
+    config = text_format.Parse(_CONFIG.read_text(), ModelConfig())
+    config.instance_group[0].count = served.instances
+    config.parameters["intra_op_thread_count"].string_value = str(served.threads)
+    for name in names:
+        lay_out_graph(files[name], records[name], repository / name / "1")
+        (repository / name / "config.pbtxt").write_text(text_format.MessageToString(config))

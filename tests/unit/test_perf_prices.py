@@ -1,0 +1,242 @@
+"""What graphs cost as served: groups, repositories and figures by hand, with a scripted asker."""
+
+import contextlib
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+from typer.testing import CliRunner
+
+from perf import prices
+from perf.costs.commands import app
+from perf.figures import PerfError
+from perf.harness import ONE_BY_ONE
+from perf.measure.sets import Pool
+from perf.prices import LONE, TOGETHER, Served, disturbed, groups_of, lay_out, price, steps
+from tests.unit.onnx_files import SIZE
+from tests.unit.perf_measured import make_answer
+from tests.unit.perf_workplace import write_rungs
+
+SERVED = Served(instances=2, threads=1, batch=2, turns=3)
+IMAGES = 5
+COST_MS = {"vit_high": 400.0, "vit_low": 100.0, "static_5": 200.0, "static_6": 300.0}  # an image's
+SERVER_CPU = 0.9  # of the clock's time
+
+
+class FakeServers:
+    """Stands in for servers and their askers; has a price for every image."""
+
+    def __init__(self):
+        self.slower = 1.0
+        self.works_harder = {}  # by graph, how many times as much CPU time it takes
+        self.asked, self.started = [], []
+        self.measures_cpu = True
+
+    @contextlib.contextmanager
+    def serving(self, rung_set, names, pool, served):
+        self.started.append(list(names))
+        yield self
+
+    def ask(self, system, rows, load=ONE_BY_ONE):
+        self.asked.append((system.name, list(rows), load, system.outputs))
+        taken_ms = COST_MS[system.model] * self.slower
+        cpu_ms = SERVER_CPU * taken_ms * self.works_harder.get(system.name, 1.0)
+        cpu_ms = cpu_ms if self.measures_cpu else None
+        return [make_answer(taken_ms / load.in_flight, cpu_ms=cpu_ms) for _ in rows]
+
+
+@pytest.fixture(scope="module")
+def rung_set(tmp_path_factory):
+    return write_rungs(tmp_path_factory.mktemp("onnx"), alternatives=(5, 6))
+
+
+@pytest.fixture
+def pool():
+    tensors = [np.full((3, SIZE, SIZE), i, np.float32) for i in range(IMAGES)]
+    return Pool("made up", [b""] * IMAGES, tensors, [None] * IMAGES, [])
+
+
+@pytest.fixture
+def servers(monkeypatch):
+    fake = FakeServers()
+    monkeypatch.setattr(prices, "_serving", fake.serving)
+    return fake
+
+
+def priced(rung_set, pool, names=(), served=SERVED, on_step=lambda: None, again=lambda words: None):
+    return price(rung_set, names, pool, served, on_step, again)
+
+
+# --- which graphs, and how they are laid out ---------------------------------------------------
+
+
+def test_every_group_holds_the_full_rung_and_no_more_graphs_than_fit(rung_set):
+    assert groups_of(rung_set, []) == [["vit_high", "vit_low", "static_5", "static_6"]]
+    record, file = rung_set.alternatives["static_5"], rung_set.alternative_files["static_5"]
+    names = [f"static_{px}" for px in range(20)]
+    many = replace(
+        rung_set,
+        alternatives=dict.fromkeys(names, record),
+        alternative_files=dict.fromkeys(names, file),
+    )
+    groups = groups_of(many, [])
+    assert [len(group) for group in groups] == [TOGETHER, TOGETHER, TOGETHER]
+    assert all(group[0] == "vit_high" for group in groups)
+    assert [name for group in groups for name in group[1:]] == ["vit_low", *names]
+
+
+def test_graphs_can_be_chosen_and_the_full_rung_comes_with_them(rung_set):
+    assert groups_of(rung_set, ["static_6"]) == [["vit_high", "static_6"]]
+    assert groups_of(rung_set, ["vit_high"]) == [["vit_high"]]
+    with pytest.raises(PerfError, match="no graph 'static_7' .* vit_high, vit_low, static_5"):
+        groups_of(rung_set, ["static_6", "static_7"])
+
+
+def test_graphs_are_configured_as_the_full_rung_but_for_instances_and_threads(tmp_path, rung_set):
+    lay_out(rung_set, ["vit_low", "static_5"], Served(instances=3, threads=2), tmp_path)
+    root = Path(__file__).resolve().parents[2]
+    expected = ModelConfig()
+    text_format.Parse((root / "model_repository/vit_high/config.pbtxt").read_text(), expected)
+    expected.instance_group[0].count = 3
+    expected.parameters["intra_op_thread_count"].string_value = "2"
+    for name in ("vit_low", "static_5"):
+        config = text_format.Parse((tmp_path / name / "config.pbtxt").read_text(), ModelConfig())
+        assert config == expected
+    low = tmp_path / "vit_low/1/model.onnx"
+    assert os.path.samefile(low, rung_set.files["vit_low"])
+    assert {path.name for path in tmp_path.iterdir()} == {"vit_low", "static_5"}
+
+
+# --- figures -----------------------------------------------------------------------------------
+
+
+def test_figures_by_hand(servers, rung_set, pool):
+    found = json.loads(json.dumps(priced(rung_set, pool)))
+    for name, cost_ms in COST_MS.items():
+        entry = found[name]
+        assert entry["latency_ms"]["values"] == pytest.approx([cost_ms] * 3)
+        # Two requests are in flight, so that an image takes half as long.
+        assert entry["ms_per_image"]["values"] == pytest.approx([cost_ms / 2] * 3)
+        assert entry["cost_ratio"]["values"] == pytest.approx([cost_ms / 400] * 3)
+        # Both instances work at once: of CPU time an image takes all that a lone request does.
+        assert entry["server_cpu_ms"]["values"] == pytest.approx([SERVER_CPU * cost_ms] * 3)
+        assert entry["cpu_cost_ratio"]["values"] == pytest.approx([cost_ms / 400] * 3)
+        assert entry["disturbed"] is False and entry["batch"] == 2
+
+
+def test_cpu_time_that_is_not_measured_disturbs_nothing(servers, rung_set, pool):
+    servers.measures_cpu = False
+    found = priced(rung_set, pool)
+    assert disturbed(found) == []
+    assert found["vit_low"]["server_cpu_ms"] is found["vit_low"]["cpu_cost_ratio"] is None
+
+
+def test_ratios_are_taken_within_a_turn(servers, rung_set, pool):
+    measured = 0
+
+    def slow_down_after_each_turn():
+        nonlocal measured
+        measured += 1
+        servers.slower = 2.0**measured
+
+    found = priced(rung_set, pool, on_step=slow_down_after_each_turn)
+    assert measured == steps(rung_set, [], SERVED) == 6
+    assert found["vit_low"]["ms_per_image"]["values"] == pytest.approx([400, 800, 1600])
+    assert found["vit_low"]["cost_ratio"]["values"] == pytest.approx([0.25] * 3)
+
+
+def test_the_full_rung_has_values_of_every_group_and_each_group_a_server(
+    servers, rung_set, pool, monkeypatch
+):
+    monkeypatch.setattr(prices, "TOGETHER", 3)
+    found = priced(rung_set, pool)
+    assert servers.started == [["vit_high", "vit_low", "static_5"], ["vit_high", "static_6"]]
+    assert found["vit_high"]["cost_ratio"]["values"] == [1.0] * 6
+    assert found["vit_low"]["cost_ratio"]["runs"] == found["static_6"]["cost_ratio"]["runs"] == 3
+
+
+def test_graphs_are_warm_and_take_turns_by_blocks_in_an_order_drawn_anew(servers, rung_set, pool):
+    served = replace(SERVED, turns=6)
+    priced(rung_set, pool, served=served)
+    warm = servers.asked[: 2 * len(COST_MS) + 1]
+    assert {(name, len(rows)) for name, rows, *_ in warm} == {
+        (name, images) for name in COST_MS for images in (1, 8)
+    }
+    lone = [name for name, _, load, _ in servers.asked[len(warm) :] if load == ONE_BY_ONE]
+    blocks = [(name, rows) for name, rows, load, _ in servers.asked[len(warm) :] if load.batch == 2]
+    assert len(lone) == 6 * LONE * len(COST_MS)
+    # Two requests of two images for each of two instances; the full rung takes 1.6 s for them.
+    assert {len(rows) for _, rows in blocks} == {8} and len(blocks) == 6 * len(COST_MS)
+    for asked in (lone, [name for name, _ in blocks]):
+        orders = [tuple(asked[i : i + 4]) for i in range(0, len(asked), 4)]
+        assert all(sorted(order) == sorted(COST_MS) for order in orders)
+        assert len(set(orders)) > 3
+
+
+def test_a_quick_graph_has_more_blocks_in_a_turn(servers, rung_set, pool):
+    servers.slower = 1 / 16  # a block of the full rung in a tenth of a second
+    priced(rung_set, pool, names=["vit_high"], served=replace(SERVED, turns=1))
+    assert sum(load.batch == 2 for _, _, load, _ in servers.asked) == 2 + 10
+
+
+def test_each_graph_is_asked_what_the_router_asks_it(servers, rung_set, pool):
+    priced(rung_set, pool)
+    outputs = {name: names for name, *_, names in servers.asked}
+    assert outputs["vit_high"] == ("embedding", "logits")
+    assert outputs["vit_low"] == outputs["static_5"] == ("embedding", "cls_layers", "logits")
+    priced(replace(rung_set, classes=None), pool)
+    assert servers.asked[-1][-1] in (("embedding",), ("embedding", "cls_layers"))
+
+
+# --- disturbed ---------------------------------------------------------------------------------
+
+
+def test_a_graph_whose_cost_differs_by_clock_and_cpu_time_is_measured_once_more(
+    servers, rung_set, pool
+):
+    servers.works_harder = {"vit_low": 1.3, "static_5": 1.1}
+    said = []
+    found = priced(rung_set, pool, again=said.append)
+    assert len(servers.started) == 2 and len(said) == 1 and "CPU time of vit_low differ" in said[0]
+    assert disturbed(found) == ["vit_low"] and found["vit_low"]["disturbed"] is True
+
+    def calm(words):
+        servers.works_harder = {}
+
+    assert disturbed(priced(rung_set, pool, again=calm)) == []
+
+
+def test_the_less_disturbed_of_two_measurements_is_kept(servers, rung_set, pool):
+    servers.works_harder = {"vit_low": 1.3}
+
+    def worse(words):
+        servers.works_harder = {"static_5": 1.3, "static_6": 1.3}
+
+    assert disturbed(priced(rung_set, pool, again=worse)) == ["vit_low"]
+
+
+def test_no_ratio_of_a_disturbed_graph_is_printed(servers, rung_set, pool, monkeypatch):
+    servers.works_harder = {"vit_low": 1.3}
+    monkeypatch.setattr("perf.measure.sets.load_pool", lambda *arguments: pool)
+    folder = str(rung_set.files["vit_low"].parent)
+    arguments = ["serving", "--onnx", folder, "--batch", "2", "--turns", "1"]
+    printed = CliRunner().invoke(app, arguments).stdout
+    assert "0.250" not in printed and "0.325" not in printed  # vit_low's
+    assert printed.count("0.500") == 2  # static_5's
+    assert "the machine was too busy for a figure" in printed
+    content = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    assert content["graphs"]["vit_low"]["disturbed"] and content["batch"] == 2
+
+
+# --- refusals ----------------------------------------------------------------------------------
+
+
+def test_too_few_images_are_refused_before_a_server_starts(servers, rung_set, pool):
+    with pytest.raises(PerfError, match="5 images do not fill a batch of 6"):
+        priced(rung_set, pool, served=replace(SERVED, batch=6))
+    assert servers.started == []
