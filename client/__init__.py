@@ -1,7 +1,5 @@
 """Clients of a served adaptive ViT: gRPC, HTTP and asyncio gRPC."""
 
-from .aio import AsyncGrpcClient
-from .base import DEFAULT_GRPC_URL, DEFAULT_HTTP_URL
 from .errors import (
     AccessDeniedError,
     AnswerMismatchError,
@@ -15,16 +13,16 @@ from .errors import (
     ServerError,
     UnavailableError,
 )
-from .messages import ENSEMBLE, ROUTER, Prediction, Task
+from .grpc_clients import DEFAULT_GRPC_URL, AsyncGrpcClient, GrpcClient
+from .http_client import DEFAULT_HTTP_URL, HttpClient
+from .messages import ENSEMBLE, Prediction, Task
 from .retry import Retry
-from .sync import GrpcClient, HttpClient
 from .tls import Tls
 
 __all__ = [
     "DEFAULT_GRPC_URL",
     "DEFAULT_HTTP_URL",
     "ENSEMBLE",
-    "ROUTER",
     "AccessDeniedError",
     "AnswerMismatchError",
     "AsyncGrpcClient",

@@ -15,14 +15,15 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .base import DEFAULT_GRPC_URL, DEFAULT_HTTP_URL, DEFAULT_TIMEOUT_S
+from .core import DEFAULT_TIMEOUT_S
 from .errors import AccessDeniedError, ClientError, NotServedError
 from .files import UsageError, find_images, read_admin_key, read_labels
+from .grpc_clients import DEFAULT_GRPC_URL, GrpcClient
+from .http_client import DEFAULT_HTTP_URL, HttpClient
 from .many import Outcome, Question, ask_grpc, ask_http, summarise
 from .messages import Task
 from .render import as_dict, summary_line, table
 from .retry import DEFAULT_RETRY, Retry
-from .sync import GrpcClient, HttpClient
 from .tls import Tls
 
 POLICIES = ("auto", "low", "high")

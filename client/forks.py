@@ -5,8 +5,8 @@ other's too; so a child forgets every connection that it inherits and opens its 
 
 gRPC has threads besides, which a fork does not copy. It stops them before a fork and starts them
 again on both sides, but only where no thread is inside a call; else its child hangs or aborts. So a
-fork waits until the blocking clients' calls have ended, and calls that begin meanwhile wait for the
-fork. Where that was not to be had, clients in the child say so instead.
+fork waits until the calls in flight have ended, and calls that begin meanwhile wait for the fork.
+Where that was not to be had, clients in the child say so instead.
 
 C code may fork without calling Python's hooks, as uWSGI does. Clients notice at their next request
 in the child; such a fork has waited for nothing.
@@ -45,7 +45,6 @@ class _Grpc:
         self.calls = 0
         self.forks = 0
         self.used = False
-        self.asyncio_clients: WeakSet[object] = WeakSet()
         self.unusable = unusable
 
 
@@ -73,24 +72,14 @@ def notice_fork() -> None:
             )
 
 
-def start_grpc(asyncio_client: object | None = None) -> None:
+def start_grpc() -> None:
     """Say that a gRPC channel is about to be opened.
-
-    Args:
-        asyncio_client: whose it is, if it is one for asyncio; until `asyncio_closed`.
 
     Raises:
         ForkedError: gRPC cannot be used in this process.
     """
     check_grpc()
     _grpc.used = True
-    if asyncio_client is not None:
-        _grpc.asyncio_clients.add(asyncio_client)
-
-
-def asyncio_closed(asyncio_client: object) -> None:
-    """Say that a client for asyncio has closed its channel."""
-    _grpc.asyncio_clients.discard(asyncio_client)
 
 
 def check_grpc() -> None:
@@ -109,7 +98,7 @@ def check_grpc() -> None:
 
 @contextmanager
 def grpc_call(left_s: float | None) -> Iterator[float | None]:
-    """Around one blocking gRPC call, which no fork will interrupt.
+    """Around one gRPC call, which no fork will interrupt; may be left in another thread.
 
     Args:
         left_s: seconds until the call's deadline; None where there is none.
@@ -172,8 +161,6 @@ def _start_anew(why_unusable: str | None) -> None:
 def _why_unusable(parents: _Grpc) -> str | None:
     if parents.calls:
         return f"while a gRPC request was in flight for more than {FORK_WAIT_S:g} s"
-    if len(parents.asyncio_clients):
-        return "while an asyncio gRPC client was open"
     if parents.used and not _SUPPORTED:
         return "after gRPC was used with GRPC_ENABLE_FORK_SUPPORT switched off"
     return None

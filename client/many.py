@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from .aio import AsyncGrpcClient
 from .errors import ClientError
+from .grpc_clients import AsyncGrpcClient
+from .http_client import HttpClient
 from .messages import Prediction
 from .stream import in_order
-from .sync import HttpClient
 
 
 @dataclass(frozen=True)

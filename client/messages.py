@@ -13,7 +13,13 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+from tritonclient import http as http_protocol
+from tritonclient.grpc import service_pb2
+from tritonclient.utils import (
+    InferenceServerException,
+    np_to_triton_dtype,
+    serialize_byte_tensor,
+)
 
 from .errors import AnswerMismatchError, InvalidRequestError, ServerError, named_request
 
@@ -175,34 +181,38 @@ def build_input(protocol: ModuleType, name: str, rows: NDArray[Any]) -> Any:
     Raises:
         InvalidRequestError: Triton has no such dtype.
     """
-    datatype = np_to_triton_dtype(rows.dtype)
-    if datatype is None:
-        raise InvalidRequestError(f"{name} has dtype {rows.dtype}, which no Triton model takes")
-    tensor = protocol.InferInput(name, list(rows.shape), datatype)
+    tensor = protocol.InferInput(name, list(rows.shape), _datatype(name, rows))
     tensor.set_data_from_numpy(rows)
     return tensor
 
 
+def _datatype(name: str, rows: NDArray[Any]) -> str:
+    datatype = np_to_triton_dtype(rows.dtype)
+    if datatype is None:
+        raise InvalidRequestError(f"{name} has dtype {rows.dtype}, which no Triton model takes")
+    return str(datatype)
+
+
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What to ask a model, in tritonclient's words but for no protocol yet.
+    """What to ask a model, for no protocol yet.
 
     Attributes:
         model: its name.
-        version: its version; None lets the server choose, which takes the one that answers.
         name: of the input.
         rows: the input, shape (N, ...).
         parameters: see `request_parameters`.
+        version: of the model; None lets the server choose, which takes the one that answers.
 
     Raises:
         InvalidRequestError: `version` is none that a model can have.
     """
 
     model: str
-    version: int | None
     name: str
     rows: NDArray[Any]
     parameters: dict[str, Any]
+    version: int | None = None
 
     def __post_init__(self) -> None:
         # Over HTTP the server would only say that it has no such page.
@@ -216,27 +226,57 @@ class Request:
         for start in range(0, len(self.rows), max_batch):
             yield replace(self, rows=self.rows[start : start + max_batch])
 
-    def arguments(self, protocol: ModuleType, left_s: float | None) -> dict[str, Any]:
-        """Arguments for `infer` of `tritonclient.grpc` or `tritonclient.http`.
+    def message(self, left_s: float | None) -> service_pb2.ModelInferRequest:
+        """One try, for gRPC.
 
         Args:
-            protocol: one of those two.
             left_s: seconds until the deadline; None where there is none. The server learns it,
                 and drops the request rather than start on it later.
 
         Raises:
-            InvalidRequestError: Triton has no such dtype.
+            InvalidRequestError: Triton has no such dtype, or no parameters of such a type.
         """
+        message = service_pb2.ModelInferRequest(id=_new_id(), model_name=self.model)
+        message.model_version = "" if self.version is None else str(self.version)
+        datatype = _datatype(self.name, self.rows)
+        message.inputs.add(name=self.name, datatype=datatype, shape=self.rows.shape)
+        is_bytes = datatype == "BYTES"
+        content = serialize_byte_tensor(self.rows).item() if is_bytes else self.rows.tobytes()
+        message.raw_input_contents.append(content)
+        for name, value in self.parameters.items():
+            field = _PARAMETER_FIELDS.get(type(value))
+            if field is None:
+                raise InvalidRequestError(f"{name} must be text or a number; got {value!r}")
+            setattr(message.parameters[name], field, value)
+        if left_s is not None:
+            message.parameters["timeout"].int64_param = _microseconds(left_s)
+        return message
+
+    def arguments(self, left_s: float | None) -> dict[str, Any]:
+        """One try, for `tritonclient.http`'s `generate_request_body`; as `message`."""
         return {
-            # Of this try: the answer to an earlier one is not this one's.
-            "request_id": uuid.uuid4().hex,
-            "model_name": self.model,
-            "model_version": "" if self.version is None else str(self.version),
-            "inputs": [build_input(protocol, self.name, self.rows)],
+            "request_id": _new_id(),
+            "inputs": [build_input(http_protocol, self.name, self.rows)],
             "parameters": self.parameters,
-            # 0 would be no limit.
-            "timeout": None if left_s is None else max(1, int(left_s * 1e6)),
+            "timeout": None if left_s is None else _microseconds(left_s),
         }
+
+
+_PARAMETER_FIELDS = {
+    str: "string_param",
+    bool: "bool_param",
+    int: "int64_param",
+    float: "double_param",
+}
+
+
+def _new_id() -> str:
+    """Of one try: the answer to an earlier one is not this one's."""
+    return uuid.uuid4().hex
+
+
+def _microseconds(left_s: float) -> int:
+    return max(1, int(left_s * 1e6))  # 0 would be no limit
 
 
 @contextmanager
@@ -309,30 +349,6 @@ def predictions(result: Result, count: int) -> list[Prediction]:
             zip(*outputs.values(), strict=True)
         )
     ]
-
-
-def metadata_as_dict(message: Any) -> dict[str, Any]:
-    """Model metadata from gRPC in the shape that HTTP's has."""
-
-    def tensors(field: Any) -> list[dict[str, Any]]:
-        return [
-            {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape)}
-            for tensor in field
-        ]
-
-    return {
-        "name": message.name,
-        "versions": list(message.versions),
-        "platform": message.platform,
-        "inputs": tensors(message.inputs),
-        "outputs": tensors(message.outputs),
-    }
-
-
-def parameters_as_dict(message: Any) -> dict[str, str]:
-    """The parameters of a model's configuration from gRPC, as text by name."""
-    given = message.config.parameters
-    return {name: value.string_value for name, value in given.items()}
 
 
 def number_or_none(value: float) -> float | None:

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+)
 from typing import TypeVar
 
 from .errors import InvalidRequestError
@@ -19,7 +26,7 @@ async def in_order(
     items: Iterable[ItemT] | AsyncIterable[ItemT],
     ask: Callable[[ItemT], Awaitable[AnswerT]],
     concurrency: int,
-) -> AsyncIterator[AnswerT]:
+) -> AsyncGenerator[AnswerT, None]:
     """Ask about every item with a bounded number of questions in flight.
 
     Args:
@@ -65,7 +72,8 @@ async def in_order(
             window.release()
         await reader  # raises what reading the items raised
     finally:
-        for task in (reader, *unfinished):
+        reader.cancel()
+        for task in unfinished:
             task.cancel()
         await asyncio.gather(reader, *unfinished, return_exceptions=True)
 

@@ -228,30 +228,32 @@ def fork_in_c(kind, url):
     return report(client, before, [result_of(*one) for one in running])
 
 
-def asyncio_open(kind, url):
-    """Fork while a client for asyncio is open, and after."""
+def asyncio_fork(kind, url):
+    """Fork from an event loop's own thread while 20 requests are awaited, and after."""
 
     async def main():
-        async with AsyncGrpcClient(url) as client:
-            await client.infer([image(1)])
-            inside = result_of(*run_in_fork(lambda: refused(lambda: ask(GrpcClient(url), 0, 1))))
-            ours = result_of(*run_in_fork(lambda: refused(lambda: drive(client.infer([image(1)])))))
-            (after,) = await client.infer([image(7)])
-        return inside, ours, after.score
+        client = AsyncGrpcClient(url)
+        await client.infer([image(1)])
+        asked = [asyncio.create_task(client.infer([image(number)])) for number in range(19)]
+        asked.append(asyncio.create_task(client.infer([image(SLOW)])))
+        await asyncio.sleep(0.2)
+        started = time.monotonic()
+        children = [
+            run_in_fork(lambda: refused(lambda: ask(GrpcClient(url), 0, 1))),
+            run_in_fork(lambda: asyncio.run(one_answer(url, 7, client))),
+        ]
+        waited_s = time.monotonic() - started
+        ours = [found[0].score for found in await asyncio.gather(*asked)]
+        return {"waited_s": waited_s, "ours": ours, "children": [result_of(*c) for c in children]}
 
-    inside, ours, after = asyncio.run(main())
-    then = result_of(*run_in_fork(lambda: asyncio.run(one_answer(url, 8))))
-    return {"inside": inside, "ours": ours, "after": after, "then": then}
+    return asyncio.run(main()) | {
+        "then": result_of(*run_in_fork(lambda: asyncio.run(one_answer(url, 8))))
+    }
 
 
-async def one_answer(url, number):
-    async with AsyncGrpcClient(url) as client:
+async def one_answer(url, number, client=None):
+    async with client or AsyncGrpcClient(url) as client:
         return (await client.infer([image(number)], timeout_s=PATIENCE_S))[0].score
-
-
-def drive(coroutine):
-    """Run a coroutine up to its first wait, outside any event loop."""
-    coroutine.send(None)
 
 
 def refused(call):
@@ -370,7 +372,7 @@ SCENARIOS = {
     "reading-to-the-end": lambda kind, url: reading(kind, url, HALVES_TO_THE_END),
     "failing": failing,
     "fork-in-c": fork_in_c,
-    "asyncio-open": asyncio_open,
+    "asyncio-fork": asyncio_fork,
     "threads": lambda kind, url: threads(kind, url, 1200, 4),
     "threads-at-once": lambda kind, url: threads(kind, url, 200, 200, HELD),
     "event-loops": event_loops,

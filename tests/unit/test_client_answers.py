@@ -29,7 +29,6 @@ from client import (
     Tls,
     UnavailableError,
 )
-from client.channel import Channels
 from client.messages import predictions
 from tests.unit.client_servers import grpc_server, http_server, image
 
@@ -227,21 +226,24 @@ def test_a_stream_of_several_at_once_loses_only_what_was_anothers():
     assert scores(found) == [number for number in range(24) if number not in (5, 8)]
 
 
-def test_a_channel_that_was_given_up_is_closed_by_the_last_to_leave_it():
-    first = object()
-    channels = Channels(first)
-    assert channels.enter(object) is channels.enter(object) is first
-    channels.give_up(first)
-    second = channels.enter(object)
-    channels.give_up(first)  # by the other call too
-    assert channels.enter(object) is second is not first
-    assert (channels.leave(first), channels.leave(first)) == ([], [first])
-    assert (channels.leave(second), channels.leave(second)) == ([], [])  # stays for the next call
-    assert channels.enter(object) is second
-    channels.give_up(second)
-    third = channels.enter(object)
-    assert set(channels.forget()) == {second, third}
-    assert channels.forget() == []
+@pytest.mark.parametrize("kind", [GrpcClient, AsyncGrpcClient])
+def test_a_channel_that_was_given_up_is_closed_with_its_last_call_also_if_errors_are_kept(kind):
+    async def ask(client, number):
+        found = client.infer([image(number)], timeout_s=20)
+        return await found if kind is AsyncGrpcClient else found
+
+    async def main(client):
+        await ask(client, 1)
+        first = client._line.channel
+        with pytest.raises(AnswerMismatchError) as kept:
+            await ask(client, 2)
+        with pytest.raises(ValueError, match="closed channel"):
+            first.unary_unary("/any")(b"")
+        await ask(client, 3)
+        assert client._line.channel is not first and "belongs to" in str(kept.value)
+
+    with served(kind, answering_as("x")) as (_, url):
+        asyncio.run(main(kind(url, retry=None)))
 
 
 @pytest.mark.parametrize("kind", ["sync", "asyncio"])
@@ -250,7 +252,7 @@ def test_who_lets_go_of_a_client_has_let_go_of_its_channel(kind):
 
     async def make():
         client = GrpcClient("127.0.0.1:9") if kind == "sync" else AsyncGrpcClient("127.0.0.1:9")
-        channel = weakref.ref(client._channels._current)
+        channel = weakref.ref(client._line)
         gc.disable()
         try:
             del client
@@ -492,7 +494,7 @@ def test_what_is_no_answer_of_tritons_is_one_clear_error(answer, kind):
 def test_a_connection_that_was_closed_while_idle_is_not_used():
     with http_server(lambda number, _: None) as (asked, url), HttpClient(url, retry=None) as client:
         assert client.infer([image(1)])[0].score == 1
-        (idle,) = client._connections._idle
-        socket.socket.shutdown(idle._sock, socket.SHUT_RDWR)  # as the other side would
+        (idle,) = client._idle
+        socket.socket.shutdown(idle._held, socket.SHUT_RDWR)  # as the other side would
         assert client.infer([image(2)])[0].score == 2
     assert len({request.peer for request in asked}) == 2

@@ -2,8 +2,11 @@
 
 import asyncio
 import json
+import socket
 import ssl
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -13,6 +16,7 @@ import client.__main__ as command_line
 from client import (
     AccessDeniedError,
     AsyncGrpcClient,
+    DeadlineError,
     GrpcClient,
     HttpClient,
     InvalidRequestError,
@@ -20,7 +24,7 @@ from client import (
     Tls,
     UnavailableError,
 )
-from client.channel import CHANNEL_ARGUMENTS
+from client.grpc_clients import CHANNEL_ARGUMENTS
 from tests.unit.client_servers import Certificates, grpc_server, http_server, image
 
 
@@ -71,6 +75,15 @@ def test_an_http_client_keeps_its_connection():
             client.infer([image(number)])
     assert len(asked) == 5
     assert len({request.peer for request in asked}) == 1
+
+
+@pytest.mark.parametrize("kind", [GrpcClient, AsyncGrpcClient])
+def test_loopback_is_asked_without_a_proxy(kind, monkeypatch):
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with grpc_server() as (_, url):
+        assert score(kind, url) == 7
+        assert score(kind, url.replace("127.0.0.1", "localhost")) == 7
 
 
 def test_keep_alive_stays_within_what_triton_permits_by_default():
@@ -220,6 +233,33 @@ def test_the_command_line_takes_certificates_and_a_key_from_files(
             headers = [asked.headers["triton-grpc-protocol-admin-key"] for asked in service.asked]
             assert set(headers) == {"secret"}
             assert service.asked[2].parameters["timeout"] <= 9_000_000
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_a_server_that_does_not_read_its_request_is_waited_for_until_the_deadline(
+    encrypted, certificates
+):
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificates.cert("server"), certificates.key("server"))
+    peers = []
+
+    def accept():
+        peer, _ = listener.accept()
+        peers.append(context.wrap_socket(peer, server_side=True) if encrypted else peer)
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        accepting = threading.Thread(target=accept)
+        accepting.start()
+        url, tls = f"127.0.0.1:{listener.getsockname()[1]}", tls_of(certificates)
+        with HttpClient(url, tls=tls if encrypted else None) as client:
+            started = time.monotonic()
+            with pytest.raises(DeadlineError, match=r"within 0\.5 s"):
+                client.infer([bytes(1 << 25)], timeout_s=0.5)
+            assert 0.4 < time.monotonic() - started < 2
+        accepting.join()
+        peers[0].close()
 
 
 def test_half_a_pair_is_refused(certificates):

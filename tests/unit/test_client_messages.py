@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as grpc_protocol
 import tritonclient.http as http_protocol
+from tritonclient.grpc._utils import _get_inference_request
 
 from client import InvalidRequestError, Prediction, ServerError
 from client.messages import (
@@ -134,9 +135,9 @@ def test_what_is_no_number_is_left_for_the_server_to_refuse(threshold):
     assert request_parameters("auto", threshold)["threshold"] is threshold
 
 
-def request(rows=None, version=None):
+def request(rows=None, version=None, **parameters):
     rows = np.zeros((1, 3, 2, 2), np.float32) if rows is None else rows
-    return Request("router", version, "image", rows, {"policy": "auto"})
+    return Request("router", "image", rows, {"policy": "auto", **parameters}, version)
 
 
 def test_batches_are_cut_in_order_with_the_rest_last():
@@ -145,21 +146,42 @@ def test_batches_are_cut_in_order_with_the_rest_last():
     assert {piece.version for piece in request(np.arange(7), version=2).split(3)} == {2}
 
 
-@pytest.mark.parametrize("protocol", [grpc_protocol, http_protocol])
-def test_a_request_carries_version_and_the_time_that_is_left_in_microseconds(protocol):
-    arguments = request(version=3).arguments(protocol, left_s=1.5)
-    assert (arguments["model_name"], arguments["model_version"]) == ("router", "3")
-    assert arguments["timeout"] == 1_500_000
-    assert arguments["inputs"][0].name() == "image"
+def test_a_message_is_what_tritonclient_would_send():
+    rows = np.arange(12, dtype=np.float32).reshape(1, 3, 2, 2)
+    asked = request(rows, 3, threshold=0.5, traced=True, number=7)
+    message = asked.message(left_s=1.5)
+    whole = {"model_name": "router", "model_version": "3", "request_id": message.id}
+    inputs = [build_input(grpc_protocol, "image", rows)]
+    unset = {"outputs": None, "sequence_id": 0, "sequence_start": False, "sequence_end": False}
+    assert message == _get_inference_request(
+        **whole, inputs=inputs, priority=0, timeout=1_500_000, parameters=asked.parameters, **unset
+    )
+    images = Request("adaptive_vit", "image_bytes", encode_images([b"a\x00", b""]), {})
+    (tensor,), (content,) = (images.message(1).inputs, images.message(1).raw_input_contents)
+    assert (tensor.datatype, list(tensor.shape)) == ("BYTES", [2, 1])
+    assert content == b"\x02\0\0\0a\0" + b"\0\0\0\0"
+
+
+def test_over_http_the_time_that_is_left_goes_along_too():
+    arguments = request().arguments(left_s=1.5)
+    assert (arguments["timeout"], arguments["inputs"][0].name()) == (1_500_000, "image")
+    assert arguments["request_id"] != request().arguments(1.5)["request_id"]
 
 
 def test_without_version_or_deadline_none_is_sent():
-    arguments = request().arguments(grpc_protocol, left_s=None)
-    assert (arguments["model_version"], arguments["timeout"]) == ("", None)
+    message = request().message(left_s=None)
+    assert message.model_version == "" and "timeout" not in message.parameters
+    assert request().arguments(left_s=None)["timeout"] is None
 
 
 def test_a_deadline_that_is_all_but_over_is_not_sent_as_no_limit():
-    assert request().arguments(grpc_protocol, left_s=1e-9)["timeout"] == 1
+    assert request().message(left_s=1e-9).parameters["timeout"].int64_param == 1
+    assert request().arguments(left_s=1e-9)["timeout"] == 1
+
+
+def test_a_parameter_that_is_neither_text_nor_number_is_refused():
+    with pytest.raises(InvalidRequestError, match="threshold must be text or a number"):
+        request(threshold=[1]).message(None)
 
 
 @pytest.mark.parametrize("version", [0, -1, 1.0, "1", True])

@@ -103,11 +103,12 @@ def test_one_client_that_fails_after_a_fork_does_not_keep_the_others_from_forget
     assert run("failing", "http", urls) == [True, True]
 
 
-def test_a_child_of_an_open_asyncio_client_says_so_instead_of_hanging(urls):
-    found = run("asyncio-open", "grpc", urls)
-    for said in (found["inside"], found["ours"]):
-        assert "forked while an asyncio gRPC client was open" in said
-    assert (found["after"], found["then"]) == (7, 8)
+def test_an_event_loop_that_forks_waits_for_its_requests_and_its_children_ask_too(urls):
+    found = run("asyncio-fork", "grpc", urls)
+    assert found["ours"] == [*range(19), SLOW]
+    (wrong, count, _), inherited = found["children"]
+    assert (wrong, count, inherited, found["then"]) == ([], 41, 7, 8)
+    assert 0.3 < found["waited_s"] < 5
 
 
 # --- descriptors -------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import time
 
 import numpy as np
 import pytest
-import tritonclient.http as http_protocol
 
 from client import (
     AsyncGrpcClient,
@@ -17,8 +16,7 @@ from client import (
     Task,
     UnavailableError,
 )
-from client.base import ClientBase
-from client.sync import SyncClient
+from client.core import BlockingCore, ClientCore
 
 
 class FakeResult:
@@ -32,7 +30,7 @@ class FakeResult:
         return None if name == "logits" else np.zeros((self.count, width), np.float32)
 
 
-class FakeClient(SyncClient):
+class FakeClient(BlockingCore):
     def __init__(self, max_batch=32):
         super().__init__("127.0.0.1:1")
         self.sent = []
@@ -44,25 +42,20 @@ class FakeClient(SyncClient):
     def close(self):
         self.closed = True
 
-    def _send(self, request, left_s):
-        tensor = request.arguments(http_protocol, left_s)["inputs"][0]
+    async def _send(self, request, left_s):
+        tensor = request.arguments(left_s)["inputs"][0]
         self.sent.append((request.model, tensor.name(), tensor.shape(), request.parameters))
         self.sent_with = (request.version, left_s)
         return FakeResult(tensor.shape()[0])
 
-    def _max_batch_size(self, model, left_s):
-        self.asked_for_maximum.append(model)
-        return self.max_batch
-
-    def _parameters(self, model, left_s):
-        assert model == "router"
-        return self.parameters
-
-    def _metadata(self, model, left_s):
-        return {"name": model}
-
-    def _server_version(self, left_s):
-        return "2.51.0"
+    async def _describe(self, what, model, left_s):
+        if what == "config" and model == "adaptive_vit":
+            self.asked_for_maximum.append(model)
+        return {
+            "server": {"name": "triton", "version": "2.51.0"},
+            "metadata": {"name": model, "inputs": [{"name": "image_bytes", "shape": ["-1", "1"]}]},
+            "config": {"max_batch_size": self.max_batch, "parameters": self.parameters},
+        }[what]
 
 
 def test_a_batch_over_the_maximum_is_split_and_answered_in_order():
@@ -123,18 +116,32 @@ def test_an_admin_key_that_fits_no_header_is_refused_without_showing_it(kind, ke
 
 def test_metadata_is_of_the_ensemble_unless_named():
     client = FakeClient()
-    assert client.metadata() == {"name": "adaptive_vit"}
-    assert client.metadata("router") == {"name": "router"}
+    inputs = [{"name": "image_bytes", "shape": [-1, 1]}]  # gRPC's JSON has numbers as text
+    assert client.metadata() == {"name": "adaptive_vit", "inputs": inputs, "outputs": []}
+    assert client.metadata("router")["name"] == "router"
     assert client.server_version() == "2.51.0"
 
 
 def test_the_task_is_what_the_routers_configuration_says():
     client = FakeClient()
     assert client.task() == Task(None, 0.5)  # assembled before there was a task
-    client.parameters = {"task": "labels", "label_threshold": "0.3", "audit_fraction": "0"}
+    client.parameters = as_config({"task": "labels", "label_threshold": "0.3", "audited": "0"})
     assert client.task() == Task("labels", 0.3)
-    client.parameters = {"task": "", "label_threshold": "0.5"}
+    client.parameters = as_config({"task": "", "label_threshold": "0.5"})
     assert client.task() == Task(None)
+
+
+def as_config(parameters):
+    return {name: {"string_value": value} if value else {} for name, value in parameters.items()}
+
+
+def test_a_blocking_client_that_would_wait_for_an_event_loop_says_so():
+    class Waiting(FakeClient):
+        async def _send(self, request, left_s):
+            await asyncio.sleep(0)
+
+    with pytest.raises(AssertionError, match="waited for an event loop"):
+        Waiting().infer([b"x"])
 
 
 def test_the_context_manager_closes():
@@ -161,7 +168,7 @@ def test_a_dtype_that_triton_lacks_is_an_invalid_request():
 @pytest.fixture
 def silent_url(monkeypatch):
     """What a stopped server looks like: the kernel accepts connections, nobody answers."""
-    monkeypatch.setattr(ClientBase, "_question_timeout_s", 0.3)
+    monkeypatch.setattr(ClientCore, "_look_up_timeout_s", 0.3)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
