@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,19 +14,28 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .core import DEFAULT_TIMEOUT_S
+from .core import DEFAULT_TIMEOUT_S, BlockingCore
 from .errors import AccessDeniedError, ClientError, NotServedError
 from .files import UsageError, find_images, read_admin_key, read_labels
 from .grpc_clients import DEFAULT_GRPC_URL, GrpcClient
 from .http_client import DEFAULT_HTTP_URL, HttpClient
-from .many import Outcome, Question, ask_grpc, ask_http, summarise
 from .messages import Task
-from .render import as_dict, summary_line, table
+from .outcomes import Outcome, Shown, Summary, as_dict, ask, table
 from .retry import DEFAULT_RETRY, Retry
 from .tls import Tls
 
-POLICIES = ("auto", "low", "high")
-PROTOCOLS = ("grpc", "http")
+
+class Policy(str, Enum):
+    """Who decides which rung answers."""
+
+    AUTO, LOW, HIGH = "auto", "low", "high"
+
+
+class Protocol(str, Enum):
+    """What carries the questions."""
+
+    GRPC, HTTP = "grpc", "http"
+
 
 app = typer.Typer(
     help="Ask a served adaptive ViT about images.",
@@ -52,10 +60,10 @@ def infer(
         str | None,
         typer.Option(help=f"HOST:PORT. [default: {DEFAULT_GRPC_URL}, http: {DEFAULT_HTTP_URL}]"),
     ] = None,
-    protocol: Annotated[str, typer.Option(help="grpc or http.")] = "grpc",
+    protocol: Annotated[Protocol, typer.Option(help="What carries them.")] = Protocol.GRPC,
     policy: Annotated[
-        str, typer.Option(help="auto: the score decides; low or high: always that rung.")
-    ] = "auto",
+        Policy, typer.Option(help="auto: the score decides; low or high: always that rung.")
+    ] = Policy.AUTO,
     threshold: Annotated[
         float | None, typer.Option(help="Instead of the calibrated one, in oracle units.")
     ] = None,
@@ -82,93 +90,68 @@ def infer(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Send images, print each answer and a summary."""
-    _one_of("--protocol", protocol, PROTOCOLS)
-    _one_of("--policy", policy, POLICIES)
     if threshold is not None and math.isnan(threshold):
         raise UsageError("--threshold must be a number, in oracle units")
     if not 0 < timeout_s < math.inf:
         raise UsageError(f"--timeout-s must be a positive number of seconds; got {timeout_s:g}")
-    if threshold is not None and policy != "auto":
-        raise UsageError(f"--threshold has no meaning with --policy {policy}; give one of them")
+    if threshold is not None and policy is not Policy.AUTO:
+        raise UsageError(f"--threshold has no meaning with --policy {policy.value}")
     files = find_images(paths)
-    names = read_labels(labels) if labels else None
-    address = url or (DEFAULT_GRPC_URL if protocol == "grpc" else DEFAULT_HTTP_URL)
-    options = {
+    names = read_labels(labels) if labels else []
+    options: dict[str, Any] = {
         "retry": Retry(attempts=retries + 1),
-        "tls": _tls(tls_ca, tls_cert, tls_key),
+        "tls": Tls(tls_ca, tls_cert, tls_key) if tls_ca or tls_cert or tls_key else None,
         "admin_key": read_admin_key(admin_key_file) if admin_key_file else None,
     }
-    server, task = _look_at_server(address, protocol, names, options)
-    question = Question(policy, threshold, timeout_s)
-    started = time.perf_counter()
-    outcomes = _ask(protocol, address, files, question, concurrency, options)
-    summary = summarise(outcomes, time.perf_counter() - started)
+    question = {"policy": policy.value, "threshold": threshold}
+    with (
+        GrpcClient(url or DEFAULT_GRPC_URL, **options)
+        if protocol is Protocol.GRPC
+        else HttpClient(url or DEFAULT_HTTP_URL, concurrency=concurrency, **options)
+    ) as client:
+        version, task = _look_at_server(client, names)
+        started = time.perf_counter()
+        outcomes = _ask(client, files, concurrency, timeout_s=timeout_s, **question)
+    summary, shown = Summary.of(outcomes, time.perf_counter() - started), Shown(task, top, names)
     if as_json:
-        asked = {"policy": policy, "threshold": threshold, "concurrency": concurrency}
-        print(json.dumps({**server, **asked, **as_dict(outcomes, summary, top, names, task)}))
+        asked = {"url": client.url, "protocol": protocol.value, "triton_version": version}
+        found = {"task": task.kind, **question, "concurrency": concurrency}
+        print(json.dumps({**asked, **found, **as_dict(outcomes, summary, shown)}))
     else:
-        Console().print(table(outcomes, top, names, task))
-        print(summary_line(summary))
+        Console().print(table(outcomes, shown))
+        print(summary)
     if summary.errors:
         raise typer.Exit(1)
 
 
-def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        choices = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
-        raise UsageError(f"{option} must be {choices}; got {value!r}")
-
-
-def _tls(ca: Path | None, cert: Path | None, key: Path | None) -> Tls | None:
-    if (cert is None) != (key is None):
-        raise UsageError("--tls-cert and --tls-key belong together; give both or none")
-    return None if ca is None and cert is None else Tls(ca, cert, key)
-
-
-def _look_at_server(
-    address: str, protocol: str, labels: list[str] | None, options: dict[str, Any]
-) -> tuple[dict[str, Any], Task]:
+def _look_at_server(client: BlockingCore, labels: list[str]) -> tuple[str, Task]:
     """Fail before the first image where the server is absent or is not what was asked for."""
-    kind = GrpcClient if protocol == "grpc" else HttpClient
-    with kind(address, **options) as client:
-        version = client.server_version()
-        client.metadata()  # is the ensemble served?
-        if labels is not None:
-            _check_labels(labels, client.metadata(client.tensor_model))
-        try:
-            task = client.task()
-        except (AccessDeniedError, NotServedError):
-            # Who may ask about images need not see a configuration, and some gateways hide it.
-            task = Task()
-    described = {"url": address, "protocol": protocol, "triton_version": version, "task": task.kind}
-    return described, task
-
-
-def _check_labels(labels: list[str], router: dict[str, Any]) -> None:
-    """Compare with the router, which declares its sizes; the ensemble leaves them open."""
-    outputs = {output["name"]: output["shape"] for output in router["outputs"]}
-    if "logits" not in outputs:
-        raise UsageError("the served model has no head, so --labels names nothing; leave it out")
-    classes = outputs["logits"][-1]
-    if classes > 0 and classes != len(labels):
-        raise UsageError(f"--labels has {len(labels)} names, the model {classes} classes")
+    version = client.server_version()
+    client.metadata()  # is the ensemble served?
+    if labels:
+        # The router declares its sizes; the ensemble leaves them open.
+        router = client.metadata(client.tensor_model)
+        sizes = {output["name"]: output["shape"][-1] for output in router["outputs"]}
+        if "logits" not in sizes:
+            raise UsageError("the served model has no head, so --labels names nothing")
+        if 0 < sizes["logits"] != len(labels):
+            raise UsageError(
+                f"--labels has {len(labels)} names, the model {sizes['logits']} classes"
+            )
+    try:
+        return version, client.task()
+    except (AccessDeniedError, NotServedError):
+        # Who may ask about images need not see a configuration, and some gateways hide it.
+        return version, Task()
 
 
 def _ask(
-    protocol: str,
-    address: str,
-    files: list[Path],
-    question: Question,
-    concurrency: int,
-    options: dict[str, Any],
+    client: BlockingCore, files: list[Path], concurrency: int, **question: Any
 ) -> list[Outcome]:
     columns = (TextColumn("infer"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("infer", total=len(files))
-        done: Callable[[], None] = lambda: progress.advance(task)  # noqa: E731
-        if protocol == "grpc":
-            return asyncio.run(ask_grpc(address, files, question, concurrency, done, **options))
-        return ask_http(address, files, question, concurrency, done, **options)
+        return ask(client, files, concurrency, lambda: progress.advance(task), **question)
 
 
 def main() -> None:

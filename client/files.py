@@ -45,11 +45,7 @@ def read_labels(path: Path) -> list[str]:
     Raises:
         UsageError: the file cannot be read as UTF-8 text, or is empty.
     """
-    try:
-        labels = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UsageError(f"cannot read labels from {path}: {reason}") from None
+    labels = _read(path, "labels").splitlines()
     if not labels:
         raise UsageError(f"{path} holds no labels; it needs one class name per line")
     return labels
@@ -61,8 +57,12 @@ def read_admin_key(path: Path) -> str:
     Raises:
         UsageError: the file cannot be read as UTF-8 text.
     """
+    return _read(path, "the admin key").strip()
+
+
+def _read(path: Path, what: str) -> str:
     try:
-        return path.read_text(encoding="utf-8").strip()
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UsageError(f"cannot read the admin key from {path}: {reason}") from None
+        raise UsageError(f"cannot read {what} from {path}: {reason}") from None

@@ -349,8 +349,3 @@ def predictions(result: Result, count: int) -> list[Prediction]:
             zip(*outputs.values(), strict=True)
         )
     ]
-
-
-def number_or_none(value: float) -> float | None:
-    """A float for JSON, which knows no NaN."""
-    return value if math.isfinite(value) else None

@@ -12,11 +12,11 @@ import pytest
 from rich.console import Console
 
 import client.__main__ as command_line
-import client.many as many
 from client import AccessDeniedError, InvalidRequestError, NotServedError, Prediction, Task
 from client.files import UsageError, find_images, read_admin_key, read_labels
-from client.many import Outcome, Question, ask_grpc, ask_http, summarise
-from client.render import UNKNOWN_TASK, as_dict, summary_line, table
+from client.outcomes import Outcome, Shown, Summary, as_dict, ask, table
+
+UNKNOWN = Task()
 
 
 def prediction(escalated=False, score=0.5, head=True, degraded=False):
@@ -24,10 +24,16 @@ def prediction(escalated=False, score=0.5, head=True, degraded=False):
     return Prediction(np.array([3, 4], np.float32), logits, escalated, score, degraded)
 
 
-def rendered(outcomes, top=5, labels=None, task=UNKNOWN_TASK):
+def rendered(outcomes, top=5, labels=(), task=UNKNOWN):
     console = Console(file=io.StringIO(), width=120)
-    console.print(table(outcomes, top, labels, task))
+    console.print(table(outcomes, Shown(task, top, labels)))
     return console.file.getvalue()
+
+
+def as_json(outcomes, top=5, labels=(), task=UNKNOWN):
+    """What a reader of the strict JSON gets of each image."""
+    found = as_dict(outcomes, Summary.of(outcomes, 1.0), Shown(task, top, labels))
+    return json.loads(json.dumps(found, allow_nan=False))["images"]
 
 
 @pytest.fixture
@@ -66,57 +72,23 @@ def test_an_admin_keys_file_may_end_in_a_line_break(tmp_path):
 # --- many files --------------------------------------------------------------------------------
 
 
-class FakeHttpClient:
-    """Answers by content; refuses what is not an image; refuses to be left open."""
+class FakeClient:
+    """Answers by content; refuses what is not an image."""
 
-    opened = []
+    tensor_model = "router"
 
-    def __init__(self, url, **options):
-        self.url, self.options = url, options
-        self.closed = False
-        self.opened.append(self)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.closed = True
-
-    def infer(self, images, *, policy, threshold, timeout_s):
+    def infer(self, images, *, policy):
+        assert policy == "low"
         if images[0] == b"a.png":
             raise InvalidRequestError("not an image")
         return [prediction(escalated=images[0] == b"b.JPG")]
 
 
-class FakeAsyncClient(FakeHttpClient):
-    async def infer(self, images, **options):
-        return super().infer(images, **options)
-
-    async def __aenter__(self):
-        return self
-
-    async def __aexit__(self, *_):
-        self.closed = True
-
-
-def ask(protocol, monkeypatch, files, concurrency, done):
-    import asyncio
-
-    if protocol == "http":
-        monkeypatch.setattr(many, "HttpClient", FakeHttpClient)
-        return ask_http("h:1", files, Question(), concurrency, done, admin_key="k")
-    monkeypatch.setattr(many, "AsyncGrpcClient", FakeAsyncClient)
-    return asyncio.run(ask_grpc("h:1", files, Question(), concurrency, done, admin_key="k"))
-
-
-@pytest.mark.parametrize("protocol", ["grpc", "http"])
 @pytest.mark.parametrize("concurrency", [1, 2, 9])
-def test_a_refused_or_unreadable_file_does_not_stop_the_rest(
-    protocol, concurrency, folder, monkeypatch
-):
+def test_a_refused_or_unreadable_file_does_not_stop_the_rest(concurrency, folder):
     files = [*find_images([folder]), folder / "gone.jpg"]
     ticks = []
-    outcomes = ask(protocol, monkeypatch, files, concurrency, lambda: ticks.append(1))
+    outcomes = ask(FakeClient(), files, concurrency, lambda: ticks.append(1), policy="low")
     assert [o.file for o in outcomes] == files
     assert [o.error for o in outcomes] == [
         "not an image",
@@ -126,15 +98,11 @@ def test_a_refused_or_unreadable_file_does_not_stop_the_rest(
     ]
     assert [o.prediction.escalated for o in outcomes[1:3]] == [True, False]
     assert len(ticks) == len(files)
-    client = FakeHttpClient.opened.pop()
-    assert client.closed
-    connections = {"concurrency": concurrency} if protocol == "http" else {}
-    assert client.options == {"admin_key": "k", **connections}
 
 
 @pytest.mark.parametrize("kind", [AccessDeniedError, NotServedError])
-def test_a_server_that_hides_its_configuration_can_still_be_asked(kind, monkeypatch):
-    class Hiding(FakeHttpClient):
+def test_a_server_that_hides_its_configuration_can_still_be_asked(kind):
+    class Hiding(FakeClient):
         def server_version(self):
             return "2.51.0"
 
@@ -144,10 +112,34 @@ def test_a_server_that_hides_its_configuration_can_still_be_asked(kind, monkeypa
         def task(self):
             raise kind("not here")
 
-    monkeypatch.setattr(command_line, "HttpClient", Hiding)
-    described, task = command_line._look_at_server("h:1", "http", None, {})
-    assert task == Task() and described["triton_version"] == "2.51.0"
-    assert Hiding.opened.pop().closed
+    assert command_line._look_at_server(Hiding(), []) == ("2.51.0", Task())
+
+
+@pytest.mark.parametrize(
+    ("outputs", "said"),
+    [
+        ([{"name": "logits", "shape": [-1, 3]}], "--labels has 2 names, the model 3 classes"),
+        ([{"name": "embedding", "shape": [-1, 3]}], "has no head, so --labels names nothing"),
+        ([{"name": "logits", "shape": [-1, 2]}], None),
+        ([{"name": "logits", "shape": [-1, -1]}], None),  # a server that leaves it open
+    ],
+)
+def test_labels_are_held_against_the_models_outputs(outputs, said):
+    class Described(FakeClient):
+        def server_version(self):
+            return "2.51.0"
+
+        def metadata(self, model=None):
+            return {"outputs": outputs if model == "router" else []}
+
+        def task(self):
+            return Task("classes")
+
+    if said is None:
+        assert command_line._look_at_server(Described(), ["ant", "bee"])[1] == Task("classes")
+        return
+    with pytest.raises(UsageError, match=said):
+        command_line._look_at_server(Described(), ["ant", "bee"])
 
 
 # --- what is shown -----------------------------------------------------------------------------
@@ -182,9 +174,6 @@ def answering(*logits):
     return [Outcome(Path("x.jpg"), found, None, 1.0)]
 
 
-SUMMARY = summarise(answering(1.0), 1.0)
-
-
 def test_independent_labels_are_shown_as_a_set_each_with_its_own_probability():
     outcomes, labels = answering(2.0, -0.4, 0.0, 3.0), ["ant", "bee", "cow"]
     text = rendered(outcomes, 1, labels, Task("labels"))
@@ -195,7 +184,7 @@ def test_independent_labels_are_shown_as_a_set_each_with_its_own_probability():
     assert "top" not in text and "answer" in text
     strict = rendered(outcomes, 5, labels, Task("labels", 0.9))
     assert "label 3 95.3%" in strict and "ant" not in strict
-    (image,) = as_dict(outcomes, SUMMARY, 1, labels, Task("labels", 0.9))["images"]
+    (image,) = as_json(outcomes, 1, labels, Task("labels", 0.9))
     assert image["top"] is None
     assert image["labels"] == [
         {"index": 3, "label": None, "probability": pytest.approx(0.9526, abs=1e-4)}
@@ -205,20 +194,20 @@ def test_independent_labels_are_shown_as_a_set_each_with_its_own_probability():
 def test_an_empty_set_of_labels_says_which_came_nearest():
     outcomes = answering(-2.0, -0.4)
     assert "no label (bee 40.1%)" in rendered(outcomes, 5, ["ant", "bee"], Task("labels"))
-    assert as_dict(outcomes, SUMMARY, 5, None, Task("labels"))["images"][0]["labels"] == []
+    assert as_json(outcomes, task=Task("labels"))[0]["labels"] == []
 
 
 def test_one_label_is_no_class():
-    text = rendered(answering(0.4), 5, None, Task("labels"))
+    text = rendered(answering(0.4), task=Task("labels"))
     assert "label 0 59.9%" in text and "100.0%" not in text
 
 
 @pytest.mark.parametrize("task", [Task("value"), Task()])
 def test_one_output_is_shown_as_its_value_also_where_the_server_says_nothing(task):
-    text = rendered(answering(-1.5), 5, None, task)
+    text = rendered(answering(-1.5), task=task)
     assert "-1.5" in text and "class" not in text and "%" not in text
     assert "age -1.5" in rendered(answering(-1.5), 5, ["age"], task)
-    (image,) = as_dict(answering(-1.5), SUMMARY, 5, ["age"], task)["images"]
+    (image,) = as_json(answering(-1.5), 5, ["age"], task)
     assert (image["top"], image["values"]) == (None, [{"label": "age", "value": -1.5}])
 
 
@@ -233,27 +222,25 @@ def test_a_degraded_answer_is_told():
 
 
 def test_the_summary_counts_answers_only():
-    summary = summarise(OUTCOMES, wall_s=4.0)
+    summary = Summary.of(OUTCOMES, wall_s=4.0)
     assert (summary.images, summary.errors, summary.escalated) == (3, 1, 1)
     assert summary.escalation_rate == 0.5
     assert summary.latency_ms_p50 == 20.0
     assert summary.latency_ms_p95 == pytest.approx(29.0)
     assert summary.images_per_s == 0.5
-    assert summary_line(summary) == (
+    assert str(summary) == (
         "3 images, 1 errors, 1 escalated (50.0%), latency p50 20.0 ms p95 29.0 ms, 0.5 images/s"
     )
 
 
 def test_a_summary_of_nothing_but_errors_has_no_figures():
-    summary = summarise(OUTCOMES[2:], wall_s=1.0)
+    summary = Summary.of(OUTCOMES[2:], wall_s=1.0)
     assert summary.escalation_rate is None
-    assert summary_line(summary) == "1 images, 1 errors"
+    assert str(summary) == "1 images, 1 errors"
 
 
 def test_json_is_strict_json():
-    found = as_dict(OUTCOMES, summarise(OUTCOMES, 1.0), 1, ["ant", "bee", "cow"])
-    text = json.dumps(found, allow_nan=False)
-    easy, hard, refused = json.loads(text)["images"]
+    easy, hard, refused = as_json(OUTCOMES, 1, ["ant", "bee", "cow"])
     assert easy["top"] == [{"class": 1, "label": "bee", "probability": pytest.approx(0.7)}]
     assert easy["embedding_norm"] == 5.0
     assert hard["score"] is None and hard["escalated"] is True
@@ -268,8 +255,8 @@ def test_json_is_strict_json():
     [
         (["nowhere"], "nowhere does not exist"),
         (["."], "holds no image"),
-        (["a.png", "--policy", "medium"], "--policy must be auto, low or high"),
-        (["a.png", "--protocol", "smtp"], "--protocol must be grpc or http"),
+        (["a.png", "--policy", "medium"], "'medium' is not one of 'auto', 'low', 'high'"),
+        (["a.png", "--protocol", "smtp"], "'smtp' is not one of 'grpc', 'http'"),
         (["a.png", "--threshold", "much"], "--threshold"),
         (["a.png", "--threshold", "nan"], "--threshold"),
         (["a.png", "--threshold", "1", "--policy", "low"], "no meaning with --policy low"),
@@ -281,7 +268,8 @@ def test_json_is_strict_json():
         (["a.png", "--timeout-s", "0"], "--timeout-s must be a positive number"),
         (["a.png", "--timeout-s", "nan"], "--timeout-s must be a positive number"),
         (["a.png", "--retries", "-1"], "--retries"),
-        (["a.png", "--tls-cert", "a.png"], "--tls-cert and --tls-key belong together"),
+        (["a.png", "--tls-cert", "a.png"], "TLS has a client cert without a key"),
+        (["a.png", "--tls-key", "a.png"], "TLS has a client key without a cert"),
         (["a.png", "--tls-ca", "none.pem"], "cannot read none.pem for TLS: No such file"),
         (["a.png", "--tls-ca", "a.png"], "a.png holds no certificate in PEM format"),
         (["a.png", "--admin-key-file", "none"], "cannot read the admin key from none: No such"),

@@ -1,7 +1,5 @@
 """What the clients put on the wire and read from it."""
 
-import math
-
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc_protocol
@@ -14,7 +12,6 @@ from client.messages import (
     as_batch,
     build_input,
     encode_images,
-    number_or_none,
     predictions,
     request_parameters,
 )
@@ -188,8 +185,3 @@ def test_a_parameter_that_is_neither_text_nor_number_is_refused():
 def test_a_version_that_no_model_has_is_refused(version):
     with pytest.raises(InvalidRequestError, match="version must be a whole number from 1"):
         request(version=version)
-
-
-def test_json_gets_null_for_nan():
-    assert number_or_none(math.nan) is None
-    assert number_or_none(0.5) == 0.5

@@ -1,0 +1,224 @@
+"""Many files asked about at once, and their outcomes: figures, a table for people, JSON."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from .core import BlockingCore
+from .errors import ClientError
+from .messages import Prediction, Task
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one file: a prediction or an error.
+
+    Attributes:
+        file: as found.
+        prediction: None where `error` is set.
+        error: one line, None where `prediction` is set.
+        latency_ms: from sending the bytes to having read the answer, with all tries.
+    """
+
+    file: Path
+    prediction: Prediction | None
+    error: str | None
+    latency_ms: float
+
+
+def ask(
+    client: BlockingCore,
+    files: Sequence[Path],
+    concurrency: int,
+    done: Callable[[], None],
+    **options: Any,
+) -> list[Outcome]:
+    """Ask about files, one image per request.
+
+    Args:
+        client: open, and left open.
+        files: images.
+        concurrency: requests in flight, at least 1.
+        done: called after each file.
+        options: of `infer`, the same for every file.
+
+    Returns:
+        One outcome per file, in the order of `files`. A refused file does not stop the rest.
+    """
+
+    def ask_one(file: Path) -> Outcome:
+        prediction, error, started = None, None, time.perf_counter()
+        try:
+            image = file.read_bytes()
+            started = time.perf_counter()
+            (prediction,) = client.infer([image], **options)
+        except OSError as failure:
+            error = f"cannot read it: {failure.strerror}"
+        except ClientError as failure:
+            error = str(failure)
+        return Outcome(file, prediction, error, (time.perf_counter() - started) * 1e3)
+
+    with ThreadPoolExecutor(concurrency) as pool:
+        futures = [pool.submit(ask_one, file) for file in files]
+        try:
+            for _ in as_completed(futures):
+                done()
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [future.result() for future in futures]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Figures over all files; None where no file was answered.
+
+    Attributes:
+        images: files asked about.
+        errors: files without an answer.
+        escalated: answers from the full rung.
+        escalation_rate: share of the answers, 0..1.
+        latency_ms_p50: median over the answers.
+        latency_ms_p95: 95th percentile over the answers.
+        images_per_s: answers per second of wall time.
+    """
+
+    images: int
+    errors: int
+    escalated: int
+    escalation_rate: float | None
+    latency_ms_p50: float | None
+    latency_ms_p95: float | None
+    images_per_s: float | None
+
+    @classmethod
+    def of(cls, outcomes: Sequence[Outcome], wall_s: float) -> Summary:
+        """Figures over one outcome per file, `wall_s` from the first request to the last answer."""
+        answers = [outcome.prediction for outcome in outcomes if outcome.prediction]
+        latencies = [outcome.latency_ms for outcome in outcomes if outcome.prediction]
+        escalated = sum(answer.escalated for answer in answers)
+        errors = len(outcomes) - len(answers)
+        if not answers:
+            return cls(len(outcomes), errors, escalated, None, None, None, None)
+        p50, p95 = (float(latency) for latency in np.percentile(latencies, [50, 95]))
+        share, speed = escalated / len(answers), len(answers) / wall_s
+        return cls(len(outcomes), errors, escalated, share, p50, p95, speed)
+
+    def __str__(self) -> str:
+        line = f"{self.images} images, {self.errors} errors"
+        if self.escalation_rate is None:
+            return line
+        return (
+            f"{line}, {self.escalated} escalated ({self.escalation_rate:.1%}), "
+            f"latency p50 {self.latency_ms_p50:.1f} ms p95 {self.latency_ms_p95:.1f} ms, "
+            f"{self.images_per_s:.1f} images/s"
+        )
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What is shown of an answer.
+
+    Attributes:
+        task: what the logits mean.
+        top: how many classes.
+        labels: the name of output i at position i; outputs beyond them have none.
+    """
+
+    task: Task = Task()
+    top: int = 5
+    labels: Sequence[str] = ()
+
+    def outputs(self, prediction: Prediction) -> tuple[str | None, list[tuple[int, float]]]:
+        """The task's kind, and the outputs to show: index and value, or probability in 0..1."""
+        kind = self.task.kind_of(prediction)
+        if kind == "classes":
+            return kind, prediction.top(self.top)
+        if kind == "labels":
+            return kind, prediction.label_set(self.task.label_threshold)
+        return kind, [] if prediction.logits is None else [*enumerate(prediction.logits.tolist())]
+
+    def as_text(self, prediction: Prediction) -> str:
+        """One line for each output that is shown."""
+        kind, outputs = self.outputs(prediction)
+        if kind is None:
+            return f"|embedding| {np.linalg.norm(prediction.embedding):.3f}"
+        if kind == "value":
+            if len(outputs) == 1 and not self.labels:
+                return f"{outputs[0][1]:.6g}"
+            return "\n".join(f"{self.name(i) or f'value {i}'} {value:.6g}" for i, value in outputs)
+        noun = "label" if kind == "labels" else "class"
+        nearest = outputs or prediction.probabilities()[:1]
+        lines = (f"{self.name(i) or f'{noun} {i}'} {share:.1%}" for i, share in nearest)
+        return "\n".join(lines) if outputs else f"no label ({next(lines)})"
+
+    def as_dict(self, prediction: Prediction) -> dict[str, Any]:
+        """`top` of classes; None for what has none, which has `labels` or `values` beside it."""
+        kind, outputs = self.outputs(prediction)
+        named = [(index, self.name(index), number) for index, number in outputs]
+        if kind == "value":
+            return {"top": None, "values": [{"label": name, "value": v} for _, name, v in named]}
+        index_key = "index" if kind == "labels" else "class"
+        shares = [{index_key: i, "label": name, "probability": p} for i, name, p in named]
+        if kind == "labels":
+            return {"top": None, "labels": shares}
+        return {"top": shares if kind == "classes" else None}
+
+    def name(self, index: int) -> str | None:
+        """Of an output; None where nobody gave it one."""
+        return self.labels[index] if index < len(self.labels) else None
+
+
+def table(outcomes: Sequence[Outcome], shown: Shown) -> Table:
+    """One row per file: its answer, score and path, or its error."""
+    kinds = {shown.task.kind_of(o.prediction) for o in outcomes if o.prediction}
+    rows = Table("file", f"top {shown.top}" if "classes" in kinds and shown.top > 1 else "answer")
+    for column in ("score", "escalated", "latency ms"):
+        rows.add_column(column, justify="right", no_wrap=True)
+    rows.columns[0].overflow = "fold"  # a cut file name finds no file
+    for outcome in outcomes:
+        prediction = outcome.prediction
+        if prediction is None:
+            rows.add_row(Text(str(outcome.file)), Text(str(outcome.error), style="red"))
+            continue
+        path = "yes" if prediction.escalated else "no"
+        rows.add_row(
+            Text(str(outcome.file)),
+            Text(shown.as_text(prediction)),
+            # Four digits would show scores on both sides of a threshold as one number.
+            "-" if math.isnan(prediction.score) else str(np.float32(prediction.score)),
+            "wanted, full rung down" if prediction.degraded else path,
+            f"{outcome.latency_ms:.1f}",
+        )
+    return rows
+
+
+def as_dict(outcomes: Sequence[Outcome], summary: Summary, shown: Shown) -> dict[str, Any]:
+    """The same as the table and the summary's line, ready for JSON."""
+    return {"images": [_as_dict(one, shown) for one in outcomes], "summary": asdict(summary)}
+
+
+def _as_dict(outcome: Outcome, shown: Shown) -> dict[str, Any]:
+    prediction = outcome.prediction
+    fields: dict[str, Any] = {"file": str(outcome.file), "error": outcome.error}
+    if prediction is None:
+        return fields
+    return {
+        **fields,
+        **shown.as_dict(prediction),
+        "embedding_norm": float(np.linalg.norm(prediction.embedding)),
+        "score": prediction.score if math.isfinite(prediction.score) else None,
+        "escalated": prediction.escalated,
+        "degraded": prediction.degraded,
+        "latency_ms": outcome.latency_ms,
+    }
