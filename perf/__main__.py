@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import sys
+import json
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from client import ClientError
+from report import terminal
+from routing import RungSet
 from server import ServerError
 
 from .analyzer import install as install_analyzer
-from .costs.commands import app as costs_app
 from .figures import TOO_BUSY, PerfError, doubts_of, load_of
+
+Onnx = Annotated[Path, typer.Option(help="Folder that `export rungs` wrote.")]
+Images = Annotated[str, typer.Option(help="A folder of images, or `sample`.")]
 
 app = typer.Typer(
     help="Measure a served adaptive ViT, and what its calibration costs.",
@@ -24,7 +30,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.add_typer(costs_app)
 
 
 @app.callback(invoke_without_command=True)
@@ -52,7 +57,7 @@ class SuiteName(str, Enum):
 
 @app.command()
 def run(
-    images: Annotated[str, typer.Option(help="A folder of images, or `sample`.")] = "sample",
+    images: Images = "sample",
     suite: Annotated[
         SuiteName, typer.Option(help="Minutes: quick 3, full 30, on two cores.")
     ] = SuiteName.QUICK,
@@ -60,9 +65,7 @@ def run(
     sets: Annotated[
         str, typer.Option(help="Sets of images, mixed always among them.")
     ] = "easy,hard,mixed",
-    onnx: Annotated[Path, typer.Option(help="Folder that `export rungs` wrote.")] = Path(
-        "build/onnx"
-    ),
+    onnx: Onnx = Path("build/onnx"),
     calibration: Annotated[
         Path, typer.Option(help="Artifact that `calibration fit` wrote.")
     ] = Path("build/calibration/calibration.json"),
@@ -186,23 +189,121 @@ def table(
         print(f"{readme}: {'changed' if update_readme(readme, results) else 'as it was'}")
 
 
+@app.command()
+def scoring(
+    layers: Annotated[int, typer.Option(min=1, help="Transformer blocks L.")] = 12,
+    dim: Annotated[int, typer.Option(min=1, help="Embedding size D.")] = 384,
+    classes: Annotated[int, typer.Option(min=2, help="Classes C.")] = 21,
+) -> None:
+    """Time every signal's score as the router computes it, on random outputs."""
+    from .measure.attribution import SIGNAL_ROUNDS, all_signals
+
+    batches = (1, 16)
+    with Console(stderr=True).status("timing"):
+        columns = [all_signals(batch, layers, dim, classes) for batch in batches]
+    table = Table(title=f"ms per image, median of {SIGNAL_ROUNDS}; L={layers} D={dim} C={classes}")
+    table.add_column("signal")
+    for batch in batches:
+        table.add_column(f"batch {batch}", justify="right")
+    for name in columns[0]:
+        table.add_row(name, *(f"{column[name]:.3f}" for column in columns))
+    Console().print(table)
+
+
+@app.command("variants")
+def variants_command(
+    repositories: Annotated[list[Path], typer.Argument(help="Assembled model repositories.")],
+    onnx: Onnx = Path("build/onnx"),
+    images: Images = "sample",
+    limit: Annotated[int, typer.Option(min=1, help="Number of images.")] = 50,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each is sent.")] = 4,
+) -> None:
+    """Serve several repositories side by side and ask them in turn: what a change to one costs."""
+    from . import variants
+    from .measure.sets import load_pool
+
+    pool = load_pool(RungSet.load(onnx), images, limit)
+    with Progress(console=Console(stderr=True)) as progress:
+        requests = rounds * len(pool) * len(repositories) * len(variants.SYSTEMS)
+        task = progress.add_task("requests in turn", total=requests)
+        found = variants.measure(repositories, pool, rounds, lambda: progress.advance(task))
+    table = Table(title=f"{rounds * len(pool)} images each, in turn; medians, milliseconds")
+    router, ensemble = ("router adds", "ratio"), ("ensemble adds", "ratio of means")
+    table.add_column("repository", overflow="fold")  # told apart by the ends of their paths
+    for heading in ("cheap rung", *router, *ensemble):
+        table.add_column(heading, justify="right")
+    for repository, variant in zip(repositories, found, strict=True):
+        table.add_row(
+            str(repository),
+            f"{variant.low_ms:.2f}",
+            f"{variant.router_adds_ms:.2f}",
+            "–" if variant.disturbed else f"{variant.router_overhead:.3f}",
+            f"{variant.ensemble_adds_ms:.2f}",
+            "–" if variant.disturbed else f"{variant.ensemble_over_router:.3f}",
+        )
+    Console().print(table)
+    if any(variant.disturbed for variant in found):
+        typer.echo(f"–: {TOO_BUSY}, a part took longer than the whole")
+
+
+@app.command()
+def serving(
+    onnx: Onnx = Path("build/onnx"),
+    images: Images = "sample",
+    limit: Annotated[int, typer.Option(min=1, help="Number of images.")] = 32,
+    graphs: Annotated[str, typer.Option(help="Names of graphs with commas; all if empty.")] = "",
+    instances: Annotated[int, typer.Option(min=1, help="Of each graph.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each instance.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Images per request.")] = 8,
+    turns: Annotated[int, typer.Option(min=1, help="How often each is measured.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Time every exported graph as Triton serves it here, the graphs in turn."""
+    from . import prices
+    from .measure.sets import load_pool
+
+    rung_set, served = RungSet.load(onnx), prices.Served(instances, threads, batch, turns)
+    names = [name.strip() for name in graphs.split(",") if name.strip()]
+    total = prices.steps(rung_set, names, served)
+    pool = load_pool(rung_set, images, limit)
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("graphs in turn", total=total)
+        found = prices.price(
+            rung_set,
+            names,
+            pool,
+            served,
+            lambda: progress.advance(task),
+            again=lambda words: progress.reset(task, description=words),
+        )
+    if as_json:
+        typer.echo(json.dumps({**asdict(served), "images": len(pool), "graphs": found}, indent=2))
+        return
+    table = Table(title=f"medians of {turns} turns; {instances} requests in flight; milliseconds")
+    table.add_column("graph")
+    headings = ("lone request", f"per image, batch {batch}", "server's CPU")
+    for heading in (*headings, "cost / vit_high", "by CPU"):
+        table.add_column(heading, justify="right")
+    for name, entry in found.items():
+        ratios = (entry["cost_ratio"], entry["cpu_cost_ratio"])
+        table.add_row(
+            name,
+            *(_median(entry[key], ".2f") for key in ("latency_ms", "ms_per_image")),
+            _median(entry["server_cpu_ms"], ".2f"),
+            *(_median(None if entry["disturbed"] else ratio, ".3f") for ratio in ratios),
+        )
+    Console().print(table)
+    if prices.disturbed(found):
+        typer.echo(f"–: {TOO_BUSY}, clock and CPU time differ by more than 15 %")
+
+
+def _median(spread: dict[str, Any] | None, how: str) -> str:
+    return "–" if spread is None else format(spread["median"], how)
+
+
 def main() -> None:
     """Run the command line; a foreseeable error is one line and exit code 2."""
-    try:
-        code = app(standalone_mode=False)
-    except typer.TyperException as error:
-        message = " ".join(error.format_message().split())
-    except (ClientError, ServerError, ValueError) as error:  # every error about input is one
-        message = " ".join(str(error).split())
-    except OSError as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    except (KeyboardInterrupt, typer.Abort):
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    else:
-        sys.exit(code)
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    terminal.run(app, (ClientError, ServerError, ValueError))
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ has no counter of its own is what is left of the one around it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import mean, median
 from typing import Any
 
 import numpy as np
 
-from routing import Calibration, RungOutputs
+from routing import SIGNALS, Calibration, RungOutputs, RungRecord, ScoreMap
 
 from ..figures import PerfError
 from ..harness import Asker
@@ -22,6 +22,8 @@ from .systems import System
 from .target import Target
 
 SCORING_ROUNDS = 200
+SIGNAL_ROUNDS = 2000
+_LENS_DEPTH = 3
 PATIENCE_S = 5.0  # for the server to count the last request
 _NO_TIMES = ModelTimes(0, 0, 0, 0, 0, 0, 0)
 
@@ -132,18 +134,73 @@ def together(
 
 
 def scoring_ms(calibration: Calibration) -> float:
-    """Milliseconds to score one image with the artifact, the median of many, in this process."""
+    """Milliseconds to score one image with the artifact, the median of many, in this process.
+
+    The outputs are random: the cost of a signal depends on shapes, not on values.
+    """
+    shape = (calibration.layers, calibration.embedding_dim, calibration.classes)
+    return _medians_ms([calibration], _outputs(1, *shape), SCORING_ROUNDS)[calibration.signal]
+
+
+def all_signals(batch: int, layers: int, dim: int, classes: int) -> dict[str, float]:
+    """Median time of one score in milliseconds per image, by signal; the signals take turns."""
+    rows = _outputs(batch, layers, dim, classes)
+    found = _medians_ms(list(_artifacts(layers, dim, classes)), rows, SIGNAL_ROUNDS)
+    return {signal: ms / batch for signal, ms in found.items()}
+
+
+def _medians_ms(
+    calibrations: Sequence[Calibration], outputs: RungOutputs, rounds: int
+) -> dict[str, float]:
+    times: dict[str, list[float]] = {calibration.signal: [] for calibration in calibrations}
+    for _ in range(rounds):
+        for calibration in calibrations:
+            start = time.perf_counter()
+            calibration.score(outputs)
+            times[calibration.signal].append(time.perf_counter() - start)
+    return {signal: 1e3 * median(taken) for signal, taken in times.items()}
+
+
+def _outputs(batch: int, layers: int, dim: int, classes: int | None) -> RungOutputs:
+    """Random outputs of a cheap rung: L = `layers` blocks, D = `dim`, C = `classes`."""
     rng = np.random.default_rng(0)
-    shape = (1, calibration.layers + 1, calibration.embedding_dim)
-    classes = calibration.classes
-    outputs = RungOutputs(
-        rng.standard_normal((1, calibration.embedding_dim), dtype=np.float32),
-        rng.standard_normal(shape, dtype=np.float32),
-        None if classes is None else rng.standard_normal((1, classes), dtype=np.float32),
+    return RungOutputs(
+        rng.standard_normal((batch, dim), dtype=np.float32),
+        rng.standard_normal((batch, layers + 1, dim), dtype=np.float32),
+        None if classes is None else rng.standard_normal((batch, classes), dtype=np.float32),
     )
-    took = []
-    for _ in range(SCORING_ROUNDS):
-        start = time.perf_counter()
-        calibration.score(outputs)
-        took.append(time.perf_counter() - start)
-    return 1e3 * median(took)
+
+
+def _artifacts(layers: int, dim: int, classes: int) -> Iterator[Calibration]:
+    """One artifact for each signal, with coefficients of the right shapes."""
+    rng = np.random.default_rng(0)
+    lens = {
+        "lens_weights": rng.normal(size=(_LENS_DEPTH, dim, classes)).astype(np.float32),
+        "lens_bias": rng.normal(size=(_LENS_DEPTH, classes)).astype(np.float32),
+    }
+    lengths = {
+        "cls_regression": 3 * layers + 1 + dim,
+        "layer_lens": 3 * _LENS_DEPTH,
+        "deferral": 4 + 3 * _LENS_DEPTH,
+    }
+    for name, signal in SIGNALS.items():
+        if not signal.applies_to("classes"):
+            continue
+        coefficients = {key: lens[key] for key in signal.coefficients if key in lens}
+        if "weights" in signal.coefficients:
+            coefficients["weights"] = rng.normal(size=lengths[name])
+            coefficients["bias"] = np.zeros(1)
+        yield Calibration(
+            backbone="random",
+            rungs={rung: RungRecord(0, "", "") for rung in ("vit_low", "vit_high")},
+            image_shape=(3, 1, 1),
+            preprocessing_sha256="",
+            embedding_dim=dim,
+            layers=layers,
+            classes=classes,
+            signal=name,
+            coefficients=coefficients,
+            score_map=ScoreMap(1, tuple(np.linspace(-1, 1, 32)), tuple(np.linspace(0, 9, 32))),
+            threshold=1.0,
+            chosen_by={"threshold": 1.0},
+        )

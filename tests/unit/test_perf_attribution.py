@@ -5,8 +5,9 @@ from tritonclient.grpc.service_pb2 import ModelStatisticsResponse
 
 from perf.figures import PerfError
 from perf.measure import attribution
-from perf.measure.attribution import attribute, parts, scoring_ms, together
+from perf.measure.attribution import all_signals, attribute, parts, scoring_ms, together
 from perf.measure.server_times import ModelTimes, server_times, since
+from tests.unit.calibration_outputs import CLASS_SIGNALS
 from tests.unit.fakes import make_calibration
 from tests.unit.perf_measured import make_answer, make_system, make_times
 
@@ -184,3 +185,9 @@ def test_between_two_readings_only_models_that_were_asked_count():
     before = {"a": make_times(2, infer=10), "b": make_times(5, infer=50)}
     after = {"a": make_times(5, queue=1, infer=25), "b": make_times(5, infer=50), "new": TIMES}
     assert since(before, after) == {"a": make_times(3, queue=1, infer=15)}
+
+
+def test_every_signal_is_timed(monkeypatch):
+    monkeypatch.setattr(attribution, "SIGNAL_ROUNDS", 3)
+    found = all_signals(2, layers=4, dim=8, classes=5)
+    assert set(found) == set(CLASS_SIGNALS) and all(ms > 0 for ms in found.values())

@@ -13,7 +13,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from typer.testing import CliRunner
 
 from perf import prices
-from perf.costs.commands import app
+from perf.__main__ import app
 from perf.figures import PerfError
 from perf.harness import ONE_BY_ONE
 from perf.measure.sets import Pool

@@ -6,33 +6,40 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from perf.costs import variants
-from perf.costs.commands import app
-from perf.costs.variants import SYSTEMS, Variant, measure
-from perf.harness import Answer
+from perf import variants
+from perf.__main__ import app
+from perf.harness import ONE_BY_ONE, Paired
 from perf.measure.sets import Pool
+from perf.variants import SYSTEMS, Variant, measure
+from tests.unit.perf_measured import make_answer
 from tests.unit.perf_workplace import write_repository, write_rungs
 
 
+def variant(low, router, ensemble):
+    """A variant whose images took these milliseconds."""
+    taken = dict(zip((system.name for system in SYSTEMS), (low, router, ensemble), strict=True))
+    return Variant.of(Paired([{n: [make_answer(ms) for ms in mss] for n, mss in taken.items()}]))
+
+
 def test_figures_by_hand():
-    variant = Variant(low=[10, 20, 40], router=[12, 21, 48], ensemble=[15, 25, 60])
-    assert variant.low_ms == 20
-    assert variant.router_adds_ms == 2  # of 2, 1, 8
-    assert variant.router_overhead == pytest.approx(1.2)  # of 1.2, 1.05, 1.2
-    assert variant.ensemble_adds_ms == 4  # of 3, 4, 12
-    assert variant.ensemble_over_router == pytest.approx(100 / 81)
+    found = variant(low=[10, 20, 40], router=[12, 21, 48], ensemble=[15, 25, 60])
+    assert found.low_ms == 20
+    assert found.router_adds_ms == 2  # of 2, 1, 8
+    assert found.router_overhead == pytest.approx(1.2)  # of 1.2, 1.05, 1.2
+    assert found.ensemble_adds_ms == 4  # of 3, 4, 12
+    assert found.ensemble_over_router == pytest.approx(100 / 81)
 
 
 def test_a_router_faster_than_its_own_rung_is_not_believed():
-    assert not Variant(low=[20], router=[19.5], ensemble=[19.0]).disturbed  # noise
-    assert Variant(low=[20], router=[18], ensemble=[25]).disturbed
-    assert Variant(low=[20], router=[25], ensemble=[20]).disturbed
+    assert not variant(low=[20], router=[19.5], ensemble=[19.0]).disturbed  # noise
+    assert variant(low=[20], router=[18], ensemble=[25]).disturbed
+    assert variant(low=[20], router=[25], ensemble=[20]).disturbed
 
 
 def test_no_ratio_of_a_disturbed_variant_is_printed(monkeypatch):
-    found = [Variant([20], [18], [25]), Variant([20], [22], [33])]
+    found = [variant([20], [18], [25]), variant([20], [22], [33])]
     monkeypatch.setattr(variants, "measure", lambda *arguments: found)
-    monkeypatch.setattr("perf.costs.commands.RungSet.load", lambda folder: None)
+    monkeypatch.setattr("perf.__main__.RungSet.load", lambda folder: None)
     monkeypatch.setattr("perf.measure.sets.load_pool", lambda *arguments: range(50))
     printed = CliRunner().invoke(app, ["variants", "one", "other"]).stdout
     assert "0.900" not in printed and "1.389" not in printed
@@ -46,11 +53,12 @@ class FakeAsker:
     def __init__(self, number, asked):
         self.number, self.asked = number, asked
 
-    def ask(self, system, rows):
-        (row,) = rows
-        self.asked.append((self.number, system.name, row))
-        latency_ms = 1000 * self.number + 100 * SYSTEMS.index(system) + row
-        return [Answer(float(latency_ms), np.zeros(4, np.float32), None, False, 0.0)]
+    def ask(self, system, rows, load):
+        assert load == ONE_BY_ONE
+        name = system.name.split()[1]
+        self.asked += [(self.number, name, row) for row in rows]
+        place = [system.name for system in SYSTEMS].index(name)
+        return [make_answer(float(1000 * self.number + 100 * place + row + 1)) for row in rows]
 
 
 def test_every_variant_is_asked_about_every_image_in_a_new_order(monkeypatch):
@@ -64,14 +72,17 @@ def test_every_variant_is_asked_about_every_image_in_a_new_order(monkeypatch):
     monkeypatch.setattr(variants, "_serving", serving)
     done = []
     found = measure(["one", "other"], pool, 2, lambda: done.append(1))
-    assert len(done) == 2 * images
-    warmed_up = 2 * len(SYSTEMS) * variants.WARMUP
+    assert len(done) == 2 * images * 2 * len(SYSTEMS)
+    warmed_up = 2 * len(SYSTEMS) * variants.WARM_UP
     assert len(asked) == warmed_up + 2 * images * 2 * len(SYSTEMS)
-    assert found[1].router == 2 * [1100 + row for row in range(images)]
-    assert found[0].ensemble == 2 * [200 + row for row in range(images)]
-    turns = [tuple(turn[:2] for turn in asked[i : i + 6]) for i in range(warmed_up, len(asked), 6)]
-    assert {frozenset(turn) for turn in turns} == {frozenset(turns[0])}
-    assert len(set(turns)) > 6
+    assert found[0].low_ms == 3.5 and found[1].low_ms == 1003.5
+    assert found[0].router_adds_ms == found[1].ensemble_adds_ms == 100
+    turns = [asked[i : i + 6] for i in range(warmed_up, len(asked), 6)]
+    assert [turn[0][2] for turn in turns] == 2 * [*range(images)]
+    assert all(len({row for *_, row in turn}) == 1 for turn in turns)
+    orders = [tuple(turn[:2] for turn in turn) for turn in turns]
+    assert {frozenset(order) for order in orders} == {frozenset(orders[0])}
+    assert len(set(orders)) > 6
 
 
 def test_the_routers_start_check_runs_in_no_measurement(tmp_path, monkeypatch):

@@ -1,1 +1,0 @@
-"""What single parts cost: scoring, `calibration fit` and `collect`, a change to a repository."""
