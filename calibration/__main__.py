@@ -15,10 +15,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from bundle.graphs import GraphsError, GraphSet
 from bundle.prints import Looks, among, find_copies
 from imaging import PreprocessingError
 from report.calibration_page import write_calibration
-from routing import SIGNALS, Calibration, CalibrationError, RungSet, RungSetError
+from routing import SIGNALS, Calibration, CalibrationError
 
 from .align import ALIGN_SHARE, fit_alignment
 from .certify import METHODS, CertifyError, Goal
@@ -148,7 +149,7 @@ def collect_command(
     tls_key: TlsKeyOption = None,
 ) -> None:
     """Run both rungs over images with ONNX Runtime, or on a server, and store outputs; resumes."""
-    rung_set = RungSet.load(onnx)
+    rung_set = GraphSet.load(onnx)
     try:
         with _served(url, rung_set, tls_ca, tls_cert, tls_key) as served:
             _collect(rung_set, _open(images, limit, seed), out, served)
@@ -158,7 +159,7 @@ def collect_command(
     with np.load(out, allow_pickle=False) as arrays:  # these only: the rest may be gigabytes
         hashes, looks = arrays["hashes"].tolist(), arrays["looks"]
     _tell_copies(hashes, looks)
-    learned = int(among(hashes, looks, rung_set.fitted_on).sum())
+    learned = int(among(hashes, looks, rung_set.learned()).sum())
     if learned:
         console.print(f"{_learned(learned)}; fit leaves them out", highlight=False)
     print(f"wrote {out}")
@@ -176,7 +177,7 @@ def analyse_command(
     as_json: JsonOption = False,
 ) -> None:
     """Show how much, and for which images, the full rung changes the outcome."""
-    stored, rung_set = Outputs.load(outputs), RungSet.load(onnx)
+    stored, rung_set = Outputs.load(outputs), GraphSet.load(onnx)
     _check_collected(stored, rung_set)
     stored = _unlearned(stored, rung_set)
     if not len(stored):
@@ -238,7 +239,7 @@ def fit_command(
     target = _target(max_risk, confidence, method, escalation_rate, threshold)
     if require_certificate and not isinstance(target, Goal):
         raise FitError("--require-certificate needs --max-risk")
-    rung_set = RungSet.load(onnx)
+    rung_set = GraphSet.load(onnx)
     asked = Fidelity.asked(rung_set.task, fidelity, tolerance, relative, label_threshold)
     options = Options(asked, signal, group_by, seed)
     if not isinstance(target, Goal) and (reason := depends_on_batch(rung_set)) is not None:
@@ -290,7 +291,7 @@ def align_command(
 
     The images it learns from are left out when the aligned rung is calibrated.
     """
-    stored, rung_set = Outputs.load(outputs), RungSet.load(onnx)
+    stored, rung_set = Outputs.load(outputs), GraphSet.load(onnx)
     _check_collected(stored, rung_set)
     stored = _unlearned(stored, rung_set)
     groups = group_keys(stored, group_by)
@@ -345,7 +346,7 @@ def evaluate_command(
     as_json: JsonOption = False,
 ) -> None:
     """Hold an artifact against new images; exit 1 where they contradict its certificate."""
-    artifact, rung_set = Calibration.load(calibration), RungSet.load(onnx)
+    artifact, rung_set = Calibration.load(calibration), GraphSet.load(onnx)
     check_artifact(artifact, Made.by(rung_set))  # before images are run through them
     source = _open(images, limit, seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -371,7 +372,7 @@ def report_command(
     out: Annotated[Path, typer.Option(help="Page to write.")] = FOLDER / "report.html",
 ) -> None:
     """Write report.html: certificate, risk against escalation, signals, galleries, analysis."""
-    artifact, rung_set = Calibration.load(calibration), RungSet.load(onnx)
+    artifact, rung_set = Calibration.load(calibration), GraphSet.load(onnx)
     stored = without_learned(Outputs.load(outputs), rung_set)
     record = FitRecord.load(record_path(calibration), stored, calibration)
     with console.status("drawing"):
@@ -382,12 +383,12 @@ def report_command(
     print(f"wrote {out}")
 
 
-def _check_collected(outputs: Outputs, rung_set: RungSet) -> None:
+def _check_collected(outputs: Outputs, rung_set: GraphSet) -> None:
     if outputs.rung_hashes != rung_set.fingerprints():
         raise OutputsError("the outputs were collected with other ONNX files; collect again")
 
 
-def _unlearned(outputs: Outputs, rung_set: RungSet) -> Outputs:
+def _unlearned(outputs: Outputs, rung_set: GraphSet) -> Outputs:
     """Without the images that a graph has learned from, and saying so."""
     kept = without_learned(outputs, rung_set)
     if len(kept) < len(outputs):
@@ -413,7 +414,7 @@ def _source_of(outputs: Outputs) -> ImageSource | None:
 
 @contextmanager
 def _served(
-    url: str | None, rung_set: RungSet, ca: Path | None, certificate: Path | None, key: Path | None
+    url: str | None, rung_set: GraphSet, ca: Path | None, certificate: Path | None, key: Path | None
 ) -> Iterator[ServedRungs | None]:
     """The rungs of the server at a URL; None where there is no URL."""
     secrets = credentials(ca, certificate, key)
@@ -423,12 +424,14 @@ def _served(
         yield None
         return
     with ServedRungs(url, rung_set, secrets) as served:
-        if rung_set.reference is not None:
+        if rung_set.reference_record is not None:
             _say("the reference is another graph than the full rung, is not served, and runs here")
         yield served
 
 
-def _collect(rung_set: RungSet, source: ImageSource, out: Path, served: ServedRungs | None) -> None:
+def _collect(
+    rung_set: GraphSet, source: ImageSource, out: Path, served: ServedRungs | None
+) -> None:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -502,7 +505,7 @@ def main() -> None:
         ImagesError,
         OutputsError,
         PreprocessingError,
-        RungSetError,
+        GraphsError,
         ServedError,
         SplitError,
     ) as error:

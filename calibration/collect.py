@@ -21,9 +21,10 @@ import onnxruntime as ort
 import PIL
 from numpy.typing import NDArray
 
+from bundle.graphs import GraphsError, GraphSet
 from bundle.prints import LOOK_BYTES, looks_sha256
 from imaging import Preprocessing, code_sha256
-from routing import RUNGS, RungOutputs, RungSet, RungSetError
+from routing import RUNGS, RungOutputs
 
 from .outputs import OutputsError, row_arrays, scalar_arrays
 from .parts import Parts
@@ -48,7 +49,7 @@ Progress = Callable[[int, bool], None]
 
 
 def collect(
-    rung_set: RungSet,
+    rung_set: GraphSet,
     source: ImageSource,
     out: Path,
     progress: Progress = lambda count, resumed: None,
@@ -77,7 +78,7 @@ def collect(
         ImagesError: no image, or more than 5 % unreadable; raised once that is certain. The parts
             stay; a rerun reads again those with unreadable images.
         OutputsError: `out` cannot be written.
-        RungSetError: an ONNX file is not the one that was exported.
+        GraphsError: an ONNX file is not the one that was exported.
         ServedError: the server does not answer, serves other rungs, or others than before.
     """
     if not len(source):
@@ -85,8 +86,8 @@ def collect(
     hashes = _check_files(rung_set)
     at_server = {} if served is None else served.graphs()
     sessions = {
-        name: open_session(file)
-        for name, (_, file) in rung_set.graphs().items()
+        name: open_session(graph.file)
+        for name, graph in rung_set.playing().items()
         if name not in at_server
     }
     graphs = {**at_server, **{name: _local(name, session) for name, session in sessions.items()}}
@@ -154,18 +155,16 @@ def _local(
     return lambda image: run_session(session, image, layers=name == "vit_low")
 
 
-def _check_files(rung_set: RungSet) -> dict[str, str]:
-    """The graphs' fingerprints; the files must be those in rungs.json."""
-    graphs = rung_set.graphs()
-    for record, file in graphs.values():
-        fault = record.fault(file, "differs from its SHA-256 in rungs.json")
-        if fault is not None:
-            raise RungSetError(f"{file.parent}: {fault}; run python -m export rungs again")
+def _check_files(rung_set: GraphSet) -> dict[str, str]:
+    """The graphs' fingerprints; the files must be those in graphs.json."""
+    for graph in rung_set.playing().values():
+        if (fault := graph.fault()) is not None:
+            raise GraphsError(f"{graph.file.parent}: {fault}; run python -m export rungs again")
     return rung_set.fingerprints()
 
 
 def _identity(
-    rung_set: RungSet,
+    rung_set: GraphSet,
     source: ImageSource,
     sessions: Mapping[str, ort.InferenceSession],
     asked: Sequence[Any],

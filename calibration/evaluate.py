@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import betabinom, binom, binomtest, fisher_exact, ks_2samp
 
+from bundle.graphs import GraphSet
 from bundle.prints import among
 from imaging import code_sha256
-from routing import RUNGS, Calibration, Overrides, RungSet, escalation_mask
+from routing import RUNGS, Calibration, Overrides, escalation_mask
 
 from .certify import one_per_group
 from .fidelity import Fidelity
@@ -257,14 +258,14 @@ class Made:
     truth_words: str
 
     @classmethod
-    def by(cls, rung_set: RungSet) -> Made:
+    def by(cls, rung_set: GraphSet) -> Made:
         """How `collect` will make them with these rungs."""
         return cls(
             rung_set.fingerprints(),
             rung_set.preprocessing_sha256(),
             code_sha256(),
             rung_set.task,
-            FULL_RUNG if rung_set.reference is None else FULL_MODEL,
+            FULL_RUNG if rung_set.reference_record is None else FULL_MODEL,
         )
 
 
@@ -288,7 +289,7 @@ def check_artifact(calibration: Calibration, outputs: Made) -> None:
     if outputs.preprocessing_sha256 != calibration.preprocessing_sha256:
         raise EvaluateError(
             "the outputs were made with another preprocessing than the artifact's; collect with "
-            "the rungs.json it was calibrated with, or calibrate again"
+            "the graphs.json it was calibrated with, or calibrate again"
         )
     if outputs.task != calibration.task:
         raise EvaluateError(
@@ -303,7 +304,7 @@ def check_artifact(calibration: Calibration, outputs: Made) -> None:
     if proved_about != outputs.truth_words:
         raise EvaluateError(
             f"the certificate is about the {proved_about}, the outputs hold answers against the "
-            f"{outputs.truth_words}; collect with the rungs.json it was calibrated with"
+            f"{outputs.truth_words}; collect with the graphs.json it was calibrated with"
         )
     if not len(calibration.reference_scores):
         raise EvaluateError("the artifact has no reference scores; run calibration fit again")

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bundle.graphs import GraphSet
 from bundle.prints import among, encode, find_copies
 from imaging import code_sha256
 from routing import (
     SIGNALS,
     Calibration,
     ReferenceAnswers,
-    RungSet,
     answer_depends_on_batch,
     answers_path,
 )
@@ -132,7 +132,7 @@ class Fit:
 
 def fit(
     outputs: Outputs,
-    rung_set: RungSet,
+    rung_set: GraphSet,
     target: Target,
     options: Options,
     progress: Callable[[], None] = lambda: None,
@@ -225,7 +225,7 @@ def fit(
         preprocessing_sha256=rung_set.preprocessing_sha256(),
         imaging_sha256=outputs.imaging_sha256,
         embedding_dim=rung_set.embedding_dim,
-        layers=rung_set.layers,
+        layers=rung_set.low_layers,
         classes=rung_set.classes,
         signal=name,
         coefficients=coefficients[name],
@@ -253,7 +253,7 @@ def fit(
             "image_prints": encode(outputs.hashes, outputs.looks),
         },
         reference_scores=_thinned(np.sort(scores[unfitted])),
-        reference=rung_set.reference,
+        reference=rung_set.reference_record,
         task=rung_set.task,
     )
     return Fit(calibration, splits, values, scores, loss, high_loss, unfitted)
@@ -278,7 +278,7 @@ def _threshold(
     return target.threshold, None
 
 
-def _check(outputs: Outputs, rung_set: RungSet, options: Options) -> None:
+def _check(outputs: Outputs, rung_set: GraphSet, options: Options) -> None:
     if outputs.rung_hashes != rung_set.fingerprints():
         raise FitError("the outputs were collected with other ONNX files; collect again")
     if outputs.preprocessing_sha256 != rung_set.preprocessing_sha256():
@@ -311,25 +311,25 @@ def _check(outputs: Outputs, rung_set: RungSet, options: Options) -> None:
         )
 
 
-def depends_on_batch(rung_set: RungSet) -> str | None:
+def depends_on_batch(rung_set: GraphSet) -> str | None:
     """Why nothing can be certified with these graphs, and the way out; None where it can."""
-    for name, (record, _) in rung_set.graphs().items():
-        if (reason := answer_depends_on_batch(record.recipe)) is not None:
+    for name, graph in rung_set.playing().items():
+        if (reason := answer_depends_on_batch(graph.record.recipe)) is not None:
             return (
-                f"{name} is {record.recipe}: {reason}, so nothing can be certified about it; "
+                f"{name} is {graph.record.recipe}: {reason}, so nothing can be certified about it; "
                 "export it with int8=static"
             )
     return None
 
 
-def without_learned(outputs: Outputs, rung_set: RungSet) -> Outputs:
+def without_learned(outputs: Outputs, rung_set: GraphSet) -> Outputs:
     """The outputs without those of images that something in a graph has learned from.
 
     `int8=static` learns ranges, `align` a map, and `--head linear` a head. On those images, in
     whatever form, a graph answers better than on any other, so nothing is fitted, certified or
     measured on them.
     """
-    return outputs.rows(np.flatnonzero(~among(outputs.hashes, outputs.looks, rung_set.fitted_on)))
+    return outputs.rows(np.flatnonzero(~among(outputs.hashes, outputs.looks, rung_set.learned())))
 
 
 def cross_validated_costs(

@@ -66,7 +66,7 @@ class Outputs:
         hashes: SHA-256 of the decoded pixels, `imaging.pixels_sha256`.
         looks: what finds an image again in another form, UINT8 (N, 29), `bundle.prints.look_of`.
         rung_hashes: fingerprint of each graph, `routing.RungRecord.fingerprint`.
-        preprocessing_sha256: of how their images were made, see `routing.RungSet`.
+        preprocessing_sha256: of how their images were made, see `bundle.graphs`.
         imaging_sha256: of the code that made them, `imaging.code_sha256`.
         source: opens the images again: see `images.open_images`.
         title: the source in words, without paths.

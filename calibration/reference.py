@@ -13,8 +13,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from bundle.graphs import GraphSet
 from imaging import Preprocessing
-from routing import ReferenceAnswers, RungSet
+from routing import ReferenceAnswers
 
 from .fit import Fit
 from .images import open_images
@@ -29,7 +30,7 @@ REFERENCE_IMAGES = 32
 def with_reference_answers(
     fitted: Fit,
     outputs: Outputs,
-    rung_set: RungSet,
+    rung_set: GraphSet,
     images: int = REFERENCE_IMAGES,
     say: Callable[[str], None] = lambda line: None,
 ) -> Fit:

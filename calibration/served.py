@@ -19,7 +19,8 @@ import tritonclient.grpc as triton
 from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
 
-from routing import RUNGS, RungOutputs, RungSet, is_outage
+from bundle.graphs import GraphSet
+from routing import RUNGS, RungOutputs, is_outage
 from routing.provenance import processor
 
 from .npz import NpzError, load_npz, save_npz
@@ -62,7 +63,7 @@ class ServedRungs:
     """
 
     def __init__(
-        self, url: str, rung_set: RungSet, credentials: grpc.ChannelCredentials | None = None
+        self, url: str, rung_set: GraphSet, credentials: grpc.ChannelCredentials | None = None
     ) -> None:
         self.url = url
         self._client = triton.InferenceServerClient(url, creds=credentials)
@@ -125,7 +126,7 @@ class ServedRungs:
                 ) from None
         raise AssertionError("a call that is out of tries raises")
 
-    def _check(self, name: str, rung_set: RungSet) -> None:
+    def _check(self, name: str, rung_set: GraphSet) -> None:
         served = self._ask(self._client.get_model_metadata, name, VERSION)
         found = {
             tensor.name: (tensor.datatype, [int(size) for size in tensor.shape[1:]])
@@ -136,7 +137,7 @@ class ServedRungs:
             "embedding": ("FP32", [rung_set.embedding_dim]),
         }
         if name == "vit_low":
-            expected["cls_layers"] = ("FP32", [rung_set.layers + 1, rung_set.embedding_dim])
+            expected["cls_layers"] = ("FP32", [rung_set.low_layers + 1, rung_set.embedding_dim])
         if rung_set.classes is not None or "logits" in found:
             expected["logits"] = ("FP32", [rung_set.classes or 0])
         for tensor, (datatype, shape) in expected.items():
@@ -149,7 +150,7 @@ class ServedRungs:
                 )
 
 
-def check_answers(served: ServedRungs, rung_set: RungSet, image: NDArray[np.float32]) -> Answers:
+def check_answers(served: ServedRungs, rung_set: GraphSet, image: NDArray[np.float32]) -> Answers:
     """Ask the server and the local graphs about the same images; what the server answers.
 
     Args:

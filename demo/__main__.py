@@ -11,9 +11,10 @@ from pathlib import Path
 from rich.console import Console
 from tritonclient.utils import InferenceServerException
 
+from bundle.graphs import GraphsError
 from client import ClientError
 from perf.figures import PerfError
-from routing import CalibrationError, RungSetError
+from routing import CalibrationError
 from server import ServerError
 
 from .errors import DemoError
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
         DemoError,
         InferenceServerException,
         PerfError,
-        RungSetError,
+        GraphsError,
         ServerError,
     ) as error:
         print(f"error: {error}", file=sys.stderr)

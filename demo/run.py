@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from bundle.graphs import GraphSet
 from calibration.sample import crops as sample_crops
 from imaging import Preprocessing
 from perf.environment import cpu_name
 from perf.measure.deployment import with_alternatives
 from perf.measure.target import Target
-from routing import Calibration, RungSet
+from routing import Calibration
 from server import TritonServer
 
 from .page import write_page
@@ -40,7 +41,7 @@ def serve_and_measure(road: Road) -> dict[str, Any]:
         The content of summary.json.
     """
     console.rule(f"[bold]{road.last_title}", align="left")
-    rung_set, calibration = RungSet.load(road.onnx), Calibration.load(road.artifact)
+    rung_set, calibration = GraphSet.load(road.onnx), Calibration.load(road.artifact)
     systems, labels = served_systems(rung_set), rung_set.labels or ()
     crops = list(sample_crops(TEST_CROPS, TEST_SEED))
     pool = image_pool(crops, Preprocessing.from_dict(rung_set.preprocessing))

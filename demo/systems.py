@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from bundle.graphs import GraphSet
 from perf.measure import systems as measured
 from perf.measure.systems import System
-from routing import RungRecord, RungSet
-
-from .errors import DemoError
+from routing import RungRecord
 
 LOW, HIGH, ADAPTIVE = "low", "high", "adaptive"
 RUNG = "vit_high"  # what the router escalates to
@@ -43,19 +42,15 @@ def asked(system: str, served: Mapping[str, str]) -> System:
     return System(name_of(system), system, served[system])
 
 
-def served_systems(rung_set: RungSet) -> dict[str, str]:
-    """The model to ask for each system, those of `CORE` first.
-
-    Raises:
-        DemoError: the full FP32 model is not among the graphs.
-    """
-    reference = _reference(rung_set)
+def served_systems(rung_set: GraphSet) -> dict[str, str]:
+    """The model to ask for each system, those of `CORE` first."""
+    reference = RUNG if rung_set.reference_record is None else rung_set.reference.name
     beside = [RUNG, *rung_set.alternatives]
     own = {name: name for name in beside if name != reference}
     return {LOW: "vit_low", HIGH: reference, ADAPTIVE: "router", **own}
 
 
-def recipes(rung_set: RungSet) -> dict[str, str]:
+def recipes(rung_set: GraphSet) -> dict[str, str]:
     """How each system that is a graph makes itself cheap."""
     records: dict[str, RungRecord] = {**rung_set.rungs, **rung_set.alternatives}
     return {
@@ -65,17 +60,7 @@ def recipes(rung_set: RungSet) -> dict[str, str]:
     }
 
 
-def resolutions_px(rung_set: RungSet) -> tuple[int, int]:
+def resolutions_px(rung_set: GraphSet) -> tuple[int, int]:
     """Of the cheap rung and of the full FP32 model."""
-    full = rung_set.reference or rung_set.rungs[RUNG]
+    full = rung_set.reference.record
     return rung_set.rungs["vit_low"].px, full.px
-
-
-def _reference(rung_set: RungSet) -> str:
-    """The full FP32 model's name on the server."""
-    if rung_set.reference is None:
-        return RUNG
-    for name, record in rung_set.alternatives.items():
-        if record.fingerprint == rung_set.reference.fingerprint:
-            return name
-    raise DemoError("the full model does not lie beside the planned cascade; plan again")

@@ -6,15 +6,16 @@ import json
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from bundle.graphs import GraphsError, GraphSet
+from bundle.recipe import Recipe, RecipeError
 from export.errors import ExportError, UsageError, first_line
 from export.progress import Steps
-from export.recipes.recipe import Recipe
 from export.repository import RepositoryError, assemble
 from export.settings import ClientParameters, OnHighFailure, ReferenceCheck, Settings
 from export.versions import add_version
@@ -25,8 +26,6 @@ from routing import (
     Calibration,
     CalibrationError,
     ManifestError,
-    RungSet,
-    RungSetError,
 )
 from routing.provenance import runtime_words
 from routing.reference import reference_words
@@ -109,9 +108,9 @@ def rungs(
     """Export the cheap and the full rung of a model to ONNX, checked against torch.
 
     A RECIPE is a list of px=N (resolution inside the graph), depth=N (first blocks only), tome=N
-    (tokens merged in each block), and int8, int8=static or fp16. Writes vit_low.onnx,
-    vit_high.onnx, rungs.json, labels.txt where there are labels, weights.bin where graphs share
-    weights, and for --beside px=140 static_140.onnx.
+    (tokens merged in each block), and int8, int8=static or fp16. Writes a graph for each, as
+    full.onnx and px112_int8static.onnx, graphs.json, labels.txt where there are labels, and
+    weights.bin where graphs share weights.
     """
     if (head is None) != (images is None):
         raise UsageError("--head linear and --images DIR go together")
@@ -134,11 +133,11 @@ def rungs(
         rtol=rtol,
         atol=atol,
     )
-    record = export_rungs(request, Steps(Console(stderr=True)))
+    graphs = export_rungs(request, Steps(Console(stderr=True)))
     if as_json:
-        typer.echo(json.dumps(record, indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(graphs.to_dict(), indent=2, ensure_ascii=False))
     else:
-        _print_summary(record, out)
+        _print_summary(graphs, out)
 
 
 @app.command("describe")
@@ -253,7 +252,7 @@ def repository(
         return
     if shadow is not None:
         raise UsageError("--shadow goes with --add-version")
-    assemble(RungSet.load(onnx), calibration, out, settings)
+    assemble(GraphSet.load(onnx), calibration, out, settings)
     artifact = Calibration.load(calibration)
     answers = reference_words(artifact.reference_answers)
     typer.echo(f"calibrated on {runtime_words(artifact.data.get('runtime'))}; {answers}")
@@ -292,37 +291,45 @@ def align_command(
     alignment: Annotated[
         Path, typer.Option(help="File that `python -m calibration align` wrote.")
     ] = Path("build/calibration/alignment.npz"),
-    graph: Annotated[str, typer.Option(help="vit_low, or an alternative.")] = "vit_low",
-    name: Annotated[
-        str | None, typer.Option(help="Write an alternative of this name (default: in its place).")
+    graph: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Default: the graph that is the cheap rung.")
     ] = None,
 ) -> None:
-    """Bake a fitted alignment into a cheap graph; collect and fit again afterwards."""
-    from export.shelf import align
+    """Bake a fitted alignment into a cheap graph; collect and fit again afterwards.
 
-    typer.echo(f"wrote {align(onnx, graph, Alignment.load(alignment), name)} in {onnx}")
+    The aligned graph, NAME_align, becomes the cheap rung; the one without stays beside it.
+    """
+    from export.align import align
+
+    graphs = GraphSet.load(onnx)
+    name = graphs.low.name if graph is None else graph
+    made = align(graphs, name, Alignment.load(alignment))
+    made.cast(f"{name}_align", made.high.name).save(onnx)
+    typer.echo(f"wrote {name}_align in {onnx}, which is the cheap rung now")
 
 
 @app.command("choose")
 def choose_command(
     onnx: Annotated[Path, typer.Option(help="Folder that `rungs` wrote.")],
-    low: Annotated[str, typer.Option(metavar="NAME", help="The graph that becomes vit_low.")],
-    high: Annotated[str, typer.Option(metavar="NAME", help="The graph that becomes vit_high.")],
+    low: Annotated[str, typer.Option(metavar="NAME", help="The graph that is the cheap rung.")],
+    high: Annotated[str, typer.Option(metavar="NAME", help="The graph that is the full rung.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    keep: Annotated[
+    beside: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="A graph to measure beside them; may be repeated."),
+        typer.Option(
+            metavar="NAME", help="A graph to lie beside them; may be repeated (default: all)."
+        ),
     ] = None,
 ) -> None:
-    """Make a pair of rungs of two graphs that were exported together."""
-    from export.shelf import choose
-
-    choose(onnx, low, high, keep or (), out)
+    """Let two graphs that were exported together be the rungs, in another folder."""
+    if out.resolve() == onnx.resolve():
+        raise UsageError(f"--out {out} holds the graphs to choose from; give another folder")
+    GraphSet.load(onnx).cast(low, high).place(out, beside)
     typer.echo(f"wrote {out}")
 
 
-def _head_words(record: dict[str, Any]) -> str:
-    count, task = record["classes"], record["task"]
+def _head_words(graphs: GraphSet) -> str:
+    count, task = graphs.classes, graphs.task
     if task is None:
         return "no head"
     if task == "classes":
@@ -330,23 +337,20 @@ def _head_words(record: dict[str, Any]) -> str:
     return f"{count} {task.removesuffix('s')}{'' if count == 1 else 's'}"
 
 
-def _print_summary(record: dict[str, Any], out: Path) -> None:
-    table = Table(title=f"{record['backbone']}, {_head_words(record)}", caption=f"in {out}")
+def _print_summary(graphs: GraphSet, out: Path) -> None:
+    table = Table(title=f"{graphs.backbone}, {_head_words(graphs)}", caption=f"in {out}")
     table.add_column("graph", no_wrap=True)  # its file is this and .onnx
     table.add_column("recipe", overflow="fold")  # a cut one could not be asked for again
     for heading in ("MiB", "difference to torch", "cosine to full"):
         table.add_column(heading)
-    reference = {"reference": record["reference"]} if record["reference"] else {}
-    for name, rung in {**record["rungs"], **reference, **record["alternatives"]}.items():
-        checks = [check for check in record["parity"]["checks"] if check["rung"] == name]
-        worst = max((check["max_abs_diff"] for check in checks), default=None)
-        size_mib = (out / rung["file"]).stat().st_size / 2**20
+    for name, graph in graphs.graphs.items():
+        worst = max((check["max_abs_diff"] for check in graph.notes["checks"]), default=None)
         table.add_row(
             name,
-            rung["recipe"],
-            f"{size_mib:.1f}",
+            graph.record.recipe,
+            f"{graph.file.stat().st_size / 2**20:.1f}",
             "" if worst is None else f"{worst:.1e}",
-            f"{rung['fidelity']['cosine_mean']:.4f}",
+            f"{graph.notes['fidelity']['cosine_mean']:.4f}",
         )
     if (out / WEIGHTS).exists():
         size_mib = (out / WEIGHTS).stat().st_size / 2**20
@@ -370,8 +374,9 @@ def main(arguments: list[str] | None = None) -> int:
         AlignmentError,
         CalibrationError,
         ManifestError,
+        RecipeError,
         RepositoryError,
-        RungSetError,
+        GraphsError,
         UsageError,
         VersionError,
     ) as error:

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from bundle.recipe import Recipe
 from export.errors import UsageError
 from export.recipes.depth import check_depth, first_blocks
-from export.recipes.recipe import Recipe
 from export.recipes.resize import bake_positions, downsample
 from export.recipes.token_merging import merge_tokens
 from export.vit_families import base_model, has_own_head, head_reads_cls_alone

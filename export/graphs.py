@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,16 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
+from bundle.graphs import Graph
+from bundle.recipe import Recipe
 from export import onnx_graph, parity
 from export.backbones import Backbone, RungSpec
 from export.errors import ExportError
 from export.progress import Steps
 from export.recipes.half import to_half
 from export.recipes.quantise import quantise_dynamic, quantise_static
-from export.recipes.recipe import Recipe
 from export.shared_weights import share_weights
-from routing import WEIGHTS, manifest
+from routing import WEIGHTS, RungRecord, manifest
 
 # Mean cosine between the embeddings of a graph in fewer bits and of the same graph in FP32: below
 # it something broke. DINOv2 ViT-S in int8 has 0.998, in fp16 0.99999.
@@ -41,6 +42,7 @@ class Material:
         image_px: H = W of the input `image`.
         opset: 18 to 21.
         fit_images: FP32 (n, 3, H, W) for `int8=static`, or None.
+        fit_prints: of those images, see `bundle.prints`.
         rtol: parity tolerance, relative.
         atol: parity tolerance, absolute.
     """
@@ -49,22 +51,14 @@ class Material:
     image_px: int
     opset: int
     fit_images: NDArray[np.float32] | None
+    fit_prints: str
     rtol: float
     atol: float
 
 
-@dataclass
-class Graphs:
-    """What was written, each by its graph's name."""
-
-    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
-    checks: list[parity.Check] = field(default_factory=list)
-    ir_version: int = 0
-
-
 def write_graphs(
     folder: Path, specs: Sequence[RungSpec], full: str, material: Material, steps: Steps
-) -> Graphs:
+) -> tuple[list[Graph], int]:
     """Write every graph, share their weights, check each; all are tried before a failure is raised.
 
     Args:
@@ -74,37 +68,43 @@ def write_graphs(
         material: what they are made from.
         steps: two for each graph.
 
+    Returns:
+        The graphs, and the highest IR version among them.
+
     Raises:
         UsageError: a recipe that this model, or this request, does not allow.
         ParityError: a graph does not answer as its recipe says.
     """
-    graphs, bodies = Graphs(), _Bodies(folder, material)
+    graphs: list[Graph] = []
+    ir_version, bodies = 0, _Bodies(folder, material)
     files = {spec.name: folder / f"{spec.name}.onnx" for spec in specs}
     for spec in specs:
         with steps.step(f"export {spec.name} ({spec.recipe})"):
             model = _lowered(bodies.of(spec.recipe), spec.recipe, material)
             onnx_graph.check_versions(model)
             files[spec.name].write_bytes(model.SerializeToString(deterministic=True))
-        graphs.ir_version = max(graphs.ir_version, model.ir_version)
+        ir_version = max(ir_version, model.ir_version)
     refers = share_weights(list(files.values()), folder / WEIGHTS)
     weights = manifest.sha256_file(folder / WEIGHTS) if any(refers.values()) else None
     failures: list[parity.Failure] = []
     probe = _Fidelity(files[full], material)
     for spec in specs:
         file = files[spec.name]
-        entry = _entry(spec, file, weights if refers[file] else None, material.backbone)
+        record = _record(spec, file, weights if refers[file] else None, material.backbone)
         truth = "torch" if spec.recipe.precision == "fp32" else "the same graph in FP32"
         try:
             with steps.step(f"compare {spec.name} with {truth}"):
-                graphs.checks += _check(spec, file, bodies, material)
-                entry["fidelity"] = probe.of(file)
+                checks = [check.to_dict() for check in _check(spec, file, bodies, material)]
+                notes = {"checks": checks, "fidelity": probe.of(file)}
         except parity.ParityError as error:
             failures += error.failures
-        graphs.entries[spec.name] = entry
+            continue
+        learned = material.fit_prints if spec.recipe.precision == "int8=static" else ""
+        graphs.append(Graph(spec.name, record, file, learned, notes))
     bodies.remove()
     if failures:
         raise parity.ParityError(failures)
-    return graphs
+    return graphs, ir_version
 
 
 class _Bodies:
@@ -148,21 +148,19 @@ def _lowered(model: onnx.ModelProto, recipe: Recipe, material: Material) -> onnx
     return model
 
 
-def _entry(
+def _record(
     spec: RungSpec, file: Path, weights_sha256: str | None, backbone: Backbone
-) -> dict[str, Any]:
-    return {
-        "px": spec.px,
-        "recipe": str(spec.recipe),
-        "file": file.name,
-        "sha256": manifest.sha256_file(file),
-        "weights_sha256": weights_sha256,
-        "layers": backbone.layers if spec.recipe.depth is None else spec.recipe.depth,
-        "size_bytes": file.stat().st_size,
-        "weights_size_bytes": None
-        if weights_sha256 is None
-        else file.with_name(WEIGHTS).stat().st_size,
-    }
+) -> RungRecord:
+    weights = file.with_name(WEIGHTS)
+    return RungRecord(
+        px=spec.px,
+        recipe=str(spec.recipe),
+        sha256=manifest.sha256_file(file),
+        weights_sha256=weights_sha256,
+        layers=backbone.layers if spec.recipe.depth is None else spec.recipe.depth,
+        size_bytes=file.stat().st_size,
+        weights_size_bytes=None if weights_sha256 is None else weights.stat().st_size,
+    )
 
 
 def _check(spec: RungSpec, file: Path, bodies: _Bodies, material: Material) -> list[parity.Check]:

@@ -18,10 +18,10 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from bundle.prints import Looks, encode, look_of
+from bundle.recipe import Recipe
 from export.backbones import Backbone
 from export.errors import UsageError
 from export.progress import Steps
-from export.recipes.recipe import Recipe
 from imaging import ImageError, decode, pixels_sha256
 
 # torch is fastest on a CPU at 4 to 16 images of 224 px (51 ms each on 2 cores; ONNX Runtime 56 ms).

@@ -1,6 +1,6 @@
 """Assemble a deployable model repository from code, rungs and artifact.
 
-    build/onnx/{vit_low,vit_high}.onnx, rungs.json ─┐
+    build/onnx/{vit_low,vit_high}.onnx, graphs.json ─┐
     build/calibration/calibration.json ─────────────┼─► build/model_repository/ + MANIFEST.json
     model_repository/, routing/, imaging/ ──────────┘
 
@@ -14,8 +14,9 @@ import json
 import shutil
 from pathlib import Path
 
+from bundle.graphs import GraphSet
+from bundle.placing import folder_beside, link_or_copy
 from export.settings import Settings
-from export.staging import folder_beside, link_or_copy
 from imaging import Preprocessing, PreprocessingError, code_sha256
 from routing import (
     REFERENCE_MODEL,
@@ -24,7 +25,6 @@ from routing import (
     AnswersError,
     Calibration,
     ReferenceAnswers,
-    RungSet,
     answers_path,
     manifest,
 )
@@ -43,7 +43,7 @@ class RepositoryError(ValueError):
 
 
 def assemble(
-    rung_set: RungSet,
+    rung_set: GraphSet,
     calibration_file: Path,
     out: Path,
     settings: Settings | None = None,
@@ -78,7 +78,7 @@ def assemble(
     if calibration.task != rung_set.task:
         raise RepositoryError(
             f"the artifact was calibrated for a model that answers {calibration.task}, and "
-            f"rungs.json says {rung_set.task}; collect and fit again"
+            f"graphs.json says {rung_set.task}; collect and fit again"
         )
     settings.check_reference(calibration.reference_answers)
     answers = checked_answers(calibration_file, calibration)
@@ -101,36 +101,36 @@ def _audits_by_reference(calibration: Calibration, settings: Settings) -> bool:
     return audited and not calibration.is_about_full_rung
 
 
-def _check_reference(rung_set: RungSet, calibration: Calibration) -> None:
+def _check_reference(rung_set: GraphSet, calibration: Calibration) -> None:
     if calibration.reference is None:
         raise RepositoryError(
             "--audit-fraction: the artifact is about the full model and, being of an earlier "
             "release, does not say which file that is; run python -m calibration fit again"
         )
-    if rung_set.reference_file is None:
+    if rung_set.reference_record is None:
         raise RepositoryError(
-            "--audit-fraction: the artifact is about the full model, and rungs.json names no "
+            "--audit-fraction: the artifact is about the full model, and graphs.json names no "
             "reference; give the --onnx folder that it was calibrated with"
         )
-    calibration.check_rungs({**rung_set.files, REFERENCE_MODEL: rung_set.reference_file})
+    calibration.check_rungs({**rung_set.files, REFERENCE_MODEL: rung_set.reference.file})
 
 
 def _is_assembled(folder: Path) -> bool:
     return (folder / manifest.NAME).is_file()
 
 
-def _preprocessing(rung_set: RungSet, calibration: Calibration) -> Preprocessing:
+def _preprocessing(rung_set: GraphSet, calibration: Calibration) -> Preprocessing:
     try:
         preprocessing = Preprocessing.from_dict(rung_set.preprocessing)
     except PreprocessingError as error:
         raise RepositoryError(
-            f"the preprocessing in rungs.json cannot be carried out ({error}); run "
+            f"the preprocessing in graphs.json cannot be carried out ({error}); run "
             "python -m export rungs again"
         ) from None
     if rung_set.preprocessing_sha256() != calibration.preprocessing_sha256:
         raise RepositoryError(
-            "the preprocessing in rungs.json is not the one that was calibrated; "
-            "collect and fit again, or restore rungs.json"
+            "the preprocessing in graphs.json is not the one that was calibrated; "
+            "collect and fit again, or restore graphs.json"
         )
     check_imaging(calibration, ROOT / "imaging")
     return preprocessing
@@ -155,7 +155,7 @@ def check_imaging(calibration: Calibration, folder: Path) -> None:
 
 def _fill(
     repository: Path,
-    rung_set: RungSet,
+    rung_set: GraphSet,
     calibration: Calibration,
     preprocessing: Preprocessing,
     settings: Settings,
@@ -191,14 +191,13 @@ def _fill(
     config.write_text(text)
 
 
-def _add_reference(repository: Path, rung_set: RungSet) -> None:
+def _add_reference(repository: Path, rung_set: GraphSet) -> None:
     """The full model as a model of its own, configured as the full rung is."""
-    assert rung_set.reference is not None and rung_set.reference_file is not None
     version = repository / REFERENCE_MODEL / "1"
     version.mkdir(parents=True)
-    shutil.copyfile(rung_set.reference_file, version / "model.onnx")
-    if rung_set.reference.weights_sha256 is not None:
-        _place_weights(rung_set.reference_file.with_name(WEIGHTS), version, repository)
+    shutil.copyfile(rung_set.reference.file, version / "model.onnx")
+    if rung_set.reference.record.weights_sha256 is not None:
+        _place_weights(rung_set.reference.file.with_name(WEIGHTS), version, repository)
     config = (ROOT / "model_repository/vit_high/config.pbtxt").read_text()
     (version.parent / "config.pbtxt").write_text(
         "# The full model in FP32, which only the router's audit asks; configured as vit_high is:\n"

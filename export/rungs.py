@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,26 +11,22 @@ from typing import Any
 
 import transformers
 
-from bundle.prints import joined
+from bundle.graphs import HIGH, LOW, REFERENCE, Graph, GraphSet
+from bundle.placing import folder_beside
+from bundle.recipe import Recipe, RecipeError
 from export import onnx_graph, parity
 from export.backbones import Backbone, RungSpec
 from export.dinov2_small import dinov2_small
 from export.errors import UsageError
 from export.fit_images import FitImages
-from export.graphs import Graphs, Material, write_graphs
+from export.graphs import Material, write_graphs
 from export.pretrained import pretrained
 from export.probe import LabelledImages, Probe, fit_probe
 from export.progress import Steps
-from export.recipes.recipe import Recipe
-from export.staging import folder_beside
 from export.static_vit import static_vit
 from export.vit_families import base_model
-from routing import RUNGS, WEIGHTS
+from routing import RUNGS
 from routing.provenance import RELEASE
-from routing.rungset import NAME as RECORD
-from routing.rungset import REFERENCE, SCHEMA_VERSION
-
-LABELS = "labels.txt"
 
 
 @dataclass(frozen=True)
@@ -70,14 +64,14 @@ class RungsRequest:
     atol: float = parity.DEFAULT_ATOL
 
 
-def export_rungs(request: RungsRequest, steps: Steps) -> dict[str, Any]:
+def export_rungs(request: RungsRequest, steps: Steps) -> GraphSet:
     """Export every graph, check it and write all together with their record.
 
     Everything is written to a folder beside `out` and moved at the end, so a failure leaves the
     previous files, or none.
 
     Returns:
-        The content of `rungs.json`.
+        The graphs in `out`.
 
     Raises:
         UsageError: the request cannot be carried out.
@@ -154,7 +148,7 @@ def _checked(backbone: Backbone, text: str, image_px: int) -> dict[str, str | No
         recipe = Recipe.parse(text)
         canonical = str(replace(recipe, px=None) if recipe.px == image_px else recipe)
         backbone.check(recipe, image_px)
-    except UsageError as error:
+    except (RecipeError, UsageError) as error:
         return {"asked": text, "recipe": canonical, "problem": str(error)}
     return {"asked": text, "recipe": canonical, "problem": None}
 
@@ -182,7 +176,7 @@ def _check_request(request: RungsRequest) -> None:
             )
 
 
-def _export(request: RungsRequest, images: LabelledImages | None, steps: Steps) -> dict[str, Any]:
+def _export(request: RungsRequest, images: LabelledImages | None, steps: Steps) -> GraphSet:
     with steps.step(f"load {request.model}"):
         backbone = load_backbone(request.model, request.seed, request.checkpoint)
     for notice in backbone.notices:
@@ -192,23 +186,23 @@ def _export(request: RungsRequest, images: LabelledImages | None, steps: Steps) 
     specs = _specs(request, backbone)
     image_px = specs[1].px
     fit_images = _read_fit_images(request, specs, backbone, image_px)
-    learned = "" if fit_images is None else fit_images.prints
+    learned = ""
     head: dict[str, Any] | None = {"kind": "own"} if backbone.classes else None
     if images is not None:
         probe = fit_probe(backbone, image_px, images, steps)
         _tell_probe(probe, backbone, steps)
-        learned = joined(learned, probe.prints)
+        learned = probe.prints
         backbone, head = backbone.with_probe(probe.linear, probe.labels), probe.record
     tensors = None if fit_images is None else fit_images.tensors
-    material = Material(backbone, image_px, request.opset, tensors, request.rtol, request.atol)
+    prints = "" if fit_images is None else fit_images.prints
+    material = Material(
+        backbone, image_px, request.opset, tensors, prints, request.rtol, request.atol
+    )
     full = next(spec.name for spec in specs if spec.recipe == Recipe(image_px))
     with folder_beside(request.out) as staging:
-        graphs = write_graphs(staging, specs, full, material, steps)
-        record = _record(backbone, head, graphs, image_px, request)
-        record["fitted_on"] = learned
-        write_record(staging, record)
-        publish(staging, request.out)
-    return record
+        graphs, ir_version = write_graphs(staging, specs, full, material, steps)
+        made = _graph_set(backbone, head, learned, graphs, image_px, ir_version, request)
+        return made.place(request.out)
 
 
 def _with_task(backbone: Backbone, asked: str | None, steps: Steps) -> Backbone:
@@ -229,12 +223,9 @@ def _specs(request: RungsRequest, backbone: Backbone) -> list[RungSpec]:
     high = (request.high or Recipe()).at(high_px)
     assert high.px is not None
     low = (request.low or Recipe(low_px)).at(high.px)
-    specs = [RungSpec(name, recipe) for name, recipe in zip(RUNGS, (low, high), strict=True)]
-    if high != Recipe(high.px):
-        specs.append(RungSpec(REFERENCE, Recipe(high.px)))
-    specs += [
-        RungSpec(f"static_{recipe.slug(high.px)}", recipe.at(high.px)) for recipe in request.beside
-    ]
+    recipes = [low, high, *([] if high == Recipe(high.px) else [Recipe(high.px)])]
+    recipes += [recipe.at(high.px) for recipe in request.beside]
+    specs = [RungSpec(recipe.slug(high.px), recipe) for recipe in recipes]
     for spec in specs:
         backbone.check(spec.recipe, high.px)
     (recipe, count), *_ = Counter(str(spec.recipe) for spec in specs).most_common()
@@ -263,56 +254,39 @@ def _tell_probe(probe: Probe, backbone: Backbone, steps: Steps) -> None:
     )
 
 
-def _record(
+def _graph_set(
     backbone: Backbone,
     head: dict[str, Any] | None,
-    graphs: Graphs,
+    head_prints: str,
+    graphs: list[Graph],
     image_px: int,
+    ir_version: int,
     request: RungsRequest,
-) -> dict[str, Any]:
-    entries = graphs.entries
-    named = (*RUNGS, REFERENCE)
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "release": RELEASE,
-        "backbone": backbone.name,
-        "source": backbone.source,
-        "image": {"shape": [3, image_px, image_px]},
-        "embedding_dim": backbone.embedding_dim,
-        "layers": backbone.layers,
-        "classes": backbone.classes,
-        "task": backbone.task,
-        "labels": list(backbone.labels) if backbone.labels else None,
-        "head": head,
-        "preprocessing": backbone.preprocessing(image_px).to_dict(),
-        "opset": request.opset,
-        "ir_version": graphs.ir_version,
-        "rungs": {name: entries[name] for name in RUNGS},
-        "reference": entries.get(REFERENCE),
-        "alternatives": {name: entries[name] for name in entries if name not in named},
-        "parity": {
-            "rtol": request.rtol,
-            "atol": request.atol,
-            "batches": list(parity.BATCHES),
-            "checks": [check.to_dict() for check in graphs.checks],
+) -> GraphSet:
+    low, high, full = graphs[0], graphs[1], Recipe(image_px)
+    reference = next(graph for graph in graphs if graph.recipe == full)
+    return GraphSet(
+        backbone=backbone.name,
+        image_shape=(3, image_px, image_px),
+        embedding_dim=backbone.embedding_dim,
+        layers=backbone.layers,
+        classes=backbone.classes,
+        labels=tuple(backbone.labels) if backbone.labels else None,
+        preprocessing=backbone.preprocessing(image_px).to_dict(),
+        graphs={graph.name: graph for graph in graphs},
+        roles={LOW: low.name, HIGH: high.name, REFERENCE: reference.name},
+        task=backbone.task,
+        fitted_on=head_prints,
+        release=RELEASE,
+        about={
+            "source": backbone.source,
+            "head": head,
+            "opset": request.opset,
+            "ir_version": ir_version,
+            "parity": {
+                "rtol": request.rtol,
+                "atol": request.atol,
+                "batches": list(parity.BATCHES),
+            },
         },
-    }
-
-
-def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write `rungs.json` and, where there are labels, `labels.txt` beside the graphs."""
-    if record["labels"]:
-        (folder / LABELS).write_text("".join(f"{label}\n" for label in record["labels"]), "utf-8")
-    text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / RECORD).write_text(text + "\n", "utf-8")
-
-
-def publish(staging: Path, out: Path) -> None:
-    """Move a finished export into place, the record last: a folder without one is unfinished."""
-    out.mkdir(exist_ok=True)
-    stale = (RECORD, LABELS, WEIGHTS, f"{REFERENCE}.onnx")
-    for file in (*(out / name for name in stale), *out.glob("static_*.onnx")):
-        file.unlink(missing_ok=True)
-    files = sorted(staging.iterdir(), key=lambda file: file.name == RECORD)
-    for file in files:
-        os.replace(file, out / file.name)
+    )

@@ -13,6 +13,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from bundle.placing import folder_beside
 from export.repository import (
     ROOT,
     RepositoryError,
@@ -23,7 +24,6 @@ from export.repository import (
     place_answers,
 )
 from export.settings import check_fraction
-from export.staging import folder_beside
 from routing import REFERENCE_MODEL, RUNGS, Calibration, manifest
 from routing.versions import Versions, present
 

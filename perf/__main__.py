@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from bundle.graphs import GraphSet
 from client import ClientError
 from report import terminal
-from routing import RungSet
 from server import ServerError
 
 from .analyzer import install as install_analyzer
@@ -222,7 +222,7 @@ def variants_command(
     from . import variants
     from .measure.sets import load_pool
 
-    pool = load_pool(RungSet.load(onnx), images, limit)
+    pool = load_pool(GraphSet.load(onnx), images, limit)
     with Progress(console=Console(stderr=True)) as progress:
         requests = rounds * len(pool) * len(repositories) * len(variants.SYSTEMS)
         task = progress.add_task("requests in turn", total=requests)
@@ -262,7 +262,7 @@ def serving(
     from . import prices
     from .measure.sets import load_pool
 
-    rung_set, served = RungSet.load(onnx), prices.Served(instances, threads, batch, turns)
+    rung_set, served = GraphSet.load(onnx), prices.Served(instances, threads, batch, turns)
     names = [name.strip() for name in graphs.split(",") if name.strip()]
     total = prices.steps(rung_set, names, served)
     pool = load_pool(rung_set, images, limit)

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from bundle.graphs import GraphSet
 from imaging import Preprocessing
-from routing import RUNGS, Calibration, RungSet
+from routing import RUNGS, Calibration
 
 from .environment import environment
 from .figures import PerfError
@@ -63,12 +64,12 @@ def measure_original(build: Path, images: int, on_progress: Progressed) -> dict[
 
     Raises:
         PerfError: the repository is missing.
-        RungSetError, CalibrationError: the rungs or the artifact are missing or do not fit.
+        GraphsError, CalibrationError: the rungs or the artifact are missing or do not fit.
         ServerError, ClientError: the server does not start or does not answer.
     """
     if images < ROUNDS:
         raise PerfError(f"--images {images} are too few; give at least {ROUNDS}")
-    rung_set = RungSet.load(build / "onnx")
+    rung_set = GraphSet.load(build / "onnx")
     calibration = Calibration.load(build / "calibration.json")
     calibration.check_rungs(rung_set.files)
     repository = assembled(build / "model_repository")
@@ -99,7 +100,7 @@ def measure_original(build: Path, images: int, on_progress: Progressed) -> dict[
     }
 
 
-def measure_forward(rung_set: RungSet, on_progress: Progressed) -> dict[str, float]:
+def measure_forward(rung_set: GraphSet, on_progress: Progressed) -> dict[str, float]:
     """Median time in ms of one forward pass, on one thread: one random image, no server, no data.
 
     The rungs take turns.
@@ -131,7 +132,7 @@ def _forward_ms(session: ort.InferenceSession, image: NDArray[np.float32]) -> fl
     return 1e3 * (time.perf_counter() - start)
 
 
-def _read(rung_set: RungSet, images: int, on_progress: Progressed) -> Pool:
+def _read(rung_set: GraphSet, images: int, on_progress: Progressed) -> Pool:
     source = open_pool_source("sample", SEED, images)
     for pool in read_pool(source, Preprocessing.from_dict(rung_set.preprocessing)):
         if pool is not None:
@@ -163,7 +164,7 @@ def _latencies(
 
 
 def _memory(
-    repository: Path, rung_set: RungSet, pool: Pool, on_progress: Progressed
+    repository: Path, rung_set: GraphSet, pool: Pool, on_progress: Progressed
 ) -> dict[str, MemoryUse]:
     load = PeakLoad(pool, range(len(pool)), concurrency=1)
     found = {}

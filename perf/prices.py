@@ -3,7 +3,7 @@
 images ─► batches ─► as many requests in flight as instances ─► one server with several graphs
 
 Two servers minutes apart differ by more than many graphs do. So graphs are served together and
-take turns every few batches, and each group of them holds the full rung: ratios are taken within
+take turns every few batches, and each group of them holds the full model: ratios are taken within
 a turn.
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from routing import RungSet
+from bundle.graphs import GraphSet
 from server import TritonServer
 
 from .figures import PerfError, Spread
@@ -34,12 +34,11 @@ from .measure.systems import System
 from .measure.target import Target
 from .nvml import Nvml
 
-REFERENCE = "vit_high"
 TOGETHER = 8  # graphs of one server; each instance holds the weights once more
 LONE = 8  # images that are asked one at a time in a turn
 SATURATED_S = 1.0  # that the full rung is asked for in a turn, about
 MOST_BLOCKS = 32
-_CONFIG = Path(__file__).resolve().parents[1] / "model_repository" / REFERENCE / "config.pbtxt"
+_CONFIG = Path(__file__).resolve().parents[1] / "model_repository/vit_high" / "config.pbtxt"
 _START_S = 300.0  # for many graphs on few cores
 
 Price = dict[str, Any]
@@ -48,8 +47,8 @@ Price = dict[str, Any]
 `latency_ms`: spread of the median of lone requests of one image. `ms_per_image` and
 `server_cpu_ms`: spreads by the clock and of the server's CPU time, in batches of `batch`, with as
 many requests in flight as there are instances. `cost_ratio` and `cpu_cost_ratio`: spreads of those
-over the full rung's in the same turn. Figures of CPU time are None on a GPU, where it says nothing.
-`disturbed`: whether clock and CPU time tell different stories of the ratio.
+over the full model's in the same turn. Figures of CPU time are None on a GPU, where it says
+nothing. `disturbed`: whether clock and CPU time tell different stories of the ratio.
 """
 
 
@@ -76,7 +75,7 @@ class Served:
 
 
 def price(
-    rung_set: RungSet,
+    rung_set: GraphSet,
     names: Sequence[str],
     pool: Pool,
     served: Served,
@@ -90,14 +89,14 @@ def price(
 
     Args:
         rung_set: the exported rungs and alternatives.
-        names: of the graphs; none: all of them. The full rung is measured whether named or not.
+        names: of the graphs; none: all of them. The full model is measured whether named or not.
         pool: the images, at least a batch of them.
         served: how they are served and asked.
         on_step: called `steps` times, and as often again after `again`.
         again: called with words for a bar before everything is measured once more.
 
     Returns:
-        The price of each graph; the full rung's has values of every group.
+        The price of each graph; the full model's has values of every group.
 
     Raises:
         PerfError: an unknown graph, or too few images.
@@ -122,7 +121,7 @@ def disturbed(prices: Mapping[str, Price]) -> list[str]:
     return [name for name, entry in prices.items() if entry["disturbed"]]
 
 
-def steps(rung_set: RungSet, names: Sequence[str], served: Served) -> int:
+def steps(rung_set: GraphSet, names: Sequence[str], served: Served) -> int:
     """How often `price` calls `on_step`.
 
     Raises:
@@ -131,23 +130,24 @@ def steps(rung_set: RungSet, names: Sequence[str], served: Served) -> int:
     return 2 * served.turns * len(groups_of(rung_set, names))
 
 
-def groups_of(rung_set: RungSet, names: Sequence[str]) -> list[list[str]]:
-    """Which graphs are served together, the full rung first in each group.
+def groups_of(rung_set: GraphSet, names: Sequence[str]) -> list[list[str]]:
+    """Which graphs are served together, the full model first in each group.
 
     Raises:
         PerfError: an unknown graph.
     """
-    known = [REFERENCE, "vit_low", *rung_set.alternatives]
+    full = rung_set.reference.name
+    known = [full, *(name for name in rung_set.graphs if name != full)]
     unknown = [name for name in names if name not in known]
     if unknown:
         raise PerfError(f"no graph {unknown[0]!r} was exported; there are {', '.join(known)}")
-    others = [name for name in known if name != REFERENCE and (not names or name in names)]
+    others = [name for name in known[1:] if not names or name in names]
     size = TOGETHER - 1
-    return [[REFERENCE, *others[i : i + size]] for i in range(0, max(1, len(others)), size)]
+    return [[full, *others[i : i + size]] for i in range(0, max(1, len(others)), size)]
 
 
 def _measure(
-    rung_set: RungSet,
+    rung_set: GraphSet,
     groups: Sequence[Sequence[str]],
     pool: Pool,
     served: Served,
@@ -156,7 +156,7 @@ def _measure(
     alone: list[dict[str, Any]] = []  # of each turn of each group, answers by graph
     saturated: list[dict[str, Any]] = []
     for group in groups:
-        systems = [_system(name, rung_set.classes is not None) for name in group]
+        systems = [_system(rung_set, name) for name in group]
         with _serving(rung_set, group, pool, served) as asker:
             block = _warm_up(asker, systems, pool, served)
             lone = [row % len(pool) for row in range(LONE)]
@@ -168,30 +168,35 @@ def _measure(
                 on_turn = _every(asked, on_step)
                 found += take_turns(asker, systems, [rows] * served.turns, load, on_turn).shares
     names = dict.fromkeys(name for group in groups for name in group)
-    return {name: _price(name, alone, saturated, served.batch) for name in names}
+    full = rung_set.reference.name
+    return {name: _price(name, full, alone, saturated, served.batch) for name in names}
 
 
 def _price(
-    name: str, alone: Sequence[dict[str, Any]], saturated: Sequence[dict[str, Any]], batch: int
+    name: str,
+    full: str,
+    alone: Sequence[dict[str, Any]],
+    saturated: Sequence[dict[str, Any]],
+    batch: int,
 ) -> Price:
     latencies = [median(a.latency_ms for a in turn[name]) for turn in alone if name in turn]
     paired = Paired([turn for turn in saturated if name in turn])
-    cpu, cpu_ratio = paired.cpu_cost(name), paired.cpu_cost_ratio(name, to=REFERENCE)
+    cpu, cpu_ratio = paired.cpu_cost(name), paired.cpu_cost_ratio(name, to=full)
     return {
         "batch": batch,
         "latency_ms": Spread.of(latencies).to_dict(),
         "ms_per_image": paired.cost(name).to_dict(),
         "server_cpu_ms": None if cpu is None else cpu.to_dict(),
-        "cost_ratio": paired.cost_ratio(name, to=REFERENCE).to_dict(),
+        "cost_ratio": paired.cost_ratio(name, to=full).to_dict(),
         "cpu_cost_ratio": None if cpu_ratio is None else cpu_ratio.to_dict(),
-        "disturbed": paired.disturbed(name, REFERENCE, cpu_counts=True),
+        "disturbed": paired.disturbed(name, full, cpu_counts=True),
     }
 
 
-def _system(name: str, has_head: bool) -> System:
-    """A graph, asked what the router asks it: the full rung not for the tokens of its layers."""
-    layers = () if name == REFERENCE else ("cls_layers",)
-    head = ("logits",) if has_head else ()
+def _system(rung_set: GraphSet, name: str) -> System:
+    """A graph, asked what the router asks it: the full model not for the tokens of its layers."""
+    layers = () if name == rung_set.reference.name else ("cls_layers",)
+    head = () if rung_set.classes is None else ("logits",)
     return System(name, name, name, outputs=("embedding", *layers, *head))
 
 
@@ -223,7 +228,9 @@ def _every(count: int, call: Callable[[], None]) -> Callable[[], None]:
 
 
 @contextlib.contextmanager
-def _serving(rung_set: RungSet, names: Sequence[str], pool: Pool, served: Served) -> Iterator[Asks]:
+def _serving(
+    rung_set: GraphSet, names: Sequence[str], pool: Pool, served: Served
+) -> Iterator[Asks]:
     """Ask a server that has these graphs and nothing else."""
     with tempfile.TemporaryDirectory(prefix="perf-prices-") as folder:
         lay_out(rung_set, names, served, Path(folder))
@@ -236,7 +243,7 @@ def _serving(rung_set: RungSet, names: Sequence[str], pool: Pool, served: Served
             yield Asker(target, pool, rung_set.classes is not None, meter)
 
 
-def lay_out(rung_set: RungSet, names: Sequence[str], served: Served, repository: Path) -> None:
+def lay_out(rung_set: GraphSet, names: Sequence[str], served: Served, repository: Path) -> None:
     """Write a model repository of these graphs, configured as the full rung is.
 
     Args:
@@ -245,11 +252,10 @@ def lay_out(rung_set: RungSet, names: Sequence[str], served: Served, repository:
         served: instances and threads.
         repository: an empty folder.
     """
-    files = {**rung_set.files, **rung_set.alternative_files}
-    records = {**rung_set.rungs, **rung_set.alternatives}
     config = text_format.Parse(_CONFIG.read_text(), ModelConfig())
     config.instance_group[0].count = served.instances
     config.parameters["intra_op_thread_count"].string_value = str(served.threads)
     for name in names:
-        lay_out_graph(files[name], records[name], repository / name / "1")
+        graph = rung_set.graphs[name]
+        lay_out_graph(graph.file, graph.record, repository / name / "1")
         (repository / name / "config.pbtxt").write_text(text_format.MessageToString(config))

@@ -17,9 +17,10 @@ from typing import Any
 
 from rich.console import Console
 
+from bundle.graphs import GraphSet
 from calibration.source import ImageSource
 from imaging import Preprocessing
-from routing import Calibration, RungSet
+from routing import Calibration
 from server import TritonServer
 
 from . import stages, summary
@@ -67,7 +68,7 @@ class Inputs:
     """Everything that is needed before a server is started."""
 
     analyzer: Analyzer
-    rung_set: RungSet
+    rung_set: GraphSet
     calibration: Calibration
     source: ImageSource
 
@@ -77,12 +78,12 @@ def prepare(options: Options) -> Inputs:
 
     Raises:
         PerfError: perf_analyzer or the repository is missing, or there is no cascade.
-        RungSetError: no rungs.
+        GraphsError: no rungs.
         CalibrationError: no artifact, or one of other rungs.
         ImagesError: no images.
     """
     analyzer = find_analyzer()
-    rung_set = RungSet.load(options.onnx)
+    rung_set = GraphSet.load(options.onnx)
     calibration = Calibration.load(options.calibration)
     calibration.check_rungs(rung_set.files)
     if calibration.threshold is None:

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bundle.graphs import GraphSet
 from calibration.source import ImageSource
 from imaging import Preprocessing
-from routing import Calibration, Overrides, RungSet, escalation_mask
+from routing import Calibration, Overrides, escalation_mask
 
 from . import summary
 from .analyzer import Analyzer, InputData, write_bytes, write_tensors
@@ -61,7 +62,7 @@ class Bench:
     """
 
     target: Target
-    rung_set: RungSet
+    rung_set: GraphSet
     calibration: Calibration
     pool: Pool
     scores: NDArray[np.float32]
@@ -111,7 +112,7 @@ def read_images(record: Record, source: ImageSource, preprocessing: Preprocessin
 def prepare_bench(
     record: Record,
     target: Target,
-    rung_set: RungSet,
+    rung_set: GraphSet,
     calibration: Calibration,
     pool: Pool,
     suite: Suite,

@@ -9,8 +9,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bundle.graphs import GraphSet
 from calibration.fidelity import Fidelity
-from routing import Calibration, RungSet
+from routing import Calibration
 
 from .figures import Spread
 from .harness import Answer, Paired
@@ -29,9 +30,9 @@ def write(summary: dict[str, Any], path: Path) -> None:
     os.replace(partial, path)
 
 
-def model_section(rung_set: RungSet) -> dict[str, Any]:
+def model_section(rung_set: GraphSet) -> dict[str, Any]:
     """What is served; `reference` where the full rung is not the full model."""
-    reference = rung_set.reference
+    reference = rung_set.reference_record
     return {
         **({} if reference is None else {"reference": reference.recipe}),
         "backbone": rung_set.backbone,

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from bundle.graphs import GraphsError
 from calibration.certify import CertifyError, Goal
 from calibration.fidelity import KINDS, Fidelity, FidelityError
 from calibration.fit import FitError
@@ -24,7 +25,7 @@ from calibration.splits import GROUPINGS, SplitError
 from imaging import PreprocessingError
 from report.plan_page import cascade_marks, write_plan
 from report.terminal import table
-from routing import CalibrationError, RungSetError, threshold_text
+from routing import CalibrationError, threshold_text
 
 from . import result
 from .bars import Bars
@@ -280,7 +281,7 @@ def main() -> None:
         OutputsError,
         PlanError,
         PreprocessingError,
-        RungSetError,
+        GraphsError,
         SplitError,
     ) as error:
         message = str(error)

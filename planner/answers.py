@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from bundle.graphs import GraphSet
 from bundle.prints import among, find_copies
 from calibration.align import ALIGN_SHARE
 from calibration.fidelity import Fidelity
@@ -15,7 +16,7 @@ from calibration.outputs import Outputs
 from calibration.running import local_runtime
 from calibration.splits import CERTIFIED, Rows, group_keys, split_by_group
 from imaging import code_sha256
-from routing import RungOutputs, RungSet
+from routing import RungOutputs
 
 from .bars import Bars
 from .candidates import FULL, Graph, shelf_graphs
@@ -44,24 +45,13 @@ class Parts:
     groups: NDArray[np.str_]
 
 
-def pair_rung_set(rung_set: RungSet, low: Graph, high: Graph, full: Graph) -> RungSet:
+def pair_rung_set(rung_set: GraphSet, low: Graph, high: Graph) -> GraphSet:
     """Two graphs of a shelf as a pair of rungs."""
-    is_full = high.name == full.name
-    layers = low.record.layers
-    return replace(
-        rung_set,
-        layers=rung_set.layers if layers is None else layers,
-        rungs={"vit_low": low.record, "vit_high": high.record},
-        files={"vit_low": low.file, "vit_high": high.file},
-        alternatives={},
-        alternative_files={},
-        reference=None if is_full else full.record,
-        reference_file=None if is_full else full.file,
-    )
+    return rung_set.adding(low).cast(low.name, high.name)
 
 
 def divide(
-    request: Request, rung_set: RungSet, cache: OutputsCache, aligns: bool, bars: Bars
+    request: Request, rung_set: GraphSet, cache: OutputsCache, aligns: bool, bars: Bars
 ) -> Parts:
     """Give each image its part, once the full model has answered all of them.
 
@@ -80,7 +70,7 @@ def divide(
     full = shelf_graphs(rung_set)[FULL]
     with bars.stage("the full model answers every image", len(everything)) as advance:
         reference = cache.get(full.record, full.file, everything, False, advance)
-    taught = among(reference.hashes, reference.looks, rung_set.fitted_on)
+    taught = among(reference.hashes, reference.looks, rung_set.learned(rung_set.graphs))
     if taught.any():
         bars.say(f"{taught.sum()} images taught a graph or its head: nothing is certified on them")
     copies = find_copies(reference.hashes, reference.looks)
@@ -97,7 +87,7 @@ def divide(
     return Parts(reference, np.flatnonzero(taught), rest, splits, np.array(rest_groups))
 
 
-def give_back(parts: Parts, request: Request, rung_set: RungSet) -> Parts:
+def give_back(parts: Parts, request: Request, rung_set: GraphSet) -> Parts:
     """Let the images play a part again that only alignments which are not served have seen.
 
     Whether those alignments help was judged by these images, so they may not test what is served
@@ -109,7 +99,7 @@ def give_back(parts: Parts, request: Request, rung_set: RungSet) -> Parts:
         rung_set: of the shelf, without those alignments.
     """
     reference = parts.reference
-    taught = among(reference.hashes, reference.looks, rung_set.fitted_on)
+    taught = among(reference.hashes, reference.looks, rung_set.learned(rung_set.graphs))
     rest = np.flatnonzero(~taught)
     rest_groups = group_keys(reference.only(rest), request.group_by)  # as `divide` says
     tried = set(parts.align.tolist())
@@ -136,7 +126,7 @@ def answers_of(
 
 
 def outputs_to_align_on(
-    graph: Graph, rung_set: RungSet, taught: str, cache: OutputsCache, parts: Parts, bars: Bars
+    graph: Graph, rung_set: GraphSet, taught: str, cache: OutputsCache, parts: Parts, bars: Bars
 ) -> Outputs:
     """What a graph and the full model answer for the images to align on.
 
@@ -156,13 +146,13 @@ def outputs_to_align_on(
     low = answers_of(graph, cache, parts, rows, True, bars)
     full = shelf_graphs(rung_set)[FULL]
     high = parts.reference.outputs.rows(rows)
-    return _outputs(low, high, None, parts, rows, pair_rung_set(rung_set, graph, full, full))
+    return _outputs(low, high, None, parts, rows, pair_rung_set(rung_set, graph, full))
 
 
 def pair_outputs(
     low: str,
     high: str,
-    rung_set: RungSet,
+    rung_set: GraphSet,
     graphs: Mapping[str, Graph],
     answers: Mapping[str, RungOutputs],
     parts: Parts,
@@ -170,7 +160,7 @@ def pair_outputs(
 ) -> Outputs:
     """What two graphs, and the full model where it is neither, answer for the rest."""
     reference = None if high == FULL else parts.reference.outputs.rows(parts.rest)
-    pair = pair_rung_set(rung_set, graphs[low], graphs[high], graphs[FULL])
+    pair = pair_rung_set(rung_set, graphs[low], graphs[high])
     full = answers[high]
     outputs = _outputs(
         answers[low],
@@ -189,7 +179,7 @@ def _outputs(
     reference: RungOutputs | None,
     parts: Parts,
     positions: Rows,
-    pair: RungSet,
+    pair: GraphSet,
 ) -> Outputs:
     found = parts.reference
     return Outputs(

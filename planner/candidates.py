@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
-from routing import RungRecord, RungSet, answer_depends_on_batch
+from bundle.graphs import Graph, GraphSet
+from routing import answer_depends_on_batch
 
 from .subprocesses import PlanError
 
 ALIGN = "align"
 SHARES_OF_PX = (0.5, 0.4375, 0.375)
-FULL = "vit_high"  # on the shelf: the full model in FP32, which every certificate is about
-
-
-@dataclass(frozen=True)
-class Graph:
-    """An exported graph.
-
-    Attributes:
-        name: on the shelf.
-        record: recipe and hashes.
-        file: its ONNX file.
-    """
-
-    name: str
-    record: RungRecord
-    file: Path
+FULL = "full"  # on the shelf: the full model in FP32, which every certificate is about
 
 
 def recipes(text: str) -> list[frozenset[str]]:
@@ -71,11 +54,9 @@ def said(parts: frozenset[str]) -> str:
     return ",".join([*numbers, *sorted(parts - set(numbers) - {ALIGN}, reverse=True)]) or "fp32"
 
 
-def shelf_graphs(rung_set: RungSet) -> dict[str, Graph]:
+def shelf_graphs(rung_set: GraphSet) -> dict[str, Graph]:
     """Every graph on the shelf by name."""
-    records = {**rung_set.rungs, **rung_set.alternatives}
-    files = {**rung_set.files, **rung_set.alternative_files}
-    return {name: Graph(name, records[name], files[name]) for name in records}
+    return dict(rung_set.graphs)
 
 
 def find(graphs: dict[str, Graph], parts: frozenset[str]) -> Graph:

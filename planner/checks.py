@@ -233,7 +233,7 @@ def needed(request: Request, asked: Asked) -> str:
 def _teach_the_head(request: Request) -> NDArray[np.bool_]:
     """Which images are files below `--head-images`, BOOL (N,).
 
-    Copies that lie elsewhere are found once the head is fitted, by `rungs.json`.
+    Copies that lie elsewhere are found once the head is fitted, by `graphs.json`.
     """
     names, folder = request.source.names, Path(request.source.spec)
     if request.head_images is None or not folder.is_dir():  # crops of the sample are no files

@@ -19,12 +19,13 @@ import onnxruntime as ort
 import PIL
 from numpy.typing import NDArray
 
+from bundle.graphs import GraphSet
 from bundle.prints import Looks, looks_sha256
 from calibration.npz import NpzError, load_npz, save_npz
 from calibration.running import DecodedImage, decode_ahead, local_runtime, open_session, run_session
 from calibration.source import ImagesError, ImageSource
 from imaging import Preprocessing, code_sha256
-from routing import RungOutputs, RungRecord, RungSet
+from routing import RungOutputs, RungRecord
 
 BATCH = 16
 _NO_TENSOR = np.zeros(0, np.float32)  # tensors of thousands of images would fill the memory
@@ -73,7 +74,7 @@ class OutputsCache:
         rung_set: whose preprocessing and labels apply.
     """
 
-    def __init__(self, folder: Path, source: ImageSource, rung_set: RungSet) -> None:
+    def __init__(self, folder: Path, source: ImageSource, rung_set: GraphSet) -> None:
         self._folder, self._source, self._rung_set = folder, source, rung_set
         folder.mkdir(parents=True, exist_ok=True)
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from bundle.graphs import GraphSet
 from calibration.align import Aligned
 from calibration.certify import one_per_group
 from calibration.fidelity import Fidelity
@@ -18,7 +19,7 @@ from calibration.fit import Options, fit
 from calibration.outputs import Outputs
 from calibration.reference import with_reference_answers
 from calibration.splits import SplitError, check_grouping, group_keys
-from routing import Overrides, RungSet, escalation_mask
+from routing import Overrides, escalation_mask
 
 from .answers import (
     Parts,
@@ -68,7 +69,7 @@ class Planned:
     """
 
     request: Request
-    rung_set: RungSet
+    rung_set: GraphSet
     graphs: Mapping[str, Graph]
     lows: Sequence[str]
     highs: Sequence[str]
@@ -110,7 +111,7 @@ def make_plan(request: Request, bars: Bars) -> Planned:
     bases = [recipe - {ALIGN} for recipe in (*lows, *highs, *beside)]
     bases = [recipe for recipe in dict.fromkeys(bases) if recipe]  # the empty one is the full model
     shelf = export_shelf(request, bases, bars)
-    rung_set = RungSet.load(shelf)
+    rung_set = GraphSet.load(shelf)
     cache = OutputsCache(request.cache / "outputs", request.source, rung_set)
     # Images that cannot be read, or that are one group, are known only now.
     try:
@@ -120,11 +121,11 @@ def make_plan(request: Request, bars: Bars) -> Planned:
     known = group_keys(parts.reference, request.group_by)
     check_certify_images(_certify_images(parts, request), known, request, asked)
 
-    by_export = taught_by_export(shelf, rung_set)
+    by_export = taught_by_export(rung_set)
     names: list[str] = []
     aligned: dict[str, Aligned] = {}
     for recipe in lows:
-        graph = find(shelf_graphs(RungSet.load(shelf)), recipe - {ALIGN})
+        graph = find(shelf_graphs(GraphSet.load(shelf)), recipe - {ALIGN})
         name = graph.name
         if ALIGN in recipe:
             taught = outputs_to_align_on(graph, rung_set, by_export, cache, parts, bars)
@@ -135,7 +136,7 @@ def make_plan(request: Request, bars: Bars) -> Planned:
     names = list(dict.fromkeys(names))
     if aligned and not any(found.helps for found in aligned.values()):
         parts = give_back(parts, request, rung_set)
-    rung_set = RungSet.load(shelf)
+    rung_set = GraphSet.load(shelf)
     graphs = shelf_graphs(rung_set)
     high_names = [find(graphs, recipe).name for recipe in highs]
     beside_names = [find(graphs, recipe).name for recipe in beside]
@@ -236,7 +237,7 @@ def _within_budget(pair: Pair, costs: Mapping[str, Any], request: Request) -> bo
 def _test(
     listed: Sequence[Candidate],
     pairs: Mapping[Pair, Outputs],
-    rung_set: RungSet,
+    rung_set: GraphSet,
     graphs: Mapping[str, Graph],
     ms: Mapping[str, float],
     fidelity: Fidelity,
@@ -251,7 +252,7 @@ def _test(
         for candidate in listed:
             low, high = candidate.low, candidate.high
             options = Options(fidelity, candidate.signal, request.group_by, request.seed)
-            pair = pair_rung_set(rung_set, graphs[low], graphs[high], graphs[FULL])
+            pair = pair_rung_set(rung_set, graphs[low], graphs[high])
             found = fit(pairs[low, high], pair, goal, options, splits=parts.splits)
             threshold = found.calibration.threshold
             scores = found.scores[parts.splits["certify"]]
@@ -274,7 +275,7 @@ def choose_rungs(planned: Planned, bars: Bars) -> None:
     shelf = planned.graphs[FULL].file.parent
     arguments = ["export", "choose", "--onnx", shelf, "--low", low, "--high", high]
     for name in dict.fromkeys([*planned.beside, *planned.highs, FULL]):
-        arguments += ["--keep", name]
+        arguments += ["--beside", name]
     run([*arguments, "--out", request.out / "onnx"], bars.say)
     fitted = with_reference_answers(
         chosen.fit, planned.pairs[low, high], planned.rung_set, request.reference_images, bars.say

@@ -12,15 +12,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from bundle.prints import looks_sha256, without
+from bundle.graphs import NAME as RECORD
+from bundle.graphs import GraphSet
+from bundle.prints import looks_sha256
 from calibration.align import Aligned, fit_alignment
 from calibration.fidelity import Fidelity
 from calibration.head import LinearHead
 from calibration.outputs import Outputs
 from calibration.splits import group_keys
 from imaging import ImageError, code_sha256
-from routing import Alignment, AlignmentError, RungSet
-from routing.rungset import NAME as RECORD
+from routing import Alignment, AlignmentError
 
 from .bars import Bars
 from .candidates import ALIGN, Graph, said
@@ -90,7 +91,7 @@ def align_graph(
     Raises:
         PlanError: a head that an alignment does not reach, or the export failed.
     """
-    rung_set = RungSet.load(shelf)
+    rung_set = GraphSet.load(shelf)
     head = LinearHead.read(graph.file) if rung_set.classes is not None else None
     if rung_set.classes is not None and head is None:
         raise PlanError(
@@ -113,28 +114,23 @@ def align_graph(
         return graph.name, aligned
     name = f"{graph.name}_{ALIGN}"
     file = shelf / f"{name}.npz"
-    if name not in rung_set.alternatives or not _same(aligned.alignment, file):
+    if name not in rung_set.graphs or not _same(aligned.alignment, file):
         aligned.alignment.save(file)
         run(
-            ["export", "align", "--onnx", shelf, "--graph", graph.name, "--name", name]
-            + ["--alignment", file],
+            ["export", "align", "--onnx", shelf, "--graph", graph.name] + ["--alignment", file],
             bars.say,
         )
     return name, aligned
 
 
-def taught_by_export(shelf: Path, rung_set: RungSet) -> str:
+def taught_by_export(rung_set: GraphSet) -> str:
     """Prints of the images that a head or ranges of int8 learned from, without any alignment's.
 
     Args:
-        shelf: the folder, which may hold aligned graphs from before.
-        rung_set: of it.
+        rung_set: of the shelf, which may hold aligned graphs from before.
     """
-    prints = rung_set.fitted_on
-    for file in shelf.glob(f"*_{ALIGN}.npz"):
-        with contextlib.suppress(AlignmentError):
-            prints = without(prints, Alignment.load(file).image_prints)
-    return prints
+    graphs = rung_set.graphs
+    return rung_set.learned(name for name in graphs if not graphs[name].recipe.align)
 
 
 def _same(alignment: Alignment, file: Path) -> bool:
@@ -158,7 +154,7 @@ def _identity(request: Request, arguments: list[str]) -> str:
         "seed": request.seed,
         "group_by": request.group_by,
         "model": _stamp(Path(request.model)),
-        "record": 2,  # of rungs.json: one without its task would be taken for another model's
+        "record": 3,  # of graphs.json: one without its task would be taken for another model's
         "versions": {name: _version(name) for name in _LIBRARIES},
     }
     text = json.dumps(content, sort_keys=True, default=str)

@@ -9,8 +9,8 @@ Reading order: `outputs` (what a rung returns) -> `signals` (outputs to a raw nu
 threshold) -> `policy` (what a request may ask for) -> `relief` (what pressure may change) ->
 `cascade` (the control flow). `fidelity` says when a cheap answer is a loss; `audit` holds the
 certificate against live traffic, `shadow` compares two artifacts on it, `reference` a server's
-answers with the calibration's. `decimals` writes thresholds and scores for people. `rungset`,
-`alignment`, `manifest` and `versions` read and guard the files; `provenance` names the processor.
+answers with the calibration's. `decimals` writes thresholds and scores for people. `alignment`,
+`manifest` and `versions` read and guard the files; `provenance` names the processor.
 """
 
 from .alignment import Alignment, AlignmentError
@@ -40,7 +40,6 @@ from .outputs import TASKS, RungOutputs, default_task
 from .policy import PROBE_ID, Allowance, Overrides, Policy, escalation_mask, parse_overrides
 from .reference import AnswersError, ReferenceAnswers, answers_path
 from .relief import Relief
-from .rungset import RungSet, RungSetError
 from .scoremap import ScoreMap
 from .signals import SIGNALS, Signal
 from .statuses import is_outage
@@ -72,8 +71,6 @@ __all__ = [
     "RungError",
     "RungOutputs",
     "RungRecord",
-    "RungSet",
-    "RungSetError",
     "ScoreMap",
     "Signal",
     "answer_depends_on_batch",

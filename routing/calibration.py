@@ -120,7 +120,7 @@ class Calibration:
         backbone: name of the model.
         rungs: `vit_low` and `vit_high`.
         image_shape: (3, H, W) of the `image` tensor that both rungs take.
-        preprocessing_sha256: of how images become that tensor, `RungSet.preprocessing_sha256`.
+        preprocessing_sha256: of how images become that tensor, `GraphSet.preprocessing_sha256`.
         embedding_dim: D.
         layers: L, the number of transformer blocks of the cheap rung.
         classes: C, or None for a model without a head.

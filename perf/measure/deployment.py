@@ -6,7 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
-from routing import WEIGHTS, RungRecord, RungSet, manifest
+from bundle.graphs import GraphSet
+from routing import WEIGHTS, RungRecord, manifest
 from routing.versions import with_parameter
 
 from ..figures import PerfError
@@ -26,7 +27,7 @@ def assembled(repository: Path) -> Path:
     return repository
 
 
-def with_alternatives(repository: Path, rung_set: RungSet, folder: Path) -> Path:
+def with_alternatives(repository: Path, rung_set: GraphSet, folder: Path) -> Path:
     """Lay out an assembled repository with one more model for each static alternative.
 
     An alternative is served as the full rung is: same configuration, warm-up and threads. Requests
@@ -90,7 +91,7 @@ def lay_out_graph(file: Path, record: RungRecord, version: Path) -> None:
 
     Args:
         file: its ONNX file.
-        record: of it, in `rungs.json`.
+        record: of it, in `graphs.json`.
         version: the folder to make.
     """
     version.mkdir(parents=True)

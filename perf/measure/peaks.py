@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from routing import WEIGHTS, RungSet
+from bundle.graphs import GraphSet
+from routing import WEIGHTS
 from server import TritonServer
 
 from ..harness import Asker, Load
@@ -38,7 +39,7 @@ class PeakLoad:
     concurrency: int
 
 
-def peak_memory(system: System, repository: Path, rung_set: RungSet, load: PeakLoad) -> MemoryUse:
+def peak_memory(system: System, repository: Path, rung_set: GraphSet, load: PeakLoad) -> MemoryUse:
     """Serve one system, send the load, and watch.
 
     Args:
@@ -61,7 +62,7 @@ def peak_memory(system: System, repository: Path, rung_set: RungSet, load: PeakL
     return measure_memory(repository, models, exercise, _weights(rung_set, models))
 
 
-def _weights(rung_set: RungSet, models: Sequence[str]) -> list[Path]:
+def _weights(rung_set: GraphSet, models: Sequence[str]) -> list[Path]:
     """The files that hold these models' weights, one that several share once."""
     records = {**rung_set.rungs, **rung_set.alternatives}
     files = {**rung_set.files, **rung_set.alternative_files}

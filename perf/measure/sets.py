@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from bundle.graphs import GraphSet
 from calibration.images import open_images
 from calibration.source import ImageSource
 from imaging import ImageError, Preprocessing, decode
-from routing import RungSet
 
 from ..figures import PerfError
 
@@ -84,7 +84,7 @@ def read_pool(source: ImageSource, preprocessing: Preprocessing) -> Iterator[Poo
     yield Pool(source.title, encoded, tensors, labels, unreadable)
 
 
-def load_pool(rung_set: RungSet, spec: str, limit: int, seed: int = 0) -> Pool:
+def load_pool(rung_set: GraphSet, spec: str, limit: int, seed: int = 0) -> Pool:
     """Read the images that `--images` names, without a bar.
 
     Raises:

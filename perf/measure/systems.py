@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from bundle.graphs import GraphSet
 from report.words import recipe_words
-from routing import RungSet
 
 LOW, HIGH, ADAPTIVE, ENSEMBLE = "static-low", "static-high", "adaptive", "ensemble"
 ESCALATION = "static-escalation"  # what escalated images go to, where it is not static high
-FULL = "static_full"  # the full model's graph, where `vit_high` is a cheaper one
 NEVER, ALWAYS = 10**9, -(10**9)  # thresholds beyond any distance between embeddings
 
 
@@ -46,7 +45,7 @@ class System:
 
 
 def systems(
-    rung_set: RungSet, served: Collection[str], threshold: float | None, threshold_30: float
+    rung_set: GraphSet, served: Collection[str], threshold: float | None, threshold_30: float
 ) -> list[System]:
     """What can be measured on a server, the cheap rung first.
 
@@ -56,17 +55,18 @@ def systems(
         threshold: the calibrated one; None: every image escalates.
         threshold_30: the one above which 30 % of the mixed set's scores lie.
     """
+    reference = rung_set.reference
     low, high = (recipe_words(rung_set.rungs[name].recipe) for name in ("vit_low", "vit_high"))
     found = [System(LOW, f"cheap rung always ({low})", "vit_low")]
     found += [
-        System(model.replace("_", "-"), f"static {recipe_words(record.recipe)}", model)
+        System(_name(model), f"static {recipe_words(record.recipe)}", model)
         for model, record in rung_set.alternatives.items()
-        if model in served and model != FULL
+        if model in served and model != reference.name
     ]
-    if rung_set.reference is not None and FULL in served:
-        full = recipe_words(rung_set.reference.recipe)
+    if rung_set.reference_record is not None and reference.name in served:
+        full = recipe_words(reference.record.recipe)
         found.append(System(ESCALATION, f"escalation rung always ({high})", "vit_high"))
-        found.append(System(HIGH, f"full model always ({full})", FULL))
+        found.append(System(HIGH, f"full model always ({full})", reference.name))
     else:
         found.append(System(HIGH, f"full rung always ({high})", "vit_high"))
     calibrated = "calibrated threshold" if threshold is not None else "nothing certified"
@@ -82,6 +82,11 @@ def systems(
         title = f"adaptive from image bytes, {calibrated}"
         found.append(System(ENSEMBLE, title, "adaptive_vit", takes_bytes=True))
     return found
+
+
+def _name(graph: str) -> str:
+    """The name of the system that a graph is alone: `static-112-int8static` of `px112_...`."""
+    return "static-" + graph.removeprefix("px").replace("_", "-")
 
 
 def threshold_for(scores: NDArray[np.float32], share: float) -> float:

@@ -10,9 +10,10 @@ import tritonclient.grpc as triton
 from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
 
+from bundle.graphs import GraphSet
 from calibration.running import open_session, run_session
 from client.errors import check_url, server_errors
-from routing import Calibration, RungSet, score_texts
+from routing import Calibration, score_texts
 from server import TritonServer
 
 from ..figures import PerfError
@@ -93,7 +94,7 @@ class Target:
         return max(threads) if min(threads) > 0 else cores  # 0 is ONNX Runtime's own: all cores
 
     def check(
-        self, rung_set: RungSet, calibration: Calibration, image: NDArray[np.float32]
+        self, rung_set: GraphSet, calibration: Calibration, image: NDArray[np.float32]
     ) -> None:
         """Refuse a server whose models are not those of the local files.
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from bundle.graphs import GraphSet
 from calibration.running import open_session, run_session
 from imaging import Preprocessing, decode
-from routing import Calibration, Overrides, RungOutputs, RungSet, escalation_mask
+from routing import Calibration, Overrides, RungOutputs, escalation_mask
 
 # FP32 GEMMs sum in another order at another batch size.
 RTOL, ATOL = 1e-4, 1e-3
@@ -70,7 +71,7 @@ class Truth:
         return np.flatnonzero(self.escalated).tolist()
 
 
-def work_out(rungs: RungSet, calibration_file: Path, files: Sequence[bytes]) -> Truth:
+def work_out(rungs: GraphSet, calibration_file: Path, files: Sequence[bytes]) -> Truth:
     """Run both rungs offline on every image, in one batch each."""
     calibration = Calibration.load(calibration_file)
     preprocessing = Preprocessing.from_dict(rungs.preprocessing)

@@ -6,12 +6,13 @@ import json
 import numpy as np
 import pytest
 
+from bundle.graphs import GraphSet
 from calibration.fidelity import Fidelity
 from calibration.images import open_images
 from calibration.outputs import Outputs
 from calibration.running import open_session, run_session
 from imaging import Preprocessing, decode
-from routing import Calibration, Overrides, RungSet, escalation_mask
+from routing import Calibration, Overrides, escalation_mask
 from tests.triton.conftest import run_command
 
 IMAGES, SEED, MAX_RISK = 400, 3, 0.2
@@ -76,7 +77,7 @@ def test_the_page_is_whole(out, content):
 
 
 def test_plan_artifact_graphs_and_outputs_belong_together(out, content):
-    rung_set, calibration = RungSet.load(out / "onnx"), Calibration.load(out / "calibration.json")
+    rung_set, calibration = GraphSet.load(out / "onnx"), Calibration.load(out / "calibration.json")
     calibration.check_rungs({name: rung_set.files[name] for name in ("vit_low", "vit_high")})
     assert rung_set.rungs["vit_low"].recipe == content["chosen"]["low_recipe"]
     assert rung_set.rungs["vit_high"].recipe == content["chosen"]["high_recipe"]
@@ -87,7 +88,7 @@ def test_plan_artifact_graphs_and_outputs_belong_together(out, content):
 
 def test_the_threshold_holds_for_what_the_chosen_graphs_answer_now(out, content):
     """Not for the stored outputs: the chosen files are run again."""
-    rung_set, calibration = RungSet.load(out / "onnx"), Calibration.load(out / "calibration.json")
+    rung_set, calibration = GraphSet.load(out / "onnx"), Calibration.load(out / "calibration.json")
     stored = Outputs.load(out / "outputs.npz")
     source = open_images(f"sample:{SEED}", IMAGES)
     preprocessing = Preprocessing.from_dict(rung_set.preprocessing)

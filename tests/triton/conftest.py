@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bundle.graphs import GraphSet
 from calibration.sample import crops as sample_crops
 from client import GrpcClient
 from imaging import Preprocessing, decode
-from routing import Calibration, RungSet
+from routing import Calibration
 from tests.servers import grey_image, running
 from tests.shared_build import linked_copy, shared
 
@@ -86,7 +87,7 @@ def build(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def rung_set(build):
-    return RungSet.load(build / "onnx")
+    return GraphSet.load(build / "onnx")
 
 
 @pytest.fixture(scope="session")

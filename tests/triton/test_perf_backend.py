@@ -14,7 +14,7 @@ def test_a_request_is_timed_beside_a_direct_run(server, build, images, batch):
     steps = []
     found = measure_backend(
         server.grpc_url,
-        build / "onnx/vit_high.onnx",
+        build / "onnx/full.onnx",
         images,
         batch,
         rounds=2,

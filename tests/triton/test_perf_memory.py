@@ -24,7 +24,7 @@ def test_a_server_of_one_rung_serves_that_rung_only(build, images):
                 image.set_data_from_numpy(row[np.newaxis])
                 client.infer("vit_low", [image])
 
-    weights = build / "onnx/vit_low.onnx"
+    weights = build / "onnx/px32.onnx"
     use = measure_memory(build / "model_repository", ["vit_low"], exercise, [weights])
     assert served == ["vit_low"]
     assert use.weights_mib == pytest.approx(weights.stat().st_size / 2**20)

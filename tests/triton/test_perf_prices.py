@@ -5,6 +5,7 @@ from dataclasses import replace
 import onnx
 import pytest
 
+from bundle.graphs import Graph
 from client import ClientError
 from perf.measure.sets import load_pool
 from perf.prices import Served, price
@@ -20,7 +21,7 @@ def pool(rung_set):
 
 def with_outside_weights(rung_set, folder):
     """The rungs, and the cheap one once more with its weights in a file beside it."""
-    file = folder / "static_outside.onnx"
+    file = folder / "outside.onnx"
     onnx.save_model(
         onnx.load(rung_set.files["vit_low"]),
         file,
@@ -29,19 +30,15 @@ def with_outside_weights(rung_set, folder):
     )
     hashes = (manifest.sha256_file(path) for path in (file, folder / WEIGHTS))
     record = RungRecord(rung_set.rungs["vit_low"].px, "px=32", *hashes)
-    return replace(
-        rung_set,
-        alternatives={"static_outside": record},
-        alternative_files={"static_outside": file},
-    )
+    return rung_set.adding(Graph("outside", record, file))
 
 
 def test_graphs_are_measured_side_by_side_wherever_their_weights_lie(rung_set, pool, tmp_path):
     rungs = with_outside_weights(rung_set, tmp_path)
     done = []
     found = price(rungs, [], pool, SERVED, lambda: done.append(1), again=lambda words: None)
-    assert set(found) == {"vit_high", "vit_low", "static_outside"} and len(done) in (2, 4)
-    assert found["vit_high"]["cost_ratio"]["values"] == [1.0]
+    assert set(found) == {"full", "px32", "outside"} and len(done) in (2, 4)
+    assert found["full"]["cost_ratio"]["values"] == [1.0]
     for cost in found.values():  # no test asserts how fast
         spreads = [value for value in cost.values() if isinstance(value, dict)]
         assert len(spreads) == 5

@@ -17,6 +17,7 @@ import tritonclient.grpc as triton
 import tritonclient.http as triton_http
 from tritonclient.utils import InferenceServerException
 
+from bundle.graphs import GraphSet
 from calibration.certify import Goal
 from calibration.fidelity import Fidelity
 from calibration.fit import Options, fit
@@ -25,8 +26,7 @@ from calibration.reference import REFERENCE_IMAGES, with_reference_answers
 from client import GrpcClient, HttpClient, InvalidRequestError
 from export.repository import assemble
 from export.settings import ClientParameters, OnHighFailure, ReferenceCheck, Settings
-from export.shelf import choose
-from routing import RungOutputs, RungSet
+from routing import RungOutputs
 from server.canary import Canaries
 from server.readiness import ENTRY_MODEL, adaptive_vit_canary
 from tests.servers import FLUSHED_S, bucket, growth, metrics, running, series, stubs, wait_for
@@ -61,8 +61,7 @@ def planned(build, log, tmp_path_factory):
     Its full rung is as cheap as can be: the cheap rung once more.
     """
     folder = tmp_path_factory.mktemp("planned")
-    choose(build / "onnx", "vit_low", "vit_low", (), folder / "onnx")
-    pair = RungSet.load(folder / "onnx")
+    pair = GraphSet.load(build / "onnx").cast("px32", "px32")
     outputs = Outputs.load(build / "outputs.npz")
     again = RungOutputs(outputs.low.embedding, None, outputs.low.logits)
     # What `collect` would find.

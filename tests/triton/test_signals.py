@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 
+from bundle.graphs import GraphSet
 from calibration.fidelity import Fidelity
 from calibration.fit import EscalationRate, Options, fit
 from calibration.outputs import Outputs
 from client import AsyncGrpcClient, GrpcClient, HttpClient, Task
 from export.repository import answer_parameters
-from routing import SIGNALS, Calibration, Overrides, RungOutputs, RungSet, escalation_mask, manifest
+from routing import SIGNALS, Calibration, Overrides, RungOutputs, escalation_mask, manifest
 from routing.versions import with_parameter
 from tests.servers import running
 from tests.shared_build import shared
@@ -25,7 +26,7 @@ RTOL = 1e-4  # FP32 matrix products sum in another order at another batch size
 def make_artifacts(folder):
     """SIGNAL.json of each signal, fitted to the session's outputs."""
     made = shared("static_vit", make_build)
-    stored, rungs = Outputs.load(made / "outputs.npz"), RungSet.load(made / "onnx")
+    stored, rungs = Outputs.load(made / "outputs.npz"), GraphSet.load(made / "onnx")
     for name, signal in SIGNALS.items():
         # The same logits stand for independent labels where a signal is about those.
         task = signal.task or "classes"

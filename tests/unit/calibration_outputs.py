@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from bundle.graphs import REFERENCE, Graph
 from bundle.prints import no_looks
 from calibration.outputs import Outputs
 from imaging import code_sha256
@@ -55,7 +56,8 @@ def with_reference(rung_set, seed=5):
     file = rung_set.files["vit_high"].with_name("reference.onnx")
     write_rung(file, seed, rung_set.classes)
     record = RungRecord(SIZE, f"px={SIZE}", manifest.sha256_file(file))
-    return replace(rung_set, reference=record, reference_file=file)
+    more = rung_set.adding(Graph("reference", record, file))
+    return replace(more, roles={**more.roles, REFERENCE: "reference"})
 
 
 def with_losing_high(outputs, share, seed=0):

@@ -1,14 +1,12 @@
-"""A pair of tiny real ONNX rungs with their rungs.json, made without torch."""
-
-import json
+"""A pair of tiny real ONNX rungs with their graphs.json, made without torch."""
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from bundle.graphs import HIGH, LOW, REFERENCE, Graph, GraphSet
 from imaging import Preprocessing
-from routing import manifest
-from routing.rungset import SCHEMA_VERSION
+from routing import RungRecord, manifest
 
 SIZE, D, LAYERS, CLASSES = 8, 6, 3, 4
 
@@ -46,31 +44,30 @@ def write_rung(path, seed, classes=CLASSES):
     onnx.save(model, path)
 
 
+def graph_at(file, px):
+    """A file as an exported graph."""
+    return Graph(file.stem, RungRecord(px, f"px={px}", manifest.sha256_file(file)), file)
+
+
 def write_rung_set(folder, classes=CLASSES, seeds=(1, 2)):
-    """Write both rungs and rungs.json as `export rungs` does."""
+    """Write both rungs and graphs.json as `export rungs` does."""
     folder.mkdir(parents=True, exist_ok=True)
-    rungs = {}
-    for name, px, seed in (("vit_low", SIZE // 2, seeds[0]), ("vit_high", SIZE, seeds[1])):
+    graphs = {}
+    for name, px, seed in ((LOW, SIZE // 2, seeds[0]), (HIGH, SIZE, seeds[1])):
         file = folder / f"{name}.onnx"
         write_rung(file, seed, classes)
-        rungs[name] = {
-            "px": px,
-            "recipe": f"px={px}",
-            "file": file.name,
-            "sha256": manifest.sha256_file(file),
-        }
-    content = {
-        "schema_version": SCHEMA_VERSION,
-        "backbone": "tiny",
-        "image": {"shape": [3, SIZE, SIZE]},
-        "embedding_dim": D,
-        "layers": LAYERS,
-        "classes": classes,
-        "labels": None if classes is None else [f"class {i}" for i in range(classes)],
-        "preprocessing": Preprocessing(
+        graphs[name] = graph_at(file, px)
+    GraphSet(
+        backbone="tiny",
+        image_shape=(3, SIZE, SIZE),
+        embedding_dim=D,
+        layers=LAYERS,
+        classes=classes,
+        labels=None if classes is None else tuple(f"class {i}" for i in range(classes)),
+        preprocessing=Preprocessing(
             SIZE, SIZE, None, "bilinear", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
         ).to_dict(),
-        "rungs": rungs,
-    }
-    (folder / "rungs.json").write_text(json.dumps(content))
+        graphs=graphs,
+        roles={LOW: LOW, HIGH: HIGH, REFERENCE: HIGH},
+    ).save(folder)
     return folder

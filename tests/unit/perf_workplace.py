@@ -1,31 +1,27 @@
 """What `python -m perf run` needs before it starts, made without torch and without a server."""
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from routing import RungSet, manifest
+from bundle.graphs import GraphSet
+from routing import manifest
 from tests.unit.fakes import make_calibration
 from tests.unit.image_files import write_images
-from tests.unit.onnx_files import CLASSES, LAYERS, D, write_rung, write_rung_set
+from tests.unit.onnx_files import CLASSES, LAYERS, D, graph_at, write_rung, write_rung_set
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def write_rungs(folder, alternatives=(), seeds=(1, 2)):
     """Rungs of 4 and 8 px, and static ones of the resolutions given."""
-    write_rung_set(folder, seeds=seeds)
-    content = json.loads((folder / "rungs.json").read_text())
-    content["alternatives"] = {}
+    graphs = GraphSet.load(write_rung_set(folder, seeds=seeds))
     for px in alternatives:
-        file = folder / f"static_{px}.onnx"
+        file = folder / f"px{px}.onnx"
         write_rung(file, seed=px)
-        entry = {"px": px, "recipe": f"px={px}", "file": file.name}
-        entry["sha256"] = manifest.sha256_file(file)
-        content["alternatives"][f"static_{px}"] = entry
-    (folder / "rungs.json").write_text(json.dumps(content))
-    return RungSet.load(folder)
+        graphs = graphs.adding(graph_at(file, px))
+    graphs.save(folder)
+    return GraphSet.load(folder)
 
 
 def calibration_of(rung_set, **changes):

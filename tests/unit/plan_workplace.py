@@ -6,7 +6,6 @@ can take back. `Commands` does what the planner has other programs do.
 """
 
 import io
-import json
 from pathlib import Path
 
 import numpy as np
@@ -16,25 +15,25 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from rich.console import Console
 
+from bundle.graphs import HIGH, LOW, REFERENCE, Graph, GraphSet
+from bundle.recipe import Recipe
 from calibration.certify import Goal
 from calibration.source import SourceImage
+from export.align import align
 from export.backbones import Backbone
 from export.errors import UsageError
 from export.fit_images import FitImages
-from export.recipes.recipe import Recipe
 from export.rungs import describe
-from export.shelf import align, choose
 from imaging import ImageError, Preprocessing
 from perf.figures import Spread
 from planner.bars import Bars
 from planner.request import Request
-from routing import Alignment, manifest
-from routing.rungset import SCHEMA_VERSION
+from routing import Alignment, RungRecord, manifest
 
 SIZE, D, LAYERS, CLASSES = 8, 6, 3, 4
 PREPROCESSING = Preprocessing(SIZE, SIZE, None, "bilinear", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 QUIET = Bars(Console(quiet=True))
-MS = {"vit_high": 80.0, "static_int8static": 40.0}  # of an image; cheap graphs take CHEAP_MS
+MS = {"full": 80.0, "int8static": 40.0}  # of an image; cheap graphs take CHEAP_MS
 CHEAP_MS = 8.0
 BUSY = 1.7
 
@@ -116,38 +115,29 @@ def write_graph(path, seen, shift, head=True):
 def write_shelf(folder, low, beside, fitted_on="", head=True, task="classes"):
     """What `export rungs` leaves: the full model, and cheap graphs by their recipes."""
     folder.mkdir(parents=True)
-    names = {"vit_low": low, "vit_high": "fp32"}
-    names |= {f"static_{Recipe.parse(text).slug(SIZE)}": text for text in beside}
-    entries = {}
-    for name, text in names.items():
-        recipe, file = Recipe.parse(text).at(SIZE), folder / f"{name}.onnx"
+    graphs = {}
+    for text in (low, "fp32", *beside):
+        recipe = Recipe.parse(text).at(SIZE)
+        name = recipe.slug(SIZE)
+        file = folder / f"{name}.onnx"
         cheap = recipe.px < SIZE  # a graph of merged tokens answers as the full model does
         shift = 1.5 * cheap + 0.05 * (recipe.precision != "fp32") + 0.01 * (recipe.depth or 0)
         write_graph(file, SIZE // 2 if cheap else SIZE, shift, head)
-        entries[name] = {
-            "px": recipe.px,
-            "recipe": str(recipe),
-            "file": file.name,
-            "sha256": manifest.sha256_file(file),
-            "layers": LAYERS,
-        }
-    content = {
-        "schema_version": SCHEMA_VERSION,
-        "backbone": "tiny",
-        "image": {"shape": [3, SIZE, SIZE]},
-        "embedding_dim": D,
-        "layers": LAYERS,
-        "classes": CLASSES if head else None,
-        "task": task if head else None,
-        "labels": [f"class {i}" for i in range(CLASSES)] if head else None,
-        "preprocessing": PREPROCESSING.to_dict(),
-        "rungs": {name: entries.pop(name) for name in ("vit_low", "vit_high")},
-        "reference": None,
-        "alternatives": entries,
-        "parity": {"checks": []},
-        "fitted_on": fitted_on,
-    }
-    (folder / "rungs.json").write_text(json.dumps(content))
+        record = RungRecord(recipe.px, str(recipe), manifest.sha256_file(file), layers=LAYERS)
+        graphs[name] = Graph(name, record, file)
+    GraphSet(
+        backbone="tiny",
+        image_shape=(3, SIZE, SIZE),
+        embedding_dim=D,
+        layers=LAYERS,
+        classes=CLASSES if head else None,
+        labels=tuple(f"class {i}" for i in range(CLASSES)) if head else None,
+        preprocessing=PREPROCESSING.to_dict(),
+        graphs=graphs,
+        roles={LOW: next(iter(graphs)), HIGH: "full", REFERENCE: "full"},
+        task=task if head else None,
+        fitted_on=fitted_on,
+    ).save(folder)
     return folder
 
 
@@ -199,10 +189,10 @@ class Commands:
             write_shelf(out["--out"], options["--low"][0], beside, learned, self._head, task)
         elif self.said[-1][1] == "align":
             alignment = Alignment.load(Path(options["--alignment"][0]))
-            align(out["--onnx"], options["--graph"][0], alignment, options["--name"][0])
+            align(GraphSet.load(out["--onnx"]), options["--graph"][0], alignment)
         else:
             low, high = options["--low"][0], options["--high"][0]
-            choose(out["--onnx"], low, high, options["--keep"], out["--out"])
+            GraphSet.load(out["--onnx"]).cast(low, high).place(out["--out"], options["--beside"])
 
     def run_json(self, arguments, say):
         self.said.append([str(argument) for argument in arguments])
@@ -221,8 +211,8 @@ class Commands:
         return {"graphs": {name: self._cost(name, busy) for name in names}}
 
     def _cost(self, name, busy):
-        ms, full = self._ms.get(name, CHEAP_MS), self._ms["vit_high"]
-        clock_ms = BUSY * ms if busy and name != "vit_high" else ms
+        ms, full = self._ms.get(name, CHEAP_MS), self._ms["full"]
+        clock_ms = BUSY * ms if busy and name != "full" else ms
         figures = {
             "latency_ms": 2 * clock_ms,
             "ms_per_image": clock_ms,
@@ -231,7 +221,7 @@ class Commands:
             "cpu_cost_ratio": ms / full,
         }
         spreads = {key: Spread.of([value]).to_dict() for key, value in figures.items()}
-        return {"batch": 8, **spreads, "disturbed": busy and name != "vit_high"}
+        return {"batch": 8, **spreads, "disturbed": busy and name != "full"}
 
 
 def _options(arguments):

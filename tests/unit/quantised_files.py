@@ -9,8 +9,8 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from bundle.recipe import Recipe
 from export import onnx_graph
-from export.recipes.recipe import Recipe
 from export.static_vit import static_vit
 
 FULL_PX = 64

@@ -5,13 +5,13 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
+from bundle.graphs import GraphSet
 from calibration.collect import collect
 from calibration.fidelity import Fidelity
 from calibration.fit import EscalationRate, Options, fit
 from calibration.images import open_images
 from calibration.outputs import Outputs
 from calibration.reference import REFERENCE_IMAGES, with_reference_answers
-from routing import RungSet
 from tests.unit.onnx_files import write_rung_set
 
 IMAGES = 200
@@ -40,7 +40,7 @@ def collected(folder, answering=SEEDS, served=SEEDS):
     if not (folder / "images").exists():
         write_pictures(folder / "images")
     rungs = {
-        seeds: RungSet.load(write_rung_set(folder / "onnx{}-{}".format(*seeds), seeds=seeds))
+        seeds: GraphSet.load(write_rung_set(folder / "onnx{}-{}".format(*seeds), seeds=seeds))
         for seeds in {answering, served}
     }
     collect(rungs[answering], open_images(str(folder / "images")), folder / "outputs.npz")

@@ -86,7 +86,7 @@ def test_evaluate_exits_1_where_new_images_contradict_the_certificate(workplace,
     assert "Certificate not contradicted" in capsys.readouterr().out
     forged = json.loads((workplace / "build/calibration/calibration.json").read_text())
     write_rung_set(workplace / "other/onnx", seeds=(1, 7))  # a full rung that differs a lot
-    rungs = json.loads((workplace / "other/onnx/rungs.json").read_text())["rungs"]
+    rungs = json.loads((workplace / "other/onnx/graphs.json").read_text())["graphs"]
     for name, rung in rungs.items():
         forged["rungs"][name]["sha256"] = rung["sha256"]
     (workplace / "other/calibration.json").write_text(json.dumps(forged))
@@ -110,9 +110,9 @@ def test_an_aligned_rung_is_calibrated_without_the_images_it_has_learned_from(tm
     alignment = Alignment.load(tmp_path / printed["alignment"])
     learned, _ = known(alignment.image_prints)
     assert len(learned) == 133  # a third of the images
-    record = json.loads((tmp_path / "build/onnx/rungs.json").read_text())
+    record = json.loads((tmp_path / "build/onnx/graphs.json").read_text())
     record["fitted_on"] = alignment.image_prints
-    (tmp_path / "build/onnx/rungs.json").write_text(json.dumps(record))
+    (tmp_path / "build/onnx/graphs.json").write_text(json.dumps(record))
     assert run(tmp_path, "fit", "--max-risk", 0.2) == 0
     assert "133 images taught a graph or its head" in capsys.readouterr().err
     artifact = json.loads((tmp_path / "build/calibration/calibration.json").read_text())
@@ -130,9 +130,9 @@ def test_analyse_leaves_out_what_taught_a_graph_and_refuses_outputs_of_others(tm
     outputs = Outputs.load(tmp_path / "build/calibration/outputs.npz")
 
     def taught(count):
-        record = json.loads((tmp_path / "build/onnx/rungs.json").read_text())
+        record = json.loads((tmp_path / "build/onnx/graphs.json").read_text())
         record["fitted_on"] = encode(outputs.hashes[:count], outputs.looks[:count])
-        (tmp_path / "build/onnx/rungs.json").write_text(json.dumps(record))
+        (tmp_path / "build/onnx/graphs.json").write_text(json.dumps(record))
 
     taught(20)
     capsys.readouterr()

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from bundle.graphs import GraphSet
 from calibration.coefficients import (
     FitSample,
     applicable,
@@ -10,14 +11,14 @@ from calibration.coefficients import (
     signal_values,
 )
 from calibration.fidelity import disagrees, oracle_l2
-from routing import SIGNALS, RungOutputs, RungSet, features
+from routing import SIGNALS, RungOutputs, features
 from tests.unit.calibration_outputs import CLASS_SIGNALS, make_outputs
 from tests.unit.onnx_files import write_rung_set
 
 
 @pytest.fixture
 def rung_set(tmp_path):
-    return RungSet.load(write_rung_set(tmp_path / "onnx"))
+    return GraphSet.load(write_rung_set(tmp_path / "onnx"))
 
 
 def sample_of(outputs):

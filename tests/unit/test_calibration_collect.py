@@ -8,6 +8,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
+from bundle.graphs import GraphsError, GraphSet
 from calibration import collect as module
 from calibration.collect import BATCH, PART, collect
 from calibration.images import open_images
@@ -16,7 +17,7 @@ from calibration.outputs import Outputs, OutputsError
 from calibration.running import run_session
 from calibration.source import ImagesError
 from imaging import Preprocessing, decode, pixels_sha256
-from routing import RungOutputs, RungSet, RungSetError
+from routing import RungOutputs
 from tests.unit.calibration_outputs import with_reference
 from tests.unit.image_files import MemorySource, write_images
 from tests.unit.onnx_files import write_rung_set
@@ -30,7 +31,7 @@ class StoppedError(Exception):
 
 @pytest.fixture
 def rung_set(tmp_path):
-    return RungSet.load(write_rung_set(tmp_path / "onnx"))
+    return GraphSet.load(write_rung_set(tmp_path / "onnx"))
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ def test_the_file_holds_what_is_returned_and_nothing_else_is_left(rung_set, out)
 
 
 def test_a_headless_model_has_no_logits(tmp_path, out):
-    rung_set = RungSet.load(write_rung_set(tmp_path, classes=None))
+    rung_set = GraphSet.load(write_rung_set(tmp_path, classes=None))
     collect(rung_set, MemorySource(3), out)
     stored = Outputs.load(out)
     assert stored.low.logits is None and stored.high.logits is None
@@ -144,7 +145,7 @@ def test_a_rerun_of_a_finished_run_whose_parts_were_not_joined_runs_no_rung(
 
 
 def other_rungs(rung_set, tmp_path):
-    return RungSet.load(write_rung_set(tmp_path / "other", seeds=(3, 4)))
+    return GraphSet.load(write_rung_set(tmp_path / "other", seeds=(3, 4)))
 
 
 def other_preprocessing(rung_set, tmp_path):
@@ -376,7 +377,7 @@ def test_memory_does_not_grow_with_the_number_of_images(rung_set, out, monkeypat
 
 def test_an_onnx_file_that_is_not_the_exported_one_is_refused(rung_set, out):
     rung_set.files["vit_high"].write_bytes(rung_set.files["vit_low"].read_bytes())
-    with pytest.raises(RungSetError, match=r"vit_high\.onnx differs from its SHA-256"):
+    with pytest.raises(GraphsError, match=r"vit_high\.onnx differs from its SHA-256"):
         collect(rung_set, MemorySource(3), out)
 
 
@@ -420,7 +421,7 @@ def test_a_reference_is_run_as_a_third_session(rung_set, out):
     outputs = Outputs.load(out)
     preprocessing = Preprocessing.from_dict(rungs.preprocessing)
     image = np.stack([preprocessing(decode(source[index].data)) for index in range(len(source))])
-    session = ort.InferenceSession(str(rungs.reference_file))
+    session = ort.InferenceSession(str(rungs.reference.file))
     embedding, _, logits = session.run(None, {"image": image})
     np.testing.assert_allclose(outputs.reference.embedding, embedding, rtol=1e-5)
     np.testing.assert_allclose(outputs.reference.logits, logits, rtol=1e-5, atol=1e-5)
@@ -441,6 +442,6 @@ def test_parts_without_the_reference_are_made_anew(rung_set, out, tmp_path):
 
 def test_a_reference_that_is_not_the_exported_file_is_refused(rung_set, out):
     rungs = with_reference(rung_set)
-    rungs.reference_file.write_bytes(rungs.files["vit_low"].read_bytes())
-    with pytest.raises(RungSetError, match=r"reference\.onnx differs from its SHA-256"):
+    rungs.reference.file.write_bytes(rungs.files["vit_low"].read_bytes())
+    with pytest.raises(GraphsError, match=r"reference\.onnx differs from its SHA-256"):
         collect(rungs, MemorySource(3), out)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from bundle.graphs import GraphSet
 from bundle.prints import encode, no_looks
 from calibration import metrics
 from calibration.certify import (
@@ -31,7 +32,7 @@ from calibration.record import FitRecord
 from calibration.scoring import flat_score, score_spread
 from calibration.splits import SplitError
 from calibration.tables import print_fit
-from routing import Calibration, RungSet
+from routing import Calibration
 from tests.unit.calibration_outputs import (
     CLASS_SIGNALS,
     make_outputs,
@@ -47,12 +48,12 @@ GOAL = Goal(max_risk=0.1, confidence=0.9, method="ltt")
 
 @pytest.fixture
 def rung_set(tmp_path):
-    return RungSet.load(write_rung_set(tmp_path / "onnx"))
+    return GraphSet.load(write_rung_set(tmp_path / "onnx"))
 
 
 @pytest.fixture
 def headless(tmp_path):
-    return RungSet.load(write_rung_set(tmp_path / "headless", classes=None))
+    return GraphSet.load(write_rung_set(tmp_path / "headless", classes=None))
 
 
 def test_the_oracle_is_the_distance_of_the_embeddings(rung_set):
@@ -278,7 +279,7 @@ def test_the_record_belongs_to_its_artifact_and_outputs(rung_set, tmp_path):
 
 def test_what_cannot_be_fitted_is_refused(rung_set, headless, tmp_path):
     outputs = make_outputs(rung_set)
-    others = RungSet.load(write_rung_set(tmp_path / "others", seeds=(3, 4)))
+    others = GraphSet.load(write_rung_set(tmp_path / "others", seeds=(3, 4)))
     with pytest.raises(FitError, match="other ONNX files"):
         fit(outputs, others, GOAL, TOP1)
     with pytest.raises(FitError, match="another preprocessing"):

@@ -1,11 +1,13 @@
 """What a certificate counts is pictures, and none of those that something was fitted on."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from bundle.graphs import GraphSet
 from calibration.__main__ import main
 from calibration.certify import Goal
 from calibration.collect import collect
@@ -18,7 +20,6 @@ from calibration.sample import write
 from calibration.splits import group_keys
 from export.fit_images import FitImages
 from imaging import Preprocessing
-from routing import RungSet
 from tests.unit.onnx_files import write_rung_set
 
 CROPS, TIMES, NEW = 40, 3, 20
@@ -50,14 +51,14 @@ def outputs(folders):
     found = {}
     for name in ("crops", "copied", "forms"):
         file = folders / f"{name}.npz"
-        collect(RungSet.load(folders / "onnx"), open_images(str(folders / name)), file)
+        collect(GraphSet.load(folders / "onnx"), open_images(str(folders / name)), file)
         found[name] = Outputs.load(file)
     return found
 
 
 def fitted(outputs, folders):
     goal, options = Goal(0.3, 0.9, "ltt"), Options(Fidelity("top1"))
-    return fit(outputs, RungSet.load(folders / "onnx"), goal, options).calibration
+    return fit(outputs, GraphSet.load(folders / "onnx"), goal, options).calibration
 
 
 def test_a_picture_stored_many_times_counts_once(outputs, folders):
@@ -82,14 +83,13 @@ def test_evaluate_leaves_out_what_the_calibration_has_seen_in_another_form(outpu
 def test_images_that_taught_a_graph_are_left_out_in_any_form_and_said(
     outputs, folders, tmp_path, monkeypatch, capsys
 ):
-    rung_set = RungSet.load(folders / "onnx")
+    rung_set = GraphSet.load(folders / "onnx")
     preprocessing = Preprocessing.from_dict(rung_set.preprocessing)
     learned = FitImages.read(folders / "crops", preprocessing).prints
-    content = (folders / "onnx/rungs.json").read_text()
     onnx = tmp_path / "onnx"
     write_rung_set(onnx, seeds=(1, 2))
-    (onnx / "rungs.json").write_text(content[:-1] + f', "fitted_on": "{learned}"}}')
-    taught = RungSet.load(onnx)
+    taught = replace(GraphSet.load(onnx), fitted_on=learned)
+    taught.save(onnx)
     assert len(without_learned(outputs["copied"], taught)) == 0
     assert NEW - 2 <= len(without_learned(outputs["forms"], taught)) <= NEW + 0.1 * CROPS
     with pytest.raises(FitError, match="used to fit a graph"):
@@ -112,7 +112,7 @@ def run(monkeypatch, *arguments):
 
 def test_crops_drawn_from_the_sample_stream_are_independent(folders, tmp_path):
     source = open_images("sample:3", CROPS)
-    collect(RungSet.load(folders / "onnx"), source, tmp_path / "drawn.npz")
+    collect(GraphSet.load(folders / "onnx"), source, tmp_path / "drawn.npz")
     drawn = Outputs.load(tmp_path / "drawn.npz")
     assert group_keys(drawn, "source") == drawn.groups
     assert not drawn.looks.any()

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from tritonclient.utils import InferenceServerException
 
+from bundle.graphs import GraphSet
 from calibration import collect as collect_module
 from calibration import served as module
 from calibration.collect import PART, collect
 from calibration.outputs import Outputs
 from calibration.running import open_session, run_session
 from calibration.served import ServedError, ServedRungs, credentials
-from routing import RungSet
 from tests.unit.calibration_outputs import with_reference
 from tests.unit.image_files import MemorySource
 from tests.unit.onnx_files import CLASSES, LAYERS, SIZE, D, write_rung_set
@@ -65,7 +65,7 @@ class FakeTriton:
 
 @pytest.fixture
 def rung_set(tmp_path):
-    return RungSet.load(write_rung_set(tmp_path / "onnx"))
+    return GraphSet.load(write_rung_set(tmp_path / "onnx"))
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_a_server_of_other_rungs_is_refused(rung_set, serve, shapes, words):
 
 
 def other_rungs(tmp_path, seeds):
-    return RungSet.load(write_rung_set(tmp_path / f"other {seeds}", seeds=seeds))
+    return GraphSet.load(write_rung_set(tmp_path / f"other {seeds}", seeds=seeds))
 
 
 @pytest.mark.parametrize(("seeds", "rung"), [((7, 2), "vit_low"), ((1, 7), "vit_high")])

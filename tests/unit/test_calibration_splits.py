@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bundle.graphs import GraphSet
 from calibration.splits import (
     CERTIFIED,
     UNCERTIFIED,
@@ -12,14 +13,13 @@ from calibration.splits import (
     group_keys,
     split_by_group,
 )
-from routing import RungSet
 from tests.unit.calibration_outputs import make_outputs
 from tests.unit.onnx_files import write_rung_set
 
 
 @pytest.fixture
 def outputs(tmp_path):
-    return make_outputs(RungSet.load(write_rung_set(tmp_path / "onnx")), n=60)
+    return make_outputs(GraphSet.load(write_rung_set(tmp_path / "onnx")), n=60)
 
 
 @given(st.integers(0, 1000), st.sampled_from([1, 2, 5]))

@@ -3,20 +3,21 @@
 import io
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from bundle.graphs import HIGH, LOW, REFERENCE, Graph, GraphSet
 from calibration.sample import crops as sample_crops
-from demo.errors import DemoError
 from demo.page import write_page
 from demo.plan_summary import best_sentence, served_rows, speedup_sentence, summarise_plan
 from demo.serve import Asked
 from demo.summary import Served, summarise
 from demo.systems import recipes, resolutions_px, served_systems
 from demo.tables import plan_table, result_table, sentences
-from routing import RungRecord, RungSet
+from routing import RungRecord
 from tests.unit.demo_measured import measured
 
 FULL = RungRecord(224, "px=224", "f" * 64)
@@ -31,12 +32,15 @@ RECIPES = {
     "low": CHEAP.recipe,
     "high": FULL.recipe,
     "vit_high": INT8.recipe,
-    "static_tome8": MERGED.recipe,
+    "tome8": MERGED.recipe,
 }
 
 
-def rung_set(high, reference, alternatives):
-    return RungSet(
+def rung_set(high, *beside):
+    records = {"px112_int8static_align": CHEAP, "high": high, **dict(beside)}
+    graphs = {name: Graph(name, record, Path(name)) for name, record in records.items()}
+    full = "high" if high is FULL else "full"
+    return GraphSet(
         backbone="tiny",
         image_shape=(3, 224, 224),
         embedding_dim=4,
@@ -44,45 +48,38 @@ def rung_set(high, reference, alternatives):
         classes=4,
         labels=("ant", "bee", "cat", "dog"),
         preprocessing={},
-        rungs={"vit_low": CHEAP, "vit_high": high},
-        files={},
-        alternatives=alternatives,
-        reference=reference,
+        graphs=graphs,
+        roles={LOW: "px112_int8static_align", HIGH: "high", REFERENCE: full},
     )
 
 
 def test_the_full_rung_is_static_high_where_it_is_the_full_model():
-    found = rung_set(FULL, None, {"static_tome8": MERGED})
+    found = rung_set(FULL, ("tome8", MERGED))
     assert served_systems(found) == {
         **{"low": "vit_low", "high": "vit_high", "adaptive": "router"},
-        "static_tome8": "static_tome8",
+        "tome8": "tome8",
     }
     assert recipes(found)["high"] == "px=224" and "adaptive" not in recipes(found)
 
 
 def test_an_int8_full_rung_is_a_system_beside_the_full_model():
-    found = rung_set(INT8, FULL, {"static_tome8": MERGED, "static_full": FULL})
+    found = rung_set(INT8, ("tome8", MERGED), ("full", FULL))
     assert served_systems(found) == {
-        **{"low": "vit_low", "high": "static_full", "adaptive": "router"},
-        **{"vit_high": "vit_high", "static_tome8": "static_tome8"},
+        **{"low": "vit_low", "high": "full", "adaptive": "router"},
+        **{"vit_high": "vit_high", "tome8": "tome8"},
     }
     assert recipes(found) == RECIPES
     assert resolutions_px(found) == (112, 224)
 
 
-def test_a_cascade_without_its_full_model_beside_it_is_refused():
-    with pytest.raises(DemoError, match="the full model does not lie beside"):
-        served_systems(rung_set(INT8, FULL, {"static_tome8": MERGED}))
-
-
 CLASSES = {
     **{"low": [0, 1, 0, 3], "high": [0, 1, 2, 3], "adaptive": [0, 1, 1, 3]},
-    **{"vit_high": [0, 1, 1, 3], "static_tome8": [0, 1, 2, 0]},
+    **{"vit_high": [0, 1, 1, 3], "tome8": [0, 1, 2, 0]},
 }
 ESCALATED = [False, False, True, False]
 RATES = {
     **{"low": [80, 88, 40], "high": [10, 11, 5], "adaptive": [60, 88, 20]},
-    **{"vit_high": [20, 22, 10], "static_tome8": [15, 16, 8]},
+    **{"vit_high": [20, 22, 10], "tome8": [15, 16, 8]},
 }
 
 
@@ -116,16 +113,14 @@ def plan_entry(agreement=None, doubts=()):
 
 def test_a_graph_whose_own_clock_was_disturbed_gets_no_ratio():
     whole = saturated()
-    for share in whole.paired.shares:  # half of what static_tome8 took was something else
-        share["static_tome8"] = [
-            replace(answer, cpu_ms=answer.cpu_ms / 2) for answer in share["static_tome8"]
-        ]
-    agreement = served().agreement() | {"static_tome8": 1.0, "vit_high": 0.0}
+    for share in whole.paired.shares:  # half of what tome8 took was something else
+        share["tome8"] = [replace(answer, cpu_ms=answer.cpu_ms / 2) for answer in share["tome8"]]
+    agreement = served().agreement() | {"tome8": 1.0, "vit_high": 0.0}
     arguments = (RECIPES, (CHEAP.recipe, INT8.recipe), CERTIFICATE, agreement)
     plan = summarise_plan(*arguments, whole)
-    assert not plan["disturbed"] and plan["disturbed_systems"] == ["static_tome8"]
-    assert plan["best_alternative"]["name"] == "static_tome8"
-    assert {row["system"]: row["speedup"] for row in served_rows(plan)}["static_tome8"] == "–"
+    assert not plan["disturbed"] and plan["disturbed_systems"] == ["tome8"]
+    assert plan["best_alternative"]["name"] == "tome8"
+    assert {row["system"]: row["speedup"] for row in served_rows(plan)}["tome8"] == "–"
     sentence = best_sentence(plan).replace("\N{NO-BREAK SPACE}", " ")
     assert "it agrees on 100.0 %. " in sentence and "of the cascade." in sentence
     # Where CPU time says nothing, nothing is held against it.
@@ -150,7 +145,7 @@ def test_agreement_is_with_the_full_model_not_with_the_full_rung():
 
 
 def test_the_best_alternative_is_the_cheapest_that_agrees_as_often():
-    agreement = {"low": 0.9, "high": 1.0, "adaptive": 0.97, "vit_high": 0.97, "static_tome8": 0.99}
+    agreement = {"low": 0.9, "high": 1.0, "adaptive": 0.97, "vit_high": 0.97, "tome8": 0.99}
     best = plan_entry(agreement=agreement)["best_alternative"]
     assert best == {
         "name": "vit_high",
@@ -159,11 +154,11 @@ def test_the_best_alternative_is_the_cheapest_that_agrees_as_often():
         "disturbed": False,
     }
     agreement["vit_high"] = 0.96
-    assert plan_entry(agreement=agreement)["best_alternative"]["name"] == "static_tome8"
+    assert plan_entry(agreement=agreement)["best_alternative"]["name"] == "tome8"
 
 
 def test_the_cheap_rung_is_part_of_the_cascade_and_no_alternative_to_it():
-    agreement = {"low": 0.97, "high": 1.0, "adaptive": 0.97, "vit_high": 0.97, "static_tome8": 0.99}
+    agreement = {"low": 0.97, "high": 1.0, "adaptive": 0.97, "vit_high": 0.97, "tome8": 0.99}
     plan = plan_entry(agreement=agreement)
     assert plan["best_alternative"]["name"] == "vit_high"
     assert "The cheap rung alone, for which nothing is certified, agrees on 97.0" in best_sentence(
@@ -172,7 +167,7 @@ def test_the_cheap_rung_is_part_of_the_cascade_and_no_alternative_to_it():
 
 
 def test_the_full_model_is_the_best_alternative_where_nothing_else_agrees_as_often():
-    agreement = {"low": 0.9, "high": 1.0, "adaptive": 1.0, "vit_high": 0.97, "static_tome8": 0.99}
+    agreement = {"low": 0.9, "high": 1.0, "adaptive": 1.0, "vit_high": 0.97, "tome8": 0.99}
     plan = plan_entry(agreement=agreement)
     assert plan["best_alternative"]["name"] == "high"
     assert plan["best_alternative"]["cost_ratio_to_plan"] == pytest.approx(plan["speedup_vs_high"])
@@ -181,9 +176,7 @@ def test_the_full_model_is_the_best_alternative_where_nothing_else_agrees_as_oft
 
 def test_rows_stand_from_the_fastest_to_the_slowest():
     rows = served_rows(plan_entry())
-    assert [row["system"] for row in rows] == [
-        *("low", "adaptive", "vit_high", "static_tome8", "high")
-    ]
+    assert [row["system"] for row in rows] == [*("low", "adaptive", "vit_high", "tome8", "high")]
     assert rows[-1] == {
         **{
             "system": "high",

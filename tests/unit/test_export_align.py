@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,18 +13,23 @@ import onnxruntime as ort
 import pytest
 from onnx.external_data_helper import uses_external_data
 
+from bundle.graphs import GraphSet
+from bundle.prints import joined
+from bundle.recipe import Recipe
 from export import onnx_graph
+from export.align import align, bake_alignment
 from export.errors import UsageError
 from export.onnx_graph import check_versions
 from export.parity import sample_images, structure_failures
 from export.pretrained import pretrained
-from export.recipes.align import bake_alignment
 from export.recipes.half import to_half
 from export.recipes.quantise import quantise_dynamic, quantise_static
-from export.recipes.recipe import Recipe
+from export.rungs import RungsRequest, export_rungs
 from export.shared_weights import share_weights
 from routing import Alignment, RungOutputs
-from tests.unit.export_tiny import LAYERS, PX, WIDTH, save_tiny
+from routing.manifest import sha256_file
+from tests.unit.export_tiny import LAYERS, PX, QUIET, WIDTH, run_export, save_tiny
+from tests.unit.image_files import write_images
 from tests.unit.quantised_files import ask
 
 pytestmark = pytest.mark.usefixtures("remembered_exports")
@@ -166,3 +174,116 @@ def test_an_aligned_graph_still_answers_image_by_image(graph):
         alone = session.run(["embedding", "logits"], {"image": IMAGES[row : row + 1]})
         for one, all_images in zip(alone, together, strict=True):
             np.testing.assert_allclose(one[0], all_images[row], rtol=1e-4, atol=1e-4)
+
+
+# --- in a folder of graphs --------------------------------------------------------------------
+
+LEARNED = base64.b64encode(bytes(37)).decode()  # of one image
+INT8 = "px8_int8static"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported")
+    model = save_tiny(folder / "tiny", "ViTForImageClassification")
+    request = RungsRequest(
+        str(model),
+        folder / "onnx",
+        beside=(Recipe(12), Recipe(8, precision="int8=static")),
+        fit_images=write_images(folder / "images", "a.png"),
+    )
+    export_rungs(request, QUIET)
+    return folder / "onnx"
+
+
+@pytest.fixture
+def graphs(exported: Path, tmp_path: Path) -> GraphSet:
+    return GraphSet.load(shutil.copytree(exported, tmp_path / "onnx"))
+
+
+def fitted(graphs: GraphSet, name: str) -> Alignment:
+    """An alignment as `calibration align` would give it, but for its numbers."""
+    record = graphs.graphs[name].record
+    changes = {"graph": record.fingerprint, "recipe": record.recipe, "image_prints": LEARNED}
+    return replace(alignment(), **changes)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {file.name: sha256_file(file) for file in folder.iterdir()}
+
+
+def test_the_aligned_graph_stands_beside_its_graph(graphs):
+    folder = graphs.low.file.parent
+    others = {n: h for n, h in hashes(folder).items() if n != "graphs.json"}
+    before = ask(graphs.graphs[INT8].file, IMAGES)
+    made = align(graphs, INT8, fitted(graphs, INT8))
+    aligned = made.graphs[f"{INT8}_align"]
+    assert GraphSet.load(folder) == made and made.roles == graphs.roles
+    assert aligned.record.recipe == "px=8,int8=static,align" and aligned.fault() is None
+    expected = alignment().embedding(RungOutputs(before["embedding"], before["cls_layers"], None))
+    answered = ask(aligned.file, IMAGES)["embedding"]
+    np.testing.assert_allclose(answered, expected, rtol=1e-5, atol=1e-5)
+    # Everything else lies as it did, with no temporary file among it.
+    found = hashes(folder)
+    assert {name: found[name] for name in others} == others
+    assert set(found) == {*others, "graphs.json", aligned.file.name}
+
+
+def test_the_images_it_learned_from_join_those_of_its_graph(graphs):
+    ranges = graphs.graphs[INT8].fitted_on
+    assert len(base64.b64decode(ranges)) == 37  # what int8=static learned from
+    made = align(graphs, INT8, fitted(graphs, INT8))
+    assert made.graphs[f"{INT8}_align"].fitted_on == joined(ranges, LEARNED)
+    assert (made.graphs[INT8].fitted_on, made.learned()) == (ranges, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("px9", "--graph px9: no cheap graph of that name; there are px8, px12, px8_int8static"),
+        ("full", "--graph full: no cheap graph of that name"),
+        ("px12", "the alignment was fitted on another graph than px12 (px=8)"),
+    ],
+)
+def test_an_alignment_that_cannot_be_baked_is_refused(graphs, name, message):
+    before = hashes(graphs.low.file.parent)
+    with pytest.raises(UsageError) as caught:
+        align(graphs, name, fitted(graphs, "px8"))
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+    assert hashes(graphs.low.file.parent) == before
+
+
+def test_an_alignment_of_a_graph_or_weights_that_changed_since_is_refused(graphs):
+    file = graphs.low.file.with_name("weights.bin")
+    weights = file.read_bytes()
+    file.write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    with pytest.raises(UsageError, match=r"weights\.bin differs from its SHA-256 in graphs\.json"):
+        align(graphs, "px8", fitted(graphs, "px8"))
+    file.write_bytes(weights[:-9])
+    with pytest.raises(UsageError, match=r"weights\.bin was cut short: it has [\d,]+ of [\d,]+"):
+        align(graphs, "px8", fitted(graphs, "px8"))
+    file.write_bytes(weights)
+    with pytest.raises(UsageError, match="fitted on another graph than px8"):
+        align(graphs, "px8", replace(fitted(graphs, "px8"), graph="0" * 64))
+    made = align(graphs, "px8", fitted(graphs, "px8"))
+    with pytest.raises(UsageError, match=r"px8_align is aligned already \(px=8,align\)"):
+        align(made, "px8_align", fitted(made, "px8_align"))
+
+
+def test_the_command_makes_the_aligned_graph_the_cheap_rung(graphs, tmp_path):
+    folder, file = graphs.low.file.parent, tmp_path / "alignment.npz"
+    fitted(graphs, "px8").save(file)
+    command = ("align", "--onnx", folder, "--alignment", file)
+    done = run_export(*command)
+    assert (done.exit_code, done.stderr) == (0, "") and "wrote px8_align in" in done.stdout
+    made = GraphSet.load(folder)
+    assert (made.low.name, made.high.name, made.learned()) == ("px8_align", "full", LEARNED)
+    assert list(made.beside) == ["px8", "px12", INT8]
+    for arguments, message in (
+        ((*command, "--graph", "px12"), "error: the alignment was fitted on another graph"),
+        (("align", "--onnx", folder, "--alignment", tmp_path / "no.npz"), "error: no "),
+        (("align", "--onnx", tmp_path, "--alignment", file), "error: no graphs.json in "),
+    ):
+        done = run_export(*arguments)
+        assert done.exit_code == 2 and done.stderr.startswith(message)
+        assert len(done.stderr.splitlines()) == 1

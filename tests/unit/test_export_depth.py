@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bundle.recipe import Recipe
 from export.backbones import RungModule
 from export.errors import UsageError
 from export.parity import sample_images
 from export.pretrained import pretrained
 from export.recipes.depth import first_blocks
-from export.recipes.recipe import Recipe
 from export.recipes.resize import downsample
 from export.vit_families import base_model, blocks
 from tests.unit.export_tiny import LAYERS, PX, WIDTH, save_tiny

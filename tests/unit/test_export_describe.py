@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from bundle.recipe import Recipe
 from export.errors import UsageError
 from export.pretrained import SUPPORTED, pretrained
-from export.recipes.recipe import Recipe
 from export.rungs import describe
 from tests.unit.export_tiny import LAYERS, PX, WIDTH, run_export, save_tiny
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from bundle.recipe import Recipe
 from export.backbones import Backbone
 from export.errors import ExportError
 from export.onnx_graph import export_onnx, strip_provenance
 from export.parity import BATCHES, ParityError, check_parity
 from export.pretrained import pretrained
-from export.recipes.recipe import Recipe
 from tests.unit.export_tiny import LAYERS, PX, WIDTH, save_tiny
 
 LOW_PX = 8

@@ -15,11 +15,11 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from bundle.recipe import Recipe
 from export import onnx_graph
 from export.errors import UsageError
 from export.pretrained import pretrained
 from export.processor import Processor
-from export.recipes.recipe import Recipe
 from export.recipes.resize import downsample
 from tests.unit.export_tiny import LAYERS, PX, WIDTH, save_tiny, saved_library_model
 

@@ -10,6 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from bundle.graphs import GraphSet
 from bundle.prints import among, no_looks
 from calibration.images import FolderImages
 from calibration.running import decode_ahead
@@ -18,7 +19,6 @@ from export.pretrained import pretrained
 from export.probe import LabelledImages, fit_linear, fit_probe
 from export.rungs import RungsRequest, export_rungs
 from imaging import Preprocessing
-from routing import RungSet
 from tests.unit.export_tiny import PX, QUIET, save_tiny
 
 pytestmark = pytest.mark.usefixtures("remembered_exports")
@@ -67,25 +67,26 @@ def test_both_rungs_carry_the_probe(model, tmp_path):
     (root / ".cache").mkdir()
     (root / "red" / ".DS_Store").write_bytes(b"x")
     out = tmp_path / "onnx"
-    record = export_rungs(RungsRequest(str(model), out, probe_images=root), QUIET)
-    assert record["classes"] == 3
+    graphs = export_rungs(RungsRequest(str(model), out, probe_images=root), QUIET)
+    assert graphs.classes == 3
     assert (out / "labels.txt").read_text().splitlines() == sorted(COLOURS)
-    assert record["head"]["images"] == 24
-    assert record["head"]["training_accuracy"] >= 0.9
-    assert record["head"]["skipped"] == []
+    head = graphs.about["head"]
+    assert head["images"] == 24
+    assert head["training_accuracy"] >= 0.9
+    assert head["skipped"] == []
     # The images the head knows are on record, so that nothing is certified on them.
     source = FolderImages(root)
-    preprocessing = Preprocessing.from_dict(record["preprocessing"])
+    preprocessing = Preprocessing.from_dict(graphs.preprocessing)
     ((seen, _),) = decode_ahead(source, [range(24)], preprocessing)
     hashes, looks = [image.sha256 for image in seen], np.stack([image.look for image in seen])
-    assert among(hashes, no_looks(24), RungSet.load(out).fitted_on).all()
-    assert among(["0" * 64] * 24, looks, RungSet.load(out).fitted_on).all()
+    assert among(hashes, no_looks(24), GraphSet.load(out).learned()).all()
+    assert among(["0" * 64] * 24, looks, GraphSet.load(out).learned()).all()
 
     backbone = pretrained(str(model))
     probe = fit_probe(backbone, PX, LabelledImages.scan(root), QUIET)
     weight, bias = probe.linear.weight.detach().numpy(), probe.linear.bias.detach().numpy()
     image = np.random.default_rng(1).normal(size=(4, 3, PX, PX)).astype(np.float32)
-    for name in ("vit_low", "vit_high"):
+    for name in ("px8", "full"):
         session = ort.InferenceSession(out / f"{name}.onnx", providers=["CPUExecutionProvider"])
         embedding, logits = session.run(["embedding", "logits"], {"image": image})
         np.testing.assert_allclose(logits, embedding @ weight.T + bias, rtol=1e-3, atol=1e-3)

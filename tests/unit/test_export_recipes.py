@@ -11,14 +11,14 @@ import pytest
 import torch
 from onnx.external_data_helper import uses_external_data
 
+from bundle.graphs import GraphSet
 from bundle.prints import encode, look_of
+from bundle.recipe import Recipe
 from export.onnx_graph import check_versions
 from export.parity import ParityError, sample_images, structure_failures
 from export.pretrained import pretrained
-from export.recipes.recipe import Recipe
 from export.rungs import RungsRequest, export_rungs
 from imaging import decode, pixels_sha256
-from routing import RungSet
 from routing.manifest import sha256_file
 from tests.unit.export_tiny import LAYERS, PX, QUIET, WIDTH, run_export, save_tiny
 from tests.unit.image_files import write_images
@@ -28,15 +28,15 @@ pytestmark = pytest.mark.usefixtures("remembered_exports")
 
 LOW, HIGH = "px=8,int8=static", "int8"
 BESIDE = {
-    "static_8": "px=8",
-    "static_depth1": "depth=1",
-    "static_tome2": "tome=2",
-    "static_int8static": "int8=static",
-    "static_fp16": "fp16",
-    "static_8_depth1_tome2_int8static": "int8=static,tome=2,depth=1,px=8",
-    "static_tome2_fp16": "tome=2,fp16",
+    "px8": "px=8",
+    "depth1": "depth=1",
+    "tome2": "tome=2",
+    "int8static": "int8=static",
+    "fp16": "fp16",
+    "px8_depth1_tome2_int8static": "int8=static,tome=2,depth=1,px=8",
+    "tome2_fp16": "tome=2,fp16",
 }
-RECIPES = {"vit_low": LOW, "vit_high": HIGH, "reference": "fp32", **BESIDE}
+RECIPES = {"px8_int8static": LOW, "int8": HIGH, "full": "fp32", **BESIDE}
 IMAGES = sample_images(8, PX, seed=10)
 
 
@@ -66,32 +66,33 @@ def exported(model, fit_images, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def record(exported) -> dict:
-    return json.loads((exported / "rungs.json").read_text())
-
-
-def entries(record: dict) -> dict:
-    return {**record["rungs"], "reference": record["reference"], **record["alternatives"]}
+    return json.loads((exported / "graphs.json").read_text())
 
 
 def test_entries_say_what_was_asked_for(record, exported):
-    assert list(record["rungs"]) == ["vit_low", "vit_high"]
-    assert list(record["alternatives"]) == list(BESIDE)
-    for name, entry in entries(record).items():
+    assert record["roles"] == {
+        **{"vit_low": "px8_int8static", "vit_high": "int8", "reference": "full"},
+    }
+    assert list(record["graphs"]) == list(RECIPES)
+    for name, entry in record["graphs"].items():
         recipe = Recipe.parse(RECIPES[name]).at(PX)
         assert entry["recipe"] == str(recipe) and entry["px"] == recipe.px
         assert entry["file"] == f"{name}.onnx"
         assert entry["sha256"] == sha256_file(exported / entry["file"])
         assert entry["layers"] == (recipe.depth or LAYERS)
-    files = {entry["file"] for entry in entries(record).values()}
-    labels = {"rungs.json", "labels.txt", "weights.bin"}
+    files = {entry["file"] for entry in record["graphs"].values()}
+    labels = {"graphs.json", "labels.txt", "weights.bin"}
     assert {file.name for file in exported.iterdir()} == files | labels
 
 
 def test_the_images_that_ranges_were_learned_from_are_on_record(record, fit_images):
     images = [decode((fit_images / f"{i}.png").read_bytes()) for i in range(5)]
     looks = np.stack([look_of(image) for image in images])
-    assert record["fitted_on"] == encode([pixels_sha256(image) for image in images], looks)
-    assert record["reference"]["fidelity"]["images"] == "5 fit"
+    learned = encode([pixels_sha256(image) for image in images], looks)
+    for name, entry in record["graphs"].items():
+        assert entry["fitted_on"] == (learned if "int8static" in name else "")
+    assert record["fitted_on"] == ""  # no head was fitted
+    assert record["graphs"]["full"]["fidelity"]["images"] == "5 fit"
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -111,7 +112,7 @@ def test_every_graph_answers_at_any_batch(name, exported):
     assert {value.dtype for value in whole.values()} == {np.dtype(np.float32)}
     for batch in (1, 3):
         part = ask(exported / f"{name}.onnx", IMAGES[:batch])
-        if name == "vit_high":  # dynamic int8: see `quantise_dynamic`
+        if name == "int8":  # dynamic int8: see `quantise_dynamic`
             assert part["embedding"].shape == (batch, WIDTH)
             continue
         for output, value in part.items():
@@ -121,7 +122,7 @@ def test_every_graph_answers_at_any_batch(name, exported):
             )
 
 
-@pytest.mark.parametrize("name", ["reference", "static_8", "static_depth1", "static_tome2"])
+@pytest.mark.parametrize("name", ["full", "px8", "depth1", "tome2"])
 def test_an_fp32_graph_is_its_recipe_in_torch(name, exported, model):
     module = pretrained(str(model)).rung(Recipe.parse(RECIPES[name]).at(PX))
     with torch.inference_mode():
@@ -134,11 +135,11 @@ def test_an_fp32_graph_is_its_recipe_in_torch(name, exported, model):
 @pytest.mark.parametrize(
     ("cheap", "whole"),
     [
-        ("vit_low", "static_8"),
-        ("vit_high", "reference"),
-        ("static_int8static", "reference"),
-        ("static_fp16", "reference"),
-        ("static_tome2_fp16", "static_tome2"),
+        ("px8_int8static", "px8"),
+        ("int8", "full"),
+        ("int8static", "full"),
+        ("fp16", "full"),
+        ("tome2_fp16", "tome2"),
     ],
 )
 def test_fewer_bits_answer_nearly_as_the_same_graph_in_fp32(cheap, whole, exported):
@@ -147,37 +148,36 @@ def test_fewer_bits_answer_nearly_as_the_same_graph_in_fp32(cheap, whole, export
 
 
 def test_fidelity_to_the_full_model_is_reported_for_each(record):
-    fidelity = {name: entry["fidelity"]["cosine_mean"] for name, entry in entries(record).items()}
-    assert fidelity["reference"] == pytest.approx(1)
-    others = [value for name, value in fidelity.items() if name != "reference"]
+    fidelity = {name: entry["fidelity"]["cosine_mean"] for name, entry in record["graphs"].items()}
+    assert fidelity["full"] == pytest.approx(1)
+    others = [value for name, value in fidelity.items() if name != "full"]
     assert all(0 < value < 1 for value in others)
-    assert fidelity["static_fp16"] > fidelity["static_int8static"] > fidelity["static_8"]
+    assert fidelity["fp16"] > fidelity["int8static"] > fidelity["px8"]
 
 
 def test_what_graphs_share_lies_once_and_its_hash_stands_with_those_that_read_it(record, exported):
     weights = sha256_file(exported / "weights.bin")
-    for name, entry in entries(record).items():
+    for name, entry in record["graphs"].items():
         graph = onnx.load(exported / entry["file"], load_external_data=False).graph
         outside = any(uses_external_data(tensor) for tensor in graph.initializer)
         assert entry["weights_sha256"] == (weights if outside else None), name
-    readers = [name for name, entry in entries(record).items() if entry["weights_sha256"]]
-    assert {"reference", "static_8", "static_tome2", "static_depth1"} <= set(readers)
+    readers = [name for name, entry in record["graphs"].items() if entry["weights_sha256"]]
+    assert {"full", "px8", "tome2", "depth1"} <= set(readers)
 
 
-def test_a_rung_set_knows_the_reference_and_how_deep_the_cheap_rung_is(exported, record):
-    rung_set = RungSet.load(exported)
-    assert list(rung_set.graphs()) == ["vit_low", "vit_high", "reference"]
-    assert rung_set.reference.recipe == f"px={PX}"
-    assert rung_set.layers == LAYERS
-    assert rung_set.fitted_on == record["fitted_on"]
-    assert rung_set.alternatives["static_depth1"].layers == 1
+def test_the_set_knows_the_roles_and_how_deep_a_graph_is(exported):
+    graphs = GraphSet.load(exported)
+    assert (graphs.low.name, graphs.high.name) == ("px8_int8static", "int8")
+    assert graphs.reference.recipe == Recipe(PX)
+    assert (graphs.layers, graphs.graphs["depth1"].record.layers) == (LAYERS, 1)
+    assert list(graphs.playing()) == ["vit_low", "vit_high", "reference"]
 
 
 def test_graphs_that_share_nothing_need_no_file_beside_them(model, tmp_path):
-    record = export_rungs(
+    graphs = export_rungs(
         RungsRequest(str(model), tmp_path / "onnx", low=Recipe(8, precision="fp16")), QUIET
     )
-    assert [entry["weights_sha256"] for entry in record["rungs"].values()] == [None, None]
+    assert [rung.weights_sha256 for rung in graphs.rungs.values()] == [None, None]
     assert not (tmp_path / "onnx/weights.bin").exists()
 
 

@@ -11,17 +11,18 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from bundle import placing
+from bundle.graphs import REFERENCE, GraphSet
 from calibration.certify import Goal
 from calibration.fidelity import Fidelity
 from calibration.fit import Options, fit
-from export import staging
 from export.errors import UsageError
 from export.repository import RepositoryError, assemble
 from export.settings import MAX_BATCH_SIZE, Settings
 from export.shared_weights import share_weights
 from export.versions import add_version
 from imaging import code_sha256
-from routing import REFERENCE_MODEL, WEIGHTS, Calibration, CalibrationError, RungSet, manifest
+from routing import REFERENCE_MODEL, WEIGHTS, Calibration, CalibrationError, manifest
 from tests.unit.calibration_outputs import make_outputs, with_losing_high, with_reference
 from tests.unit.export_tiny import run_export
 from tests.unit.fakes import make_calibration
@@ -34,7 +35,7 @@ def write_inputs(folder, classes=CLASSES, shared=(), **changes):
     onnx = write_rung_set(folder / "onnx", classes)
     if shared:
         put_weights_beside(onnx, shared)
-    rung_set = RungSet.load(onnx)
+    rung_set = GraphSet.load(onnx)
     calibration = make_calibration(
         rungs=rung_set.rungs,
         image_shape=(3, SIZE, SIZE),
@@ -52,13 +53,13 @@ def put_weights_beside(folder, names):
     """As `export rungs` does it, here with weights of 64 bytes and more."""
     files = [folder / f"{name}.onnx" for name in names]
     if len(files) == 1:  # shared with a graph that is not served
-        files.append(shutil.copyfile(files[0], folder / "static_9.onnx"))
+        files.append(shutil.copyfile(files[0], folder / "px9.onnx"))
     assert all(share_weights(files, folder / WEIGHTS, at_least_bytes=64).values())
-    path = folder / "rungs.json"
+    path = folder / "graphs.json"
     content = json.loads(path.read_text())
     for name in names:
-        content["rungs"][name]["sha256"] = manifest.sha256_file(folder / f"{name}.onnx")
-        content["rungs"][name]["weights_sha256"] = manifest.sha256_file(folder / WEIGHTS)
+        content["graphs"][name]["sha256"] = manifest.sha256_file(folder / f"{name}.onnx")
+        content["graphs"][name]["weights_sha256"] = manifest.sha256_file(folder / WEIGHTS)
     path.write_text(json.dumps(content))
 
 
@@ -187,7 +188,7 @@ def test_clients_are_told_what_the_answers_mean(tmp_path):
         chosen_by={"fidelity": "labels", "tolerance": None, "label_threshold": 0.3},
     )
     labels.save(artifact)
-    with pytest.raises(RepositoryError, match=r"answers labels, and rungs\.json says classes"):
+    with pytest.raises(RepositoryError, match=r"answers labels, and graphs\.json says classes"):
         assemble(rung_set, artifact, tmp_path / "repository")
     out = assemble(replace(rung_set, task="labels"), artifact, tmp_path / "repository")
     found = router_parameters(out)
@@ -296,7 +297,7 @@ def test_a_bad_option_is_one_line(tmp_path, options):
 def cheaper(tmp_path_factory):
     """Rungs beside the full model, and what `fit` certifies about it."""
     folder = tmp_path_factory.mktemp("cheaper")
-    rung_set = with_reference(RungSet.load(write_rung_set(folder / "onnx")))
+    rung_set = with_reference(GraphSet.load(write_rung_set(folder / "onnx")))
     outputs = with_losing_high(make_outputs(rung_set, 800), share=0.02)
     fitted = fit(outputs, rung_set, Goal(0.1, 0.9, "ltt"), Options(Fidelity("top1")))
     assert fitted.calibration.certificate["certified"]
@@ -312,8 +313,8 @@ def test_an_audit_of_a_cascade_with_a_cheaper_full_rung_gets_the_full_model(chea
     out = assemble(rung_set, artifact, tmp_path / "repository", AUDITED)
     manifest.verify(out)
     placed_file = f"{REFERENCE_MODEL}/1/model.onnx"
-    assert (out / placed_file).read_bytes() == rung_set.reference_file.read_bytes()
-    assert manifest.listed(out)[placed_file] == rung_set.reference.sha256
+    assert (out / placed_file).read_bytes() == rung_set.reference.file.read_bytes()
+    assert manifest.listed(out)[placed_file] == rung_set.reference.record.sha256
     high, reference = (read_configs(out)[name] for name in ("vit_high", REFERENCE_MODEL))
     assert [sample.batch_size for sample in reference.model_warmup] == [1]
     assert (high.instance_group[0].count, reference.instance_group[0].count) == (2, 1)
@@ -329,10 +330,10 @@ def test_without_an_audit_the_full_model_stays_away(cheaper, tmp_path):
 
 def test_the_full_model_must_be_the_one_that_was_certified_about(cheaper, tmp_path):
     rung_set, artifact = cheaper
-    without = replace(rung_set, reference=None, reference_file=None)
+    without = replace(rung_set, roles={**rung_set.roles, REFERENCE: rung_set.high.name})
     with pytest.raises(RepositoryError, match="names no reference"):
         assemble(without, artifact, tmp_path / "repository", AUDITED)
-    other = replace(rung_set, reference_file=rung_set.files["vit_low"])
+    other = rung_set.adding(replace(rung_set.reference, file=rung_set.low.file))
     with pytest.raises(CalibrationError, match="vit_reference: .* not the file"):
         assemble(other, artifact, tmp_path / "repository", AUDITED)
     earlier = tmp_path / "earlier.json"
@@ -395,7 +396,7 @@ def test_where_no_second_name_can_be_given_weights_are_copied(tmp_path, monkeypa
         raise OSError("no links here")
 
     rung_set, artifact = write_inputs(tmp_path, shared=("vit_low", "vit_high"))
-    monkeypatch.setattr(staging.os, "link", refuse)
+    monkeypatch.setattr(placing.os, "link", refuse)
     out = assemble(rung_set, artifact, tmp_path / "repository")
     low, high = placed(out)
     assert not os.path.samefile(low, high) and low.read_bytes() == high.read_bytes()
@@ -427,15 +428,15 @@ def test_a_headless_ensemble_has_no_logits(tmp_path):
 
 def test_other_onnx_files_than_the_calibrated_are_refused(tmp_path):
     _, artifact = write_inputs(tmp_path)
-    others = RungSet.load(write_rung_set(tmp_path / "others", seeds=(8, 9)))
+    others = GraphSet.load(write_rung_set(tmp_path / "others", seeds=(8, 9)))
     with pytest.raises(CalibrationError, match="vit_low.* is not the file that was calibrated"):
         assemble(others, artifact, tmp_path / "repository")
     assert not (tmp_path / "repository").exists()
 
 
 def change_preprocessing(folder, **fields):
-    """Edit rungs.json by hand."""
-    path = folder / "onnx/rungs.json"
+    """Edit graphs.json by hand."""
+    path = folder / "onnx/graphs.json"
     content = json.loads(path.read_text())
     content["preprocessing"].update(fields)
     path.write_text(json.dumps(content, indent=3, sort_keys=True))
@@ -444,11 +445,11 @@ def change_preprocessing(folder, **fields):
 def test_another_preprocessing_than_the_calibrated_is_refused(tmp_path):
     _, artifact = write_inputs(tmp_path)
     change_preprocessing(tmp_path, mean=[0.5, 0.5, 0.4])
-    with pytest.raises(RepositoryError, match="preprocessing in rungs.json is not the one that"):
-        assemble(RungSet.load(tmp_path / "onnx"), artifact, tmp_path / "repository")
+    with pytest.raises(RepositoryError, match="preprocessing in graphs.json is not the one that"):
+        assemble(GraphSet.load(tmp_path / "onnx"), artifact, tmp_path / "repository")
     assert not (tmp_path / "repository").exists()
     change_preprocessing(tmp_path, mean=[0.5, 0.5, 0.5])  # laid out otherwise, but the same
-    assemble(RungSet.load(tmp_path / "onnx"), artifact, tmp_path / "repository")
+    assemble(GraphSet.load(tmp_path / "onnx"), artifact, tmp_path / "repository")
 
 
 @pytest.mark.parametrize("other", ["e" * 64, ""])
@@ -490,13 +491,13 @@ def test_a_failed_assembly_keeps_the_old_repository(tmp_path):
     ("break_it", "message"),
     [
         (lambda f: (f / "onnx/vit_high.onnx").unlink(), "no ONNX file at"),
-        (lambda f: (f / "onnx/rungs.json").unlink(), "export rungs first"),
+        (lambda f: (f / "onnx/graphs.json").unlink(), "export rungs first"),
         (lambda f: (f / "calibration.json").unlink(), "calibration fit first"),
         (lambda f: (f / "onnx/vit_low.onnx").write_bytes(b"x"), "not the file that was calibrated"),
         (lambda f: change_preprocessing(f, resample="lanczos"), "is not the one that was"),
-        (lambda f: change_preprocessing(f, resample="magic"), "rungs.json cannot be carried out"),
-        (lambda f: change_preprocessing(f, contrast=2), "rungs.json cannot be carried out"),
-        (lambda f: change_preprocessing(f, std=None), "rungs.json cannot be carried out"),
+        (lambda f: change_preprocessing(f, resample="magic"), "graphs.json cannot be carried out"),
+        (lambda f: change_preprocessing(f, contrast=2), "graphs.json cannot be carried out"),
+        (lambda f: change_preprocessing(f, std=None), "graphs.json cannot be carried out"),
     ],
 )
 def test_the_command_says_in_one_line_what_is_missing(tmp_path, break_it, message):

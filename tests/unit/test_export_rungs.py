@@ -8,15 +8,14 @@ import onnx
 import pytest
 from rich.console import Console
 
+from bundle.graphs import SCHEMA_VERSION, GraphSet
+from bundle.recipe import Recipe
 from export import onnx_graph
 from export.progress import Steps
-from export.recipes.recipe import Recipe
 from export.rungs import RungsRequest, export_rungs
 from imaging import Preprocessing
-from routing import RungSet
 from routing.manifest import sha256_file
 from routing.provenance import RELEASE
-from routing.rungset import SCHEMA_VERSION
 from tests.unit.export_tiny import LAYERS, PX, QUIET, WIDTH, run_export, save_tiny
 
 pytestmark = pytest.mark.usefixtures("remembered_exports")
@@ -61,28 +60,29 @@ def test_files_and_record(exported):
     out, printed = exported
     files = listing(out.parent)
     assert sorted(files) == [
+        "onnx/full.onnx",
+        "onnx/graphs.json",
         "onnx/labels.txt",
-        "onnx/rungs.json",
-        "onnx/vit_high.onnx",
-        "onnx/vit_low.onnx",
+        "onnx/px8.onnx",
         "onnx/weights.bin",
     ]
-    record = json.loads((out / "rungs.json").read_text())
+    record = json.loads((out / "graphs.json").read_text())
     assert json.loads(printed) == record
     assert record["schema_version"] == SCHEMA_VERSION
-    assert record["release"] == RungSet.load(out).release == RELEASE
+    assert record["release"] == GraphSet.load(out).release == RELEASE
     assert record["backbone"] == "tiny"
     assert record["image"] == {"shape": [3, PX, PX]}
     assert (record["embedding_dim"], record["layers"], record["classes"]) == (WIDTH, LAYERS, 3)
     assert record["labels"] == (out / "labels.txt").read_text().splitlines()
     assert record["head"] == {"kind": "own"}
     assert Preprocessing.from_dict(record["preprocessing"]).height == PX
-    assert RungSet.load(out).image_shape == (3, PX, PX)
+    assert GraphSet.load(out).image_shape == (3, PX, PX)
     assert record["opset"] == 20
     assert record["ir_version"] <= 10
-    for name, px in (("vit_low", PX // 2), ("vit_high", PX)):
-        entry = record["rungs"][name]
-        fidelity = entry.pop("fidelity")
+    for name, px in (("px8", PX // 2), ("full", PX)):
+        entry = record["graphs"][name]
+        fidelity, checks = entry.pop("fidelity"), entry.pop("checks")
+        assert len(checks) == 3 * 3  # batches, outputs
         assert entry == {
             "px": px,
             "recipe": f"px={px}",
@@ -92,18 +92,18 @@ def test_files_and_record(exported):
             "layers": LAYERS,
             "size_bytes": (out / f"{name}.onnx").stat().st_size,
             "weights_size_bytes": (out / "weights.bin").stat().st_size,
+            "fitted_on": "",
         }
         assert fidelity["images"] == "16 synthetic"
         assert fidelity["cosine_min"] <= fidelity["cosine_mean"] <= 1 + 1e-9
-        assert (fidelity["cosine_min"] > 1 - 1e-9) == (name == "vit_high")
-    assert (record["alternatives"], record["reference"], record["fitted_on"]) == ({}, None, "")
-    parity = record["parity"]
-    assert parity["batches"] == [1, 3, 8]
-    assert len(parity["checks"]) == 2 * 3 * 3  # rungs, batches, outputs
-    assert {check["rung"] for check in parity["checks"]} == {"vit_low", "vit_high"}
+        assert (fidelity["cosine_min"] > 1 - 1e-9) == (name == "full")
+    assert list(record["graphs"]) == ["px8", "full"]
+    assert list(record["roles"].values()) == ["px8", "full", "full"]
+    assert record["fitted_on"] == ""
+    assert record["parity"]["batches"] == [1, 3, 8]
 
 
-@pytest.mark.parametrize("name", ["vit_low", "static_8", "static_12", "vit_high"])
+@pytest.mark.parametrize("name", ["px4", "px8", "px12", "full"])
 def test_every_graph_takes_the_full_image_at_any_batch(with_alternatives, name):
     out, _ = with_alternatives
     graph = onnx.load(out / f"{name}.onnx", load_external_data=False).graph
@@ -118,29 +118,25 @@ def test_every_graph_takes_the_full_image_at_any_batch(with_alternatives, name):
         "logits": ["batch", 3],
     }
     resizes = "Resize" in {node.op_type for node in graph.node}
-    assert resizes == (name != "vit_high")
+    assert resizes == (name != "full")
 
 
-def test_alternatives_are_recorded_and_checked_like_the_rungs(with_alternatives):
+def test_graphs_beside_are_recorded_and_checked_like_the_rungs(with_alternatives):
     out, printed = with_alternatives
-    record = json.loads((out / "rungs.json").read_text())
-    assert list(record["rungs"]) == ["vit_low", "vit_high"]
-    assert list(record["alternatives"]) == ["static_12", "static_8"]  # as they were asked for
-    for px in (8, 12):
-        entry = record["alternatives"][f"static_{px}"]
-        assert (entry["px"], entry["recipe"]) == (px, f"px={px}")
-        assert entry["sha256"] == sha256_file(out / f"static_{px}.onnx")
-        assert 0 < entry["fidelity"]["cosine_mean"] < 1
-    names = ["vit_low", "vit_high", "static_8", "static_12"]
-    checked = [(check["rung"], check["batch"]) for check in record["parity"]["checks"]]
-    assert set(checked) == {(name, batch) for name in names for batch in (1, 3, 8)}
-    assert len(checked) == 4 * 3 * 3  # graphs, batches, outputs
-    for name in (*names, "weights.bin"):
+    graphs = GraphSet.load(out)
+    assert list(graphs.graphs) == ["px4", "full", "px12", "px8"]  # as they were asked for
+    assert (graphs.low.name, graphs.high.name, graphs.reference.name) == ("px4", "full", "full")
+    assert list(graphs.beside) == ["px12", "px8"]
+    for name, graph in graphs.graphs.items():
+        px = graph.record.px
+        assert (graph.record.recipe, graph.file) == (f"px={px}", out / f"{name}.onnx")
+        assert graph.record.sha256 == sha256_file(graph.file)
+        assert 0 < graph.notes["fidelity"]["cosine_mean"] <= 1 + 1e-9
+        checked = [check["batch"] for check in graph.notes["checks"]]
+        assert set(checked) == {1, 3, 8} and len(checked) == 3 * 3  # batches, outputs
+        assert {check["rung"] for check in graph.notes["checks"]} == {name}
+    for name in (*graphs.graphs, "weights.bin"):
         assert name in printed
-    rung_set = RungSet.load(out)
-    assert [rung.px for rung in rung_set.rungs.values()] == [4, PX]
-    assert [rung.px for rung in rung_set.alternatives.values()] == [12, 8]
-    assert rung_set.alternative_files["static_8"] == out / "static_8.onnx"
 
 
 def test_the_same_request_gives_the_same_bytes_without_paths(
@@ -159,8 +155,8 @@ def test_the_same_request_gives_the_same_bytes_without_paths(
 def test_a_parity_failure_keeps_an_earlier_export_and_is_exit_code_1(model, tmp_path):
     out = tmp_path / "onnx"
     out.mkdir()
-    (out / "rungs.json").write_text("{}")
-    (out / "vit_low.onnx").write_bytes(b"earlier")
+    (out / "graphs.json").write_text("{}")
+    (out / "px8.onnx").write_bytes(b"earlier")
     files = listing(tmp_path)
     strict = ("--rtol=0", "--atol=0", "--beside=px=12")
     result = run_export("rungs", "--model", model, "--out", out, *strict)
@@ -168,7 +164,7 @@ def test_a_parity_failure_keeps_an_earlier_export_and_is_exit_code_1(model, tmp_
     assert result.stdout == ""
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("error: the ONNX graph differs from the model: ")
-    for rung in ("vit_low", "vit_high", "static_12"):
+    for rung in ("px8", "full", "px12"):
         for output in ("embedding", "cls_layers", "logits"):
             assert f"{rung} {output}: differs by up to" in last
     assert "✓ compare" not in result.stderr
@@ -186,17 +182,16 @@ def test_a_bar_counts_the_steps_to_the_last(model, tmp_path):
     assert shown.count("✓") == 7
 
 
-def test_labels_and_alternatives_that_only_an_earlier_export_wrote_go(tmp_path):
-    folder = save_tiny(tmp_path / "headless", "ViTModel")
+def test_labels_and_graphs_that_only_an_earlier_export_wrote_go(model, tmp_path):
     out = tmp_path / "onnx"
-    out.mkdir()
-    for name in ("labels.txt", "static_8.onnx", "static_12_tome2.onnx", "mine.onnx"):
-        (out / name).write_text("earlier")
-    record = export_rungs(RungsRequest(str(folder), out, opset=21), QUIET)
-    ours = ["rungs.json", "vit_high.onnx", "vit_low.onnx", "weights.bin"]
+    export_rungs(RungsRequest(str(model), out, beside=(Recipe(12),)), QUIET)
+    (out / "mine.onnx").write_text("mine")
+    folder = save_tiny(tmp_path / "headless", "ViTModel")
+    graphs = export_rungs(RungsRequest(str(folder), out, opset=21), QUIET)
+    ours = ["graphs.json", "full.onnx", "px8.onnx", "weights.bin"]
     assert sorted(listing(out)) == sorted([*ours, "mine.onnx"])
-    assert (record["classes"], record["labels"], record["head"]) == (None, None, None)
-    graph = onnx.load(out / "vit_low.onnx", load_external_data=False)
+    assert (graphs.classes, graphs.labels, graphs.about["head"]) == (None, None, None)
+    graph = onnx.load(out / "px8.onnx", load_external_data=False)
     assert [output.name for output in graph.graph.output] == ["embedding", "cls_layers"]
     assert [entry.version for entry in graph.opset_import] == [21]
     assert graph.ir_version <= 10

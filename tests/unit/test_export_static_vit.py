@@ -4,10 +4,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from bundle.recipe import Recipe
 from export.backbones import Backbone
 from export.errors import UsageError
 from export.parity import sample_images
-from export.recipes.recipe import Recipe
 from export.static_vit import static_vit
 
 

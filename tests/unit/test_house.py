@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ARROWS = {
     "routing": set(),
     "imaging": set(),
-    "bundle": set(),
+    "bundle": {"routing"},
     "export": {"routing", "imaging", "bundle"},
     "calibration": {"routing", "imaging", "bundle", "report"},
     "server": {"routing"},  # the manifest, versions and reference answers of a repository
@@ -27,7 +27,7 @@ ARROWS = {
     "report": set(),
     "perf": {"bundle", "calibration", "client", "imaging", "report", "routing", "server"},
     "planner": {"bundle", "calibration", "export", "imaging", "perf", "report", "routing"},
-    "demo": {"calibration", "client", "imaging", "perf", "report", "routing", "server"},
+    "demo": {"bundle", "calibration", "client", "imaging", "perf", "report", "routing", "server"},
 }
 IN_TRITON = sorted(
     path.relative_to(ROOT).as_posix()

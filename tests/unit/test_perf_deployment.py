@@ -34,11 +34,11 @@ def test_alternatives_are_served_as_the_full_rung_is(tmp_path, rung_set, reposit
     folder = with_alternatives(repository, rung_set, tmp_path / "perf" / "model_repository")
     laid_out = contents(folder)
     for px in (5, 6):
-        assert laid_out[f"static_{px}/config.pbtxt"] == laid_out["vit_high/config.pbtxt"]
-        weights = rung_set.alternative_files[f"static_{px}"].read_bytes()
-        assert laid_out[f"static_{px}/1/model.onnx"] == weights
+        assert laid_out[f"px{px}/config.pbtxt"] == laid_out["vit_high/config.pbtxt"]
+        weights = rung_set.alternative_files[f"px{px}"].read_bytes()
+        assert laid_out[f"px{px}/1/model.onnx"] == weights
     assert b"vit_high" in laid_out["vit_high/config.pbtxt"]
-    models = {"vit_low", "vit_high", "router", "static_5", "static_6"}
+    models = {"vit_low", "vit_high", "router", "px5", "px6"}
     assert {path.name for path in folder.iterdir()} == {*models, "MANIFEST.json"}
 
 
@@ -66,13 +66,9 @@ def test_requests_may_choose_any_threshold_in_the_copy_only(tmp_path, rung_set, 
 def test_weights_are_second_names_of_the_same_files(tmp_path, rung_set, repository):
     folder = with_alternatives(repository, rung_set, tmp_path / "out")
     assert os.path.samefile(folder / "vit_high/1/model.onnx", repository / "vit_high/1/model.onnx")
-    assert os.path.samefile(
-        folder / "static_5/1/model.onnx", rung_set.alternative_files["static_5"]
-    )
+    assert os.path.samefile(folder / "px5/1/model.onnx", rung_set.alternative_files["px5"])
     # A text that somebody may want to try something in is not.
-    assert not os.path.samefile(
-        folder / "static_5/config.pbtxt", repository / "vit_high/config.pbtxt"
-    )
+    assert not os.path.samefile(folder / "px5/config.pbtxt", repository / "vit_high/config.pbtxt")
 
 
 def test_weights_that_graphs_share_are_served_beside_those_that_name_them(
@@ -82,13 +78,13 @@ def test_weights_that_graphs_share_are_served_beside_those_that_name_them(
     shared.write_bytes(b"weights of several graphs")
     (repository / "vit_high/1" / WEIGHTS).hardlink_to(shared)
     manifest.write(repository)
-    record = rung_set.alternatives["static_5"]
-    named = replace(record, weights_sha256=manifest.sha256_file(shared))
-    rungs = replace(rung_set, alternatives={**rung_set.alternatives, "static_5": named})
+    graph = rung_set.graphs["px5"]
+    named = replace(graph.record, weights_sha256=manifest.sha256_file(shared))
+    rungs = rung_set.adding(replace(graph, record=named))
     folder = with_alternatives(repository, rungs, tmp_path / "out")
-    assert os.path.samefile(folder / "static_5/1" / WEIGHTS, shared)
+    assert os.path.samefile(folder / "px5/1" / WEIGHTS, shared)
     assert os.path.samefile(folder / "vit_high/1" / WEIGHTS, shared)
-    assert not (folder / "static_6/1" / WEIGHTS).exists()
+    assert not (folder / "px6/1" / WEIGHTS).exists()
 
 
 def test_where_no_second_name_can_be_given_weights_are_copied(
@@ -115,7 +111,7 @@ def test_a_link_in_the_repository_is_followed(tmp_path, rung_set, repository):
 
 
 def test_what_lay_there_before_is_gone(tmp_path, rung_set, repository):
-    old = with_alternatives(repository, rung_set, tmp_path / "out") / "static_5"
+    old = with_alternatives(repository, rung_set, tmp_path / "out") / "px5"
     (old / "left_over").write_text("of an earlier run")
     with_alternatives(repository, write_rungs(tmp_path / "again", [6]), tmp_path / "out")
     assert not old.exists()

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from bundle.graphs import GraphsError, GraphSet
 from perf import original
 from perf.figures import PerfError, Spread
 from perf.measure.systems import ADAPTIVE, HIGH, LOW
 from perf.original_table import SOURCE, original_rows, original_table
-from routing import RungSet, RungSetError, manifest
+from routing import manifest
 from tests.unit.onnx_files import write_rung_set
 from tests.unit.perf_workplace import write_repository, write_rungs
 
@@ -86,14 +87,14 @@ def test_a_forward_pass_is_timed_for_both_rungs(tmp_path, monkeypatch):
     monkeypatch.setattr(original, "FORWARD_RUNS", 3)
     monkeypatch.setattr(original, "FORWARD_WARMUP", 1)
     steps = []
-    rung_set = RungSet.load(write_rung_set(tmp_path))
+    rung_set = GraphSet.load(write_rung_set(tmp_path))
     found = original.measure_forward(rung_set, lambda title, total: steps.append(total))
     assert set(found) == {"vit_low", "vit_high"} and min(found.values()) > 0
     assert steps == [4] * 4
 
 
 def test_what_is_missing_is_said_before_a_server_starts(tmp_path):
-    with pytest.raises(RungSetError, match="export rungs"):
+    with pytest.raises(GraphsError, match="export rungs"):
         original.measure_original(tmp_path, 10, print)
     with pytest.raises(PerfError, match="at least 5"):
         original.measure_original(tmp_path, 4, print)

@@ -24,7 +24,7 @@ from tests.unit.perf_workplace import write_rungs
 
 SERVED = Served(instances=2, threads=1, batch=2, turns=3)
 IMAGES = 5
-COST_MS = {"vit_high": 400.0, "vit_low": 100.0, "static_5": 200.0, "static_6": 300.0}  # an image's
+COST_MS = {"vit_high": 400.0, "vit_low": 100.0, "px5": 200.0, "px6": 300.0}  # an image's
 SERVER_CPU = 0.9  # of the clock's time
 
 
@@ -76,14 +76,10 @@ def priced(rung_set, pool, names=(), served=SERVED, on_step=lambda: None, again=
 
 
 def test_every_group_holds_the_full_rung_and_no_more_graphs_than_fit(rung_set):
-    assert groups_of(rung_set, []) == [["vit_high", "vit_low", "static_5", "static_6"]]
-    record, file = rung_set.alternatives["static_5"], rung_set.alternative_files["static_5"]
-    names = [f"static_{px}" for px in range(20)]
-    many = replace(
-        rung_set,
-        alternatives=dict.fromkeys(names, record),
-        alternative_files=dict.fromkeys(names, file),
-    )
+    assert groups_of(rung_set, []) == [["vit_high", "vit_low", "px5", "px6"]]
+    names = [f"px{px}" for px in range(20)]
+    more = {name: replace(rung_set.graphs["px5"], name=name) for name in names}
+    many = replace(rung_set, graphs={"vit_low": rung_set.low, "vit_high": rung_set.high, **more})
     groups = groups_of(many, [])
     assert [len(group) for group in groups] == [TOGETHER, TOGETHER, TOGETHER]
     assert all(group[0] == "vit_high" for group in groups)
@@ -91,25 +87,25 @@ def test_every_group_holds_the_full_rung_and_no_more_graphs_than_fit(rung_set):
 
 
 def test_graphs_can_be_chosen_and_the_full_rung_comes_with_them(rung_set):
-    assert groups_of(rung_set, ["static_6"]) == [["vit_high", "static_6"]]
+    assert groups_of(rung_set, ["px6"]) == [["vit_high", "px6"]]
     assert groups_of(rung_set, ["vit_high"]) == [["vit_high"]]
-    with pytest.raises(PerfError, match="no graph 'static_7' .* vit_high, vit_low, static_5"):
-        groups_of(rung_set, ["static_6", "static_7"])
+    with pytest.raises(PerfError, match="no graph 'px7' .* vit_high, vit_low, px5"):
+        groups_of(rung_set, ["px6", "px7"])
 
 
 def test_graphs_are_configured_as_the_full_rung_but_for_instances_and_threads(tmp_path, rung_set):
-    lay_out(rung_set, ["vit_low", "static_5"], Served(instances=3, threads=2), tmp_path)
+    lay_out(rung_set, ["vit_low", "px5"], Served(instances=3, threads=2), tmp_path)
     root = Path(__file__).resolve().parents[2]
     expected = ModelConfig()
     text_format.Parse((root / "model_repository/vit_high/config.pbtxt").read_text(), expected)
     expected.instance_group[0].count = 3
     expected.parameters["intra_op_thread_count"].string_value = "2"
-    for name in ("vit_low", "static_5"):
+    for name in ("vit_low", "px5"):
         config = text_format.Parse((tmp_path / name / "config.pbtxt").read_text(), ModelConfig())
         assert config == expected
     low = tmp_path / "vit_low/1/model.onnx"
     assert os.path.samefile(low, rung_set.files["vit_low"])
-    assert {path.name for path in tmp_path.iterdir()} == {"vit_low", "static_5"}
+    assert {path.name for path in tmp_path.iterdir()} == {"vit_low", "px5"}
 
 
 # --- figures -----------------------------------------------------------------------------------
@@ -155,9 +151,9 @@ def test_the_full_rung_has_values_of_every_group_and_each_group_a_server(
 ):
     monkeypatch.setattr(prices, "TOGETHER", 3)
     found = priced(rung_set, pool)
-    assert servers.started == [["vit_high", "vit_low", "static_5"], ["vit_high", "static_6"]]
+    assert servers.started == [["vit_high", "vit_low", "px5"], ["vit_high", "px6"]]
     assert found["vit_high"]["cost_ratio"]["values"] == [1.0] * 6
-    assert found["vit_low"]["cost_ratio"]["runs"] == found["static_6"]["cost_ratio"]["runs"] == 3
+    assert found["vit_low"]["cost_ratio"]["runs"] == found["px6"]["cost_ratio"]["runs"] == 3
 
 
 def test_graphs_are_warm_and_take_turns_by_blocks_in_an_order_drawn_anew(servers, rung_set, pool):
@@ -188,7 +184,7 @@ def test_each_graph_is_asked_what_the_router_asks_it(servers, rung_set, pool):
     priced(rung_set, pool)
     outputs = {name: names for name, *_, names in servers.asked}
     assert outputs["vit_high"] == ("embedding", "logits")
-    assert outputs["vit_low"] == outputs["static_5"] == ("embedding", "cls_layers", "logits")
+    assert outputs["vit_low"] == outputs["px5"] == ("embedding", "cls_layers", "logits")
     priced(replace(rung_set, classes=None), pool)
     assert servers.asked[-1][-1] in (("embedding",), ("embedding", "cls_layers"))
 
@@ -199,7 +195,7 @@ def test_each_graph_is_asked_what_the_router_asks_it(servers, rung_set, pool):
 def test_a_graph_whose_cost_differs_by_clock_and_cpu_time_is_measured_once_more(
     servers, rung_set, pool
 ):
-    servers.works_harder = {"vit_low": 1.3, "static_5": 1.1}
+    servers.works_harder = {"vit_low": 1.3, "px5": 1.1}
     said = []
     found = priced(rung_set, pool, again=said.append)
     assert len(servers.started) == 2 and len(said) == 1 and "CPU time of vit_low differ" in said[0]
@@ -215,7 +211,7 @@ def test_the_less_disturbed_of_two_measurements_is_kept(servers, rung_set, pool)
     servers.works_harder = {"vit_low": 1.3}
 
     def worse(words):
-        servers.works_harder = {"static_5": 1.3, "static_6": 1.3}
+        servers.works_harder = {"px5": 1.3, "px6": 1.3}
 
     assert disturbed(priced(rung_set, pool, again=worse)) == ["vit_low"]
 
@@ -227,7 +223,7 @@ def test_no_ratio_of_a_disturbed_graph_is_printed(servers, rung_set, pool, monke
     arguments = ["serving", "--onnx", folder, "--batch", "2", "--turns", "1"]
     printed = CliRunner().invoke(app, arguments).stdout
     assert "0.250" not in printed and "0.325" not in printed  # vit_low's
-    assert printed.count("0.500") == 2  # static_5's
+    assert printed.count("0.500") == 2  # px5's
     assert "the machine was too busy for a figure" in printed
     content = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
     assert content["graphs"]["vit_low"]["disturbed"] and content["batch"] == 2

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import perf.__main__ as command_line
+from bundle.graphs import GraphSet
 from perf import run as perf_run
 from perf import stages
 from perf.analyzer import installation
-from routing import RungRecord, RungSet
+from routing import RungRecord
 from tests.unit.perf_summary import sample_summary
 from tests.unit.perf_workplace import calibration_of, write_workplace
 
@@ -105,7 +106,7 @@ def test_a_perf_analyzer_that_does_not_start_says_why_itself(perf, workplace):
 
 def test_missing_rungs_are_told(perf):
     said = refused(perf("--onnx", "elsewhere"))
-    assert said == "no rungs.json in elsewhere; run python -m export rungs first"
+    assert said == "no graphs.json in elsewhere; run python -m export rungs first"
 
 
 def test_a_missing_artifact_is_told(perf):
@@ -114,14 +115,14 @@ def test_a_missing_artifact_is_told(perf):
 
 
 def test_an_artifact_of_other_rungs_is_told(perf, workplace):
-    rung_set = RungSet.load(workplace / "build/onnx")
+    rung_set = GraphSet.load(workplace / "build/onnx")
     others = {name: RungRecord(4, "px=4", "0" * 64) for name in rung_set.rungs}
     calibration_of(rung_set, rungs=others).save(workplace / "other.json")
     assert "is not the file that was calibrated" in refused(perf("--calibration", "other.json"))
 
 
 def test_an_artifact_that_always_asks_the_full_rung_is_told(perf, workplace):
-    rung_set = RungSet.load(workplace / "build/onnx")
+    rung_set = GraphSet.load(workplace / "build/onnx")
     calibration_of(rung_set, threshold=None).save(workplace / "never.json")
     said = refused(perf("--calibration", "never.json"))
     assert said.startswith("nothing was certified") and "--escalation-rate 0.1" in said

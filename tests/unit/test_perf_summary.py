@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from bundle.graphs import GraphSet
 from perf import summary
 from perf.harness import Paired, is_a_loss
 from perf.measure.memory import MemoryUse
-from routing import RungSet
 from tests.unit.fakes import make_calibration
 from tests.unit.onnx_files import CLASSES, SIZE, D, write_rung_set
 from tests.unit.perf_measured import make_answer, make_system
@@ -133,7 +133,7 @@ def test_the_memory_of_a_gpu_is_kept_where_there_is_one():
 
 
 def test_the_model_is_described_without_its_files(tmp_path):
-    assert summary.model_section(RungSet.load(write_rung_set(tmp_path))) == {
+    assert summary.model_section(GraphSet.load(write_rung_set(tmp_path))) == {
         "backbone": "tiny",
         "image_shape": [3, SIZE, SIZE],
         "low": f"px={SIZE // 2}",

@@ -1,15 +1,17 @@
 """What is measured: the systems, their titles, parameters and thresholds."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from bundle.graphs import Graph
 from perf.measure.systems import systems, threshold_for
 from routing import Overrides, escalation_mask, parse_overrides
 from tests.unit.perf_workplace import write_rungs
 
-SERVED = ["vit_low", "vit_high", "router", "preprocess", "adaptive_vit", "static_5", "static_6"]
+SERVED = ["vit_low", "vit_high", "router", "preprocess", "adaptive_vit", "px5", "px6"]
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +27,8 @@ def found(rung_set, served=SERVED, threshold=0.5):
 def test_every_way_to_answer_is_measured_with_the_cheap_rung_first(rung_set):
     assert {name: system.model for name, system in found(rung_set).items()} == {
         "static-low": "vit_low",
-        "static-5": "static_5",
-        "static-6": "static_6",
+        "static-5": "px5",
+        "static-6": "px6",
         "static-high": "vit_high",
         "adaptive-0": "router",
         "adaptive": "router",
@@ -38,7 +40,7 @@ def test_every_way_to_answer_is_measured_with_the_cheap_rung_first(rung_set):
 
 
 def test_what_a_server_does_not_serve_is_not_measured(rung_set):
-    names = found(rung_set, ["vit_low", "vit_high", "router", "static_6"])
+    names = found(rung_set, ["vit_low", "vit_high", "router", "px6"])
     assert "static-6" in names and "adaptive" in names
     assert "static-5" not in names and "ensemble" not in names
 
@@ -53,14 +55,16 @@ def test_titles_say_the_recipe_and_whether_a_threshold_was_certified(rung_set):
 
 
 def test_any_alternative_is_a_system_named_after_its_model_and_titled_after_its_recipe(rung_set):
-    record = rung_set.alternatives["static_5"]
-    recipes = {"static_tome8": "px=8,tome=8", "static_5_int8static_align": "px=5,int8=static,align"}
-    rungs = {"vit_low": replace(record, recipe="px=4,int8"), "vit_high": rung_set.rungs["vit_high"]}
-    alternatives = {name: replace(record, recipe=recipe) for name, recipe in recipes.items()}
-    every = found(replace(rung_set, rungs=rungs, alternatives=alternatives), SERVED + [*recipes])
-    assert every["static-tome8"].model == "static_tome8"
+    record = rung_set.alternatives["px5"]
+    recipes = {"tome8": "px=8,tome=8", "px5_int8static_align": "px=5,int8=static,align"}
+    low = replace(rung_set.low.record, recipe="px=4,int8")
+    changed = rung_set.adding(replace(rung_set.low, record=low))
+    for name, recipe in recipes.items():
+        changed = changed.adding(Graph(name, replace(record, recipe=recipe), Path(name)))
+    every = found(changed, SERVED + [*recipes])
+    assert every["static-tome8"].model == "tome8"
     assert every["static-tome8"].title == "static 8 px, 8 tokens merged per block"
-    assert every["static-5-int8static-align"].model == "static_5_int8static_align"
+    assert every["static-5-int8static-align"].model == "px5_int8static_align"
     assert every["static-5-int8static-align"].title == "static 5 px, int8, aligned"
     assert every["static-low"].title == "cheap rung always (4 px, int8 (dynamic))"
 

@@ -13,7 +13,7 @@ from perf.measure import target as module
 from perf.measure.target import Target
 from tests.unit.perf_workplace import calibration_of, write_rungs
 
-ALL = {"vit_low": "READY", "vit_high": "READY", "router": "READY", "static_6": "UNAVAILABLE"}
+ALL = {"vit_low": "READY", "vit_high": "READY", "router": "READY", "px6": "UNAVAILABLE"}
 
 
 class FakeServer:

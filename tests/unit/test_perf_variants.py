@@ -39,7 +39,7 @@ def test_a_router_faster_than_its_own_rung_is_not_believed():
 def test_no_ratio_of_a_disturbed_variant_is_printed(monkeypatch):
     found = [variant([20], [18], [25]), variant([20], [22], [33])]
     monkeypatch.setattr(variants, "measure", lambda *arguments: found)
-    monkeypatch.setattr("perf.__main__.RungSet.load", lambda folder: None)
+    monkeypatch.setattr("perf.__main__.GraphSet.load", lambda folder: None)
     monkeypatch.setattr("perf.measure.sets.load_pool", lambda *arguments: range(50))
     printed = CliRunner().invoke(app, ["variants", "one", "other"]).stdout
     assert "0.900" not in printed and "1.389" not in printed

@@ -2,10 +2,10 @@ from pathlib import Path
 
 import pytest
 
-from export.recipes.recipe import Recipe
+from bundle.graphs import GraphSet
+from bundle.recipe import Recipe
 from planner.candidates import FULL, default_candidates, find, recipes, said, shelf_graphs
 from planner.subprocesses import PlanError
-from routing import RungSet
 from tests.unit.plan_workplace import SIZE, write_shelf
 
 PARTS = {"px=112", "depth=9", "tome=4", "int8=static", "align"}
@@ -14,7 +14,7 @@ PARTS = {"px=112", "depth=9", "tome=4", "int8=static", "align"}
 @pytest.fixture
 def graphs(tmp_path):
     low, *beside = "px=4,int8=static", "px=4", "depth=2", "px=6,depth=2"
-    return shelf_graphs(RungSet.load(write_shelf(tmp_path / "shelf", low, beside)))
+    return shelf_graphs(GraphSet.load(write_shelf(tmp_path / "shelf", low, beside)))
 
 
 @pytest.mark.parametrize(
@@ -57,20 +57,20 @@ def test_what_is_said_is_what_export_reads_without_the_alignment():
 
 
 def test_the_shelf_shows_rungs_and_alternatives_by_name(graphs):
-    assert set(graphs) == {"vit_low", FULL, "static_4", "static_depth2", "static_6_depth2"}
-    assert graphs["static_4"].file.name == "static_4.onnx"
+    assert set(graphs) == {"px4_int8static", FULL, "px4", "depth2", "px6_depth2"}
+    assert graphs["px4"].file.name == "px4.onnx"
     assert graphs[FULL].record.recipe == f"px={SIZE}"
 
 
 @pytest.mark.parametrize(
     ("recipe", "name"),
     [
-        ("int8=static,px=4", "vit_low"),
-        ("px=4", "static_4"),
+        ("int8=static,px=4", "px4_int8static"),
+        ("px=4", "px4"),
         ("fp32", FULL),
         (f"px={SIZE}", FULL),
-        ("depth=2", "static_depth2"),
-        ("depth=2,px=6", "static_6_depth2"),
+        ("depth=2", "depth2"),
+        ("depth=2,px=6", "px6_depth2"),
     ],
 )
 def test_a_recipe_finds_its_graph(graphs, recipe, name):

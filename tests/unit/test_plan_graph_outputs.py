@@ -4,12 +4,12 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
+from bundle.graphs import GraphSet
 from calibration.source import ImagesError
 from imaging import Preprocessing, decode
 from planner import graph_outputs
 from planner.candidates import FULL, shelf_graphs
 from planner.graph_outputs import BATCH, OutputsCache
-from routing import RungSet
 from tests.unit.image_files import MemorySource
 from tests.unit.plan_workplace import LAYERS, D, write_shelf
 
@@ -18,14 +18,14 @@ COUNT = 2 * BATCH + 5
 
 @pytest.fixture
 def rung_set(tmp_path):
-    return RungSet.load(write_shelf(tmp_path / "shelf", "px=4", []))
+    return GraphSet.load(write_shelf(tmp_path / "shelf", "px=4", []))
 
 
 @pytest.fixture
 def get(tmp_path, rung_set):
-    """Answers of a graph, `vit_low` if nothing else is said, from one folder."""
+    """Answers of a graph, `px4` if nothing else is said, from one folder."""
 
-    def answers(source, rows=None, layers=False, graph="vit_low", rungs=rung_set, told=None):
+    def answers(source, rows=None, layers=False, graph="px4", rungs=rung_set, told=None):
         found = shelf_graphs(rungs)[graph]
         cache = OutputsCache(tmp_path / "cache", source, rungs)
         rows = range(len(source)) if rows is None else rows
@@ -119,8 +119,8 @@ def test_what_other_code_decoded_or_looked_at_is_not_found_in_the_cache(get, mon
 
 def test_a_graph_whose_shared_weights_differ_is_another(get, rung_set):
     get(MemorySource(4))
-    source, rung = MemorySource(4), replace(rung_set.rungs["vit_low"], weights_sha256="a" * 64)
-    get(source, rungs=replace(rung_set, rungs={**rung_set.rungs, "vit_low": rung}))
+    source, record = MemorySource(4), replace(rung_set.low.record, weights_sha256="a" * 64)
+    get(source, rungs=rung_set.adding(replace(rung_set.low, record=record)))
     assert len(source.read) == 4
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from bundle.graphs import GraphSet
 from bundle.prints import among, decode
 from calibration.align import ALIGN_SHARE
 from calibration.certify import Goal, allowed_errors, images_needed, one_per_group
@@ -20,7 +21,7 @@ from planner.plan import choose_rungs, make_plan
 from planner.select import cascade_ms
 from planner.shelf import fit_image_rows, taught_by_export
 from planner.subprocesses import PlanError
-from routing import Calibration, Overrides, RungSet, escalation_mask
+from routing import Calibration, Overrides, escalation_mask
 from tests.unit.plan_workplace import (
     CHEAP_MS,
     MS,
@@ -32,7 +33,7 @@ from tests.unit.plan_workplace import (
 )
 
 IMAGES = 700
-ALIGNED = "vit_low_align"  # px=4,int8=static, the first candidate
+ALIGNED = "px4_int8static_align"  # px=4,int8=static, the first candidate
 GOAL = Goal(0.2, 0.9, "ltt")
 
 
@@ -74,7 +75,7 @@ def test_every_image_has_one_part(planned, content):
 def test_no_image_that_a_graph_has_learned_from_is_among_the_rest(planned):
     learned = planned.aligned[ALIGNED].alignment.image_prints
     outputs = next(iter(planned.pairs.values()))
-    rungs = replace(planned.rung_set, fitted_on=learned)
+    rungs = replace(planned.rung_set, fitted_on=learned)  # as a head would have
     assert len(without_learned(outputs, rungs)) == len(outputs) == len(planned.parts.rest)
     assert len(without_learned(outputs, planned.rung_set)) == len(outputs)
     # The ranges of int8 were learned from every eleventh image: all of those are in align.
@@ -89,8 +90,8 @@ def test_no_alignment_learns_from_what_the_export_has_learned_from(planned):
     assert not among(ranges.hashes, ranges.looks, learned).any()
     assert ALIGN_SHARE / 2 * IMAGES < len(decode(learned)[0]) < ALIGN_SHARE * IMAGES
     # On the shelf stand both, and a later plan tells them apart.
-    shelf = planned.graphs["vit_high"].file.parent
-    taught = taught_by_export(shelf, RungSet.load(shelf))
+    shelf = planned.graphs["full"].file.parent
+    taught = taught_by_export(GraphSet.load(shelf))
     assert among(ranges.hashes, ranges.looks, taught).all()
     assert len(decode(taught)[0]) == len(ranges.rows)
 
@@ -99,14 +100,14 @@ def test_graphs_have_their_roles_costs_and_what_their_answers_are_worth(content)
     graphs = content["graphs"]
     assert {name: graph["roles"] for name, graph in graphs.items()} == {
         ALIGNED: ["low"],
-        "static_4": ["low"],
-        "vit_high": ["high", "reference"],
-        "static_int8static": ["high"],
-        "static_6": ["beside"],
+        "px4": ["low"],
+        "full": ["high", "reference"],
+        "int8static": ["high"],
+        "px6": ["beside"],
     }
-    assert graphs["vit_high"]["acceptable"] == 1.0
-    assert graphs[ALIGNED]["acceptable"] > graphs["static_4"]["acceptable"] + 0.1
-    assert graphs[ALIGNED]["alignment"]["helps"] and graphs["static_4"]["alignment"] is None
+    assert graphs["full"]["acceptable"] == 1.0
+    assert graphs[ALIGNED]["acceptable"] > graphs["px4"]["acceptable"] + 0.1
+    assert graphs[ALIGNED]["alignment"]["helps"] and graphs["px4"]["alignment"] is None
     assert graphs[ALIGNED]["recipe"] == "px=4,int8=static,align"
     for name, graph in graphs.items():
         assert graph["ms_per_image"] == pytest.approx(MS.get(name, CHEAP_MS))
@@ -114,9 +115,7 @@ def test_graphs_have_their_roles_costs_and_what_their_answers_are_worth(content)
 
 def test_every_pair_and_signal_is_a_candidate_the_cheapest_first(content):
     pairs = {(c["low"], c["high"]) for c in content["candidates"]}
-    assert pairs == {
-        (low, high) for low in (ALIGNED, "static_4") for high in ("vit_high", "static_int8static")
-    }
+    assert pairs == {(low, high) for low in (ALIGNED, "px4") for high in ("full", "int8static")}
     costs = [c["ms_per_image"] for c in content["candidates"]]
     known = [cost for cost in costs if cost is not None]
     assert known == sorted(known) and costs[: len(known)] == known
@@ -133,7 +132,7 @@ def test_each_tested_cascade_is_certified_with_its_share_of_delta(planned, conte
         assert certificate["choices"] == len(planned.tested)
         assert certificate["allowed"] == allowed_errors(len(tested), goal)
         assert certificate["errors"] <= certificate["allowed"]
-        is_full = entry["high"] == "vit_high"
+        is_full = entry["high"] == "full"
         assert certificate["reference"] == ("full rung" if is_full else "full FP32 model")
         outputs = planned.pairs[entry["low"], entry["high"]]
         scores = found.fit.calibration.score(outputs.low)
@@ -148,7 +147,7 @@ def test_each_tested_cascade_is_certified_with_its_share_of_delta(planned, conte
 
 
 def test_costs_are_those_of_the_cheap_graph_and_the_escalated_share_of_the_full_one(content):
-    full = MS["vit_high"]
+    full = MS["full"]
     for entry in content["tested"]:
         for split in ("certify", "test"):
             rate, cost = entry[split]["escalation_rate"], entry[split]["ms_per_image"]
@@ -171,7 +170,7 @@ def test_the_best_alternative_reaches_the_cascades_agreement_at_the_least_cost(c
         for name, graph in graphs.items()
         if graph["acceptable"] >= chosen["acceptable"] and graph["roles"] != ["low"]
     ]
-    assert "vit_high" in reaching and best["name"] in reaching
+    assert "full" in reaching and best["name"] in reaching
     cost = graphs[best["name"]]["ms_per_image"]
     assert cost == min(graphs[name]["ms_per_image"] for name in reaching)
     assert best["cost_ratio_to_plan"] == pytest.approx(cost / chosen["ms_per_image"])
@@ -214,7 +213,7 @@ def test_plan_json_is_json_without_paths(content, tmp_path, planned):
 
 def test_what_is_written_belongs_together(planned):
     out, chosen = planned.request.out, planned.chosen
-    rung_set = RungSet.load(out / "onnx")
+    rung_set = GraphSet.load(out / "onnx")
     calibration = Calibration.load(out / "calibration.json")
     calibration.check_rungs({name: rung_set.files[name] for name in ("vit_low", "vit_high")})
     outputs = Outputs.load(out / "outputs.npz")
@@ -222,7 +221,7 @@ def test_what_is_written_belongs_together(planned):
     assert calibration == chosen.fit.calibration
     np.testing.assert_array_equal(calibration.score(outputs.low), chosen.fit.scores)
     FitRecord.load(record_path(out / "calibration.json"), outputs, out / "calibration.json")
-    assert rung_set.reference is None or rung_set.reference.recipe == "px=8"
+    assert rung_set.reference.record.recipe == "px=8"
     assert calibration.metrics["escalation_rate"] == pytest.approx(
         escalation_mask(
             chosen.fit.scores[planned.parts.splits["test"]], calibration.threshold, Overrides()
@@ -231,11 +230,11 @@ def test_what_is_written_belongs_together(planned):
 
 
 def test_graphs_to_compare_with_lie_beside_the_chosen_ones(planned):
-    rung_set = RungSet.load(planned.request.out / "onnx")
-    assert "static_6" in rung_set.alternatives
+    rung_set = GraphSet.load(planned.request.out / "onnx")
+    assert "px6" in rung_set.beside
     high = planned.chosen.candidate.high
-    other = "static_int8static" if high == "vit_high" else "static_full"
-    assert other in rung_set.alternatives
+    other = "int8static" if high == "full" else "full"
+    assert other in rung_set.beside
 
 
 def test_commands_are_given_once_and_in_order(made):
@@ -249,9 +248,7 @@ def test_commands_are_given_once_and_in_order(made):
     ]
     (serving,) = commands.of("perf", "serving")
     graphs = serving[serving.index("--graphs") + 1].split(",")
-    assert sorted(graphs) == sorted(
-        [ALIGNED, "static_4", "static_6", "static_int8static", "vit_high"]
-    )
+    assert sorted(graphs) == sorted([ALIGNED, "px4", "px6", "int8static", "full"])
 
 
 def test_another_risk_needs_no_graph_and_no_answer_again(tmp_path):
@@ -289,13 +286,13 @@ def test_where_an_alignment_does_not_help_the_graph_without_it_takes_its_place(u
     planned, commands = unhelped
     content = result.to_dict(planned, [])
     assert commands.of("export", "align") == []
-    assert planned.lows == ["vit_low", "static_4"]
-    graph = content["graphs"]["vit_low"]
+    assert planned.lows == ["tome2", "px4"]
+    graph = content["graphs"]["tome2"]
     assert graph["recipe"] == "px=8,tome=2" and graph["alignment"]["helps"] is False
-    assert planned.chosen.candidate.low == "vit_low"
-    served = RungSet.load(planned.request.out / "onnx")
+    assert planned.chosen.candidate.low == "tome2"
+    served = GraphSet.load(planned.request.out / "onnx")
     assert served.rungs["vit_low"].recipe == "px=8,tome=2"
-    assert served.fitted_on == planned.rung_set.fitted_on
+    assert served.learned() == planned.rung_set.learned()
 
 
 def test_the_images_it_was_tried_on_are_fitted_on_and_test_nothing(unhelped):
@@ -303,7 +300,7 @@ def test_the_images_it_was_tried_on_are_fitted_on_and_test_nothing(unhelped):
     planned, _ = unhelped
     parts = planned.parts
     reference = parts.reference
-    taught = among(reference.hashes, reference.looks, planned.rung_set.fitted_on)
+    taught = among(reference.hashes, reference.looks, planned.rung_set.learned(planned.graphs))
     np.testing.assert_array_equal(parts.align, np.flatnonzero(taught))
     assert len(parts.rest) == IMAGES - taught.sum()
     groups = group_keys(parts.reference, "source")
@@ -327,15 +324,15 @@ def test_where_one_alignment_helps_its_images_stay_out_of_everything(tmp_path):
     shares = {"align": ALIGN_SHARE, "rest": 1 - ALIGN_SHARE}
     groups = group_keys(planned.parts.reference, "source")
     assert set(split_by_group(groups, shares, 0)["align"]) <= set(planned.parts.align)
-    aligned, _ = decode(planned.aligned["static_4_align"].alignment.image_prints)
-    assert aligned <= decode(planned.rung_set.fitted_on)[0]
+    aligned, _ = decode(planned.aligned["px4_align"].alignment.image_prints)
+    assert aligned <= decode(planned.rung_set.learned(planned.graphs))[0]
 
 
 def test_an_alignment_that_does_not_help_beside_its_own_graph_is_one_candidate(tmp_path):
     planned = plan(
         make_request(tmp_path, candidates="tome=2,align; tome=2; px=4", beside=""), Commands()
     )
-    assert planned.lows == ["vit_low", "static_4"]
+    assert planned.lows == ["tome2", "px4"]
 
 
 def test_few_images_test_no_more_cascades_than_could_pass(tmp_path):
@@ -353,7 +350,7 @@ def test_plan_json_says_how_many_images_were_needed(content):
 
 
 def test_cheap_graphs_that_cost_more_than_the_full_model_are_not_chosen(tmp_path):
-    dear = {"vit_high": 5.0, "static_int8static": 5.0}
+    dear = {"full": 5.0, "int8static": 5.0}
     planned = plan(make_request(tmp_path), Commands(ms=dear))
     content = result.to_dict(planned, [])
     assert any(entry["certified"] for entry in content["tested"])
@@ -373,7 +370,7 @@ def test_a_latency_budget_leaves_out_pairs_that_take_too_long(tmp_path):
     # A lone image takes twice the time per image: 16 + 160 ms by way of the FP32 model.
     planned = plan(make_request(tmp_path, latency_budget_ms=120), Commands())
     assert planned.tested
-    assert {entry.candidate.high for entry in planned.tested} == {"static_int8static"}
+    assert {entry.candidate.high for entry in planned.tested} == {"int8static"}
     nothing = plan(make_request(tmp_path, latency_budget_ms=10), Commands())
     assert nothing.tested == [] and nothing.chosen is None
 
@@ -384,7 +381,7 @@ def test_without_a_head_cosines_are_held_against_the_tolerance(tmp_path):
     content = result.to_dict(planned, [])
     assert (content["goal"]["fidelity"], content["goal"]["tolerance"]) == ("cosine", 0.02)
     looser = plan(replace(request, tolerance=0.5), Commands(head=False))
-    assert looser.agreement["static_4"] > planned.agreement["static_4"] + 0.05
+    assert looser.agreement["px4"] > planned.agreement["px4"] + 0.05
 
 
 def test_a_fidelity_that_is_named_is_kept(tmp_path):

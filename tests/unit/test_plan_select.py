@@ -3,6 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from bundle.graphs import GraphSet
 from calibration.certify import Goal, allowed_errors
 from calibration.fidelity import Fidelity
 from planner import select
@@ -15,7 +16,6 @@ from planner.select import (
     predict,
     shortlist,
 )
-from routing import RungSet
 from tests.unit.calibration_outputs import CLASS_SIGNALS, make_outputs
 from tests.unit.onnx_files import write_rung_set
 
@@ -28,7 +28,7 @@ COSTS = {"small": 5.0, "smaller": 4.0, "full": 50.0, "half": 30.0}
 
 @pytest.fixture(scope="module")
 def rung_set(tmp_path_factory):
-    return RungSet.load(write_rung_set(tmp_path_factory.mktemp("rungs") / "onnx"))
+    return GraphSet.load(write_rung_set(tmp_path_factory.mktemp("rungs") / "onnx"))
 
 
 def predicted(pairs, **changes):

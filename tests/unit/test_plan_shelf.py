@@ -6,6 +6,7 @@ import onnxruntime as ort
 import pytest
 from rich.console import Console
 
+from bundle.graphs import GraphSet
 from bundle.prints import no_looks
 from calibration.align import fit_alignment
 from calibration.fidelity import Fidelity
@@ -17,7 +18,7 @@ from planner.bars import Bars
 from planner.candidates import recipes, shelf_graphs
 from planner.shelf import FIT_IMAGES, align_graph, export_shelf
 from planner.subprocesses import PlanError
-from routing import Alignment, RungOutputs, RungSet
+from routing import Alignment, RungOutputs
 from tests.unit.calibration_outputs import sha256
 from tests.unit.onnx_files import write_rung_set
 from tests.unit.plan_workplace import (
@@ -50,8 +51,8 @@ def test_one_command_exports_the_full_model_and_every_recipe(tmp_path, commands)
     assert said[:6] == ["export", "rungs", "--model", "tiny", "--low", "px=4,int8=static"]
     assert said[6:12] == ["--high", f"px={SIZE}", "--beside", "int8=static", "--beside", "px=6"]
     assert shelf.parent == request.cache
-    assert set(shelf_graphs(RungSet.load(shelf))) == {
-        *("vit_low", "vit_high", "static_int8static", "static_6")
+    assert set(shelf_graphs(GraphSet.load(shelf))) == {
+        *("px4_int8static", "full", "int8static", "px6")
     }
 
 
@@ -164,29 +165,29 @@ def shelf(tmp_path):
     return write_shelf(tmp_path / "shelf", "px=4", ["px=6"])
 
 
-def align(shelf, name="static_6", seed=0):
-    rung_set = RungSet.load(shelf)
+def align(shelf, name="px6", seed=0):
+    rung_set = GraphSet.load(shelf)
     graph = shelf_graphs(rung_set)[name]
     return align_graph(shelf, graph, outputs_of(rung_set, seed=seed), TOP1, "source", 0, QUIET)
 
 
 def test_an_aligned_graph_lies_beside_the_one_it_was_made_of(shelf, commands):
     name, aligned = align(shelf)
-    assert name == "static_6_align" and len(aligned.growth) > 1
-    graphs = shelf_graphs(RungSet.load(shelf))
+    assert name == "px6_align" and len(aligned.growth) > 1
+    graphs = shelf_graphs(GraphSet.load(shelf))
     assert graphs[name].record.recipe == "px=6,align"
-    assert graphs["static_6"].record.recipe == "px=6"
-    assert aligned.alignment.graph == graphs["static_6"].record.fingerprint
+    assert graphs["px6"].record.recipe == "px=6"
+    assert aligned.alignment.graph == graphs["px6"].record.fingerprint
     assert aligned.alignment.recipe == "px=6"
     image = np.random.default_rng(0).normal(size=(2, 3, SIZE, SIZE)).astype(np.float32)
     found = {}
-    for which in ("static_6", name):
+    for which in ("px6", name):
         session = ort.InferenceSession(str(graphs[which].file))
         found[which] = RungOutputs(
             *session.run(["embedding", "cls_layers"], {"image": image}), None
         )
     np.testing.assert_allclose(
-        found[name].embedding, aligned.alignment.embedding(found["static_6"]), rtol=1e-4, atol=1e-4
+        found[name].embedding, aligned.alignment.embedding(found["px6"]), rtol=1e-4, atol=1e-4
     )
 
 
@@ -194,40 +195,40 @@ def test_it_is_baked_in_once_for_the_same_images_and_again_for_others(shelf, com
     first, _ = align(shelf)
     assert align(shelf)[0] == first
     assert len(commands.of("export", "align")) == 1
-    before = shelf_graphs(RungSet.load(shelf))[first].record.sha256
+    before = shelf_graphs(GraphSet.load(shelf))[first].record.sha256
     align(shelf, seed=1)
     assert len(commands.of("export", "align")) == 2
-    assert shelf_graphs(RungSet.load(shelf))[first].record.sha256 != before
+    assert shelf_graphs(GraphSet.load(shelf))[first].record.sha256 != before
 
 
 def test_an_alignment_that_does_not_help_leaves_the_graph_as_it_is(shelf, commands):
-    rung_set = RungSet.load(shelf)
-    graph = shelf_graphs(rung_set)["static_6"]
+    rung_set = GraphSet.load(shelf)
+    graph = shelf_graphs(rung_set)["px6"]
     outputs = outputs_of(rung_set)
     same = replace(outputs.low, embedding=outputs.high.embedding, logits=outputs.high.logits)
     said = []
     bars = Bars(Console(quiet=True))
     bars.say = said.append
     name, aligned = align_graph(shelf, graph, replace(outputs, low=same), TOP1, "source", 0, bars)
-    assert name == "static_6" and not aligned.helps and len(aligned.growth) > 1
+    assert name == "px6" and not aligned.helps and len(aligned.growth) > 1
     assert commands.said == [] and not list(shelf.glob("*.npz"))
-    assert RungSet.load(shelf).fitted_on == rung_set.fitted_on
+    assert GraphSet.load(shelf) == rung_set
     assert len(said) == 1 and said[0].startswith("px=6,align: the alignment does not help")
 
 
 def test_copies_of_a_picture_do_not_show_that_an_alignment_helps(shelf, commands):
-    rung_set = RungSet.load(shelf)
+    rung_set = GraphSet.load(shelf)
     once = outputs_of(rung_set, n=8)
     # What the full model answers has nothing to do with the cheap graph's tokens: with a copy of
     # each held-out picture to learn from, an alignment remembers it all the same.
     rng = np.random.default_rng(99)
     high = rng.normal(size=once.high.embedding.shape).astype(np.float32)
-    head = LinearHead.read(shelf_graphs(rung_set)["static_6"].file)
+    head = LinearHead.read(shelf_graphs(rung_set)["px6"].file)
     once = replace(once, high=RungOutputs(high, None, head(high)))
     copies = once.rows(np.repeat(np.arange(8), 10))
     names = tuple(f"copy {i}" for i in range(80))
     copies = replace(copies, names=names, groups=names)
-    graph = shelf_graphs(rung_set)["static_6"]
+    graph = shelf_graphs(rung_set)["px6"]
     _, aligned = align_graph(shelf, graph, copies, TOP1, "source", 0, QUIET)
     by_file = fit_alignment(
         copies, np.arange(80), np.array(names), (graph.record.fingerprint, "px=6"), TOP1, head, 0
@@ -238,28 +239,27 @@ def test_copies_of_a_picture_do_not_show_that_an_alignment_helps(shelf, commands
 
 def test_an_alignment_whose_graph_was_never_baked_is_baked_again(shelf, commands):
     name, aligned = align(shelf)
-    record = json.loads((shelf / "rungs.json").read_text())
-    del record["alternatives"][name]
-    (shelf / "rungs.json").write_text(json.dumps(record))
+    record = json.loads((shelf / "graphs.json").read_text())
+    del record["graphs"][name]
+    (shelf / "graphs.json").write_text(json.dumps(record))
     align(shelf)
-    assert name in RungSet.load(shelf).alternatives
+    assert name in GraphSet.load(shelf).graphs
     assert Alignment.load(shelf / f"{name}.npz").image_prints == aligned.alignment.image_prints
 
 
 def test_what_an_alignment_has_learned_from_is_on_the_shelfs_record(shelf, commands):
-    _, aligned = align(shelf)
-    assert RungSet.load(shelf).fitted_on == aligned.alignment.image_prints
+    name, aligned = align(shelf)
+    assert GraphSet.load(shelf).learned([name]) == aligned.alignment.image_prints
 
 
 def test_a_model_without_a_head_is_aligned_all_the_same(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr("planner.shelf.run", lambda arguments, say: said.append(arguments))
-    rung_set = RungSet.load(write_rung_set(tmp_path / "onnx", classes=None))
+    rung_set = GraphSet.load(write_rung_set(tmp_path / "onnx", classes=None))
     headless = outputs_of(rung_set)
     assert headless.low.logits is None
-    graph = shelf_graphs(rung_set)["vit_low"]
     name, aligned = align_graph(
-        tmp_path / "onnx", graph, headless, Fidelity("cosine"), "source", 0, QUIET
+        tmp_path / "onnx", rung_set.low, headless, Fidelity("cosine"), "source", 0, QUIET
     )
     assert name == "vit_low_align" and aligned.helps
     assert len(said) == 1

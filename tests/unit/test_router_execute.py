@@ -12,12 +12,13 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from bundle.graphs import GraphSet
 from calibration.certify import Goal
 from calibration.fidelity import Fidelity
 from calibration.fit import Options, fit
 from export.repository import assemble
 from export.settings import Settings
-from routing import PROBE_ID, RungSet
+from routing import PROBE_ID
 from tests.unit.calibration_outputs import make_outputs, with_losing_high, with_reference
 from tests.unit.onnx_files import CLASSES, LAYERS, SIZE, D, write_rung_set
 
@@ -98,7 +99,7 @@ def request_of(images, request_id=""):
 def certified(tmp_path_factory):
     """Rungs beside the full model, and what `fit` certifies about it."""
     folder = tmp_path_factory.mktemp("certified")
-    rung_set = with_reference(RungSet.load(write_rung_set(folder / "onnx")))
+    rung_set = with_reference(GraphSet.load(write_rung_set(folder / "onnx")))
     outputs = with_losing_high(make_outputs(rung_set, 800), share=0.02)
     options = Options(Fidelity("top1"), "margin")  # the images of all zeros escalate
     fit(outputs, rung_set, Goal(0.1, 0.9, "ltt"), options).save(folder / "calibration.json")

@@ -12,12 +12,9 @@ from routing import (
     CalibrationError,
     ManifestError,
     RungRecord,
-    RungSet,
-    RungSetError,
     manifest,
 )
 from tests.unit.fakes import make_calibration
-from tests.unit.onnx_files import write_rung_set
 
 
 def array(values):
@@ -339,102 +336,6 @@ def test_a_repository_may_be_reached_by_a_link_and_a_listed_file_be_one(tmp_path
     file.symlink_to(tmp_path / "elsewhere.onnx")
     (tmp_path / "link").symlink_to(repository)
     manifest.verify(tmp_path / "link")
-
-
-def test_a_folder_without_rungs_says_what_to_run(tmp_path):
-    with pytest.raises(RungSetError, match="export rungs"):
-        RungSet.load(tmp_path)
-    (tmp_path / "rungs.json").write_text("{}")
-    with pytest.raises(RungSetError, match="export again"):
-        RungSet.load(tmp_path)
-
-
-def write_alternative(folder, alternatives):
-    path = folder / "rungs.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "alternatives": alternatives}))
-
-
-def test_an_export_without_alternatives_loads(tmp_path):
-    rung_set = RungSet.load(write_rung_set(tmp_path))
-    assert "alternatives" not in json.loads((tmp_path / "rungs.json").read_text())
-    assert rung_set.alternatives == rung_set.alternative_files == {}
-
-
-def test_alternatives_stand_beside_the_two_rungs(tmp_path):
-    write_rung_set(tmp_path)
-    entry = {"px": 6, "recipe": "px=6", "file": "static_6.onnx", "sha256": "abc"}
-    write_alternative(tmp_path, {"static_6": entry})
-    with pytest.raises(RungSetError, match=r"no ONNX file at .*static_6\.onnx; run") as error:
-        RungSet.load(tmp_path)
-    assert "\n" not in str(error.value)
-    (tmp_path / "static_6.onnx").write_bytes(b"")
-    rung_set = RungSet.load(tmp_path)
-    assert rung_set.alternatives == {"static_6": RungRecord(6, "px=6", "abc")}
-    assert rung_set.alternative_files == {"static_6": tmp_path / "static_6.onnx"}
-    assert set(rung_set.rungs) == set(rung_set.files) == {"vit_low", "vit_high"}
-
-
-def change_rungs(folder, **fields):
-    path = folder / "rungs.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-
-
-def test_an_export_that_does_not_name_its_images_by_their_pixels_is_to_be_made_again(tmp_path):
-    write_rung_set(tmp_path)
-    change_rungs(tmp_path, schema_version=1)
-    with pytest.raises(RungSetError, match="schema version 1, .* run python -m export rungs again"):
-        RungSet.load(tmp_path)
-
-
-def test_without_a_reference_the_full_rung_is_it(tmp_path):
-    rung_set = RungSet.load(write_rung_set(tmp_path))
-    assert (rung_set.reference, rung_set.reference_file, rung_set.fitted_on) == (None, None, "")
-    assert list(rung_set.graphs()) == ["vit_low", "vit_high"]
-    assert rung_set.fingerprints() == {n: r.sha256 for n, r in rung_set.rungs.items()}
-
-
-def test_a_reference_is_run_beside_the_rungs(tmp_path):
-    write_rung_set(tmp_path)
-    entry = {"px": 8, "recipe": "px=8", "file": "reference.onnx", "sha256": "abc"}
-    change_rungs(tmp_path, reference={**entry, "weights_sha256": "def"}, fitted_on="AAECAwQFBgc=")
-    with pytest.raises(RungSetError, match=r"no ONNX file at .*reference\.onnx; run"):
-        RungSet.load(tmp_path)
-    (tmp_path / "reference.onnx").write_bytes(b"")
-    rung_set = RungSet.load(tmp_path)
-    assert rung_set.reference == RungRecord(8, "px=8", "abc", "def")
-    record, file = rung_set.graphs()["reference"]
-    assert (record, file) == (rung_set.reference, tmp_path / "reference.onnx")
-    assert rung_set.fingerprints()["reference"] == rung_set.reference.fingerprint != "abc"
-    assert rung_set.fitted_on == "AAECAwQFBgc="
-    assert set(rung_set.rungs) == {"vit_low", "vit_high"} and rung_set.alternatives == {}
-
-
-@pytest.mark.parametrize("reference", ["static_8", {"px": 8}, {"file": "vit_high.onnx"}])
-def test_an_unreadable_reference_says_what_to_run(tmp_path, reference):
-    write_rung_set(tmp_path)
-    change_rungs(tmp_path, reference=reference)
-    with pytest.raises(RungSetError, match="export again") as error:
-        RungSet.load(tmp_path)
-    assert "\n" not in str(error.value)
-
-
-def test_the_layers_are_the_cheap_rungs(tmp_path):
-    write_rung_set(tmp_path)
-    rungs = json.loads((tmp_path / "rungs.json").read_text())["rungs"]
-    rungs["vit_low"]["layers"] = 1
-    change_rungs(tmp_path, rungs=rungs)
-    rung_set = RungSet.load(tmp_path)
-    assert (rung_set.layers, rung_set.rungs["vit_low"].layers) == (1, 1)
-    assert rung_set.rungs["vit_high"].layers is None
-
-
-@pytest.mark.parametrize("alternatives", [None, [], {"static_6": {"px": 6}}, {"static_6": 6}])
-def test_unreadable_alternatives_say_what_to_run(tmp_path, alternatives):
-    write_rung_set(tmp_path)
-    write_alternative(tmp_path, alternatives)
-    with pytest.raises(RungSetError, match="export again") as error:
-        RungSet.load(tmp_path)
-    assert "\n" not in str(error.value)
 
 
 def test_scores_are_fp32_in_oracle_units():

@@ -5,11 +5,13 @@ Tiny models are exported, run and calibrated as a user's are, by the commands.
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from bundle.graphs import GraphSet
 from calibration.__main__ import main as calibrate
 from calibration.certify import Goal
 from calibration.evaluate import EvaluateError, evaluate
@@ -23,7 +25,6 @@ from routing import (
     Calibration,
     CalibrationError,
     RungOutputs,
-    RungSet,
     escalation_mask,
     fidelity_loss,
 )
@@ -94,7 +95,7 @@ def value(tmp_path_factory, images):
 
 def loaded(folder):
     outputs = Outputs.load(folder / "build/calibration/outputs.npz")
-    return outputs, RungSet.load(folder / "build/onnx")
+    return outputs, GraphSet.load(folder / "build/onnx")
 
 
 def artifact(folder):
@@ -153,25 +154,11 @@ def test_one_output_that_is_said_to_name_a_class_is_refused_before_anything_is_e
     assert not (tmp_path / "onnx").exists()
 
 
-def test_export_records_the_task_and_earlier_records_are_read_as_transformers_would(
-    labels, value, tmp_path
-):
+def test_export_records_the_task(labels, value):
     for folder, task in ((labels, "labels"), (value, "value")):
-        outputs, rung_set = loaded(folder)
-        record = json.loads((folder / "build/onnx/rungs.json").read_text())
-        assert record["task"] == rung_set.task == outputs.task == task
-    earlier = tmp_path / "onnx"
-    done = run_export("choose", "--onnx", value / "build/onnx", "--low", "vit_low")
-    assert done.exit_code == 2  # --high and --out are missing: nothing is written
-    arguments = ("--low", "vit_low", "--high", "vit_high", "--out", earlier)
-    assert run_export("choose", "--onnx", value / "build/onnx", *arguments).exit_code == 0
-    assert RungSet.load(earlier).task == "value"
-    record = json.loads((earlier / "rungs.json").read_text())
-    del record["task"]
-    (earlier / "rungs.json").write_text(json.dumps(record))
-    assert RungSet.load(earlier).task == "value"
-    (earlier / "rungs.json").write_text(json.dumps({**record, "classes": 5}))
-    assert RungSet.load(earlier).task == "classes"
+        outputs, graphs = loaded(folder)
+        record = json.loads((folder / "build/onnx/graphs.json").read_text())
+        assert record["task"] == graphs.task == outputs.task == task
 
 
 # --- independent labels ----------------------------------------------------------------------
@@ -431,12 +418,9 @@ def test_nothing_is_certified_about_a_graph_whose_answers_depend_on_the_batch(dy
 @pytest.mark.parametrize("name", [*RUNGS, "reference"])
 def test_any_graph_of_dynamic_int8_is_refused_by_name(value, dynamic, name):
     outputs, rung_set = loaded(value)
-    record = loaded(dynamic)[1].rungs["vit_low"]
-    if name == "reference":
-        changes = {"reference": record, "reference_file": rung_set.files["vit_low"]}
-    else:
-        changes = {"rungs": {**rung_set.rungs, name: record}}
-    mixed = RungSet(**{**vars(rung_set), **changes})
+    graph = replace(loaded(dynamic)[1].low, name="dynamic")
+    mixed = rung_set.adding(graph)
+    mixed = replace(mixed, roles={**mixed.roles, name: "dynamic"})
     same = Outputs(**{**vars(outputs), "rung_hashes": mixed.fingerprints()})
     with pytest.raises(FitError, match=f"{name} is px=8,int8: with dynamic int8"):
         fit(same, mixed, GOAL, Options(Fidelity("value", 0.3)))

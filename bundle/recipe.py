@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from export.errors import UsageError
-
 PRECISIONS = ("fp32", "fp16", "int8", "int8=static")
 _NUMBERS = ("px", "depth", "tome")
 KNOWN = "px=N, depth=N, tome=N, int8, int8=static, fp16, fp32 and align"
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be read. One line that says which part."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Recipe:
         """Read a recipe such as `px=112,tome=4,int8=static,align`, its parts in any order.
 
         Raises:
-            UsageError: a part that is unknown, no whole number, or said twice.
+            RecipeError: a part that is unknown, no whole number, or said twice.
         """
         fields: dict[str, int | str | bool] = {}
         for part in text.replace(" ", "").split(","):
@@ -46,9 +48,9 @@ class Recipe:
             elif name in _NUMBERS:
                 found = _number(part, value)
             else:
-                raise UsageError(f"recipe {text!r}: {part!r} is unknown; known are {KNOWN}")
+                raise RecipeError(f"recipe {text!r}: {part!r} is unknown; known are {KNOWN}")
             if name in fields:
-                raise UsageError(f"recipe {text!r} says its {name} twice; once is enough")
+                raise RecipeError(f"recipe {text!r} says its {name} twice; once is enough")
             fields[name] = found
         return cls(**fields)  # type: ignore[arg-type]
 
@@ -57,9 +59,9 @@ class Recipe:
         return self if self.px is not None else replace(self, px=px)
 
     def slug(self, full_px: int) -> str:
-        """A short name for files and models: `140`, `tome8`, `112_int8static_align`."""
+        """A short name for files and models: `full`, `tome8`, `px112_int8static_align`."""
         numbers = {"depth": self.depth or 0, "tome": self.tome}
-        parts = [str(self.px)] if self.px not in (None, full_px) else []
+        parts = [f"px{self.px}"] if self.px not in (None, full_px) else []
         parts += [f"{name}{value}" for name, value in numbers.items() if value]
         parts += [self.precision.replace("=", "")] if self.precision != "fp32" else []
         parts += ["align"] if self.align else []
@@ -77,5 +79,5 @@ class Recipe:
 
 def _number(part: str, value: str) -> int:
     if not value.isdecimal():
-        raise UsageError(f"{part!r} in a recipe must be a whole number, as px=112")
+        raise RecipeError(f"{part!r} in a recipe must be a whole number, as px=112")
     return int(value)

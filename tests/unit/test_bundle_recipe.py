@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from export.errors import UsageError
-from export.recipes.recipe import PRECISIONS, Recipe
+from bundle.recipe import PRECISIONS, Recipe, RecipeError
 
 FULL_PX = 224
 recipes = st.builds(
@@ -51,7 +50,7 @@ def test_a_slug_fits_a_model_name_and_the_full_resolution_is_not_said(recipe):
 def test_any_other_text_is_refused_in_one_line(text):
     try:
         recipe = Recipe.parse(text)
-    except UsageError as error:
+    except RecipeError as error:
         assert len(str(error).splitlines()) == 1
     else:
         assert Recipe.parse(str(recipe)) == recipe
@@ -60,15 +59,15 @@ def test_any_other_text_is_refused_in_one_line(text):
 @pytest.mark.parametrize(
     ("text", "canonical", "slug"),
     [
-        ("px=140", "px=140", "140"),
+        ("px=140", "px=140", "px140"),
         ("px=224", "px=224", "full"),
         ("fp32", "fp32", "full"),
         ("tome=8", "tome=8", "tome8"),
         ("tome=0", "fp32", "full"),
         ("int8=static", "int8=static", "int8static"),
-        ("align,int8=static,px=112", "px=112,int8=static,align", "112_int8static_align"),
+        ("align,int8=static,px=112", "px=112,int8=static,align", "px112_int8static_align"),
         ("int8,tome=4,depth=9", "depth=9,tome=4,int8", "depth9_tome4_int8"),
-        ("fp16,px=0168", "px=168,fp16", "168_fp16"),
+        ("fp16,px=0168", "px=168,fp16", "px168_fp16"),
     ],
 )
 def test_texts_and_slugs(text, canonical, slug):
@@ -95,7 +94,7 @@ def test_texts_and_slugs(text, canonical, slug):
     ],
 )
 def test_a_bad_part_is_named_in_one_line(text, message):
-    with pytest.raises(UsageError, match=re.escape(message)) as caught:
+    with pytest.raises(RecipeError, match=re.escape(message)) as caught:
         Recipe.parse(text)
     assert "\n" not in str(caught.value)
 

@@ -5,14 +5,76 @@ The map and why it helps: `routing.alignment`. The graph stays one file that nee
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
+
 import numpy as np
 import onnx
+import onnxruntime as ort
 from onnx import helper, numpy_helper
 
-from export.errors import UsageError
+from bundle.graphs import Graph, GraphSet
+from bundle.prints import joined
+from export import onnx_graph
+from export.errors import ExportError, UsageError
+from routing import manifest
 from routing.alignment import Alignment
 
 _BODY = "embedding_unaligned"
+
+
+def align(graphs: GraphSet, name: str, alignment: Alignment) -> GraphSet:
+    """Bake an alignment into a graph and write the aligned one beside it, as `NAME_align`.
+
+    Args:
+        graphs: what `export rungs` wrote; its folder gets the aligned graph and its record.
+        name: of the graph.
+        alignment: fitted on what this graph answered.
+
+    Returns:
+        The graphs with the aligned one among them; it plays no role yet.
+
+    Raises:
+        UsageError: no such cheap graph, an alignment of another one, or a head that cannot follow
+            it.
+        ExportError: the aligned graph does not load.
+        OSError: a file cannot be written.
+    """
+    graph = graphs.graphs.get(name)
+    if graph is None or graph.name == graphs.reference.name:
+        known = ", ".join(other for other in graphs.graphs if other != graphs.reference.name)
+        raise UsageError(f"--graph {name}: no cheap graph of that name; there are {known}")
+    if graph.recipe.align:
+        raise UsageError(f"--graph {name} is aligned already ({graph.recipe}); give another")
+    folder = graph.file.parent
+    if (fault := graph.fault()) is not None:
+        raise UsageError(f"{folder}: {fault}; run python -m export rungs again")
+    if graph.record.fingerprint != alignment.graph:
+        raise UsageError(
+            f"the alignment was fitted on another graph than {name} ({alignment.recipe}); run "
+            "python -m calibration collect and python -m calibration align with this one"
+        )
+    model = bake_alignment(onnx.load(graph.file, load_external_data=False), alignment)
+    onnx_graph.check_versions(model)
+    file = folder / f"{name}_align.onnx"
+    fresh = file.with_suffix(".aligned")  # os.replace puts it in place whole
+    fresh.write_bytes(model.SerializeToString(deterministic=True))
+    try:  # as it will be served; onnx's own checker refuses weights with several links
+        ort.InferenceSession(fresh, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions share no base class
+        fresh.unlink()
+        raise ExportError(f"ONNX Runtime does not load the aligned graph: {error}") from error
+    record = replace(
+        graph.record,
+        recipe=str(replace(graph.recipe, align=True)),
+        sha256=manifest.sha256_file(fresh),
+        size_bytes=fresh.stat().st_size,
+    )
+    os.replace(fresh, file)
+    learned = joined(graph.fitted_on, alignment.image_prints)
+    more = graphs.adding(Graph(file.stem, record, file, learned))
+    more.save(folder)
+    return more
 
 
 def bake_alignment(model: onnx.ModelProto, alignment: Alignment) -> onnx.ModelProto:
