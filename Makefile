@@ -36,9 +36,9 @@ ORIGINAL := build/original
 original: $(INSTALLED)  ## the tables of the research script this began with, measured here
 	$(PY) -m export rungs --model static-vit --out $(ORIGINAL)/onnx
 	$(PY) -m calibration collect --images sample --seed 31 --limit 1000 \
-	  --onnx $(ORIGINAL)/onnx --out $(ORIGINAL)/outputs.npz
+	  --onnx $(ORIGINAL)/onnx --out $(ORIGINAL)/outputs.json
 	$(PY) -m calibration fit --escalation-rate 0.095 --onnx $(ORIGINAL)/onnx \
-	  --outputs $(ORIGINAL)/outputs.npz --out $(ORIGINAL)/calibration.json
+	  --outputs $(ORIGINAL)/outputs.json --out $(ORIGINAL)/calibration.json
 	$(PY) -m export repository --onnx $(ORIGINAL)/onnx \
 	  --calibration $(ORIGINAL)/calibration.json --out $(ORIGINAL)/model_repository \
 	  --client-parameters any

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bundle.graphs import GraphsError, GraphSet
 from bundle.prints import Looks, among, find_copies
@@ -22,9 +21,10 @@ from report.calibration_page import write_calibration
 from routing import SIGNALS, Calibration, CalibrationError
 
 from .align import ALIGN_SHARE, fit_alignment
+from .answers import AnswerCache, Progress
 from .certify import METHODS, CertifyError, Goal
-from .collect import collect
-from .evaluate import EvaluateError, Made, check_artifact, evaluate
+from .chunks import AnswersError
+from .evaluate import EvaluateError, check_artifact, evaluate
 from .fidelity import KINDS, Fidelity, FidelityError
 from .fit import (
     AUTO,
@@ -40,7 +40,7 @@ from .fit import (
 )
 from .head import LinearHead
 from .images import open_images
-from .outputs import Outputs, OutputsError
+from .outputs import Made, Outputs, OutputsError, asked, collect
 from .page_data import analysis_data, fit_data
 from .record import FitRecord, record_path
 from .reference import REFERENCE_IMAGES, with_reference_answers
@@ -67,6 +67,9 @@ LimitOption = Annotated[
 ]
 SeedOption = Annotated[int, typer.Option(help="Of the sample crops.")]
 OnnxOption = Annotated[Path, typer.Option("--onnx", help="Folder written by `export rungs`.")]
+AnswersOption = Annotated[
+    Path, typer.Option(help="Where graphs' answers are kept, for this command and others.")
+]
 OutputsOption = Annotated[Path, typer.Option("--outputs", help="File written by `collect`.")]
 ArtifactOption = Annotated[Path, typer.Option("--calibration", help="File written by `fit`.")]
 FidelityOption = Annotated[
@@ -120,7 +123,8 @@ TlsCertOption = Annotated[
 TlsKeyOption = Annotated[Path | None, typer.Option(help="Its private key.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 ONNX = Path("build/onnx")
-OUTPUTS = FOLDER / "outputs.npz"
+ANSWERS = Path("build/answers")
+OUTPUTS = FOLDER / "outputs.json"
 ARTIFACT = FOLDER / "calibration.json"
 SAMPLE_CROPS = 1200
 
@@ -143,6 +147,7 @@ def collect_command(
     out: Annotated[Path, typer.Option(help="File to write.")] = OUTPUTS,
     limit: LimitOption = None,
     seed: SeedOption = 1,
+    answers: AnswersOption = ANSWERS,
     url: UrlOption = None,
     tls_ca: TlsCaOption = None,
     tls_cert: TlsCertOption = None,
@@ -152,14 +157,14 @@ def collect_command(
     rung_set = GraphSet.load(onnx)
     try:
         with _served(url, rung_set, tls_ca, tls_cert, tls_key) as served:
-            _collect(rung_set, _open(images, limit, seed), out, served)
+            cache = AnswerCache(answers, _open(images, limit, seed), rung_set, served)
+            _show(cache, lambda progress: collect(cache, out, progress))
     except KeyboardInterrupt:
         console.print("stopped; the same command continues where this one was")
         raise
-    with np.load(out, allow_pickle=False) as arrays:  # these only: the rest may be gigabytes
-        hashes, looks = arrays["hashes"].tolist(), arrays["looks"]
-    _tell_copies(hashes, looks)
-    learned = int(among(hashes, looks, rung_set.learned()).sum())
+    pictures = cache.pictures()
+    _tell_copies(pictures.hashes, pictures.looks)
+    learned = int(among(pictures.hashes, pictures.looks, rung_set.learned()).sum())
     if learned:
         console.print(f"{_learned(learned)}; fit leaves them out", highlight=False)
     print(f"wrote {out}")
@@ -248,7 +253,7 @@ def fit_command(
     stored = _unlearned(collected, rung_set)
     left_out = len(collected) - len(stored)
     _tell_copies(stored.hashes, stored.looks)
-    with Progress(console=console) as bar:
+    with bars.Progress(console=console) as bar:
         task = bar.add_task("fit", total=STEPS)
         try:
             fitted = fit(stored, rung_set, target, options, lambda: bar.advance(task))
@@ -339,6 +344,7 @@ def evaluate_command(
     onnx: OnnxOption = ONNX,
     limit: LimitOption = None,
     seed: SeedOption = 2,
+    answers: AnswersOption = ANSWERS,
     url: UrlOption = None,
     tls_ca: TlsCaOption = None,
     tls_cert: TlsCertOption = None,
@@ -348,13 +354,12 @@ def evaluate_command(
     """Hold an artifact against new images; exit 1 where they contradict its certificate."""
     artifact, rung_set = Calibration.load(calibration), GraphSet.load(onnx)
     check_artifact(artifact, Made.by(rung_set))  # before images are run through them
-    source = _open(images, limit, seed)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "outputs.npz"
-        with _served(url, rung_set, tls_ca, tls_cert, tls_key) as served:
-            _collect(rung_set, source, file, served)
-        outputs = _unlearned(Outputs.load(file), rung_set)
-    evaluation = evaluate(artifact, outputs)
+    wanted, source = asked(rung_set), _open(images, limit, seed)
+    with _served(url, rung_set, tls_ca, tls_cert, tls_key) as served:
+        cache = AnswerCache(answers, source, rung_set, served)
+        _show(cache, lambda progress: cache.fill(wanted, progress=progress))
+    outputs = Outputs.of(cache.read(wanted), rung_set, cache)
+    evaluation = evaluate(artifact, _unlearned(outputs, rung_set))
     if as_json:
         print(json.dumps({"images": source.title, **evaluation.to_dict()}))
     else:
@@ -384,8 +389,9 @@ def report_command(
 
 
 def _check_collected(outputs: Outputs, rung_set: GraphSet) -> None:
-    if outputs.rung_hashes != rung_set.fingerprints():
-        raise OutputsError("the outputs were collected with other ONNX files; collect again")
+    difference = outputs.made.difference(Made.by(rung_set))
+    if difference is not None:
+        raise OutputsError(f"the outputs are not of these graphs: {difference}; collect again")
 
 
 def _unlearned(outputs: Outputs, rung_set: GraphSet) -> Outputs:
@@ -429,17 +435,16 @@ def _served(
         yield served
 
 
-def _collect(
-    rung_set: GraphSet, source: ImageSource, out: Path, served: ServedRungs | None
-) -> None:
+def _show(cache: AnswerCache, fill: Callable[[Progress], list[str]]) -> None:
+    """Fill a cache behind a progress bar, and say which images cannot be used."""
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("collect", total=len(source))
+    with bars.Progress(*columns, console=console) as progress:
+        task = progress.add_task("collect", total=len(cache.source))
 
         def show(count: int, resumed: bool) -> None:
             progress.advance(task, count)
@@ -447,9 +452,10 @@ def _collect(
                 done = progress.tasks[task].completed
                 progress.reset(task, description="collect (resumed)", completed=int(done))
 
-        unreadable = collect(rung_set, source, out, show, served)
+        unreadable = fill(show)
     for line in unreadable:
         _say(f"skipped {line}")
+    _say(f"answers are kept in {cache.folder} ({cache.size_mib():,.0f} MiB) until you delete it")
 
 
 def _say(line: str) -> None:
@@ -497,6 +503,7 @@ def main() -> None:
     except typer.TyperException as error:
         message = " ".join(error.format_message().split()) + " (--help tells more)"
     except (
+        AnswersError,
         CalibrationError,
         CertifyError,
         EvaluateError,

@@ -17,6 +17,7 @@ from sklearn.linear_model import Ridge, RidgeCV
 from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
 
+from bundle.graphs import HIGH, REFERENCE
 from bundle.prints import encode
 from routing import Alignment, RungOutputs
 from routing.alignment import tokens
@@ -116,7 +117,7 @@ def fit_alignment(
         weights=weights.astype(np.float32),
         bias=bias.astype(np.float32),
         graph=graph[0],
-        reference=outputs.rung_hashes.get("reference", outputs.rung_hashes["vit_high"]),
+        reference=outputs.made.graphs.get(REFERENCE, outputs.made.graphs[HIGH]),
         recipe=graph[1],
         image_prints=encode(sample.hashes, sample.looks),
     )

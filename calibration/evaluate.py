@@ -13,15 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import betabinom, binom, binomtest, fisher_exact, ks_2samp
 
-from bundle.graphs import GraphSet
 from bundle.prints import among
-from imaging import code_sha256
-from routing import RUNGS, Calibration, Overrides, escalation_mask
+from routing import Calibration, Overrides, escalation_mask
+from routing.calibration import FULL_RUNG
 
 from .certify import one_per_group
 from .fidelity import Fidelity
 from .held_out import HeldOut
-from .outputs import FULL_MODEL, FULL_RUNG, Outputs
+from .outputs import Made, Outputs
 from .splits import group_keys
 
 INTERVAL = 0.95
@@ -175,14 +174,7 @@ def evaluate(calibration: Calibration, outputs: Outputs) -> Evaluation:
         EvaluateError: outputs of other ONNX files or another preprocessing, no image that the
             calibration has not seen, or an artifact without reference scores.
     """
-    made = Made(
-        outputs.rung_hashes,
-        outputs.preprocessing_sha256,
-        outputs.imaging_sha256,
-        outputs.task,
-        outputs.truth_words,
-    )
-    check_artifact(calibration, made)
+    check_artifact(calibration, outputs.made, outputs.truth_words)
     outputs, known = _unseen(calibration, outputs)
     groups = np.array(group_keys(outputs, calibration.data["group_by"]))
     seed = calibration.data["seed"]
@@ -239,38 +231,13 @@ def _unseen(calibration: Calibration, outputs: Outputs) -> tuple[Outputs, int]:
     return outputs.rows(np.flatnonzero(new)), int((~new).sum())
 
 
-@dataclass(frozen=True)
-class Made:
-    """How outputs are made, as far as an artifact depends on it; each as in `Outputs`.
-
-    Attributes:
-        rung_hashes: of each graph.
-        preprocessing_sha256: of their images.
-        imaging_sha256: of the code that decodes.
-        task: what logits mean.
-        truth_words: what answers are held against.
-    """
-
-    rung_hashes: Mapping[str, str]
-    preprocessing_sha256: str
-    imaging_sha256: str
-    task: str | None
-    truth_words: str
-
-    @classmethod
-    def by(cls, rung_set: GraphSet) -> Made:
-        """How `collect` will make them with these rungs."""
-        return cls(
-            rung_set.fingerprints(),
-            rung_set.preprocessing_sha256(),
-            code_sha256(),
-            rung_set.task,
-            FULL_RUNG if rung_set.reference_record is None else FULL_MODEL,
-        )
-
-
-def check_artifact(calibration: Calibration, outputs: Made) -> None:
+def check_artifact(calibration: Calibration, made: Made, truth_words: str | None = None) -> None:
     """Refuse an artifact that outputs made so cannot be held against.
+
+    Args:
+        calibration: from `fit`.
+        made: how the outputs are made.
+        truth_words: what their answers are held against; None: what `made` says.
 
     Raises:
         EvaluateError: naming what differs, or an artifact of an earlier release.
@@ -280,31 +247,18 @@ def check_artifact(calibration: Calibration, outputs: Made) -> None:
             "the artifact is of an earlier release, which knew its images by their files only; "
             "run calibration collect and fit again"
         )
-    for name in RUNGS:
-        if outputs.rung_hashes[name] != calibration.rungs[name].fingerprint:
-            raise EvaluateError(
-                f"the outputs are of another {name} than the artifact's; collect with the ONNX "
-                "files it was calibrated with, or calibrate again"
-            )
-    if outputs.preprocessing_sha256 != calibration.preprocessing_sha256:
+    difference = made.difference(Made.of(calibration))
+    if difference is not None:
         raise EvaluateError(
-            "the outputs were made with another preprocessing than the artifact's; collect with "
-            "the graphs.json it was calibrated with, or calibrate again"
+            f"the outputs are not as the artifact's were: {difference}; collect with the graphs "
+            "that it was calibrated with, or calibrate again"
         )
-    if outputs.task != calibration.task:
-        raise EvaluateError(
-            f"the artifact was calibrated for a model that answers {calibration.task}, the outputs "
-            f"are of one that answers {outputs.task}; calibrate again"
-        )
-    if outputs.imaging_sha256 != calibration.imaging_sha256:
-        raise EvaluateError(
-            "the outputs were made with other code of imaging/ than the artifact's; calibrate again"
-        )
-    proved_about = (calibration.certificate or {}).get("reference", outputs.truth_words)
-    if proved_about != outputs.truth_words:
+    truth_words = truth_words or made.truth_words
+    proved_about = (calibration.certificate or {}).get("reference", truth_words)
+    if proved_about != truth_words:
         raise EvaluateError(
             f"the certificate is about the {proved_about}, the outputs hold answers against the "
-            f"{outputs.truth_words}; collect with the graphs.json it was calibrated with"
+            f"{truth_words}; collect with the graphs that it was calibrated with"
         )
     if not len(calibration.reference_scores):
         raise EvaluateError("the artifact has no reference scores; run calibration fit again")

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from bundle.graphs import GraphSet
 from bundle.prints import among, encode, find_copies
-from imaging import code_sha256
 from routing import (
     SIGNALS,
     Calibration,
@@ -33,7 +32,7 @@ from . import certify, metrics
 from .coefficients import FOLDS, FitSample, applicable, fit_coefficients, out_of_fold, signal_values
 from .fidelity import Fidelity, oracle_l2
 from .held_out import HeldOut
-from .outputs import Outputs
+from .outputs import Made, Outputs
 from .record import FitRecord, record_path
 from .scoring import fit_score_map, learn_sign, score_spread, threshold_for_rate
 from .splits import CERTIFIED, UNCERTIFIED, Rows, group_keys, split_by_group
@@ -223,7 +222,7 @@ def fit(
         rungs=rung_set.rungs,
         image_shape=rung_set.image_shape,
         preprocessing_sha256=rung_set.preprocessing_sha256(),
-        imaging_sha256=outputs.imaging_sha256,
+        imaging_sha256=outputs.made.imaging_sha256,
         embedding_dim=rung_set.embedding_dim,
         layers=rung_set.low_layers,
         classes=rung_set.classes,
@@ -279,17 +278,9 @@ def _threshold(
 
 
 def _check(outputs: Outputs, rung_set: GraphSet, options: Options) -> None:
-    if outputs.rung_hashes != rung_set.fingerprints():
-        raise FitError("the outputs were collected with other ONNX files; collect again")
-    if outputs.preprocessing_sha256 != rung_set.preprocessing_sha256():
-        raise FitError("the outputs were collected with another preprocessing; collect again")
-    if outputs.task != rung_set.task:
-        raise FitError(
-            f"the outputs were collected of a model that answers {outputs.task}, and the rungs "
-            f"answer {rung_set.task}; collect again"
-        )
-    if outputs.imaging_sha256 != code_sha256():
-        raise FitError("the outputs were collected with other code of imaging/; collect again")
+    difference = outputs.made.difference(Made.by(rung_set))
+    if difference is not None:
+        raise FitError(f"the outputs are not of these graphs: {difference}; collect again")
     if len(without_learned(outputs, rung_set)) < len(outputs):
         raise FitError("some of the images were used to fit a graph; leave them out")
     if len(outputs) < MIN_IMAGES:

@@ -1,78 +1,111 @@
-"""What `collect` stores: both rungs' outputs for N images, in one `.npz`.
+"""What the rungs answer for the images to calibrate with, and `outputs.json`, which says where.
 
-The file holds `embedding_low` and `embedding_high` (N, D), `cls_layers_low` (N, L + 1, D),
-`logits_low` and `logits_high` (N, C) for models with a head, the same with `_reference` where the
-full rung is not the reference, `labels` (N,) as class indices or -1,
-the strings `names`, `groups` and `hashes` (SHA-256 of the decoded pixels), and `looks` (N, 29) as
-in `bundle.prints`. `rungs` (the SHA-256 of both ONNX files), `preprocessing` and `imaging` (the
-SHA-256 of our code that decodes) tie it to the graphs and tensors that made it; `runtime` says what
-ran them, `task` what logits mean, where there are any.
+`collect` writes the file. It names the folders of the cache of answers in which the pictures and
+each graph's answers lie, and says what made them; the answers themselves stay in the cache.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bundle.prints import LOOK_BYTES, Looks
-from routing import TASKS, RungOutputs, default_task
+from bundle.graphs import HIGH, LOW, REFERENCE, GraphSet
+from bundle.prints import Looks
+from imaging import code_sha256
+from routing import Calibration, RungOutputs
 from routing.calibration import FULL_RUNG
 
-from .npz import NpzError, load_npz, save_npz
+from .answers import AnswerCache, Asked, Progress
+from .chunks import Answered, AnswersError, answer_arrays, read_answers, write_chunk
 
+SCHEMA_VERSION = 1
 FULL_MODEL = "full FP32 model"  # what answers are held against where it is not the full rung
-
-# Every array with a row for each image. N images, D of the embedding, C classes.
-AXES = {
-    "embedding_low": ("N", "D"),
-    "embedding_high": ("N", "D"),
-    "cls_layers_low": ("N", "L + 1", "D"),
-    "logits_low": ("N", "C"),
-    "logits_high": ("N", "C"),
-    "embedding_reference": ("N", "D"),
-    "logits_reference": ("N", "C"),
-    "labels": ("N",),
-    "names": ("N",),
-    "groups": ("N",),
-    "hashes": ("N",),
-    "looks": ("N", f"{LOOK_BYTES} bytes"),
-}
-# A model without a head has no logits, and a full rung that is the reference needs no other.
-OPTIONAL = ("logits_low", "logits_high", "embedding_reference", "logits_reference")
 
 
 class OutputsError(ValueError):
-    """Stored outputs are missing, unreadable or of other rungs. One line."""
+    """Stored outputs are missing, unreadable or of other graphs. One line."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """How outputs are made, as far as an artifact depends on it.
+
+    Attributes:
+        graphs: fingerprint of each graph by its role, `bundle.graphs.GraphSet.fingerprints`.
+        preprocessing_sha256: of how images become tensors, `GraphSet.preprocessing_sha256`.
+        imaging_sha256: of the code that makes them, `imaging.code_sha256`.
+        task: what the logits mean, see `routing.TASKS`; None: there is no head.
+    """
+
+    graphs: Mapping[str, str]
+    preprocessing_sha256: str
+    imaging_sha256: str
+    task: str | None
+
+    @classmethod
+    def by(cls, graphs: GraphSet) -> Made:
+        """How `collect` makes outputs with these graphs, now."""
+        preprocessing_sha256 = graphs.preprocessing_sha256()
+        return cls(graphs.fingerprints(), preprocessing_sha256, code_sha256(), graphs.task)
+
+    @classmethod
+    def of(cls, calibration: Calibration) -> Made:
+        """How the outputs were made that an artifact was fitted on."""
+        graphs = {name: record.fingerprint for name, record in calibration.rungs.items()}
+        if calibration.reference is not None:
+            graphs[REFERENCE] = calibration.reference.fingerprint
+        return cls(
+            graphs,
+            calibration.preprocessing_sha256,
+            calibration.imaging_sha256,
+            calibration.task,
+        )
+
+    @property
+    def truth_words(self) -> str:
+        """What answers are held against, in words."""
+        return FULL_MODEL if REFERENCE in self.graphs else FULL_RUNG
+
+    def difference(self, other: Made) -> str | None:
+        """What these outputs are of that those others are not of; None: they are made alike."""
+        for name in (*self.graphs, *other.graphs):
+            if self.graphs.get(name) != other.graphs.get(name):
+                return f"another {name}"
+        if self.preprocessing_sha256 != other.preprocessing_sha256:
+            return "another preprocessing"
+        if self.task != other.task:
+            return f"a model that answers {self.task} and not {other.task}"
+        if self.imaging_sha256 != other.imaging_sha256:
+            return "other code of imaging/"
+        return None
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """Both rungs' outputs for N images, in the order they were read.
+    """Both rungs' outputs for N images, in the order of their source.
 
     Attributes:
         low: of the cheap rung.
         high: of the full rung, without `cls_layers`.
-        reference: of the full model in FP32, which losses are about; None: the full rung is it.
         labels: class indices, or -1 where unknown, INT64 (N,).
-        names: unique within the source.
+        names: the images' names, unique within the source.
         groups: images of one group stay in one split.
-        hashes: SHA-256 of the decoded pixels, `imaging.pixels_sha256`.
-        looks: what finds an image again in another form, UINT8 (N, 29), `bundle.prints.look_of`.
-        rung_hashes: fingerprint of each graph, `routing.RungRecord.fingerprint`.
-        preprocessing_sha256: of how their images were made, see `bundle.graphs`.
-        imaging_sha256: of the code that made them, `imaging.code_sha256`.
-        source: opens the images again: see `images.open_images`.
+        hashes: `imaging.pixels_sha256` of each image.
+        looks: `bundle.prints.look_of` each image, UINT8 (N, 29).
+        made: by which graphs and of which tensors.
+        source: opens the images again, see `images.open_images`.
         title: the source in words, without paths.
-        task: what the logits mean, see `routing.TASKS`; None: no head, or `routing.default_task`.
-        runtime: what ran the graphs, `name` and `processor`, as `running.local_runtime` or
-            `served.ServedRungs` say it; empty in files of earlier releases.
+        reference: of the full model in FP32, which losses are about; None: the full rung is it.
+        runtime: what ran the graphs, `name` and `processor`, see `answers.AnswerCache.runtime`.
     """
 
     low: RungOutputs
@@ -82,25 +115,16 @@ class Outputs:
     groups: tuple[str, ...]
     hashes: tuple[str, ...]
     looks: Looks
-    rung_hashes: dict[str, str]
-    preprocessing_sha256: str
-    imaging_sha256: str
+    made: Made
     source: str
     title: str
     reference: RungOutputs | None = None
-    task: str | None = None
     runtime: Mapping[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        """Fill the task where it was not said.
-
-        Raises:
-            ValueError: an unknown task.
-        """
-        if self.task is None and self.low.logits is not None:
-            object.__setattr__(self, "task", default_task(self.low.logits.shape[1]))
-        elif self.task not in (None, *TASKS):
-            raise ValueError(f"task {self.task!r} is none of {', '.join(TASKS)}")
+    @property
+    def task(self) -> str | None:
+        """What the logits mean, see `routing.TASKS`; None: there is no head."""
+        return self.made.task
 
     @property
     def truth(self) -> RungOutputs:
@@ -115,6 +139,45 @@ class Outputs:
     def __len__(self) -> int:
         """The number of images N."""
         return len(self.names)
+
+    @classmethod
+    def of(cls, answered: Answered, graphs: GraphSet, cache: AnswerCache) -> Outputs:
+        """What the graphs that play a role have answered.
+
+        Args:
+            answered: by each graph of `asked(graphs)`.
+            graphs: with the roles.
+            cache: that the answers were read from.
+        """
+        found = {role: answered.outputs[graph.name] for role, graph in graphs.playing().items()}
+        source, made = cache.source, Made.by(graphs)
+        return cls._of(answered, found, made, source.spec, source.title, cache.runtime)
+
+    @classmethod
+    def _of(
+        cls,
+        answered: Answered,
+        found: Mapping[str, RungOutputs],
+        made: Made,
+        source: str,
+        title: str,
+        runtime: Mapping[str, Any],
+    ) -> Outputs:
+        pictures, high = answered.pictures, found[HIGH]
+        return cls(
+            low=found[LOW],
+            high=RungOutputs(high.embedding, None, high.logits),
+            labels=pictures.labels,
+            names=pictures.names,
+            groups=pictures.groups,
+            hashes=pictures.hashes,
+            looks=pictures.looks,
+            made=made,
+            source=source,
+            title=title,
+            reference=found.get(REFERENCE),
+            runtime=runtime,
+        )
 
     def rows(self, index: NDArray[np.intp]) -> Outputs:
         """The outputs of some of the images."""
@@ -135,149 +198,138 @@ class Outputs:
         return hashlib.sha256("\n".join(self.hashes).encode()).hexdigest()
 
     def save(self, path: Path) -> None:
-        """Write the `.npz`, whole or not at all."""
-        rungs = {"low": self.low, "high": self.high, "reference": self.reference}
-        rows = row_arrays(rungs, self.labels, self.names, self.groups, self.hashes, self.looks)
-        scalars = scalar_arrays(
-            self.rung_hashes,
-            self.preprocessing_sha256,
-            self.imaging_sha256,
-            self.source,
-            self.title,
-            self.task,
-            self.runtime,
-        )
-        save_npz(path, {**rows, **scalars})
+        """Write `outputs.json` and, in a folder beside it, the answers themselves.
+
+        What `collect` and others keep in the cache of answers needs no second copy: see `refer`.
+        """
+        folder = path.with_suffix(".answers")
+        shutil.rmtree(folder, ignore_errors=True)
+        rows = range(len(self))
+        found = {LOW: self.low, HIGH: self.high, REFERENCE: self.reference}
+        answers = {role: outputs for role, outputs in found.items() if outputs is not None}
+        for role, outputs in answers.items():
+            write_chunk(folder / role, [answer_arrays(rows, outputs)])
+        texts = {"names": self.names, "groups": self.groups, "hashes": self.hashes}
+        pictures = {name: np.array(text, np.str_) for name, text in texts.items()}
+        labels = np.array(["" if label < 0 else str(label) for label in self.labels], np.str_)
+        nobody = {"unreadable_rows": np.zeros(0, np.int64), "unreadable": np.zeros(0, np.str_)}
+        own = {"rows": np.array(rows), "labels": labels, "looks": self.looks}
+        write_chunk(folder / "pictures", [{**own, **pictures, **nobody}])
+        content = {
+            "folder": folder.name,
+            "pictures": "pictures",
+            "answers": {role: role for role in answers},
+            "labels": [str(i) for i in range(int(self.labels.max(initial=-1)) + 1)],
+            "images": len(self),
+            "rows": None,
+        }
+        _write(path, content, self.made, self.source, self.title, self.runtime)
 
     @classmethod
     def load(cls, path: Path) -> Outputs:
-        """Read a `.npz`.
+        """Read `outputs.json` and the answers that it names.
 
         Raises:
-            OutputsError: missing, damaged, not written by `collect`, or its arrays do not belong
-                together.
+            OutputsError: one of them is missing or damaged, or of an earlier release.
         """
         try:
-            arrays = load_npz(path)
+            content = json.loads(path.read_text("utf-8"))
+            if content["schema_version"] != SCHEMA_VERSION:
+                raise ValueError(f"schema version {content['schema_version']}")
+            made = Made(**content["made"])
+            places = {role: (key, role == LOW) for role, key in content["answers"].items()}
+            answered = read_answers(
+                path.parent / content["folder"],
+                content["pictures"],
+                places,
+                range(content["images"]) if content["rows"] is None else content["rows"],
+                content["labels"],
+            )
+            return cls._of(
+                answered,
+                answered.outputs,
+                made,
+                content["source"],
+                content["title"],
+                content["runtime"],
+            )
         except FileNotFoundError:
             raise OutputsError(f"no {path}; run python -m calibration collect first") from None
-        except NpzError as error:
-            raise OutputsError(f"{path} is not readable ({error}); collect again") from None
-        try:
-            _check_rows(arrays)
-            _check_finite(arrays)
-            return cls(
-                low=_rung_outputs(arrays, "low"),
-                high=_rung_outputs(arrays, "high"),
-                reference=_rung_outputs(arrays, "reference")
-                if "embedding_reference" in arrays
-                else None,
-                labels=arrays["labels"],
-                names=tuple(arrays["names"].tolist()),
-                groups=tuple(arrays["groups"].tolist()),
-                hashes=tuple(arrays["hashes"].tolist()),
-                looks=arrays["looks"],
-                rung_hashes=json.loads(str(arrays["rungs"])),
-                preprocessing_sha256=str(arrays["preprocessing"]),
-                imaging_sha256=str(arrays["imaging"]),
-                source=str(arrays["source"]),
-                title=str(arrays["title"]),
-                task=str(arrays["task"]) if "task" in arrays else None,
-                runtime=json.loads(str(arrays.get("runtime", "{}"))),
-            )
-        except KeyError as error:
-            raise OutputsError(f"{path} holds no {error}; collect again") from None
-        except ValueError as error:
-            raise OutputsError(f"{path}: {error}; collect again") from None
+        except AnswersError as error:
+            raise OutputsError(f"{path}: {error}") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            words = " ".join(f"{type(error).__name__}: {error}".split())
+            raise OutputsError(f"{path} is not readable ({words}); collect again") from None
 
 
-def row_arrays(
-    rungs: Mapping[str, RungOutputs | None],
-    labels: NDArray[np.int64],
-    names: Sequence[str],
-    groups: Sequence[str],
-    hashes: Sequence[str],
-    looks: Looks,
-) -> dict[str, NDArray[Any]]:
-    """The file's arrays that have a row for each image.
+def asked(graphs: GraphSet) -> list[Asked]:
+    """What `Outputs` hold of the graphs that play a role."""
+    return [Asked(graph, role == LOW) for role, graph in graphs.playing().items()]
+
+
+def collect(
+    cache: AnswerCache, out: Path, progress: Progress = lambda count, resumed: None
+) -> list[str]:
+    """Let the graphs that play a role answer for all images, and write `outputs.json`.
 
     Args:
-        rungs: `low`, `high` and `reference`; None: without.
-        labels: as in `Outputs`, like all that follow.
-        names: of the images.
-        groups: of the images.
-        hashes: of the images.
-        looks: of the images.
+        cache: of the graphs and the images.
+        out: the file to write.
+        progress: see `AnswerCache.fill`, whose result and errors this has.
+
+    Raises:
+        OutputsError: the file cannot be written.
     """
-    found: dict[str, NDArray[Any]] = {}
-    present = {rung: outputs for rung, outputs in rungs.items() if outputs is not None}
-    for rung, outputs in present.items():
-        for name in ("embedding", "cls_layers", "logits"):
-            if (values := getattr(outputs, name)) is not None:
-                found[f"{name}_{rung}"] = values
-    texts = {"names": names, "groups": groups, "hashes": hashes}
-    found |= {name: np.array(text, dtype=np.str_) for name, text in texts.items()}
-    return {**found, "labels": labels, "looks": looks}
+    try:
+        if out.is_dir():
+            raise OutputsError(f"{out} is a folder; name a file to write")
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputsError(f"cannot write {out}: {error.strerror}; choose another --out") from None
+    lines = cache.fill(asked(cache.graphs), progress=progress)
+    refer(out, cache, cache.graphs)
+    return lines
 
 
-def scalar_arrays(
-    rung_hashes: Mapping[str, str],
-    preprocessing_sha256: str,
-    imaging_sha256: str,
+def refer(
+    path: Path, cache: AnswerCache, graphs: GraphSet, rows: Sequence[int] | None = None
+) -> None:
+    """Write `outputs.json` of answers that lie in a cache.
+
+    Args:
+        path: the file to write.
+        cache: filled with what the graphs that play a role answer.
+        graphs: with the roles, of the cache's graphs.
+        rows: the places of the images in the source; None: all.
+    """
+    content = {
+        "folder": os.path.relpath(cache.folder, path.parent),
+        "pictures": cache.pictures_key,
+        "answers": {role: cache.key(graph) for role, graph in graphs.playing().items()},
+        "labels": None if graphs.labels is None else list(graphs.labels),
+        "images": len(cache.source),
+        "rows": None if rows is None else list(rows),
+    }
+    _write(path, content, Made.by(graphs), cache.source.spec, cache.source.title, cache.runtime)
+
+
+def _write(
+    path: Path,
+    content: Mapping[str, Any],
+    made: Made,
     source: str,
     title: str,
-    task: str | None,
     runtime: Mapping[str, Any],
-) -> dict[str, NDArray[Any]]:
-    """The file's arrays that are said once; arguments as in `Outputs`."""
-    return {
-        **({} if task is None else {"task": np.array(task)}),
-        "rungs": np.array(json.dumps(rung_hashes)),
-        "preprocessing": np.array(preprocessing_sha256),
-        "imaging": np.array(imaging_sha256),
-        "source": np.array(source),
-        "title": np.array(title),
-        "runtime": np.array(json.dumps(runtime)),
+) -> None:
+    whole = {
+        "schema_version": SCHEMA_VERSION,
+        "made": asdict(made),
+        "source": source,
+        "title": title,
+        "runtime": runtime,
+        **content,
     }
-
-
-def _rung_outputs(arrays: dict[str, NDArray[Any]], rung: str) -> RungOutputs:
-    return RungOutputs(
-        arrays[f"embedding_{rung}"], arrays.get(f"cls_layers_{rung}"), arrays.get(f"logits_{rung}")
-    )
-
-
-def _check_rows(arrays: dict[str, NDArray[Any]]) -> None:
-    """Refuse arrays of other dimensions than the module says, or of different N, D or C.
-
-    Raises:
-        ValueError: naming the array.
-    """
-    sizes: dict[str, tuple[int, str]] = {}
-    for name, axes in AXES.items():
-        if name not in arrays and name in OPTIONAL:
-            continue
-        shape = arrays[name].shape
-        if len(shape) != len(axes):
-            raise ValueError(f"{name} has shape {shape}, not ({', '.join(axes)})")
-        for axis, size in zip(axes, shape, strict=True):
-            first_size, first = sizes.setdefault(axis, (size, name))
-            if size != first_size:
-                raise ValueError(f"{name} has {axis} = {size}, {first} has {axis} = {first_size}")
-    if arrays["looks"].shape[1] != LOOK_BYTES:
-        raise ValueError(f"looks has {arrays['looks'].shape[1]} bytes an image, not {LOOK_BYTES}")
-    if ("logits_low" in arrays) != ("logits_high" in arrays):
-        raise ValueError("only one of the rungs has logits")
-
-
-def _check_finite(arrays: dict[str, NDArray[Any]]) -> None:
-    """Refuse NaN and Inf, which no comparison would count as a loss.
-
-    Raises:
-        ValueError: naming the array and the first image.
-    """
-    for name in AXES:
-        values = arrays.get(name)
-        if values is not None and values.dtype.kind == "f" and not np.isfinite(values).all():
-            rows = np.isfinite(values).reshape(len(values), -1).all(axis=1)
-            raise ValueError(f"{name} of {arrays['names'][rows.argmin()]} holds NaN or Inf")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}")
+    fresh.write_text(json.dumps(whole), "utf-8")
+    fresh.replace(path)

@@ -124,7 +124,7 @@ def analysis_data(
         "below": int((cosine < 1 - analysis["tolerance"]).sum()),
         "ends": ends,
         "fingerprint": outputs.fingerprint(),
-        "rungs": dict(outputs.rung_hashes),
+        "rungs": dict(outputs.made.graphs),
     }
 
 

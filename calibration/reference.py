@@ -20,7 +20,7 @@ from routing import ReferenceAnswers
 from .fit import Fit
 from .images import open_images
 from .outputs import Outputs
-from .running import decode_ahead
+from .running import DecodedImage, decode_ahead
 from .source import ImagesError
 from .splits import Rows
 
@@ -59,8 +59,9 @@ def with_reference_answers(
     preprocessing = Preprocessing.from_dict(rung_set.preprocessing)
     batches = [[places[name] for name in wanted]]
     with closing(decode_ahead(source, batches, preprocessing)) as decoded:
-        ((found, _),) = decoded
-    same = [image for image in found if image.sha256 == outputs.hashes[wanted[image.name]]]
+        (found,) = decoded
+    images = [item for item in found if isinstance(item, DecodedImage)]
+    same = [image for image in images if image.sha256 == outputs.hashes[wanted[image.name]]]
     if len(same) < len(rows):
         say(f"{len(rows) - len(same)} of {len(rows)} reference images are gone or have changed")
     if not same:

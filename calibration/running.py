@@ -49,8 +49,8 @@ class DecodedImage:
 
 def decode_ahead(
     source: ImageSource, batches: Iterable[Sequence[int]], preprocessing: Preprocessing
-) -> Generator[tuple[list[DecodedImage], list[str]], None, None]:
-    """Yield the images of each batch in order, and a line for each image that cannot be read.
+) -> Generator[list[DecodedImage | str], None, None]:
+    """Yield the images of each batch in order, or the line that says why one cannot be read.
 
     While the caller works on one batch, the next one is decoded in threads, and no more than that
     one. Close the generator to stop.
@@ -61,17 +61,11 @@ def decode_ahead(
         for batch in batches:
             ahead.append([pool.submit(_read, source, index, preprocessing) for index in batch])
             if len(ahead) > 1:
-                yield _results(ahead.popleft())
+                yield [future.result() for future in ahead.popleft()]
         while ahead:
-            yield _results(ahead.popleft())
+            yield [future.result() for future in ahead.popleft()]
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _results(batch: list[Future[DecodedImage | str]]) -> tuple[list[DecodedImage], list[str]]:
-    found = [future.result() for future in batch]
-    images = [item for item in found if isinstance(item, DecodedImage)]
-    return images, [item for item in found if isinstance(item, str)]
 
 
 def _read(source: ImageSource, index: int, preprocessing: Preprocessing) -> DecodedImage | str:

@@ -23,7 +23,7 @@ from bundle.graphs import GraphSet
 from routing import RUNGS, RungOutputs, is_outage
 from routing.provenance import processor
 
-from .npz import NpzError, load_npz, save_npz
+from .chunks import NpzError, load_npz, save_npz
 from .running import open_session, run_session
 
 VERSION = "1"  # of the rungs in an assembled repository

@@ -106,7 +106,7 @@ class Road:
 
 def resolutions(model: Model) -> Road:
     """A model at two resolutions, the threshold certified for that pair."""
-    onnx, outputs, artifact = OUT / "onnx", OUT / "outputs.npz", OUT / "calibration.json"
+    onnx, outputs, artifact = OUT / "onnx", OUT / "outputs.json", OUT / "calibration.json"
     report, repository = OUT / "report.html", OUT / "model_repository"
     beside = [argument for recipe in model.beside for argument in ("--beside", recipe)]
     export = Step(
@@ -180,7 +180,7 @@ def planned(model: Model, max_risk: float) -> Road:
     steps = (
         _head("1/5"),
         plan,
-        _report("3/5", onnx, artifact, PLAN / "outputs.npz", report),
+        _report("3/5", onnx, artifact, PLAN / "outputs.json", report),
         _repository("4/5", onnx, artifact, repository, instances),
     )
     return Road(steps, onnx, artifact, report, repository, PLAN / "plan.html")

@@ -12,10 +12,9 @@ from bundle.graphs import GraphSet
 from bundle.prints import among, find_copies
 from calibration.align import ALIGN_SHARE
 from calibration.fidelity import Fidelity
-from calibration.outputs import Outputs
+from calibration.outputs import Made, Outputs
 from calibration.running import local_runtime
 from calibration.splits import CERTIFIED, Rows, group_keys, split_by_group
-from imaging import code_sha256
 from routing import RungOutputs
 
 from .bars import Bars
@@ -191,12 +190,9 @@ def _outputs(
         groups=tuple(found.groups[i] for i in positions),
         hashes=tuple(found.hashes[i] for i in positions),
         looks=found.looks[positions],
-        rung_hashes=pair.fingerprints(),
-        preprocessing_sha256=pair.preprocessing_sha256(),
-        imaging_sha256=code_sha256(),
+        made=Made.by(pair),
         source="",
         title="",
-        task=pair.task,
         runtime=local_runtime(),
     )
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from bundle.graphs import GraphSet
 from bundle.prints import Looks, looks_sha256
-from calibration.npz import NpzError, load_npz, save_npz
+from calibration.chunks import NpzError, load_npz, save_npz
 from calibration.running import DecodedImage, decode_ahead, local_runtime, open_session, run_session
 from calibration.source import ImagesError, ImageSource
 from imaging import Preprocessing, code_sha256
@@ -135,7 +135,8 @@ class OutputsCache:
         kept: list[DecodedImage] = []
         answers: list[RungOutputs] = []
         with closing(decode_ahead(picked, batches, preprocessing)) as decoded:
-            for batch, (found, _) in zip(batches, decoded, strict=True):
+            for batch, items in zip(batches, decoded, strict=True):
+                found = [item for item in items if isinstance(item, DecodedImage)]
                 if found:
                     tensors = np.stack([image.tensor for image in found])
                     outputs = run_session(session, tensors, layers)

@@ -264,7 +264,7 @@ def _test(
 
 
 def choose_rungs(planned: Planned, bars: Bars) -> None:
-    """Write the chosen cascade to `request.out`: onnx/, calibration.json, outputs.npz.
+    """Write the chosen cascade to `request.out`: onnx/, calibration.json, outputs.json.
 
     Raises:
         PlanError: the export failed.
@@ -281,4 +281,4 @@ def choose_rungs(planned: Planned, bars: Bars) -> None:
         chosen.fit, planned.pairs[low, high], planned.rung_set, request.reference_images, bars.say
     )
     fitted.save(request.out / "calibration.json")
-    planned.pairs[low, high].save(request.out / "outputs.npz")
+    planned.pairs[low, high].save(request.out / "outputs.json")

@@ -36,14 +36,14 @@ def build(tmp_path_factory):
     folder = tmp_path_factory.mktemp("perf")
     for seed, name in ((0, "one"), (1, "other")):
         onnx, artifact = folder / name / "onnx", folder / name / "calibration.json"
-        outputs = folder / name / "outputs.npz"
+        outputs = folder / name / "outputs.json"
         run_command(
             *("export", "rungs", "--model", "static-vit", "--seed", seed),
             *("--beside", "px=40", "--beside", "px=48", "--beside", "px=56", "--out", onnx),
         )
         run_command(
             *("calibration", "collect", "--images", "sample", "--limit", 300),
-            *("--onnx", onnx, "--out", outputs),
+            *("--onnx", onnx, "--out", outputs, "--answers", folder / "answers"),
         )
         run_command(
             *("calibration", "fit", "--escalation-rate", 0.2, "--onnx", onnx),

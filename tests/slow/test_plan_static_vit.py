@@ -9,7 +9,7 @@ import pytest
 from bundle.graphs import GraphSet
 from calibration.fidelity import Fidelity
 from calibration.images import open_images
-from calibration.outputs import Outputs
+from calibration.outputs import Made, Outputs
 from calibration.running import open_session, run_session
 from imaging import Preprocessing, decode
 from routing import Calibration, Overrides, escalation_mask
@@ -83,13 +83,13 @@ def test_plan_artifact_graphs_and_outputs_belong_together(out, content):
     assert rung_set.rungs["vit_high"].recipe == content["chosen"]["high_recipe"]
     assert calibration.threshold == content["chosen"]["threshold"]
     assert calibration.certificate == content["chosen"]["certificate"]
-    assert Outputs.load(out / "outputs.npz").rung_hashes == rung_set.fingerprints()
+    assert Outputs.load(out / "outputs.json").made == Made.by(rung_set)
 
 
 def test_the_threshold_holds_for_what_the_chosen_graphs_answer_now(out, content):
     """Not for the stored outputs: the chosen files are run again."""
     rung_set, calibration = GraphSet.load(out / "onnx"), Calibration.load(out / "calibration.json")
-    stored = Outputs.load(out / "outputs.npz")
+    stored = Outputs.load(out / "outputs.json")
     source = open_images(f"sample:{SEED}", IMAGES)
     preprocessing = Preprocessing.from_dict(rung_set.preprocessing)
     tensors = {}

@@ -61,13 +61,13 @@ def reference_outcome(server, version=1, image=None):
 
 
 def make_build(folder):
-    """onnx/, outputs.npz, calibration.json and model_repository/ of static-vit at 32/64 px."""
-    onnx, outputs = folder / "onnx", folder / "outputs.npz"
+    """onnx/, outputs.json, calibration.json and model_repository/ of static-vit at 32/64 px."""
+    onnx, outputs = folder / "onnx", folder / "outputs.json"
     artifact = folder / "calibration.json"
     run_command("export", "rungs", "--model", "static-vit", "--out", onnx)
     run_command(
         *("calibration", "collect", "--images", "sample", "--limit", 400),
-        *("--onnx", onnx, "--out", outputs),
+        *("--onnx", onnx, "--out", outputs, "--answers", folder / "answers"),
     )
     run_command(
         *("calibration", "fit", "--escalation-rate", ESCALATION_RATE, "--onnx", onnx),

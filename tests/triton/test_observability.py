@@ -30,7 +30,7 @@ def watched(build, rung_set, tmp_path_factory):
     folder = tmp_path_factory.mktemp("watched")
     run_command(
         *("calibration", "fit", "--max-risk", 0.1, "--fidelity", "cosine", "--tolerance", 0.2),
-        *("--require-certificate", "--onnx", build / "onnx", "--outputs", build / "outputs.npz"),
+        *("--require-certificate", "--onnx", build / "onnx", "--outputs", build / "outputs.json"),
         *("--out", folder / "calibration.json"),
     )
     settings = Settings(audit_fraction=1.0)

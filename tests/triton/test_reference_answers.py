@@ -123,10 +123,11 @@ def test_a_check_that_cannot_be_made_is_one_line(build, server, tmp_path):
 
 def test_outputs_are_collected_from_the_server_that_will_be_calibrated(build, server, tmp_path):
     options = ("--images", "sample", "--limit", 40, "--onnx", build / "onnx")
+    options += ("--answers", tmp_path / "answers")
     for name, more in (("served", ("--url", server.grpc_url)), ("local", ())):
-        run_command("calibration", "collect", *options, "--out", tmp_path / f"{name}.npz", *more)
-    served, local = (Outputs.load(tmp_path / f"{name}.npz") for name in ("served", "local"))
-    assert served.names == local.names and served.rung_hashes == local.rung_hashes
+        run_command("calibration", "collect", *options, "--out", tmp_path / f"{name}.json", *more)
+    served, local = (Outputs.load(tmp_path / f"{name}.json") for name in ("served", "local"))
+    assert served.names == local.names and served.made == local.made
     for found, expected in ((served.low, local.low), (served.high, local.high)):
         np.testing.assert_allclose(found.embedding, expected.embedding, rtol=1e-3, atol=1e-3)
         np.testing.assert_allclose(found.logits, expected.logits, rtol=1e-3, atol=1e-3)
@@ -141,11 +142,11 @@ def test_a_server_of_other_rungs_is_no_source(foreign, server, tmp_path):
     onnx = foreign[0].files["vit_low"].parent
     done = subprocess.run(
         [*map(str, (sys.executable, "-m", "calibration", "collect", "--images", "sample"))]
-        + ["--onnx", str(onnx), "--out", str(tmp_path / "o.npz"), "--url", server.grpc_url],
+        + ["--onnx", str(onnx), "--out", str(tmp_path / "o.json"), "--url", server.grpc_url],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert "vit_low at" in done.stderr and "is not the rung in --onnx: image is" in done.stderr
-    assert not (tmp_path / "o.npz").exists()
+    assert not (tmp_path / "o.json").exists()

@@ -87,7 +87,7 @@ def artifacts(build, images, server, tmp_path_factory):
     second = tmp_path_factory.mktemp("second") / "calibration.json"
     run_command(
         *("calibration", "fit", "--threshold", float(np.median(scores)), "--onnx", build / "onnx"),
-        *("--outputs", build / "outputs.npz", "--out", second),
+        *("--outputs", build / "outputs.json", "--out", second),
     )
     return build / "calibration.json", second
 

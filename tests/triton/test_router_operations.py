@@ -21,7 +21,7 @@ from bundle.graphs import GraphSet
 from calibration.certify import Goal
 from calibration.fidelity import Fidelity
 from calibration.fit import Options, fit
-from calibration.outputs import Outputs
+from calibration.outputs import Made, Outputs
 from calibration.reference import REFERENCE_IMAGES, with_reference_answers
 from client import GrpcClient, HttpClient, InvalidRequestError
 from export.repository import assemble
@@ -62,10 +62,10 @@ def planned(build, log, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("planned")
     pair = GraphSet.load(build / "onnx").cast("px32", "px32")
-    outputs = Outputs.load(build / "outputs.npz")
+    outputs = Outputs.load(build / "outputs.json")
     again = RungOutputs(outputs.low.embedding, None, outputs.low.logits)
     # What `collect` would find.
-    outputs = replace(outputs, high=again, reference=outputs.high, rung_hashes=pair.fingerprints())
+    outputs = replace(outputs, high=again, reference=outputs.high, made=Made.by(pair))
     options = Options(Fidelity("cosine", 0.2))
     found = fit(outputs, pair, Goal(0.15, 0.9, "ltt"), options)
     found = with_reference_answers(found, outputs, pair, REFERENCE_IMAGES, print)

@@ -26,11 +26,12 @@ RTOL = 1e-4  # FP32 matrix products sum in another order at another batch size
 def make_artifacts(folder):
     """SIGNAL.json of each signal, fitted to the session's outputs."""
     made = shared("static_vit", make_build)
-    stored, rungs = Outputs.load(made / "outputs.npz"), GraphSet.load(made / "onnx")
+    stored, rungs = Outputs.load(made / "outputs.json"), GraphSet.load(made / "onnx")
     for name, signal in SIGNALS.items():
         # The same logits stand for independent labels where a signal is about those.
         task = signal.task or "classes"
-        outputs, rung_set = replace(stored, task=task), replace(rungs, task=task)
+        made_by = replace(stored.made, task=task)
+        outputs, rung_set = replace(stored, made=made_by), replace(rungs, task=task)
         options = Options(Fidelity.asked(task, None), signal=name)
         found = fit(outputs, rung_set, EscalationRate(ESCALATION_RATE), options)
         found.calibration.save(folder / f"{name}.json")

@@ -7,8 +7,7 @@ import numpy as np
 
 from bundle.graphs import REFERENCE, Graph
 from bundle.prints import no_looks
-from calibration.outputs import Outputs
-from imaging import code_sha256
+from calibration.outputs import Made, Outputs
 from routing import SIGNALS, RungOutputs, RungRecord, manifest
 from tests.unit.onnx_files import CLASSES, LAYERS, SIZE, D, write_rung
 
@@ -43,9 +42,7 @@ def make_outputs(rung_set, n=400, seed=0, head=True, group_size=2, unsure_below=
         groups=tuple(str(i // group_size) for i in range(n)),
         hashes=tuple(sha256(f"{seed}-{i}") for i in range(n)),
         looks=no_looks(n),
-        rung_hashes=rung_set.fingerprints(),
-        preprocessing_sha256=rung_set.preprocessing_sha256(),
-        imaging_sha256=code_sha256(),
+        made=Made.by(rung_set),
         source="/nowhere",
         title="made up",
     )

@@ -9,11 +9,13 @@ import numpy as np
 from PIL import Image
 
 from bundle.prints import no_looks
-from calibration.outputs import Outputs
+from calibration.outputs import Made, Outputs
 from calibration.source import SourceImage
 from imaging import ImageError, decode, pixels_sha256
 from routing import RungOutputs
 from tests.unit.fakes import CLASSES, LAYERS, D
+
+GRAPHS = {"vit_low": "0" * 64, "vit_high": "1" * 64}
 
 
 def jpeg(row):
@@ -43,9 +45,7 @@ def make_outputs(oracle, loss, head=True, groups=None):
         groups=groups or tuple(map(str, range(n))),
         hashes=tuple(pixels_sha256(decode(jpeg(row))) for row in range(n)),
         looks=no_looks(n),
-        rung_hashes={"vit_low": "0" * 64, "vit_high": "1" * 64},
-        preprocessing_sha256="2" * 64,
-        imaging_sha256="3" * 64,
+        made=Made(GRAPHS, "2" * 64, "3" * 64, "classes" if head else None),
         source="made up",
         title="made up images",
     )

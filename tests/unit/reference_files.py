@@ -6,11 +6,11 @@ import numpy as np
 from PIL import Image
 
 from bundle.graphs import GraphSet
-from calibration.collect import collect
+from calibration.answers import AnswerCache
 from calibration.fidelity import Fidelity
 from calibration.fit import EscalationRate, Options, fit
 from calibration.images import open_images
-from calibration.outputs import Outputs
+from calibration.outputs import Made, Outputs, collect
 from calibration.reference import REFERENCE_IMAGES, with_reference_answers
 from tests.unit.onnx_files import write_rung_set
 
@@ -43,9 +43,10 @@ def collected(folder, answering=SEEDS, served=SEEDS):
         seeds: GraphSet.load(write_rung_set(folder / "onnx{}-{}".format(*seeds), seeds=seeds))
         for seeds in {answering, served}
     }
-    collect(rungs[answering], open_images(str(folder / "images")), folder / "outputs.npz")
-    outputs = Outputs.load(folder / "outputs.npz")
-    return rungs[served], replace(outputs, rung_hashes=rungs[served].fingerprints())
+    source = open_images(str(folder / "images"))
+    collect(AnswerCache(folder / "answers", source, rungs[answering]), folder / "outputs.json")
+    outputs = Outputs.load(folder / "outputs.json")
+    return rungs[served], replace(outputs, made=Made.by(rungs[served]))
 
 
 def fitted(rung_set, outputs, target=None, images=REFERENCE_IMAGES, say=lambda line: None):

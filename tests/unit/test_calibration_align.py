@@ -10,7 +10,7 @@ from bundle.prints import encode, no_looks
 from calibration.align import FOLDS, SHARES, Aligned, Growth, fit_alignment
 from calibration.fidelity import Fidelity
 from calibration.head import LinearHead
-from calibration.outputs import Outputs
+from calibration.outputs import Made, Outputs
 from export.shared_weights import share_weights
 from imaging import code_sha256
 from routing import Alignment, AlignmentError, RungOutputs
@@ -22,6 +22,7 @@ BLOCKS, D, CLASSES = 5, 6, 4
 COSINE = Fidelity("cosine", 0.05)
 TOP1 = Fidelity("top1")
 GRAPH = ("f" * 64, "px=4")
+FINGERPRINTS = {"vit_low": "a" * 64, "vit_high": "b" * 64}
 
 
 def make_outputs(n=400, noise=0.05, shift=True, seed=0, head=None, group_size=1):
@@ -48,9 +49,7 @@ def make_outputs(n=400, noise=0.05, shift=True, seed=0, head=None, group_size=1)
         groups=tuple(str(i // group_size) for i in range(n)),
         hashes=tuple(sha256(name) for name in names),
         looks=no_looks(n),
-        rung_hashes={"vit_low": "a" * 64, "vit_high": "b" * 64},
-        preprocessing_sha256="c" * 64,
-        imaging_sha256=code_sha256(),
+        made=Made(FINGERPRINTS, "c" * 64, code_sha256(), None if head is None else "classes"),
         source="/nowhere",
         title="made up",
     )
@@ -157,8 +156,8 @@ def test_it_is_aligned_to_the_reference_where_there_is_one():
     outputs = make_outputs()
     assert align(outputs).alignment.reference == "b" * 64
     poor = RungOutputs(np.zeros_like(outputs.high.embedding), None, None)
-    hashes = {**outputs.rung_hashes, "reference": "e" * 64}
-    changed = replace(outputs, high=poor, reference=outputs.high, rung_hashes=hashes)
+    made = replace(outputs.made, graphs={**FINGERPRINTS, "reference": "e" * 64})
+    changed = replace(outputs, high=poor, reference=outputs.high, made=made)
     one, two = align(outputs).alignment, align(changed).alignment
     np.testing.assert_array_equal(one.weights, two.weights)
     assert two.reference == "e" * 64

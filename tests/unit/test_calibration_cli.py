@@ -127,7 +127,7 @@ def test_analyse_leaves_out_what_taught_a_graph_and_refuses_outputs_of_others(tm
     write_rung_set(tmp_path / "build/onnx", seeds=(1, 2))
     write_images(tmp_path / "images", 60, seed=0)
     assert run(tmp_path, "collect", "--images", "images") == 0
-    outputs = Outputs.load(tmp_path / "build/calibration/outputs.npz")
+    outputs = Outputs.load(tmp_path / "build/calibration/outputs.json")
 
     def taught(count):
         record = json.loads((tmp_path / "build/onnx/graphs.json").read_text())
@@ -145,13 +145,13 @@ def test_analyse_leaves_out_what_taught_a_graph_and_refuses_outputs_of_others(tm
     assert "no image is left to analyse" in capsys.readouterr().err
     write_rung_set(tmp_path / "build/onnx", seeds=(1, 3))
     assert run(tmp_path, "analyse") == 2
-    assert "collected with other ONNX files; collect again" in capsys.readouterr().err
+    assert "not of these graphs: another vit_high; collect again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rungs"}, "of another vit_low than the artifact's"),
+        ({"rungs"}, "not as the artifact's were: another vit_low"),
         ({"data"}, "of an earlier release"),
         ({"imaging_sha256"}, "other code of imaging/"),
     ],
@@ -172,7 +172,7 @@ def test_evaluate_refuses_an_artifact_before_any_image_is_read(
     def never(*arguments):
         raise AssertionError("images are collected")
 
-    monkeypatch.setattr("calibration.__main__._collect", never)
+    monkeypatch.setattr("calibration.__main__.AnswerCache", never)
     capsys.readouterr()
     assert run(workplace, "evaluate", "--images", "images", "--calibration", "changed.json") == 2
     assert message in capsys.readouterr().err
@@ -208,7 +208,7 @@ def test_an_alignment_that_does_not_help_is_said_loudly(workplace, capsys):
         (["collect", "--images", "images", "--onnx", "broken"], "vit_low.onnx"),
         (["collect", "--images", "images", "--out", "images/000.png/x.npz"], "images/000.png"),
         (["align", "--outputs", "none.npz"], "collect first"),
-        (["align", "--onnx", "broken"], "other ONNX files; collect again"),
+        (["align", "--onnx", "broken"], "not of these graphs: another vit_high; coll"),
         (["align", "--share", 2], "--share"),
         (["align", "--group-by", "colour"], "--group-by 'colour' is none of"),
         (["align", "--out", "images/000.png/x.npz"], "images/000.png"),

@@ -277,15 +277,19 @@ def test_the_record_belongs_to_its_artifact_and_outputs(rung_set, tmp_path):
         FitRecord.load(tmp_path / "none.npz", outputs, artifact)
 
 
+def changed(outputs, **made):
+    return replace(outputs, made=replace(outputs.made, **made))
+
+
 def test_what_cannot_be_fitted_is_refused(rung_set, headless, tmp_path):
     outputs = make_outputs(rung_set)
     others = GraphSet.load(write_rung_set(tmp_path / "others", seeds=(3, 4)))
-    with pytest.raises(FitError, match="other ONNX files"):
+    with pytest.raises(FitError, match="not of these graphs: another vit_low; collect again"):
         fit(outputs, others, GOAL, TOP1)
     with pytest.raises(FitError, match="another preprocessing"):
-        fit(replace(outputs, preprocessing_sha256="0" * 64), rung_set, GOAL, TOP1)
+        fit(changed(outputs, preprocessing_sha256="0" * 64), rung_set, GOAL, TOP1)
     with pytest.raises(FitError, match="other code of imaging/; collect again"):
-        fit(replace(outputs, imaging_sha256="0" * 64), rung_set, GOAL, TOP1)
+        fit(changed(outputs, imaging_sha256="0" * 64), rung_set, GOAL, TOP1)
     with pytest.raises(FitError, match="12 images are too few"):
         fit(make_outputs(rung_set, n=12), rung_set, GOAL, TOP1)
     with pytest.raises(FitError, match="'nonsense' is unknown"):
@@ -404,9 +408,9 @@ def test_conformal_risk_control_is_refused_for_a_full_rung_that_is_not_the_refer
 
 def test_outputs_without_the_reference_that_the_rungs_have_are_of_other_files(rung_set):
     rungs = with_reference(rung_set)
-    with pytest.raises(FitError, match="other ONNX files"):
+    with pytest.raises(FitError, match="not of these graphs: another reference; collect again"):
         fit(make_outputs(rung_set), rungs, GOAL, TOP1)
-    with pytest.raises(FitError, match="other ONNX files"):
+    with pytest.raises(FitError, match="not of these graphs: another vit_low; collect again"):
         fit(with_losing_high(make_outputs(rungs), 0.1), rung_set, GOAL, TOP1)
 
 

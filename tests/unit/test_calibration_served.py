@@ -7,10 +7,10 @@ import pytest
 from tritonclient.utils import InferenceServerException
 
 from bundle.graphs import GraphSet
-from calibration import collect as collect_module
+from calibration import answers as answers_module
 from calibration import served as module
-from calibration.collect import PART, collect
-from calibration.outputs import Outputs
+from calibration.answers import AnswerCache
+from calibration.outputs import Outputs, asked
 from calibration.running import open_session, run_session
 from calibration.served import ServedError, ServedRungs, credentials
 from tests.unit.calibration_outputs import with_reference
@@ -82,12 +82,23 @@ def overloaded():
     return InferenceServerException("Exceeds maximum queue size", "StatusCode.UNAVAILABLE")
 
 
-def test_outputs_of_a_server_are_those_of_its_rungs(rung_set, serve, tmp_path):
+@pytest.fixture
+def collected(rung_set, tmp_path):
+    """The outputs that a server, or this machine, answers."""
+
+    def collected(source, served=None, rungs=rung_set, progress=lambda count, resumed: None):
+        cache = AnswerCache(tmp_path / "answers", source, rungs, served)
+        cache.fill(asked(rungs), progress=progress)
+        return Outputs.of(cache.read(asked(rungs)), rungs, cache)
+
+    return collected
+
+
+def test_outputs_of_a_server_are_those_of_its_rungs(rung_set, serve, collected):
     server = FakeTriton(rung_set)
     with serve(server, rung_set) as served:
-        assert collect(rung_set, MemorySource(20), tmp_path / "served.npz", served=served) == []
-    collect(rung_set, MemorySource(20), tmp_path / "local.npz")
-    found, local = (Outputs.load(tmp_path / f"{name}.npz") for name in ("served", "local"))
+        found = collected(MemorySource(20), served)
+    local = collected(MemorySource(20))
     np.testing.assert_array_equal(found.low.cls_layers, local.low.cls_layers)
     np.testing.assert_array_equal(found.high.logits, local.high.logits)
     assert found.runtime["name"] == "tritonserver 2.51.0" and server.closed
@@ -97,11 +108,10 @@ def test_outputs_of_a_server_are_those_of_its_rungs(rung_set, serve, tmp_path):
     ]
 
 
-def test_a_full_queue_is_waited_for_and_a_fault_is_not(rung_set, serve, tmp_path):
+def test_a_full_queue_is_waited_for_and_a_fault_is_not(rung_set, serve, collected):
     server = FakeTriton(rung_set, refusals=[overloaded(), overloaded()])
     with serve(server, rung_set) as served:
-        collect(rung_set, MemorySource(3), tmp_path / "outputs.npz", served=served)
-        assert len(Outputs.load(tmp_path / "outputs.npz")) == 3
+        assert len(collected(MemorySource(3), served)) == 3
         server.refusals = [InferenceServerException("the graph\nfails", "StatusCode.INTERNAL")]
         with pytest.raises(ServedError, match="the graph fails") as error:
             served.graphs()["vit_low"](np.zeros((1, 3, SIZE, SIZE), np.float32))
@@ -130,20 +140,25 @@ def other_rungs(tmp_path, seeds):
     return GraphSet.load(write_rung_set(tmp_path / f"other {seeds}", seeds=seeds))
 
 
+def answer_files(tmp_path):
+    """What is kept besides pictures and what tells servers apart."""
+    files = (tmp_path / "answers").glob("*/*.npz")
+    return [file for file in files if "embedding" in np.load(file)]
+
+
 @pytest.mark.parametrize(("seeds", "rung"), [((7, 2), "vit_low"), ((1, 7), "vit_high")])
 def test_a_server_of_other_weights_of_the_same_shapes_is_refused(
-    rung_set, serve, tmp_path, seeds, rung
+    rung_set, serve, collected, tmp_path, seeds, rung
 ):
-    out = tmp_path / "outputs.npz"
     with (
         serve(FakeTriton(other_rungs(tmp_path, seeds)), rung_set) as served,
         pytest.raises(ServedError, match=f"{rung} at 127.0.0.1:8001 is not the rung in --onnx"),
     ):
-        collect(rung_set, MemorySource(20, broken=[0, 3]), out, served=served)
-    assert not out.exists()
+        collected(MemorySource(20, broken=[0, 3]), served)
+    assert answer_files(tmp_path) == []
 
 
-def test_a_server_whose_head_alone_is_another_is_refused(rung_set, serve, tmp_path):
+def test_a_server_whose_head_alone_is_another_is_refused(rung_set, serve, collected):
     server = FakeTriton(rung_set)
     infer = server.infer
 
@@ -158,11 +173,13 @@ def test_a_server_whose_head_alone_is_another_is_refused(rung_set, serve, tmp_pa
 
     server.infer = refitted
     with serve(server, rung_set) as served, pytest.raises(ServedError, match="of the norm apart"):
-        collect(rung_set, MemorySource(20), tmp_path / "outputs.npz", served=served)
+        collected(MemorySource(20), served)
 
 
-def test_a_model_deployed_while_a_server_is_asked_is_noticed(rung_set, serve, tmp_path):
-    server, out = FakeTriton(rung_set), tmp_path / "outputs.npz"
+def test_a_model_deployed_while_a_server_is_asked_leaves_nothing_behind(
+    rung_set, serve, collected, tmp_path
+):
+    server = FakeTriton(rung_set)
 
     def redeploy(count, resumed):
         server.sessions = FakeTriton(other_rungs(tmp_path, (1, 7))).sessions
@@ -171,34 +188,32 @@ def test_a_model_deployed_while_a_server_is_asked_is_noticed(rung_set, serve, tm
         serve(server, rung_set) as served,
         pytest.raises(ServedError, match="another model was deployed meanwhile"),
     ):
-        collect(rung_set, MemorySource(20), out, redeploy, served)
-    assert not out.exists()
+        collected(MemorySource(20), served, progress=redeploy)
+    assert answer_files(tmp_path) == []
 
 
-def test_parts_of_a_server_that_answers_a_little_otherwise_are_made_anew(
-    rung_set, serve, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(collect_module.Parts, "remove", lambda parts: None)
+def shaken(server, noise):
+    """The server, with answers that are larger by this share."""
+    infer = server.infer
+
+    def shaking(*arguments, **options):
+        answer = infer(*arguments, **options)
+        wanted = {output.name() for output in options["outputs"]}
+        return SimpleNamespace(
+            as_numpy=lambda name: answer.as_numpy(name) * (1 + noise) if name in wanted else None
+        )
+
+    server.infer = shaking
+    return server
+
+
+def test_a_server_that_answers_a_little_otherwise_is_asked_anew(rung_set, serve, collected):
     made = []
     for noise in (0.0, 1e-6, 0.01):  # rounding is the same server, 1 % another model like it
-        server = FakeTriton(rung_set)
-        infer = server.infer
-
-        def shaken(*arguments, infer=infer, noise=noise, **options):
-            answer = infer(*arguments, **options)
-            asked = {output.name() for output in options["outputs"]}
-            return SimpleNamespace(
-                as_numpy=lambda name: answer.as_numpy(name) * (1 + noise) if name in asked else None
-            )
-
-        server.infer = shaken
+        served = serve(shaken(FakeTriton(rung_set), noise), rung_set)
         shown = []
-        collect(
-            rung_set,
-            MemorySource(20),
-            tmp_path / "outputs.npz",
-            lambda count, resumed, shown=shown: shown.append(resumed),
-            serve(server, rung_set),
+        collected(
+            MemorySource(20), served, progress=lambda _, resumed, shown=shown: shown.append(resumed)
         )
         made.append(not shown[0])
     assert made == [True, False, True]
@@ -211,62 +226,35 @@ def test_only_a_server_on_this_machine_has_a_known_processor(rung_set, serve):
         assert "10.0.0.7" not in str(served.runtime)  # it travels with the artifact
 
 
-def test_a_reference_that_is_not_served_runs_here(rung_set, serve, tmp_path):
+def test_a_reference_that_is_not_served_runs_here(rung_set, serve, collected):
     rungs = with_reference(rung_set)
     server = FakeTriton(rung_set)
     with serve(server, rungs) as served:
-        collect(rungs, MemorySource(5), tmp_path / "outputs.npz", served=served)
+        assert len(collected(MemorySource(5), served, rungs).reference) == 5
     assert {model for model, *_ in server.asked} == {"vit_low", "vit_high"}
-    assert len(Outputs.load(tmp_path / "outputs.npz").reference) == 5
 
 
-@pytest.mark.parametrize("change", ["here", "server", "release", "processor"])
-def test_parts_of_another_runtime_are_made_anew(rung_set, serve, tmp_path, monkeypatch, change):
-    class StoppedError(Exception):
-        pass
-
-    def stop(count, resumed):
-        raise StoppedError
-
-    out, url = tmp_path / "outputs.npz", "127.0.0.1:8001"
-    with pytest.raises(StoppedError):  # after the first part, which stays
-        collect(rung_set, MemorySource(16), out, stop, serve(FakeTriton(rung_set), rung_set))
-
-    def asked(served):
-        """How many images are not taken from the parts; a probe of the server is none of them."""
-        made = []
-        parts = out.with_name("outputs.npz.parts")
-        kept = {file.name: file.read_bytes() for file in parts.glob("*")}
-        collect(
-            rung_set,
-            MemorySource(16),
-            out,
-            lambda count, resumed: made.append(0 if resumed else count),
-            served,
-        )
-        parts.mkdir()
-        for name, data in kept.items():
-            (parts / name).write_bytes(data)
-        return sum(made)
-
-    assert PART >= 16 and asked(serve(FakeTriton(rung_set), rung_set)) == 0
+@pytest.mark.parametrize("change", ["nothing", "here", "server", "release", "processor"])
+def test_answers_of_another_runtime_are_made_anew(rung_set, serve, collected, monkeypatch, change):
+    collected(MemorySource(16), serve(FakeTriton(rung_set), rung_set))
     if change == "processor":
         monkeypatch.setattr(module, "processor", lambda: {"vendor": "", "model": "", "int8": []})
     version = "2.60.0" if change == "release" else "2.51.0"
-    other = "127.0.0.1:9001" if change == "server" else url
-    served = None if change == "here" else serve(FakeTriton(rung_set, version), rung_set, other)
-    assert asked(served) == 16
+    url = "127.0.0.1:9001" if change == "server" else "127.0.0.1:8001"
+    served = None if change == "here" else serve(FakeTriton(rung_set, version), rung_set, url)
+    told = []
+    collected(MemorySource(16), served, progress=lambda *shown: told.append(shown))
+    assert told == [(16, change == "nothing")]
 
 
-def test_parts_of_another_processor_are_made_anew_here_too(rung_set, tmp_path, monkeypatch):
+def test_answers_of_another_processor_are_made_anew_here_too(collected, monkeypatch):
     found = []
     for facts in ({"int8": ["avx2"]}, {"int8": ["avx2"]}, {"int8": ["avx512_vnni"]}):
         monkeypatch.setattr(
-            collect_module, "local_runtime", lambda facts=facts: {"name": "ort", **facts}
+            answers_module, "local_runtime", lambda facts=facts: {"name": "ort", **facts}
         )
-        monkeypatch.setattr(collect_module.Parts, "remove", lambda parts: None)
         source = MemorySource(4)
-        collect(rung_set, source, tmp_path / "outputs.npz")
+        collected(source)
         found.append(len(source.read))
     assert found == [4, 0, 4]
 

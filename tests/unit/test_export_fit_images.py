@@ -31,7 +31,7 @@ def test_images_are_remembered_as_calibration_knows_them(tmp_path):
     prints = FitImages.read(tmp_path, PREPROCESSING).prints
     write_images(tmp_path / "seen", "1.png", "2.png", "3.png")  # the first two are those
     source = FolderImages(tmp_path / "seen")
-    ((images, _),) = decode_ahead(source, [range(3)], PREPROCESSING)
+    (images,) = decode_ahead(source, [range(3)], PREPROCESSING)
     hashes, looks = [image.sha256 for image in images], np.stack([image.look for image in images])
     assert prints == encode(hashes[:2], looks[:2])
 

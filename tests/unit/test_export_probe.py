@@ -77,7 +77,7 @@ def test_both_rungs_carry_the_probe(model, tmp_path):
     # The images the head knows are on record, so that nothing is certified on them.
     source = FolderImages(root)
     preprocessing = Preprocessing.from_dict(graphs.preprocessing)
-    ((seen, _),) = decode_ahead(source, [range(24)], preprocessing)
+    (seen,) = decode_ahead(source, [range(24)], preprocessing)
     hashes, looks = [image.sha256 for image in seen], np.stack([image.look for image in seen])
     assert among(hashes, no_looks(24), GraphSet.load(out).learned()).all()
     assert among(["0" * 64] * 24, looks, GraphSet.load(out).learned()).all()

@@ -72,7 +72,7 @@ def test_a_plan_is_printed_and_written_with_its_page_and_its_rungs(run, tmp_path
     _try_next_command(next(line for line in lines if line.startswith("next: ")))
     assert content["chosen"]["signal"] in words
     files = {file.name for file in (tmp_path / "build/plan").iterdir()}
-    assert {"plan.json", "plan.html", "onnx", "calibration.json", "outputs.npz"} <= files
+    assert {"plan.json", "plan.html", "onnx", "calibration.json", "outputs.json"} <= files
     assert (tmp_path / "build/plan/plan.html").stat().st_size > 10_000
 
 

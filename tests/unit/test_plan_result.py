@@ -12,7 +12,7 @@ from calibration.align import ALIGN_SHARE
 from calibration.certify import Goal, allowed_errors, images_needed, one_per_group
 from calibration.fidelity import Fidelity, FidelityError
 from calibration.fit import without_learned
-from calibration.outputs import Outputs
+from calibration.outputs import Made, Outputs
 from calibration.record import FitRecord, record_path
 from calibration.splits import CERTIFIED, group_keys, split_by_group
 from planner import result
@@ -216,8 +216,8 @@ def test_what_is_written_belongs_together(planned):
     rung_set = GraphSet.load(out / "onnx")
     calibration = Calibration.load(out / "calibration.json")
     calibration.check_rungs({name: rung_set.files[name] for name in ("vit_low", "vit_high")})
-    outputs = Outputs.load(out / "outputs.npz")
-    assert outputs.rung_hashes == rung_set.fingerprints()
+    outputs = Outputs.load(out / "outputs.json")
+    assert outputs.made == Made.by(rung_set)
     assert calibration == chosen.fit.calibration
     np.testing.assert_array_equal(calibration.score(outputs.low), chosen.fit.scores)
     FitRecord.load(record_path(out / "calibration.json"), outputs, out / "calibration.json")

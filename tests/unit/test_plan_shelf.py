@@ -11,8 +11,7 @@ from bundle.prints import no_looks
 from calibration.align import fit_alignment
 from calibration.fidelity import Fidelity
 from calibration.head import LinearHead
-from calibration.outputs import Outputs
-from imaging import code_sha256
+from calibration.outputs import Made, Outputs
 from planner import subprocesses
 from planner.bars import Bars
 from planner.candidates import recipes, shelf_graphs
@@ -152,9 +151,7 @@ def outputs_of(rung_set, n=200, seed=0):
         groups=names,
         hashes=tuple(map(sha256, names)),
         looks=no_looks(n),
-        rung_hashes=rung_set.fingerprints(),
-        preprocessing_sha256=rung_set.preprocessing_sha256(),
-        imaging_sha256=code_sha256(),
+        made=Made.by(rung_set),
         source="",
         title="",
     )

@@ -10,6 +10,7 @@ from scipy.stats import binom
 from calibration.certify import Goal
 from calibration.fit import EscalationRate, Threshold
 from calibration.images import open_images
+from calibration.outputs import Made
 from calibration.running import open_session, run_session
 from export.errors import UsageError
 from export.repository import RepositoryError, assemble
@@ -292,7 +293,7 @@ def test_where_all_escalate_only_the_full_rung_is_compared(made):
 def test_losses_are_against_the_reference_where_the_full_rung_is_another(made):
     rung_set, outputs, _ = made
     three = with_reference(rung_set)
-    losing = replace(with_losing_high(outputs, 0.3), rung_hashes=three.fingerprints())
+    losing = replace(with_losing_high(outputs, 0.3), made=Made.by(three))
     fit = fitted(three, losing, Threshold(-1e9))  # all escalate
     assert fit.answers.truth is not None
     found, served = compared(fit)

@@ -17,7 +17,7 @@ from calibration.certify import Goal
 from calibration.evaluate import EvaluateError, evaluate
 from calibration.fidelity import Fidelity, FidelityError
 from calibration.fit import EscalationRate, FitError, Options, Threshold, fit
-from calibration.outputs import Outputs
+from calibration.outputs import Made, Outputs
 from export.errors import UsageError
 from export.rungs import load_backbone
 from routing import (
@@ -94,8 +94,12 @@ def value(tmp_path_factory, images):
 
 
 def loaded(folder):
-    outputs = Outputs.load(folder / "build/calibration/outputs.npz")
+    outputs = Outputs.load(folder / "build/calibration/outputs.json")
     return outputs, GraphSet.load(folder / "build/onnx")
+
+
+def answering(task, outputs):
+    return replace(outputs, made=replace(outputs.made, task=task))
 
 
 def artifact(folder):
@@ -225,8 +229,8 @@ def test_an_artifact_of_labels_scores_and_is_evaluated_after_a_round_trip(labels
     escalated = escalation_mask(calibration.score(new.low), calibration.threshold, Overrides())
     lost = ~escalated & sets_differ(new.low, new.high, 0.4)
     assert evaluation.errors == lost.sum() > 0
-    with pytest.raises(EvaluateError, match="for a model that answers labels"):
-        evaluate(calibration, Outputs(**{**vars(new), "task": "classes"}))
+    with pytest.raises(EvaluateError, match="a model that answers classes and not labels"):
+        evaluate(calibration, answering("classes", new))
 
 
 # --- a value ---------------------------------------------------------------------------------
@@ -321,9 +325,8 @@ def test_an_artifact_of_an_earlier_release_that_compared_one_output_is_refused(v
 
 def test_outputs_of_another_task_are_not_calibrated(labels):
     outputs, rung_set = loaded(labels)
-    earlier = Outputs(**{**vars(outputs), "task": None})  # collected before labels were known
-    with pytest.raises(FitError, match="answers classes, and the rungs answer labels; collect"):
-        fit(earlier, rung_set, GOAL, Options(Fidelity("labels")))
+    with pytest.raises(FitError, match="a model that answers classes and not labels; collect"):
+        fit(answering("classes", outputs), rung_set, GOAL, Options(Fidelity("labels")))
 
 
 # --- the losses ------------------------------------------------------------------------------
@@ -421,7 +424,7 @@ def test_any_graph_of_dynamic_int8_is_refused_by_name(value, dynamic, name):
     graph = replace(loaded(dynamic)[1].low, name="dynamic")
     mixed = rung_set.adding(graph)
     mixed = replace(mixed, roles={**mixed.roles, name: "dynamic"})
-    same = Outputs(**{**vars(outputs), "rung_hashes": mixed.fingerprints()})
+    same = Outputs(**{**vars(outputs), "made": Made.by(mixed)})
     with pytest.raises(FitError, match=f"{name} is px=8,int8: with dynamic int8"):
         fit(same, mixed, GOAL, Options(Fidelity("value", 0.3)))
 
