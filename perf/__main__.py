@@ -18,7 +18,7 @@ from client import ClientError
 from report import terminal
 from server import ServerError
 
-from .analyzer import install as install_analyzer
+from .analyzer_install import install as install_analyzer
 from .figures import TOO_BUSY, PerfError, doubts_of, load_of
 
 Onnx = Annotated[Path, typer.Option(help="Folder that `export rungs` wrote.")]

@@ -24,7 +24,7 @@ from routing import Calibration
 from server import TritonServer
 
 from . import stages, summary
-from .analyzer import Analyzer, find_analyzer
+from .analyzer_install import Analyzer, find_analyzer
 from .environment import environment
 from .figures import PerfError
 from .measure.deployment import assembled, with_alternatives

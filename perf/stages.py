@@ -18,14 +18,13 @@ from imaging import Preprocessing
 from routing import Calibration, Overrides, escalation_mask
 
 from . import summary
-from .analyzer import Analyzer, InputData, write_bytes, write_tensors
+from .analyzer_install import Analyzer
 from .figures import PerfError
 from .harness import ONE_BY_ONE, Asker, Load, Paired, believed, cut, is_a_loss, take_turns
+from .loads import COMPARED, Level, LoadRunner, Measured, closed_levels, open_levels, saturated
 from .measure.attribution import attribute, scoring_ms, together
 from .measure.backend import measure_backend
 from .measure.cpu import on_same_cores
-from .measure.levels import COMPARED, closed_levels, open_levels, saturated
-from .measure.loads import Level, LoadRunner, Measured
 from .measure.locust_runs import run_locust
 from .measure.memory import MemoryUse
 from .measure.peaks import MEASURED, PeakLoad, peak_memory
@@ -43,6 +42,7 @@ from .measure.systems import (
     threshold_for,
 )
 from .measure.target import Target
+from .perf_analyzer import InputData, write_bytes, write_tensors
 from .record import Record
 
 

@@ -72,10 +72,6 @@ class Target:
         with server_errors(self.grpc_url):
             return server_times(self.client)
 
-    def cpu_s(self) -> float | None:
-        """CPU seconds of the server's processes so far; None for a remote server."""
-        return None if self.server is None else self.server.cpu_s()
-
     def meter(self) -> CpuMeter | None:
         """Of the server's processes as they are now; None for a remote server."""
         return None if self.server is None else CpuMeter(self.server.process_ids())

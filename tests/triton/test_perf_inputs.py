@@ -4,7 +4,8 @@ import hashlib
 
 import pytest
 
-from perf.analyzer import Load, run, write_bytes, write_tensors
+from perf.analyzer_install import find_analyzer
+from perf.perf_analyzer import Load, run, write_bytes, write_tensors
 from tests.servers import running
 
 COUNT = 6
@@ -63,33 +64,38 @@ def receiver(tmp_path_factory):
         yield server, logs
 
 
-@pytest.mark.parametrize("shared_memory", ["none", "system"])
+@pytest.mark.parametrize(
+    ("shared_memory", "concurrency"), [("none", 1), ("none", 3), ("system", 1), ("system", 3)]
+)
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
-def test_image_tensors_arrive_as_they_are(receiver, images, tmp_path, protocol, shared_memory):
+def test_image_tensors_arrive_as_they_are(
+    receiver, images, tmp_path, protocol, shared_memory, concurrency
+):
     inputs = write_tensors(tmp_path / "image.json", list(images[:COUNT]))
     expected = [image.tobytes() for image in images[:COUNT]]
-    check(receiver, "tensors", inputs, expected, protocol, shared_memory)
+    check(receiver, "tensors", inputs, expected, protocol, shared_memory, concurrency)
 
 
+@pytest.mark.parametrize("concurrency", [1, 3])
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
-def test_encoded_images_arrive_as_they_are(receiver, crops, tmp_path, protocol):
+def test_encoded_images_arrive_as_they_are(receiver, crops, tmp_path, protocol, concurrency):
     inputs = write_bytes(tmp_path / "bytes.json", crops[:COUNT])
-    check(receiver, "encoded", inputs, crops[:COUNT], protocol, "none")
+    check(receiver, "encoded", inputs, crops[:COUNT], protocol, "none", concurrency)
 
 
-def check(receiver, model, inputs, expected, protocol, shared_memory):
+def check(receiver, model, inputs, expected, protocol, shared_memory, concurrency):
     """Every image arrives twice, in two rounds, and nothing else."""
     server, logs = receiver
     logs[model].unlink(missing_ok=True)
     url = server.grpc_url if protocol == "grpc" else server.http_url
     load = Load(
         *(model, url, inputs, protocol),
+        concurrency=concurrency,
         rounds=2,
         warmup_requests=0,
-        records=False,
         shared_memory=shared_memory,
     )
-    run(load)
+    run(load, find_analyzer())
     received = logs[model].read_text().split()
     hashes = [hashlib.sha256(data).hexdigest() for data in expected]
     assert sorted(received) == sorted(2 * hashes)

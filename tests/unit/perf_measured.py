@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from perf.analyzer import AnalyzerResult, Figures
 from perf.harness import Answer
-from perf.measure.loads import Level, Measured, Pass
+from perf.loads import Level, Measured, Pass
 from perf.measure.server_times import ModelTimes
 from perf.measure.systems import System
+from perf.perf_analyzer import Figures
 
 MODELS = {
     "static-low": "vit_low",
@@ -43,15 +43,15 @@ def make_times(requests=1, queue=0, input=0, infer=0, output=0, rest=0, batch=1)
     return ModelTimes(requests, batch * requests, sum(parts) + 1_000_000 * rest, *parts)
 
 
-def make_figures(throughput, p50=10.0, requests=8):
+def make_figures(throughput, p50=10.0, requests=8, delayed=0.0):
     """Figures whose percentiles can be told apart."""
-    return Figures(requests, throughput, p50 + 1, p50, p50 + 2, p50 + 3, None)
+    return Figures(requests, throughput, p50 + 1, p50, p50 + 2, p50 + 3, delayed)
 
 
 def make_pass(throughput=1.0, p50=10.0, server=None, cpu_ms=None, delayed=0.0):
     """One pass of perf_analyzer."""
-    result = AnalyzerResult(None, make_figures(throughput, p50), None, {}, delayed)
-    return Pass(result, server if server is not None else {"router": make_times()}, cpu_ms)
+    figures = make_figures(throughput, p50, delayed=delayed)
+    return Pass(figures, server if server is not None else {"router": make_times()}, cpu_ms)
 
 
 def make_measured(name, throughputs, concurrency=4, **changes):

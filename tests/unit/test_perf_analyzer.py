@@ -1,23 +1,29 @@
-"""One pass of perf_analyzer: command line, warm-up, open loop, input files, failures."""
+"""One pass of perf_analyzer: command line, warm-up, open loop, report, failures, input files.
+
+What perf_analyzer 2.50 and 2.60 really wrote lies in data/perf_analyzer_*, recorded against a small
+Python model of the same outputs as the router.
+"""
 
 import base64
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from perf.analyzer import (
+from perf.analyzer_install import PerfAnalyzerError
+from perf.perf_analyzer import (
     InputData,
     Load,
-    PerfAnalyzerError,
-    UnstableError,
+    delayed_share,
+    failure,
+    read_report,
     run,
     write_bytes,
     write_tensors,
 )
-from perf.analyzer.parse import delayed_share
 from tests.unit.perf_stand_in import DATA, StandIn
 
 DELAYED = (
@@ -38,45 +44,20 @@ def load(**changes):
 # --- one pass ----------------------------------------------------------------------------------
 
 
-def test_one_at_a_time_the_warm_up_is_the_head_of_the_pass_and_is_dropped(tmp_path):
-    program = StandIn(tmp_path, slow=10)
-    result = run(load(warmup_requests=10), program.analyzer)
-    (arguments,) = program.calls()
-    assert option(arguments, "--request-count") == "30"
-    assert result.figures.requests == 20
-    assert result.figures.latency_ms_mean == pytest.approx(0.1)  # the ten slow ones are gone
-    assert result.figures.escalation_rate == 0.5
-    assert result.report["Server Queue"] > 0
-
-
-@pytest.mark.parametrize("changes", [{"concurrency": 3}, {"records": False}])
-def test_else_the_warm_up_is_a_pass_before_so_that_items_stay_equally_covered(tmp_path, changes):
+@pytest.mark.parametrize("changes", [{}, {"concurrency": 3}])
+def test_the_warm_up_is_a_pass_before_so_that_items_stay_equally_covered(tmp_path, changes):
     program = StandIn(tmp_path)
-    result = run(load(warmup_requests=10, **changes), program.analyzer)
+    figures = run(load(warmup_requests=10, **changes), program.analyzer)
     counts = [option(arguments, "--request-count") for arguments in program.calls()]
-    assert counts == ["10", "20"]
-    assert result.figures.requests == 20
-    assert (result.records is None) == ("records" in changes)
-
-
-def test_without_records_the_figures_are_those_of_the_report(tmp_path):
-    result = run(load(records=False, warmup_requests=0), StandIn(tmp_path).analyzer)
-    assert result.figures.latency_ms_mean == result.report["Avg latency"] / 1e3
-
-
-def test_windows_replace_the_request_count(tmp_path):
-    program = StandIn(tmp_path)
-    run(load(count_windows=50, warmup_requests=0), program.analyzer)
-    (arguments,) = program.calls()
-    assert option(arguments, "--measurement-mode") == "count_windows"
-    assert option(arguments, "--measurement-request-count") == "50"
-    assert "--request-count" not in arguments
-    assert "--profile-export-file" not in arguments
+    assert counts == ["10", "20"] and figures.requests == 20
 
 
 def test_parameters_are_sent_with_their_type(tmp_path):
     program = StandIn(tmp_path)
-    run(load(parameters={"policy": "low", "threshold": 3, "x": True}), program.analyzer)
+    run(
+        load(parameters={"policy": "low", "threshold": 3, "x": True}, warmup_requests=0),
+        program.analyzer,
+    )
     (arguments,) = program.calls()
     sent = [arguments[i + 1] for i, a in enumerate(arguments) if a == "--request-parameter"]
     assert sent == ["policy:low:string", "threshold:3:int", "x:true:bool"]
@@ -96,8 +77,6 @@ def test_the_report_is_kept_where_asked(tmp_path):
         ({"protocol": "smtp"}, "smtp"),
         ({"shared_memory": "cuda"}, "cuda"),
         ({"rounds": 0}, "rounds"),
-        ({"rate_per_s": 2.0, "records": False}, "raw records only"),
-        ({"rate_per_s": 2.0, "count_windows": 50}, "raw records only"),
         ({"rate_per_s": 20.5}, "as many requests as arrive a second"),
         ({"rate_per_s": 0.0}, "as many requests"),
         ({"rate_per_s": -2.0}, "as many requests"),
@@ -113,13 +92,13 @@ def test_what_perf_analyzer_would_not_do_is_refused(changes, said):
 
 def test_requests_arrive_at_a_rate_however_many_are_in_flight(tmp_path):
     program = StandIn(tmp_path)
-    result = run(load(rate_per_s=12.5, warmup_requests=0), program.analyzer)
+    figures = run(load(rate_per_s=12.5, warmup_requests=0), program.analyzer)
     (arguments,) = program.calls()
     assert option(arguments, "--request-rate-range") == "12.5000"
     assert option(arguments, "--request-distribution") == "poisson"
     assert "--async" in arguments and "--concurrency-range" not in arguments
     assert option(arguments, "--request-count") == "20"
-    assert (result.figures.requests, len(result.records)) == (20, 20)
+    assert (figures.requests, figures.throughput_per_s) == (20, 12.5)
 
 
 def test_a_closed_loop_has_no_rate(tmp_path):
@@ -131,19 +110,18 @@ def test_a_closed_loop_has_no_rate(tmp_path):
 
 
 def test_an_open_loop_is_warmed_up_by_a_closed_one_before_it(tmp_path):
-    program = StandIn(tmp_path, slow=1)
-    result = run(load(rate_per_s=12.5, warmup_requests=4), program.analyzer)
+    program = StandIn(tmp_path)
+    run(load(rate_per_s=12.5, warmup_requests=4), program.analyzer)
     before, measured = program.calls()
     assert option(before, "--request-count") == "4"  # fewer than arrive a second
     assert option(before, "--concurrency-range") == "1"
     assert "--request-rate-range" not in before
     assert option(measured, "--request-count") == "20"
-    assert result.records.latency_ms[0] == pytest.approx(0.9)  # nothing is cut off its head
 
 
 def test_the_warm_up_has_a_request_for_each_in_flight(tmp_path):
     program = StandIn(tmp_path)
-    run(load(concurrency=8, warmup_requests=4, records=False), program.analyzer)
+    run(load(concurrency=8, warmup_requests=4), program.analyzer)
     before, _ = program.calls()
     assert option(before, "--request-count") == "8"  # it refuses fewer than are in flight
 
@@ -166,39 +144,119 @@ def test_the_share_of_late_requests_is_read_from_the_warning(said, share):
     assert delayed_share("95% of the requests were answered") == 0.0
 
 
+# --- the report --------------------------------------------------------------------------------
+
+VERSIONS = ("2.50", "2.60")
+
+
+@pytest.fixture(params=VERSIONS)
+def data(request):
+    """Where the outputs of one version lie."""
+    return Path(__file__).parent / "data" / f"perf_analyzer_{request.param}"
+
+
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_the_figures_are_those_of_the_report_but_for_its_rounded_throughput(data, in_flight):
+    text = (data / "report.csv").read_text()
+    found = read_report(text, load(concurrency=in_flight))
+    titles, values = (line.split(",") for line in text.splitlines())
+    report = dict(zip(titles, map(float, values), strict=True))
+    assert report["Inferences/Second"] < 10  # ten requests, rounded up to a second
+    assert found.throughput_per_s == pytest.approx(1e6 * in_flight / report["Avg latency"])
+    assert found.latency_ms_mean == report["Avg latency"] / 1e3
+    assert [found.latency_ms_p50, found.latency_ms_p95, found.latency_ms_p99] == [
+        report[f"p{p} latency"] / 1e3 for p in (50, 95, 99)
+    ]
+
+
+def test_the_report_of_an_open_loop_has_another_first_column(data):
+    text = (data / "report.csv").read_text().replace("Concurrency,", "Request Rate,")
+    open_loop = replace(load(), rate_per_s=2.5)
+    assert read_report(text, open_loop, 0.25).throughput_per_s == 2.5
+    assert read_report(text, open_loop, 0.25).delayed == 0.25
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "no result row"),
+        ("Concurrency,Inferences/Second\n", "no result row"),
+        ("a,b\n1,2\n", "no result row"),
+        ("Concurrency,Inferences/Second\n1,9.9\n", "no column 'Avg latency'"),
+    ],
+)
+def test_another_file_is_no_report(tmp_path, text, said):
+    with pytest.raises(ValueError, match=said):
+        read_report(text, load())
+    (tmp_path / "text").write_text(text)
+    script = f"#!/bin/sh\nwhile [ $1 != -f ]; do shift; done; cp '{tmp_path / 'text'}' $2\n"
+    with pytest.raises(PerfAnalyzerError, match=said):
+        run(load(), StandIn(tmp_path, script=script).analyzer)
+
+
 # --- failures ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "said"),
-    [
-        ("refused.txt", PerfAnalyzerError, "unknown policy 'zz'"),
-        ("unstable.txt", UnstableError, "stable measurement"),
-    ],
+    ("name", "said"),
+    [("refused.txt", "unknown policy 'zz'"), ("unstable.txt", "stable measurement")],
 )
-def test_a_failed_pass_shows_its_own_message(tmp_path, name, kind, said):
+def test_a_failed_pass_shows_its_own_message(tmp_path, name, said):
     program = StandIn(tmp_path, script=f"#!/bin/sh\ncat '{DATA / name}' >&2\nexit 99\n")
     with pytest.raises(PerfAnalyzerError, match=said) as caught:
         run(load(), program.analyzer)
-    assert type(caught.value) is kind
     assert "\n" not in str(caught.value)
-
-
-def test_lost_requests_are_noticed(tmp_path):
-    with pytest.raises(PerfAnalyzerError, match="29 requests recorded, 30 asked for"):
-        run(load(), StandIn(tmp_path, lost=1).analyzer)
-
-
-@pytest.mark.parametrize("size", [0, 100])
-def test_an_export_that_broke_off_is_explained(tmp_path, size):
-    with pytest.raises(PerfAnalyzerError, match="NaN"):
-        run(load(), StandIn(tmp_path, size=size).analyzer)
 
 
 def test_a_pass_that_hangs_is_ended(tmp_path):
     program = StandIn(tmp_path, script="#!/bin/sh\nexec sleep 60\n")
     with pytest.raises(PerfAnalyzerError, match=r"not done within 0\.2 s"):
         run(load(timeout_s=0.2), program.analyzer)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("refused.txt", "unknown policy 'zz'; use auto, low or high"),
+        (
+            "absent.txt",
+            "failed to get model metadata: Request for unknown model: 'nomodel' is not found",
+        ),
+        (
+            "unstable.txt",
+            "Failed to obtain stable measurement within 3 measurement windows for concurrency 1. "
+            "Please try to increase the --measurement-request-count.",
+        ),
+    ],
+)
+def test_its_own_message_is_found(data, name, said):
+    assert failure((data / name).read_text()) == said
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        ("2.50", "The --request-parameter option is currently only supported by gRPC protocol."),
+        ("2.60", "it refused its options and printed its usage"),  # which is all it prints
+    ],
+)
+def test_a_refused_option_is_told(version, said):
+    data = Path(__file__).parent / "data" / f"perf_analyzer_{version}"
+    assert failure((data / "usage.txt").read_text()) == said
+
+
+def test_the_share_of_delayed_requests_is_read_from_what_it_prints(data):
+    said = (data / "delayed.txt").read_text()
+    share = delayed_share(said)
+    assert 0.5 < share <= 1 and f"{100 * share:.2f}% of the requests were delayed" in said
+    assert delayed_share((data / "unstable.txt").read_text()) == 0.0
+
+
+def test_a_failure_of_another_kind_still_gives_a_line():
+    library = "perf_analyzer: error while loading shared libraries: libb64.so.0d: cannot open"
+    assert failure(f"{library}\n") == library
+    assert failure("one\ntwo\n\n") == "two"
+    assert failure("") == "it said nothing"
 
 
 # --- input files -------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import perf.__main__ as command_line
-from perf.analyzer import Analyzer, PerfAnalyzerError, find_analyzer, installation
+from perf import analyzer_install as installation
+from perf.analyzer_install import Analyzer, PerfAnalyzerError, find_analyzer
 from tests.unit.perf_stand_in import StandIn
 
 TRUE, FALSE = shutil.which("true"), shutil.which("false")

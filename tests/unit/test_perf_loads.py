@@ -1,12 +1,23 @@
-"""Loads in turn: how much each pass sends, what its figures say, and when they are not trusted."""
+"""Loads in turn: which there are, how much is sent, what is said of them and what is trusted."""
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from perf.analyzer import AnalyzerResult, InputData
-from perf.measure import loads
-from perf.measure.loads import Level, LoadRunner, Measured
+from perf import loads
+from perf.loads import (
+    Level,
+    LoadRunner,
+    Measured,
+    closed_levels,
+    open_levels,
+    saturated,
+    saturated_throughput,
+)
+from perf.measure.suites import FULL, QUICK, SUITES
+from perf.perf_analyzer import InputData
 from tests.unit.perf_measured import (
     make_figures,
     make_measured,
@@ -30,7 +41,7 @@ class FakeServer:
     """A target whose router answers 3 requests in 12 ms of CPU time between two readings."""
 
     def __init__(self, local=True):
-        self.local, self.readings, self.cpu_readings = local, 0, 0
+        self.local, self.readings = local, 0
 
     def times(self):
         self.readings += 1
@@ -40,23 +51,23 @@ class FakeServer:
             "idle": make_times(7),
         }
 
-    def cpu_s(self):
-        self.cpu_readings += 1
-        return 0.012 * self.cpu_readings if self.local else None
+    def meter(self):
+        used = SimpleNamespace(read_s=lambda: 5.0, used_s=lambda before_s, seconds: 0.012)
+        return used if self.local else None
 
     def url(self, protocol):
         return f"host:{protocol}"
 
 
 class FakeAnalyzer:
-    """Stands in for `perf.analyzer.run`: logs what it is to send and where its report goes."""
+    """Stands in for `perf_analyzer.run`: logs what it is to send and where its report goes."""
 
     def __init__(self):
         self.passes = []
 
     def __call__(self, load, analyzer, csv_path):
         self.passes.append((load, csv_path))
-        return AnalyzerResult(load, make_figures(100.0 + len(self.passes)), None, {})
+        return make_figures(100.0 + len(self.passes))
 
 
 @pytest.fixture
@@ -122,15 +133,15 @@ def test_every_pass_keeps_its_report_under_a_name_of_its_own(fake):
 def test_a_closed_pass_lasts_about_as_long_as_asked_in_whole_rounds(fake, cost_ms, rounds):
     measure([Level(ADAPTIVE, concurrency=4)], adaptive=cost_ms)
     ((load, _),) = fake.passes
-    assert (load.rounds, load.records, load.concurrency) == (rounds, False, 4)
+    assert (load.rounds, load.concurrency) == (rounds, 4)
     assert load.rate_per_s is None
 
 
-@pytest.mark.parametrize(("rate", "rounds"), [(2.5, 4), (40.0, 4), (41.0, 5), (333.0, 34)])
-def test_an_open_pass_has_records_and_enough_requests_for_its_rate(fake, rate, rounds):
+@pytest.mark.parametrize(("rate", "rounds"), [(2.5, 6), (60.0, 6), (61.0, 7), (333.0, 34)])
+def test_an_open_pass_has_enough_requests_for_its_rate_and_its_percentiles(fake, rate, rounds):
     measure([Level(ADAPTIVE, rate_per_s=rate)])
     ((load, _),) = fake.passes
-    assert (load.rounds, load.records, load.rate_per_s) == (rounds, True, rate)
+    assert (load.rounds, load.rate_per_s) == (rounds, rate)
 
 
 def test_a_pass_sends_its_set_in_the_form_the_system_takes(fake):
@@ -249,3 +260,138 @@ def test_open_passes_must_agree_in_latency_and_be_sent_in_time(passes, said):
     # Their throughput is the rate, and says nothing.
     made = [make_pass(5.0 * (i + 1), p50, delayed=late) for i, (p50, late) in enumerate(passes)]
     assert Measured(Level(ADAPTIVE, rate_per_s=2.5), made).instability() == said
+
+
+# --- which loads there are ----------------------------------------------------------------------
+
+NAMES = ["static-low", "static-6", "static-high", "adaptive-0", "adaptive", "ensemble"]
+SYSTEMS = [make_system(name) for name in NAMES]
+SETS = ("mixed", "easy", "hard")
+
+
+def slugs(levels):
+    return [level.slug for level in levels]
+
+
+def closed(suite, sets=SETS, http=True, shared_memory=True, systems=SYSTEMS):
+    return slugs(closed_levels(suite, systems, sets, http, shared_memory))
+
+
+# --- closed loops ------------------------------------------------------------------------------
+
+
+def test_the_quick_suite_measures_what_is_compared_and_the_rest_saturated():
+    assert closed(replace(QUICK, concurrency=(1, 4))) == [
+        "static-low-mixed-c1-grpc",
+        "static-high-mixed-c1-grpc",
+        "adaptive-mixed-c1-grpc",
+        "static-low-mixed-c4-grpc",
+        "static-high-mixed-c4-grpc",
+        "adaptive-mixed-c4-grpc",
+        "ensemble-mixed-c4-grpc",
+        "adaptive-easy-c4-grpc",
+        "adaptive-hard-c4-grpc",
+        "adaptive-mixed-c4-http",
+        "adaptive-mixed-c4-grpc-shm",
+    ]
+
+
+def test_the_full_suite_draws_the_curves_and_measures_the_ends_of_all_others():
+    found = closed(replace(FULL, concurrency=(1, 2, 8)))
+    curves = ["static-low", "static-high", "adaptive", "ensemble"]
+    plain = [f"{name}-mixed-c{c}-grpc" for c in (1, 2, 8) for name in curves]
+    others = [name for name in NAMES if name not in curves]
+    plain += [f"{name}-mixed-c{c}-grpc" for c in (1, 8) for name in others]
+    assert others and found[: len(plain)] == plain
+    variants = [
+        f"{name}-mixed-c{c}-{kind}"
+        for name in ("static-high", "adaptive")
+        for c in (1, 8)
+        for kind in ("http", "grpc-shm")
+    ]
+    assert sorted(found[len(plain) :]) == sorted(
+        ["adaptive-easy-c8-grpc", "adaptive-hard-c8-grpc", *variants]
+    )
+
+
+@pytest.mark.parametrize("suite", SUITES.values(), ids=SUITES)
+def test_no_load_is_measured_twice(suite):
+    found = closed(suite)
+    assert len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize("suite", SUITES.values(), ids=SUITES)
+def test_what_cannot_be_measured_is_left_out(suite):
+    assert not any("http" in slug for slug in closed(suite, http=False))
+    assert any("shm" in slug for slug in closed(suite, http=False))
+    assert not any("shm" in slug for slug in closed(suite, shared_memory=False))
+    assert any("http" in slug for slug in closed(suite, shared_memory=False))
+    no_hard = closed(suite, sets=("mixed", "easy"))
+    assert any("-easy-" in slug for slug in no_hard)
+    assert not any("-hard-" in slug for slug in no_hard)
+    assert not any("ensemble" in slug for slug in closed(suite, systems=SYSTEMS[:-1]))
+
+
+def test_no_parameters_are_sent_over_http():
+    with_threshold = [
+        make_system(name, parameters={"threshold": 1} if name == "adaptive-0" else {})
+        for name in NAMES
+    ]
+    over_http = [
+        level
+        for level in closed_levels(FULL, with_threshold, SETS, http=True, shared_memory=True)
+        if level.protocol == "http"
+    ]
+    assert over_http and not any(level.system.parameters for level in over_http)
+
+
+# --- saturated ---------------------------------------------------------------------------------
+
+MEASURED = [
+    make_measured("static-low", [30.0, 32.0], concurrency=1),
+    make_measured("static-low", [60.0, 62.0, 61.0], concurrency=8),
+    make_measured("static-low", [55.0], concurrency=4),
+    make_measured("static-high", [18.0, 20.0], concurrency=8),
+    make_measured("adaptive", [40.0], concurrency=8),
+    make_measured("adaptive", [90.0], concurrency=16, set_name="easy"),
+    make_measured("adaptive", [91.0], concurrency=16, protocol="http"),
+    make_measured("adaptive", [92.0], concurrency=16, shared_memory="system"),
+]
+
+
+def test_saturated_is_the_highest_closed_loop_on_mixed_images_over_plain_grpc():
+    found = saturated(MEASURED)
+    assert set(found) == {"static-low", "static-high", "adaptive"}
+    assert found["static-low"] is MEASURED[1]
+    assert found["adaptive"] is MEASURED[4]
+
+
+def test_its_throughput_is_the_median_of_the_turns():
+    assert saturated_throughput(MEASURED) == {
+        "static-low": 61.0,
+        "static-high": 19.0,
+        "adaptive": 40.0,
+    }
+
+
+# --- open loops --------------------------------------------------------------------------------
+
+
+def test_images_arrive_at_parts_of_what_each_system_reached_itself():
+    levels = open_levels(replace(FULL, rates=(0.5, 0.9)), SYSTEMS, MEASURED)
+    assert [(level.system.name, level.rate_per_s) for level in levels] == [
+        ("static-low", 30.5),
+        ("static-high", 9.5),
+        ("adaptive", 20.0),
+        ("static-low", 54.9),
+        ("static-high", 17.1),
+        ("adaptive", 36.0),
+    ]
+    assert {(level.concurrency, level.set_name, level.protocol) for level in levels} == {
+        (0, "mixed", "grpc")
+    }
+
+
+def test_the_quick_suite_sends_open_loops_to_the_adaptive_system_only():
+    levels = open_levels(replace(QUICK, rates=(0.6,)), SYSTEMS, MEASURED)
+    assert [level.system.name for level in levels] == ["adaptive"]

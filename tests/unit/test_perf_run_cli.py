@@ -9,9 +9,9 @@ import pytest
 
 import perf.__main__ as command_line
 from bundle.graphs import GraphSet
+from perf import analyzer_install as installation
 from perf import run as perf_run
 from perf import stages
-from perf.analyzer import installation
 from routing import RungRecord
 from tests.unit.perf_summary import sample_summary
 from tests.unit.perf_workplace import calibration_of, write_workplace

@@ -79,7 +79,7 @@ def test_what_the_server_says_of_itself_is_kept(monkeypatch, local):
     with connect(monkeypatch, server) as target:
         assert target.version == "2.51.0"
         assert target.models == {"vit_low", "vit_high", "router"}  # what is not ready is not there
-        assert target.cpu_s() is None
+        assert target.meter() is None
         assert target.url("grpc") == "host:1"
     assert server.closed
 

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..figures import PerfError
+from .figures import PerfError
 
 NEW_GLIBC = (2, 38)
 NEW_REQUIREMENT = "perf-analyzer==2.60.0"

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ..analyzer import Analyzer, AnalyzerResult, InputData, Load, run
-from ..figures import Spread
-from .server_times import ModelTimes, since
-from .systems import System
-from .target import Target
+from .analyzer_install import Analyzer
+from .figures import Spread
+from .measure.server_times import ModelTimes, since
+from .measure.suites import Suite
+from .measure.systems import ADAPTIVE, ENSEMBLE, HIGH, LOW, System
+from .measure.target import Target
+from .perf_analyzer import Figures, InputData, Load, run
+
+COMPARED = (LOW, HIGH, ADAPTIVE)
 
 # perf_analyzer's own criterion for its windows, here for the passes of one level.
 STABLE_WITHIN = 0.10
 MOST_DELAYED = 0.05
 WARMUP_REQUESTS = 4
-# An open loop's records hold every image as text, megabytes a request.
-OPEN_REQUESTS = 36
+OPEN_REQUESTS = 60  # of a pass at least, for its percentiles
 PASS_TIMEOUT_S = 300.0
 
 
@@ -73,12 +77,12 @@ class Pass:
     """One pass of one level.
 
     Attributes:
-        result: perf_analyzer's.
+        figures: perf_analyzer's.
         server: Triton's times during the pass, warm-up included, by model.
         server_cpu_ms: CPU time of the server's processes per request; None for a remote server.
     """
 
-    result: AnalyzerResult
+    figures: Figures
     server: Mapping[str, ModelTimes]
     server_cpu_ms: float | None
 
@@ -93,7 +97,7 @@ class Measured:
     @property
     def throughput(self) -> Spread:
         """Images per second, one value per pass."""
-        return Spread.of([p.result.figures.throughput_per_s for p in self.passes])
+        return Spread.of([p.figures.throughput_per_s for p in self.passes])
 
     def instability(self) -> str | None:
         """Why its figures should not be trusted; None if they may be."""
@@ -103,13 +107,13 @@ class Measured:
             return "measured once"
         if figures.max > (1 + STABLE_WITHIN) * figures.min:
             return f"{what} differs by {figures.max / figures.min - 1:.0%} between its passes"
-        delayed = max(p.result.delayed for p in self.passes)
+        delayed = max(p.figures.delayed for p in self.passes)
         if delayed > MOST_DELAYED:
             return f"{delayed:.0%} of the requests were sent later than planned"
         return None
 
     def _spread(self, name: str) -> Spread:
-        return Spread.of([getattr(p.result.figures, name) for p in self.passes])
+        return Spread.of([getattr(p.figures, name) for p in self.passes])
 
     def to_dict(self) -> dict[str, Any]:
         """Its entry in summary.json."""
@@ -117,7 +121,7 @@ class Measured:
         cpu = [p.server_cpu_ms for p in self.passes if p.server_cpu_ms is not None]
         return {
             **self.level.to_dict(),
-            "requests": sum(p.result.figures.requests for p in self.passes),
+            "requests": sum(p.figures.requests for p in self.passes),
             "stable": reason is None,
             "unstable_reason": reason,
             "throughput_per_s": self.throughput.to_dict(),
@@ -163,6 +167,7 @@ class LoadRunner:
         costs_ms: Mapping[str, float],
     ) -> None:
         self._target = target
+        self._meter = target.meter()
         self._analyzer = analyzer
         self._inputs = inputs
         self._raw = raw
@@ -197,15 +202,16 @@ class LoadRunner:
         return measured
 
     def _pass(self, level: Level, turn: int) -> Pass:
-        times, cpu = self._target.times(), self._target.cpu_s()
+        times, start = self._target.times(), time.perf_counter()
+        before_s = 0.0 if self._meter is None else self._meter.read_s()
         csv_path = self._raw / f"{level.slug}-{turn + 1}.csv"
-        result = run(self._load(level), self._analyzer, csv_path)
+        figures = run(self._load(level), self._analyzer, csv_path)
         server = since(times, self._target.times())
         cpu_ms = None
-        if cpu is not None:
-            requests = server[level.system.model].requests
-            cpu_ms = 1e3 * (self._target.cpu_s() - cpu) / requests
-        return Pass(result, server, cpu_ms)
+        if self._meter is not None:
+            used_s = self._meter.used_s(before_s, time.perf_counter() - start)
+            cpu_ms = 1e3 * used_s / server[level.system.model].requests
+        return Pass(figures, server, cpu_ms)
 
     def _load(self, level: Level) -> Load:
         kind = "image_bytes" if level.system.takes_bytes else "image"
@@ -228,7 +234,79 @@ class LoadRunner:
             rounds=rounds,
             warmup_requests=WARMUP_REQUESTS,
             parameters=level.system.parameters,
-            records=level.rate_per_s is not None,
             shared_memory=level.shared_memory,
             timeout_s=PASS_TIMEOUT_S,
         )
+
+
+def closed_levels(
+    suite: Suite, systems: Sequence[System], sets: Collection[str], http: bool, shared_memory: bool
+) -> list[Level]:
+    """The closed loops: a number of requests always in flight.
+
+    Args:
+        suite: how much.
+        systems: everything that can be asked.
+        sets: names of the sets there are.
+        http: whether HTTP can be measured.
+        shared_memory: whether the server shares this machine's memory.
+    """
+    by_name = {system.name: system for system in systems}
+    adaptive = by_name[ADAPTIVE]
+    ends = (suite.concurrency[0], suite.concurrency[-1])
+    saturated = suite.concurrency[-1]
+    curves = (*COMPARED, ENSEMBLE) if suite.every_system else COMPARED
+    levels = [
+        Level(by_name[name], concurrency=c)
+        for c in suite.concurrency
+        for name in curves
+        if name in by_name
+    ]
+    if suite.every_system:  # of the others the ends of the curve
+        others = [system for system in systems if system.name not in curves]
+        levels += [Level(system, concurrency=c) for c in ends for system in others]
+    elif ENSEMBLE in by_name:
+        levels.append(Level(by_name[ENSEMBLE], concurrency=saturated))
+    parts = [name for name in ("easy", "hard") if name in sets]
+    levels += [Level(adaptive, name, concurrency=saturated) for name in parts]
+    # perf_analyzer sends no request parameters over HTTP, and the adaptive one needs none.
+    compared = [by_name[HIGH], adaptive] if suite.every_system else [adaptive]
+    for system in compared:
+        for concurrency in ends if suite.every_system else (saturated,):
+            if http:
+                levels.append(Level(system, concurrency=concurrency, protocol="http"))
+            if shared_memory:
+                levels.append(Level(system, concurrency=concurrency, shared_memory="system"))
+    return levels
+
+
+def open_levels(
+    suite: Suite, systems: Sequence[System], measured: Sequence[Measured]
+) -> list[Level]:
+    """The open loops: Poisson arrivals at parts of what the closed loop reached at most."""
+    by_name = {system.name: system for system in systems}
+    capacity = saturated_throughput(measured)
+    names = COMPARED if suite.every_system else (ADAPTIVE,)
+    return [
+        Level(by_name[name], rate_per_s=round(part * capacity[name], 2))
+        for part in suite.rates
+        for name in names
+    ]
+
+
+def saturated(measured: Sequence[Measured]) -> dict[str, Measured]:
+    """Of each system the closed loop on mixed images over plain gRPC with most in flight."""
+    found: dict[str, Measured] = {}
+    for entry in measured:
+        level = entry.level
+        if (level.set_name, level.protocol, level.shared_memory) != ("mixed", "grpc", "none"):
+            continue
+        best = found.get(level.system.name)
+        if best is None or best.level.concurrency < level.concurrency:
+            found[level.system.name] = entry
+    return found
+
+
+def saturated_throughput(measured: Sequence[Measured]) -> Mapping[str, float]:
+    """Median images per second of each system there."""
+    return {name: entry.throughput.median for name, entry in saturated(measured).items()}
