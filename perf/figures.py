@@ -12,7 +12,7 @@ the clock and the CPU time of the same requests tell the same story where nothin
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,3 +165,98 @@ def load_of(figure: str) -> str | None:
     if figure.endswith("_saturated"):
         return "saturated"
     return "c1" if figure.endswith("_c1") or figure == "ensemble_over_router" else None
+
+
+NOT_BELIEVED = {"not_believed": True}  # stands where a ratio was that cannot be true
+
+
+def cheapest_rival(
+    agreement: Mapping[str, float],
+    costs: Mapping[str, Mapping[str, Any]],
+    among: Collection[str],
+    ours: str = "adaptive",
+) -> tuple[str, dict[str, Any]] | None:
+    """The cheapest system that agrees with the full model at least as often as ours.
+
+    Args:
+        agreement: share of images answered as the full model does, by system.
+        costs: spread of the cost of each system over the same turns, by system.
+        among: which systems count as alternatives.
+        ours: the system that is held against them.
+
+    Returns:
+        Its name, and the spread of its cost over that of ours, turn by turn; None where no system
+        agrees as often, or ours was not measured.
+    """
+    if ours not in agreement or ours not in costs:
+        return None
+    rivals = [
+        name
+        for name in among
+        if name in costs and name in agreement and agreement[name] >= agreement[ours]
+    ]
+    if not rivals:
+        return None
+    best = min(rivals, key=lambda name: float(costs[name]["median"]))
+    above, below = costs[best], costs[ours]
+    if above["runs"] != below["runs"]:  # cut short within a turn
+        return best, Spread.of([above["median"] / below["median"]]).to_dict()
+    pairs = zip(above["values"], below["values"], strict=True)
+    return best, Spread.of([a / b for a, b in pairs]).to_dict()
+
+
+def conclude(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """A summary as its page shows it: what follows from its figures, and only believed ratios.
+
+    Args:
+        summary: content of summary.json; any section may be missing or None.
+
+    Returns:
+        A copy with `doubts` of both loads; `rival`, the cheapest static system that agrees at least
+        as often as adaptive, its `title` and the spread of its `cost_ratio` to adaptive's, or None;
+        `alternatives`, whether any static system but the full one was measured; and `verdict`, a
+        case: `not_measured`, `too_busy`, `faster`, `slower` or `unclear`. Every ratio of costs that
+        cannot be true is replaced by `NOT_BELIEVED`.
+    """
+    found = dict(summary)
+    found["doubts"] = {load: doubts_of(summary, load) for load in ("c1", "saturated")}
+    answers = {name: dict(answer) for name, answer in (summary.get("answers") or {}).items()}
+    judged = {
+        name: answer
+        for name, answer in answers.items()
+        if answer.get("agreement_with_high") is not None and answer.get("cost_ratio") is not None
+    }
+    statics = [name for name in judged if name.startswith("static-") and name != "static-high"]
+    rival = cheapest_rival(
+        {name: answer["agreement_with_high"] for name, answer in judged.items()},
+        {name: answer["cost_ratio"] for name, answer in judged.items()},
+        statics,
+    )
+    found["alternatives"] = bool(statics) and "adaptive" in judged
+    found["rival"] = rival and {"title": answers[rival[0]]["title"], "cost_ratio": rival[1]}
+    found["verdict"] = {"case": _verdict(found, rival and rival[1])}
+    for name, value in found.items():
+        load = load_of(name)
+        if load is not None and value is not None and found["doubts"][load]:
+            found[name] = NOT_BELIEVED
+    if found["doubts"]["c1"]:
+        for answer in answers.values():
+            answer["cost_ratio"] = answer.get("cost_ratio") and NOT_BELIEVED
+        found["rival"] = found["rival"] and found["rival"] | {"cost_ratio": NOT_BELIEVED}
+    if summary.get("answers"):
+        found["answers"] = answers
+    return found
+
+
+def _verdict(summary: Mapping[str, Any], rival: Mapping[str, Any] | None) -> str:
+    """Whether adaptive is faster than always the full rung, and than the cheapest rival."""
+    speed = summary.get("speedup_c1")
+    if speed is None:
+        return "not_measured"
+    if summary["doubts"]["c1"]:
+        return "too_busy"
+    if speed["max"] < 1 or (rival is not None and rival["max"] < 1):
+        return "slower"
+    if speed["min"] > 1 and (rival is None or rival["min"] > 1):
+        return "faster"
+    return "unclear"

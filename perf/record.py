@@ -21,8 +21,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from report.performance_page import write_performance
+
 from . import summary
-from .pages.report import write_report
+from .figures import conclude
 
 REPORT = "report.html"
 
@@ -146,4 +148,4 @@ class Record:
             self.summary["notes"].append(f"stopped before its end: {reason}")
         self._keep()
         if self.has_figures:
-            write_report(self.summary, self.report_path)
+            write_performance(self.report_path, conclude(self.summary))

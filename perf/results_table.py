@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from report.words import recipe_words
+
 from .compare import load_summary, read_json
 from .figures import PerfError, doubts_of
-from .pages.words import rung_words
 
 BEGIN = "<!-- perf/results: begin, made by python -m perf table -->"
 END = "<!-- perf/results: end -->"
@@ -83,7 +84,8 @@ def _model(summary: Summary) -> str:
     model = summary.get("model")
     if not model:
         return _NONE
-    rungs = " / ".join(rung_words(model[rung]) for rung in ("low", "high"))
+    rungs = " / ".join(recipe_words(model[rung]) for rung in ("low", "high"))
+    rungs = rungs.replace(" px", "\N{NO-BREAK SPACE}px")  # a number is never parted from its unit
     return f"{model['backbone']}, {rungs}"
 
 

@@ -66,6 +66,7 @@ def answers_section(
     return {
         system.name: {
             "title": system.title,
+            "recipe": system.recipe,
             "agreement_with_high": paired.agreement(system.name, disagrees),
             "escalation_rate": paired.escalation_rate(system.name),
             "accuracy": _accuracy(paired, system.name, labels),

@@ -119,7 +119,7 @@ def _scatter(scatter: Mapping[str, Any], rules: Sequence[Rule]) -> str:
         Axis("score: predicted L2 change"),
         Axis("oracle: measured L2 change"),
         near(rules, scatter["score"].tolist()),
-        size=(5.6, 4.0),
+        size=(5.6, 3.8),
     )
 
 
@@ -133,7 +133,7 @@ def _units(bins: Sequence[Mapping[str, float]]) -> str:
         Series("mean of a bin, 95 % interval", x, y, INK, "o", y_spread=ends),
     ]
     labels = ("mean score of the bin", "mean oracle L2 of the bin")
-    return chart(series, Axis(labels[0]), Axis(labels[1]), size=(5.6, 4.0))
+    return chart(series, Axis(labels[0]), Axis(labels[1]), size=(5.6, 3.8))
 
 
 def _analysis_figures(analysis: Mapping[str, Any]) -> dict[str, str]:
@@ -167,5 +167,5 @@ def _tenths(losses: Sequence[Mapping[str, Any]]) -> str:
         series,
         Axis("largest L2 change of each group", ticks=uppers),
         Axis("share with a loss", percent=True, limits=(0, None)),
-        size=(5.6, 3.4),
+        size=(5.6, 3.2),
     )

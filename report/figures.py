@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator, PercentFormatter
+from matplotlib.transforms import offset_copy
 
 from .page import HIGH_COLOUR, LOW_COLOUR, data_uri
 from .words import amount, setting
@@ -32,8 +33,15 @@ _STYLE: Any = {  # matplotlib types its keys as literals
     "svg.hashsalt": "report",
 }
 _LEGEND: Any = {"frameon": False, "fontsize": 8.5, "columnspacing": 1.2}
-_LEGEND_CHARACTERS = 96  # of all entries in a row, at the width of a usual figure
+_LEGEND_CHARACTERS = 14.5  # that fit into an inch of a legend
+_LEGEND_MARKER = 6  # characters that a marker and the gap to the next column take
+_LEGEND_LINE = 0.17  # inches
 _USUAL_WIDTH = 6.6  # inches
+_ASIDE = [(0.0, 0.0)] + [  # where a marker may stand if its place is taken, in points
+    (float(distance * np.cos(angle)), float(distance * np.sin(angle)))
+    for distance in (15, 21, 28, 38, 50)
+    for angle in np.pi / 2 + np.linspace(0, 2 * np.pi, 12, endpoint=False)
+]
 _LEAST_WRITTEN = 0.06  # share of the longest bar below which its number does not fit inside
 
 
@@ -119,7 +127,7 @@ def chart(
     rules: Sequence[Rule] = (),
     beaten_by: Sequence[tuple[float, float]] = (),
     beaten: str = "",
-    size: tuple[float, float] = (_USUAL_WIDTH, 4.8),
+    size: tuple[float, float] = (_USUAL_WIDTH, 4.2),
 ) -> str:
     """Points and lines over two axes.
 
@@ -130,7 +138,7 @@ def chart(
         rules: straight lines.
         beaten_by: points; what lies right of one and no higher is shaded.
         beaten: name of the shade in the legend.
-        size: width and height in inches, the legend above them.
+        size: width and height in inches, without the legend above.
     """
     figure, axes = _figure(*size)
     for one in series:
@@ -144,7 +152,8 @@ def chart(
     axes.grid(color="#eeeeee")
     if beaten_by:
         _shade(axes, beaten_by, beaten)
-    _legend(figure, axes, size[0])
+    _legend(figure, axes)
+    _write_numbers(figure, axes, series)
     return _svg(figure)
 
 
@@ -154,49 +163,97 @@ def _draw(axes: Axes, one: Series) -> None:
         axes.plot(ends, [at, at], color=one.colour, linewidth=1.2, zorder=2)
     for ends, at in zip(one.y_spread, one.x, strict=False):
         axes.plot([at, at], ends, color=one.colour, linewidth=1.2, zorder=2)
-    hollow = one.hollow or [False] * len(one.x)
+    name = one.name or None
     if one.line:
-        axes.plot(
-            one.x,
-            one.y,
-            one.line,
-            color=one.colour,
-            linewidth=one.width,
-            zorder=order,
-            label=(None if one.marker else one.name or None),
-        )
+        label = None if one.marker else name
+        style: Any = {"color": one.colour, "linewidth": one.width, "zorder": order}
+        axes.plot(one.x, one.y, one.line, label=label, **style)
     if not one.marker:
         return
-    style: Any = {
+    if one.numbers:  # the marker that is seen is drawn once there is a scale
+        axes.plot(one.x, one.y, "o", color=one.colour, markersize=3, linestyle="", zorder=order)
+        axes.plot([], [], one.marker, color=one.colour, label=name, markersize=8, linestyle="")
+        return
+    for is_empty in (False, True):
+        rows = [i for i in range(len(one.x)) if _is_hollow(one, i) == is_empty]
+        if rows:
+            points = ([one.x[i] for i in rows], [one.y[i] for i in rows])
+            axes.plot(*points, label=name, **_marker(one, is_empty))
+            name = None  # named once
+
+
+def _is_hollow(one: Series, row: int) -> bool:
+    return bool(one.hollow) and one.hollow[row]
+
+
+def _marker(one: Series, is_empty: bool) -> dict[str, Any]:
+    """How a marker is drawn."""
+    edge = one.colour if one.hollow else "white"
+    return {
+        "marker": one.marker,
+        "linestyle": "",
         "color": one.colour,
         "markersize": one.size,
+        "markeredgecolor": edge if one.alpha == 1 else "none",
+        "markerfacecolor": "white" if is_empty else one.colour,
         "alpha": one.alpha,
-        "zorder": order + 0.5,
+        "zorder": 6 if one.above else 4,
         "clip_on": False,
     }
-    if one.alpha == 1:
-        style["markeredgecolor"] = one.colour if any(hollow) else "white"
-    full = [i for i, empty in enumerate(hollow) if not empty]
-    name = one.name or None
-    axes.plot(_of(one.x, full), _of(one.y, full), one.marker, linestyle="", label=name, **style)
-    empty = [i for i, is_empty in enumerate(hollow) if is_empty]
-    style["markerfacecolor"] = "white"
-    axes.plot(_of(one.x, empty), _of(one.y, empty), one.marker, linestyle="", **style)
-    for i, number in enumerate(one.numbers):
-        axes.annotate(
-            number,
-            (one.x[i], one.y[i]),
-            ha="center",
-            va="center_baseline",
-            fontsize=min(8.0, 0.62 * one.size),
-            fontweight="bold",
-            color=one.colour if hollow[i] else "white",
-            zorder=order + 0.6,
-        )
 
 
-def _of(values: Sequence[float], rows: Sequence[int]) -> list[float]:
-    return [values[row] for row in rows]
+def _write_numbers(figure: Figure, axes: Axes, series: Sequence[Series]) -> None:
+    """Draw the markers that have numbers, each where it covers no other one.
+
+    A marker that finds its place taken steps aside, and a line leads to the place. Freezes the
+    layout, because a place is free only at the size at which it was looked up.
+    """
+    numbered = [one for one in series if one.numbers]
+    if not numbered:
+        return
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    taken: list[tuple[float, float, float]] = []  # places in points, and sizes
+    for one in sorted(numbered, key=lambda one: (not one.above, -one.size)):
+        for i, number in enumerate(one.numbers):
+            x, y = axes.transData.transform((one.x[i], one.y[i])) * 72 / figure.dpi
+            dx, dy = next(
+                (
+                    (dx, dy)
+                    for dx, dy in _ASIDE
+                    if all(
+                        np.hypot(x + dx - u, y + dy - v) > 0.55 * (one.size + size)
+                        for u, v, size in taken
+                    )
+                ),
+                (0.0, 0.0),
+            )
+            taken.append((x + dx, y + dy, one.size))
+            _write_number(figure, axes, one, i, number, (dx, dy))
+
+
+def _write_number(
+    figure: Figure, axes: Axes, one: Series, row: int, number: str, aside: tuple[float, float]
+) -> None:
+    place = (one.x[row], one.y[row])
+    moved = offset_copy(axes.transData, figure, *aside, units="points")
+    style = _marker(one, _is_hollow(one, row))
+    axes.plot(*([value] for value in place), transform=moved, **style)
+    axes.annotate(
+        number,
+        place,
+        aside,
+        textcoords="offset points",
+        ha="center",
+        va="center_baseline",
+        fontsize=min(8.0, 0.6 * one.size),
+        fontweight="bold",
+        color=one.colour if _is_hollow(one, row) else "white",
+        zorder=style["zorder"] + 0.5,
+        arrowprops={"arrowstyle": "-", "color": one.colour, "linewidth": 0.8, "zorder": 3}
+        if any(aside)
+        else None,
+    )
 
 
 def _shade(axes: Axes, points: Sequence[tuple[float, float]], name: str) -> None:
@@ -252,7 +309,7 @@ def histogram(
     label: str,
     things: str = "images",
     rules: Sequence[Rule] = (),
-    size: tuple[float, float] = (5.6, 3.4),
+    size: tuple[float, float] = (5.6, 3.2),
 ) -> str:
     """How often values occur, stacked.
 
@@ -261,7 +318,7 @@ def histogram(
         label: of the values' axis.
         things: what is counted.
         rules: upright lines; one that is far from every value is left out.
-        size: width and height in inches.
+        size: width and height in inches, without the legend above.
     """
     figure, axes = _figure(*size)
     values = np.concatenate([np.asarray(group, np.float64) for group in groups.values()])
@@ -275,7 +332,7 @@ def histogram(
     for rule in near(rules, values.tolist()):
         axes.axvline(rule.at, color=rule.colour, linestyle=rule.line, label=rule.name)
     axes.set(xlabel=label, ylabel=things)
-    _legend(figure, axes, size[0])
+    _legend(figure, axes)
     return _svg(figure)
 
 
@@ -300,7 +357,7 @@ def bars(
         colours: of the parts.
         label: of the axis.
     """
-    figure, axes = _figure(5.6, 1.3 + 0.8 * len(rows))
+    figure, axes = _figure(5.6, 0.8 + 0.75 * len(rows))
     longest = max(totals)
     named: set[str] = set()
     for height, (parts, total) in enumerate(zip(rows.values(), totals, strict=True)):
@@ -319,7 +376,7 @@ def bars(
     axes.set_yticks(range(len(rows)), list(rows))
     axes.set(xlabel=label, ylim=(len(rows) - 0.5, -0.5), xlim=(0, 1.2 * longest))
     axes.grid(axis="x", color="#eeeeee")
-    _legend(figure, axes, 5.6)
+    _legend(figure, axes)
     return _svg(figure)
 
 
@@ -343,14 +400,16 @@ def _scale(axes: Axes, name: str, scale: Axis) -> None:
         (axes.set_xlim if name == "x" else axes.set_ylim)(*scale.limits)
 
 
-def _legend(figure: Figure, axes: Axes, width: float) -> None:
+def _legend(figure: Figure, axes: Axes) -> None:
     """Name everything above the axes, in as many columns as there is room for."""
     names = axes.get_legend_handles_labels()[1]
     if not names:
         return
-    room = _LEGEND_CHARACTERS * width / _USUAL_WIDTH
-    columns = int(room // (max(map(len, names)) + 6))  # with its marker and the gap
-    figure.legend(loc="outside upper left", ncols=max(1, min(4, columns)), **_LEGEND)
+    width, height = figure.get_size_inches()
+    room = int(_LEGEND_CHARACTERS * width // (max(map(len, names)) + _LEGEND_MARKER))
+    columns = max(1, min(4, room))
+    figure.set_size_inches(width, height + _LEGEND_LINE * -(-len(names) // columns))
+    figure.legend(loc="outside upper left", ncols=columns, **_LEGEND)
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:

@@ -22,9 +22,9 @@ _LOOKS = {  # what a point is: its name in the legend, colour, marker and size
     "low": ("cheap candidate alone", LOW_COLOUR, "o", 12),
     "high": ("full candidate alone", "#7a5230", "s", 12),
     "reference": ("full model", INK, "s", 13),
-    "px": ("alternative, fewer pixels", "#777777", "v", 14),
-    "tome": ("alternative, merged tokens", OTHERS[0], "^", 14),
-    "other": ("alternative, other", OTHERS[7], "h", 13),
+    "px": ("alternative, fewer pixels", "#777777", "8", 13),
+    "tome": ("alternative, merged tokens", OTHERS[0], "H", 13),
+    "other": ("alternative, other", OTHERS[7], "p", 14),
     "refused": ("cascade, not certified", RED, "D", 12),
     "certified": ("cascade, certified", HIGH_COLOUR, "D", 12),
     "chosen": ("cascade, chosen", HIGH_COLOUR, "p", 18),
@@ -186,7 +186,7 @@ def _frontier(content: Content) -> str:
         [Rule(limit, f"risk limit ε = {setting(1 - limit)}", across=True, colour=RED)],
         [(p["cost"], p["acceptable"]) for p in shown if p["kind"] == "chosen"],
         "beaten by the chosen cascade",
-        size=(8.8, 5.6),
+        size=(8.8, 4.8),
     )
 
 
@@ -203,7 +203,7 @@ def _growth(content: Content, aligned: Mapping[str, Mapping[str, Any]]) -> str:
         series,
         Axis("images to learn from; at 0 the graph is not aligned", limits=(0, None)),
         Axis("acceptable if it answers alone", percent=True),
-        size=(6.6, 4.0),
+        size=(6.6, 3.4),
     )
 
 

@@ -29,6 +29,7 @@ class System:
         takes_bytes: whether it takes encoded images instead of the image tensor.
         outputs: what it is asked for; of none the embedding, the logits where there is a head, and
             of a router its decision.
+        recipe: of a static system's graph.
     """
 
     name: str
@@ -37,6 +38,7 @@ class System:
     parameters: Mapping[str, str | int] = field(default_factory=dict)
     takes_bytes: bool = False
     outputs: tuple[str, ...] = ()
+    recipe: str | None = None
 
     @property
     def is_static(self) -> bool:
@@ -56,19 +58,23 @@ def systems(
         threshold_30: the one above which 30 % of the mixed set's scores lie.
     """
     reference = rung_set.reference
-    low, high = (recipe_words(rung_set.rungs[name].recipe) for name in ("vit_low", "vit_high"))
-    found = [System(LOW, f"cheap rung always ({low})", "vit_low")]
+    low, high = (rung_set.rungs[name].recipe for name in ("vit_low", "vit_high"))
+
+    def static(name: str, title: str, model: str, recipe: str) -> System:
+        return System(name, title.format(recipe_words(recipe)), model, recipe=recipe)
+
+    found = [static(LOW, "cheap rung always ({})", "vit_low", low)]
     found += [
-        System(_name(model), f"static {recipe_words(record.recipe)}", model)
+        static(_name(model), "static {}", model, record.recipe)
         for model, record in rung_set.alternatives.items()
         if model in served and model != reference.name
     ]
     if rung_set.reference_record is not None and reference.name in served:
-        full = recipe_words(reference.record.recipe)
-        found.append(System(ESCALATION, f"escalation rung always ({high})", "vit_high"))
-        found.append(System(HIGH, f"full model always ({full})", reference.name))
+        full = reference.record.recipe
+        found.append(static(ESCALATION, "escalation rung always ({})", "vit_high", high))
+        found.append(static(HIGH, "full model always ({})", reference.name, full))
     else:
-        found.append(System(HIGH, f"full rung always ({high})", "vit_high"))
+        found.append(static(HIGH, "full rung always ({})", "vit_high", high))
     calibrated = "calibrated threshold" if threshold is not None else "nothing certified"
     found += [
         System("adaptive-0", "adaptive, never escalating", "router", {"threshold": NEVER}),

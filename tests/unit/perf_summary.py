@@ -17,6 +17,8 @@ TITLES = {
     "adaptive-100": "adaptive, always escalating",
     "ensemble": "adaptive from image bytes, calibrated threshold",
 }
+RECIPES = {f"static-{px}": f"px={px}" for px in (140, 168)}
+RECIPES |= {"static-low": "px=112", "static-high": "px=224"}
 STATEMENT = (
     "With confidence 90 %, at most 5 % of images drawn as the calibration images were get an "
     "answer that names another class than the full rung. Of 238 certify images that nothing was "
@@ -44,6 +46,7 @@ def around(value, runs=4, share=0.02):
 def answer(name, agreement, escalation, cost_ms):
     return {
         "title": TITLES[name],
+        "recipe": RECIPES.get(name),
         "agreement_with_high": agreement,
         "escalation_rate": escalation,
         "accuracy": None,

@@ -1,32 +1,19 @@
 import base64
 import re
-from statistics import median
 
-import numpy as np
+import jinja2
 import pytest
-from matplotlib.figure import Figure
-from matplotlib.transforms import Bbox
 
-from perf.pages.labels import Label, place
-from perf.pages.readings import cheapest_rival, verdict
-from perf.pages.report import write_report
-from perf.pages.tables import derived
-from perf.pages.words import (
-    Cell,
-    amount,
-    cheaper_ways,
-    recipe_of,
-    rung_words,
-    short_name,
-    system_order,
-)
+from perf.figures import conclude
+from report import performance_page
+from report.performance_page import system_order, write_performance
 from tests.unit.pages import Page, squeeze
 from tests.unit.perf_summary import STATEMENT, around, load, measured, sample_summary, spread
 
 
 def page_of(tmp_path, summary):
     path = tmp_path / "new" / "report.html"
-    write_report(summary, path)
+    write_performance(path, conclude(summary))
     return Page(path)
 
 
@@ -93,67 +80,6 @@ def test_a_single_run_is_called_one(tmp_path):
     assert "1.05 1 run peak memory" in page_of(tmp_path, summary).text
 
 
-def test_a_cheaper_alternative_that_agrees_as_often_is_not_hidden():
-    summary = sample_summary()
-    summary["answers"]["static-168"]["cost_ratio"] = around(0.40, share=0.01)
-    found = verdict(summary)
-    assert found["state"] == "refused"
-    assert found["heading"] == "Faster than the alternatives? No"
-    assert squeeze(found["sentence"]).endswith(
-        "But a static alternative, static 168 px, agrees at least as often and costs only 0.94 "
-        "times as much."
-    )
-
-
-def test_an_alternative_within_the_spread_is_called_about_the_same():
-    summary = sample_summary()
-    summary["answers"]["static-168"]["cost_ratio"] = spread(0.40, 0.42, 0.44, 0.46)
-    found = verdict(summary)
-    assert found["state"] == "unasked"
-    assert found["heading"] == "Faster than the alternatives? Not clearly"
-    assert "costs about the same: 1.01 times as much (0.94 to 1.07)." in found["sentence"]
-
-
-def test_no_alternative_that_agrees_as_often_is_said():
-    summary = sample_summary()
-    summary["answers"]["adaptive"]["agreement_with_high"] = 0.98
-    none_agrees = "No static alternative below the full rung agrees as often."
-    assert verdict(summary)["sentence"].endswith(none_agrees)
-    assert verdict(summary)["state"] == "certified"
-    for name in ("static-low", "static-140", "static-168"):
-        del summary["answers"][name]
-    none_measured = "No static alternative was measured beside it."
-    assert verdict(summary)["sentence"].endswith(none_measured)
-
-
-def test_slower_than_the_full_rung_is_no():
-    found = verdict(sample_summary() | {"speedup_c1": spread(0.95, 0.97, 0.98, 0.99)})
-    assert found["state"] == "refused" and "Adaptive is 0.97 times as fast" in found["sentence"]
-
-
-def test_an_agreement_that_was_not_measured_is_not_made_up():
-    sentence = verdict(without_figures())["sentence"]
-    assert "as fast as always running the full rung; its agreement" in sentence
-    assert "was not measured. No static alternative was measured" in sentence
-
-
-def test_the_rival_is_the_cheapest_that_agrees_as_often_round_by_round():
-    summary = sample_summary()
-    summary["answers"]["static-196"] = summary["answers"]["static-168"] | {
-        "cost_ratio": around(0.8)
-    }
-    name, costs = cheapest_rival(summary)
-    assert name == "static-168"
-    summary["answers"]["static-140"]["agreement_with_high"] = 0.95  # as adaptive: that is enough
-    assert cheapest_rival(summary)[0] == "static-140"
-    ours, theirs = (
-        summary["answers"][system]["cost_ratio"]["values"] for system in ("adaptive", name)
-    )
-    expected = [b / a for a, b in zip(ours, theirs, strict=True)]
-    assert costs["values"] == pytest.approx(expected)
-    assert costs["median"] == pytest.approx(median(expected))
-
-
 def test_the_certificate_is_told_from_none_and_from_a_refusal(tmp_path):
     summary = without_figures(certificate=None)
     assert "No certificate: nothing is guaranteed" in page_of(tmp_path, summary).text
@@ -192,26 +118,6 @@ def test_every_system_stands_with_agreement_and_cost(page):
     assert [rows.index(title) for title in order] == sorted(rows.index(title) for title in order)
 
 
-def test_the_frontier_shows_every_system_labelled(page):
-    words = words_in(figures(page)[0])
-    for label in (
-        "cheap rung, 112 px",
-        "140 px",
-        "168 px",
-        "full rung, 224 px",
-        "0.0 % escalated",
-        "12.5 % escalated",
-        "30.0 % escalated",
-        "100.0 % escalated",
-        "from image bytes",
-        "as calibrated",
-        "static, fewer pixels",
-        "beaten by adaptive",
-    ):
-        assert label in words, label
-    assert "static, merged tokens" not in words and "static, other" not in words
-
-
 def test_the_time_is_attributed_in_a_bar_and_a_table(page):
     words = words_in(figures(page)[1])
     assert {"kept low", "escalated", "router, BLS hops, ensemble", "33.5 ms", "137 ms"} <= set(
@@ -220,7 +126,7 @@ def test_the_time_is_attributed_in_a_bar_and_a_table(page):
     rows = page.sections["Where the time goes, in numbers"]
     assert "full rung 0.00 0.0 % 102 74.4 % 12.7 27.4 %" in rows
     assert rows.endswith("whole request 33.5 137 46.4")
-    assert "Of the 46.4 ms of an average request: cheap rung 61.6 %" in page.text
+    assert "cheap rung 28.6 85.4 % 28.7 20.9 % 28.6 61.6 %" in rows
 
 
 def test_runs_that_did_not_stabilise_are_marked_with_their_reason(page, tmp_path):
@@ -266,8 +172,8 @@ def test_the_curves_leave_out_what_does_not_compare(tmp_path):
 
 def test_memory_locust_and_the_stand_in_have_their_tables(page):
     memory = page.sections["Memory"]
-    assert "cheap rung, 112 px 312 390 – 84.2 27.0 %" in memory
-    assert "adaptive 693 866 – 169 24.3 %" in memory
+    assert "cheap rung always (112 px) 312 390 – 84.2 27.0 %" in memory
+    assert "adaptive, calibrated threshold 693 866 – 169 24.3 %" in memory
     locust = page.sections["Locust"]
     row = "constant 8.00 163 0 20.4 181 342 398 13.5 % p95 ≤ 500 ms: met"
     assert f"4 closed-loop grpc {row}" in locust and f"4 closed-loop http {row}" in locust
@@ -316,7 +222,7 @@ def test_an_efficiency_a_little_above_one_is_explained(page, tmp_path):
     assert batches not in page.text
     summary = without_figures(cascade_efficiency_saturated=spread(1.01, 1.02, 1.03))
     text = page_of(tmp_path, summary).text
-    assert f"The saturated efficiency is 1.020, above 1: in the cascade {batches}" in text
+    assert f"above 1 is possible: saturated, in the cascade {batches}" in text
     assert "client and network are paid once" not in text
     summary = without_figures(cascade_efficiency_c1=spread(1.01, 1.02))
     text = page_of(tmp_path, summary).text
@@ -337,7 +243,7 @@ def test_figures_that_cannot_be_true_are_said_and_not_shown_in_large_type(
     summary = without_figures(disturbed=True, doubts={load: ["a reason"]})
     disturbed = page_of(tmp_path, summary)
     assert f"{words} for a figure: a reason." in disturbed.text and "loud" in disturbed.classes
-    assert box not in disturbed.text and "– not believed" in disturbed.text
+    assert box not in disturbed.text and "not believed" in disturbed.text
 
 
 def test_no_figure_that_cannot_be_true_is_anywhere_on_the_page(page, tmp_path):
@@ -361,13 +267,6 @@ def test_no_figure_that_cannot_be_true_is_anywhere_on_the_page(page, tmp_path):
     assert "31.0" in found.sections[table]
     assert "Not drawn" in found.sections["What agreement costs"]
     assert len(found.loaded) == len(page.loaded) - 1
-
-
-def test_a_disturbed_run_gives_no_verdict():
-    summary = sample_summary() | {"doubts": {"c1": ["a reason"]}}
-    found = verdict(summary)
-    assert found["heading"].endswith("The machine was too busy to say")
-    assert found["state"] == "unasked" and "2.34" not in found["sentence"]
 
 
 SECTIONS = {
@@ -401,14 +300,6 @@ def test_a_section_that_is_missing_says_not_measured(tmp_path, keys):
     assert page_of(tmp_path, null).sections == page.sections
 
 
-@pytest.mark.parametrize("key", [key for key in sample_summary() if re.search("_(c1|sat)", key)])
-def test_a_derived_figure_that_is_missing_says_not_measured(key):
-    whole, summary = derived(sample_summary()), sample_summary()
-    del summary[key]
-    changed = [row for row, before in zip(derived(summary), whole, strict=True) if row != before]
-    assert [(row["cell"], row["runs"]) for row in changed] == [(Cell("not measured"), "–")]
-
-
 def test_the_standin_section_says_not_measured(tmp_path):
     summary = without_figures()
     del summary["standin_over_ort_b1"], summary["standin_over_ort_b8"]
@@ -433,94 +324,112 @@ def test_one_missing_side_of_the_attribution_leaves_the_other(tmp_path):
 def test_equal_summaries_make_equal_pages(tmp_path):
     summary = without_figures(answers=sample_summary()["answers"])
     for name in ("a.html", "b.html"):
-        write_report(summary, tmp_path / name)
+        write_performance(tmp_path / name, conclude(summary))
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
 
 
-def crowd():
-    rng = np.random.default_rng(3)
-    return [Label((x, y), f"label {i}") for i, (x, y) in enumerate(rng.normal(0, 0.05, (9, 2)))]
+CASES = {
+    "not_measured": "Faster than the alternatives? Not measured",
+    "too_busy": "Faster than the alternatives? The machine was too busy to say",
+    "faster": "Faster than the alternatives? Yes",
+    "slower": "Faster than the alternatives? No Adaptive",
+    "unclear": "Faster than the alternatives? Not clearly",
+}
 
 
-def test_labels_of_a_crowd_do_not_cover_each_other_and_stay_inside():
-    figure = Figure(figsize=(5, 4))
-    axes = figure.subplots()
-    axes.set(xlim=(-1, 1), ylim=(-1, 1))
-    boxes = [note.get_window_extent() for note in place(axes, crowd())]
-    for i, box in enumerate(boxes):
-        assert not any(box.overlaps(other) for other in boxes[:i])
-        assert Bbox.intersection(box, axes.bbox).bounds == pytest.approx(box.bounds)
+@pytest.mark.parametrize("case", CASES)
+def test_each_verdict_has_its_caption_and_no_other_one(tmp_path, case):
+    found = conclude(without_figures())
+    found["verdict"] = {"case": case}
+    write_performance(tmp_path / "page.html", found)
+    text = Page(tmp_path / "page.html").text
+    assert [name for name, caption in CASES.items() if caption in text] == [case]
+    with pytest.raises(jinja2.UndefinedError, match="undefined_case"):
+        write_performance(tmp_path / "page.html", found | {"verdict": {"case": "new"}})
 
 
-def test_a_label_keeps_off_lines_where_it_can():
-    figure = Figure(figsize=(5, 4))
-    axes = figure.subplots()
-    axes.set(xlim=(0, 1), ylim=(0, 1))
-    line = np.array([[0.0, 0.5], [1.0, 0.5]])  # through where a label would stand first
-    (free,) = place(axes, [Label((0.5, 0.5), "label")])
-    assert free.get_window_extent().y0 < axes.transData.transform((0, 0.5))[1]
-    (moved,) = place(axes, [Label((0.5, 0.5), "label")], [line])
-    box, height = moved.get_window_extent(), axes.transData.transform((0, 0.5))[1]
-    assert box.y0 > height or box.y1 < height
-
-
-def test_numbers_carry_about_three_digits():
-    assert [amount(value) for value in (1204.4, 104.2, 31.25, 0.618, -0.05, None)] == [
-        *("1,204", "104", "31.2", "0.62", "-0.05"),
-        "–",
-    ]
-    assert Cell.of(None) == Cell("–") and Cell.of(spread(2.0)) == Cell("2.00", "")
-
-
-def test_a_full_rung_that_is_not_the_full_model_is_named_apart_from_it():
-    summary = sample_summary()
-    summary["model"] |= {"reference": "px=224", "high": "px=224,int8=static"}
-    space = "\N{NO-BREAK SPACE}"
-    assert short_name("static-high", summary) == f"full model, 224{space}px"
-    assert short_name("static-escalation", summary) == f"full rung, 224{space}px, int8"
-
-
-def test_systems_have_short_names_and_an_order():
-    summary = sample_summary()
-    assert short_name("static-low", summary) == "cheap rung, 112\N{NO-BREAK SPACE}px"
-    assert short_name("static-low", {}) == "cheap rung"
-    assert short_name("adaptive-45", {}) == "adaptive, asked for 45\N{NO-BREAK SPACE}%"
-    assert rung_words("px=112,tome=8") == "112\N{NO-BREAK SPACE}px, 8 tokens merged per block"
-    assert short_name("static-tome8", {}) == "static 8 tokens merged per block"
-    summary["model"]["low"] = "px=112,int8=static,align"
-    cheap = "cheap rung, 112\N{NO-BREAK SPACE}px, int8, aligned"
-    assert short_name("static-low", summary) == cheap
-    names = list(summary["answers"])
-    assert sorted(set(names), key=system_order) == names
-    others = ["static-98", "static-140", "static-140-int8static", "static-tome4", "static-tome12"]
-    assert sorted({*others, *names}, key=system_order)[1:3] == ["static-98", "static-140"]
-    ordered = ["static-low", *others, "static-high"]
-    assert sorted({*ordered}, key=system_order) == ordered
+RIVAL = (
+    "Of the static alternatives that agree at least as often, the cheapest, static 168 px, costs"
+)
 
 
 @pytest.mark.parametrize(
-    ("system", "recipe"),
+    ("agreement", "rival", "alternatives", "words"),
     [
-        ("static-140", "px=140"),
-        ("static-tome8", "tome=8"),
-        ("static-int8", "int8"),
-        ("static-112-depth9-tome4-int8static-align", "px=112,depth=9,tome=4,int8=static,align"),
-        ("static-168-fp16", "px=168,fp16"),
-        ("static-low", "px=112"),
-        ("adaptive-30", None),
-        ("ensemble", None),
+        (0.95, spread(1.3, 1.34, 1.4), True, "2.34 times as fast as always running the full rung"),
+        (0.95, spread(1.3, 1.34, 1.4), True, f"{RIVAL} 1.34 times as much."),
+        (0.95, spread(0.9, 0.94, 0.95), True, f"{RIVAL} 0.94 times as much."),
+        (0.95, spread(0.94, 1.01, 1.07), True, f"{RIVAL} 1.01 times as much, about the same (0.94"),
+        (0.95, None, True, "No static alternative below the full rung agrees as often."),
+        (0.95, None, False, "No static alternative was measured beside it."),
+        (None, None, False, "full rung; its agreement with the full rung was not measured."),
     ],
 )
-def test_a_static_system_has_a_recipe(system, recipe):
-    assert recipe_of(system, sample_summary()) == recipe
+def test_the_verdict_says_what_it_is_held_against(tmp_path, agreement, rival, alternatives, words):
+    found = conclude(without_figures())
+    answer = sample_summary()["answers"]["adaptive"] | {"agreement_with_high": agreement}
+    found |= {"answers": {"adaptive": answer}, "alternatives": alternatives}
+    found["rival"] = rival and {"title": "static 168 px", "cost_ratio": rival}
+    write_performance(tmp_path / "page.html", found)
+    assert words in Page(tmp_path / "page.html").text
 
 
-def test_a_recipe_is_told_from_the_full_model_by_what_it_does_to_be_cheaper():
+def with_alternatives(low="px=112", **costs):
+    """A summary in which alternatives of these recipes agree in 96 % and cost this share."""
     summary = sample_summary()
-    assert cheaper_ways("static-high", summary) == {}
-    for full in ("fp32", "px=224,fp32"):
-        summary["model"]["high"] = full
-        assert cheaper_ways("static-high", summary) == {}
-    assert cheaper_ways("static-224-tome8", summary) == {"tome": "8"}
-    assert cheaper_ways("static-140-int8", summary) == {"px": "140", "int8": ""}
-    assert cheaper_ways("static-low", {}) is None and cheaper_ways("adaptive", summary) is None
+    summary["answers"]["static-low"]["recipe"] = low
+    like = summary["answers"]["static-168"] | {"agreement_with_high": 0.96}
+    for recipe, cost in costs.items():
+        costs_this = {"cost_ratio": around(cost, share=0.01), "recipe": recipe}
+        summary["answers"][f"static-{recipe}"] = like | costs_this
+    return summary
+
+
+def frontier(monkeypatch, summary):
+    """The series that the frontier draws, and where its shade begins."""
+    drawn = []
+    monkeypatch.setattr(
+        performance_page, "chart", lambda series, *rest, **_: drawn.append((series, rest)) or ""
+    )
+    answers = conclude(summary)["answers"]
+    performance_page._frontier(answers, sorted(answers, key=system_order))
+    ((series, (_, _, _, beaten_by, _)),) = drawn
+    return series, beaten_by
+
+
+def test_the_frontier_has_every_system_s_number_once(monkeypatch):
+    series, beaten_by = frontier(monkeypatch, sample_summary())
+    numbers = [number for one in series for number in one.numbers]
+    assert sorted(numbers) == list("123456789")
+    looks = [(one.colour, one.marker) for one in series if one.numbers]
+    assert len(set(looks)) == len(looks)
+    names = {one.name for one in series}
+    assert {"static, fewer pixels", "cheap rung", "full rung", "adaptive, as calibrated"} < names
+    assert "static, merged tokens" not in names and "static, other" not in names
+    assert [round(cost, 2) for cost, _ in beaten_by] == [0.3, 0.43, 0.6, 1.3]
+
+
+def test_only_alternatives_that_differ_in_one_number_are_joined_and_end_at_the_full_model(
+    monkeypatch,
+):
+    def lines(summary):
+        series, _ = frontier(monkeypatch, summary)
+        static = [one for one in series if one.line and not one.name]
+        return [[round(x, 2) for x in one.x] for one in static]
+
+    low, mid, full = round(30 / 105, 2), [round(43 / 105, 2), round(60 / 105, 2)], 1.0
+    tokens = {"px=224,tome=8": 0.7, "px=224,tome=4": 0.8}
+    others = {"px=224,int8=static": 0.5, "px=140,tome=4": 0.3}
+    several = with_alternatives(**tokens, **others)
+    assert lines(several) == [[low, *mid, full], [0.7, 0.8, full]]
+    # A cheap rung that is more than a resolution stands for itself.
+    aligned = with_alternatives("px=112,int8=static,align", **{"px=224,depth=9": 0.75})
+    assert lines(aligned) == [[*mid, full], [0.75, full]]
+
+
+def test_systems_have_an_order():
+    names = list(sample_summary()["answers"])
+    assert sorted(set(names), key=system_order) == names
+    others = ["static-98", "static-140", "static-140-int8static", "static-tome4", "static-tome12"]
+    ordered = ["static-low", *others, "static-high"]
+    assert sorted({*ordered}, key=system_order) == ordered

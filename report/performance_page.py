@@ -1,0 +1,258 @@
+"""The performance report: one summary.json in one self-contained file.
+
+It is handed the summary after `perf.figures.conclude`, which leaves only ratios that can be true;
+where one was not believed, the page says so.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import nan
+from pathlib import Path
+from typing import Any
+
+from .figures import GREY, INK, OTHERS, Axis, Rule, Series, bars, chart
+from .page import HIGH_COLOUR, LOW_COLOUR, render
+from .words import amount, count_of
+
+Summary = Mapping[str, Any]
+Entry = Mapping[str, Any]
+
+_PARTS = {
+    "client and network": "#c9c5bb",
+    "preprocess": "#d99a2b",
+    "cheap rung": LOW_COLOUR,
+    "scoring": "#7a7fd0",
+    "router, BLS hops, ensemble": "#4c78a8",
+    "full rung": HIGH_COLOUR,
+    "queues": "#777777",
+}
+_GROUPS = {"kept": "kept low", "escalated": "escalated", "all": "all"}
+_FAMILIES = {  # the one part of a recipe by which systems differ that a line joins
+    "px": ("static, fewer pixels", "#777777", "8"),
+    "tome": ("static, merged tokens", OTHERS[0], "H"),
+    "depth": ("static, fewer blocks", OTHERS[6], "8"),
+    "other": ("static, other", OTHERS[7], "p"),
+}
+_RUNGS = {
+    "static-low": ("cheap rung", LOW_COLOUR, "s"),
+    "static-high": ("full rung", HIGH_COLOUR, "s"),
+    "static-escalation": ("escalation rung", "#c98b7a", "s"),
+    "ensemble": ("adaptive from image bytes", OTHERS[5], "D"),
+}
+
+
+def write_performance(path: Path, summary: Summary) -> None:
+    """Write the page.
+
+    Args:
+        path: file to write.
+        summary: of `perf.figures.conclude`. Any section may be missing or None.
+    """
+    attribution = summary.get("attribution") or {}
+    answers = summary.get("answers") or {}
+    order = sorted(answers, key=system_order)
+    render(
+        path,
+        "performance.html.j2",
+        summary={key: value for key, value in summary.items() if value is not None},
+        answers={name: answers[name] for name in order},
+        numbers={name: str(number) for number, name in enumerate(order, 1)},
+        frontier=_frontier(answers, order),
+        groups={name: attribution[name] for name in _GROUPS if attribution.get(name)},
+        group_names=_GROUPS,
+        time_bars=_time_bars(attribution),
+        closed_loop=_curves(summary, "closed", "p50", "throughput, images per second"),
+        open_loop=_curves(summary, "open", "p95", "arrivals, images per second (Poisson)"),
+        loads_by={loop: _by_system(summary, loop) for loop in ("closed", "open")},
+        load_words=load_words,
+    )
+
+
+def system_order(system: str) -> tuple[int, str]:
+    """Sorts statics from the cheap rung over the alternatives to the full one, then adaptive."""
+    first = {"static-low": 0, "static-high": 2, "adaptive-0": 3, "adaptive": 4, "ensemble": 6}
+    other = 1 if system.startswith("static-") else 5
+    by_number = re.sub(r"\d+", lambda digits: digits[0].zfill(6), system)
+    return first.get(system, other), by_number
+
+
+def load_words(entry: Entry) -> str:
+    """Images and load in a few words: `mixed images, 4 in flight, gRPC, shared memory`."""
+    load = entry["load"]
+    level = (
+        f"{load['concurrency']} in flight"
+        if load["loop"] == "closed"
+        else f"{amount(load['rate_per_s'])} per second"
+    )
+    protocol = {"grpc": "gRPC", "http": "HTTP"}.get(load["protocol"], load["protocol"])
+    memory = "" if load["shared_memory"] == "none" else ", shared memory"
+    return f"{entry['set']} images, {level}, {protocol}{memory}"
+
+
+def _frontier(answers: Summary, order: Sequence[str]) -> str | None:
+    """How often each system agrees, and what that costs; None where no such pair is believed."""
+    shown = {
+        name: answers[name]
+        for name in order
+        if answers[name].get("agreement_with_high") is not None
+        and "median" in (answers[name].get("cost_ratio") or {})
+    }
+    if not shown:
+        return None
+    numbers = {name: str(number) for number, name in enumerate(order, 1)}
+
+    def series(names: Iterable[str], look: tuple[str, str, str], **more: Any) -> Series:
+        return _series([shown[name] for name in names], look, **more)
+
+    static = [name for name in shown if name.startswith("static-")]
+    family = {name: _family(shown[name], shown.get("static-high")) for name in static}
+    adaptive = [name for name in shown if name.startswith("adaptive")]
+    adaptive.sort(key=lambda name: shown[name].get("escalation_rate") or 0.0)
+    drawn = []
+    for key, (name, colour, marker) in _FAMILIES.items():
+        own = [n for n in family if family[n] == key and n not in _RUNGS]
+        if not own:
+            continue
+        marks = [numbers[n] for n in own]
+        drawn.append(series(own, (name, colour, marker), numbers=marks, size=13))
+        joined = [n for n in family if family[n] in (key, "full")]
+        joined.sort(key=lambda n: shown[n]["cost_ratio"]["median"])
+        if key != "other":
+            drawn.append(series(joined, ("", colour, ""), line="-"))
+    for name, look in _RUNGS.items():
+        if name in shown:
+            drawn.append(series([name], look, numbers=[numbers[name]], size=13, above=True))
+    drawn.append(series(adaptive, ("adaptive, by share escalated", INK, ""), line="-"))
+    others = [name for name in adaptive if name != "adaptive"]
+    marks = [numbers[n] for n in others]
+    drawn.append(series(others, ("", INK, "o"), numbers=marks, size=13, above=True))
+    if "adaptive" in shown:
+        look = ("adaptive, as calibrated", HIGH_COLOUR, "o")
+        drawn.append(series(["adaptive"], look, numbers=[numbers["adaptive"]], size=16, above=True))
+    lowest = min(answer["agreement_with_high"] for answer in shown.values())
+    most = max(answer["cost_ratio"]["max"] for answer in shown.values())
+    room = max(1 - lowest, 0.05)
+    return chart(
+        drawn,
+        Axis("cost: time of a request / the full rung's", limits=(0, 1.1 * most)),
+        Axis(
+            "agreement with the full rung",
+            percent=True,
+            limits=(lowest - 0.15 * room, 1 + 0.1 * room),
+        ),
+        [Rule(1.0, colour=GREY, line=":")],
+        [(shown[n]["cost_ratio"]["median"], shown[n]["agreement_with_high"]) for n in adaptive],
+        "beaten by adaptive",
+        size=(6.6, 4.4),
+    )
+
+
+def _series(answers: Sequence[Entry], look: tuple[str, str, str], **more: Any) -> Series:
+    """Costs and agreements of some systems; the spread of the costs where there are markers."""
+    name, colour, marker = look
+    costs = [answer["cost_ratio"] for answer in answers]
+    spread = [(cost["min"], cost["max"]) for cost in costs] if marker else []
+    return Series(
+        name,
+        [cost["median"] for cost in costs],
+        [answer["agreement_with_high"] for answer in answers],
+        colour,
+        marker,
+        x_spread=spread,
+        **more,
+    )
+
+
+def _family(answer: Entry, full: Entry | None) -> str:
+    """A key of `_FAMILIES`, or `full` for what each of their lines ends at."""
+    recipe = answer.get("recipe")
+    if not recipe:
+        return "other"
+    whole = set(((full or {}).get("recipe") or "").split(",")) | {"fp32", "full"}
+    ways = [part.partition("=")[0] for part in recipe.split(",") if part not in whole]
+    if not ways:
+        return "full"
+    return ways[0] if len(ways) == 1 and ways[0] in _FAMILIES else "other"
+
+
+def _time_bars(attribution: Summary) -> str | None:
+    """The parts of a request's time, stacked; None where nothing was attributed."""
+    groups = {name: attribution[name] for name in _GROUPS if attribution.get(name)}
+    if not groups:
+        return None
+    rows = {
+        f"{_GROUPS[name]}\n{count_of(group['requests'], 'request')}": {
+            part["name"]: part["ms"] for part in group["parts"]
+        }
+        for name, group in groups.items()
+    }
+    totals = [group["total_ms"] for group in groups.values()]
+    return bars(rows, totals, _PARTS, "mean time of a request, ms")
+
+
+def _curves(summary: Summary, loop: str, latency: str, label: str) -> str | None:
+    """Latency against throughput or arrivals, one curve a system; None where not measured.
+
+    Only what compares is drawn: mixed images over gRPC without shared memory.
+    """
+    usual = [
+        entry
+        for entry in summary.get("systems") or ()
+        if entry["set"] == "mixed"
+        and entry["load"]["loop"] == loop
+        and entry["load"]["protocol"] == "grpc"
+        and entry["load"]["shared_memory"] == "none"
+        and entry.get("throughput_per_s")
+        and (entry.get("latency_ms") or {}).get(latency)
+    ]
+    if not usual:
+        return None
+    level, x = _LEVELS[loop]
+    drawn = []
+    for number, name in enumerate(sorted({e["system"] for e in usual}, key=system_order)):
+        own = sorted((e for e in usual if e["system"] == name), key=lambda e: e["load"][level])
+        fixed = {"static-low": LOW_COLOUR, "static-high": HIGH_COLOUR, "adaptive": INK}
+        drawn.append(
+            Series(
+                own[0]["title"],
+                [x(entry) for entry in own],
+                [entry["latency_ms"][latency]["median"] for entry in own],
+                fixed.get(name, OTHERS[number % len(OTHERS)]),
+                "o",
+                "-",
+                size=12 if loop == "closed" else 6,
+                hollow=[not entry["stable"] for entry in own],
+                numbers=[str(e["load"]["concurrency"]) for e in own] if loop == "closed" else (),
+            )
+        )
+    if any(not entry["stable"] for entry in usual):
+        drawn.append(Series("hollow: did not stabilise", [nan], [nan], GREY, "o", hollow=[True]))
+    return chart(
+        drawn,
+        Axis(label, limits=(0, None)),
+        Axis(f"latency {latency}, ms", log=True),
+        size=(5.6, 3.8),
+    )
+
+
+_LEVELS: Mapping[str, tuple[str, Callable[[Entry], float]]] = {
+    "closed": ("concurrency", lambda entry: float(entry["throughput_per_s"]["median"])),
+    "open": ("rate_per_s", lambda entry: float(entry["load"]["rate_per_s"])),
+}
+
+
+def _by_system(summary: Summary, loop: str) -> dict[str, list[Entry]]:
+    """The runs of that loop by the system's title, the usual load first, lightest first."""
+
+    def key(entry: Entry) -> tuple[Any, ...]:
+        load = entry["load"]
+        plain = (entry["set"] != "mixed", load["protocol"] != "grpc", load["shared_memory"])
+        return (*system_order(entry["system"]), *plain, entry["set"], load[_LEVELS[loop][0]])
+
+    found: dict[str, list[Entry]] = {}
+    runs = (entry for entry in summary.get("systems") or () if entry["load"]["loop"] == loop)
+    for entry in sorted(runs, key=key):
+        found.setdefault(entry["title"], []).append(entry)
+    return found
