@@ -58,10 +58,19 @@ class _Line:
         self.stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         self.calls = 0
 
+    def close(self) -> None:
+        """Once: under gevent, gRPC counts its channels by what is closed."""
+        channel = self.__dict__.pop("channel", None)
+        if channel is not None:
+            channel.close()
+
     def __del__(self) -> None:
         # Calls are in it only in a forked child, where closing might wait for them for ever.
         if not self.calls:
-            self.channel.close()
+            try:
+                self.close()
+            except AttributeError:
+                pass  # Python ends, and has taken gRPC's modules to pieces
 
 
 class _GrpcCore(ClientCore):
@@ -106,7 +115,7 @@ class _GrpcCore(ClientCore):
             self._closed = True
             lines = list(self._lines)
         for line in lines:
-            line.channel.close()
+            line.close()
 
     @contextmanager
     def _line_for_a_call(self) -> Iterator[_Line]:
@@ -136,7 +145,7 @@ class _GrpcCore(ClientCore):
                 if is_unused:
                     self._lines.discard(line)
             if is_unused:  # not before: closing it cancels the calls in it
-                line.channel.close()
+                line.close()
 
     async def _send(self, request: Request, left_s: float | None) -> Result:
         message = request.message(left_s)
