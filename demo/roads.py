@@ -171,7 +171,8 @@ def planned(model: Model, max_risk: float) -> Road:
                 "--beside",
                 model.plan_beside,
             ),
-            *("--instances", PLAN_INSTANCES, "--out", PLAN, "--cache", _cache()),
+            *("--instances", PLAN_INSTANCES, "--out", PLAN),
+            *("--cache", _cache(), "--answers", _cache() / "answers"),
             "--require-certificate",
         ),
         ("client", "perf", "planner", "server"),  # it serves the candidates to price them

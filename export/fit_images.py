@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,15 +39,21 @@ class FitImages:
             raise UsageError(f"--fit-images {folder}: no such directory")
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         chosen = np.unique(np.linspace(0, max(len(files) - 1, 0), MOST).round().astype(int))
+        found = cls.of((files[index].read_bytes() for index in chosen if files), preprocessing)
+        if found is None:
+            raise UsageError(f"--fit-images {folder}: no image there can be read")
+        return found
+
+    @classmethod
+    def of(cls, images: Iterable[bytes], preprocessing: Preprocessing) -> FitImages | None:
+        """Decode images, those that are none left out; None where not one is an image."""
         tensors, hashes, looks = [], [], []
-        for file in (files[index] for index in chosen if files):
+        for data in images:
             try:
-                image = decode(file.read_bytes())
+                image = decode(data)
                 tensors.append(preprocessing(image))
-            except ImageError:  # a text file among them; that all are is refused below
+            except ImageError:
                 continue
             hashes.append(pixels_sha256(image))
             looks.append(look_of(image))
-        if not tensors:
-            raise UsageError(f"--fit-images {folder}: no image there can be read")
-        return cls(np.stack(tensors), encode(hashes, np.stack(looks)))
+        return cls(np.stack(tensors), encode(hashes, np.stack(looks))) if tensors else None

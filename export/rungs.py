@@ -55,7 +55,7 @@ class RungsRequest:
     high: Recipe | None = None
     beside: tuple[Recipe, ...] = ()
     probe_images: Path | None = None
-    fit_images: Path | None = None
+    fit_images: Path | FitImages | None = None
     task: str | None = None
     checkpoint: Path | None = None
     seed: int = 0
@@ -64,11 +64,16 @@ class RungsRequest:
     atol: float = parity.DEFAULT_ATOL
 
 
-def export_rungs(request: RungsRequest, steps: Steps) -> GraphSet:
+def export_rungs(request: RungsRequest, steps: Steps, backbone: Backbone | None = None) -> GraphSet:
     """Export every graph, check it and write all together with their record.
 
     Everything is written to a folder beside `out` and moved at the end, so a failure leaves the
     previous files, or none.
+
+    Args:
+        request: what to export.
+        steps: where to show progress.
+        backbone: the model of the request where it is loaded already.
 
     Returns:
         The graphs in `out`.
@@ -85,7 +90,7 @@ def export_rungs(request: RungsRequest, steps: Steps) -> GraphSet:
     has_reference = request.high is not None and request.high != Recipe(request.high.px)
     graphs = len(RUNGS) + len(request.beside) + has_reference
     with steps.expect(1 + (2 if images else 0) + 2 * graphs):
-        return _export(request, images, steps)
+        return _export(request, images, steps, backbone)
 
 
 def load_backbone(model: str, seed: int = 0, checkpoint: Path | None = None) -> Backbone:
@@ -176,9 +181,15 @@ def _check_request(request: RungsRequest) -> None:
             )
 
 
-def _export(request: RungsRequest, images: LabelledImages | None, steps: Steps) -> GraphSet:
-    with steps.step(f"load {request.model}"):
-        backbone = load_backbone(request.model, request.seed, request.checkpoint)
+def _export(
+    request: RungsRequest,
+    images: LabelledImages | None,
+    steps: Steps,
+    backbone: Backbone | None,
+) -> GraphSet:
+    if backbone is None:
+        with steps.step(f"load {request.model}"):
+            backbone = load_backbone(request.model, request.seed, request.checkpoint)
     for notice in backbone.notices:
         steps.note(notice)
     if images is None:
@@ -240,6 +251,8 @@ def _read_fit_images(
     folder = request.fit_images or request.probe_images
     if folder is None or all(spec.recipe.precision != "int8=static" for spec in specs):
         return None
+    if isinstance(folder, FitImages):
+        return folder
     return FitImages.read(folder, backbone.preprocessing(image_px))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +13,8 @@ from rich.table import Table
 
 from bundle.graphs import GraphsError
 from calibration.certify import CertifyError, Goal
-from calibration.fidelity import KINDS, Fidelity, FidelityError
+from calibration.chunks import AnswersError
+from calibration.fidelity import Fidelity, FidelityError
 from calibration.fit import FitError
 from calibration.images import open_images
 from calibration.outputs import OutputsError
@@ -22,17 +22,22 @@ from calibration.reference import REFERENCE_IMAGES
 from calibration.scoring import flat_score
 from calibration.source import ImagesError, ImageSource
 from calibration.splits import GROUPINGS, SplitError
+from client.errors import ClientError
+from export.errors import ExportError
 from imaging import PreprocessingError
+from perf.figures import PerfError
 from report.plan_page import cascade_marks, write_plan
-from report.terminal import table
+from report.terminal import Bars, run, table
 from routing import CalibrationError, threshold_text
+from routing.fidelity import KINDS
+from server.errors import ServerError
 
 from . import result
-from .bars import Bars
-from .candidates import ALIGN
+from .candidates import recipes
+from .graphs import without_help
 from .plan import Planned, choose_rungs, make_plan
-from .request import Request
-from .subprocesses import PlanError
+from .request import PlanError, Request
+from .workshop import WORKSHOP
 
 SAMPLE_CROPS = 2400
 
@@ -43,6 +48,23 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 console = Console(highlight=False, markup=False)
+ERRORS = (
+    AnswersError,
+    CalibrationError,
+    CertifyError,
+    ClientError,
+    ExportError,
+    FidelityError,
+    FitError,
+    GraphsError,
+    ImagesError,
+    OutputsError,
+    PerfError,
+    PlanError,
+    PreprocessingError,
+    ServerError,
+    SplitError,
+)
 
 
 @app.callback()
@@ -97,9 +119,12 @@ def plan_command(
     instances: Annotated[int, typer.Option(min=1, help="Of each graph, as served.")] = 2,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of an instance.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("build/plan"),
-    cache: Annotated[
-        Path, typer.Option(help="Where graphs and their answers are kept for the next plan.")
-    ] = Path("build/plan-cache"),
+    cache: Annotated[Path, typer.Option(help="Where graphs are kept for the next plan.")] = Path(
+        "build/plan-cache"
+    ),
+    answers: Annotated[
+        Path, typer.Option(help="Where their answers are kept, as those of `collect`.")
+    ] = Path("build/answers"),
     reference_images: Annotated[int, typer.Option(min=0, help="As `fit`.")] = REFERENCE_IMAGES,
     require_certificate: Annotated[
         bool, typer.Option("--require-certificate", help="Exit 1 where nothing is chosen.")
@@ -117,11 +142,10 @@ def plan_command(
     asked = Fidelity.given(fidelity or "cosine", tolerance, relative, threshold)
     request = Request(
         model=model,
-        images=images,
         source=_open(images, limit, seed),
-        candidates=candidates,
-        highs=highs,
-        beside=beside,
+        candidates=None if candidates is None else recipes("--candidates", candidates),
+        highs=recipes("--highs", highs),
+        beside=recipes("--beside", beside),
         px=px,
         head_images=head_images,
         goal=Goal(max_risk, confidence, "ltt"),
@@ -135,17 +159,19 @@ def plan_command(
         threads=threads,
         seed=seed,
         cache=cache,
+        answers=answers,
         out=out,
         reference_images=reference_images,
     )
     bars = Bars(Console(stderr=True))
-    planned = make_plan(request, bars)
+    planned = make_plan(request, WORKSHOP, bars)
     content = result.to_dict(planned, _notes(planned))
     if planned.chosen is not None:
         choose_rungs(planned, bars)
     path = result.write(content, out)
-    threshold = content["chosen"] and threshold_text(content["chosen"]["threshold"])
-    write_plan(out / "plan.html", content, threshold)
+    chosen = content["chosen"]
+    shown = None if chosen is None else threshold_text(chosen["threshold"])
+    write_plan(out / "plan.html", content, shown)
     if as_json:
         typer.echo(json.dumps(content))
     else:
@@ -165,8 +191,7 @@ def _notes(planned: Planned) -> list[str]:
     notes = [
         *planned.notes,
         *(
-            f"{planned.graphs[name].record.recipe},{ALIGN}: the alignment does not help on "
-            "held-out images; the graph without it took its place"
+            without_help(planned.graphs.graphs[name].record.recipe)
             for name, aligned in planned.aligned.items()
             if not aligned.helps
         ),
@@ -268,31 +293,7 @@ def _worth(ratio: float | None) -> str:
 
 def main() -> None:
     """Run the command line; a foreseeable error is one line and exit code 2."""
-    try:
-        code = app(standalone_mode=False)
-    except typer.TyperException as error:
-        message = " ".join(error.format_message().split()) + " (--help tells more)"
-    except (
-        CalibrationError,
-        CertifyError,
-        FidelityError,
-        FitError,
-        ImagesError,
-        OutputsError,
-        PlanError,
-        PreprocessingError,
-        GraphsError,
-        SplitError,
-    ) as error:
-        message = str(error)
-    except OSError as error:
-        message = f"{error.filename}: {error.strerror}"
-    except (KeyboardInterrupt, typer.Abort):
-        sys.exit(130)
-    else:
-        sys.exit(code)
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    run(app, ERRORS)
 
 
 if __name__ == "__main__":

@@ -8,140 +8,159 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bundle.recipe import Recipe
 from calibration.align import ALIGN_SHARE
 from calibration.certify import Goal, allowed_errors, goal_words, images_needed, too_few
 from calibration.splits import CERTIFIED, MIN_GROUPS, SplitError, split_by_group
+from export.errors import UsageError
+from report.terminal import Bars
 
-from .bars import Bars
-from .candidates import ALIGN, default_candidates, recipes, written
-from .request import Request
+from .candidates import default_candidates, without_align
+from .graphs import fit_image_rows
+from .request import PlanError, Request
 from .select import MOST
-from .shelf import fit_image_rows
-from .subprocesses import PlanError, run_json
 
-Recipe = frozenset[str]
+if TYPE_CHECKING:  # torch takes seconds to import, and the workshop brings it
+    from export.backbones import Backbone
+
+Recipes = tuple[Recipe, ...]
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a plan shall combine, in canonical recipes, each of which the model can be exported by.
+    """What a plan shall combine: recipes with their resolution, by which the model can be exported.
 
     Attributes:
+        full: the full model in FP32, which certificates are about.
         lows: cheap graphs.
-        highs: full graphs; the empty recipe is the full model in FP32.
+        highs: full graphs, `full` perhaps among them.
         beside: graphs to compare with.
         notes: what the user should know about them, one line each.
         task: what the model's logits will mean, see `routing.TASKS`; None: it has none.
     """
 
-    lows: Sequence[Recipe]
-    highs: Sequence[Recipe]
-    beside: Sequence[Recipe]
+    full: Recipe
+    lows: Recipes
+    highs: Recipes
+    beside: Recipes
     notes: Sequence[str] = ()
     task: str | None = None
 
     @property
     def aligns(self) -> bool:
         """Whether any graph is to be aligned."""
-        return any(ALIGN in recipe for recipe in self.lows)
+        return any(recipe.align for recipe in self.lows)
 
     @property
     def quantises(self) -> bool:
         """Whether any graph learns its ranges from images."""
-        return any("int8=static" in recipe for recipe in (*self.lows, *self.highs, *self.beside))
+        return any(recipe.precision == "int8=static" for recipe in self.exported)
+
+    @property
+    def exported(self) -> Recipes:
+        """The graphs to export besides `full`, without alignments, each once."""
+        found = map(without_align, (*self.lows, *self.highs, *self.beside))
+        return tuple(recipe for recipe in dict.fromkeys(found) if recipe != self.full)
 
 
-def check_recipes(request: Request, bars: Bars) -> Asked:
-    """Hold every recipe against the model, which is loaded for that and not exported.
+def check_named(request: Request) -> None:
+    """Refuse recipes that are wrong whatever the model.
+
+    Raises:
+        PlanError: saying which.
+    """
+    if not request.highs or request.candidates == ():
+        raise PlanError("a cascade needs a cheap and a full graph; give --candidates and --highs")
+    for option, recipes in (("--highs", request.highs), ("--beside", request.beside)):
+        for recipe in recipes:
+            if recipe.align:
+                raise PlanError(
+                    f"{option} {recipe}: only cheap graphs, those of --candidates, are aligned; "
+                    "leave align out"
+                )
+
+
+def check_folders(request: Request) -> None:
+    """Make the folders of what is kept for the next plan, and leave `out` to the end.
+
+    Raises:
+        PlanError: `out` is a file.
+        OSError: another folder cannot be made.
+    """
+    if request.out.exists() and not request.out.is_dir():
+        raise PlanError(f"--out {request.out} is a file; give a folder")
+    for folder in (request.cache, request.answers):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def check_recipes(request: Request, backbone: Backbone, bars: Bars) -> Asked:
+    """Hold every recipe against the model; nothing is exported.
 
     Args:
-        request: of the plan.
+        request: of the plan, after `check_named`.
+        backbone: the model.
         bars: where to say what was left out.
 
     Raises:
         PlanError: naming every recipe that the model cannot be exported by, with the reason.
     """
-    named = {
-        "--candidates": None if request.candidates is None else recipes(request.candidates),
-        "--highs": recipes(request.highs),
-        "--beside": recipes(request.beside),
-    }
-    _check_named(named, request)
-    model = _described(named, request, bars)
-    canonical = {entry["asked"]: entry["recipe"] for entry in model["recipes"]}
-    lows, highs, beside = (
-        None if found is None else recipes("; ".join(canonical[written(r)] for r in found))
-        for found in named.values()
-    )
-    notes = []
+    reaches = request.head_images is not None or backbone.aligns
+    px = request.px or backbone.default_px[1]
+    lows, notes = request.candidates, []
     if lows is None:
-        lows = recipes(
-            default_candidates(model["patch_size"], request.px or model["high_px"], model["aligns"])
-        )
-        if not model["aligns"]:
+        lows = default_candidates(backbone.patch_size, px, reaches)
+        if not reaches:
             notes.append(
-                f"the default candidates are tried without {ALIGN}: it does not reach this model's "
+                "the default candidates are tried without align: it does not reach this model's "
                 "head, which reads more than the CLS token"
             )
-    assert highs is not None and beside is not None
-    _check_named({"--candidates": lows, "--highs": highs, "--beside": beside}, request)
+    named = {"--candidates": lows, "--highs": request.highs, "--beside": request.beside}
+    _check_with_model(named, request, backbone, px)
+    full = Recipe(px)
+    _check_once(named, full)
     for note in notes:
         bars.say(note)
-    task = "classes" if request.head_images else model["task"]
-    return Asked(lows, highs, beside, notes, task)
+    at_px = [tuple(recipe.at(px) for recipe in recipes) for recipes in named.values()]
+    task = "classes" if request.head_images else backbone.task
+    return Asked(full, at_px[0], at_px[1], at_px[2], notes, task)
 
 
-def _check_named(named: Mapping[str, Sequence[Recipe] | None], request: Request) -> None:
-    """What is wrong with recipes whatever the model."""
-    lows = named["--candidates"]
-    if not named["--highs"] or (lows is not None and not lows):
+def _check_with_model(
+    named: Mapping[str, Recipes], request: Request, backbone: Backbone, px: int
+) -> None:
+    try:
+        backbone.check_px(px)
+    except UsageError as error:
+        raise PlanError(f"--px {px}: {error}") from None
+    problems = []
+    for option, recipes in named.items():
+        for recipe in recipes:
+            # A head that is fitted here reads the CLS token alone, whatever the model's own reads.
+            checked = without_align(recipe) if request.head_images else recipe
+            try:
+                backbone.check(checked, px)
+            except UsageError as error:
+                problems.append(f"{option} {recipe}: {error}")
+    if problems:
+        raise PlanError("; ".join(problems))
+
+
+def _check_once(named: Mapping[str, Recipes], full: Recipe) -> None:
+    """No option names a graph twice, or the full model as a cheap graph."""
+    if not named["--candidates"]:
         raise PlanError("a cascade needs a cheap and a full graph; give --candidates and --highs")
-    if any(recipe - {ALIGN} <= {f"px={request.px}"} for recipe in lows or ()):
+    for recipes in named.values():
+        found = [recipe.at(full.px or 0) for recipe in recipes]
+        for index, recipe in enumerate(found):
+            if recipe in found[:index]:
+                raise PlanError(f"{recipes[index]} is named more than once; once is enough")
+    if any(without_align(recipe.at(full.px or 0)) == full for recipe in named["--candidates"]):
         raise PlanError("--candidates names the full model itself; a cheap graph must be cheaper")
-    for option in ("--highs", "--beside"):
-        for recipe in named[option] or ():
-            if ALIGN in recipe:
-                raise PlanError(
-                    f"{option} {written(recipe)}: only cheap graphs, those of --candidates, are "
-                    f"aligned; leave {ALIGN} out"
-                )
-
-
-def _described(
-    named: Mapping[str, Sequence[Recipe] | None], request: Request, bars: Bars
-) -> dict[str, Any]:
-    """What `export describe` says of the model.
-
-    Raises:
-        PlanError: naming every recipe with a problem.
-    """
-    arguments: list[object] = ["export", "describe", "--model", request.model]
-    if request.px is not None:
-        arguments += ["--px", request.px]
-    if request.head_images is not None:
-        arguments += ["--head", "linear"]
-    options = {"--px": [frozenset({f"px={request.px}"})] if request.px is not None else []}
-    options |= {option: list(found or ()) for option, found in named.items()}
-    for text in dict.fromkeys(written(r) for found in options.values() for r in found):
-        arguments += ["--recipe", text]
-    model = run_json(arguments, bars.say)
-    said = {entry["asked"]: entry for entry in model["recipes"]}
-    if request.px is not None and (problem := said[f"px={request.px}"]["problem"]):
-        raise PlanError(f"--px {request.px}: {problem}")
-    found = [
-        f"{option} {entry['recipe'] or entry['asked']}: {entry['problem']}"
-        for option, asked in options.items()
-        for entry in (said[written(recipe)] for recipe in asked)
-        if entry["problem"]
-    ]
-    if found:
-        raise PlanError("; ".join(found))
-    return model
 
 
 def check_images(request: Request, asked: Asked, bars: Bars) -> list[str]:
@@ -215,7 +234,7 @@ def needed(request: Request, asked: Asked) -> str:
     """What to do about too few images."""
     enough = images_for(request.goal, asked.aligns, asked.quantises)
     without = images_for(request.goal, False, asked.quantises)
-    hint = f" (about {without:,} without {ALIGN} in --candidates)" if asked.aligns else ""
+    hint = f" (about {without:,} without align in --candidates)" if asked.aligns else ""
     what = "images" if request.group_by != "folder" else "folders of images"
     head = ""
     if teach := int(_teach_the_head(request).sum()):
@@ -281,7 +300,7 @@ def images_for(goal: Goal, aligns: bool, quantises: bool) -> int:
 def certify_groups(
     groups: Sequence[str], learned: NDArray[np.bool_], aligns: bool, seed: int
 ) -> int:
-    """How many groups the certify split has if every image can be read; see `answers.divide`.
+    """How many groups the certify split has if every image can be read; see `parts.divide`.
 
     Args:
         groups: of all images.
@@ -294,7 +313,7 @@ def certify_groups(
     """
     taught = learned.copy()
     if aligns:
-        shares = {ALIGN: ALIGN_SHARE, "rest": 1 - ALIGN_SHARE}
-        taught[split_by_group(tuple(groups), shares, seed)[ALIGN]] = True
+        shares = {"align": ALIGN_SHARE, "rest": 1 - ALIGN_SHARE}
+        taught[split_by_group(tuple(groups), shares, seed)["align"]] = True
     rest = tuple(groups[row] for row in np.flatnonzero(~taught))
     return len({rest[row] for row in split_by_group(rest, CERTIFIED, seed)["certify"]})

@@ -9,39 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from bundle.graphs import GraphSet
 from calibration.align import Aligned
+from calibration.answers import AnswerCache, Asked
 from calibration.certify import one_per_group
 from calibration.fidelity import Fidelity
 from calibration.fit import Options, fit
-from calibration.outputs import Outputs
+from calibration.outputs import Outputs, refer
 from calibration.reference import with_reference_answers
 from calibration.splits import SplitError, check_grouping, group_keys
+from report.terminal import Bars
 from routing import Overrides, escalation_mask
 
-from .answers import (
-    Parts,
-    agreements,
-    answers_of,
-    divide,
-    give_back,
-    outputs_to_align_on,
-    pair_outputs,
-    pair_rung_set,
-)
-from .bars import Bars
-from .candidates import ALIGN, FULL, Graph, find, shelf_graphs
-from .checks import check_certify_images, check_images, check_recipes, choices_for, needed
-from .graph_outputs import OutputsCache
-from .request import Request
+from . import checks
+from .candidates import without_align
+from .graphs import aligned_graph, exported
+from .parts import Parts, agreements, answers, divide, give_back, outputs_to_align_on
+from .request import PlanError, Request
 from .select import MOST, Candidate, Pair, Tested, cascade_ms, choose, predict, shortlist
-from .shelf import align_graph, export_shelf, taught_by_export
-from .subprocesses import PlanError, run, run_json
-
-BATCH = 8  # images of a request when graphs are priced, as batches form under load
-TURNS = 3
+from .workshop import Prices, Workshop
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,34 +37,34 @@ class Planned:
 
     Attributes:
         request: what was asked for.
-        rung_set: of the shelf.
-        graphs: on the shelf, by name.
+        graphs: all that were exported and aligned, perhaps for earlier plans, too.
         lows: names of the cheap candidates.
         highs: names of the full candidates.
         beside: names of the graphs to compare with.
+        cache: of what graphs answer.
         parts: of the images.
         fidelity: when an answer is a loss.
         aligned: what each alignment is worth, by the name of the graph that is aligned, or, where
             it does not help, of the graph without it that takes its place.
-        costs: of each graph, as `perf serving` measured them; once more where `disturbed`.
+        prices: of each graph, measured once more where they were disturbed.
         agreement: share of test images without a loss if a graph alone answers, by name.
         candidates: every cascade, the cheapest predicted first.
         tested: the shortlist, tested.
         chosen: the cascade to serve; None: nothing certified is cheaper than the full model.
-        pairs: outputs of each pair for `rest`.
+        pairs: outputs of each pair for `parts.rest`.
         notes: on what was asked for, one line each.
     """
 
     request: Request
-    rung_set: GraphSet
-    graphs: Mapping[str, Graph]
+    graphs: GraphSet
     lows: Sequence[str]
     highs: Sequence[str]
     beside: Sequence[str]
+    cache: AnswerCache
     parts: Parts
     fidelity: Fidelity
     aligned: Mapping[str, Aligned]
-    costs: Mapping[str, Mapping[str, Any]]
+    prices: Prices
     agreement: Mapping[str, float]
     candidates: Sequence[Candidate]
     tested: Sequence[Tested]
@@ -86,79 +73,73 @@ class Planned:
     notes: Sequence[str] = ()
 
     @property
+    def full(self) -> str:
+        """The name of the full model in FP32, which certificates are about."""
+        return self.graphs.reference.name
+
+    @property
     def ms(self) -> dict[str, float]:
-        """Milliseconds per image of each graph, served at the largest batch measured."""
-        return costs_ms(self.costs)
+        """Milliseconds per image of each graph."""
+        return costs_ms(self.prices, self.full)
 
     @property
     def doubted(self) -> list[str]:
-        """Names of the graphs whose costs cannot be believed; usually none."""
-        return disturbed(self.costs)
+        """Names of the graphs whose prices cannot be believed; usually none."""
+        return disturbed(self.prices)
 
 
-def make_plan(request: Request, bars: Bars) -> Planned:
+def make_plan(request: Request, workshop: Workshop, bars: Bars) -> Planned:
     """Check, export, run, price, certify, choose.
 
     Raises:
-        PlanError: a command failed, or a request that cannot be met.
+        PlanError: a request that cannot be met.
+        ExportError: a graph cannot be made.
         ImagesError, SplitError, FidelityError, FitError, CertifyError: as `fit`.
+        PerfError, ServerError, ClientError: the graphs cannot be priced.
     """
     check_grouping(request.group_by)
-    asked = check_recipes(request, bars)
+    checks.check_named(request)
+    checks.check_folders(request)
+    bars.say(f"load {request.model}")
+    backbone = workshop.load(request.model)
+    asked = checks.check_recipes(request, backbone, bars)
     fidelity = _fidelity(request, asked.task)
-    notes = [*asked.notes, *check_images(request, asked, bars)]
-    lows, highs, beside = asked.lows, asked.highs, asked.beside
-    bases = [recipe - {ALIGN} for recipe in (*lows, *highs, *beside)]
-    bases = [recipe for recipe in dict.fromkeys(bases) if recipe]  # the empty one is the full model
-    shelf = export_shelf(request, bases, bars)
-    rung_set = GraphSet.load(shelf)
-    cache = OutputsCache(request.cache / "outputs", request.source, rung_set)
-    # Images that cannot be read, or that are one group, are known only now.
-    try:
-        parts = divide(request, rung_set, cache, asked.aligns, bars)
-    except SplitError as error:
-        raise PlanError(f"{error}; {needed(request, asked)}") from None
-    known = group_keys(parts.reference, request.group_by)
-    check_certify_images(_certify_images(parts, request), known, request, asked)
+    notes = [*asked.notes, *checks.check_images(request, asked, bars)]
+    graphs = exported(request, asked.full, asked.exported, backbone, workshop, bars)
+    del backbone  # its memory is free again before anything is priced
 
-    by_export = taught_by_export(rung_set)
-    names: list[str] = []
+    bases = [recipe.slug(graphs.reference.record.px) for recipe in (asked.full, *asked.exported)]
+    learned = graphs.learned(bases)
+    cache = AnswerCache(request.answers, request.source, graphs)
+    parts = _divide(request, asked, cache, learned, bars)
+    lows: list[str] = []
     aligned: dict[str, Aligned] = {}
-    for recipe in lows:
-        graph = find(shelf_graphs(GraphSet.load(shelf)), recipe - {ALIGN})
-        name = graph.name
-        if ALIGN in recipe:
-            taught = outputs_to_align_on(graph, rung_set, by_export, cache, parts, bars)
-            name, aligned[name] = align_graph(
-                shelf, graph, taught, fidelity, request.group_by, request.seed, bars
+    for recipe in asked.lows:
+        name = without_align(recipe).slug(graphs.reference.record.px)
+        if recipe.align:
+            outputs = outputs_to_align_on(name, graphs, learned, cache, parts, bars)
+            graphs, name, worth = aligned_graph(
+                graphs, name, outputs, fidelity, request, workshop, bars
             )
-        names.append(name)
-    names = list(dict.fromkeys(names))
-    if aligned and not any(found.helps for found in aligned.values()):
-        parts = give_back(parts, request, rung_set)
-    rung_set = GraphSet.load(shelf)
-    graphs = shelf_graphs(rung_set)
-    high_names = [find(graphs, recipe).name for recipe in highs]
-    beside_names = [find(graphs, recipe).name for recipe in beside]
-
-    answers = {
-        name: answers_of(graphs[name], cache, parts, parts.rest, name in names, bars)
-        for name in dict.fromkeys([*names, *high_names])
-    }
-    pairs = {
-        (low, high): pair_outputs(low, high, rung_set, graphs, answers, parts, request)
-        for low in names
-        for high in high_names
-    }
-    agreement = agreements(
-        [*answers, *beside_names], graphs, answers, cache, parts, fidelity, pairs, bars
+            aligned[name] = worth
+        lows.append(name)
+    lows = list(dict.fromkeys(lows))
+    if aligned and not any(worth.helps for worth in aligned.values()):
+        parts = give_back(parts, request, learned)
+    highs, beside = (
+        [recipe.slug(graphs.reference.record.px) for recipe in recipes]
+        for recipes in (asked.highs, asked.beside)
     )
-    costs = _costs([*answers, *beside_names], shelf, request, bars)
-    ms = costs_ms(costs)
 
+    pairs = _pairs(lows, highs, graphs, cache, parts, bars)
+    names = list(dict.fromkeys([*lows, *highs, *beside, graphs.reference.name]))
+    agreement = agreements(names, graphs, cache, parts, fidelity, pairs, bars)
+    prices = workshop.price(graphs, names, request, bars)
+
+    ms = costs_ms(prices, graphs.reference.name)
     certify_images = _certify_images(parts, request)
-    most = choices_for(certify_images, request.goal, MOST)
-    with bars.stage("predict on the fit split", len(names)) as advance:
+    most = checks.choices_for(certify_images, request.goal, MOST)
+    with bars.stage("predict on the fit split", len(lows)) as bar:
         candidates = predict(
             pairs,
             parts.splits["fit"],
@@ -168,41 +149,58 @@ def make_plan(request: Request, bars: Bars) -> Planned:
             certify_images,
             ms,
             request.seed,
-            lambda: advance(1),
+            bar.advance,
         )
-    listed = shortlist(candidates, lambda pair: _within_budget(pair, costs, request), most)
-    tested = _test(listed, pairs, rung_set, graphs, ms, fidelity, request, parts, bars)
+    listed = shortlist(candidates, lambda pair: _within_budget(pair, prices, request), most)
+    tested = _test(listed, pairs, graphs, ms, fidelity, request, parts, bars)
     best = choose(tested)
-    chosen = best if best is not None and best.ms_per_image < ms[FULL] else None
+    chosen = best if best is not None and best.ms_per_image < ms[graphs.reference.name] else None
     return Planned(
-        request, rung_set, graphs, names, high_names, beside_names, parts, fidelity, aligned,
-        costs, agreement, candidates, tested, chosen, pairs, notes,
+        request, graphs, lows, highs, beside, cache, parts, fidelity, aligned, prices, agreement,
+        candidates, tested, chosen, pairs, notes,
     )  # fmt: skip
 
 
-def costs_ms(costs: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Milliseconds per image of each graph as `perf serving` measured it.
+def costs_ms(prices: Prices, full: str) -> dict[str, float]:
+    """Milliseconds per image of each graph, served as it was priced.
 
     Of the full model the median; of every other graph its ratio to the full model, taken turn by
     turn in one run, times that: two servers minutes apart differ by more than many graphs do. Where
     the clock was disturbed, the ratio is of CPU time, which other work on the machine disturbs
     less; it orders the cascades, and nobody is told it as a figure.
+
+    Args:
+        prices: of all graphs.
+        full: name of the full model.
     """
-    full_ms = float(costs[FULL]["ms_per_image"]["median"])
-    ratio, by_cpu = "cost_ratio", [cost["cpu_cost_ratio"] for cost in costs.values()]
-    if disturbed(costs) and all(spread and spread["median"] > 0 for spread in by_cpu):
+    full_ms = float(prices[full]["ms_per_image"]["median"])
+    ratio, by_cpu = "cost_ratio", [price["cpu_cost_ratio"] for price in prices.values()]
+    if disturbed(prices) and all(spread and spread["median"] > 0 for spread in by_cpu):
         ratio = "cpu_cost_ratio"
-    return {name: full_ms * float(cost[ratio]["median"]) for name, cost in costs.items()}
+    return {name: full_ms * float(price[ratio]["median"]) for name, price in prices.items()}
 
 
-def disturbed(costs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def disturbed(prices: Prices) -> list[str]:
     """Names of the graphs of which clock and CPU time tell different stories."""
-    return [name for name, cost in costs.items() if cost["disturbed"]]
+    return [name for name, price in prices.items() if price["disturbed"]]
 
 
-def _certify_images(parts: Parts, request: Request) -> int:
-    """Independent images of the certify split."""
-    return len(one_per_group(parts.groups, parts.splits["certify"], request.seed))
+def choose_rungs(planned: Planned, bars: Bars) -> None:
+    """Write the chosen cascade to `request.out`: onnx/, calibration.json and outputs.json.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    chosen, request = planned.chosen, planned.request
+    assert chosen is not None
+    low, high = chosen.candidate.low, chosen.candidate.high
+    outputs = planned.pairs[low, high]
+    graphs = planned.graphs.cast(low, high)
+    graphs.place(request.out / "onnx", [*planned.beside, *planned.highs])
+    fitted = with_reference_answers(chosen.fit, outputs, graphs, request.reference_images, bars.say)
+    fitted.save(request.out / "calibration.json")
+    rows = planned.parts.rows(planned.parts.rest)
+    refer(request.out / "outputs.json", planned.cache, graphs, rows)
 
 
 def _fidelity(request: Request, task: str | None) -> Fidelity:
@@ -213,32 +211,56 @@ def _fidelity(request: Request, task: str | None) -> Fidelity:
     return Fidelity.asked(task, None, request.tolerance, request.relative, request.label_threshold)
 
 
-def _costs(
-    names: Sequence[str], shelf: Any, request: Request, bars: Bars
-) -> dict[str, dict[str, Any]]:
-    """What `perf serving` says of each graph, the less disturbed of two where the first one is."""
-    wanted = ",".join(dict.fromkeys([*names, FULL]))
-    arguments = ["perf", "serving", "--onnx", shelf, "--images", request.images]
-    arguments += ["--graphs", wanted, "--instances", request.instances]
-    arguments += ["--threads", request.threads, "--batch", BATCH, "--turns", TURNS, "--json"]
-    costs = dict(run_json(arguments, bars.say)["graphs"])
-    if not disturbed(costs):
-        return costs
-    bars.say(f"clock and CPU time of {', '.join(disturbed(costs))} differ: priced once more")
-    again = dict(run_json(arguments, bars.say)["graphs"])
-    return min(again, costs, key=lambda found: len(disturbed(found)))
+def _divide(
+    request: Request, asked: checks.Asked, cache: AnswerCache, learned: str, bars: Bars
+) -> Parts:
+    """The parts; images that cannot be read, or that are one group, are known only now."""
+    try:
+        parts = divide(request, cache, learned, asked.aligns, bars)
+    except SplitError as error:
+        raise PlanError(f"{error}; {checks.needed(request, asked)}") from None
+    groups = group_keys(parts.full.pictures, request.group_by)
+    checks.check_certify_images(_certify_images(parts, request), groups, request, asked)
+    return parts
 
 
-def _within_budget(pair: Pair, costs: Mapping[str, Any], request: Request) -> bool:
-    latency = sum(float(costs[name]["latency_ms"]["median"]) for name in pair)
+def _certify_images(parts: Parts, request: Request) -> int:
+    """Independent images of the certify split."""
+    return len(one_per_group(parts.groups, parts.splits["certify"], request.seed))
+
+
+def _pairs(
+    lows: Sequence[str],
+    highs: Sequence[str],
+    graphs: GraphSet,
+    cache: AnswerCache,
+    parts: Parts,
+    bars: Bars,
+) -> dict[Pair, Outputs]:
+    """What every two graphs, and the full model where it is neither, answer for the rest."""
+    asked = [Asked(graphs.graphs[name], True) for name in lows]
+    asked += [
+        Asked(graphs.graphs[name])
+        for name in dict.fromkeys([*highs, graphs.reference.name])
+        if name not in lows
+    ]
+    found = answers(asked, cache, parts.rows(parts.rest), bars)
+    return {
+        (low, high): Outputs.of(found, graphs.cast(low, high), cache)
+        for low in lows
+        for high in highs
+    }
+
+
+def _within_budget(pair: Pair, prices: Prices, request: Request) -> bool:
+    latency = sum(float(prices[name]["latency_ms"]["median"]) for name in pair)
     return request.latency_budget_ms is None or latency <= request.latency_budget_ms
 
 
 def _test(
     listed: Sequence[Candidate],
     pairs: Mapping[Pair, Outputs],
-    rung_set: GraphSet,
-    graphs: Mapping[str, Graph],
+    graphs: GraphSet,
     ms: Mapping[str, float],
     fidelity: Fidelity,
     request: Request,
@@ -248,37 +270,17 @@ def _test(
     """Certify each cascade of the shortlist with its share of δ."""
     goal = replace(request.goal, choices=max(1, len(listed)))
     tested = []
-    with bars.stage("certify the shortlist", len(listed)) as advance:
+    with bars.stage("certify the shortlist", len(listed)) as bar:
         for candidate in listed:
             low, high = candidate.low, candidate.high
             options = Options(fidelity, candidate.signal, request.group_by, request.seed)
-            pair = pair_rung_set(rung_set, graphs[low], graphs[high])
-            found = fit(pairs[low, high], pair, goal, options, splits=parts.splits)
+            found = fit(
+                pairs[low, high], graphs.cast(low, high), goal, options, splits=parts.splits
+            )
             threshold = found.calibration.threshold
             scores = found.scores[parts.splits["certify"]]
             escalation = float(escalation_mask(scores, threshold, Overrides()).mean())
             cost = cascade_ms(ms[low], ms[high], escalation)
             tested.append(Tested(candidate, found, threshold is not None, escalation, cost))
-            advance(1)
+            bar.advance()
     return tested
-
-
-def choose_rungs(planned: Planned, bars: Bars) -> None:
-    """Write the chosen cascade to `request.out`: onnx/, calibration.json, outputs.json.
-
-    Raises:
-        PlanError: the export failed.
-    """
-    chosen, request = planned.chosen, planned.request
-    assert chosen is not None
-    low, high = chosen.candidate.low, chosen.candidate.high
-    shelf = planned.graphs[FULL].file.parent
-    arguments = ["export", "choose", "--onnx", shelf, "--low", low, "--high", high]
-    for name in dict.fromkeys([*planned.beside, *planned.highs, FULL]):
-        arguments += ["--beside", name]
-    run([*arguments, "--out", request.out / "onnx"], bars.say)
-    fitted = with_reference_answers(
-        chosen.fit, planned.pairs[low, high], planned.rung_set, request.reference_images, bars.say
-    )
-    fitted.save(request.out / "calibration.json")
-    planned.pairs[low, high].save(request.out / "outputs.json")

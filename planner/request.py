@@ -1,14 +1,19 @@
-"""What a user asks the planner for."""
+"""What a user asks the planner for, and the error of what cannot be had."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from bundle.recipe import Recipe
 from calibration.certify import Goal
 from calibration.fidelity import Fidelity
 from calibration.reference import REFERENCE_IMAGES
 from calibration.source import ImageSource
+
+
+class PlanError(ValueError):
+    """The planner cannot go on. One line that says what to do."""
 
 
 @dataclass(frozen=True)
@@ -17,12 +22,10 @@ class Request:
 
     Attributes:
         model: as `export rungs --model`.
-        images: as `collect --images`, for commands that read images themselves.
-        source: the same images, opened.
-        candidates: recipes of cheap graphs, semicolons between them; None: those of
-            `candidates.default_candidates`.
+        source: the images.
+        candidates: recipes of cheap graphs; None: those of `candidates.default_candidates`.
         highs: recipes of full graphs.
-        beside: recipes to compare with.
+        beside: recipes of graphs to compare with.
         px: the full resolution; None: the model's own.
         head_images: one folder per class, to fit a linear head on; None: the model's own head.
         goal: what to certify.
@@ -37,17 +40,17 @@ class Request:
         instances: of each graph, as they will be served.
         threads: of each instance.
         seed: of the splits.
-        cache: folder of graphs and outputs, kept for the next plan.
+        cache: folder of exported graphs, kept for the next plan.
+        answers: folder of what graphs answered, shared with `collect`.
         out: folder of the result.
         reference_images: how many images travel with the artifact, see `reference`.
     """
 
     model: str
-    images: str
     source: ImageSource
-    candidates: str | None
-    highs: str
-    beside: str
+    candidates: tuple[Recipe, ...] | None
+    highs: tuple[Recipe, ...]
+    beside: tuple[Recipe, ...]
     px: int | None
     head_images: Path | None
     goal: Goal
@@ -59,6 +62,7 @@ class Request:
     threads: int
     seed: int
     cache: Path
+    answers: Path
     out: Path
     relative: bool = False
     label_threshold: float | None = None

@@ -12,12 +12,12 @@ from calibration.certify import images_needed
 from report.plan_page import cascade_marks, reference_name
 from report.words import milliseconds, setting
 
-from .candidates import FULL
-from .plan import BATCH, Planned
+from .plan import Planned
 from .select import Tested, cascade_ms
 
 SCHEMA_VERSION = 2  # 1 had costs by batch and an early decision, and no outcome
 NAME = "plan.json"
+_PRICED = ("latency_ms", "cost_ratio", "cpu_cost_ratio", "disturbed")
 PROCEDURE = (
     "The shortlist was made on the fit split; each of its cascades was tested on the certify split "
     "at an equal share of delta (Bonferroni), thresholds within a cascade as a fixed sequence with "
@@ -36,8 +36,8 @@ def to_dict(planned: Planned, notes: list[str]) -> dict[str, Any]:
     request, parts = planned.request, planned.parts
     content = {
         "schema_version": SCHEMA_VERSION,
-        "backbone": planned.rung_set.backbone,
-        "reference": planned.graphs[FULL].record.recipe,
+        "backbone": planned.graphs.backbone,
+        "reference": planned.graphs.reference.record.recipe,
         "goal": {
             "max_risk": request.goal.max_risk,
             "confidence": request.goal.confidence,
@@ -53,10 +53,14 @@ def to_dict(planned: Planned, notes: list[str]) -> dict[str, Any]:
             "align": len(parts.align),
             **{name: len(rows) for name, rows in parts.splits.items()},
         },
-        "served": {"instances": request.instances, "threads": request.threads, "batch": BATCH},
+        "served": {
+            "instances": request.instances,
+            "threads": request.threads,
+            "batch": planned.prices[planned.full]["batch"],
+        },
         "disturbed": bool(planned.doubted),
         "doubts": _doubts(planned),
-        "graphs": {name: _graph(planned, name) for name in planned.costs},
+        "graphs": {name: _graph(planned, name) for name in planned.prices},
         "candidates": [asdict(c) | _finite(c.escalation) for c in planned.candidates],
         "tested": [_tested(planned, entry) for entry in planned.tested],
         "chosen": None if planned.chosen is None else _tested(planned, planned.chosen),
@@ -139,13 +143,13 @@ def best_alternative(planned: Planned) -> dict[str, Any] | None:
     figures = _tested(planned, planned.chosen)["test"]
     reaching = [
         name
-        for name in dict.fromkeys([*planned.beside, *planned.highs, FULL])
+        for name in dict.fromkeys([*planned.beside, *planned.highs, planned.full])
         if planned.agreement[name] >= figures["acceptable"]
     ]
     best = min(reaching, key=lambda name: planned.ms[name])
     return {
         "name": best,
-        "recipe": planned.graphs[best].record.recipe,
+        "recipe": planned.graphs.graphs[best].record.recipe,
         "agreement": planned.agreement[best],
         "cost_ratio_to_plan": _believed(planned, planned.ms[best] / figures["ms_per_image"]),
     }
@@ -155,7 +159,7 @@ def _doubts(planned: Planned) -> list[str]:
     """Why no ratio of costs can be believed; usually nothing."""
     if not planned.doubted:
         return []
-    recipes = "; ".join(planned.graphs[name].record.recipe for name in planned.doubted)
+    recipes = "; ".join(planned.graphs.graphs[name].record.recipe for name in planned.doubted)
     return [
         f"the machine was too busy for a figure: clock and CPU time of {recipes} are more than "
         "15 % apart, twice. The cascades were put in order by CPU time; what is certified is "
@@ -168,18 +172,15 @@ def _graph(planned: Planned, name: str) -> dict[str, Any]:
         "low": name in planned.lows,
         "high": name in planned.highs,
         "beside": name in planned.beside,
-        "reference": name == FULL,
+        "reference": name == planned.full,
     }
-    aligned = planned.aligned.get(name)
+    aligned, price = planned.aligned.get(name), planned.prices[name]
     return {
-        "recipe": planned.graphs[name].record.recipe,
+        "recipe": planned.graphs.graphs[name].record.recipe,
         "roles": [role for role, plays in roles.items() if plays],
         "acceptable": planned.agreement[name],  # of test images, if it answers alone
         "ms_per_image": planned.ms[name],
-        "latency_ms": planned.costs[name]["latency_ms"],
-        "cost_ratio": planned.costs[name]["cost_ratio"],
-        "cpu_cost_ratio": planned.costs[name]["cpu_cost_ratio"],
-        "disturbed": planned.costs[name]["disturbed"],
+        **{key: price[key] for key in _PRICED},
         "alignment": None if aligned is None else aligned.to_dict(),
     }
 
@@ -192,8 +193,8 @@ def _tested(planned: Planned, entry: Tested) -> dict[str, Any]:
     return {
         "low": candidate.low,
         "high": candidate.high,
-        "low_recipe": planned.graphs[candidate.low].record.recipe,
-        "high_recipe": planned.graphs[candidate.high].record.recipe,
+        "low_recipe": planned.graphs.graphs[candidate.low].record.recipe,
+        "high_recipe": planned.graphs.graphs[candidate.high].record.recipe,
         "signal": candidate.signal,
         "threshold": calibration.threshold,
         "certified": entry.certified,
@@ -201,19 +202,19 @@ def _tested(planned: Planned, entry: Tested) -> dict[str, Any]:
         "predicted": {
             "escalation_rate": candidate.escalation,
             "ms_per_image": candidate.ms_per_image,
-            "speedup": _believed(planned, ms[FULL] / candidate.ms_per_image),
+            "speedup": _believed(planned, ms[planned.full] / candidate.ms_per_image),
         },
         "certify": {
             "escalation_rate": entry.escalation,
             "ms_per_image": entry.ms_per_image,
-            "speedup": _believed(planned, ms[FULL] / entry.ms_per_image),
+            "speedup": _believed(planned, ms[planned.full] / entry.ms_per_image),
         },
         "test": {
             "escalation_rate": metrics["escalation_rate"],
             "risk": metrics["risk"],
             "acceptable": 1 - metrics["risk"],
             "ms_per_image": cost,
-            "speedup": _believed(planned, ms[FULL] / cost),
+            "speedup": _believed(planned, ms[planned.full] / cost),
         },
     }
 

@@ -2,11 +2,11 @@
 
 An image is one colour on the left and, by a little or a lot, another on the right. The full model
 looks at all of it; cheap graphs look at the left half only and see it shifted, which an alignment
-can take back. `Commands` does what the planner has other programs do.
+can take back. `FakeWorkshop` does what the planner has export and perf do.
 """
 
 import io
-from pathlib import Path
+from collections import Counter
 
 import numpy as np
 import onnx
@@ -21,14 +21,12 @@ from calibration.certify import Goal
 from calibration.source import SourceImage
 from export.align import align
 from export.backbones import Backbone
-from export.errors import UsageError
-from export.fit_images import FitImages
-from export.rungs import describe
 from imaging import ImageError, Preprocessing
-from perf.figures import Spread
-from planner.bars import Bars
+from planner.candidates import recipes
 from planner.request import Request
-from routing import Alignment, RungRecord, manifest
+from report.terminal import Bars
+from routing import RungRecord, manifest
+from tests.unit.plan_content import spread
 
 SIZE, D, LAYERS, CLASSES = 8, 6, 3, 4
 PREPROCESSING = Preprocessing(SIZE, SIZE, None, "bilinear", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -112,11 +110,11 @@ def write_graph(path, seen, shift, head=True):
     onnx.save(model, path)
 
 
-def write_shelf(folder, low, beside, fitted_on="", head=True, task="classes"):
-    """What `export rungs` leaves: the full model, and cheap graphs by their recipes."""
-    folder.mkdir(parents=True)
+def write_shelf(folder, texts, learned="", head=True, task="classes"):
+    """What an export leaves: graphs by their recipes, the full model the last; the first is low."""
+    folder.mkdir(parents=True, exist_ok=True)
     graphs = {}
-    for text in (low, "fp32", *beside):
+    for text in (*texts, "fp32"):
         recipe = Recipe.parse(text).at(SIZE)
         name = recipe.slug(SIZE)
         file = folder / f"{name}.onnx"
@@ -124,7 +122,8 @@ def write_shelf(folder, low, beside, fitted_on="", head=True, task="classes"):
         shift = 1.5 * cheap + 0.05 * (recipe.precision != "fp32") + 0.01 * (recipe.depth or 0)
         write_graph(file, SIZE // 2 if cheap else SIZE, shift, head)
         record = RungRecord(recipe.px, str(recipe), manifest.sha256_file(file), layers=LAYERS)
-        graphs[name] = Graph(name, record, file)
+        ranges = learned if recipe.precision == "int8=static" else ""
+        graphs[name] = Graph(name, record, file, ranges)
     GraphSet(
         backbone="tiny",
         image_shape=(3, SIZE, SIZE),
@@ -136,13 +135,12 @@ def write_shelf(folder, low, beside, fitted_on="", head=True, task="classes"):
         graphs=graphs,
         roles={LOW: next(iter(graphs)), HIGH: "full", REFERENCE: "full"},
         task=task if head else None,
-        fitted_on=fitted_on,
     ).save(folder)
-    return folder
+    return GraphSet.load(folder)
 
 
-def tiny_backbone(class_name="ViTForImageClassification"):
-    """A model that the shelf's graphs could be of, for what `export describe` says of it."""
+def tiny_backbone(class_name="ViTForImageClassification", task=None):
+    """A model that the shelf's graphs could be of, for what its recipes may be."""
     family = next(f for f in ("ViT", "DeiT", "Dinov2") if class_name.startswith(f))
     config = getattr(transformers, f"{family}Config")(
         hidden_size=D,
@@ -153,100 +151,61 @@ def tiny_backbone(class_name="ViTForImageClassification"):
         num_labels=CLASSES,
     )
     model = getattr(transformers, class_name)(config)
-    return Backbone("tiny", {}, model, None, (SIZE // 2, SIZE), lambda px: None)
+    return Backbone(
+        "tiny", {}, model, None, (SIZE // 2, SIZE), lambda px: PREPROCESSING, own_task=task
+    )
 
 
-class Commands:
-    """Stands in for `run` and `run_json`; `said` holds every command's arguments.
+class FakeWorkshop:
+    """A workshop without torch and Triton, and how often each of its tools was used.
 
-    The clock of the first `busy` pricings shows every graph but the full one `BUSY` times as dear.
+    The clock of the first `busy` pricings shows every graph but the full one `BUSY` times as dear,
+    in spite of the second measurement.
     """
 
     def __init__(self, ms=None, head=True, model=None, task=None, busy=0):
-        self.said = []
-        self._busy = busy
+        self.used = Counter()
+        self.exports, self.priced = [], []
+        self._busy, self._ms, self._head, self._task = busy, ms or MS, head, task
         self._model = model or ("ViTForImageClassification" if head else "ViTModel")
-        self._ms, self._head, self._task = ms or MS, head, task
 
-    def of(self, *verb):
-        """The commands of one verb."""
-        return [said for said in self.said if tuple(said[:2]) == verb]
+    def load(self, name):
+        self.used["load"] += 1
+        return tiny_backbone(self._model, self._task)
 
-    def run(self, arguments, say):
-        self.said.append([str(argument) for argument in arguments])
-        options = _options(self.said[-1][2:])
-        out = {name: Path(options[name][0]) for name in ("--out", "--onnx") if name in options}
-        if self.said[-1][1] == "rungs":
-            folder = Path(options["--fit-images"][0])
-            try:
-                learned = FitImages.read(folder, PREPROCESSING).prints
-            except UsageError:
-                learned = ""
-            beside = options.get("--beside", [])
-            if not any("int8=static" in text for text in [*options["--low"], *beside]):
-                learned = ""
-            task = self._task or "classes"
-            write_shelf(out["--out"], options["--low"][0], beside, learned, self._head, task)
-        elif self.said[-1][1] == "align":
-            alignment = Alignment.load(Path(options["--alignment"][0]))
-            align(GraphSet.load(out["--onnx"]), options["--graph"][0], alignment)
-        else:
-            low, high = options["--low"][0], options["--high"][0]
-            GraphSet.load(out["--onnx"]).cast(low, high).place(out["--out"], options["--beside"])
+    def export(self, backbone, exports, bars):
+        self.used["export"] += 1
+        self.exports.append(exports)
+        learned = "" if exports.fit_images is None else exports.fit_images.prints
+        texts, task = map(str, exports.recipes), self._task or "classes"
+        return write_shelf(exports.out, texts, learned, self._head, task)
 
-    def run_json(self, arguments, say):
-        self.said.append([str(argument) for argument in arguments])
-        if self.said[-1][1] == "describe":
-            options = _options(self.said[-1][2:])
-            px = [int(text) for text in options.get("--px", [])]
-            content = describe(
-                tiny_backbone(self._model),
-                options.get("--recipe", []),
-                *px,
-                own_head="--head" not in options,
-            )
-            return content if self._task is None else {**content, "task": self._task}
-        names = _options(self.said[-1][2:])["--graphs"][0].split(",")
+    def align(self, graphs, name, alignment):
+        self.used["align"] += 1
+        return align(graphs, name, alignment)
+
+    def price(self, graphs, names, request, bars):
+        self.used["price"] += 1
+        self.priced.append(sorted(names))
         busy, self._busy = self._busy > 0, self._busy - 1
-        return {"graphs": {name: self._cost(name, busy) for name in names}}
+        return {name: self._price(name, busy) for name in names}
 
-    def _cost(self, name, busy):
+    def _price(self, name, busy):
         ms, full = self._ms.get(name, CHEAP_MS), self._ms["full"]
         clock_ms = BUSY * ms if busy and name != "full" else ms
-        figures = {
-            "latency_ms": 2 * clock_ms,
-            "ms_per_image": clock_ms,
-            "server_cpu_ms": ms,
-            "cost_ratio": clock_ms / full,
-            "cpu_cost_ratio": ms / full,
+        return {
+            "latency_ms": spread(2 * clock_ms),
+            "ms_per_image": spread(clock_ms),
+            "cost_ratio": spread(clock_ms / full),
+            "cpu_cost_ratio": spread(ms / full),
+            "batch": 8,
+            "disturbed": clock_ms != ms,
         }
-        spreads = {key: Spread.of([value]).to_dict() for key, value in figures.items()}
-        return {"batch": 8, **spreads, "disturbed": busy and name != "full"}
-
-
-def _options(arguments):
-    found, name = {}, None
-    for argument in arguments:
-        if argument.startswith("--"):
-            name = argument
-            found.setdefault(name, [])
-        else:
-            found[name].append(argument)
-    return found
-
-
-def patch_commands(monkeypatch, commands):
-    """Let the planner's commands go to `commands`."""
-    for module in ("shelf", "plan"):
-        monkeypatch.setattr(f"planner.{module}.run", commands.run)
-    for module in ("plan", "checks"):
-        monkeypatch.setattr(f"planner.{module}.run_json", commands.run_json)
 
 
 def make_request(folder, **changes):
     fields = {
         "model": "tiny",
-        "images": "two colours",
         "source": TwoColours(700),
         "candidates": "px=4,int8=static,align; px=4",
         "highs": "fp32; int8=static",
@@ -262,6 +221,11 @@ def make_request(folder, **changes):
         "threads": 1,
         "seed": 0,
         "cache": folder / "cache",
+        "answers": folder / "answers",
         "out": folder / "out",
     }
-    return Request(**{**fields, **changes})
+    fields |= changes
+    for option in ("candidates", "highs", "beside"):
+        if isinstance(fields[option], str):
+            fields[option] = recipes(f"--{option}", fields[option])
+    return Request(**fields)

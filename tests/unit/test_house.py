@@ -26,7 +26,10 @@ ARROWS = {
     "client": set(),
     "report": set(),
     "perf": {"bundle", "calibration", "client", "imaging", "report", "routing", "server"},
-    "planner": {"bundle", "calibration", "export", "imaging", "perf", "report", "routing"},
+    "planner": {
+        *("bundle", "calibration", "client", "export", "imaging", "perf", "report", "routing"),
+        "server",
+    },
     "demo": {"bundle", "calibration", "client", "imaging", "perf", "report", "routing", "server"},
 }
 IN_TRITON = sorted(

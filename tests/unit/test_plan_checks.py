@@ -3,27 +3,31 @@
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
+from bundle.recipe import Recipe
 from calibration.certify import Goal, images_needed
 from calibration.fidelity import Fidelity, FidelityError
 from calibration.images import open_images
 from planner.checks import (
     Asked,
     check_images,
+    check_named,
     check_recipes,
     choices_for,
     images_for,
 )
 from planner.plan import make_plan
-from planner.subprocesses import PlanError
+from planner.request import PlanError
+from report.terminal import Bars
 from tests.unit.image_files import write_images
 from tests.unit.plan_workplace import (
     QUIET,
     SIZE,
-    Commands,
+    FakeWorkshop,
     TwoColours,
     make_request,
-    patch_commands,
+    tiny_backbone,
 )
 
 GOAL = Goal(0.05, 0.9, "ltt")
@@ -31,26 +35,31 @@ CLS_HEADS = ("ViTForImageClassification", "DeiTForImageClassification", "ViTMode
 OTHER_HEADS = ("Dinov2ForImageClassification", "DeiTForImageClassificationWithTeacher")
 
 
-class Saying:
+class Saying(Bars):
     """Bars that keep what was said."""
 
     def __init__(self):
+        super().__init__(Console(quiet=True))
         self.lines = []
 
     def say(self, line):
         self.lines.append(line)
 
 
+def check(request, model="ViTForImageClassification", bars=QUIET):
+    check_named(request)
+    return check_recipes(request, tiny_backbone(model), bars)
+
+
 @pytest.fixture
-def refuse(tmp_path, monkeypatch):
-    """What a whole plan is refused with, after no command but `export describe`."""
+def refuse(tmp_path):
+    """What a whole plan is refused with, after nothing but loading the model."""
 
     def refuse(model="ViTForImageClassification", **changes):
-        commands, source = Commands(model=model), TwoColours(changes.pop("images", 700))
-        patch_commands(monkeypatch, commands)
+        workshop, source = FakeWorkshop(model=model), TwoColours(changes.pop("images", 700))
         with pytest.raises((PlanError, FidelityError)) as error:
-            make_plan(make_request(tmp_path, source=source, **changes), QUIET)
-        assert [said[:2] for said in commands.said] == [["export", "describe"]]
+            make_plan(make_request(tmp_path, source=source, **changes), workshop, QUIET)
+        assert set(workshop.used) <= {"load"}
         assert source.read == [] and "\n" not in str(error.value)
         return str(error.value)
 
@@ -66,24 +75,22 @@ def test_align_is_refused_by_name_where_the_head_reads_more_than_the_cls_token(r
 
 
 @pytest.mark.parametrize("model", [*CLS_HEADS, *OTHER_HEADS])
-def test_default_candidates_are_aligned_where_that_reaches_the_head(tmp_path, monkeypatch, model):
-    patch_commands(monkeypatch, Commands(model=model))
+def test_default_candidates_are_aligned_where_that_reaches_the_head(tmp_path, model):
     bars = Saying()
-    asked = check_recipes(make_request(tmp_path, candidates=None), bars)
+    asked = check(make_request(tmp_path, candidates=None), model, bars)
     reaches = model in CLS_HEADS
-    assert all(("align" in recipe) == reaches for recipe in asked.lows) and asked.lows
+    assert all(recipe.align == reaches for recipe in asked.lows) and asked.lows
     assert asked.aligns == reaches
     said = [line for line in bars.lines if "head" in line]
     assert said == list(asked.notes)
     assert len(said) == (0 if reaches else 1)
 
 
-def test_a_head_that_is_fitted_here_is_reached_whatever_the_model_has(tmp_path, monkeypatch):
-    commands = Commands(model=OTHER_HEADS[0])
-    patch_commands(monkeypatch, commands)
-    asked = check_recipes(make_request(tmp_path, head_images=tmp_path), Saying())
-    assert asked.aligns
-    assert "--head" in commands.said[0]
+@pytest.mark.parametrize("candidates", [None, "px=4,align"])
+def test_a_head_that_is_fitted_here_is_reached_whatever_the_model_has(tmp_path, candidates):
+    request = make_request(tmp_path, head_images=tmp_path, candidates=candidates)
+    asked = check(request, OTHER_HEADS[0])
+    assert asked.aligns and asked.task == "classes" and not asked.notes
 
 
 @pytest.mark.parametrize(
@@ -93,12 +100,9 @@ def test_a_head_that_is_fitted_here_is_reached_whatever_the_model_has(tmp_path, 
         ({"candidates": "px=9"}, "--candidates px=9: px=9 looks at more than the full rung's 8"),
         ({"candidates": "px=0"}, "--candidates px=0: px=0 is no positive multiple"),
         ({"candidates": "px=1,tome=4"}, "px=1,tome=4: tome=4 has one patch at 1 px"),
-        ({"candidates": "px=4; speed=9"}, "--candidates speed=9: recipe 'speed=9': 'speed=9' is"),
-        ({"candidates": "px=four"}, "'px=four' in a recipe must be a whole number"),
         ({"highs": "fp32; depth=0"}, "--highs depth=0: depth=0 must be between"),
         ({"beside": "px=16"}, "--beside px=16: px=16 looks at more"),
         ({"px": 100}, "--px 100: px=100 is too large"),
-        ({"candidates": "px=4; px=04"}, "px=4 is named more than once"),
         ({"candidates": "px=4", "px": None, "highs": "px=8; fp32"}, "fp32 is named more than once"),
         ({"candidates": f"px={SIZE}", "px": None}, "--candidates names the full model itself"),
         ({"candidates": "tome=0"}, "--candidates names the full model itself"),
@@ -115,13 +119,12 @@ def test_every_recipe_that_is_wrong_is_named_at_once(refuse):
 
 
 @pytest.mark.parametrize("option", ["highs", "beside"])
-def test_only_cheap_graphs_can_be_aligned(tmp_path, monkeypatch, option):
-    commands = Commands()
-    patch_commands(monkeypatch, commands)
+def test_only_cheap_graphs_can_be_aligned(tmp_path, option):
+    workshop = FakeWorkshop()
     request = make_request(tmp_path, **{option: "int8=static,align"})
     with pytest.raises(PlanError, match=f"--{option} int8=static,align: only cheap graphs"):
-        make_plan(request, QUIET)
-    assert commands.said == []
+        make_plan(request, workshop, QUIET)
+    assert not workshop.used
 
 
 def test_a_fidelity_that_needs_a_head_is_refused_for_a_model_without(refuse):
@@ -129,17 +132,18 @@ def test_a_fidelity_that_needs_a_head_is_refused_for_a_model_without(refuse):
     assert message == "--fidelity top1 needs a head, the model has none; use cosine"
 
 
-def test_recipes_are_the_same_however_they_are_written(tmp_path, monkeypatch):
-    patch_commands(monkeypatch, Commands())
-    request = make_request(tmp_path, candidates="align, int8=static ,px=04,fp32", beside="px = 6")
-    asked = check_recipes(request, Saying())
-    assert asked.lows == [frozenset({"px=4", "int8=static", "align"})]
-    assert asked.beside == [frozenset({"px=6"})]
-    assert asked.highs == [frozenset(), frozenset({"int8=static"})]
+def test_recipes_get_the_resolution_of_the_full_model(tmp_path):
+    asked = check(make_request(tmp_path, px=None, candidates="px=4,align; tome=2", beside="px=6"))
+    assert asked.full == Recipe(SIZE)
+    assert asked.lows == (Recipe(4, align=True), Recipe(SIZE, tome=2))
+    assert asked.highs == (Recipe(SIZE), Recipe(SIZE, precision="int8=static"))
+    assert asked.exported == (Recipe(4), Recipe(SIZE, tome=2), *asked.highs[1:], Recipe(6))
+    assert asked.aligns and asked.quantises
 
 
-PLAIN = Asked([frozenset({"px=4"})], [frozenset()], [])
-ALIGNED = Asked([frozenset({"px=4", "int8=static", "align"})], [frozenset()], [])
+FULL = Recipe(SIZE)
+PLAIN = Asked(FULL, (Recipe(4),), (FULL,), ())
+ALIGNED = Asked(FULL, (Recipe(4, precision="int8=static", align=True),), (FULL,), ())
 
 
 @pytest.mark.parametrize("asked", [PLAIN, ALIGNED], ids=["plain", "aligned"])
@@ -147,16 +151,15 @@ ALIGNED = Asked([frozenset({"px=4", "int8=static", "align"})], [frozenset()], []
 def test_as_many_images_as_are_asked_for_are_just_enough(tmp_path, goal, asked):
     enough = images_for(goal, asked.aligns, asked.quantises)
 
-    def check(count):
-        return check_images(
-            make_request(tmp_path, goal=goal, source=TwoColours(count)), asked, QUIET
-        )
+    def warnings(count):
+        request = make_request(tmp_path, goal=goal, source=TwoColours(count))
+        return check_images(request, asked, QUIET)
 
-    assert "only just enough" in check(enough)[0]
+    assert "only just enough" in warnings(enough)[0]
     with pytest.raises(PlanError) as error:
-        check(enough - 1)
+        warnings(enough - 1)
     assert f"give about {enough:,} images" in str(error.value)
-    assert check(10 * enough) == []
+    assert warnings(10 * enough) == []
 
 
 def test_the_number_needed_is_said_in_the_words_of_fit(refuse):
@@ -177,17 +180,13 @@ def test_images_too_few_to_divide_are_refused_with_the_number_needed(refuse):
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_images_that_teach_the_head_are_too_few_before_the_first_export(
-    tmp_path, monkeypatch, whole
-):
+def test_images_that_teach_the_head_are_too_few_before_the_first_export(tmp_path, whole):
     names = [f"{label}/{i}.png" for label in ("ant", "bee", "cat") for i in range(60)]
     folder = write_images(tmp_path / "images", *names)
     head = folder if whole else folder / "ant"
-    commands = Commands()
-    patch_commands(monkeypatch, commands)
+    workshop = FakeWorkshop()
     request = make_request(
         tmp_path,
-        images=str(folder),
         source=open_images(str(folder)),
         head_images=head,
         candidates="px=4",
@@ -200,13 +199,13 @@ def test_images_that_teach_the_head_are_too_few_before_the_first_export(
         request = replace(request, source=open_images(str(folder.parent / "link")))
         request = replace(request, goal=Goal(0.03, 0.9, "ltt"))  # 180 images would do, 120 do not
     with pytest.raises(PlanError) as error:
-        make_plan(request, QUIET)
+        make_plan(request, workshop, QUIET)
     assert (
         f"{teach} of these 180 images lie below --head-images, teach the head and are left out"
         in str(error.value)
     )
     assert "images that it does not learn from" in str(error.value)
-    assert [said[:2] for said in commands.said] == [["export", "describe"]]
+    assert set(workshop.used) == {"load"}
 
 
 def test_folders_count_as_one_where_they_are_groups(tmp_path):
@@ -227,17 +226,15 @@ def test_no_more_cascades_are_tested_than_could_all_pass(images, choices):
     assert needed <= images or choices == 1
 
 
-def test_images_that_turn_out_too_few_are_no_result(tmp_path, monkeypatch):
-    """A third of them cannot be read, which shows only once the full model has answered them."""
-    commands = Commands()
-    patch_commands(monkeypatch, commands)
+def test_images_that_turn_out_too_few_are_no_result(tmp_path):
+    """Some of them cannot be read, which shows only once the full model has answered them."""
+    workshop = FakeWorkshop()
     enough = images_for(GOAL, aligns=False, quantises=False)
-    source = TwoColours(enough, gone=range(0, enough, 3))
+    source = TwoColours(enough, gone=range(0, enough, 25))
     plain = {"candidates": "px=4", "highs": "fp32", "beside": "", "goal": GOAL}
     request = make_request(tmp_path, source=source, **plain)
-    with pytest.raises(
-        PlanError, match=f"{enough - len(range(0, enough, 3))} images are too few: a risk"
-    ):
-        make_plan(request, QUIET)
-    assert commands.of("perf", "serving") == []
+    left = enough - len(range(0, enough, 25))
+    with pytest.raises(PlanError, match=f"{left} images are too few: a risk"):
+        make_plan(request, workshop, QUIET)
+    assert not workshop.used["price"]
     assert not (tmp_path / "out").exists()

@@ -8,28 +8,28 @@ import pytest
 
 from bundle.graphs import GraphSet
 from bundle.prints import among, decode
+from bundle.recipe import Recipe
 from calibration.align import ALIGN_SHARE
 from calibration.certify import Goal, allowed_errors, images_needed, one_per_group
 from calibration.fidelity import Fidelity, FidelityError
 from calibration.fit import without_learned
-from calibration.outputs import Made, Outputs
+from calibration.outputs import Outputs
 from calibration.record import FitRecord, record_path
 from calibration.splits import CERTIFIED, group_keys, split_by_group
 from planner import result
 from planner.checks import images_for
+from planner.graphs import fit_image_rows
 from planner.plan import choose_rungs, make_plan
+from planner.request import PlanError
 from planner.select import cascade_ms
-from planner.shelf import fit_image_rows, taught_by_export
-from planner.subprocesses import PlanError
 from routing import Calibration, Overrides, escalation_mask
 from tests.unit.plan_workplace import (
     CHEAP_MS,
     MS,
     QUIET,
-    Commands,
+    FakeWorkshop,
     TwoColours,
     make_request,
-    patch_commands,
 )
 
 IMAGES = 700
@@ -37,21 +37,19 @@ ALIGNED = "px4_int8static_align"  # px=4,int8=static, the first candidate
 GOAL = Goal(0.2, 0.9, "ltt")
 
 
-def plan(request, commands):
-    with pytest.MonkeyPatch.context() as patch:
-        patch_commands(patch, commands)
-        planned = make_plan(request, QUIET)
-        if planned.chosen is not None:
-            choose_rungs(planned, QUIET)
+def plan(request, workshop):
+    planned = make_plan(request, workshop, QUIET)
+    if planned.chosen is not None:
+        choose_rungs(planned, QUIET)
     return planned
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A plan, the commands it gave, and plan.json's content."""
-    commands = Commands()
-    planned = plan(make_request(tmp_path_factory.mktemp("plan")), commands)
-    return planned, commands, result.to_dict(planned, ["a note"])
+    """A plan, the workshop that it used, and plan.json's content."""
+    workshop = FakeWorkshop()
+    planned = plan(make_request(tmp_path_factory.mktemp("plan")), workshop)
+    return planned, workshop, result.to_dict(planned, ["a note"])
 
 
 @pytest.fixture
@@ -75,25 +73,29 @@ def test_every_image_has_one_part(planned, content):
 def test_no_image_that_a_graph_has_learned_from_is_among_the_rest(planned):
     learned = planned.aligned[ALIGNED].alignment.image_prints
     outputs = next(iter(planned.pairs.values()))
-    rungs = replace(planned.rung_set, fitted_on=learned)  # as a head would have
-    assert len(without_learned(outputs, rungs)) == len(outputs) == len(planned.parts.rest)
-    assert len(without_learned(outputs, planned.rung_set)) == len(outputs)
+    pictures = planned.parts.full.pictures
+    for prints in (learned, planned.graphs.learned(planned.prices)):
+        assert not among(outputs.hashes, outputs.looks, prints).any()
+    assert len(outputs) == len(planned.parts.rest)
+    for low, high in planned.pairs:  # as `fit` asks
+        assert len(without_learned(outputs, planned.graphs.cast(low, high))) == len(outputs)
     # The ranges of int8 were learned from every eleventh image: all of those are in align.
-    hashes = np.array(planned.parts.reference.hashes)
+    hashes = np.array(pictures.hashes)
     assert set(hashes[[0, IMAGES - 1]]) <= set(hashes[planned.parts.align])
 
 
 def test_no_alignment_learns_from_what_the_export_has_learned_from(planned):
-    reference = planned.parts.reference
-    ranges = reference.only(fit_image_rows(IMAGES))
+    ranges = planned.parts.full.pictures.only(fit_image_rows(IMAGES))
     learned = planned.aligned[ALIGNED].alignment.image_prints
     assert not among(ranges.hashes, ranges.looks, learned).any()
     assert ALIGN_SHARE / 2 * IMAGES < len(decode(learned)[0]) < ALIGN_SHARE * IMAGES
-    # On the shelf stand both, and a later plan tells them apart.
-    shelf = planned.graphs["full"].file.parent
-    taught = taught_by_export(GraphSet.load(shelf))
+    # In the folder stand both, and a later plan tells them apart.
+    graphs = GraphSet.load(planned.graphs.reference.file.parent)
+    taught = graphs.learned(["px4_int8static", "int8static", "full"])
     assert among(ranges.hashes, ranges.looks, taught).all()
     assert len(decode(taught)[0]) == len(ranges.rows)
+    both = decode(graphs.learned([ALIGNED]))[0]
+    assert both == decode(taught)[0] | decode(learned)[0]
 
 
 def test_graphs_have_their_roles_costs_and_what_their_answers_are_worth(content):
@@ -177,19 +179,9 @@ def test_the_best_alternative_reaches_the_cascades_agreement_at_the_least_cost(c
     assert best["agreement"] == graphs[best["name"]]["acceptable"]
 
 
-def test_graphs_whose_price_was_disturbed_are_priced_once_more(tmp_path, content):
-    commands = Commands(busy=1)
-    found = result.to_dict(plan(make_request(tmp_path), commands), [])
-    assert len(commands.of("perf", "serving")) == 2
-    assert not found["disturbed"] and found["doubts"] == []
-    assert found["best_alternative"] == content["best_alternative"]
-
-
 def test_no_ratio_of_costs_that_stay_disturbed_is_told(tmp_path, content):
-    commands = Commands(busy=2)
-    planned = plan(make_request(tmp_path), commands)
+    planned = plan(make_request(tmp_path), FakeWorkshop(busy=1))
     found = result.to_dict(planned, [])
-    assert len(commands.of("perf", "serving")) == 2
     assert found["disturbed"] and "the machine was too busy for a figure" in found["doubts"][0]
     assert "px=6" in found["doubts"][0]
     for entry in (*found["tested"], found["chosen"]):
@@ -213,15 +205,16 @@ def test_plan_json_is_json_without_paths(content, tmp_path, planned):
 
 def test_what_is_written_belongs_together(planned):
     out, chosen = planned.request.out, planned.chosen
-    rung_set = GraphSet.load(out / "onnx")
+    graphs = GraphSet.load(out / "onnx")
     calibration = Calibration.load(out / "calibration.json")
-    calibration.check_rungs({name: rung_set.files[name] for name in ("vit_low", "vit_high")})
+    calibration.check_rungs(graphs.files)
     outputs = Outputs.load(out / "outputs.json")
-    assert outputs.made == Made.by(rung_set)
+    assert outputs.made.graphs == graphs.fingerprints()
+    assert len(outputs) == len(planned.parts.rest)
     assert calibration == chosen.fit.calibration
     np.testing.assert_array_equal(calibration.score(outputs.low), chosen.fit.scores)
     FitRecord.load(record_path(out / "calibration.json"), outputs, out / "calibration.json")
-    assert rung_set.reference.record.recipe == "px=8"
+    assert graphs.reference.record.recipe == "px=8"
     assert calibration.metrics["escalation_rate"] == pytest.approx(
         escalation_mask(
             chosen.fit.scores[planned.parts.splits["test"]], calibration.threshold, Overrides()
@@ -230,42 +223,30 @@ def test_what_is_written_belongs_together(planned):
 
 
 def test_graphs_to_compare_with_lie_beside_the_chosen_ones(planned):
-    rung_set = GraphSet.load(planned.request.out / "onnx")
-    assert "px6" in rung_set.beside
-    high = planned.chosen.candidate.high
-    other = "int8static" if high == "full" else "full"
-    assert other in rung_set.beside
+    graphs = GraphSet.load(planned.request.out / "onnx")
+    assert set(graphs.graphs) == {planned.chosen.candidate.low, "full", "int8static", "px6"}
+    assert graphs.low.name == planned.chosen.candidate.low
+    assert graphs.high.name == planned.chosen.candidate.high
+    assert graphs.reference.name == "full"
 
 
-def test_commands_are_given_once_and_in_order(made):
-    _, commands, _ = made
-    assert [said[:2] for said in commands.said] == [
-        ["export", "describe"],
-        ["export", "rungs"],
-        ["export", "align"],
-        ["perf", "serving"],
-        ["export", "choose"],
-    ]
-    (serving,) = commands.of("perf", "serving")
-    graphs = serving[serving.index("--graphs") + 1].split(",")
-    assert sorted(graphs) == sorted([ALIGNED, "px4", "px6", "int8static", "full"])
+def test_everything_is_made_once_and_priced_together(made):
+    _, workshop, _ = made
+    assert workshop.used == {"load": 1, "export": 1, "align": 1, "price": 1}
+    assert workshop.priced == [sorted([ALIGNED, "px4", "px6", "int8static", "full"])]
 
 
 def test_another_risk_needs_no_graph_and_no_answer_again(tmp_path):
-    commands, source = Commands(), TwoColours(IMAGES)
-    request = make_request(tmp_path, source=source)
-    first = plan(request, commands)
+    workshop, source = FakeWorkshop(), TwoColours(IMAGES)
+    request = make_request(tmp_path, source=source, reference_images=0)
+    first = plan(request, workshop)
     assert source.read
     source.read.clear()
-    commands.said.clear()
+    workshop.used.clear()
     stricter = replace(request, goal=replace(GOAL, max_risk=0.15), out=tmp_path / "second")
-    second = plan(stricter, commands)
+    second = plan(stricter, workshop)
     assert source.read == []
-    assert {tuple(said[:2]) for said in commands.said} <= {
-        ("export", "describe"),
-        ("perf", "serving"),
-        ("export", "choose"),
-    }
+    assert workshop.used == {"load": 1, "price": 1}
     assert first.tested[0].fit.calibration.certificate["epsilon"] == 0.2
     assert second.tested[0].fit.calibration.certificate["epsilon"] == 0.15
     allowed = [p.tested[0].fit.calibration.certificate["allowed"] for p in (first, second)]
@@ -275,35 +256,34 @@ def test_another_risk_needs_no_graph_and_no_answer_again(tmp_path):
 @pytest.fixture(scope="module")
 def unhelped(tmp_path_factory):
     """A plan whose one alignment has nothing to add: its graph answers as the full model does."""
-    commands = Commands()
+    workshop = FakeWorkshop()
     request = make_request(
         tmp_path_factory.mktemp("unhelped"), candidates="tome=2,align; px=4", beside=""
     )
-    return plan(request, commands), commands
+    return plan(request, workshop), workshop
 
 
 def test_where_an_alignment_does_not_help_the_graph_without_it_takes_its_place(unhelped):
-    planned, commands = unhelped
+    planned, workshop = unhelped
     content = result.to_dict(planned, [])
-    assert commands.of("export", "align") == []
+    assert not workshop.used["align"]
     assert planned.lows == ["tome2", "px4"]
     graph = content["graphs"]["tome2"]
     assert graph["recipe"] == "px=8,tome=2" and graph["alignment"]["helps"] is False
     assert planned.chosen.candidate.low == "tome2"
     served = GraphSet.load(planned.request.out / "onnx")
-    assert served.rungs["vit_low"].recipe == "px=8,tome=2"
-    assert served.learned() == planned.rung_set.learned()
+    assert served.low.record.recipe == "px=8,tome=2" and served.low.fitted_on == ""
 
 
 def test_the_images_it_was_tried_on_are_fitted_on_and_test_nothing(unhelped):
     """The decision against it was made on them, so they may not certify what came of it."""
     planned, _ = unhelped
     parts = planned.parts
-    reference = parts.reference
-    taught = among(reference.hashes, reference.looks, planned.rung_set.learned(planned.graphs))
+    pictures = parts.full.pictures
+    taught = among(pictures.hashes, pictures.looks, planned.graphs.learned(planned.prices))
     np.testing.assert_array_equal(parts.align, np.flatnonzero(taught))
     assert len(parts.rest) == IMAGES - taught.sum()
-    groups = group_keys(parts.reference, "source")
+    groups = group_keys(parts.full.pictures, "source")
     shares = {"align": ALIGN_SHARE, "rest": 1 - ALIGN_SHARE}
     tried = set(split_by_group(groups, shares, 0)["align"]) - set(parts.align)
     rows = {name: set(parts.rest[index]) for name, index in parts.splits.items()}
@@ -319,18 +299,18 @@ def test_the_images_it_was_tried_on_are_fitted_on_and_test_nothing(unhelped):
 
 def test_where_one_alignment_helps_its_images_stay_out_of_everything(tmp_path):
     request = make_request(tmp_path, candidates="tome=2,align; px=4,align", beside="")
-    planned = plan(request, Commands())
+    planned = plan(request, FakeWorkshop())
     assert [planned.aligned[name].helps for name in planned.lows] == [False, True]
     shares = {"align": ALIGN_SHARE, "rest": 1 - ALIGN_SHARE}
-    groups = group_keys(planned.parts.reference, "source")
+    groups = group_keys(planned.parts.full.pictures, "source")
     assert set(split_by_group(groups, shares, 0)["align"]) <= set(planned.parts.align)
     aligned, _ = decode(planned.aligned["px4_align"].alignment.image_prints)
-    assert aligned <= decode(planned.rung_set.learned(planned.graphs))[0]
+    assert aligned <= decode(planned.graphs.learned(planned.prices))[0]
 
 
 def test_an_alignment_that_does_not_help_beside_its_own_graph_is_one_candidate(tmp_path):
     planned = plan(
-        make_request(tmp_path, candidates="tome=2,align; tome=2; px=4", beside=""), Commands()
+        make_request(tmp_path, candidates="tome=2,align; tome=2; px=4", beside=""), FakeWorkshop()
     )
     assert planned.lows == ["tome2", "px4"]
 
@@ -338,7 +318,7 @@ def test_an_alignment_that_does_not_help_beside_its_own_graph_is_one_candidate(t
 def test_few_images_test_no_more_cascades_than_could_pass(tmp_path):
     source = TwoColours(images_for(GOAL, aligns=False, quantises=True) + 2)
     request = make_request(tmp_path, source=source, candidates="px=4; px=3; px=2; px=5")
-    planned = plan(request, Commands())
+    planned = plan(request, FakeWorkshop())
     assert len(planned.tested) == 1
     certificate = planned.tested[0].fit.calibration.certificate
     assert (certificate["choices"], certificate["allowed"]) == (1, 0)
@@ -351,7 +331,7 @@ def test_plan_json_says_how_many_images_were_needed(content):
 
 def test_cheap_graphs_that_cost_more_than_the_full_model_are_not_chosen(tmp_path):
     dear = {"full": 5.0, "int8static": 5.0}
-    planned = plan(make_request(tmp_path), Commands(ms=dear))
+    planned = plan(make_request(tmp_path), FakeWorkshop(ms=dear))
     content = result.to_dict(planned, [])
     assert any(entry["certified"] for entry in content["tested"])
     assert content["chosen"] is None and content["best_alternative"] is None
@@ -360,7 +340,7 @@ def test_cheap_graphs_that_cost_more_than_the_full_model_are_not_chosen(tmp_path
 
 def test_where_nothing_can_be_certified_nothing_is_chosen(tmp_path):
     strict = make_request(tmp_path, goal=Goal(0.02, 0.9, "ltt"), highs="int8=static")
-    planned = plan(strict, Commands())
+    planned = plan(strict, FakeWorkshop())
     assert planned.chosen is None
     assert not any(entry.certified for entry in planned.tested)
     json.dumps(result.to_dict(planned, []), allow_nan=False)
@@ -368,32 +348,32 @@ def test_where_nothing_can_be_certified_nothing_is_chosen(tmp_path):
 
 def test_a_latency_budget_leaves_out_pairs_that_take_too_long(tmp_path):
     # A lone image takes twice the time per image: 16 + 160 ms by way of the FP32 model.
-    planned = plan(make_request(tmp_path, latency_budget_ms=120), Commands())
+    planned = plan(make_request(tmp_path, latency_budget_ms=120), FakeWorkshop())
     assert planned.tested
     assert {entry.candidate.high for entry in planned.tested} == {"int8static"}
-    nothing = plan(make_request(tmp_path, latency_budget_ms=10), Commands())
+    nothing = plan(make_request(tmp_path, latency_budget_ms=10), FakeWorkshop())
     assert nothing.tested == [] and nothing.chosen is None
 
 
 def test_without_a_head_cosines_are_held_against_the_tolerance(tmp_path):
     request = make_request(tmp_path, tolerance=0.02, beside="")
-    planned = plan(request, Commands(head=False))
+    planned = plan(request, FakeWorkshop(head=False))
     content = result.to_dict(planned, [])
     assert (content["goal"]["fidelity"], content["goal"]["tolerance"]) == ("cosine", 0.02)
-    looser = plan(replace(request, tolerance=0.5), Commands(head=False))
+    looser = plan(replace(request, tolerance=0.5), FakeWorkshop(head=False))
     assert looser.agreement["px4"] > planned.agreement["px4"] + 0.05
 
 
 def test_a_fidelity_that_is_named_is_kept(tmp_path):
     request = make_request(tmp_path, fidelity=Fidelity("cosine", 0.3))
-    content = result.to_dict(plan(request, Commands()), [])
+    content = result.to_dict(plan(request, FakeWorkshop()), [])
     assert (content["goal"]["fidelity"], content["goal"]["tolerance"]) == ("cosine", 0.3)
     assert content["tested"][0]["certificate"]["tolerance"] == 0.3
 
 
 def test_independent_labels_are_planned_for_by_their_sets(tmp_path):
     request = make_request(tmp_path, tolerance=None, label_threshold=0.6)
-    planned = plan(request, Commands(task="labels"))
+    planned = plan(request, FakeWorkshop(task="labels"))
     goal = result.to_dict(planned, [])["goal"]
     assert (goal["fidelity"], goal["label_threshold"]) == ("labels", 0.6)
     assert {c.signal for c in planned.candidates} == {"label_margin", "cls_path", "cls_regression"}
@@ -404,23 +384,24 @@ def test_independent_labels_are_planned_for_by_their_sets(tmp_path):
 
 
 def test_what_may_differ_of_a_value_is_asked_before_anything_is_exported(tmp_path):
-    commands = Commands(task="value")
+    workshop = FakeWorkshop(task="value")
     with pytest.raises(FidelityError, match="give --fidelity value --tolerance X"):
-        plan(make_request(tmp_path), commands)
-    assert commands.of("export", "rungs") == []
-    planned = plan(make_request(tmp_path, fidelity=Fidelity("value", 0.3)), Commands(task="value"))
+        plan(make_request(tmp_path), workshop)
+    assert not workshop.used["export"]
+    planned = plan(
+        make_request(tmp_path, fidelity=Fidelity("value", 0.3)), FakeWorkshop(task="value")
+    )
     goal = result.to_dict(planned, [])["goal"]
     assert (goal["fidelity"], goal["tolerance"], goal["relative"]) == ("value", 0.3, False)
     assert {c.signal for c in planned.candidates} == {"cls_path", "cls_regression"}
 
 
 def test_where_no_candidates_are_named_those_of_the_model_are_tried(tmp_path):
-    commands = Commands()
-    plan(make_request(tmp_path, candidates=None, highs="fp32", beside=""), commands)
-    assert commands.of("export", "describe")
-    (exported,) = commands.of("export", "rungs")
-    recipes = exported[exported.index("--low") + 1 :]
-    assert recipes[0] == "px=4,int8=static" and "px=3,int8=static" in recipes
+    workshop = FakeWorkshop()
+    plan(make_request(tmp_path, candidates=None, highs="fp32", beside=""), workshop)
+    (exports,) = workshop.exports
+    assert exports.recipes[0] == Recipe(4, precision="int8=static")
+    assert Recipe(3, precision="int8=static") in exports.recipes
 
 
 @pytest.mark.parametrize(
@@ -435,8 +416,8 @@ def test_where_no_candidates_are_named_those_of_the_model_are_tried(tmp_path):
     ],
 )
 def test_what_cannot_be_planned_is_refused_before_anything_runs(tmp_path, changes, message):
-    commands, source = Commands(), TwoColours(IMAGES)
+    workshop, source = FakeWorkshop(), TwoColours(IMAGES)
     with pytest.raises(PlanError, match=message) as error:
-        plan(make_request(tmp_path, source=source, **changes), commands)
+        plan(make_request(tmp_path, source=source, **changes), workshop)
     assert "\n" not in str(error.value)
-    assert commands.said == [] and source.read == []
+    assert set(workshop.used) <= {"load"} and source.read == []

@@ -1,0 +1,180 @@
+"""The graphs of a plan: exported at once into a folder named by what made them, then aligned."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bundle.graphs import SCHEMA_VERSION, GraphsError, GraphSet
+from bundle.prints import joined, looks_sha256
+from bundle.recipe import Recipe
+from calibration.align import Aligned, fit_alignment
+from calibration.fidelity import Fidelity
+from calibration.head import LinearHead
+from calibration.outputs import Outputs
+from calibration.source import ImageSource
+from calibration.splits import group_keys
+from export.fit_images import FitImages
+from imaging import ImageError, Preprocessing, code_sha256
+from report.terminal import Bars
+
+from .request import PlanError, Request
+from .workshop import Exports, Workshop
+
+if TYPE_CHECKING:  # torch takes seconds to import
+    from export.backbones import Backbone
+
+FIT_IMAGES = 64  # ranges settle after some tens of images, and each costs a run of the model
+_LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime-gpu")
+
+
+def exported(
+    request: Request,
+    full: Recipe,
+    recipes: Sequence[Recipe],
+    backbone: Backbone,
+    workshop: Workshop,
+    bars: Bars,
+) -> GraphSet:
+    """Export the full model and every recipe, unless an earlier plan did.
+
+    Args:
+        request: of the plan.
+        full: the full model in FP32.
+        recipes: of all other graphs without alignments, no two alike.
+        backbone: the loaded model.
+        workshop: that exports them.
+        bars: where to show progress.
+
+    Returns:
+        The graphs, and aligned ones of earlier plans beside them.
+
+    Raises:
+        PlanError: no image that ranges are learned from can be read.
+        ExportError: a graph cannot be made, or does not answer as the model does.
+    """
+    folder = request.cache / _identity(request, full, recipes)
+    with contextlib.suppress(GraphsError):
+        graphs = GraphSet.load(folder)
+        bars.say(f"the graphs lie in {folder} from before")
+        return graphs
+    images = None
+    if any(recipe.precision == "int8=static" for recipe in recipes):
+        images = _fit_images(request.source, backbone.preprocessing(full.px or 0))
+    made = Exports(full, recipes, images, request.head_images, folder)
+    return workshop.export(backbone, made, bars)
+
+
+def aligned_graph(
+    graphs: GraphSet,
+    name: str,
+    outputs: Outputs,
+    fidelity: Fidelity,
+    request: Request,
+    workshop: Workshop,
+    bars: Bars,
+) -> tuple[GraphSet, str, Aligned]:
+    """Align a graph where that helps.
+
+    Args:
+        graphs: of the plan.
+        name: of the graph without alignment.
+        outputs: of this graph, for images to learn from.
+        fidelity: when an answer is acceptable.
+        request: of the plan; cross-validation divides no group.
+        workshop: that bakes the alignment in, unless an earlier plan did so with the same images.
+        bars: where to say so.
+
+    Returns:
+        The graphs, the aligned graph's name, and what the alignment is worth; where it does not
+        help on images that it has not learned, the name is that of the graph without.
+
+    Raises:
+        PlanError: a head that an alignment does not reach.
+        ExportError: the aligned graph cannot be made.
+    """
+    graph = graphs.graphs[name]
+    head = LinearHead.read(graph.file) if graphs.classes is not None else None
+    if graphs.classes is not None and head is None:
+        raise PlanError(f"{graph.recipe}: the head reads more than the CLS token; leave align out")
+    found = fit_alignment(
+        outputs,
+        np.arange(len(outputs)),
+        np.array(group_keys(outputs, request.group_by)),
+        (graph.record.fingerprint, graph.record.recipe),
+        fidelity,
+        head,
+        request.seed,
+    )
+    if not found.helps:
+        bars.say(without_help(graph.record.recipe))
+        return graphs, name, found
+    aligned = f"{name}_align"
+    learned = joined(graph.fitted_on, found.alignment.image_prints)
+    if aligned not in graphs.graphs or graphs.graphs[aligned].fitted_on != learned:
+        bars.say(f"align {name} ({graph.recipe})")
+        graphs = workshop.align(graphs, name, found.alignment)
+    return graphs, aligned, found
+
+
+def without_help(recipe: str) -> str:
+    """What is said of an alignment of a graph that does not help."""
+    return (
+        f"{recipe},align: the alignment does not help on held-out images; the graph without it "
+        "took its place"
+    )
+
+
+def fit_image_rows(count: int) -> NDArray[np.intp]:
+    """Which of `count` images teach `int8=static` its ranges: evenly spread ones."""
+    return np.unique(np.linspace(0, count - 1, FIT_IMAGES).round().astype(np.intp))
+
+
+def _fit_images(source: ImageSource, preprocessing: Preprocessing) -> FitImages:
+    files = []
+    for row in fit_image_rows(len(source)):
+        with contextlib.suppress(ImageError):  # such an image is left out of everything
+            files.append(source[int(row)].data)
+    images = FitImages.of(files, preprocessing)
+    if images is None:
+        raise PlanError(f"not one of {FIT_IMAGES} images to learn the ranges of int8 can be read")
+    return images
+
+
+def _identity(request: Request, full: Recipe, recipes: Sequence[Recipe]) -> str:
+    """The name of the folder: a hash over everything that decides what lies in it."""
+    content = {
+        "model": [request.model, _stamp(Path(request.model))],
+        "graphs": [str(recipe) for recipe in (full, *recipes)],
+        "head": None if request.head_images is None else _stamp(request.head_images),
+        "source": request.source.fingerprint(),
+        "imaging": code_sha256(),  # makes what a head and ranges are fitted on
+        "looks": looks_sha256(),  # and this finds those images again
+        "seed": request.seed,
+        "group_by": request.group_by,
+        "record": SCHEMA_VERSION,
+        "versions": {name: _version(name) for name in _LIBRARIES},
+    }
+    text = json.dumps(content, sort_keys=True)
+    return "graphs-" + hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _stamp(path: Path) -> list[tuple[str, int, int]]:
+    """Of a folder its files' names, sizes and times; of the name of a model nothing."""
+    files = sorted(path.rglob("*")) if path.is_dir() else []
+    return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None

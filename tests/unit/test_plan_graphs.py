@@ -1,0 +1,247 @@
+"""The planner's graphs: what decides the folder they lie in, and aligning them there."""
+
+from dataclasses import replace
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from rich.console import Console
+
+from bundle.graphs import GraphSet
+from bundle.prints import encode, look_of, no_looks
+from bundle.recipe import Recipe
+from calibration.align import fit_alignment
+from calibration.fidelity import Fidelity
+from calibration.head import LinearHead
+from calibration.outputs import Made, Outputs
+from imaging import decode, pixels_sha256
+from planner import graphs as module
+from planner.graphs import FIT_IMAGES, aligned_graph, exported, fit_image_rows
+from planner.request import PlanError
+from report.terminal import Bars
+from routing import RungOutputs
+from tests.unit.calibration_outputs import sha256
+from tests.unit.plan_workplace import (
+    LAYERS,
+    QUIET,
+    SIZE,
+    D,
+    FakeWorkshop,
+    TwoColours,
+    make_request,
+    tiny_backbone,
+    write_shelf,
+)
+
+FULL = Recipe(SIZE)
+RECIPES = (Recipe(4, precision="int8=static"), Recipe(SIZE, precision="int8=static"), Recipe(6))
+TOP1 = Fidelity("top1")
+
+
+@pytest.fixture
+def workshop():
+    return FakeWorkshop()
+
+
+@pytest.fixture
+def export(tmp_path, workshop):
+    """Export for a request with these changes; returns the folder."""
+
+    def export(recipes=RECIPES, **changes):
+        request = make_request(tmp_path, **changes)
+        graphs = exported(request, FULL, recipes, tiny_backbone(), workshop, QUIET)
+        return graphs.reference.file.parent
+
+    return export
+
+
+def test_the_full_model_and_every_recipe_are_exported_at_once(tmp_path, workshop, export):
+    head = tmp_path / "head"
+    folder = export(head_images=head)
+    (exports,) = workshop.exports
+    assert (exports.full, exports.recipes, exports.head_images) == (FULL, RECIPES, head)
+    assert folder.parent == tmp_path / "cache"
+    assert set(GraphSet.load(folder).graphs) == {"px4_int8static", "int8static", "px6", "full"}
+
+
+@pytest.mark.parametrize("gone", [(), (0, 699)])
+def test_ranges_are_learned_from_readable_images_spread_over_the_source(workshop, export, gone):
+    source = TwoColours(700, gone)
+    export(source=source)
+    rows = fit_image_rows(700)
+    assert len(rows) == FIT_IMAGES and (rows[0], rows[-1]) == (0, 699) and max(np.diff(rows)) <= 12
+    (exports,) = workshop.exports
+    assert len(exports.fit_images.tensors) == FIT_IMAGES - len(gone)
+    whole = TwoColours(700)
+    taught = [decode(whole[int(row)].data) for row in rows if row not in gone]
+    hashes, looks = map(pixels_sha256, taught), np.stack([look_of(image) for image in taught])
+    assert exports.fit_images.prints == encode(list(hashes), looks)
+
+
+def test_without_int8_no_image_teaches_ranges(workshop, export):
+    export(recipes=(Recipe(6),))
+    assert workshop.exports[0].fit_images is None
+
+
+def test_ranges_of_images_that_cannot_be_read_are_one_line(export):
+    with pytest.raises(PlanError, match="not one of 64 images to learn the ranges of int8"):
+        export(source=TwoColours(50, gone=range(50)))
+
+
+def test_the_same_request_for_another_risk_finds_the_graphs_as_they_are(tmp_path, workshop, export):
+    folder = export()
+    stricter = replace(make_request(tmp_path).goal, max_risk=0.01)
+    assert export(goal=stricter, out=tmp_path / "other") == folder
+    assert workshop.used == {"export": 1}
+
+
+@pytest.mark.parametrize("lost", ["graphs.json", "px6.onnx"])
+def test_graphs_that_are_not_whole_are_made_anew(workshop, export, lost):
+    folder = export()
+    (folder / lost).unlink()
+    assert export() == folder and (folder / lost).is_file()
+    assert workshop.used == {"export": 2}
+
+
+def test_whatever_decides_what_graphs_are_makes_another_folder(
+    tmp_path, workshop, export, monkeypatch
+):
+    local = tmp_path / "model"
+    local.mkdir()
+    (local / "one").write_text("1")
+    found = [export(), export(recipes=RECIPES[:2])]
+    found += [
+        export(**{field: value})
+        for field, value in {
+            "model": "other",
+            "seed": 1,
+            "group_by": "folder",
+            "head_images": local,
+        }.items()
+    ]
+    found += [export(source=source) for source in (TwoColours(701), TwoColours(700, seed=1))]
+    found += [export(model=str(local))]
+    (local / "one").write_text("12")
+    found += [export(head_images=local), export(model=str(local))]
+    request = make_request(tmp_path)
+    other = exported(request, Recipe(16), RECIPES, tiny_backbone(), workshop, QUIET)
+    found.append(other.reference.file.parent)
+    for code in ("code_sha256", "looks_sha256"):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, code, lambda: "e" * 64)
+            found.append(export())
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "version", lambda name: "0")
+        found.append(export())
+    assert len(set(found)) == len(found) == 15
+    assert export() == found[0]
+
+
+def outputs_of(graphs, n=200, seed=0):
+    """The cheap embedding is the full one, shifted."""
+    head = LinearHead.read(graphs.low.file)
+    rng = np.random.default_rng(seed)
+    high = rng.normal(size=(n, D)).astype(np.float32)
+    low = (high + 2).astype(np.float32)
+    layers = np.repeat(low[:, None], LAYERS + 1, axis=1)
+    names = tuple(f"{seed}-{i}" for i in range(n))
+    return Outputs(
+        low=RungOutputs(low, layers, None if head is None else head(low)),
+        high=RungOutputs(high, None, None if head is None else head(high)),
+        labels=np.full(n, -1),
+        names=names,
+        groups=names,
+        hashes=tuple(map(sha256, names)),
+        looks=no_looks(n),
+        made=Made.by(graphs),
+        source="",
+        title="",
+    )
+
+
+@pytest.fixture
+def shelf(tmp_path):
+    return write_shelf(tmp_path / "shelf", ["px=6", "px=4"])
+
+
+@pytest.fixture
+def align(tmp_path, workshop):
+    """Align px6 on these outputs; returns the graphs, the name and what it is worth."""
+
+    def align(graphs, outputs=None, fidelity=TOP1, bars=QUIET):
+        outputs = outputs_of(graphs) if outputs is None else outputs
+        request = make_request(tmp_path)
+        return aligned_graph(graphs, "px6", outputs, fidelity, request, workshop, bars)
+
+    return align
+
+
+def test_an_aligned_graph_lies_beside_the_one_it_was_made_of(shelf, align):
+    graphs, name, aligned = align(shelf)
+    assert name == "px6_align" and len(aligned.growth) > 1
+    for found in (graphs, GraphSet.load(shelf.low.file.parent)):
+        assert found.graphs[name].record.recipe == "px=6,align"
+        assert found.graphs["px6"] == shelf.graphs["px6"]
+        assert found.learned([name]) == aligned.alignment.image_prints
+        assert found.learned(["px6"]) == ""
+    assert aligned.alignment.graph == shelf.low.record.fingerprint
+    assert aligned.alignment.recipe == "px=6"
+    image = np.random.default_rng(0).normal(size=(2, 3, SIZE, SIZE)).astype(np.float32)
+    answers = {}
+    for which in ("px6", name):
+        session = ort.InferenceSession(str(graphs.graphs[which].file))
+        answers[which] = RungOutputs(
+            *session.run(["embedding", "cls_layers"], {"image": image}), None
+        )
+    np.testing.assert_allclose(
+        answers[name].embedding, aligned.alignment.embedding(answers["px6"]), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_it_is_baked_in_once_for_the_same_images_and_again_for_others(shelf, align, workshop):
+    first, name, _ = align(shelf)
+    folder = shelf.low.file.parent
+    again, same, _ = align(GraphSet.load(folder))
+    assert (again.graphs[same], workshop.used["align"]) == (first.graphs[name], 1)
+    others, _, _ = align(GraphSet.load(folder), outputs_of(shelf, seed=1))
+    assert workshop.used["align"] == 2
+    assert others.graphs[name].record.sha256 != first.graphs[name].record.sha256
+    assert others.learned([name]) != first.learned([name])
+
+
+def test_an_alignment_that_does_not_help_leaves_the_graph_as_it_is(shelf, align, workshop):
+    outputs = outputs_of(shelf)
+    same = replace(outputs.low, embedding=outputs.high.embedding, logits=outputs.high.logits)
+    bars, said = Bars(Console(quiet=True)), []
+    bars.say = said.append
+    graphs, name, aligned = align(shelf, replace(outputs, low=same), bars=bars)
+    assert name == "px6" and not aligned.helps and len(aligned.growth) > 1
+    assert graphs == shelf == GraphSet.load(shelf.low.file.parent)
+    assert not workshop.used
+    assert len(said) == 1 and said[0].startswith("px=6,align: the alignment does not help")
+
+
+def test_copies_of_a_picture_do_not_show_that_an_alignment_helps(shelf, align):
+    once = outputs_of(shelf, n=8)
+    # What the full model answers has nothing to do with the cheap graph's tokens: with a copy of
+    # each held-out picture to learn from, an alignment remembers it all the same.
+    rng = np.random.default_rng(99)
+    high = rng.normal(size=once.high.embedding.shape).astype(np.float32)
+    head = LinearHead.read(shelf.low.file)
+    once = replace(once, high=RungOutputs(high, None, head(high)))
+    copies = once.rows(np.repeat(np.arange(8), 10))
+    names = tuple(f"copy {i}" for i in range(80))
+    copies = replace(copies, names=names, groups=names)
+    _, _, aligned = align(shelf, copies)
+    graph = (shelf.low.record.fingerprint, "px=6")
+    by_file = fit_alignment(copies, np.arange(80), np.array(names), graph, TOP1, head, 0)
+    assert by_file.growth[-1].cosine > aligned.growth[-1].cosine + 0.1
+    assert by_file.growth[-1].acceptable > aligned.growth[-1].acceptable
+
+
+def test_a_model_without_a_head_is_aligned_all_the_same(tmp_path, align):
+    graphs = write_shelf(tmp_path / "headless", ["px=6"], head=False)
+    outputs = outputs_of(graphs)
+    assert outputs.low.logits is None
+    _, name, aligned = align(graphs, outputs, Fidelity("cosine"))
+    assert name == "px6_align" and aligned.helps
