@@ -1,20 +1,17 @@
-"""Draw `index.html`: what stayed cheap, what escalated, what it saved. One self-contained file."""
+"""What the demo's page is given: every crop with its answers, and links to the other pages."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
-from perf.figures import TOO_BUSY
-from report.page import HIGH_COLOUR, LOW_COLOUR, THUMBNAIL_PX, data_uri
-from report.words import recipe_words
+from report.demo_page import write_demo
+from report.page import thumbnail
 from routing import score_texts, threshold_text
 
 from .plan_summary import best_sentence, served_rows, speedup_sentence
@@ -43,76 +40,37 @@ def write_page(
         report: link to the page of the calibration.
         plan: link to the page of the plan, where the cascade was planned.
     """
-    order = np.argsort(served.score)
-    scores = score_texts(served.score[order].tolist(), threshold)
-    cards = [
-        {
-            "image": _thumbnail(crops[i]),
-            "label": labels[served.adaptive[i]],
-            "high": labels[served.high[i]],
-            "agrees": bool(served.adaptive[i] == served.high[i]),
-            "low": labels[served.low[i]],
-            "low_agrees": bool(served.low[i] == served.high[i]),
-            "score": score,
-            "escalated": bool(served.escalated[i]),
-        }
-        for i, score in zip(order, scores, strict=True)
-    ]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True
-    )
-    html = environment.get_template("page.html.j2").render(
-        summary=summary,
-        too_busy=TOO_BUSY,
-        threshold=None if threshold is None else threshold_text(threshold),
-        kept=[card for card in cards if not card["escalated"]],
-        escalated=[card for card in reversed(cards) if card["escalated"]],
-        histogram=None if threshold is None else _histogram(served, threshold),
-        low_colour=LOW_COLOUR,
-        high_colour=HIGH_COLOUR,
-        report=report,
-        plan=None if plan is None else _planned(summary["plan"], plan),
-    )
-    path.write_text(html)
-
-
-def _planned(plan: Mapping[str, Any], link: str) -> dict[str, Any]:
-    """What the page says of a plan."""
-    return {
-        "link": link,
-        "low": recipe_words(plan["low"]),
-        "high": recipe_words(plan["high"]),
-        "rows": served_rows(plan),
-        "sentences": [speedup_sentence(plan), best_sentence(plan)],
-    }
-
-
-def _thumbnail(data: bytes) -> str:
-    image = Image.open(io.BytesIO(data)).convert("RGB")
-    image = image.resize((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BICUBIC)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=80)
-    return data_uri("image/jpeg", buffer.getvalue())
-
-
-def _histogram(served: Served, threshold: float) -> str:
-    figure, axes = plt.subplots(figsize=(8, 2.8))
-    bins = np.histogram_bin_edges(served.score, 40)
     right = served.low == served.high
-    axes.hist(
-        [served.score[right], served.score[~right]],
-        bins=bins,
-        stacked=True,
-        color=[LOW_COLOUR, HIGH_COLOUR],
-        label=["cheap answer equals full answer", "cheap answer differs"],
-    )
-    axes.axvline(threshold, color="black", linestyle="--", label="threshold: escalate to the right")
-    axes.set_xlabel("score: predicted change by the full rung (L2)")
-    axes.set_ylabel("crops")
-    axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    return data_uri("image/svg+xml", buffer.getvalue())
+
+    def card(row: int, score: str) -> dict[str, Any]:
+        if served.escalated[row]:
+            agrees = bool(right[row])
+            said = "cheap agreed" if agrees else f"cheap said {labels[served.low[row]]}"
+        else:
+            agrees = bool(served.adaptive[row] == served.high[row])
+            said = "as full" if agrees else f"full says {labels[served.high[row]]}"
+        return {
+            "name": labels[served.adaptive[row]],
+            "image": thumbnail(Image.open(io.BytesIO(crops[row]))),
+            "lines": [f"score {score}", said],
+            "right": agrees,
+        }
+
+    order = np.argsort(served.score)
+    texts = score_texts(served.score[order].tolist(), threshold)
+    cards = {int(row): card(row, text) for row, text in zip(order, texts, strict=True)}
+    scores = planned = None
+    if threshold is not None:
+        scores = {"right": served.score[right], "wrong": served.score[~right]}
+        scores |= {"threshold": threshold, "text": threshold_text(threshold)}
+    if plan is not None:
+        found = summary["plan"]
+        planned = {
+            **{name: found[name] for name in ("low", "high")},
+            "rows": served_rows(found),
+            "sentences": [speedup_sentence(found), best_sentence(found)],
+        }
+    kept = [shown for row, shown in cards.items() if not served.escalated[row]]
+    escalated = [shown for row, shown in cards.items() if served.escalated[row]][::-1]
+    links = {"report": report} | ({} if plan is None else {"plan": plan})
+    write_demo(path, summary, kept, escalated, scores, links, planned)

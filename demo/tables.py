@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from perf.figures import TOO_BUSY
+from report.terminal import table
 from report.words import recipe_words
 
 from .plan_summary import best_sentence, served_rows, speedup_sentence
@@ -19,33 +20,30 @@ Summary = Mapping[str, Any]
 def result_table(summary: Summary) -> Table:
     """One request in flight: accuracy, latency, throughput."""
     how = "planned" if "plan" in summary else f"at {summary['low_px']}/{summary['high_px']} px"
-    table = Table(title=f"{summary['images']} unseen crops, {summary['backbone']} {how}")
-    table.add_column("")
-    for column in ("accuracy", "p50 latency", "images/s", "CPU/image"):
-        table.add_column(column, justify="right")
     full = _full(summary)
     names = {LOW: "cheap rung always", HIGH: f"{full} always", ADAPTIVE: "adaptive"}
-    for key, name in names.items():
-        table.add_row(
+    rows = [
+        (
             name,
             f"{summary['accuracy'][key]:.1%}",
             f"{summary['latency_ms_p50'][key]:.1f} ms",
             f"{summary['throughput_per_s'][key]:.1f}",
             "–" if summary["cpu_ms"][key] is None else f"{summary['cpu_ms'][key]:.1f} ms",
         )
-    return table
+        for key, name in names.items()
+    ]
+    title = f"{summary['images']} unseen crops, {summary['backbone']} {how}"
+    return table(title, ("", "accuracy", "p50 latency", "images/s", "CPU/image"), rows)
 
 
 def plan_table(summary: Summary) -> Table:
     """Saturated: everything that was served, the fastest first."""
-    table = Table(title="the same crops, saturated, each on the same cores")
-    table.add_column("")
-    for column in ("agrees with full", "images/s", "CPU ms/image", "speed-up"):
-        table.add_column(column, justify="right")
-    for row in served_rows(summary["plan"]):
-        cells = (row["words"], row["agreement"], row["throughput"], row["cpu"], row["speedup"])
-        table.add_row(*cells, style="bold" if row["system"] == ADAPTIVE else None)
-    return table
+    served = served_rows(summary["plan"])
+    keys = ("words", "agreement", "throughput", "cpu", "speedup")
+    rows = [tuple(row[key] for key in keys) for row in served]
+    bold = [number for number, row in enumerate(served) if row["system"] == ADAPTIVE]
+    headings = ("", "agrees with full", "images/s", "CPU ms/image", "speed-up")
+    return table("the same crops, saturated, each on the same cores", headings, rows, bold)
 
 
 def sentences(summary: Summary) -> list[str]:

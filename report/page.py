@@ -47,7 +47,8 @@ def render(path: Path, template: str, **data: Any) -> None:
     environment.filters.update({name.__name__: name for name in _FILTERS})
     environment.globals.update(low_colour=LOW_COLOUR, high_colour=HIGH_COLOUR, red=RED)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(environment.get_template(template).render(data), encoding="utf-8")
+    page = environment.get_template(template).render(data)
+    path.write_text(page.lstrip(), encoding="utf-8")
 
 
 def thumbnail(image: Image.Image) -> str:

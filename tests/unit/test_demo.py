@@ -167,7 +167,13 @@ def test_scores_on_the_page_of_the_demo_lie_on_their_side_of_the_threshold(tmp_p
 def test_the_page_of_an_uncertified_demo_says_that_everything_escalates(tmp_path):
     nothing = {**CERTIFIED, "certified": False, "statement": "No threshold is certified."}
     page = make_page(tmp_path / "index.html", [True] * 4, None, nothing)
+    assert "dashed line" not in page
     assert "no crop is scored" in page and "Stayed cheap: 0" in page and "Escalated: 4" in page
+
+
+def test_a_threshold_far_from_every_score_is_no_line_in_the_histogram(tmp_path):
+    page = make_page(tmp_path / "index.html", [False] * 4, 99.0, CERTIFIED)
+    assert "Above 99, which is not among the scores drawn" in page and "dashed" not in page
 
 
 class Commands:

@@ -230,7 +230,7 @@ def test_the_page_of_a_plan_shows_every_system_and_links_its_reasons(tmp_path):
         "224 px, 8 tokens merged per block",
         "the full rung (224 px, int8)",
     ):
-        assert f"<td>{words}" in page or f"({words})" in page
+        assert f'<td class="words">{words}' in page or f"({words})" in page
     assert best_sentence(plan_summary()["plan"]) in page
     loaded = set(re.findall(r'(?:src|href)="(?!data:)([^"]*)"', page))
     assert loaded == {"plan/report.html", "plan/plan.html"}
