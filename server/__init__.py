@@ -8,8 +8,8 @@ with TritonServer("build/model_repository", free_ports=True) as server:
 ```
 """
 
+from .access import Access
 from .admin_key import AdminKey
-from .channel import Channel
 from .errors import ServerError, ServerStartError, ServerUsageError
 from .finding import Tritonserver, Wheel, find_tritonserver, find_wheel
 from .launcher import TritonServer
@@ -18,7 +18,7 @@ from .tls import Tls
 
 __all__ = [
     "AdminKey",
-    "Channel",
+    "Access",
     "Security",
     "ServerError",
     "ServerStartError",

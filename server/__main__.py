@@ -14,20 +14,44 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .check import check_command
-from .errors import ServerStartError, ServerUsageError
+from .access import Access
+from .answers import check_answers
+from .check import check
+from .errors import ServerError, ServerStartError, ServerUsageError
 from .launcher import TritonServer
 from .ports import Ports
+from .probe import Finding, Memory, look
 from .repository import refuse_higher_versions
-from .rollout import RolloutError
-from .rollout_command import rollout_command
+from .rollout import RolloutInterruptedError, rollout
 from .security import exposure_warning, security_options
-from .supervise import DEFAULT_MAX_RESTARTS, Rules, Supervisor
-from .watch import DEFAULT_INTERVAL_S, DEFAULT_TIMEOUT_S, Watch, watch_triton
+from .serving import Serving
+from .supervise import (
+    DEFAULT_INTERVAL_S,
+    DEFAULT_MAX_RESTARTS,
+    DEFAULT_TIMEOUT_S,
+    Rules,
+    Supervisor,
+)
 
 _TAIL_LINES = 20
 _SECURITY = "Security"
 _SUPERVISION = "Supervision"
+
+# The options of the commands that call a running server.
+Url = Annotated[str, typer.Option(help="HOST:PORT of its gRPC port.")]
+KeyFile = Annotated[
+    Path | None, typer.Option(help="The key file that the server was started with.")
+]
+TlsCa = Annotated[
+    Path | None,
+    typer.Option(help="Connect over TLS to a server whose certificate this one vouches for."),
+]
+TlsCert = Annotated[
+    Path | None, typer.Option(help="Certificate to show to a server that asks for one.")
+]
+TlsKey = Annotated[Path | None, typer.Option(help="Its private key.")]
+BUILT = Path("build/model_repository")
+LOCAL = "127.0.0.1:8001"
 
 app = typer.Typer(add_completion=False)
 progress = Console(stderr=True)
@@ -38,7 +62,7 @@ def serve(
     context: typer.Context,
     repository: Annotated[
         Path, typer.Option(help="Model repository to serve.", show_default=True)
-    ] = Path("build/model_repository"),
+    ] = BUILT,
     http_port: Annotated[int, typer.Option(help="HTTP port.")] = 8000,
     grpc_port: Annotated[int, typer.Option(help="gRPC port.")] = 8001,
     metrics_port: Annotated[int, typer.Option(help="Prometheus port.")] = 8002,
@@ -71,7 +95,7 @@ def serve(
         bool,
         typer.Option(
             "--supervise",
-            help="Watch it with canary images; restart it when it fails.",
+            help="Look after it with canary images; restart it when it fails.",
             rich_help_panel=_SUPERVISION,
         ),
     ] = False,
@@ -203,11 +227,19 @@ def serve(
             on_progress=status.update,
         )
 
-    def make_watch(server: TritonServer) -> Watch:
-        return watch_triton(server, _event, canary_interval_s, canary_timeout_s)
+    def look_at(server: TritonServer, memory: Memory) -> Finding:
+        with Serving(server.access, server.process_ids, server.why_it_ended) as serving:
+            return look(serving, memory, canary_timeout_s)
 
     server = make_server()
-    supervisor = Supervisor(server, make_server, make_watch, _event, rules=Rules(max_restarts))
+    supervisor = Supervisor(
+        server,
+        make_server,
+        look_at,
+        _event,
+        rules=Rules(max_restarts),
+        interval_s=canary_interval_s,
+    )
     try:
         with status:
             server.start()
@@ -225,8 +257,95 @@ def serve(
             supervisor.stop()  # Where that line could not be written; else it does nothing.
 
 
-app.command("rollout")(rollout_command)
-app.command("check")(check_command)
+@app.command("check")
+def check_command(
+    url: Url = LOCAL,
+    repository: Annotated[
+        Path | None,
+        typer.Option(
+            help="The repository that it serves: every model in it must be ready. Default: the "
+            "models that the server has; with --answers build/model_repository."
+        ),
+    ] = None,
+    answers: Annotated[
+        bool,
+        typer.Option(
+            "--answers", help="Compare its answers with those of the calibration instead."
+        ),
+    ] = False,
+    timeout_s: Annotated[
+        float,
+        typer.Option(
+            "--timeout-s",
+            min=0.1,
+            help="Seconds without any answer that mean failure; more than the slowest batch takes.",
+        ),
+    ] = DEFAULT_TIMEOUT_S,
+    admin_key_file: KeyFile = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Look at a running server once: exit 0 if every model is ready and answers, else 1.
+
+    With --answers the artifact's reference images are sent to the version of the router that
+    answers. More of them lost than the certificate leaves room for is exit 1 and means: calibrate
+    on this server. A router that refuses requests for that says what it found itself.
+    """
+    access = Access.of_files(url, admin_key_file, tls_ca, tls_cert, tls_key)
+    try:
+        if answers:
+            is_well, found, lines = check_answers(repository or BUILT, access)
+        else:
+            health = check(access, repository, timeout_s)
+            for warning in health.warnings:
+                print(f"warning: {warning}", file=sys.stderr)
+            is_well, found, lines = not health.failure, health.to_dict(), [health.sentence]
+    except KeyboardInterrupt:  # 0 would mean that all is well.
+        raise typer.Exit(130) from None
+    for line in [json.dumps(found)] if as_json else lines:
+        print(line)
+    raise typer.Exit(0 if is_well else 1)
+
+
+@app.command("rollout")
+def rollout_command(
+    repository: Annotated[
+        Path, typer.Option(help="The repository that the server serves.")
+    ] = BUILT,
+    to: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Let this version of the router answer, a former one too."),
+    ] = None,
+    url: Url = LOCAL,
+    admin_key_file: KeyFile = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    timeout_s: Annotated[
+        float,
+        typer.Option(
+            "--timeout-s", min=1.0, help="Seconds to wait for models to load, and to compare."
+        ),
+    ] = 120.0,
+) -> None:
+    """Make a running server serve what its repository says now; with --to N, switch or roll back.
+
+    No request is dropped, unless the router was assembled to refuse other answers than calibrated:
+    then none is answered while it compares. The server must have been started with --allow-reload.
+    What it cannot load it refuses, and goes on with what it had; a failure says what answers then.
+    """
+    access = Access.of_files(url, admin_key_file, tls_ca, tls_cert, tls_key)
+    try:
+        served = rollout(repository, access, to, timeout_s)
+    except KeyboardInterrupt:
+        print("interrupted before anything was changed", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except RolloutInterruptedError as interruption:
+        print(str(interruption), file=sys.stderr)
+        raise typer.Exit(130) from None
+    print(served.sentence)
 
 
 def _event(line: str) -> None:
@@ -270,9 +389,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0 when it was told to stop, 1 when the server failed, refused a rollout or
-        answers otherwise than its artifact was calibrated with, 2 for bad usage, 130 for a
-        rollout or a check that was interrupted.
+        The exit code: 0 when it was told to stop or all is well, 1 when the server failed, is not
+        well, refused a rollout or answers otherwise than its artifact was calibrated with, 2 for
+        bad usage, 130 for a rollout or a check that was interrupted.
     """
     # A supervisor's SIGTERM, and a Ctrl-C where the shell started us with SIGINT ignored.
     signal.signal(signal.SIGTERM, _interrupt)
@@ -288,10 +407,10 @@ def main(arguments: list[str] | None = None) -> int:
         return _complain(f"{message}; see python -m server --help", error.exit_code)
     except ServerUsageError as error:
         return _complain(str(error), 2)
-    except RolloutError as error:
-        return _complain(str(error), 1)
     except ServerStartError as error:
         print("\n".join(error.log_tail.splitlines()[-_TAIL_LINES:]), file=sys.stderr)
+        return _complain(str(error), 1)
+    except ServerError as error:  # A rollout that failed, or processes that cannot be killed.
         return _complain(str(error), 1)
 
 

@@ -1,4 +1,4 @@
-"""Run a tritonserver as a context manager."""
+"""Run a tritonserver as a context manager: prepare, launch, wait for every model, first answer."""
 
 from __future__ import annotations
 
@@ -6,22 +6,37 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
+import grpc
+import tritonclient.grpc as triton
+from tritonclient.utils import InferenceServerException
+
+from routing import PROBE_ID
+
 from . import triton_log
+from .access import (
+    ANSWERS,
+    ENTRY,
+    QUEUE_FULL,
+    WAY_OUT,
+    Access,
+    image_input,
+    is_comparing,
+    is_other,
+    wait_out,
+)
 from .backend_directory import prepare_backend_directory
-from .channel import PLAIN, Channel
-from .command import triton_command
 from .controls import Control, Situation, controls
 from .environment import server_environment
 from .errors import ServerStartError
-from .failures import start_error
 from .finding import Tritonserver, find_tritonserver, find_wheel
-from .ports import Ports, check_ports, pick_free_ports, url
+from .ports import Addresses, Ports, check_ports, pick_free_ports, url
 from .process import ProcessGroup
-from .readiness import Canary
 from .repository import (
     bytecode_folders,
     models_in,
@@ -32,12 +47,23 @@ from .repository import (
 )
 from .security import Security
 from .shared_memory import SEGMENT_PREFIX, remove_dead_segments
-from .startup import Startup
 from .triton_options import known_options
 
 _STOP_TIMEOUT_S = 40.0  # Triton itself gives running requests 30 s.
 _ABORT_TIMEOUT_S = 5.0  # Without requests to wait for, while models may still be loading.
 _PORT_ATTEMPTS = 3
+_POLL_S = 0.1
+_CALL_TIMEOUT_S = 5.0
+_FIRST_ANSWER_TIMEOUT_S = 60.0
+
+# Per Python model instance. Holds a batch of 8 images of 3x224x224 FP32 (4.6 MiB) without growing.
+# An adaptive ViT on the stand-in backend has six; they start with 48 of the 64 MiB of /dev/shm that
+# a container gets by default; larger batches grow beyond that (deploy/compose.yaml gives 1 GiB).
+_SHM_BYTES = 8 * 2**20
+
+# Told to stop, Triton waits this long for open HTTP connections, idle ones included; its default
+# is 30 s, which looks like a hang.
+_EXIT_TIMEOUT_S = 10
 
 
 class TritonServer:
@@ -49,7 +75,6 @@ class TritonServer:
         repository: the model repository, absolute.
         addresses: addresses it binds.
         security: what of it is open to whom.
-        channel: how to connect to its gRPC port; known once it has started.
         ports: ports it listens on; with `free_ports` known once it has started.
         version: the version that the server reports, such as `2.51.0`; empty before it is ready.
         server: which tritonserver runs; None before it has started.
@@ -68,10 +93,8 @@ class TritonServer:
         tritonserver: Path | str | None = None,
         backend_directory: Path | str | None = None,
         log: Path | str | None = None,
-        canary: Canary | None = None,
         models: Sequence[str] | None = None,
         extra_args: Sequence[str] = (),
-        env: Mapping[str, str] | None = None,
         security: Security | None = None,
         on_progress: Callable[[str], None] | None = None,
     ) -> None:
@@ -89,14 +112,10 @@ class TritonServer:
             tritonserver: binary to run instead of the one on PATH or in the wheel.
             backend_directory: its backends, where they are not in their usual place.
             log: file for Triton's log; a temporary one that goes with the server if not given.
-            canary: called with the gRPC URL once the models are ready, raises if the server does
-                not answer as it should; by default an image is sent to `adaptive_vit` if the
-                repository has it.
             models: models that must be ready, every one in the repository if not given.
             extra_args: more arguments for tritonserver; HTTP, gRPC and metrics must stay on.
-            env: more environment variables.
             security: what of the server is open to whom; everything but loading models if not
-                given. A canary of your own has to connect as `channel` says.
+                given.
             on_progress: called with a line for people whenever something has changed.
 
         Raises:
@@ -105,7 +124,7 @@ class TritonServer:
         self.repository = Path(repository).absolute()
         self.security = security or Security()
         self.addresses = self.security.addresses(host)
-        self.channel: Channel = PLAIN
+        self._access: Access | None = None
         self.ports = Ports(http_port, grpc_port, metrics_port)
         self.version = ""
         self.server: Tritonserver | None = None
@@ -114,10 +133,8 @@ class TritonServer:
         self._explicit = Path(tritonserver) if tritonserver is not None else None
         self._backend_directory = Path(backend_directory) if backend_directory is not None else None
         self._log = Path(log).absolute() if log is not None else None
-        self._canary = canary
         self._models = models
         self._extra_args = list(extra_args)
-        self._env = dict(env or {})
         self._on_progress = on_progress or (lambda line: None)
         self._process: ProcessGroup | None = None
         self._work: Path | None = None
@@ -142,6 +159,13 @@ class TritonServer:
     def metrics_url(self) -> str:
         """Full URL of the Prometheus metrics."""
         return f"http://{url(self.addresses.metrics, self.ports.metrics)}/metrics"
+
+    @property
+    def access(self) -> Access:
+        """How our own calls reach its gRPC port, once it has started."""
+        if self._access is None:
+            raise RuntimeError("the server has not started")
+        return replace(self._access, url=self.grpc_url)
 
     @property
     def pid(self) -> int:
@@ -187,15 +211,21 @@ class TritonServer:
         Raises:
             ServerStartError: it did, with the reason out of its log.
         """
-        code = self._running().wait()
-        raise start_error(f"tritonserver ended by itself (exit code {code})", self.log_path)
+        raise self._ended()
+
+    def why_it_ended(self) -> str:
+        """Why the server has ended, in one line; empty while it runs."""
+        return "" if self.is_running() else str(self._ended())
 
     def start(self) -> None:
-        """Start the server and wait until every model is ready and the canary has answered.
+        """Start the server and wait until it serves.
+
+        It serves when every model is ready and, where the repository has `adaptive_vit`, that has
+        answered an image.
 
         Raises:
             ServerUsageError: something to put right first: repository, ports, tritonserver, log.
-            ServerStartError: the server ended, a model is not ready, or the canary got no answer.
+            ServerStartError: the server ended, a model is not ready, or there was no answer.
         """
         if self._process is not None:
             raise RuntimeError("the server is already running")
@@ -204,7 +234,7 @@ class TritonServer:
         remove_unlisted_bytecode(self.repository)
         if not self._free_ports:
             check_ports(self.addresses, self.ports)
-        self.channel = self.security.channel()
+        self._access = self.security.access(self.grpc_url)
         wheel = find_wheel()
         self.server = find_tritonserver(self._explicit, self._backend_directory, wheel=wheel)
         if self._log is not None:
@@ -214,7 +244,7 @@ class TritonServer:
         try:
             self._work = Path(tempfile.mkdtemp(prefix="adaptive-vit-server-"))
             backends = prepare_backend_directory(self.server, self._work / "backends", wheel)
-            environment = {**server_environment(self.server, backends), **self._env}
+            environment = server_environment(self.server, backends)
             if self.security.production:
                 self._known_options = known_options(self.server.binary, environment)
             self._start_on_free_ports(models, backends.path, environment)
@@ -258,6 +288,12 @@ class TritonServer:
     ) -> None:
         self.stop()
 
+    def _ended(self) -> ServerStartError:
+        code = self._running().wait()
+        return triton_log.start_error(
+            f"tritonserver ended by itself (exit code {code})", self.log_path
+        )
+
     def _running(self) -> ProcessGroup:
         if self._process is None:
             raise RuntimeError("the server is not running")
@@ -269,14 +305,16 @@ class TritonServer:
         return self._work
 
     def _start_on_free_ports(
-        self, models: Sequence[str], backends: Path, environment: Mapping[str, str]
+        self, models: Sequence[str], backends: Path, environment: dict[str, str]
     ) -> None:
         for attempt in range(_PORT_ATTEMPTS):
             if self._free_ports:
                 self.ports = pick_free_ports(self.addresses.grpc)
             self._launch(backends, environment)
             try:
-                self._await(models)
+                self._wait_for_models(models)
+                if ENTRY in models:
+                    self._wait_for_first_answer()
                 self._is_ready = True
                 return
             except ServerStartError as error:
@@ -286,7 +324,7 @@ class TritonServer:
                     raise
                 self._running().stop(_ABORT_TIMEOUT_S)
 
-    def _launch(self, backends: Path, environment: Mapping[str, str]) -> None:
+    def _launch(self, backends: Path, environment: dict[str, str]) -> None:
         assert self.server is not None
         command = triton_command(
             self.server.binary,
@@ -303,16 +341,140 @@ class TritonServer:
             command, environment, cwd=self._work_directory(), log=self.log_path
         )
 
-    def _await(self, models: Sequence[str]) -> None:
-        startup = Startup(
-            self._running(),
-            self._server_id,
-            models,
-            self.grpc_url,
-            self.channel,
-            self.log_path,
-            self._on_progress,
-        )
-        self.version = startup.wait(self.ports, self._timeout_s)
-        compares = refuses_other_answers(self.repository)
-        startup.ask(self._canary, self._timeout_s, compares)
+    def _wait_for_models(self, models: Sequence[str]) -> None:
+        """Wait until every model is ready and every port is open.
+
+        A server can report itself ready while a model is missing, so each is asked for by name. And
+        another server may have taken the port while ours was loading, so the server is, too.
+
+        Raises:
+            ServerStartError: the server ended, or the time ran out.
+        """
+        self._on_progress(f"starting tritonserver, {len(models)} models to load")
+        deadline = time.monotonic() + self._timeout_s
+        waiting, loaded = list(models), 0
+        with self.access.open() as client:
+            while True:
+                version = self._version(client)
+                if version:
+                    waiting = [model for model in waiting if not _is_ready(client, model)]
+                    # Metrics come up last: gRPC answers for a moment even if their port is taken.
+                    if not waiting and self._running().listens_on(self.ports.all):
+                        self.version = version
+                        return
+                log = self._log_while_running(models)
+                found = len(triton_log.loaded_models(log) & set(models))
+                if found > loaded:
+                    loaded = found
+                    self._on_progress(f"{loaded} of {len(models)} models loaded")
+                if time.monotonic() > deadline:
+                    what = "not ready" if waiting else "not listening on all ports"
+                    raise triton_log.start_error(
+                        f"{what} after {self._timeout_s:g} s", self.log_path, waiting
+                    )
+                time.sleep(_POLL_S)
+
+    def _wait_for_first_answer(self) -> None:
+        """Send an image through the whole ensemble.
+
+        A queue that clients have filled already, as they do where a server is restarted under load,
+        is no error: their requests are being answered. A router that is still comparing its answers
+        with the calibration's, and refuses requests until it knows, is waited for.
+
+        Raises:
+            ServerStartError: no answer, or an error.
+        """
+        self._on_progress("waiting for the answer to a first request")
+        answers = ANSWERS if refuses_other_answers(self.repository) else 1
+        with self.access.open() as client:
+
+            def ask() -> None:
+                try:
+                    client.infer(
+                        ENTRY,
+                        [image_input()],
+                        request_id=PROBE_ID,
+                        client_timeout=_FIRST_ANSWER_TIMEOUT_S,
+                    )
+                except InferenceServerException as error:
+                    if not QUEUE_FULL.search(error.message()):
+                        raise
+
+            try:
+                wait_out(ask, answers, self._timeout_s)
+            except InferenceServerException as error:
+                reason = triton_log.first_line(error.message())
+                if is_comparing(reason):
+                    reason = f"{reason} (after {self._timeout_s:g} s; --timeout-s gives it longer)"
+                elif is_other(reason):
+                    reason = f"{reason}; {WAY_OUT}"
+                raise triton_log.start_error(
+                    f"every model is ready, but the first request failed: {reason}", self.log_path
+                ) from error
+
+    def _version(self, client: triton.InferenceServerClient) -> str:
+        """The version that our server reports; empty while nobody, or another, answers."""
+        try:
+            metadata = client.get_server_metadata(client_timeout=_CALL_TIMEOUT_S)
+        except (InferenceServerException, grpc.RpcError):  # Nobody listens yet.
+            return ""
+        return str(metadata.version) if metadata.name == self._server_id else ""
+
+    def _log_while_running(self, models: Sequence[str]) -> str:
+        code = self._running().exit_code  # Before the log, which is complete if it has ended.
+        log = triton_log.read(self.log_path)
+        if code is not None:
+            loaded = triton_log.loaded_models(log)
+            missing = [model for model in models if model not in loaded]
+            raise triton_log.start_error(
+                f"tritonserver ended while starting (exit code {code})", self.log_path, missing
+            )
+        return log
+
+
+def triton_command(
+    binary: Path,
+    server_id: str,
+    repository: Path,
+    backends: Path,
+    addresses: Addresses,
+    ports: Ports,
+    extra_args: Sequence[str] = (),
+) -> list[str]:
+    """Build the command that a tritonserver is started with.
+
+    Triton's own strictness stays on: a model that does not load ends the server.
+
+    Args:
+        binary: the tritonserver.
+        server_id: name that the server reports, and begins its shared-memory segments with.
+        repository: the model repository.
+        backends: the backend directory.
+        addresses: addresses to bind; Triton's own default is every address.
+        ports: the ports.
+        extra_args: arguments that come last and so win.
+    """
+    command = [
+        str(binary),
+        f"--id={server_id}",
+        f"--model-repository={repository}",
+        f"--backend-directory={backends}",
+    ]
+    for name in ("http", "grpc", "metrics"):
+        address, port = getattr(addresses, name), getattr(ports, name)
+        command += [f"--{name}-address={address}", f"--{name}-port={port}"]
+    command.append(f"--exit-timeout-secs={_EXIT_TIMEOUT_S}")
+    for setting in (
+        f"shm-region-prefix-name={server_id}_",
+        f"shm-default-byte-size={_SHM_BYTES}",
+        f"shm-growth-byte-size={_SHM_BYTES}",
+    ):
+        command.append(f"--backend-config=python,{setting}")
+    return [*command, *extra_args]
+
+
+def _is_ready(client: triton.InferenceServerClient, model: str) -> bool:
+    try:
+        return bool(client.is_model_ready(model, client_timeout=_CALL_TIMEOUT_S))
+    except (InferenceServerException, grpc.RpcError):
+        return False

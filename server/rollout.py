@@ -19,27 +19,33 @@ cannot be, the error says what the disk says, what the server says, and what mak
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
 from routing import PROBE_ID, ManifestError, manifest
 from routing.versions import VersionError, Versions, is_careful, present, put, switched
 
-from .channel import PLAIN, Channel
-from .comparing import ANSWERS, WAY_OUT, is_comparing, is_other, wait_out
+from .access import (
+    ANSWERS,
+    ENTRY,
+    ROUTER,
+    WAY_OUT,
+    Access,
+    is_comparing,
+    is_other,
+    wait_out,
+    zeros_input,
+)
 from .errors import ServerError, ServerUsageError
-from .readiness import ENTRY_MODEL
 from .repository import refuses_other_answers
 from .triton_log import first_line
 
-ROUTER = "router"
 _QUESTION_TIMEOUT_S = 5.0
 _POLL_S = 0.1
 # Triton has loaded when it says so; longer only for answers that come late.
@@ -59,24 +65,9 @@ class RolloutInterruptedError(RolloutError):
     """Somebody interrupted it. One line: what answers now."""
 
 
-@dataclass(frozen=True)
-class Access:
-    """How to reach the server's gRPC port.
-
-    Attributes:
-        url: `host:port`.
-        channel: how to connect there.
-        headers: what calls of restricted APIs carry.
-        timeout_s: seconds to wait for models to load, and for each comparison of answers.
-    """
-
-    url: str
-    channel: Channel = PLAIN
-    headers: Mapping[str, str] = field(default_factory=dict)
-    timeout_s: float = 120.0
-
-
-def rollout(repository: Path, access: Access, switch_to: int | None = None) -> Versions:
+def rollout(
+    repository: Path, access: Access, switch_to: int | None = None, timeout_s: float = 120.0
+) -> Versions:
     """Make the server serve what the repository says, having changed that first if asked to.
 
     Where the server does not load it, the repository says what it said before.
@@ -86,6 +77,7 @@ def rollout(repository: Path, access: Access, switch_to: int | None = None) -> V
         access: how to reach the server, which must have been started with `--allow-reload`.
         switch_to: the version of the router that is to answer; None changes nothing on disk, but
             for versions that should not be loaded (see `routing.versions`).
+        timeout_s: seconds to wait for models to load, and for each comparison of answers.
 
     Returns:
         What the server serves now, and the repository says.
@@ -96,8 +88,8 @@ def rollout(repository: Path, access: Access, switch_to: int | None = None) -> V
         RolloutError: the server did not load it, or did not say so.
         RolloutInterruptedError: by Ctrl-C.
     """
-    with access.channel.open(access.url) as client:
-        server = _Server(client, access)
+    with access.open() as client:
+        server = _Server(client, access, timeout_s)
         try:
             answering = server.answering()
         except _NoAnswerError as error:
@@ -154,9 +146,9 @@ class _Change:
             _StepError: the server refused, did not answer, or serves something else.
             ManifestError, VersionError, OSError: the repository cannot be changed.
         """
-        way, order = target, (ENTRY_MODEL, ROUTER)
+        way, order = target, (ENTRY, ROUTER)
         if answering is not None and answering in present(self.repository):
-            way, order = target.beside(answering), (ROUTER, ENTRY_MODEL)
+            way, order = target.beside(answering), (ROUTER, ENTRY)
         put(self.repository, way)
         for model in order:
             self._load(model, target.live)
@@ -317,9 +309,12 @@ class _Server:
         refusing: the version of the router that was last seen to refuse requests; 0: none.
     """
 
-    def __init__(self, client: triton.InferenceServerClient, access: Access) -> None:
+    def __init__(
+        self, client: triton.InferenceServerClient, access: Access, timeout_s: float
+    ) -> None:
         self._client = client
-        self._access = access
+        self._headers = dict(access.headers)
+        self._timeout_s = timeout_s
         self.url = access.url
         self.is_touched = False
         self.silence = ""
@@ -331,7 +326,7 @@ class _Server:
         Raises:
             _NoAnswerError: it does not say.
         """
-        config = self._config(ENTRY_MODEL)
+        config = self._config(ENTRY)
         steps = [] if config is None else config.ensemble_scheduling.step
         return next((int(step.model_version) for step in steps if step.model_name == ROUTER), None)
 
@@ -361,7 +356,7 @@ class _Server:
 
     def ask_again(self) -> Versions | None:
         """What it serves, asked until it says so; None: it does not, see `silence`."""
-        deadline = time.monotonic() + min(_ASK_AGAIN_S, self._access.timeout_s)
+        deadline = time.monotonic() + min(_ASK_AGAIN_S, self._timeout_s)
         while True:
             try:
                 return self.serves()
@@ -387,9 +382,7 @@ class _Server:
         """
         was_touched, self.is_touched = self.is_touched, True
         try:
-            self._client.load_model(
-                model, headers=dict(self._access.headers), client_timeout=self._access.timeout_s
-            )
+            self._client.load_model(model, headers=self._headers, client_timeout=self._timeout_s)
         except InferenceServerException as error:
             reason = first_line(error.message())
             if "restricted" in reason:
@@ -432,8 +425,7 @@ class _Server:
                 f": {error}",
             ) from error
         shape = [1, *config.input[0].dims] if config is not None else [1]
-        image = triton.InferInput("image", shape, "FP32")
-        image.set_data_from_numpy(np.zeros(shape, np.float32))
+        image = zeros_input(shape)
 
         def ask() -> None:
             try:
@@ -449,7 +441,7 @@ class _Server:
                     raise
 
         try:
-            wait_out(ask, ANSWERS, self._access.timeout_s)
+            wait_out(ask, ANSWERS, self._timeout_s)
         except InferenceServerException as error:
             if is_other(error.message()):
                 raise _RefusalError(
@@ -458,7 +450,7 @@ class _Server:
                 ) from error
             raise _RefusalError(
                 f"router/{version} is still comparing its answers with the calibration's after "
-                f"{self._access.timeout_s:g} s",
+                f"{self._timeout_s:g} s",
                 "; give it longer with --timeout-s",
             ) from error
         self.refusing = 0
@@ -469,7 +461,7 @@ class _Server:
         Raises:
             _StepError: it does not, or does not say.
         """
-        deadline = time.monotonic() + min(_SHOW_S, self._access.timeout_s)
+        deadline = time.monotonic() + min(_SHOW_S, self._timeout_s)
         while True:
             seen = None
             try:
@@ -503,7 +495,7 @@ class _Server:
         try:
             return call(
                 *arguments,
-                headers=dict(self._access.headers),
+                headers=self._headers,
                 client_timeout=_QUESTION_TIMEOUT_S,
             )
         except InferenceServerException as error:

@@ -9,8 +9,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from .access import Access
 from .admin_key import HOW_TO_MAKE, KEY_NAME, AdminKey
-from .channel import PLAIN, Channel
 from .errors import ServerUsageError
 from .ports import LOOPBACK, Addresses, is_loopback
 from .tls import HOW_TO_MAKE as HOW_TO_MAKE_TLS
@@ -88,13 +88,17 @@ class Security:
             )
         return addresses
 
-    def channel(self) -> Channel:
-        """Check the files of TLS and keep what our own calls need of them.
+    def access(self, url: str) -> Access:
+        """Check the files of TLS, and keep what our own calls need of them and of the key.
+
+        Args:
+            url: `host:port`.
 
         Raises:
-            ServerUsageError: as `Tls.channel`.
+            ServerUsageError: as `Tls.access`.
         """
-        return PLAIN if self.tls is None else self.tls.channel()
+        headers = {} if self.admin_key is None else self.admin_key.grpc_headers
+        return Access(url, headers=headers) if self.tls is None else self.tls.access(url, headers)
 
     def arguments(self, known: Collection[str] = ()) -> list[str]:
         """Tritonserver's arguments.

@@ -1,4 +1,4 @@
-"""Keep a server answering: watch it, replace it when it fails, give up when that does not help.
+"""Keep a server answering: look at it, replace it when it fails, give up when that does not help.
 
 Triton neither restarts a model instance that died nor says so in its readiness, so a failure ends
 the whole server, and a new one takes its ports.
@@ -9,44 +9,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
 
 from .errors import ServerError, ServerStartError
+from .launcher import TritonServer
 from .ports import Ports
+from .probe import Finding, Memory
 
 _POLL_S = 0.25
 # A server that failed has little to finish: what still runs there gets a moment, no more.
 _STOP_PATIENCE_S = 1.0
 DEFAULT_MAX_RESTARTS = 5
-
-
-class Supervised(Protocol):
-    """What a supervisor needs of a server; `launcher.TritonServer` has it."""
-
-    ports: Ports
-
-    @property
-    def pid(self) -> int:
-        """Id of its process."""
-
-    def start(self) -> None:
-        """Start it and wait until it answers."""
-
-    def stop(self, patience_s: float | None = None) -> None:
-        """End all its processes."""
-
-
-class Watcher(Protocol):
-    """What looks after one running server; `watch.Watch` does."""
-
-    def look(self, now: float) -> str:
-        """What failed, in one line; an empty string if nothing did."""
-
-    def close(self) -> None:
-        """Stop watching."""
-
-
-Server = TypeVar("Server", bound=Supervised)
+DEFAULT_INTERVAL_S = 2.0
+DEFAULT_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -77,7 +51,7 @@ class Rules:
         return min(self.longest_delay_s, self.first_delay_s * 2.0 ** (restarts - 1))
 
 
-class Supervisor(Generic[Server]):
+class Supervisor:
     """Runs one server after another, never two, on the ports of the first.
 
     Attributes:
@@ -86,12 +60,13 @@ class Supervisor(Generic[Server]):
 
     def __init__(
         self,
-        server: Server,
-        make_server: Callable[[Ports], Server],
-        make_watch: Callable[[Server], Watcher],
+        server: TritonServer,
+        make_server: Callable[[Ports], TritonServer],
+        look: Callable[[TritonServer, Memory], Finding],
         say: Callable[[str], None],
         *,
         rules: Rules | None = None,
+        interval_s: float = DEFAULT_INTERVAL_S,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -101,24 +76,26 @@ class Supervisor(Generic[Server]):
             server: the first server, whose start is the caller's: one that does not come up at
                 all is no reason to try again.
             make_server: makes another one, not started, on these ports.
-            make_watch: makes what looks after a server that has just started.
+            look: looks at a server once (`probe.look`).
             say: called with one line per event.
             rules: when to start again.
+            interval_s: seconds between the end of one look and the next.
             sleep: waits for so many seconds.
             clock: the time in seconds.
         """
         self.server = server
         self._make_server = make_server
-        self._make_watch = make_watch
+        self._look = look
         self._say = say
         self._rules = rules or Rules()
+        self._interval_s = interval_s
         self._sleep = sleep
         self._clock = clock
         self._restarts = 0
         self._answering_since: float | None = None
 
     def run(self) -> None:
-        """Watch the server, which answers, and restart it until interrupted.
+        """Look after the server, which answers, and restart it until interrupted.
 
         Raises:
             ServerStartError: too many restarts in a row; nothing is left running.
@@ -132,13 +109,18 @@ class Supervisor(Generic[Server]):
         self.server.stop()
 
     def _wait_for_failure(self) -> str:
-        watch = self._make_watch(self.server)
-        try:
-            while not (failure := watch.look(self._clock())):
+        memory = Memory()
+        while True:
+            process_ids = set(self.server.process_ids())
+            finding = self._look(self.server, memory)
+            for warning in finding.warnings:
+                self._say(warning)
+            if finding.failure:
+                return finding.failure
+            next_at = self._clock() + self._interval_s
+            # Sooner where a process has ended: the server's own, or one of a model.
+            while self._clock() < next_at and process_ids <= set(self.server.process_ids()):
                 self._sleep(_POLL_S)
-            return failure
-        finally:
-            watch.close()
 
     def _recover(self, failure: str) -> None:
         failed_at = self._clock()
@@ -153,7 +135,7 @@ class Supervisor(Generic[Server]):
             try:
                 self.server = self._make_server(self.server.ports)
                 self.server.start()
-            except ServerError as error:
+            except (ServerError, OSError) as error:  # The disk is full, for a moment or for good.
                 failure = f"{number} did not come up: {error}"
                 log_tail = getattr(error, "log_tail", "")
                 continue
@@ -164,7 +146,11 @@ class Supervisor(Generic[Server]):
 
     def _stop_failed(self) -> None:
         began = self._clock()
-        self.server.stop(_STOP_PATIENCE_S)
+        try:
+            self.server.stop(_STOP_PATIENCE_S)
+        except (ServerError, OSError) as error:  # Its ports tell whether another can start.
+            self._say(f"not all of it could be stopped: {error}")
+            return
         self._say(f"stopped what was left of it in {self._clock() - began:.1f} s")
 
     def _next_delay(self, failed_at: float, failure: str, log_tail: str) -> float:

@@ -7,13 +7,14 @@ for no reason they are told. So the handshake that clients will make is made her
 from __future__ import annotations
 
 import ssl
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
 
-from .channel import Channel
+from .access import Access
 from .errors import ServerUsageError
 
 HOW_TO_MAKE = (
@@ -56,11 +57,15 @@ class Tls:
             ]
         return arguments
 
-    def channel(self) -> Channel:
+    def access(self, url: str, headers: Mapping[str, str]) -> Access:
         """Check the files, and keep what our own calls need of them.
 
         Our calls trust this one certificate and nothing else. They keep what the files hold now,
         which is what the server reads at its start: files renewed later change nothing for either.
+
+        Args:
+            url: `host:port`.
+            headers: what calls of restricted APIs carry.
 
         Raises:
             ServerUsageError: a file is missing or not PEM, the key is not the certificate's, the
@@ -75,7 +80,7 @@ class Tls:
             )
         chain, key = (own[0].read_bytes(), own[1].read_bytes()) if own else (None, None)
         credentials = grpc.ssl_channel_credentials(self.certificate.read_bytes(), key, chain)
-        return Channel(credentials, name)
+        return Access(url, credentials, name, headers)
 
     def _own_pair(self) -> tuple[Path, Path] | None:
         if self.client_ca is None:

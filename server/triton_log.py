@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import ServerUsageError
+from .errors import ServerStartError, ServerUsageError
+
+_TAIL_LINES = 40
+# A log can be kept for months; what is read of it stands at its end.
+_READ_BYTES = 2**20
 
 # E1121 11:40:12.388730 6959 model_lifecycle.cc:642] "failed to load 'p' version 1: Internal: ..."
 _ENTRY = re.compile(r'^(?P<level>[IWEF])\d{4} [\d:.]+ \d+ [\w.]+:\d+\] "?(?P<text>.*?)"?$')
@@ -48,6 +53,41 @@ def make_writable(path: Path) -> None:
         raise ServerUsageError(
             f"the log {path} cannot be written ({error.strerror}); give another --log"
         ) from error
+
+
+def read(path: Path) -> str:
+    """The last MiB of a log; empty where there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _READ_BYTES))
+            return file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+def start_error(what: str, log_path: Path, missing: Sequence[str] = ()) -> ServerStartError:
+    """Say in one line why a server is not there, out of what Triton logged.
+
+    Args:
+        what: what was seen from outside, such as `not ready after 120 s`.
+        log_path: Triton's log.
+        missing: models that are not ready.
+    """
+    log = read(log_path)
+    reasons = failure_reasons(log)
+    # An ensemble is down because of a model below it, and that one says why.
+    causes = {m: r for m, r in reasons.items() if not r.startswith("ensemble ")} or reasons
+    parts = [f"model '{model}' failed to load: {reason}" for model, reason in causes.items()]
+    if not parts:
+        last = last_error(log)
+        parts = [f"{what}: {last}" if last else what]
+    others = [model for model in missing if model not in causes]
+    if others:
+        parts.append(f"{'not ready either' if causes else 'not ready'}: {', '.join(others)}")
+    not_ready = {model: reasons.get(model, "") for model in [*causes, *others]}
+    # Triton's tables repeat what the entries say, many screens wide.
+    lines = [line for line in log.splitlines() if line and line[0] not in "|+"]
+    return ServerStartError("; ".join(parts), not_ready, "\n".join(lines[-_TAIL_LINES:]))
 
 
 def failure_reasons(log: str) -> dict[str, str]:

@@ -288,7 +288,7 @@ def test_our_own_calls_can_have_a_certificate_of_their_own(
     )
     with (
         running(repository, security=security) as server,
-        server.channel.open(server.grpc_url) as client,
+        server.access.open() as client,
     ):
         assert client.is_model_ready("echo")
 

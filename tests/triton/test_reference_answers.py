@@ -23,7 +23,7 @@ OTHER = "this server computes other answers than the calibration did; calibrate 
 
 
 def check(server, repository, *more):
-    command = [sys.executable, "-m", "server", "check", "--repository", repository]
+    command = [sys.executable, "-m", "server", "check", "--answers", "--repository", repository]
     return subprocess.run(
         [*map(str, command), "--url", server.grpc_url, *more],
         cwd=ROOT,

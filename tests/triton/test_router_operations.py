@@ -27,8 +27,6 @@ from client import GrpcClient, HttpClient, InvalidRequestError
 from export.repository import assemble
 from export.settings import ClientParameters, OnHighFailure, ReferenceCheck, Settings
 from routing import RungOutputs
-from server.canary import Canaries
-from server.readiness import ENTRY_MODEL, adaptive_vit_canary
 from tests.servers import FLUSHED_S, bucket, growth, metrics, running, series, stubs, wait_for
 from tests.triton.conftest import run_command
 from tests.triton.test_keystone import statistics
@@ -265,12 +263,10 @@ def test_what_watches_the_service_is_in_no_audit_and_no_figure_about_images(plan
         grown("score_count"),
     ]
     answered = grown("requests_total", outcome="ok")
-    with Canaries(planned.grpc_url) as canaries:
-        question = canaries.ask(ENTRY_MODEL)
-        assert wait_for(lambda: question.answer is not None)
-        assert question.answer.error == ""
-    adaptive_vit_canary(planned.grpc_url)
-    run_command("server", "check", "--repository", planned.repository, "--url", planned.grpc_url)
+    planned._wait_for_first_answer()
+    run_command("server", "check", "--url", planned.grpc_url)
+    check = ("server", "check", "--answers", "--repository", planned.repository)
+    run_command(*check, "--url", planned.grpc_url)
     assert wait_for(lambda: answered() >= 6)  # the check asks in batches
     time.sleep(2 * FLUSHED_S)
     assert [found() for found in unmoved] == [0] * len(unmoved)

@@ -45,12 +45,8 @@ def others() -> set[str]:
 
 
 def test_a_server_starts_answers_and_leaves_nothing_behind(repository: Path, others: set[str]):
-    asked: list[str] = []
     lines: list[str] = []
-    with TritonServer(
-        repository, free_ports=True, canary=asked.append, on_progress=lines.append
-    ) as server:
-        assert asked == [server.grpc_url]
+    with TritonServer(repository, free_ports=True, on_progress=lines.append) as server:
         assert "1 of 1 models loaded" in lines
         assert server.version.count(".") == 2
         assert len(set(server.ports.all)) == 3
@@ -123,12 +119,13 @@ def test_a_model_that_silently_vanishes_is_named(repository: Path):
         server.start()
 
 
-def test_a_silent_canary_fails_the_start(repository: Path):
-    def canary(grpc_url: str) -> None:
-        raise TimeoutError("no answer")
-
-    with pytest.raises(ServerStartError, match="every model is ready, but .*: no answer"):
-        TritonServer(repository, free_ports=True, canary=canary).start()
+def test_an_ensemble_that_fails_its_first_request_fails_the_start(tmp_path: Path):
+    image = 'input [ { name: "image_bytes" data_type: TYPE_STRING dims: [ 1 ] } ]'
+    lines = ECHO_CONFIG.splitlines()
+    config = "\n".join([lines[0], "max_batch_size: 1", image, *lines[2:]])
+    repository = add_model(tmp_path / "repository", "adaptive_vit", config=config)
+    with pytest.raises(ServerStartError, match="every model is ready, but .*: not called here"):
+        TritonServer(repository, free_ports=True).start()
 
 
 @pytest.mark.parametrize("kind", ["wrapper", "link"])

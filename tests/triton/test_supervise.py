@@ -20,7 +20,7 @@ import tritonclient.grpc as triton
 
 from client import GrpcClient
 from server.shared_memory import SHM_DIRECTORY
-from tests.servers import is_alive, stubs
+from tests.servers import is_alive, running, stubs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -183,6 +183,40 @@ def test_reloading_and_unloading_a_model_is_no_failure(build: Path, crops: list[
         assert not any("failure" in line for line in supervised.lines)
     finally:
         supervised.end()
+
+
+# --- one look ----------------------------------------------------------------------------------
+
+
+def look(url: str, *more: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "server", "check", "--url", url, *more]
+    return subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
+
+
+def healthcheck(url: str) -> int:
+    command = [sys.executable, ROOT / "deploy/healthcheck.py", f"http://{url}"]
+    return subprocess.run(command, stderr=subprocess.DEVNULL).returncode
+
+
+@pytest.mark.parametrize("model", ["router", "vit_high"])
+def test_check_and_the_containers_health_check_tell_a_server_with_a_dead_model(
+    build: Path, model: str
+):
+    repository = build / "model_repository"
+    with running(repository) as server:
+        url, http = server.grpc_url, server.http_url
+        well = look(url, "--repository", repository)
+        assert (well.returncode, well.stderr) == (0, "")
+        assert well.stdout.startswith("5 models ready, 6 processes alive, answered in ")
+        assert healthcheck(http) == 0
+        for pid in stubs(server.process_ids(), model):
+            os.kill(pid, signal.SIGKILL)
+        ill = look(url)
+        assert ill.returncode == 1 and ill.stdout.count("\n") == 1
+        assert f"instances of {model} (version 1) ended" in ill.stdout or "failed" in ill.stdout
+        if model == "router":
+            assert healthcheck(http) == 1
+    assert look(url).returncode == 1 and healthcheck(http) == 1
 
 
 # --- a deadlock --------------------------------------------------------------------------------

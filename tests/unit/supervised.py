@@ -1,21 +1,22 @@
-"""Stand-ins for what the supervisor watches: a server, its answers and the time. No processes."""
+"""Stand-ins for what the supervisor looks at: a server, its answers and the time. No processes."""
 
 from __future__ import annotations
 
-from server.canary import Answer, ModelState, Question
-from server.errors import ServerStartError
+from collections.abc import Callable
+
 from server.ports import Ports
+from server.serving import READY, Canary, Key, Reply, Stub
 
 MODELS = ("adaptive_vit", "preprocess", "router", "vit_high", "vit_low")
-WHOLE = frozenset({"adaptive_vit", "preprocess", "vit_low", "vit_high"})
 
 
 class FakeClock:
-    """A clock that only sleeping moves."""
+    """A clock that only sleeping moves; `each` is told of every sleep."""
 
     def __init__(self) -> None:
         self.now = 1000.0
         self.slept: list[float] = []
+        self.each: Callable[[float], None] = lambda seconds: None
 
     def __call__(self) -> float:
         return self.now
@@ -23,19 +24,28 @@ class FakeClock:
     def sleep(self, seconds: float) -> None:
         self.slept.append(seconds)
         self.now += seconds
+        self.each(seconds)
 
 
 class FakeServer:
     """A server that writes into a diary what is done to it."""
 
     def __init__(
-        self, diary: list[str], ports: Ports, start_error: Exception | None = None
+        self,
+        diary: list[str],
+        ports: Ports,
+        start_error: Exception | None = None,
+        stop_error: Exception | None = None,
     ) -> None:
         self.ports = ports
         self.pid = 1
         self.runs = False
         self._diary = diary
         self._start_error = start_error
+        self._stop_error = stop_error
+
+    def process_ids(self) -> list[int]:
+        return [1] if self.runs else []
 
     def start(self) -> None:
         self._diary.append("start")
@@ -46,59 +56,52 @@ class FakeServer:
     def stop(self, patience_s: float | None = None) -> None:
         self._diary.append("stop")
         self.runs = False
+        if self._stop_error is not None:
+            raise self._stop_error
 
 
-class FakeProcesses:
-    """A server as `Watch` sees it."""
+class Stand:
+    """A server as a look sees it.
 
-    def __init__(self) -> None:
-        self.runs = True
-        self.ids: list[int] = []
-
-    def is_running(self) -> bool:
-        return self.runs
-
-    def wait(self) -> None:
-        raise ServerStartError("tritonserver ended by itself (exit code 137)")
-
-    def process_ids(self) -> list[int]:
-        return self.ids
-
-
-class FakeCanaries:
-    """A server's answers: what `answers` holds for a model, in turn, the last one for good.
-
-    None is a canary that does not come back.
+    A model answers with what `replies` holds for it, in turn, the last one for good; None is a
+    canary that does not come back.
     """
 
     def __init__(self) -> None:
-        self.answers: dict[str, list[Answer | None]] = {
-            model: [Answer(exercised=WHOLE if model == "adaptive_vit" else frozenset({model}))]
-            for model in MODELS
-        }
+        self.ended = ""
+        self.replies: dict[str, list[Reply | None]] = {model: [Reply()] for model in MODELS}
         self.counts: dict[str, int] | None = dict.fromkeys(MODELS, 0)
         self.absent: dict[str, str] = {}
+        self.processes: list[Stub] | None = []
         self.wanted = 1
+        self.cores = 1.0
+        self.work_s = dict.fromkeys(MODELS, 0.0)
         self.asked: list[str] = []
 
-    def ask(self, model: str) -> Question:
-        self.asked.append(model)
-        answers = self.answers[model]
-        return Question(model, answers.pop(0) if len(answers) > 1 else answers[0])
+    def why_it_ended(self) -> str:
+        return self.ended
 
-    def successes(self) -> dict[str, int] | None:
-        return None if self.counts is None else dict(self.counts)
-
-    def states(self) -> list[ModelState] | None:
+    def states(self) -> dict[Key, str] | None:
         if self.counts is None:
             return None
-        return [
-            ModelState(model, "1", model not in self.absent, self.absent.get(model, "READY"))
-            for model in MODELS
-        ]
+        return {(model, "1"): self.absent.get(model, READY) for model in MODELS}
 
     def instances(self, model: str, version: str) -> int | None:
         return self.wanted
 
-    def close(self) -> None:
-        pass
+    def stubs(self) -> list[Stub] | None:
+        return self.processes
+
+    def cpu_s(self, model: str) -> float:
+        return self.work_s[model]
+
+    def allowed_cores(self) -> float:
+        return self.cores
+
+    def answered(self) -> dict[str, int] | None:
+        return None if self.counts is None else dict(self.counts)
+
+    def ask(self, model: str) -> Canary:
+        self.asked.append(model)
+        replies = self.replies[model]
+        return Canary(model, replies.pop(0) if len(replies) > 1 else replies[0])

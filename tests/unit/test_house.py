@@ -13,6 +13,7 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from export.__main__ import repository
+from routing import PROBE_ID
 
 ROOT = Path(__file__).resolve().parents[2]
 # What each folder may import of ours.
@@ -22,7 +23,7 @@ ARROWS = {
     "bundle": {"routing"},
     "export": {"routing", "imaging", "bundle"},
     "calibration": {"routing", "imaging", "bundle", "report"},
-    "server": {"routing"},  # the manifest, versions and reference answers of a repository
+    "server": {"client", "routing"},  # the manifest, versions and reference answers of a repository
     "client": set(),
     "report": set(),
     "perf": {"bundle", "calibration", "client", "imaging", "report", "routing", "server"},
@@ -120,6 +121,15 @@ def test_compose_mounts_what_is_exported_where_the_image_serves_from():
     repositories = [option for option in served if option.startswith("--model-repository")]
     assert repositories == [f"--model-repository={place}"]
     assert "command" not in compose["services"]["triton"]  # it would take the place of CMD
+
+
+def test_the_containers_health_check_is_in_the_image_and_no_traffic():
+    compose = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())
+    command = compose["services"]["triton"]["healthcheck"]["test"]
+    assert command == ["CMD", "python3", "/opt/adaptive-vit/healthcheck.py"]
+    dockerfile = (ROOT / "deploy/Dockerfile").read_text()
+    assert "COPY deploy/healthcheck.py /opt/adaptive-vit/" in dockerfile
+    assert f'"id": "{PROBE_ID}"' in (ROOT / "deploy/healthcheck.py").read_text()
 
 
 def configs():

@@ -1,4 +1,4 @@
-"""`python -m server check` without a server: exit codes and lines. The server is a fake."""
+"""`python -m server check`: exit codes and lines. The servers are fakes."""
 
 import json
 import signal
@@ -9,13 +9,16 @@ import pytest
 from tritonclient.utils import InferenceServerException
 
 import server.__main__ as command_line
+import server.check
 from calibration.running import open_session, run_session
 from export.repository import assemble
 from routing import PROBE_ID, Calibration, CascadeRequest, run_cascade
 from routing.policy import parse_overrides
 from routing.reference import COMPARING, OTHER, VERDICTS
-from server import check as module
+from server.access import Access
+from server.serving import Reply, Stub
 from tests.unit.reference_files import collected, fitted
+from tests.unit.supervised import MODELS, Stand
 
 
 @pytest.fixture(autouse=True)
@@ -79,8 +82,8 @@ class FakeTriton:
 
 
 def run(monkeypatch, server, repository, *more):
-    monkeypatch.setattr(module.Channel, "open", lambda channel, url: server(url))
-    return command_line.main(["check", "--repository", str(repository), *more])
+    monkeypatch.setattr(Access, "open", lambda access: server(access.url))
+    return command_line.main(["check", "--answers", "--repository", str(repository), *more])
 
 
 def test_a_server_that_answers_alike_is_0(monkeypatch, repository, capsys):
@@ -156,3 +159,107 @@ def test_what_cannot_be_compared_is_one_line_and_2(
 
 def test_an_interrupted_check_is_no_verdict(monkeypatch, repository):
     assert run(monkeypatch, FakeTriton(repository, error=KeyboardInterrupt()), repository) == 130
+
+
+# --- one look ------------------------------------------------------------------------------------
+
+
+class Shown(Stand):
+    """A healthy server with a process a model, unless changed."""
+
+    def __init__(self):
+        super().__init__()
+        self.processes = [Stub(number, model, "1") for number, model in enumerate(MODELS[1:])]
+        self.hides = False
+
+    def __call__(self, access, process_ids):
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def states(self):
+        return None if self.hides else super().states()
+
+    def is_ready(self, model):
+        return model not in self.absent and self.counts is not None
+
+    def is_python(self, model, version):
+        return model in ("preprocess", "router")
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    stand = Shown()
+    monkeypatch.setattr(server.check, "Serving", stand)
+    return stand
+
+
+def check(capsys, *more):
+    """Exit code, line on stdout, lines on stderr."""
+    code = command_line.main(["check", "--timeout-s", "0.8", *map(str, more)])
+    found = capsys.readouterr()
+    assert found.out.count("\n") <= 1
+    return code, found.out.strip(), found.err
+
+
+def test_a_healthy_server_is_0_and_one_line(shown, capsys):
+    code, line, err = check(capsys)
+    assert (code, err) == (0, "")
+    assert line.startswith("5 models ready, 4 processes alive, answered in ")
+    code, line, _ = check(capsys, "--json")
+    found = json.loads(line)
+    assert (code, found["healthy"], found["models"], found["processes"]) == (0, True, 5, 4)
+    assert found["latency_ms"] < 300 and found["not_looked_at"] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"absent": {"vit_high": "UNAVAILABLE (unloaded)"}}, "not ready: vit_high (UNAVAILABLE"),
+        ({"replies": {"vit_low": [Reply("boom")]}}, "vit_low failed: boom"),
+        ({"replies": {"router": [None], "adaptive_vit": [None]}}, "adaptive_vit gave no answer"),
+        ({"processes": [Stub(1, "router", "1")]}, "1 of 1 instances of preprocess (version 1)"),
+        ({"counts": None}, "the server does not answer on gRPC"),
+    ],
+)
+def test_what_is_not_well_is_1_and_one_line(shown, capsys, change, said):
+    for name, value in change.items():
+        whole = {**getattr(shown, name), **value} if name == "replies" else value
+        setattr(shown, name, whole)
+    if shown.counts is None:
+        shown.replies = {model: [Reply("failed to connect", True)] for model in MODELS}
+    code, line, err = check(capsys)
+    assert (code, err) == (1, "") and line.startswith(said)
+    assert json.loads(check(capsys, "--json")[1])["healthy"] is False
+
+
+def test_every_model_of_the_repository_must_be_ready(shown, capsys, tmp_path):
+    for model in MODELS:
+        (tmp_path / model).mkdir()
+    assert check(capsys, "--repository", tmp_path)[0] == 0
+    (tmp_path / "vit_reference").mkdir()
+    code, line, _ = check(capsys, "--repository", tmp_path)
+    assert (code, line) == (1, "not ready: vit_reference")
+    code, _, err = check(capsys, "--repository", tmp_path / "nowhere")
+    assert code == 2 and "no model repository at" in err
+
+
+def test_what_it_cannot_look_at_is_said(shown, capsys):
+    shown.hides, shown.processes = True, None
+    code, line, _ = check(capsys)
+    assert code == 0 and line.startswith("5 models ready, answered in ")
+    assert "not looked at: its processes, which are not on this machine, its index of" in line
+    shown.absent = {"router": "gone"}
+    assert check(capsys)[:2] == (1, "not ready: router")
+
+
+def test_an_interrupted_look_says_nothing(shown, capsys):
+    def interrupted(model):
+        raise KeyboardInterrupt
+
+    shown.ask = interrupted
+    assert check(capsys) == (130, "", "")

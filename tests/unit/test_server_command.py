@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from server.command import triton_command
+from server.launcher import triton_command
 from server.ports import Addresses, Ports
 
 

@@ -12,7 +12,6 @@ import pytest
 
 from routing import manifest
 from server import ServerUsageError, TritonServer
-from server.failures import start_error
 from server.repository import (
     bytecode_folders,
     models_in,
@@ -25,6 +24,8 @@ from server.triton_log import (
     last_error,
     loaded_models,
     make_writable,
+    read,
+    start_error,
 )
 
 GPU_NOISE = (
@@ -118,6 +119,17 @@ def test_without_a_reason_the_models_are_named(tmp_path: Path):
     log.write_text(GPU_NOISE)
     error = start_error("not ready after 5 s", log, missing=["router"])
     assert str(error) == "not ready after 5 s; not ready: router"
+
+
+def test_of_a_long_log_the_end_is_read(tmp_path: Path):
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        file.truncate(3 * 2**20)
+        file.seek(0, 2)
+        file.write(f"\n{ROUTER}".encode())
+    assert len(read(log)) == 2**20
+    assert "model 'router' failed to load" in str(start_error("ended", log))
+    assert read(tmp_path / "nowhere") == ""
 
 
 def test_a_log_and_its_folder_are_made_and_an_earlier_log_is_kept(tmp_path: Path):

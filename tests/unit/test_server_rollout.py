@@ -8,13 +8,14 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tritonclient.grpc.service_pb2 import ModelConfigResponse, RepositoryIndexResponse
 from tritonclient.utils import InferenceServerException
 
 import server.__main__ as command_line
-import server.comparing as comparing
+import server.access as server_access
 import server.rollout as server_rollout
 from calibration.fit import EscalationRate
 from export.repository import assemble
@@ -23,9 +24,9 @@ from export.versions import add_version
 from routing import manifest
 from routing.reference import COMPARING, OTHER, VERDICTS
 from routing.versions import Versions, drop, put, switch
-from server import rollout_command
+from server.access import ANSWERS
 from server.errors import ServerUsageError
-from server.rollout import Access, RolloutError, RolloutInterruptedError, rollout
+from server.rollout import RolloutError, RolloutInterruptedError, rollout
 from tests.unit.reference_files import collected, fitted
 from tests.unit.test_export_repository import contents, write_inputs
 from tests.unit.test_export_versions import change_artifact, flip_a_bit
@@ -179,14 +180,15 @@ def refusing(assembled_to_refuse, tmp_path):
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
     monkeypatch.setattr(server_rollout, "_POLL_S", 0.001)
-    monkeypatch.setattr(comparing, "_POLL_S", 0.001)
+    monkeypatch.setattr(server_access, "_POLL_S", 0.001)
 
 
 BEFORE = Versions(1, (1,), 2, 0.1)
 
 
-def access(triton, **more):
-    return Access("127.0.0.1:8001", triton, **more)
+def roll(repository, triton, to=None, timeout_s=120.0, headers=()):
+    access = SimpleNamespace(url="127.0.0.1:8001", headers=dict(headers), open=lambda: triton)
+    return rollout(repository, access, to, timeout_s)
 
 
 # --- loaded --------------------------------------------------------------------------------------
@@ -196,7 +198,7 @@ def test_a_shadow_is_loaded_by_the_version_that_answers_and_answers_nobody(repos
     triton = FakeTriton(repository)
     triton.served = Versions(1, (1,))
     before = contents(repository)
-    assert rollout(repository, access(triton)) == BEFORE == triton.served
+    assert roll(repository, triton) == BEFORE == triton.served
     assert triton.calls == ["router", "adaptive_vit"]
     assert contents(repository) == before
 
@@ -206,7 +208,7 @@ def test_a_switch_goes_by_way_of_both_and_leaves_what_answers(repository, versio
     triton = FakeTriton(repository)
     for version in versions:
         other = 3 - version
-        assert rollout(repository, access(triton), version) == Versions(version, (version,))
+        assert roll(repository, triton, version) == Versions(version, (version,))
         assert triton.served == Versions.load(repository) == Versions(version, (version,))
         assert triton.states[-3:] == [(other, (1, 2)), (version, (1, 2)), (version, (version,))]
     assert triton.calls == ["router", "adaptive_vit", "router"] * len(versions)
@@ -215,23 +217,23 @@ def test_a_switch_goes_by_way_of_both_and_leaves_what_answers(repository, versio
 
 def test_a_former_version_stays_where_it_may_be_pinned_unless_it_is_a_higher_one(permissive):
     triton = FakeTriton(permissive)
-    assert rollout(permissive, access(triton), 2) == triton.served == Versions(2, (1, 2))
+    assert roll(permissive, triton, 2) == triton.served == Versions(2, (1, 2))
     assert triton.calls == ["router", "adaptive_vit"]
-    assert rollout(permissive, access(triton), 1) == triton.served == Versions(1, (1,))
+    assert roll(permissive, triton, 1) == triton.served == Versions(1, (1,))
     assert Versions.load(permissive) == triton.served
 
 
 def test_a_candidate_that_an_earlier_release_loaded_is_taken_out(permissive):
     put(permissive, Versions(1, (1, 2), 2, 0.1))
     triton = FakeTriton(permissive)
-    assert rollout(permissive, access(triton)) == triton.served == BEFORE
+    assert roll(permissive, triton) == triton.served == BEFORE
     assert Versions.load(permissive) == BEFORE
 
 
 def test_what_was_switched_while_nobody_looked_is_loaded_beside_what_answers(repository):
     triton = FakeTriton(repository)
     switch(repository, 2)
-    assert rollout(repository, access(triton)) == triton.served == Versions(2, (2,))
+    assert roll(repository, triton) == triton.served == Versions(2, (2,))
     assert triton.states == [(1, (1, 2)), (2, (1, 2)), (2, (2,))]
     assert Versions.load(repository) == triton.served
 
@@ -240,21 +242,21 @@ def test_the_ensemble_goes_first_where_its_version_is_gone(repository):
     triton = FakeTriton(repository)
     switch(repository, 2)
     drop(repository, 1)
-    rollout(repository, access(triton))
+    roll(repository, triton)
     assert triton.calls == ["adaptive_vit", "router"]
 
 
 def test_a_server_without_the_ensemble_gets_it(repository):
     triton = FakeTriton(repository)
     triton.served = Versions(0, (1,))
-    assert rollout(repository, access(triton)) == triton.served == BEFORE
+    assert roll(repository, triton) == triton.served == BEFORE
     assert triton.calls == ["adaptive_vit", "router"]
 
 
 def test_every_restricted_call_carries_the_key(repository):
     triton = FakeTriton(repository)
     headers = {"triton-grpc-protocol-admin-key": "secret"}
-    rollout(repository, access(triton, headers=headers), 2)
+    roll(repository, triton, 2, headers=headers)
     assert len(triton.headers) == CALLS and all(found == headers for found in triton.headers)
 
 
@@ -266,7 +268,7 @@ def test_a_refused_switch_is_taken_back(repository, model):
     before = contents(repository)
     triton = FakeTriton(repository, {model: refusal(NOT_LOADED)})
     with pytest.raises(RolloutError) as caught:
-        rollout(repository, access(triton, timeout_s=0.05), 2)
+        roll(repository, triton, 2, timeout_s=0.05)
     message = str(caught.value)
     assert contents(repository) == before
     assert message.startswith(f"{model} was not loaded; ") and "no such luck" in message
@@ -291,7 +293,7 @@ def test_a_refused_load_of_what_the_disk_says_tells_how_the_server_differs(
     triton = FakeTriton(repository, {first: refusal(NOT_LOADED)})
     triton.served = served
     with pytest.raises(RolloutError) as caught:
-        rollout(repository, access(triton, timeout_s=0.05))
+        roll(repository, triton, timeout_s=0.05)
     message = str(caught.value)
     assert message.startswith(f"{first} was not loaded: ") and "\n" not in message
     assert "the repository says router/1 answers; router/2 shadows 10% of the images" in message
@@ -309,7 +311,7 @@ def test_a_load_that_outlives_the_time_for_it_may_still_be_done(repository):
 
     triton.fault = late
     with pytest.raises(RolloutError) as caught:
-        rollout(repository, access(triton, timeout_s=0.05), 2)
+        roll(repository, triton, 2, timeout_s=0.05)
     message = str(caught.value)
     assert "; router/1 goes on answering" in message and "\n" not in message
     assert "; the server may still be loading what it was told to; look again with" in message
@@ -325,7 +327,7 @@ def test_a_switch_that_is_refused_halfway_goes_back_in_the_server_too(repository
 
     triton.fault = refuse_once
     with pytest.raises(RolloutError, match="adaptive_vit was not loaded; router/1 goes on ans"):
-        rollout(repository, access(triton), 2)
+        roll(repository, triton, 2)
     assert triton.served == Versions.load(repository) == BEFORE
     assert triton.states[0] == (1, (1, 2)) and triton.states[-1] == (1, (1,))
 
@@ -349,7 +351,7 @@ def test_a_switch_that_is_refused_halfway_goes_back_in_the_server_too(repository
 def test_a_server_that_may_not_be_told_says_what_is_needed(repository, text, status, message):
     triton = FakeTriton(repository, {"router": refusal(text, status)})
     with pytest.raises(RolloutError, match=re.escape(message)):
-        rollout(repository, access(triton), 2)
+        roll(repository, triton, 2)
     assert triton.served == Versions.load(repository) == BEFORE
 
 
@@ -358,7 +360,7 @@ def test_without_an_answer_nothing_is_changed(repository):
     silent = refusal("failed to connect to all addresses", "StatusCode.UNAVAILABLE")
     triton = FakeTriton(repository, {"get_model_config": silent})
     with pytest.raises(ServerUsageError, match=r"no answer from a server at 127.0.0.1:8001 \(f"):
-        rollout(repository, access(triton), 2)
+        roll(repository, triton, 2)
     assert contents(repository) == before and triton.calls == []
 
 
@@ -369,7 +371,7 @@ def test_a_server_whose_router_knows_no_shadow_is_a_server_of_another_repository
     config = triton._config
     triton._config = lambda model: ModelConfigResponse() if model == "router" else config(model)
     with pytest.raises(RolloutError, match="not those of this repository; give the --repository"):
-        rollout(repository, access(triton, timeout_s=0.1), 2)
+        roll(repository, triton, 2, timeout_s=0.1)
     assert Versions.load(repository) == BEFORE
 
 
@@ -377,7 +379,7 @@ def test_a_server_of_another_repository_is_noticed(assembled, repository, tmp_pa
     other = assemble(*write_inputs(tmp_path), tmp_path / "other")
     triton = FakeTriton(other)
     with pytest.raises(RolloutError, match="not those of this repository; give the --repository"):
-        rollout(repository, access(triton, timeout_s=0.1), 2)
+        roll(repository, triton, 2, timeout_s=0.1)
     assert Versions.load(repository) == BEFORE
 
 
@@ -397,7 +399,7 @@ def test_what_is_wrong_with_the_repository_is_said_before_anything_is_loaded(
     triton = FakeTriton(repository)
     damage(repository)
     with pytest.raises(ServerUsageError, match=message):
-        rollout(repository, access(triton), to)
+        roll(repository, triton, to)
     assert triton.calls == []
 
 
@@ -422,7 +424,7 @@ def test_a_switch_is_so_many_steps(repository, monkeypatch):
         return rename(path, target)
 
     monkeypatch.setattr(Path, "replace", count)
-    rollout(repository, access(triton), 2)
+    roll(repository, triton, 2)
     assert (triton.number + 1, len(renames)) == (CALLS, RENAMES)
 
 
@@ -449,7 +451,7 @@ def test_an_answer_that_is_lost_at_any_step_leaves_both_agreeing(repository, num
     triton.fault = lose_one
     try:
         error = None
-        assert rollout(repository, access(triton), 2) == Versions(2, (2,))
+        assert roll(repository, triton, 2) == Versions(2, (2,))
     except RolloutError as failure:
         error = failure
         assert "did not answer while it was to load" in str(error)
@@ -473,7 +475,7 @@ def test_a_server_that_is_gone_at_any_step_is_said_to_be(repository, number, is_
 
     triton.fault = be_gone
     with pytest.raises(RolloutError) as caught:
-        rollout(repository, access(triton, timeout_s=0.05), 2)
+        roll(repository, triton, 2, timeout_s=0.05)
     # It starts again with what the disk says.
     assert check_outcome(repository, triton, caught.value) == BEFORE
     said = "at 127.0.0.1:8001 does not say what it serves (failed to connect to all addresses)"
@@ -491,7 +493,7 @@ def test_ctrl_c_at_any_step_leaves_both_agreeing(repository, number, is_done):
 
     triton.fault = interrupt
     with pytest.raises(RolloutInterruptedError) as caught:
-        rollout(repository, access(triton), 2)
+        roll(repository, triton, 2)
     on_disk = check_outcome(repository, triton, caught.value)
     assert on_disk == triton.served
     says = "router/2 answers, as the repository says"
@@ -510,7 +512,7 @@ def test_a_second_ctrl_c_says_that_nobody_was_asked(repository, number):
 
     triton.fault = interrupt
     with pytest.raises(RolloutInterruptedError, match="was not asked what it serves") as caught:
-        rollout(repository, access(triton), 2)
+        roll(repository, triton, 2)
     assert check_outcome(repository, triton, caught.value) == BEFORE
     assert "to make them agree, run" in str(caught.value)
 
@@ -531,7 +533,7 @@ def test_a_change_of_the_disk_that_ends_early_is_taken_back(repository, monkeypa
     halfway = RolloutError if number >= RENAMES // 2 else ServerUsageError
     expected = RolloutInterruptedError if kind is KeyboardInterrupt else halfway
     with pytest.raises(expected) as caught:
-        rollout(repository, access(triton), 2)
+        roll(repository, triton, 2)
     assert check_outcome(repository, triton, caught.value) == BEFORE == triton.served
 
 
@@ -544,7 +546,7 @@ def test_a_full_disk_is_said_before_anything_is_loaded(repository, monkeypatch):
     before = contents(repository)
     monkeypatch.setattr(Path, "write_text", no_space)
     with pytest.raises(ServerUsageError, match="cannot be changed: .*No space left on device"):
-        rollout(repository, access(triton), 2)
+        roll(repository, triton, 2)
     assert triton.calls == [] and contents(repository) == before
 
 
@@ -559,7 +561,7 @@ def test_what_cannot_be_taken_back_is_said(repository, monkeypatch, model):
 
     triton.fault = refuse
     with pytest.raises(RolloutError) as caught:
-        rollout(repository, access(triton, timeout_s=0.05), 2)
+        roll(repository, triton, 2, timeout_s=0.05)
     message = str(caught.value)
     assert "no such luck" in message and "cannot be changed back: " in message
     assert "the repository says router/2 answers; router/1 can be pinned too; but" in message
@@ -578,11 +580,11 @@ def test_the_ensemble_names_a_version_that_every_instance_has_found_to_answer_al
     triton = FakeTriton(refusing)
     # Two instances take turns, and one knows before the other.
     triton.verdicts[2] = [STILL, STILL, None, STILL, None, STILL, None]
-    assert rollout(refusing, access(triton), 2) == triton.served == Versions(2, (2,))
-    first = triton.asked[: 6 + comparing.ANSWERS]
+    assert roll(refusing, triton, 2) == triton.served == Versions(2, (2,))
+    first = triton.asked[: 6 + ANSWERS]
     assert first == [(2, 1)] * len(first) and triton.asked[len(first)] == (2, 2)
     # What Triton has loaded since may be another process, which compares anew.
-    assert len(triton.asked) == len(first) + 2 * comparing.ANSWERS
+    assert len(triton.asked) == len(first) + 2 * ANSWERS
     assert triton.calls == ["router", "adaptive_vit", "router"]
 
 
@@ -590,7 +592,7 @@ def test_a_version_that_refuses_is_never_named_by_the_ensemble(refusing):
     triton = FakeTriton(refusing)
     triton.verdicts[2] = [STILL, FOREIGN]
     with pytest.raises(RolloutError) as caught:
-        rollout(refusing, access(triton), 2)
+        roll(refusing, triton, 2)
     message = str(caught.value)
     assert message.startswith(
         "router/2 refuses every request; router/1 goes on answering: this server computes other"
@@ -603,9 +605,9 @@ def test_a_version_that_refuses_is_never_named_by_the_ensemble(refusing):
 @pytest.mark.parametrize("step", [1, 2])
 def test_a_version_that_refuses_once_it_is_loaded_anew_is_taken_back(refusing, step):
     triton = FakeTriton(refusing)
-    triton.verdicts[2] = [*[None] * (step * comparing.ANSWERS), FOREIGN]
+    triton.verdicts[2] = [*[None] * (step * ANSWERS), FOREIGN]
     with pytest.raises(RolloutError, match="router/2 refuses every request; router/1 goes on ans"):
-        rollout(refusing, access(triton), 2)
+        roll(refusing, triton, 2)
     assert (2, (1, 2)) in triton.states
     assert triton.served == Versions.load(refusing) == BEFORE
 
@@ -614,7 +616,7 @@ def test_comparing_that_takes_too_long_is_a_failed_step(refusing):
     triton = FakeTriton(refusing)
     triton.verdicts[2] = [STILL]
     with pytest.raises(RolloutError) as caught:
-        rollout(refusing, access(triton, timeout_s=0.05), 2)
+        roll(refusing, triton, 2, timeout_s=0.05)
     assert str(caught.value) == (
         "router/2 is still comparing its answers with the calibration's after 0.05 s; router/1 "
         "goes on answering; give it longer with --timeout-s"
@@ -627,12 +629,12 @@ def test_a_version_that_refuses_does_not_go_on_answering(refusing, verdict):
     triton = FakeTriton(refusing)
     triton.verdicts[1] = [verdict]
     with pytest.raises(RolloutError) as caught:
-        rollout(refusing, access(triton, timeout_s=0.05))
+        roll(refusing, triton, timeout_s=0.05)
     assert "goes on" not in str(caught.value) and "\n" not in str(caught.value)
     assert str(caught.value).endswith(f"the repository and the server say {BEFORE.sentence}")
     triton.verdicts[2] = [verdict]
     with pytest.raises(RolloutError, match="; the way back failed: router/1 "):
-        rollout(refusing, access(triton, timeout_s=0.05), 2)
+        roll(refusing, triton, 2, timeout_s=0.05)
     assert triton.served == Versions.load(refusing) == BEFORE
 
 
@@ -649,18 +651,18 @@ def test_what_a_request_fails_with_otherwise_does_not_keep_from_rolling_back(ref
     triton = FakeTriton(refusing)
     triton.verdicts = {1: [error], 2: [error]}
     for version in (2, 1):
-        assert rollout(refusing, access(triton), version) == triton.served
+        assert roll(refusing, triton, version) == triton.served
         assert triton.served == Versions(version, (version,))
 
 
-@pytest.mark.parametrize("number", range(3 * comparing.ANSWERS))
+@pytest.mark.parametrize("number", range(3 * ANSWERS))
 def test_ctrl_c_while_it_is_waited_for_leaves_both_agreeing(refusing, number):
     triton = FakeTriton(refusing)
     triton.verdicts[2] = [*[None] * number, KeyboardInterrupt(), None]
     with pytest.raises(RolloutInterruptedError) as caught:
-        rollout(refusing, access(triton), 2)
+        roll(refusing, triton, 2)
     assert check_outcome(refusing, triton, caught.value) == triton.served
-    assert (triton.served.live == 2) == (number >= 2 * comparing.ANSWERS)
+    assert (triton.served.live == 2) == (number >= 2 * ANSWERS)
 
 
 @pytest.mark.parametrize("verdict", [None, FOREIGN])
@@ -675,10 +677,10 @@ def test_after_an_answer_that_is_lost_what_was_loaded_has_to_compare_too(refusin
 
     triton.fault = lose_the_last
     if verdict is None:
-        assert rollout(refusing, access(triton), 2) == triton.served == Versions(2, (2,))
+        assert roll(refusing, triton, 2) == triton.served == Versions(2, (2,))
         return
     with pytest.raises(RolloutError, match="did not answer while it was to load router"):
-        rollout(refusing, access(triton), 2)
+        roll(refusing, triton, 2)
     assert triton.served == Versions.load(refusing) == BEFORE
 
 
@@ -695,7 +697,7 @@ def handlers():
 
 
 def run(monkeypatch, capsys, instead, *arguments):
-    monkeypatch.setattr(rollout_command, "rollout", instead)
+    monkeypatch.setattr(command_line, "rollout", instead)
     code = command_line.main(["rollout", *map(str, arguments)])
     return code, *capsys.readouterr()
 
@@ -704,8 +706,8 @@ def run(monkeypatch, capsys, instead, *arguments):
 def test_the_command_says_what_is_served(monkeypatch, capsys):
     asked = []
 
-    def instead(repository, access, switch_to):
-        asked.append((repository, access.url, access.timeout_s, switch_to))
+    def instead(repository, access, switch_to, timeout_s):
+        asked.append((repository, access.url, timeout_s, switch_to))
         return Versions(2, (1, 2))
 
     options = ("--repository", "r", "--to", 1, "--url", "host:9", "--timeout-s", 7)
@@ -737,9 +739,9 @@ def test_the_exit_code_tells_whose_move_it_is(monkeypatch, capsys, error, expect
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--tls-ca", "a", "--tls-cert", "b"), "--tls-cert and --tls-key go together"),
-        (("--tls-cert", "b", "--tls-key", "c"), "--tls-cert needs --tls-ca"),
-        (("--tls-ca", "nowhere.crt"), "nowhere.crt: No such file or directory"),
+        (("--tls-ca", "a", "--tls-cert", "b"), "a client cert without a key; give both"),
+        (("--tls-cert", "b", "--tls-key", "c"), "cannot read b for TLS: No such file"),
+        (("--tls-ca", "nowhere.crt"), "cannot read nowhere.crt for TLS: No such file"),
         (("--admin-key-file", "nowhere.key"), "admin key file nowhere.key cannot be read"),
     ],
 )

@@ -48,6 +48,10 @@ def key_file(tmp_path: Path, text: str, mode: int = 0o600) -> Path:
     return path
 
 
+# An address that our own calls use, and their headers.
+CALLED = ("127.0.0.1:1", {})
+
+
 def refusal(call, *arguments, **options) -> str:
     """The one line that a call is refused with."""
     with pytest.raises(ServerUsageError) as caught:
@@ -248,7 +252,7 @@ def test_the_way_to_a_test_certificate_works(tmp_path: Path):
     message = refusal(Security, production=True)
     recipe = message.partition("made with: ")[2]
     subprocess.run(recipe.split(), cwd=tmp_path, check=True, capture_output=True)
-    assert Tls(tmp_path / "tls.crt", tmp_path / "tls.key").channel().name == "localhost"
+    assert Tls(tmp_path / "tls.crt", tmp_path / "tls.key").access(*CALLED).name == "localhost"
 
 
 def test_the_way_to_a_key_works(tmp_path: Path, tls: Tls):
@@ -261,58 +265,61 @@ def test_the_way_to_a_key_works(tmp_path: Path, tls: Tls):
 # --- the files of TLS --------------------------------------------------------------------------
 
 
+def refused(tls: Tls) -> str:
+    """Why our own calls cannot be made with these files."""
+    return refusal(tls.access, *CALLED)
+
+
 def test_our_own_calls_ask_for_a_name_that_the_certificate_holds(folder: Path, ca: Pair, tls: Tls):
-    assert tls.channel().name == "vit.example.com"
+    assert tls.access(*CALLED).name == "vit.example.com"
     wild = issued(folder, ca, "wild", "DNS:*.example.com")
-    assert Tls(wild.certificate, wild.key).channel().name == "check.example.com"
+    assert Tls(wild.certificate, wild.key).access(*CALLED).name == "check.example.com"
     address = issued(folder, ca, "address", "IP:10.0.0.1")
-    assert Tls(address.certificate, address.key).channel().name == "10.0.0.1"
+    assert Tls(address.certificate, address.key).access(*CALLED).name == "10.0.0.1"
 
 
 def test_a_key_of_another_certificate_is_refused(pair: Pair, ca: Pair):
-    message = refusal(Tls(pair.certificate, ca.key).channel)
+    message = refused(Tls(pair.certificate, ca.key))
     assert f"{ca.key} is not the private key of the certificate {pair.certificate}" in message
 
 
 def test_files_that_are_no_pem_or_not_there_are_refused(tmp_path: Path, pair: Pair):
     text = tmp_path / "text"
     text.write_text("no certificate")
-    assert "are not a PEM certificate" in refusal(Tls(text, pair.key).channel)
-    assert "are not a PEM certificate" in refusal(Tls(pair.certificate, text).channel)
+    assert "are not a PEM certificate" in refused(Tls(text, pair.key))
+    assert "are not a PEM certificate" in refused(Tls(pair.certificate, text))
     missing = tmp_path / "nowhere"
     for files in (
         (missing, pair.key),
         (pair.certificate, missing),
         (*vars(pair).values(), missing),
     ):
-        assert f"{missing} cannot be read (No such file" in refusal(Tls(*files).channel)
-    assert f"{text} is not a PEM certificate" == refusal(
-        Tls(pair.certificate, pair.key, text).channel
-    )
+        assert f"{missing} cannot be read (No such file" in refused(Tls(*files))
+    assert f"{text} is not a PEM certificate" == refused(Tls(pair.certificate, pair.key, text))
 
 
 def test_an_encrypted_key_is_refused_instead_of_asking_at_the_terminal(tmp_path: Path, pair: Pair):
     locked = tmp_path / "locked.key"
     encrypt = ["openssl", "pkcs8", "-topk8", "-passout", "pass:secret"]
     subprocess.run([*encrypt, "-in", pair.key, "-out", locked], check=True)
-    assert "its unencrypted key" in refusal(Tls(pair.certificate, locked).channel)
+    assert "its unencrypted key" in refused(Tls(pair.certificate, locked))
 
 
 def test_a_certificate_out_of_date_is_refused(folder: Path, ca: Pair):
     old = issued(folder, ca, "old", "DNS:old.example.com", days=-1)
-    assert "is not valid (certificate has expired)" in refusal(
-        Tls(old.certificate, old.key).channel
-    )
+    assert "is not valid (certificate has expired)" in refused(Tls(old.certificate, old.key))
 
 
 def test_a_client_authority_must_accept_our_own_certificate(folder: Path, ca: Pair, pair: Pair):
     other = authority(folder, "other")
     own = issued(folder, other, "own", "DNS:own")
-    message = refusal(Tls(pair.certificate, pair.key, other.certificate).channel)
+    message = refused(Tls(pair.certificate, pair.key, other.certificate))
     assert f"{other.certificate} does not accept the certificate of our own checks" in message
     assert "--tls-own-cert" in message
-    Tls(pair.certificate, pair.key, other.certificate, own.certificate, own.key).channel()
-    Tls(pair.certificate, pair.key, ca.certificate).channel()
+    Tls(pair.certificate, pair.key, other.certificate, own.certificate, own.key).access(
+        "127.0.0.1:1", {}
+    )
+    Tls(pair.certificate, pair.key, ca.certificate).access(*CALLED)
 
 
 # --- what --production prints ------------------------------------------------------------------

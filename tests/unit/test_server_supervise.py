@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import subprocess
-from pathlib import Path
+import errno
 
 import pytest
 
 from routing.reference import COMPARING, OTHER, VERDICTS
-from server.backend_directory import STUB_NAME
-from server.canary import Answer
-from server.errors import ServerStartError, ServerUsageError
+from server.errors import ServerError, ServerStartError, ServerUsageError
 from server.ports import Ports
-from server.stubs import Stub, cpu_s, find_stubs
+from server.probe import Finding, Memory, look
+from server.serving import Reply, Stub
 from server.supervise import Rules, Supervisor
-from server.watch import Watch
-from tests.unit.supervised import FakeCanaries, FakeClock, FakeProcesses, FakeServer
+from tests.unit.supervised import MODELS, FakeClock, FakeServer, Stand
 
 PORTS = Ports(5001, 5002, 5003)
-FULL = Answer("[request id: 1] Exceeds maximum queue size", is_unavailable=True)
-BROKEN = Answer("ValueError: no such thing")
-DEAD = Answer("in ensemble 'adaptive_vit', Stub process 'router_0_1' is not healthy.")
+FULL = Reply("[request id: 1] Exceeds maximum queue size", is_unavailable=True)
+BROKEN = Reply("ValueError: no such thing")
+DEAD = Reply("in ensemble 'adaptive_vit', Stub process 'router_0_1' is not healthy.")
+PARTS = ("preprocess", "vit_low", "vit_high")
 
 
 # --- restarts ----------------------------------------------------------------------------------
@@ -29,7 +27,13 @@ DEAD = Answer("in ensemble 'adaptive_vit', Stub process 'router_0_1' is not heal
 class Drill:
     """A supervisor whose servers each answer for so many seconds, or do not start."""
 
-    def __init__(self, *servers: float | Exception, max_restarts: int = 5) -> None:
+    def __init__(
+        self,
+        *servers: float | Exception,
+        max_restarts: int = 5,
+        stop_error: Exception | None = None,
+    ) -> None:
+        self.stop_error = stop_error
         self.clock = FakeClock()
         self.said: list[str] = []
         self.diary: list[str] = []
@@ -40,7 +44,7 @@ class Drill:
         self.supervisor = Supervisor(
             first,
             self._next,
-            self._watch,
+            self._look,
             self.said.append,
             rules=Rules(max_restarts),
             sleep=self.clock.sleep,
@@ -49,20 +53,14 @@ class Drill:
 
     def _next(self, ports: Ports) -> FakeServer:
         self.ports.append(ports)
-        self._answers_s = self._plan.pop(0)
-        error = self._answers_s if isinstance(self._answers_s, Exception) else None
-        return FakeServer(self.diary, ports, error)
+        answers_s = self._plan.pop(0)
+        error = answers_s if isinstance(answers_s, Exception) else None
+        self._fails_at = None if error else self.clock() + answers_s
+        return FakeServer(self.diary, ports, error, self.stop_error)
 
-    def _watch(self, server: FakeServer) -> Drill:
+    def _look(self, server: FakeServer, memory: Memory) -> Finding:
         assert server.runs and self.diary[-1] == "start"
-        self._fails_at = self.clock() + self._answers_s
-        return self
-
-    def look(self, now: float) -> str:
-        return "it is down" if now >= self._fails_at else ""
-
-    def close(self) -> None:
-        pass
+        return Finding("it is down" if self.clock() >= self._fails_at else "")
 
     def run_until_it_gives_up(self) -> ServerStartError:
         with pytest.raises(ServerStartError) as caught:
@@ -132,6 +130,41 @@ def test_every_event_is_said():
     ]
 
 
+@pytest.mark.parametrize(
+    "trouble", [OSError(errno.ENOSPC, "No space left on device"), ServerError("port taken")]
+)
+def test_what_passes_is_a_failed_restart_and_no_traceback(trouble: Exception):
+    drill = Drill(0.0, trouble, 0.0, max_restarts=2)
+    drill.run_until_it_gives_up()
+    assert f"failure: restart 1 of 2 did not come up: {trouble}" in drill.said
+    assert drill.said[-1].startswith("stopped") and drill.delays == [0, 1]
+
+
+def test_a_server_that_would_not_stop_is_said_and_replaced_all_the_same():
+    stuck = ServerError("processes of the server cannot be killed: 7")
+    drill = Drill(0.0, 0.0, max_restarts=1, stop_error=stuck)
+    drill.run_until_it_gives_up()
+    assert f"not all of it could be stopped: {stuck}" in drill.said
+    assert drill.diary == ["start", "stop"] * 2
+
+
+def test_it_looks_at_once_where_a_process_has_ended():
+    drill = Drill(100.0)
+    looked: list[float] = []
+
+    def looks(server: FakeServer, memory: Memory) -> Finding:
+        looked.append(drill.clock.now - 1000)
+        return Finding("gone" if len(looked) == 3 else "", ("a warning",))
+
+    def ended(seconds: float) -> None:
+        drill.supervisor.server.runs = drill.clock.now < 1003
+
+    drill.clock.each, drill.supervisor._look = ended, looks
+    assert drill.supervisor._wait_for_failure() == "gone"
+    assert looked == [0, 2, 3]
+    assert drill.said == ["a warning"] * 3
+
+
 def test_an_interruption_while_it_waits_to_restart_passes_through_and_nothing_starts():
     drill = Drill(0.0, 0.0, 0.0)
 
@@ -150,130 +183,137 @@ def test_an_interruption_while_it_waits_to_restart_passes_through_and_nothing_st
 
 
 class Duty:
-    """A watch over stand-ins; `until` looks four times a second for so many seconds."""
+    """Looks at a stand-in every two seconds; `until` does so for so many seconds.
+
+    Attributes:
+        progress: requests that each model answers in a second.
+        work: of a core that each model uses.
+    """
 
     def __init__(self) -> None:
-        self.clock = FakeClock()
-        self.server, self.canaries = FakeProcesses(), FakeCanaries()
+        self.clock, self.server = FakeClock(), Stand()
+        self.memory = Memory()
         self.warnings: list[str] = []
-        self.connections = 0
-        self.watch = Watch(self.server, self._connect, self.warnings.append)
+        self.looks = 0
+        self.progress: dict[str, float] = {}
+        self.work: dict[str, float] = {}
+        self.clock.each = self._pass
 
-    def _connect(self) -> FakeCanaries:
-        self.connections += 1
-        return self.canaries
+    def _pass(self, seconds: float) -> None:
+        for model, rate in self.progress.items():
+            self.server.counts[model] += rate * seconds
+        for model, share in self.work.items():
+            self.server.work_s[model] += share * seconds
 
-    def until(self, seconds: float, progress: dict[str, int] | None = None) -> str:
+    def look(self) -> str:
+        found = look(self.server, self.memory, 5.0, clock=self.clock, sleep=self.clock.sleep)
+        self.looks += 1
+        self.warnings += found.warnings
+        return found.failure
+
+    def until(self, seconds: float) -> str:
         end = self.clock.now + seconds
         while self.clock.now < end:
-            failure = self.watch.look(self.clock.now)
+            failure = self.look()
             if failure:
+                assert self.clock.now <= end + 0.1, "too late"
                 return failure
-            self.clock.sleep(0.25)
-            for model, count in (progress or {}).items():
-                self.canaries.counts[model] += count
+            self.clock.sleep(2)
         return ""
+
+    def reply(self, *replies: Reply | None, of: tuple[str, ...] = MODELS) -> None:
+        for model in of:
+            self.server.replies[model] = list(replies)
 
 
 @pytest.fixture
 def duty() -> Duty:
-    return Duty()
-
-
-def test_a_healthy_server_costs_one_image_each_interval(duty: Duty):
-    assert duty.until(20) == ""
-    assert set(duty.canaries.asked) == {"adaptive_vit"}
-    assert 7 <= len(duty.canaries.asked) <= 10
-    assert duty.connections == len(duty.canaries.asked)
-    assert duty.warnings == []
-
-
-def test_a_rung_that_the_ensembles_answer_left_out_is_asked_directly(duty: Duty):
-    duty.canaries.answers["adaptive_vit"] = [
-        Answer(exercised=frozenset({"adaptive_vit", "preprocess", "vit_low"}))
-    ]
+    """One that has found all well so far."""
+    duty = Duty()
     assert duty.until(3) == ""
-    assert set(duty.canaries.asked) == {"adaptive_vit", "vit_high"}
-    duty.canaries.answers["vit_high"] = [BROKEN]
-    assert duty.until(6) == "vit_high failed: ValueError: no such thing"
+    return duty
+
+
+def test_a_healthy_server_costs_one_canary_a_part_each_interval(duty: Duty):
+    assert duty.until(20) == ""
+    assert duty.looks == 12 and duty.warnings == []
+    assert sorted(duty.server.asked) == sorted(("adaptive_vit", *PARTS) * duty.looks)
 
 
 def test_a_process_that_ended_is_seen_at_the_next_look_with_its_reason(duty: Duty):
-    assert duty.until(5) == ""
-    duty.server.runs = False
-    assert duty.until(0.25) == "tritonserver ended by itself (exit code 137)"
+    duty.server.ended = "tritonserver ended by itself (exit code 137)"
+    assert duty.until(0.25) == duty.server.ended
 
 
-@pytest.mark.parametrize("silent", ["vit_low", "vit_high", "preprocess"])
+def test_a_process_that_ends_while_a_canary_is_out_is_seen_at_once(duty: Duty):
+    duty.reply(None)
+    duty.clock.each = lambda seconds: setattr(duty.server, "ended", "exit code 137")
+    assert duty.until(0.25) == "exit code 137"
+
+
+@pytest.mark.parametrize("silent", PARTS)
 def test_a_silent_part_is_a_failure_within_8_s(duty: Duty, silent: str):
-    assert duty.until(5) == ""
-    duty.canaries.answers["adaptive_vit"] = [None]
-    duty.canaries.answers[silent] = [None]
+    duty.reply(None, of=("adaptive_vit", silent))
     assert duty.until(8).startswith(f"{silent} gave no answer within 5 s")
 
 
+@pytest.mark.parametrize("part", PARTS)
+def test_each_part_is_asked_directly(duty: Duty, part: str):
+    duty.reply(BROKEN, of=(part,))
+    assert duty.until(6) == f"{part} failed: {BROKEN.error}"
+
+
 def test_a_silent_router_is_a_failure_while_its_rungs_answer(duty: Duty):
-    duty.canaries.answers["adaptive_vit"] = [None]
+    duty.reply(None, of=("adaptive_vit",))
     assert duty.until(8).startswith("adaptive_vit gave no answer within 5 s")
 
 
-def test_silence_under_load_is_none_while_the_models_answer_others(duty: Duty):
-    for model in duty.canaries.answers:
-        duty.canaries.answers[model] = [None]
-    assert duty.until(60, dict.fromkeys(duty.canaries.answers, 3)) == ""
-
-
-def test_a_rung_that_is_silent_while_only_the_other_answers_is_a_failure(duty: Duty):
-    for model in duty.canaries.answers:
-        duty.canaries.answers[model] = [None]
-    others = {"adaptive_vit": 3, "router": 3, "preprocess": 3, "vit_high": 3}
-    assert duty.until(8, others).startswith("vit_low gave no answer")
-
-
-def test_the_canarys_own_answers_are_no_progress(duty: Duty):
-    duty.canaries.answers["adaptive_vit"] = duty.canaries.answers["vit_low"] = [None]
-    assert duty.until(1) == ""
-    duty.canaries.counts["vit_low"] += 1
-    assert duty.until(7).startswith("vit_low gave no answer")
-
-
-def test_a_full_queue_is_no_failure_while_the_models_answer_others(duty: Duty):
-    for model in duty.canaries.answers:
-        duty.canaries.answers[model] = [FULL]
-    assert duty.until(60, dict.fromkeys(duty.canaries.answers, 3)) == ""
+@pytest.mark.parametrize("reply", [None, FULL])
+def test_overload_is_no_failure_while_the_models_answer_others(duty: Duty, reply: Reply | None):
+    duty.reply(reply)
+    duty.progress = dict.fromkeys(MODELS, 12)
+    assert duty.until(60) == ""
     assert duty.warnings == []
 
 
+def test_a_rung_that_is_silent_while_only_the_other_answers_is_a_failure(duty: Duty):
+    duty.reply(None)
+    duty.progress = {"adaptive_vit": 12, "router": 12, "preprocess": 12, "vit_high": 12}
+    assert duty.until(8).startswith("vit_low gave no answer")
+
+
+def test_the_canarys_own_answers_are_no_progress(duty: Duty):
+    duty.reply(None, of=("adaptive_vit", "vit_low"))
+    duty.clock.each = lambda seconds: duty.server.counts.update(vit_low=1)
+    assert duty.until(7).startswith("vit_low gave no answer")
+
+
 def test_a_queue_that_stays_full_with_no_answer_to_anybody_is_a_failure(duty: Duty):
-    for model in duty.canaries.answers:
-        duty.canaries.answers[model] = [FULL]
+    duty.reply(FULL)
     assert "Exceeds maximum queue size" in duty.until(8)
 
 
 def test_a_router_that_declines_while_its_rungs_answer_is_left_in_peace_for_half_a_minute(
     duty: Duty,
 ):
-    late = Answer("vit_high failed: it has not answered an earlier call yet", is_unavailable=True)
-    assert duty.until(3) == ""
-    duty.canaries.answers["adaptive_vit"] = [late]
+    late = Reply("vit_high failed: it has not answered an earlier call yet", is_unavailable=True)
+    duty.reply(late, of=("adaptive_vit",))
     assert duty.until(25) == ""
     assert "adaptive_vit has answered nobody for 3" in duty.until(15)
 
 
 def test_a_dead_instance_named_in_an_answer_is_a_failure_at_once(duty: Duty):
-    duty.canaries.answers["adaptive_vit"] = [DEAD]
+    duty.reply(DEAD, of=("adaptive_vit",))
     assert duty.until(0.5) == f"adaptive_vit failed: {DEAD.error}"
 
 
 def test_an_error_from_every_second_request_is_a_failure(duty: Duty):
-    good = duty.canaries.answers["adaptive_vit"][0]
-    duty.canaries.answers["adaptive_vit"] = [BROKEN, good, BROKEN, good]
+    duty.reply(BROKEN, Reply(), BROKEN, Reply(), of=("adaptive_vit",))
     assert duty.until(2) == f"adaptive_vit failed: {BROKEN.error}"
 
 
 def test_a_single_error_is_a_warning(duty: Duty):
-    good = duty.canaries.answers["adaptive_vit"][0]
-    duty.canaries.answers["adaptive_vit"] = [BROKEN, good]
+    duty.reply(BROKEN, Reply(), of=("adaptive_vit",))
     assert duty.until(20) == ""
     assert duty.warnings == [
         f"adaptive_vit failed one canary and answered the next 3: {BROKEN.error}"
@@ -281,125 +321,143 @@ def test_a_single_error_is_a_warning(duty: Duty):
 
 
 def test_a_server_that_does_not_talk_is_a_failure_within_8_s(duty: Duty):
-    assert duty.until(5) == ""
-    refused = Answer("failed to connect to all addresses", is_unavailable=True)
-    duty.canaries.counts = None
-    for model in duty.canaries.answers:
-        duty.canaries.answers[model] = [refused]
+    refused = Reply("failed to connect to all addresses", is_unavailable=True)
+    duty.server.counts = None
+    duty.reply(refused)
     assert duty.until(8) == f"the server does not answer on gRPC: {refused.error}"
 
 
 def test_a_router_that_is_still_comparing_is_let_compare_while_its_rungs_answer(duty: Duty):
-    assert duty.until(3) == ""
-    duty.canaries.answers["adaptive_vit"] = [Answer(COMPARING, is_unavailable=True)]
+    duty.reply(Reply(COMPARING, is_unavailable=True), of=("adaptive_vit",))
     assert duty.until(200) == ""
-    duty.canaries.answers["vit_low"] = [BROKEN]
+    duty.reply(BROKEN, of=("vit_low",))
     assert duty.until(10).startswith("vit_low failed")
-    other = Answer(VERDICTS[OTHER], is_unavailable=True)
-    duty.canaries.answers |= {"adaptive_vit": [other], "vit_low": [Answer()]}
+    duty.reply(Reply(VERDICTS[OTHER], is_unavailable=True), of=("adaptive_vit",))
+    duty.reply(Reply(), of=("vit_low",))
     assert "adaptive_vit has answered nobody for" in duty.until(40)
 
 
 def test_one_question_without_an_answer_is_no_failure(duty: Duty):
     # Under load even what needs no model may take too long.
-    for model in duty.canaries.answers:
-        duty.canaries.answers[model] = [None]
-    assert duty.until(2, {}) == ""
-    counts, duty.canaries.counts = duty.canaries.counts, None
-    assert duty.until(1) == ""
-    duty.canaries.counts = counts
-    assert duty.until(30, dict.fromkeys(duty.canaries.answers, 3)) == ""
+    duty.reply(None)
+    duty.progress = dict.fromkeys(MODELS, 12)
+    truth, asked = duty.server.answered, []
+
+    def answered() -> dict[str, int] | None:
+        asked.append(duty.clock.now)
+        return None if len(asked) % 2 else truth()
+
+    duty.server.answered = answered
+    assert duty.until(30) == ""
+    assert len(asked) > 10
+
+
+# --- slow is not dead --------------------------------------------------------------------------
+
+
+def test_a_pause_of_the_whole_machine_voids_a_look(duty: Duty):
+    duty.reply(None)
+    pauses = [20.0, 1.5]
+
+    def paused(seconds: float) -> None:
+        if pauses:
+            duty.clock.now += pauses.pop()
+        if not pauses:
+            duty.reply(Reply())
+
+    duty.clock.each = paused
+    assert duty.look() == "" and duty.warnings == []
+
+
+def test_a_machine_that_stands_still_all_the_time_is_judged_all_the_same(duty: Duty):
+    duty.reply(None)
+    duty.clock.each = lambda seconds: setattr(duty.clock, "now", duty.clock.now + 2)
+    assert duty.look().startswith("preprocess gave no answer")
+
+
+@pytest.mark.parametrize(("cores", "share"), [(1.0, 0.05), (0.2, 0.01)])
+def test_a_rung_at_work_is_no_failure_for_six_timeouts_of_a_whole_core(
+    duty: Duty, cores: float, share: float
+):
+    # A quota of 0.2 of a core shared by five models and sixteen requests that wait.
+    duty.server.cores = cores
+    duty.reply(None)
+    duty.work = dict.fromkeys(MODELS, share)
+    assert duty.until(25 / cores) == ""
+    assert "has answered nobody for" in duty.until(20 / cores)
+
+
+@pytest.mark.parametrize("cores", [1.0, 0.2])
+def test_a_hung_rung_is_a_failure_under_any_quota(duty: Duty, cores: float):
+    duty.server.cores = cores
+    duty.reply(None, of=("adaptive_vit", "vit_low"))
+    duty.work = {"vit_low": 0.001, "vit_high": 0.05}  # What an idle process takes.
+    assert duty.until(8).startswith("vit_low gave no answer within 5 s")
+
+
+# --- an operator's changes ---------------------------------------------------------------------
 
 
 def test_a_model_taken_out_by_an_operator_is_told_once_and_the_others_are_watched(duty: Duty):
-    assert duty.until(3) == ""
-    duty.canaries.absent = {"vit_high": "UNAVAILABLE (unloaded)"}
-    gone = Answer("Request for unknown model: 'vit_high' has no available versions")
-    duty.canaries.answers["adaptive_vit"] = duty.canaries.answers["vit_high"] = [gone]
+    duty.server.absent = {"vit_high": "UNAVAILABLE (unloaded)"}
+    gone = Reply("Request for unknown model: 'vit_high' has no available versions")
+    duty.reply(gone, of=("adaptive_vit", "vit_high"))
     assert duty.until(60) == ""
+    duty.server.absent = {}
+    duty.reply(Reply())
+    assert duty.until(4) == ""
     assert duty.warnings == [
-        "vit_high is not served any more (UNAVAILABLE (unloaded)); watching the others"
+        "vit_high is not served any more (UNAVAILABLE (unloaded)); watching the others",
+        "vit_high is served again",
     ]
-    duty.canaries.answers["vit_low"] = [None]
+    duty.reply(None, of=("vit_low",))
     assert duty.until(8).startswith("vit_low gave no answer")
 
 
 def test_a_model_that_is_taken_out_while_its_canary_is_out_is_no_failure(duty: Duty):
-    assert duty.until(3) == ""
-    duty.canaries.answers["adaptive_vit"] = [BROKEN]
-    assert duty.watch.look(duty.clock.now + 2) == ""
-    duty.canaries.absent = {"vit_high": "UNLOADING"}
-    duty.clock.sleep(2.5)
+    duty.reply(BROKEN, of=("adaptive_vit",))
+    duty.clock.each = lambda seconds: duty.server.absent.update(vit_high="UNLOADING")
     assert duty.until(20) == ""
 
 
-def test_a_repository_without_the_ensemble_is_watched_by_its_process_and_whether_it_talks(
-    duty: Duty,
-):
-    duty.canaries.absent = dict.fromkeys(duty.canaries.answers, "never there")
-    duty.watch._known = {"echo"}
-    duty.canaries.states = lambda: []
+def test_a_repository_without_the_ensemble_is_watched_by_whether_it_talks():
+    duty = Duty()
+    duty.memory.known = {"echo"}
+    states, duty.server.states = duty.server.states, lambda: {("echo", "1"): "READY"}
     assert duty.until(10) == ""
-    assert duty.canaries.asked == []
-    duty.canaries.counts = None
+    assert duty.server.asked == []
+    duty.server.counts, duty.server.states = None, states
     assert duty.until(8) == "the server does not answer on gRPC"
 
 
 # --- model instances ---------------------------------------------------------------------------
 
+ROUTER = Stub(17, "router", "1")
+
 
 @pytest.fixture
-def stub(tmp_path: Path):
-    """A process that looks like an instance of `router` and ends with its input."""
-    model = tmp_path / "router" / "1" / "model.py"
-    model.parent.mkdir(parents=True)
-    model.write_text("read line\n")
-    process = subprocess.Popen(
-        [f"/backends/{STUB_NAME}", str(model)], executable="/bin/sh", stdin=subprocess.PIPE
-    )
-    yield process
-    process.kill()
-    process.communicate()
-
-
-def test_model_instances_are_told_by_their_arguments(stub: subprocess.Popen[bytes]):
-    other = subprocess.Popen(["/bin/sleep", "61"])
-    try:
-        found = find_stubs([stub.pid, other.pid, 2**22 + 1])
-        assert found == [Stub(stub.pid, "router", "1")]
-        assert 0 <= cpu_s(found) < 5
-    finally:
-        other.kill()
-        other.wait()
+def staffed(duty: Duty) -> Duty:
+    duty.server.processes = [ROUTER]
+    assert duty.until(3) == ""
+    return duty
 
 
 def test_an_instance_that_ended_is_a_failure_within_2_s_though_every_canary_is_answered(
-    duty: Duty, stub: subprocess.Popen[bytes]
+    staffed: Duty,
 ):
-    duty.server.ids = [stub.pid]
-    assert duty.until(5) == ""
-    duty.server.ids = []
-    assert duty.until(2) == (
+    staffed.server.processes = []
+    assert staffed.until(2) == (
         "1 of 1 instances of router (version 1) ended; Triton does not start them again"
     )
 
 
-def test_an_instance_that_is_replaced_is_a_reload_and_no_failure(
-    duty: Duty, stub: subprocess.Popen[bytes]
-):
-    duty.server.ids = [stub.pid]
-    assert duty.until(5) == ""
-    duty.server.ids = []
-    assert duty.until(0.5) == ""
-    duty.server.ids = [stub.pid]
-    assert duty.until(20) == ""
+def test_an_instance_that_is_replaced_is_a_reload_and_no_failure(staffed: Duty):
+    staffed.server.processes = []
+    staffed.clock.each = lambda seconds: staffed.server.processes.append(ROUTER)
+    assert staffed.until(20) == ""
 
 
-def test_the_instances_of_a_model_that_was_taken_out_are_not_missed(
-    duty: Duty, stub: subprocess.Popen[bytes]
-):
-    duty.server.ids = [stub.pid]
-    assert duty.until(5) == ""
-    duty.canaries.absent = {"router": "UNAVAILABLE (unloaded)"}
-    duty.server.ids = []
-    assert duty.until(20) == ""
+def test_the_instances_of_a_model_that_was_taken_out_are_not_missed(staffed: Duty):
+    staffed.server.absent = {"router": "UNAVAILABLE (unloaded)"}
+    staffed.server.processes = []
+    assert staffed.until(20) == ""

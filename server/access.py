@@ -1,0 +1,168 @@
+"""Our own calls of a server: how to reach it, what to ask it, and what its refusals mean."""
+
+from __future__ import annotations
+
+import io
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import grpc
+import numpy as np
+import tritonclient.grpc as triton
+from PIL import Image
+from tritonclient.utils import InferenceServerException
+
+from client import InvalidRequestError, Tls
+from routing.reference import COMPARING, OTHER, VERDICTS
+
+from .admin_key import AdminKey
+from .errors import ServerUsageError
+from .ports import is_loopback
+
+ENTRY, PREPROCESS, ROUTER, LOW, HIGH = (
+    "adaptive_vit",
+    "preprocess",
+    "router",
+    "vit_low",
+    "vit_high",
+)
+# Triton's words, which its other statuses may wrap.
+QUEUE_FULL = re.compile(r"exceeds maximum queue size", re.IGNORECASE)
+# Each of the router's instances is a process and knows for itself; they take turns when idle.
+ANSWERS = 8
+WAY_OUT = (
+    "to calibrate here, assemble with python -m export repository --reference-check warn and "
+    "serve that, then collect --url, fit and assemble anew"
+)
+_POLL_S = 0.5
+_IMAGE_SIDE_PX = 64
+
+
+@dataclass(frozen=True)
+class Access:
+    """How this program's own calls reach a server's gRPC port.
+
+    Attributes:
+        url: `host:port`.
+        credentials: of TLS; None connects in the clear.
+        name: the name that the server's certificate must hold, in place of the address: the
+            certificate is for the name that clients use, and we call the loopback address.
+        headers: what calls of restricted APIs carry.
+    """
+
+    url: str
+    credentials: grpc.ChannelCredentials | None = None
+    name: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of_files(
+        cls,
+        url: str,
+        key_file: Path | None = None,
+        ca: Path | None = None,
+        certificate: Path | None = None,
+        key: Path | None = None,
+    ) -> Access:
+        """What the options of a command mean.
+
+        Args:
+            url: `host:port`.
+            key_file: the admin key that the server was started with.
+            ca: the authority of the server's certificate; with neither this nor a certificate of
+                our own the connection is in the clear.
+            certificate: what to show to a server that asks for a certificate.
+            key: its private key.
+
+        Raises:
+            ServerUsageError: a file is missing or not what it should be, or its partner is missing.
+        """
+        headers = {} if key_file is None else AdminKey.read(key_file).grpc_headers
+        if ca is certificate is key is None:
+            return cls(url, headers=headers)
+        try:
+            credentials = Tls(ca, certificate, key).grpc_credentials()
+        except InvalidRequestError as error:
+            raise ServerUsageError(str(error)) from error
+        return cls(url, credentials, headers=headers)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the address is this machine's own."""
+        return is_loopback(self.url.rpartition(":")[0].strip("[]"))
+
+    def open(self) -> triton.InferenceServerClient:
+        """Open a connection; the caller closes it."""
+        # Without a limit, as the client library's own options have it.
+        options: list[tuple[str, int | str]] = [("grpc.max_receive_message_length", -1)]
+        if self.is_here:  # A proxy in the environment is for other machines.
+            options.append(("grpc.enable_http_proxy", 0))
+        if self.name is not None:
+            options.append(("grpc.ssl_target_name_override", self.name))
+        return triton.InferenceServerClient(self.url, creds=self.credentials, channel_args=options)
+
+
+def image_input() -> triton.InferInput:
+    """A small generated picture as `image_bytes` [1, 1], for `adaptive_vit` and `preprocess`."""
+    tensor = triton.InferInput("image_bytes", [1, 1], "BYTES")
+    tensor.set_data_from_numpy(np.array([[_encoded_image()]], dtype=np.object_))
+    return tensor
+
+
+def zeros_input(shape: list[int]) -> triton.InferInput:
+    """An `image` tensor of zeros, FP32, as the rungs and the router take it.
+
+    Args:
+        shape: (N, 3, H, W).
+    """
+    tensor = triton.InferInput("image", shape, "FP32")
+    tensor.set_data_from_numpy(np.zeros(shape, np.float32))
+    return tensor
+
+
+def is_comparing(message: str) -> bool:
+    """Whether an error says that the router does not know yet whether it answers as calibrated.
+
+    A router that shall refuse other answers than calibrated answers no request before it knows.
+    """
+    return COMPARING in message
+
+
+def is_other(message: str) -> bool:
+    """Whether an error says that the router knows that it does not, and refuses for good."""
+    return VERDICTS[OTHER] in message
+
+
+def wait_out(ask: Callable[[], None], answers: int, timeout_s: float) -> None:
+    """Ask until so many answers in a row do not say that the router is still comparing.
+
+    Args:
+        ask: sends a request, raises what it is refused with.
+        answers: 1 where the router does not refuse, else `ANSWERS`.
+        timeout_s: seconds to wait for the comparison.
+
+    Raises:
+        InferenceServerException: it is still comparing, or another error of a request.
+    """
+    deadline = time.monotonic() + timeout_s
+    in_a_row = 0
+    while in_a_row < answers:
+        try:
+            ask()
+            in_a_row += 1
+        except InferenceServerException as error:
+            if not is_comparing(error.message()) or time.monotonic() > deadline:
+                raise
+            in_a_row = 0
+            time.sleep(_POLL_S)
+
+
+@cache
+def _encoded_image() -> bytes:
+    encoded = io.BytesIO()
+    Image.new("RGB", (_IMAGE_SIDE_PX, _IMAGE_SIDE_PX), (124, 116, 104)).save(encoded, format="PNG")
+    return encoded.getvalue()
