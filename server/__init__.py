@@ -14,7 +14,7 @@ from .errors import ServerError, ServerStartError, ServerUsageError
 from .finding import Tritonserver, Wheel, find_tritonserver, find_wheel
 from .launcher import TritonServer
 from .security import Security
-from .tls import Tls
+from .serving_tls import ServingTls
 
 __all__ = [
     "AdminKey",
@@ -23,7 +23,7 @@ __all__ = [
     "ServerError",
     "ServerStartError",
     "ServerUsageError",
-    "Tls",
+    "ServingTls",
     "TritonServer",
     "Tritonserver",
     "Wheel",

@@ -9,12 +9,13 @@ from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from .access import Access
+from .admin_key import AdminKey
 from .answers import check_answers
 from .check import check
 from .errors import ServerError, ServerStartError, ServerUsageError
@@ -23,8 +24,9 @@ from .ports import Ports
 from .probe import Finding, Memory, look
 from .repository import refuse_higher_versions
 from .rollout import RolloutInterruptedError, rollout
-from .security import exposure_warning, security_options
+from .security import Security, exposure_warning
 from .serving import Serving
+from .serving_tls import ServingTls
 from .supervise import (
     DEFAULT_INTERVAL_S,
     DEFAULT_MAX_RESTARTS,
@@ -34,8 +36,17 @@ from .supervise import (
 )
 
 _TAIL_LINES = 20
-_SECURITY = "Security"
-_SUPERVISION = "Supervision"
+
+_TIMEOUT_HELP = "Seconds without any answer that mean failure; more than the slowest batch takes."
+
+
+def _supervision(text: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel="Supervision", **more)
+
+
+def _security(text: str) -> Any:
+    return typer.Option(help=text, rich_help_panel="Security")
+
 
 # The options of the commands that call a running server.
 Url = Annotated[str, typer.Option(help="HOST:PORT of its gRPC port.")]
@@ -92,93 +103,42 @@ def serve(
         bool, typer.Option("--json", help="Print where it serves as one line of JSON.")
     ] = False,
     supervise: Annotated[
-        bool,
-        typer.Option(
-            "--supervise",
-            help="Look after it with canary images; restart it when it fails.",
-            rich_help_panel=_SUPERVISION,
-        ),
+        bool, _supervision("Look after it with canary images; restart it when it fails.")
     ] = False,
     max_restarts: Annotated[
         int,
-        typer.Option(
-            min=0,
-            help="Restarts without a healthy minute between them before it gives up.",
-            rich_help_panel=_SUPERVISION,
-        ),
+        _supervision("Restarts without a healthy minute between them before it gives up.", min=0),
     ] = DEFAULT_MAX_RESTARTS,
     canary_interval_s: Annotated[
-        float,
-        typer.Option(
-            "--canary-interval-s",
-            min=0.1,
-            help="Seconds between canaries.",
-            rich_help_panel=_SUPERVISION,
-        ),
+        float, _supervision("Seconds between canaries.", "--canary-interval-s", min=0.1)
     ] = DEFAULT_INTERVAL_S,
     canary_timeout_s: Annotated[
-        float,
-        typer.Option(
-            "--canary-timeout-s",
-            min=0.1,
-            help="Seconds without any answer that mean failure; more than the slowest batch takes.",
-            rich_help_panel=_SUPERVISION,
-        ),
+        float, _supervision(_TIMEOUT_HELP, "--canary-timeout-s", min=0.1)
     ] = DEFAULT_TIMEOUT_S,
     production: Annotated[
-        bool,
-        typer.Option(
-            "--production",
-            help="Turn on every protection there is, and say what cannot be (SECURITY.md).",
-            rich_help_panel=_SECURITY,
-        ),
+        bool, _security("Turn on every protection there is, and say what cannot be (SECURITY.md).")
     ] = False,
     allow_reload: Annotated[
-        bool,
-        typer.Option(
-            "--allow-reload",
-            help="Models can be loaded and unloaded while it serves.",
-            rich_help_panel=_SECURITY,
-        ),
+        bool, _security("Models can be loaded and unloaded while it serves.")
     ] = False,
     admin_key_file: Annotated[
-        Path | None,
-        typer.Option(
-            help="Administration APIs ask for the key in this file.", rich_help_panel=_SECURITY
-        ),
+        Path | None, _security("Administration APIs ask for the key in this file.")
     ] = None,
-    tls_cert: Annotated[
-        Path | None,
-        typer.Option(help="Certificate: serve gRPC over TLS.", rich_help_panel=_SECURITY),
-    ] = None,
-    tls_key: Annotated[
-        Path | None, typer.Option(help="Its private key.", rich_help_panel=_SECURITY)
-    ] = None,
+    tls_cert: Annotated[Path | None, _security("Certificate: serve gRPC over TLS.")] = None,
+    tls_key: Annotated[Path | None, _security("Its private key.")] = None,
     tls_client_ca: Annotated[
-        Path | None,
-        typer.Option(
-            help="Clients must show a certificate of this authority.", rich_help_panel=_SECURITY
-        ),
+        Path | None, _security("Clients must show a certificate of this authority.")
     ] = None,
     tls_own_cert: Annotated[
-        Path | None,
-        typer.Option(
-            help="What our own checks show it. Default: --tls-cert.", rich_help_panel=_SECURITY
-        ),
+        Path | None, _security("What our own checks show it. Default: --tls-cert.")
     ] = None,
-    tls_own_key: Annotated[
-        Path | None, typer.Option(help="Its private key.", rich_help_panel=_SECURITY)
-    ] = None,
+    tls_own_key: Annotated[Path | None, _security("Its private key.")] = None,
     http_host: Annotated[
         str | None,
-        typer.Option(
-            help="Address for HTTP, which has no TLS. Default: --host; loopback in production.",
-            rich_help_panel=_SECURITY,
-        ),
+        _security("Address for HTTP, which has no TLS. Default: --host; loopback in production."),
     ] = None,
     metrics_host: Annotated[
-        str | None,
-        typer.Option(help="Address for the metrics. Default: likewise.", rich_help_panel=_SECURITY),
+        str | None, _security("Address for the metrics. Default: likewise.")
     ] = None,
 ) -> None:
     """Serve a model repository on NVIDIA Triton until Ctrl-C.
@@ -187,15 +147,11 @@ def serve(
     """
     if context.invoked_subcommand is not None:
         return
-    security = security_options(
+    security = Security(
         production=production,
+        tls=ServingTls.of_options(tls_cert, tls_key, tls_client_ca, tls_own_cert, tls_own_key),
+        admin_key=None if admin_key_file is None else AdminKey.read(admin_key_file),
         allow_reload=allow_reload,
-        admin_key_file=admin_key_file,
-        tls_cert=tls_cert,
-        tls_key=tls_key,
-        tls_client_ca=tls_client_ca,
-        tls_own_cert=tls_own_cert,
-        tls_own_key=tls_own_key,
         http_host=http_host,
         metrics_host=metrics_host,
     )
@@ -278,7 +234,7 @@ def check_command(
         typer.Option(
             "--timeout-s",
             min=0.1,
-            help="Seconds without any answer that mean failure; more than the slowest batch takes.",
+            help=_TIMEOUT_HELP,
         ),
     ] = DEFAULT_TIMEOUT_S,
     admin_key_file: KeyFile = None,

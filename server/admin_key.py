@@ -13,9 +13,8 @@ from .errors import ServerUsageError
 KEY_NAME = "admin-key"
 HOW_TO_MAKE = "(umask 077; openssl rand -hex 32 > admin.key)"
 _SHORTEST = 16
-_SAFE = re.compile(r"[!-~]+")
-# tritonserver's own separators in `--grpc-restricted-protocol=APIS:NAME=VALUE`.
-_SEPARATORS = re.compile(r"[,:=]")
+# Without tritonserver's own separators in `--grpc-restricted-protocol=APIS:NAME=VALUE`.
+_SAFE = re.compile(r"[!-+\--9;<>-~]*")
 
 
 @dataclass(frozen=True)
@@ -37,19 +36,30 @@ class AdminKey:
         """
         try:
             with path.open(encoding="utf-8") as file:
-                status = os.fstat(file.fileno())  # Of what is read, not of what may replace it.
-                text = file.read()
+                # Of what is read, not of what may replace it.
+                mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+                value = file.read().rstrip("\r\n")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not a text file"
-            raise ServerUsageError(
-                f"the admin key file {path} cannot be read ({reason}); make one with {HOW_TO_MAKE}"
-            ) from error
-        if stat.S_IMODE(status.st_mode) & 0o077:
+            raise _refusal(path, f"cannot be read ({reason})") from error
+        if mode & 0o077:
             raise ServerUsageError(
                 f"the admin key file {path} can be read or written by others than its owner "
-                f"(mode {stat.S_IMODE(status.st_mode):04o}); chmod 600 {path}"
+                f"(mode {mode:04o}); chmod 600 {path}"
             )
-        return cls(_checked(text.rstrip("\r\n"), path))
+        if not value:
+            raise _refusal(path, "is empty")
+        if not _SAFE.fullmatch(value):
+            raise _refusal(
+                path,
+                "must be one line of printable ASCII without blanks and without , : = "
+                "(tritonserver's separators)",
+            )
+        if len(value) < _SHORTEST:
+            raise _refusal(
+                path, f"has {len(value)} characters of {_SHORTEST} that withstand guessing"
+            )
+        return cls(value)
 
     @property
     def grpc_headers(self) -> dict[str, str]:
@@ -62,17 +72,5 @@ class AdminKey:
         return {KEY_NAME: self.value}
 
 
-def _checked(value: str, path: Path) -> str:
-    if not value:
-        raise ServerUsageError(f"the admin key file {path} is empty; make one with {HOW_TO_MAKE}")
-    if not _SAFE.fullmatch(value) or _SEPARATORS.search(value):
-        raise ServerUsageError(
-            f"the admin key in {path} must be one line of printable ASCII without blanks and "
-            f"without , : = (tritonserver's separators); make one with {HOW_TO_MAKE}"
-        )
-    if len(value) < _SHORTEST:
-        raise ServerUsageError(
-            f"the admin key in {path} has {len(value)} characters, too few to withstand guessing; "
-            f"give at least {_SHORTEST}, such as {HOW_TO_MAKE}"
-        )
-    return value
+def _refusal(path: Path, what: str) -> ServerUsageError:
+    return ServerUsageError(f"the admin key file {path} {what}; make one with {HOW_TO_MAKE}")

@@ -31,7 +31,7 @@ from .access import (
     wait_out,
 )
 from .backend_directory import prepare_backend_directory
-from .controls import Control, Situation, controls
+from .controls import Control, controls
 from .environment import server_environment
 from .errors import ServerStartError
 from .finding import Tritonserver, find_tritonserver, find_wheel
@@ -45,9 +45,8 @@ from .repository import (
     remove_new_bytecode,
     remove_unlisted_bytecode,
 )
-from .security import Security
+from .security import Security, known_options
 from .shared_memory import SEGMENT_PREFIX, remove_dead_segments
-from .triton_options import known_options
 
 _STOP_TIMEOUT_S = 40.0  # Triton itself gives running requests 30 s.
 _ABORT_TIMEOUT_S = 5.0  # Without requests to wait for, while models may still be loading.
@@ -186,8 +185,9 @@ class TritonServer:
         """
         if not self.security.production:
             return []
-        now = Situation(self.repository, self.addresses, self.version, self._known_options)
-        return controls(self.security, now)
+        return controls(
+            self.security, self.repository, self.addresses, self.version, self._known_options
+        )
 
     def memory_mib(self) -> float:
         """Proportional set size of the server and all its model processes, in MiB."""

@@ -5,7 +5,9 @@ Nothing here is on unless asked for, except that the models cannot be changed wh
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+import subprocess
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +15,8 @@ from .access import Access
 from .admin_key import HOW_TO_MAKE, KEY_NAME, AdminKey
 from .errors import ServerUsageError
 from .ports import LOOPBACK, Addresses, is_loopback
-from .tls import HOW_TO_MAKE as HOW_TO_MAKE_TLS
-from .tls import Tls
+from .serving_tls import HOW_TO_MAKE as HOW_TO_MAKE_TLS
+from .serving_tls import ServingTls
 
 # Of these, `logging` and `trace` can make the server write requests' content to any file it may.
 ADMIN_APIS = ("model-repository", "trace", "logging")
@@ -25,6 +27,7 @@ STATISTICS = "statistics"
 # where tritonserver's arguments are read.
 _SWITCHED_OFF = "switched-off", "switched\r\noff"
 _HTTP_MAX_BYTES = 64 * 2**20
+_HELP_TIMEOUT_S = 60.0
 HTTP_MAX_INPUT = "http-max-input-size"
 CLIENT_SHARED_MEMORY = "allow-client-shm"
 # Front ends beside HTTP and gRPC that the restrictions do not cover; the second one opens by itself
@@ -51,7 +54,7 @@ class Security:
     """
 
     production: bool = False
-    tls: Tls | None = None
+    tls: ServingTls | None = None
     admin_key: AdminKey | None = None
     allow_reload: bool = False
     http_host: str | None = None
@@ -95,7 +98,7 @@ class Security:
             url: `host:port`.
 
         Raises:
-            ServerUsageError: as `Tls.access`.
+            ServerUsageError: as `ServingTls.access`.
         """
         headers = {} if self.admin_key is None else self.admin_key.grpc_headers
         return Access(url, headers=headers) if self.tls is None else self.tls.access(url, headers)
@@ -125,43 +128,6 @@ class Security:
         return arguments
 
 
-def security_options(
-    *,
-    production: bool = False,
-    allow_reload: bool = False,
-    admin_key_file: Path | None = None,
-    tls_cert: Path | None = None,
-    tls_key: Path | None = None,
-    tls_client_ca: Path | None = None,
-    tls_own_cert: Path | None = None,
-    tls_own_key: Path | None = None,
-    http_host: str | None = None,
-    metrics_host: str | None = None,
-) -> Security:
-    """Turn the command line's options into one object.
-
-    Raises:
-        ServerUsageError: options that only make sense together, a bad key file, or as `Security`.
-    """
-    _require_both("--tls-cert", tls_cert, "--tls-key", tls_key)
-    _require_both("--tls-own-cert", tls_own_cert, "--tls-own-key", tls_own_key)
-    if tls_own_cert is not None and tls_client_ca is None:
-        raise ServerUsageError("--tls-own-cert is for --tls-client-ca; give both or neither")
-    tls = None
-    if tls_cert is not None and tls_key is not None:
-        tls = Tls(tls_cert, tls_key, tls_client_ca, tls_own_cert, tls_own_key)
-    elif tls_client_ca is not None:
-        raise ServerUsageError("--tls-client-ca needs --tls-cert and --tls-key")
-    return Security(
-        production=production,
-        tls=tls,
-        admin_key=None if admin_key_file is None else AdminKey.read(admin_key_file),
-        allow_reload=allow_reload,
-        http_host=http_host,
-        metrics_host=metrics_host,
-    )
-
-
 def exposure_warning(security: Security, addresses: Addresses) -> str | None:
     """One line about a server that other machines reach without `--production`, else None."""
     if security.production or not addresses.exposed:
@@ -177,7 +143,25 @@ def _restricted(apis: Collection[str], name: str, value: str) -> list[str]:
     return [f"--grpc-restricted-protocol={setting}", f"--http-restricted-api={setting}"]
 
 
-def _require_both(one: str, first: Path | None, other: str, second: Path | None) -> None:
-    if (first is None) != (second is None):
-        given, missing = (one, other) if second is None else (other, one)
-        raise ServerUsageError(f"{given} needs {missing}")
+def known_options(binary: Path, environment: Mapping[str, str]) -> frozenset[str]:
+    """Names of the options in a tritonserver's `--help`, without dashes; none if it does not tell.
+
+    Options differ between releases and builds.
+
+    Args:
+        binary: the tritonserver, or a wrapper of it.
+        environment: as the server is started with, for its libraries.
+    """
+    try:
+        done = subprocess.run(
+            [str(binary), "--help"],
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_HELP_TIMEOUT_S,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return frozenset()
+    return frozenset(re.findall(r"^\s*--([a-z0-9-]+)", done.stdout + done.stderr, re.M))

@@ -19,8 +19,7 @@ import pytest
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
-from server import AdminKey, Security, Tls, TritonServer
-from server.security import security_options
+from server import AdminKey, Security, ServingTls, TritonServer
 from tests.servers import add_model, running
 from tests.triton.test_server import ROOT, command, refused
 from tests.unit.certificate_files import Pair, authority, issued
@@ -120,7 +119,7 @@ def stranger(folder: Path) -> Pair:
 @pytest.fixture(scope="module")
 def keyed(build: Path, pair: Pair) -> Iterator[TritonServer]:
     """Models can be loaded, but the key is asked for; gRPC over TLS."""
-    tls = Tls(pair.certificate, pair.key)
+    tls = ServingTls(pair.certificate, pair.key)
     security = Security(tls=tls, admin_key=AdminKey(KEY), allow_reload=True)
     repository = build / "model_repository"
     with running(repository, security=security) as server:
@@ -130,7 +129,7 @@ def keyed(build: Path, pair: Pair) -> Iterator[TritonServer]:
 @pytest.fixture(scope="module")
 def production(build: Path, pair: Pair, ca: Pair) -> Iterator[TritonServer]:
     """Everything, clients' certificates included; gRPC on another address than HTTP."""
-    tls = Tls(pair.certificate, pair.key, ca.certificate)
+    tls = ServingTls(pair.certificate, pair.key, ca.certificate)
     security = Security(
         production=True,
         tls=tls,
@@ -279,13 +278,8 @@ def test_our_own_calls_can_have_a_certificate_of_their_own(
     tmp_path: Path, pair: Pair, stranger: Pair, folder: Path
 ):
     repository = add_model(tmp_path / "repository", "echo")
-    security = security_options(
-        tls_cert=pair.certificate,
-        tls_key=pair.key,
-        tls_client_ca=folder / "other.crt",
-        tls_own_cert=stranger.certificate,
-        tls_own_key=stranger.key,
-    )
+    tls = ServingTls(*vars(pair).values(), folder / "other.crt", *vars(stranger).values())
+    security = Security(tls=tls)
     with (
         running(repository, security=security) as server,
         server.access.open() as client,

@@ -23,7 +23,7 @@ from perf.measure.systems import System
 from perf.measure.target import Target
 from routing import manifest
 from routing.versions import Versions
-from server import AdminKey, Security, Tls
+from server import AdminKey, Security, ServingTls
 from tests.servers import running
 from tests.triton.conftest import ROOT, reference_outcome, run_command
 from tests.unit.certificate_files import authority, issued
@@ -426,7 +426,7 @@ def test_over_tls_and_with_the_admin_key_and_not_without(repository, artifacts, 
     security = Security(
         production=True,
         allow_reload=True,
-        tls=Tls(pair.certificate, pair.key),
+        tls=ServingTls(pair.certificate, pair.key),
         admin_key=AdminKey.read(key),
     )
     trusting = ("--tls-ca", ca.certificate)

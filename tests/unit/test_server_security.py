@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from server import AdminKey, Security, ServerUsageError, Tls
-from server.controls import Situation, controls, first_writable
+from server import AdminKey, Security, ServerUsageError, ServingTls
+from server.controls import controls, first_writable
 from server.ports import Addresses
-from server.security import exposure_warning, security_options
-from server.triton_options import known_options
+from server.security import exposure_warning, known_options
 from tests.unit.certificate_files import Pair, authority, issued
 
 KEY = "0123456789abcdef0123"
@@ -37,8 +36,8 @@ def pair(folder: Path, ca: Pair) -> Pair:
 
 
 @pytest.fixture
-def tls(pair: Pair) -> Tls:
-    return Tls(pair.certificate, pair.key)
+def tls(pair: Pair) -> ServingTls:
+    return ServingTls(pair.certificate, pair.key)
 
 
 def key_file(tmp_path: Path, text: str, mode: int = 0o600) -> Path:
@@ -71,7 +70,7 @@ def test_the_key_is_the_files_only_line(tmp_path: Path):
     assert key.http_headers == {"admin-key": KEY}
 
 
-def test_no_secret_shows_when_the_options_are_printed(tmp_path: Path, tls: Tls):
+def test_no_secret_shows_when_the_options_are_printed(tmp_path: Path, tls: ServingTls):
     key = AdminKey.read(key_file(tmp_path, KEY))
     security = Security(production=True, tls=tls, admin_key=key)
     assert KEY not in repr(security)
@@ -133,7 +132,7 @@ def test_allow_reload_loads_everything_under_explicit_control():
 
 def test_tls_files_are_absolute_because_the_server_starts_elsewhere(monkeypatch, tmp_path: Path):
     monkeypatch.chdir(tmp_path)
-    arguments = Tls(Path("a.crt"), Path("a.key"), Path("ca.crt")).arguments()
+    arguments = ServingTls(Path("a.crt"), Path("a.key"), Path("ca.crt")).arguments()
     assert arguments == [
         "--grpc-use-ssl=true",
         f"--grpc-server-cert={tmp_path}/a.crt",
@@ -141,7 +140,7 @@ def test_tls_files_are_absolute_because_the_server_starts_elsewhere(monkeypatch,
         "--grpc-use-ssl-mutual=true",
         f"--grpc-root-cert={tmp_path}/ca.crt",
     ]
-    assert "--grpc-use-ssl-mutual=true" not in Tls(Path("a.crt"), Path("a.key")).arguments()
+    assert "--grpc-use-ssl-mutual=true" not in ServingTls(Path("a.crt"), Path("a.key")).arguments()
 
 
 def test_a_key_restricts_both_protocols_alike():
@@ -152,14 +151,14 @@ def test_a_key_restricts_both_protocols_alike():
     ]
 
 
-def test_production_shuts_shared_memory_with_a_key_that_no_request_can_carry(tls: Tls):
+def test_production_shuts_shared_memory_with_a_key_that_no_request_can_carry(tls: ServingTls):
     arguments = Security(production=True, tls=tls, admin_key=AdminKey(KEY)).arguments()
     for flag in ("--grpc-restricted-protocol", "--http-restricted-api"):
         assert f"{flag}=shared-memory:switched-off=switched\r\noff" in arguments
         assert f"{flag}=model-repository,trace,logging,statistics:admin-key={KEY}" in arguments
 
 
-def test_production_uses_what_this_tritonserver_has_and_nothing_else(tls: Tls):
+def test_production_uses_what_this_tritonserver_has_and_nothing_else(tls: ServingTls):
     security = Security(production=True, tls=tls, admin_key=AdminKey(KEY))
     old, new = security.arguments(), security.arguments(NEWER)
     assert set(new) - set(old) == {
@@ -183,7 +182,7 @@ def test_options_are_read_from_help(tmp_path: Path):
 # --- addresses ---------------------------------------------------------------------------------
 
 
-def test_in_production_http_and_metrics_stay_on_loopback_whatever_the_host(tls: Tls):
+def test_in_production_http_and_metrics_stay_on_loopback_whatever_the_host(tls: ServingTls):
     production = Security(production=True, tls=tls, admin_key=AdminKey(KEY))
     assert production.addresses("0.0.0.0") == Addresses(grpc="0.0.0.0")
     assert production.addresses("::1") == Addresses("::1", "::1", "::1")
@@ -198,7 +197,7 @@ def test_loopback_is_no_exposure(host: str):
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "some.host"])
-def test_other_addresses_are_warned_about_in_one_line(tls: Tls, host: str):
+def test_other_addresses_are_warned_about_in_one_line(tls: ServingTls, host: str):
     warning = exposure_warning(Security(), Security().addresses(host))
     assert warning is not None and warning.startswith(f"{host} can be reached from other machines")
     assert "--production" in warning and "\n" not in warning
@@ -218,44 +217,47 @@ def test_models_cannot_be_made_loadable_by_everybody():
 # --- what is refused ---------------------------------------------------------------------------
 
 
-def test_production_needs_tls_and_a_key_and_says_how_to_get_them(tmp_path: Path, pair: Pair):
-    files = {"tls_cert": pair.certificate, "tls_key": pair.key}
-    key = key_file(tmp_path, KEY)
-    message = refusal(security_options, production=True, admin_key_file=key)
+def test_production_needs_tls_and_a_key_and_says_how_to_get_them(tls: ServingTls):
+    message = refusal(Security, production=True, admin_key=AdminKey(KEY))
     assert "gRPC over TLS only" in message and "openssl req -x509" in message
-    message = refusal(security_options, production=True, **files)
+    message = refusal(Security, production=True, tls=tls, allow_reload=True)
     assert "give --admin-key-file, made with: (umask 077; openssl rand" in message
-    refusal(security_options, production=True, allow_reload=True, **files)
-    made = security_options(production=True, allow_reload=True, admin_key_file=key, **files)
-    assert made.admin_key == AdminKey(KEY) and made.tls == Tls(pair.certificate, pair.key)
+    Security(production=True, tls=tls, admin_key=AdminKey(KEY), allow_reload=True)
+
+
+C, K, CA, OWN_C, OWN_K = (Path(f"{name}.pem") for name in "abcde")
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("files", "message"),
     [
-        ({"tls_cert"}, "--tls-cert needs --tls-key"),
-        ({"tls_key"}, "--tls-key needs --tls-cert"),
-        ({"tls_client_ca"}, "--tls-client-ca needs --tls-cert and --tls-key"),
-        ({"tls_cert", "tls_key", "tls_own_key"}, "--tls-own-key needs --tls-own-cert"),
-        ({"tls_cert", "tls_key", "tls_own_cert"}, "--tls-own-cert needs --tls-own-key"),
-        (
-            {"tls_cert", "tls_key", "tls_own_cert", "tls_own_key"},
-            "--tls-own-cert is for --tls-client-ca; give both or neither",
-        ),
+        ((C, None, None, None, None), "--tls-cert needs --tls-key"),
+        ((None, K, None, None, None), "--tls-key needs --tls-cert"),
+        ((None, None, CA, None, None), "--tls-client-ca needs --tls-cert and --tls-key"),
+        ((C, K, CA, None, OWN_K), "--tls-own-key needs --tls-own-cert"),
+        ((C, K, CA, OWN_C, None), "--tls-own-cert needs --tls-own-key"),
+        ((C, K, None, OWN_C, OWN_K), "--tls-own-cert is for --tls-client-ca; give both or neither"),
     ],
 )
-def test_options_that_need_each_other_are_told_so(options: set[str], message: str):
-    assert refusal(security_options, **{name: Path("x.pem") for name in options}) == message
+def test_options_that_need_each_other_are_told_so(files: tuple[Path | None, ...], message: str):
+    assert refusal(ServingTls.of_options, *files) == message
+
+
+def test_options_become_the_files_of_the_port():
+    assert ServingTls.of_options(None, None, None, None, None) is None
+    assert ServingTls.of_options(C, K, CA, OWN_C, OWN_K) == ServingTls(C, K, CA, OWN_C, OWN_K)
 
 
 def test_the_way_to_a_test_certificate_works(tmp_path: Path):
     message = refusal(Security, production=True)
     recipe = message.partition("made with: ")[2]
     subprocess.run(recipe.split(), cwd=tmp_path, check=True, capture_output=True)
-    assert Tls(tmp_path / "tls.crt", tmp_path / "tls.key").access(*CALLED).name == "localhost"
+    assert (
+        ServingTls(tmp_path / "tls.crt", tmp_path / "tls.key").access(*CALLED).name == "localhost"
+    )
 
 
-def test_the_way_to_a_key_works(tmp_path: Path, tls: Tls):
+def test_the_way_to_a_key_works(tmp_path: Path, tls: ServingTls):
     message = refusal(Security, production=True, tls=tls)
     recipe = message.partition("made with: ")[2]
     subprocess.run(["sh", "-c", recipe], cwd=tmp_path, check=True)
@@ -265,69 +267,78 @@ def test_the_way_to_a_key_works(tmp_path: Path, tls: Tls):
 # --- the files of TLS --------------------------------------------------------------------------
 
 
-def refused(tls: Tls) -> str:
+def refused(tls: ServingTls) -> str:
     """Why our own calls cannot be made with these files."""
     return refusal(tls.access, *CALLED)
 
 
-def test_our_own_calls_ask_for_a_name_that_the_certificate_holds(folder: Path, ca: Pair, tls: Tls):
+def test_our_own_calls_ask_for_a_name_that_the_certificate_holds(
+    folder: Path, ca: Pair, tls: ServingTls
+):
     assert tls.access(*CALLED).name == "vit.example.com"
     wild = issued(folder, ca, "wild", "DNS:*.example.com")
-    assert Tls(wild.certificate, wild.key).access(*CALLED).name == "check.example.com"
+    assert ServingTls(wild.certificate, wild.key).access(*CALLED).name == "check.example.com"
     address = issued(folder, ca, "address", "IP:10.0.0.1")
-    assert Tls(address.certificate, address.key).access(*CALLED).name == "10.0.0.1"
+    assert ServingTls(address.certificate, address.key).access(*CALLED).name == "10.0.0.1"
 
 
 def test_a_key_of_another_certificate_is_refused(pair: Pair, ca: Pair):
-    message = refused(Tls(pair.certificate, ca.key))
+    message = refused(ServingTls(pair.certificate, ca.key))
     assert f"{ca.key} is not the private key of the certificate {pair.certificate}" in message
 
 
 def test_files_that_are_no_pem_or_not_there_are_refused(tmp_path: Path, pair: Pair):
     text = tmp_path / "text"
     text.write_text("no certificate")
-    assert "are not a PEM certificate" in refused(Tls(text, pair.key))
-    assert "are not a PEM certificate" in refused(Tls(pair.certificate, text))
+    assert "are not a PEM certificate" in refused(ServingTls(text, pair.key))
+    assert "are not a PEM certificate" in refused(ServingTls(pair.certificate, text))
     missing = tmp_path / "nowhere"
     for files in (
         (missing, pair.key),
         (pair.certificate, missing),
         (*vars(pair).values(), missing),
     ):
-        assert f"{missing} cannot be read (No such file" in refused(Tls(*files))
-    assert f"{text} is not a PEM certificate" == refused(Tls(pair.certificate, pair.key, text))
+        assert f"{missing} cannot be read (No such file" in refused(ServingTls(*files))
+    assert f"{text} is not a PEM certificate" == refused(
+        ServingTls(pair.certificate, pair.key, text)
+    )
 
 
 def test_an_encrypted_key_is_refused_instead_of_asking_at_the_terminal(tmp_path: Path, pair: Pair):
     locked = tmp_path / "locked.key"
     encrypt = ["openssl", "pkcs8", "-topk8", "-passout", "pass:secret"]
     subprocess.run([*encrypt, "-in", pair.key, "-out", locked], check=True)
-    assert "its unencrypted key" in refused(Tls(pair.certificate, locked))
+    assert "its unencrypted key" in refused(ServingTls(pair.certificate, locked))
 
 
 def test_a_certificate_out_of_date_is_refused(folder: Path, ca: Pair):
     old = issued(folder, ca, "old", "DNS:old.example.com", days=-1)
-    assert "is not valid (certificate has expired)" in refused(Tls(old.certificate, old.key))
+    assert "is not valid (certificate has expired)" in refused(ServingTls(old.certificate, old.key))
 
 
 def test_a_client_authority_must_accept_our_own_certificate(folder: Path, ca: Pair, pair: Pair):
     other = authority(folder, "other")
     own = issued(folder, other, "own", "DNS:own")
-    message = refused(Tls(pair.certificate, pair.key, other.certificate))
+    message = refused(ServingTls(pair.certificate, pair.key, other.certificate))
     assert f"{other.certificate} does not accept the certificate of our own checks" in message
     assert "--tls-own-cert" in message
-    Tls(pair.certificate, pair.key, other.certificate, own.certificate, own.key).access(
+    ServingTls(pair.certificate, pair.key, other.certificate, own.certificate, own.key).access(
         "127.0.0.1:1", {}
     )
-    Tls(pair.certificate, pair.key, ca.certificate).access(*CALLED)
+    ServingTls(pair.certificate, pair.key, ca.certificate).access(*CALLED)
 
 
 # --- what --production prints ------------------------------------------------------------------
 
 
 def states(security: Security, **changes: object) -> dict[str, bool]:
-    now = Situation(Path("/proc/self"), Addresses(grpc="0.0.0.0"), "2.69.0", NEWER)
-    listed = controls(security, dataclasses.replace(now, **changes))
+    now = {
+        "repository": Path("/proc/self"),
+        "addresses": Addresses(grpc="0.0.0.0"),
+        "triton_version": "2.69.0",
+        "known_options": NEWER,
+    }
+    listed = controls(security, **{**now, **changes})
     assert [control.is_on for control in listed] == sorted(
         (control.is_on for control in listed), reverse=True
     )
@@ -336,7 +347,7 @@ def states(security: Security, **changes: object) -> dict[str, bool]:
 
 
 @pytest.fixture
-def production(tls: Tls) -> Security:
+def production(tls: ServingTls) -> Security:
     return Security(production=True, tls=tls, admin_key=AdminKey(KEY))
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import grpc
+from client import Tls
 
 from .access import Access
 from .errors import ServerUsageError
@@ -25,7 +25,7 @@ HOW_TO_MAKE = (
 
 
 @dataclass(frozen=True)
-class Tls:
+class ServingTls:
     """The files of the gRPC port's TLS, all PEM.
 
     Attributes:
@@ -57,6 +57,30 @@ class Tls:
             ]
         return arguments
 
+    @classmethod
+    def of_options(
+        cls,
+        certificate: Path | None,
+        key: Path | None,
+        client_ca: Path | None,
+        own_certificate: Path | None,
+        own_key: Path | None,
+    ) -> ServingTls | None:
+        """What the command line's options mean; None where the port is in the clear.
+
+        Raises:
+            ServerUsageError: options that only make sense together.
+        """
+        _require_both("--tls-cert", certificate, "--tls-key", key)
+        _require_both("--tls-own-cert", own_certificate, "--tls-own-key", own_key)
+        if own_certificate is not None and client_ca is None:
+            raise ServerUsageError("--tls-own-cert is for --tls-client-ca; give both or neither")
+        if certificate is not None and key is not None:
+            return cls(certificate, key, client_ca, own_certificate, own_key)
+        if client_ca is not None:
+            raise ServerUsageError("--tls-client-ca needs --tls-cert and --tls-key")
+        return None
+
     def access(self, url: str, headers: Mapping[str, str]) -> Access:
         """Check the files, and keep what our own calls need of them.
 
@@ -71,37 +95,37 @@ class Tls:
             ServerUsageError: a file is missing or not PEM, the key is not the certificate's, the
                 certificate is out of date, or `client_ca` does not accept our own.
         """
-        own = self._own_pair()
-        name = _name_of(self._handshake(own))
+        chain = secret = None
+        if self.client_ca is not None:
+            chain, secret = self.certificate, self.key
+            if self.own_certificate is not None and self.own_key is not None:
+                chain, secret = self.own_certificate, self.own_key
+        name = _name_of(self._handshake(chain, secret))
         if name is None:
             raise ServerUsageError(
                 f"the certificate {self.certificate} holds no host name, so no client can check "
                 f"it; make one with a subjectAltName, such as {HOW_TO_MAKE}"
             )
-        chain, key = (own[0].read_bytes(), own[1].read_bytes()) if own else (None, None)
-        credentials = grpc.ssl_channel_credentials(self.certificate.read_bytes(), key, chain)
+        credentials = Tls(self.certificate, chain, secret).grpc_credentials()
         return Access(url, credentials, name, headers)
 
-    def _own_pair(self) -> tuple[Path, Path] | None:
-        if self.client_ca is None:
-            return None
-        if self.own_certificate is None or self.own_key is None:
-            return self.certificate, self.key
-        return self.own_certificate, self.own_key
-
-    def _handshake(self, own: tuple[Path, Path] | None) -> dict[str, Any]:
+    def _handshake(self, chain: Path | None, secret: Path | None) -> dict[str, Any]:
         """Let a client and a server with these files meet; returns the server's certificate."""
         server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         _load_pair(server, self.certificate, self.key)
         client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         client.check_hostname = False  # Which name to check is what this is to find out.
         client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # Trusts a certificate, not its CA.
-        _load_authority(client, self.certificate)
+        client.load_verify_locations(self.certificate)
         if self.client_ca is not None:
             server.verify_mode = ssl.CERT_REQUIRED
-            _load_authority(server, self.client_ca)
-        if own is not None:
-            _load_pair(client, *own)
+            _require_readable(self.client_ca)
+            try:
+                server.load_verify_locations(self.client_ca)
+            except ssl.SSLError as error:
+                raise ServerUsageError(f"{self.client_ca} is not a PEM certificate") from error
+        if chain is not None and secret is not None:
+            _load_pair(client, chain, secret)
         to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
         asking = client.wrap_bio(to_client, to_server)
         answering = server.wrap_bio(to_server, to_client, server_side=True)
@@ -109,10 +133,16 @@ class Tls:
             _step(asking, f"the certificate {self.certificate} is not valid")
             _step(
                 answering,
-                f"{self.client_ca} does not accept the certificate of our own checks, "
-                f"{own[0] if own else ''}; give --tls-own-cert and --tls-own-key",
+                f"{self.client_ca} does not accept the certificate of our own checks, {chain}; "
+                "give --tls-own-cert and --tls-own-key",
             )
         return dict(asking.getpeercert() or {})
+
+
+def _require_both(one: str, first: Path | None, other: str, second: Path | None) -> None:
+    if (first is None) != (second is None):
+        given, missing = (one, other) if second is None else (other, one)
+        raise ServerUsageError(f"{given} needs {missing}")
 
 
 def _load_pair(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
@@ -122,19 +152,10 @@ def _load_pair(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
         # A password would be asked for at the terminal.
         context.load_cert_chain(certificate, key, password="")
     except ssl.SSLError as error:
+        problem = f"{certificate} and {key} are not a PEM certificate and its unencrypted key"
         if error.reason == "KEY_VALUES_MISMATCH":
             problem = f"{key} is not the private key of the certificate {certificate}"
-        else:
-            problem = f"{certificate} and {key} are not a PEM certificate and its unencrypted key"
         raise ServerUsageError(f"{problem}; a pair for tests: {HOW_TO_MAKE}") from error
-
-
-def _load_authority(context: ssl.SSLContext, authority: Path) -> None:
-    _require_readable(authority)
-    try:
-        context.load_verify_locations(authority)
-    except ssl.SSLError as error:
-        raise ServerUsageError(f"{authority} is not a PEM certificate") from error
 
 
 def _require_readable(path: Path) -> None:
@@ -159,10 +180,6 @@ def _name_of(certificate: dict[str, Any]) -> str | None:
     names = list(certificate.get("subjectAltName", ()))
     hosts = [value.replace("*", "check", 1) for kind, value in names if kind == "DNS"]
     addresses = [value for kind, value in names if kind == "IP Address"]
-    common = [
-        value
-        for group in certificate.get("subject", ())
-        for kind, value in group
-        if kind == "commonName"
-    ]
+    subject = [entry for group in certificate.get("subject", ()) for entry in group]
+    common = [value for kind, value in subject if kind == "commonName"]
     return next(iter([*hosts, *addresses, *common]), None)
