@@ -40,7 +40,10 @@ def main() -> int:
         # What the group is sent is for the command. Not SIG_IGN, which the command would inherit.
         signal.signal(number, lambda number, frame: None)
     try:
-        running = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr)
+        # It inherits what this program was given to inherit.
+        running = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=sys.stderr, close_fds=False
+        )
     except OSError as error:
         sys.stderr.write(f"error: {command[0]} does not start: {error.strerror}\n")
         return _CANNOT_RUN

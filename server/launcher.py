@@ -46,7 +46,7 @@ from .repository import (
     remove_unlisted_bytecode,
 )
 from .security import Security, known_options
-from .shared_memory import SEGMENT_PREFIX, remove_dead_segments
+from .shared_memory import SERVER_PREFIX, hold, remove_dead_segments, remove_segments
 
 _STOP_TIMEOUT_S = 40.0  # Triton itself gives running requests 30 s.
 _ABORT_TIMEOUT_S = 5.0  # Without requests to wait for, while models may still be loading.
@@ -137,12 +137,13 @@ class TritonServer:
         self._on_progress = on_progress or (lambda line: None)
         self._process: ProcessGroup | None = None
         self._work: Path | None = None
+        self._lock: int | None = None
         self._is_ready = False
         self._bytecode_before: set[Path] = set()
         self._known_options: frozenset[str] = frozenset()
         # A name of its own tells it from another server on the same port, and its shared-memory
         # segments from those of others.
-        self._server_id = f"{SEGMENT_PREFIX}{os.getpid()}_{secrets.token_hex(4)}"
+        self._server_id = f"{SERVER_PREFIX}{os.getpid()}_{secrets.token_hex(4)}"
 
     @property
     def http_url(self) -> str:
@@ -242,6 +243,7 @@ class TritonServer:
         remove_dead_segments()
         self._bytecode_before = bytecode_folders(self.repository)
         try:
+            self._lock = hold(self._server_id)
             self._work = Path(tempfile.mkdtemp(prefix="adaptive-vit-server-"))
             backends = prepare_backend_directory(self.server, self._work / "backends", wheel)
             environment = server_environment(self.server, backends)
@@ -270,7 +272,10 @@ class TritonServer:
         finally:
             self._process = None
             self._is_ready = False
-            remove_dead_segments(own_prefix=self._server_id)
+            remove_segments(self._server_id)
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
             if self._work is not None:
                 remove_new_bytecode(self.repository, self._bytecode_before)
                 shutil.rmtree(self._work, ignore_errors=True)
@@ -338,7 +343,11 @@ class TritonServer:
         # Its own working directory: Python models have the working directory first on sys.path, and
         # would import this project's packages when started from a checkout.
         self._process = ProcessGroup(
-            command, environment, cwd=self._work_directory(), log=self.log_path
+            command,
+            environment,
+            cwd=self._work_directory(),
+            log=self.log_path,
+            keep_open=() if self._lock is None else (self._lock,),
         )
 
     def _wait_for_models(self, models: Sequence[str]) -> None:

@@ -31,7 +31,12 @@ class ProcessGroup:
     """
 
     def __init__(
-        self, command: Sequence[str], environment: Mapping[str, str], cwd: Path, log: Path
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        cwd: Path,
+        log: Path,
+        keep_open: Collection[int] = (),
     ) -> None:
         """Start the command.
 
@@ -39,11 +44,14 @@ class ProcessGroup:
             command: program and arguments.
             environment: all of its environment.
             cwd: its working directory, which the guard removes if it has to end the command.
-            log: file that takes its stdout and stderr, replaced if it exists.
+            log: file that takes its stdout and stderr, emptied if it exists. It is only ever
+                appended to, so whoever rotates logs may copy and empty it.
+            keep_open: descriptors that the command inherits.
         """
         # Without the environment's and the site's modules: the guard should start at once.
         guard = [sys.executable, "-I", "-S", str(_GUARD), str(os.getpid()), str(cwd)]
-        with log.open("wb") as output:
+        log.write_bytes(b"")
+        with log.open("ab") as output:
             self._guard = subprocess.Popen(
                 guard,
                 env=dict(environment),
@@ -52,6 +60,7 @@ class ProcessGroup:
                 stdout=subprocess.PIPE,
                 stderr=output,
                 start_new_session=True,
+                pass_fds=tuple(keep_open),
             )
         assert self._guard.stdin is not None
         with self._guard.stdin as told:

@@ -1,13 +1,14 @@
 """No shared memory, no disk: on small file systems of the server's own, which nobody else sees."""
 
 import logging
-import mmap
+import os
 import subprocess
 import sys
 import time
 from dataclasses import replace
 
 from routing import manifest
+from server.shared_memory import hold
 from tests.faults import inject
 from tests.faults.asking import question
 from tests.faults.experiment import measure, reasons
@@ -86,22 +87,18 @@ def files(folder):
     return sorted(str(path) for path in found if "__pycache__" not in path.parts)
 
 
-def test_a_launcher_in_a_user_namespace_leaves_a_live_segment(tmp_path):
+def test_a_launcher_in_a_user_namespace_leaves_a_live_servers_segment(tmp_path):
     """Root there may not read the maps of a process outside, though both are the same user."""
-    live = tmp_path / "triton_live"
-    live.write_bytes(bytes(mmap.PAGESIZE))
+    for name in ("triton_live", "triton_dead"):
+        (tmp_path / f"{name}_x").touch()
+        (tmp_path / f".{name}.lock").touch()
     clear = (
         "import sys; from pathlib import Path; from server.shared_memory import *; "
-        "print(remove_dead_segments(directory=Path(sys.argv[1]), youngest_age_s=0))"
+        "print(*remove_dead_segments(Path(sys.argv[1])))"
     )
     command = [sys.executable, "-c", clear, str(tmp_path)]
-    hold = (
-        "import mmap, sys; file = open(sys.argv[1], 'r+b'); "
-        "held = mmap.mmap(file.fileno(), 0); print(flush=True); input()"
-    )
-    holder = [sys.executable, "-c", hold, str(live)]
-    with subprocess.Popen(holder, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holding:
-        holding.stdout.readline()
-        removed = subprocess.check_output(["unshare", "--map-root-user", *command], cwd=ROOT)
-    assert removed == b"[]\n"
-    assert subprocess.check_output(command, cwd=ROOT) == b"['triton_live']\n"
+    lived = hold("triton_live", tmp_path)
+    removed = subprocess.check_output(["unshare", "--map-root-user", *command], cwd=ROOT)
+    assert removed == b".triton_dead.lock triton_dead_x\n"
+    os.close(lived)
+    assert subprocess.check_output(command, cwd=ROOT) == b".triton_live.lock triton_live_x\n"

@@ -120,6 +120,33 @@ def test_the_commands_exit_code_is_handed_on(scratch: Path, script: str, code: i
     assert scratch.exists()  # It is the launcher's as long as the launcher lives.
 
 
+def test_a_log_that_is_copied_and_emptied_goes_on_from_its_start(scratch: Path):
+    (scratch / "log").write_text("of an earlier run")
+    running = group(
+        scratch, "sh", "-c", "echo one; while ! [ -f go ]; do sleep 0.05; done; echo two"
+    )
+    assert wait_until(lambda: (scratch / "log").read_text() == "one\n")
+    (scratch / "log").write_bytes(b"")
+    (scratch / "go").write_text("\n")
+    running.wait()
+    assert (scratch / "log").read_bytes().endswith(b"two\n")
+    assert b"\0" not in (scratch / "log").read_bytes()
+    running.stop(timeout_s=1)
+
+
+def test_what_shall_stay_open_is_inherited_and_nothing_else(scratch: Path):
+    reading, writing = os.pipe()
+    command = ["sh", "-c", f"echo kept > /proc/self/fd/{writing}"]
+    running = ProcessGroup(command, os.environ, scratch, scratch / "log", keep_open=[writing])
+    assert running.wait() == 0 and os.read(reading, 9) == b"kept\n"
+    running.stop(timeout_s=1)
+    running = group(scratch, *command)
+    assert running.wait() != 0
+    running.stop(timeout_s=1)
+    os.close(reading)
+    os.close(writing)
+
+
 def test_a_program_that_cannot_run_is_told_in_the_log(scratch: Path):
     (scratch / "tritonserver").write_text("no program")
     (scratch / "tritonserver").chmod(0o755)

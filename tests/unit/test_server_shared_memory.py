@@ -1,95 +1,60 @@
-"""Clearing shared-memory segments, with a folder in place of /dev/shm and real mappings."""
+"""Clearing shared-memory segments, with a folder in place of /dev/shm and real locks."""
 
-import mmap
 import os
-import time
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from server.shared_memory import remove_dead_segments
+from server.shared_memory import hold, remove_dead_segments, remove_segments
 
 
-def segment(directory: Path, name: str, age_s: float = 3600) -> Path:
-    path = directory / name
-    path.write_bytes(b"\0" * mmap.PAGESIZE)
-    then = time.time() - age_s
-    os.utime(path, (then, then))
-    return path
+def names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
 
 
-def test_a_dead_segment_goes_and_a_mapped_one_stays(tmp_path: Path):
-    dead, live = segment(tmp_path, "triton_dead"), segment(tmp_path, "triton_live")
-    with live.open("r+b") as file, mmap.mmap(file.fileno(), 0):
-        # ctime cannot be set back, so the age limit is off here.
-        assert remove_dead_segments(directory=tmp_path, youngest_age_s=0) == ["triton_dead"]
-        assert remove_dead_segments("triton_live", tmp_path) == []
-        assert live.exists()
-    assert not dead.exists()
-    assert remove_dead_segments("triton_live", tmp_path) == ["triton_live"]
+@pytest.fixture
+def two(tmp_path: Path) -> list[int]:
+    """Two servers with a segment each, both alive."""
+    held = []
+    for server in ("triton_1_a", "triton_1_b"):
+        (tmp_path / f"{server}_x").touch()
+        held.append(hold(server, tmp_path))
+    return held
 
 
-def test_a_young_segment_stays_unless_its_server_is_known_to_be_dead(tmp_path: Path):
-    segment(tmp_path, "triton_1_a_x", age_s=0)
-    segment(tmp_path, "triton_1_b_x", age_s=0)
-    assert remove_dead_segments(directory=tmp_path) == []
-    assert remove_dead_segments("triton_1_a", tmp_path) == ["triton_1_a_x"]
-    assert [path.name for path in tmp_path.iterdir()] == ["triton_1_b_x"]
-
-
-def test_other_names_are_never_touched(tmp_path: Path):
-    segment(tmp_path, "psm_1234")
-    segment(tmp_path, "not_triton_1")
-    assert remove_dead_segments(directory=tmp_path, youngest_age_s=0) == []
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_maps_of_other_processes_count(tmp_path: Path):
-    shm, proc = tmp_path / "shm", tmp_path / "proc"
-    (proc / "42").mkdir(parents=True)
-    (proc / "self").mkdir()
-    shm.mkdir()
-    segment(shm, "triton_a")
-    segment(shm, "triton_ab")
-    (proc / "42" / "maps").write_text(
-        f"7f3b9f10f000-7f3b9f20f000 rw-s 00000000 00:1b 43    {shm}/triton_ab\n"
-        "7f3b9f30f000-7f3b9f40f000 r--p 00000000 00:1b 44    /usr/lib/libc.so.6\n"
+def test_a_server_is_alive_as_long_as_a_process_has_its_file(tmp_path: Path, two: list[int]):
+    assert remove_dead_segments(tmp_path) == []
+    child = subprocess.Popen(
+        [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=two[:1]
     )
-    assert remove_dead_segments(directory=shm, proc=proc, youngest_age_s=0) == ["triton_a"]
+    for descriptor in two:  # The launcher is gone, of the first a process is left.
+        os.close(descriptor)
+    assert remove_dead_segments(tmp_path) == [".triton_1_b.lock", "triton_1_b_x"]
+    child.communicate(b"\n")
+    assert remove_dead_segments(tmp_path) == [".triton_1_a.lock", "triton_1_a_x"]
+    assert names(tmp_path) == set()
 
 
-@pytest.mark.parametrize("command", ["tritonserver", "bash"])
-def test_where_a_triton_cannot_be_asked_only_what_is_known_to_be_dead_goes(
-    tmp_path: Path, command: str
-):
-    shm, proc = tmp_path / "shm", tmp_path / "proc"
-    shm.mkdir()
-    (proc / "42" / "maps").mkdir(parents=True)  # not to be read, even by root
-    (proc / "42" / "cmdline").write_text(f"/usr/bin/{command}\0--x\0")
-    segment(shm, "triton_1_x")
-    assert remove_dead_segments("triton_1", shm, proc) == ["triton_1_x"]
-    segment(shm, "triton_2_x")
-    expected = [] if command == "tritonserver" else ["triton_2_x"]
-    assert remove_dead_segments(directory=shm, proc=proc, youngest_age_s=0) == expected
+def test_a_server_that_has_ended_is_cleared_away_by_its_launcher(tmp_path: Path, two: list[int]):
+    assert remove_segments("triton_1_a", tmp_path) == [".triton_1_a.lock", "triton_1_a_x"]
+    assert names(tmp_path) == {".triton_1_b.lock", "triton_1_b_x"}
+    assert remove_segments("triton_1_a", tmp_path) == []
 
 
-def test_another_users_triton_does_not_stand_in_the_way(tmp_path: Path, monkeypatch):
-    shm, proc = tmp_path / "shm", tmp_path / "proc"
-    shm.mkdir()
-    (proc / "42" / "maps").mkdir(parents=True)
-    (proc / "42" / "cmdline").write_text("/usr/bin/tritonserver\0")
-    segment(shm, "triton_2_x")
-    own, stat = os.geteuid(), Path.stat
-
-    def other(path, **options):
-        found = list(stat(path, **options))
-        return os.stat_result([*found[:4], own + 1, *found[5:]])
-
-    monkeypatch.setattr(
-        type(proc), "stat", lambda p, **o: (other if p.parent == proc else stat)(p, **o)
-    )
-    assert remove_dead_segments(directory=shm, proc=proc, youngest_age_s=0) == ["triton_2_x"]
+def test_what_is_not_ours_is_never_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "psm_1234").touch()
+    (tmp_path / "triton_python_backend_shm_region_1").touch()  # Of a server without our file.
+    (tmp_path / ".triton_2_x.lock").symlink_to(tmp_path / "psm_1234")
+    before = names(tmp_path)
+    assert remove_dead_segments(tmp_path) == []
+    os.close(hold("triton_3_x", tmp_path))
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    assert remove_dead_segments(tmp_path) == []
+    assert names(tmp_path) == before | {".triton_3_x.lock"}
 
 
 def test_no_shared_memory_directory_is_fine(tmp_path: Path):
-    assert remove_dead_segments(directory=tmp_path / "none") == []
+    assert hold("triton_1_a", tmp_path / "none") is None
+    assert remove_dead_segments(tmp_path / "none") == []
