@@ -11,13 +11,14 @@ with TritonServer("build/model_repository", free_ports=True) as server:
 from .access import Access
 from .admin_key import AdminKey
 from .errors import ServerError, ServerStartError, ServerUsageError
-from .finding import Tritonserver, Wheel, find_tritonserver, find_wheel
+from .installation import Installation, Wheel, find_wheel
 from .launcher import TritonServer
 from .security import Security
 from .serving_tls import ServingTls
 
 __all__ = [
     "AdminKey",
+    "Installation",
     "Access",
     "Security",
     "ServerError",
@@ -25,8 +26,6 @@ __all__ = [
     "ServerUsageError",
     "ServingTls",
     "TritonServer",
-    "Tritonserver",
     "Wheel",
-    "find_tritonserver",
     "find_wheel",
 ]

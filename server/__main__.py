@@ -317,7 +317,7 @@ def _report(server: TritonServer, as_json: bool) -> None:
         "metrics_url": server.metrics_url,
         "pid": server.pid,
         "triton_version": server.version,
-        "tritonserver": str(server.server.binary) if server.server else "",
+        "tritonserver": str(server.installation.binary) if server.installation else "",
         "log": str(server.log_path),
     }
     controls = server.controls()

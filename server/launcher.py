@@ -30,11 +30,9 @@ from .access import (
     is_other,
     wait_out,
 )
-from .backend_directory import prepare_backend_directory
 from .controls import Control, controls
-from .environment import server_environment
 from .errors import ServerStartError
-from .finding import Tritonserver, find_tritonserver, find_wheel
+from .installation import Installation, find_installation, find_wheel
 from .ports import Addresses, Ports, check_ports, pick_free_ports, url
 from .process import ProcessGroup
 from .repository import (
@@ -76,7 +74,7 @@ class TritonServer:
         security: what of it is open to whom.
         ports: ports it listens on; with `free_ports` known once it has started.
         version: the version that the server reports, such as `2.51.0`; empty before it is ready.
-        server: which tritonserver runs; None before it has started.
+        installation: which tritonserver runs; None before it has started.
     """
 
     def __init__(
@@ -126,7 +124,7 @@ class TritonServer:
         self._access: Access | None = None
         self.ports = Ports(http_port, grpc_port, metrics_port)
         self.version = ""
-        self.server: Tritonserver | None = None
+        self.installation: Installation | None = None
         self._free_ports = free_ports
         self._timeout_s = timeout_s
         self._explicit = Path(tritonserver) if tritonserver is not None else None
@@ -236,8 +234,6 @@ class TritonServer:
         if not self._free_ports:
             check_ports(self.addresses, self.ports)
         self._access = self.security.access(self.grpc_url)
-        wheel = find_wheel()
-        self.server = find_tritonserver(self._explicit, self._backend_directory, wheel=wheel)
         if self._log is not None:
             triton_log.make_writable(self._log)
         remove_dead_segments()
@@ -245,11 +241,16 @@ class TritonServer:
         try:
             self._lock = hold(self._server_id)
             self._work = Path(tempfile.mkdtemp(prefix="adaptive-vit-server-"))
-            backends = prepare_backend_directory(self.server, self._work / "backends", wheel)
-            environment = server_environment(self.server, backends)
+            self.installation = find_installation(
+                self._work / "backends",
+                self._explicit,
+                self._backend_directory,
+                wheel=find_wheel(),
+            )
+            environment = self.installation.environment()
             if self.security.production:
-                self._known_options = known_options(self.server.binary, environment)
-            self._start_on_free_ports(models, backends.path, environment)
+                self._known_options = known_options(self.installation.binary, environment)
+            self._start_on_free_ports(models, environment)
         except BaseException:
             self.stop()
             raise
@@ -309,13 +310,11 @@ class TritonServer:
             raise RuntimeError("the server is not running")
         return self._work
 
-    def _start_on_free_ports(
-        self, models: Sequence[str], backends: Path, environment: dict[str, str]
-    ) -> None:
+    def _start_on_free_ports(self, models: Sequence[str], environment: dict[str, str]) -> None:
         for attempt in range(_PORT_ATTEMPTS):
             if self._free_ports:
                 self.ports = pick_free_ports(self.addresses.grpc)
-            self._launch(backends, environment)
+            self._launch(environment)
             try:
                 self._wait_for_models(models)
                 if ENTRY in models:
@@ -329,13 +328,13 @@ class TritonServer:
                     raise
                 self._running().stop(_ABORT_TIMEOUT_S)
 
-    def _launch(self, backends: Path, environment: dict[str, str]) -> None:
-        assert self.server is not None
+    def _launch(self, environment: dict[str, str]) -> None:
+        assert self.installation is not None
         command = triton_command(
-            self.server.binary,
+            self.installation.binary,
             self._server_id,
             self.repository,
-            backends,
+            self.installation.backends,
             self.addresses,
             self.ports,
             [*self.security.arguments(self._known_options), *self._extra_args],

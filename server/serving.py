@@ -20,7 +20,7 @@ from tritonclient.utils import InferenceServerException
 from routing import PROBE_ID
 
 from .access import ENTRY, PREPROCESS, QUEUE_FULL, Access, image_input, zeros_input
-from .backend_directory import STUB_NAME
+from .installation import STUB_NAME
 
 # Long for what a server knows without running a model, short for a supervisor that waits for it.
 _QUESTION_TIMEOUT_S = 1.5

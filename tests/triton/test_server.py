@@ -143,8 +143,8 @@ def test_tritonserver_from_path(
         on_path.chmod(0o755)
     monkeypatch.setenv("PATH", str(on_path.parent), prepend=os.pathsep)
     with TritonServer(repository, free_ports=True) as server:
-        assert server.server is not None
-        assert server.server.binary == on_path
+        assert server.installation is not None
+        assert server.installation.binary == on_path
         tree = psutil.Process(server.pid).children(recursive=True)
         with triton.InferenceServerClient(server.grpc_url) as client:
             assert client.is_model_ready("echo")

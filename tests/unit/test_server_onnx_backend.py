@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from server.backend_directory import STAND_IN
+from server.installation import STAND_IN
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 BARE = ("model", "onnx_config", "stall_guard")

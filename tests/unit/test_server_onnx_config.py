@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from server.backend_directory import STAND_IN
+from server.installation import STAND_IN
 
 INPUTS, OUTPUTS = [("x", (-1, 3))], [("y", (-1, 2))]
 

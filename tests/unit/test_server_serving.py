@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from server.access import Access
-from server.backend_directory import STUB_NAME
+from server.installation import STUB_NAME
 from server.serving import Serving, Stub, allowed_cores, find_stubs, local_processes
 
 
