@@ -185,7 +185,7 @@ class _Change:
             ) from error
 
     def _settle(self, error: BaseException) -> None:
-        seen = self.server.ask_again() if self.server.is_touched else None
+        seen = self.server.look(_ASK_AGAIN_S) if self.server.is_touched else None
         if seen == self.wanted == self._on_disk() and self._answers(error):
             if isinstance(error, KeyboardInterrupt):
                 raise RolloutInterruptedError(
@@ -212,33 +212,28 @@ class _Change:
             return True
         return not _attempt(lambda: self.server.wait_for_answers(self.wanted.live))
 
-    def _outcome(self, failure: _StepError, troubles: list[str]) -> str:
+    def _outcome(self, failure: str, troubles: list[str]) -> str:
         """One line: what failed, and what disk and server say now."""
-        on_disk = self._on_disk()
-        seen = self.server.ask_again() if self.server.is_touched else self.server.ask_once()
+        on_disk, server = self._on_disk(), self.server
+        seen = server.look(_ASK_AGAIN_S if server.is_touched else 0.0)
         live = (self.answering or 0) if seen is None else seen.live
         agree = seen is not None and seen == on_disk
-        if seen is None and not self.server.is_touched:  # without the admin key it does not say
+        if seen is None and not server.is_touched:  # Without the admin key it does not say.
             agree = on_disk == self.before and live == self.before.live
-        if agree and live and live == self.server.refusing:
-            both = f"the repository and the server say {self._said_on_disk()}"
-            return "; ".join([f"{failure.what}{failure.rest}", *troubles, both])
-        if agree:
-            goes_on = f"; router/{live} goes on answering" if live == self.answering else ""
-            now = goes_on or f"; {self._said_on_disk()}, here and there"
-            line = f"{failure.what}{now}{failure.rest}"
-            if troubles:
-                loading = "the server may still be loading what it was told to"
-                line = "; ".join([line, *troubles, loading, f"look again with {self._command()}"])
-            return line
-        server = f"the server at {self.server.url} " + (
-            f"does not say what it serves ({self.server.silence})"
-            if seen is None
-            else f"says {_said(seen)}"
-        )
-        parts = [f"{failure.what}{failure.rest}", *troubles]
-        parts.append(f"the repository says {self._said_on_disk()}")
-        parts += [f"but {server}", f"to make them agree, run {self._command()}"]
+        parts = [failure, *troubles]
+        if not agree:
+            silent = f"does not say what it serves ({server.silence})"
+            says = silent if seen is None else f"says {_said(seen)}"
+            parts.append(f"the repository says {self._said_on_disk()}")
+            parts.append(f"but the server at {server.url} {says}")
+            parts.append(f"to make them agree, run {self._command()}")
+        elif live and live == self.answering and live != server.refusing:
+            parts.append(f"router/{live} goes on answering")
+        else:
+            parts.append(f"the repository and the server say {self._said_on_disk()}")
+        if agree and troubles:
+            parts.append("the server may still be loading what it was told to")
+            parts.append(f"look again with {self._command()}")
         return "; ".join(parts)
 
     def _on_disk(self) -> Versions | None:
@@ -264,12 +259,7 @@ def _said(versions: Versions) -> str:
 
 
 class _StepError(Exception):
-    """A step failed: `what`, and the `rest` of the line, after what answers now."""
-
-    def __init__(self, what: str, rest: str = "") -> None:
-        super().__init__(what + rest)
-        self.what = what
-        self.rest = rest
+    """A step failed; why, in one line."""
 
 
 class _RefusalError(_StepError):
@@ -277,17 +267,21 @@ class _RefusalError(_StepError):
 
 
 class _NoAnswerError(Exception):
-    """The server did not answer a question; the reason, in one line."""
+    """The server did not answer a question; `is_unknown`: for it has no such model."""
+
+    def __init__(self, reason: str, is_unknown: bool) -> None:
+        super().__init__(reason)
+        self.is_unknown = is_unknown
 
 
-def _what_failed(error: BaseException) -> _StepError:
+def _what_failed(error: BaseException) -> str:
     if isinstance(error, _StepError):
-        return error
+        return str(error)
     if isinstance(error, KeyboardInterrupt):
-        return _StepError("interrupted")
+        return "interrupted"
     if isinstance(error, _DISK_ERRORS):
-        return _StepError(f"the repository cannot be changed: {error}")
-    return _StepError(f"{type(error).__name__}: {first_line(str(error))}")
+        return f"the repository cannot be changed: {error}"
+    return f"{type(error).__name__}: {first_line(str(error))}"
 
 
 def _attempt(step: Callable[[], None]) -> str:
@@ -354,25 +348,23 @@ class _Server:
             float(config.parameters["shadow_fraction"].string_value or 0.0),
         )
 
-    def ask_again(self) -> Versions | None:
-        """What it serves, asked until it says so; None: it does not, see `silence`."""
-        deadline = time.monotonic() + min(_ASK_AGAIN_S, self._timeout_s)
+    def look(self, patience_s: float, wanted: Versions | None = None) -> Versions | None:
+        """What it serves, asked until it says so; None: it does not, see `silence`.
+
+        Args:
+            patience_s: seconds to ask again, for no longer than the timeout.
+            wanted: what it is to say, for which it is asked again, too.
+        """
+        deadline = time.monotonic() + min(patience_s, self._timeout_s)
         while True:
+            seen = None
             try:
-                return self.serves()
+                seen = self.serves()
             except _NoAnswerError as error:
                 self.silence = str(error)
-            if time.monotonic() > deadline:
-                return None
+            if (seen is not None and wanted in (None, seen)) or time.monotonic() >= deadline:
+                return seen
             time.sleep(_POLL_S)
-
-    def ask_once(self) -> Versions | None:
-        """What it serves; None: it does not say so, see `silence`."""
-        try:
-            return self.serves()
-        except _NoAnswerError as error:
-            self.silence = str(error)
-            return None
 
     def load(self, model: str) -> None:
         """Load a model as the disk has it, and what it is made of; wait until that is done.
@@ -385,26 +377,18 @@ class _Server:
             self._client.load_model(model, headers=self._headers, client_timeout=self._timeout_s)
         except InferenceServerException as error:
             reason = first_line(error.message())
-            if "restricted" in reason:
-                self.is_touched = was_touched
-                raise _StepError(
-                    f"the server at {self.url} wants the admin key for this",
-                    "; give --admin-key-file",
-                ) from error
-            if "explicit model load" in reason:
-                self.is_touched = was_touched
-                raise _StepError(
-                    f"the server at {self.url} loads no models while it serves",
-                    "; start it with --allow-reload, or restart it to serve what the repository "
-                    "says",
-                ) from error
-            if str(error.status()).removeprefix("StatusCode.") in _LOST:
-                raise _StepError(
-                    f"the server at {self.url} did not answer while it was to load {model}",
-                    f": {reason}",
-                ) from error
             self.is_touched = was_touched
-            raise _StepError(f"{model} was not loaded", f": {reason}") from error
+            if "restricted" in reason:
+                what = "wants the admin key for this; give --admin-key-file"
+            elif "explicit model load" in reason:
+                what = "loads no models while it serves; start it with --allow-reload, or restart "
+                what += "it to serve what the repository says"
+            elif str(error.status()).removeprefix("StatusCode.") in _LOST:
+                self.is_touched = True
+                what = f"did not answer while it was to load {model}: {reason}"
+            else:
+                raise _StepError(f"{model} was not loaded: {reason}") from error
+            raise _StepError(f"the server at {self.url} {what}") from error
 
     def wait_for_answers(self, version: int) -> None:
         """Wait until a router that refuses other answers than calibrated has found none to refuse.
@@ -420,10 +404,8 @@ class _Server:
         try:
             config = self._config(ROUTER)
         except _NoAnswerError as error:
-            raise _StepError(
-                f"the server at {self.url} was told to load, and does not say what it serves",
-                f": {error}",
-            ) from error
+            self.silence = str(error)
+            raise self._does_not_say() from error
         shape = [1, *config.input[0].dims] if config is not None else [1]
         image = zeros_input(shape)
 
@@ -443,16 +425,13 @@ class _Server:
         try:
             wait_out(ask, ANSWERS, self._timeout_s)
         except InferenceServerException as error:
-            if is_other(error.message()):
-                raise _RefusalError(
-                    f"router/{version} refuses every request",
-                    f": {first_line(error.message())}; {WAY_OUT}",
-                ) from error
-            raise _RefusalError(
-                f"router/{version} is still comparing its answers with the calibration's after "
-                f"{self._timeout_s:g} s",
-                "; give it longer with --timeout-s",
-            ) from error
+            why = (
+                f"refuses every request: {first_line(error.message())}; {WAY_OUT}"
+                if is_other(error.message())
+                else "is still comparing its answers with the calibration's after "
+                f"{self._timeout_s:g} s; give it longer with --timeout-s"
+            )
+            raise _RefusalError(f"router/{version} {why}") from error
         self.refusing = 0
 
     def wait_until(self, versions: Versions) -> None:
@@ -461,35 +440,29 @@ class _Server:
         Raises:
             _StepError: it does not, or does not say.
         """
-        deadline = time.monotonic() + min(_SHOW_S, self._timeout_s)
-        while True:
-            seen = None
-            try:
-                seen = self.serves()
-            except _NoAnswerError as error:
-                self.silence = str(error)
-            if seen == versions:
-                return
-            if time.monotonic() > deadline:
-                break
-            time.sleep(_POLL_S)
+        seen = self.look(_SHOW_S, versions)
         if seen is None:
+            raise self._does_not_say()
+        if seen != versions:
             raise _StepError(
-                f"the server at {self.url} was told to load, and does not say what it serves",
-                f": {self.silence}",
+                f"the server at {self.url} loaded its models, but they are not those of this "
+                "repository; give the --repository that it serves"
             )
-        raise _StepError(
-            f"the server at {self.url} loaded its models, but they are not those of this "
-            "repository",
-            "; give the --repository that it serves",
+
+    def _does_not_say(self) -> _StepError:
+        return _StepError(
+            f"the server at {self.url} was told to load, and does not say what it serves: "
+            f"{self.silence}"
         )
 
     def _config(self, model: str) -> Any:
         """A model's configuration, None where there is no such model."""
         try:
             return self._ask(self._client.get_model_config, model).config
-        except _NoModelError:
-            return None
+        except _NoAnswerError as error:
+            if error.is_unknown:
+                return None
+            raise
 
     def _ask(self, call: Callable[..., Any], *arguments: str) -> Any:
         try:
@@ -499,10 +472,5 @@ class _Server:
                 client_timeout=_QUESTION_TIMEOUT_S,
             )
         except InferenceServerException as error:
-            if error.status() == "StatusCode.NOT_FOUND":
-                raise _NoModelError(first_line(error.message())) from error
-            raise _NoAnswerError(first_line(error.message())) from error
-
-
-class _NoModelError(_NoAnswerError):
-    """The server has no such model."""
+            is_unknown = error.status() == "StatusCode.NOT_FOUND"
+            raise _NoAnswerError(first_line(error.message()), is_unknown) from error

@@ -390,8 +390,8 @@ def test_a_server_with_fixed_models_says_how_to_start_it(server, build):
     repository = build / "model_repository"
     code, complaint = refused_rollout(server, repository)
     assert code == 1
-    assert "loads no models while it serves; router/1 goes on answering" in complaint
-    assert "--allow-reload" in complaint
+    assert "loads no models while it serves; start it with --allow-reload" in complaint
+    assert "router/1 goes on answering" in complaint
 
 
 def test_an_unknown_version_is_refused_before_anything_is_touched(reloadable):
