@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 from rich import progress as bars
-from rich.console import Console
 
 from bundle.graphs import GraphsError, GraphSet
 from bundle.prints import Looks, among, find_copies
@@ -20,20 +18,18 @@ from imaging import PreprocessingError
 from report.calibration_page import write_calibration
 from routing import SIGNALS, Calibration, CalibrationError
 
+from . import options as given
 from .align import ALIGN_SHARE, fit_alignment
 from .answers import AnswerCache, Progress
 from .certify import METHODS, CertifyError, Goal
 from .chunks import AnswersError
 from .evaluate import EvaluateError, check_artifact, evaluate
-from .fidelity import KINDS, Fidelity, FidelityError
+from .fidelity import Fidelity, FidelityError
 from .fit import (
     AUTO,
     STEPS,
-    EscalationRate,
     FitError,
     Options,
-    Target,
-    Threshold,
     depends_on_batch,
     fit,
     without_learned,
@@ -45,7 +41,7 @@ from .page_data import analysis_data, fit_data
 from .record import FitRecord, record_path
 from .reference import REFERENCE_IMAGES, with_reference_answers
 from .sample import write
-from .served import ServedError, ServedRungs, credentials
+from .served import ServedError
 from .source import ImagesError, ImageSource
 from .splits import GROUPINGS, SplitError, group_keys, split_by_group
 from .tables import print_analysis, print_fit, print_growth
@@ -56,77 +52,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-console = Console(stderr=True)
-
-FOLDER = Path("build/calibration")
-ImagesOption = Annotated[
-    str, typer.Option(help="A folder (recursive), a tiny-imagenet-200 tree, or `sample`.")
-]
-LimitOption = Annotated[
-    int | None, typer.Option(min=1, help="At most this many images, evenly spread; `sample`: 1200.")
-]
-SeedOption = Annotated[int, typer.Option(help="Of the sample crops.")]
-OnnxOption = Annotated[Path, typer.Option("--onnx", help="Folder written by `export rungs`.")]
-AnswersOption = Annotated[
-    Path, typer.Option(help="Where graphs' answers are kept, for this command and others.")
-]
-OutputsOption = Annotated[Path, typer.Option("--outputs", help="File written by `collect`.")]
-ArtifactOption = Annotated[Path, typer.Option("--calibration", help="File written by `fit`.")]
-FidelityOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="|".join(KINDS),
-        help="When a cheap answer is a loss: another class, another set of labels, a value too far "
-        "off, or a cosine too small. Default: top1 of classes, labels of independent labels, "
-        "cosine without a head; of a value there is none.",
-    ),
-]
-ToleranceOption = Annotated[
-    float | None,
-    typer.Option(
-        help="With cosine: a cosine below 1 - tolerance is a loss (default: 0.1). With value: a "
-        "larger difference is one."
-    ),
-]
-RelativeOption = Annotated[
-    bool, typer.Option("--relative", help="With value: the tolerance is a share of the value.")
-]
-LabelThresholdOption = Annotated[
-    float | None,
-    typer.Option(
-        help="With labels: from which probability on a label is in the set (default: 0.5)."
-    ),
-]
-GroupByOption = Annotated[
-    str,
-    typer.Option(
-        metavar="|".join(GROUPINGS),
-        help="Images of one group stay in one split: of one source file, folder or content.",
-    ),
-]
-SplitSeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the splits.")]
-UrlOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="HOST:PORT",
-        help="Ask the rungs of the server whose gRPC port this is, instead of running them here; "
-        "--onnx is what its repository was assembled from.",
-    ),
-]
-TlsCaOption = Annotated[
-    Path | None,
-    typer.Option(help="With --url: over TLS, to a server whose certificate this one vouches for."),
-]
-TlsCertOption = Annotated[
-    Path | None, typer.Option(help="With it: certificate to show to a server that asks for one.")
-]
-TlsKeyOption = Annotated[Path | None, typer.Option(help="Its private key.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-ONNX = Path("build/onnx")
-ANSWERS = Path("build/answers")
-OUTPUTS = FOLDER / "outputs.json"
-ARTIFACT = FOLDER / "calibration.json"
-SAMPLE_CROPS = 1200
+console = given.console
 
 
 @app.command("sample")
@@ -142,22 +68,22 @@ def sample_command(
 
 @app.command("collect")
 def collect_command(
-    images: ImagesOption,
-    onnx: OnnxOption = ONNX,
-    out: Annotated[Path, typer.Option(help="File to write.")] = OUTPUTS,
-    limit: LimitOption = None,
-    seed: SeedOption = 1,
-    answers: AnswersOption = ANSWERS,
-    url: UrlOption = None,
-    tls_ca: TlsCaOption = None,
-    tls_cert: TlsCertOption = None,
-    tls_key: TlsKeyOption = None,
+    images: given.Images,
+    onnx: given.OnnxFolder = given.ONNX,
+    out: Annotated[Path, typer.Option(help="File to write.")] = given.OUTPUTS,
+    limit: given.Limit = None,
+    seed: given.Seed = 1,
+    answers: given.AnswersFolder = given.ANSWERS,
+    url: given.Url = None,
+    tls_ca: given.TlsCa = None,
+    tls_cert: given.TlsCert = None,
+    tls_key: given.TlsKey = None,
 ) -> None:
     """Run both rungs over images with ONNX Runtime, or on a server, and store outputs; resumes."""
     rung_set = GraphSet.load(onnx)
     try:
-        with _served(url, rung_set, tls_ca, tls_cert, tls_key) as served:
-            cache = AnswerCache(answers, _open(images, limit, seed), rung_set, served)
+        with given.served(url, rung_set, tls_ca, tls_cert, tls_key) as served:
+            cache = AnswerCache(answers, given.source(images, limit, seed), rung_set, served)
             _show(cache, lambda progress: collect(cache, out, progress))
     except KeyboardInterrupt:
         console.print("stopped; the same command continues where this one was")
@@ -172,14 +98,14 @@ def collect_command(
 
 @app.command("analyse")
 def analyse_command(
-    outputs: OutputsOption = OUTPUTS,
-    onnx: OnnxOption = ONNX,
-    out: Annotated[Path, typer.Option(help="Page to write.")] = FOLDER / "analysis.html",
-    fidelity: FidelityOption = None,
-    tolerance: ToleranceOption = None,
-    relative: RelativeOption = False,
-    label_threshold: LabelThresholdOption = None,
-    as_json: JsonOption = False,
+    outputs: given.OutputsFile = given.OUTPUTS,
+    onnx: given.OnnxFolder = given.ONNX,
+    out: Annotated[Path, typer.Option(help="Page to write.")] = given.FOLDER / "analysis.html",
+    fidelity: given.FidelityKind = None,
+    tolerance: given.Tolerance = None,
+    relative: given.Relative = False,
+    label_threshold: given.LabelThreshold = None,
+    as_json: given.Json = False,
 ) -> None:
     """Show how much, and for which images, the full rung changes the outcome."""
     stored, rung_set = Outputs.load(outputs), GraphSet.load(onnx)
@@ -188,8 +114,8 @@ def analyse_command(
     if not len(stored):
         raise OutputsError("no image is left to analyse; collect others")
     with console.status("analysing"):
-        asked = Fidelity.asked(stored.task, fidelity, tolerance, relative, label_threshold)
-        analysis = analysis_data(stored, asked, _source_of(stored), rung_set.labels)
+        loss = Fidelity.asked(stored.task, fidelity, tolerance, relative, label_threshold)
+        analysis = analysis_data(stored, loss, _source_of(stored), rung_set.labels)
         write_calibration(out, None, analysis)
     if as_json:
         print(json.dumps({"page": str(out), **analysis["found"]}))
@@ -217,19 +143,19 @@ def fit_command(
     threshold: Annotated[
         float | None, typer.Option(help="Instead: threshold in oracle units.")
     ] = None,
-    fidelity: FidelityOption = None,
-    tolerance: ToleranceOption = None,
-    relative: RelativeOption = False,
-    label_threshold: LabelThresholdOption = None,
+    fidelity: given.FidelityKind = None,
+    tolerance: given.Tolerance = None,
+    relative: given.Relative = False,
+    label_threshold: given.LabelThreshold = None,
     signal: Annotated[str, typer.Option(help=f"auto, or one of {', '.join(SIGNALS)}.")] = AUTO,
-    group_by: GroupByOption = GROUPINGS[0],
+    group_by: given.GroupBy = GROUPINGS[0],
     require_certificate: Annotated[
         bool, typer.Option("--require-certificate", help="Exit 1 where nothing is certified.")
     ] = False,
-    outputs: OutputsOption = OUTPUTS,
-    onnx: OnnxOption = ONNX,
-    out: Annotated[Path, typer.Option(help="Artifact to write.")] = ARTIFACT,
-    seed: SplitSeedOption = 0,
+    outputs: given.OutputsFile = given.OUTPUTS,
+    onnx: given.OnnxFolder = given.ONNX,
+    out: Annotated[Path, typer.Option(help="Artifact to write.")] = given.ARTIFACT,
+    seed: given.SplitSeed = 0,
     reference_images: Annotated[
         int,
         typer.Option(
@@ -238,15 +164,15 @@ def fit_command(
             "server by; 0: none.",
         ),
     ] = REFERENCE_IMAGES,
-    as_json: JsonOption = False,
+    as_json: given.Json = False,
 ) -> None:
     """Fit the score, choose a signal and a threshold, certify it, write calibration.json."""
-    target = _target(max_risk, confidence, method, escalation_rate, threshold)
+    target = given.target(max_risk, confidence, method, escalation_rate, threshold)
     if require_certificate and not isinstance(target, Goal):
         raise FitError("--require-certificate needs --max-risk")
     rung_set = GraphSet.load(onnx)
-    asked = Fidelity.asked(rung_set.task, fidelity, tolerance, relative, label_threshold)
-    options = Options(asked, signal, group_by, seed)
+    loss = Fidelity.asked(rung_set.task, fidelity, tolerance, relative, label_threshold)
+    options = Options(loss, signal, group_by, seed)
     if not isinstance(target, Goal) and (reason := depends_on_batch(rung_set)) is not None:
         console.print(f"warning: {reason}", style="yellow", highlight=False)
     collected = Outputs.load(outputs)
@@ -262,7 +188,7 @@ def fit_command(
                 raise
             raise FitError(f"{error}; {_learned(left_out)}, and were left out") from None
         bar.update(task, completed=STEPS)
-    fitted = with_reference_answers(fitted, stored, rung_set, reference_images, _say)
+    fitted = with_reference_answers(fitted, stored, rung_set, reference_images, given.say)
     fitted.save(out)
     calibration = fitted.calibration
     if as_json:
@@ -278,19 +204,19 @@ def fit_command(
 
 @app.command("align")
 def align_command(
-    outputs: OutputsOption = OUTPUTS,
-    onnx: OnnxOption = ONNX,
-    out: Annotated[Path, typer.Option(help="File to write.")] = FOLDER / "alignment.npz",
-    fidelity: FidelityOption = None,
-    tolerance: ToleranceOption = None,
-    relative: RelativeOption = False,
-    label_threshold: LabelThresholdOption = None,
+    outputs: given.OutputsFile = given.OUTPUTS,
+    onnx: given.OnnxFolder = given.ONNX,
+    out: Annotated[Path, typer.Option(help="File to write.")] = given.FOLDER / "alignment.npz",
+    fidelity: given.FidelityKind = None,
+    tolerance: given.Tolerance = None,
+    relative: given.Relative = False,
+    label_threshold: given.LabelThreshold = None,
     share: Annotated[
         float, typer.Option(min=0.05, max=0.95, help="Of the images, to learn from.")
     ] = ALIGN_SHARE,
-    group_by: GroupByOption = GROUPINGS[0],
-    seed: SplitSeedOption = 0,
-    as_json: JsonOption = False,
+    group_by: given.GroupBy = GROUPINGS[0],
+    seed: given.SplitSeed = 0,
+    as_json: given.Json = False,
 ) -> None:
     """Fit a map from the cheap rung to the full embedding; bake it with `export align`.
 
@@ -339,23 +265,23 @@ def plan_command() -> None:
 
 @app.command("evaluate")
 def evaluate_command(
-    images: ImagesOption,
-    calibration: ArtifactOption = ARTIFACT,
-    onnx: OnnxOption = ONNX,
-    limit: LimitOption = None,
-    seed: SeedOption = 2,
-    answers: AnswersOption = ANSWERS,
-    url: UrlOption = None,
-    tls_ca: TlsCaOption = None,
-    tls_cert: TlsCertOption = None,
-    tls_key: TlsKeyOption = None,
-    as_json: JsonOption = False,
+    images: given.Images,
+    calibration: given.ArtifactFile = given.ARTIFACT,
+    onnx: given.OnnxFolder = given.ONNX,
+    limit: given.Limit = None,
+    seed: given.Seed = 2,
+    answers: given.AnswersFolder = given.ANSWERS,
+    url: given.Url = None,
+    tls_ca: given.TlsCa = None,
+    tls_cert: given.TlsCert = None,
+    tls_key: given.TlsKey = None,
+    as_json: given.Json = False,
 ) -> None:
     """Hold an artifact against new images; exit 1 where they contradict its certificate."""
     artifact, rung_set = Calibration.load(calibration), GraphSet.load(onnx)
     check_artifact(artifact, Made.by(rung_set))  # before images are run through them
-    wanted, source = asked(rung_set), _open(images, limit, seed)
-    with _served(url, rung_set, tls_ca, tls_cert, tls_key) as served:
+    wanted, source = asked(rung_set), given.source(images, limit, seed)
+    with given.served(url, rung_set, tls_ca, tls_cert, tls_key) as served:
         cache = AnswerCache(answers, source, rung_set, served)
         _show(cache, lambda progress: cache.fill(wanted, progress=progress))
     outputs = Outputs.of(cache.read(wanted), rung_set, cache)
@@ -371,10 +297,10 @@ def evaluate_command(
 
 @app.command("report")
 def report_command(
-    calibration: ArtifactOption = ARTIFACT,
-    outputs: OutputsOption = OUTPUTS,
-    onnx: OnnxOption = ONNX,
-    out: Annotated[Path, typer.Option(help="Page to write.")] = FOLDER / "report.html",
+    calibration: given.ArtifactFile = given.ARTIFACT,
+    outputs: given.OutputsFile = given.OUTPUTS,
+    onnx: given.OnnxFolder = given.ONNX,
+    out: Annotated[Path, typer.Option(help="Page to write.")] = given.FOLDER / "report.html",
 ) -> None:
     """Write report.html: certificate, risk against escalation, signals, galleries, analysis."""
     artifact, rung_set = Calibration.load(calibration), GraphSet.load(onnx)
@@ -403,12 +329,6 @@ def _unlearned(outputs: Outputs, rung_set: GraphSet) -> Outputs:
     return kept
 
 
-def _open(images: str, limit: int | None, seed: int) -> ImageSource:
-    if images == "sample":
-        return open_images(f"sample:{seed}", limit or SAMPLE_CROPS)
-    return open_images(images, limit)
-
-
 def _source_of(outputs: Outputs) -> ImageSource | None:
     """Where the outputs' images came from; None where that is gone."""
     try:
@@ -416,23 +336,6 @@ def _source_of(outputs: Outputs) -> ImageSource | None:
     except ImagesError as error:
         console.print(f"no pictures: {error}", markup=False, highlight=False)
         return None
-
-
-@contextmanager
-def _served(
-    url: str | None, rung_set: GraphSet, ca: Path | None, certificate: Path | None, key: Path | None
-) -> Iterator[ServedRungs | None]:
-    """The rungs of the server at a URL; None where there is no URL."""
-    secrets = credentials(ca, certificate, key)
-    if url is None:
-        if ca is not None:
-            raise ServedError("--tls-ca is for a server; give its --url")
-        yield None
-        return
-    with ServedRungs(url, rung_set, secrets) as served:
-        if rung_set.reference_record is not None:
-            _say("the reference is another graph than the full rung, is not served, and runs here")
-        yield served
 
 
 def _show(cache: AnswerCache, fill: Callable[[Progress], list[str]]) -> None:
@@ -454,12 +357,10 @@ def _show(cache: AnswerCache, fill: Callable[[Progress], list[str]]) -> None:
 
         unreadable = fill(show)
     for line in unreadable:
-        _say(f"skipped {line}")
-    _say(f"answers are kept in {cache.folder} ({cache.size_mib():,.0f} MiB) until you delete it")
-
-
-def _say(line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+        given.say(f"skipped {line}")
+    given.say(
+        f"answers are kept in {cache.folder} ({cache.size_mib():,.0f} MiB) until you delete it"
+    )
 
 
 def _tell_copies(hashes: Sequence[str], looks: Looks) -> None:
@@ -471,23 +372,6 @@ def _tell_copies(hashes: Sequence[str], looks: Looks) -> None:
 
 def _learned(count: int) -> str:
     return f"{count:,} images taught a graph or its head, in this or another form"
-
-
-def _target(
-    max_risk: float | None,
-    confidence: float,
-    method: str,
-    escalation_rate: float | None,
-    threshold: float | None,
-) -> Target:
-    given = [value for value in (max_risk, escalation_rate, threshold) if value is not None]
-    if len(given) != 1:
-        raise FitError("give one of --max-risk, --escalation-rate and --threshold")
-    if max_risk is not None:
-        return Goal(max_risk, confidence, method)
-    if escalation_rate is not None:
-        return EscalationRate(escalation_rate)
-    return Threshold(given[0])
 
 
 def _without_arrays(calibration: Calibration) -> dict[str, Any]:

@@ -372,4 +372,6 @@ def _chosen_by(target: Target, options: Options) -> dict[str, Any]:
 def _thinned(ascending: NDArray[np.float32]) -> NDArray[np.float32]:
     if len(ascending) <= MAX_REFERENCE_SCORES:
         return ascending
-    return ascending[np.linspace(0, len(ascending) - 1, MAX_REFERENCE_SCORES).round().astype(int)]
+    places = np.linspace(0, len(ascending) - 1, MAX_REFERENCE_SCORES).round().astype(np.intp)
+    kept: NDArray[np.float32] = ascending[places]
+    return kept

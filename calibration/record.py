@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .chunks import NpzError, load_npz, save_npz
 from .outputs import Outputs, OutputsError
 from .splits import Rows
 
@@ -44,17 +46,17 @@ class FitRecord:
 
     def save(self, path: Path) -> None:
         """Write the `.npz`."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(
-            path,
-            scores=self.scores,
-            loss=self.loss,
-            **({} if self.high_loss is None else {"high_loss": self.high_loss}),
-            fingerprint=np.array(self.fingerprint),
-            artifact_sha256=np.array(self.artifact_sha256),
+        arrays = {
+            "scores": self.scores,
+            "loss": self.loss,
+            "fingerprint": np.array(self.fingerprint),
+            "artifact_sha256": np.array(self.artifact_sha256),
             **{f"split_{name}": rows for name, rows in self.splits.items()},
             **{f"signal_{name}": values for name, values in self.values.items()},
-        )
+        }
+        if self.high_loss is not None:
+            arrays["high_loss"] = self.high_loss
+        save_npz(path, arrays)
 
     @classmethod
     def load(cls, path: Path, outputs: Outputs, artifact: Path) -> FitRecord:
@@ -64,8 +66,7 @@ class FitRecord:
             OutputsError: missing, unreadable, or of another fit.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = dict(file)
+            arrays = load_npz(path)
             record = cls(
                 splits=_named(arrays, "split_"),
                 values=_named(arrays, "signal_"),
@@ -77,7 +78,7 @@ class FitRecord:
             )
         except FileNotFoundError:
             raise OutputsError(f"no {path}; run python -m calibration fit first") from None
-        except (OSError, ValueError, KeyError, BadZipFile) as error:
+        except (NpzError, KeyError) as error:
             raise OutputsError(f"{path} is not readable ({error}); fit again") from None
         artifact_sha256 = hashlib.sha256(artifact.read_bytes()).hexdigest()
         if (record.fingerprint, record.artifact_sha256) != (outputs.fingerprint(), artifact_sha256):
@@ -85,7 +86,7 @@ class FitRecord:
         return record
 
 
-def _named(arrays: dict[str, NDArray], prefix: str) -> dict[str, NDArray]:
+def _named(arrays: Mapping[str, NDArray[Any]], prefix: str) -> dict[str, NDArray[Any]]:
     return {
         name.removeprefix(prefix): array
         for name, array in arrays.items()

@@ -60,8 +60,8 @@ def with_reference_answers(
     batches = [[places[name] for name in wanted]]
     with closing(decode_ahead(source, batches, preprocessing)) as decoded:
         (found,) = decoded
-    images = [item for item in found if isinstance(item, DecodedImage)]
-    same = [image for image in images if image.sha256 == outputs.hashes[wanted[image.name]]]
+    there = [item for item in found if isinstance(item, DecodedImage)]
+    same = [image for image in there if image.sha256 == outputs.hashes[wanted[image.name]]]
     if len(same) < len(rows):
         say(f"{len(rows) - len(same)} of {len(rows)} reference images are gone or have changed")
     if not same:

@@ -100,7 +100,7 @@ def _pooled(
     blocks: NDArray[np.intp], knots: FloatVector, values: FloatVector, counts: FloatVector
 ) -> tuple[FloatVector, FloatVector, FloatVector]:
     """Mean knot, mean value and count of each block 0, 1, ..., weighted by the counts."""
-    totals = np.bincount(blocks, counts)
+    totals: FloatVector = np.bincount(blocks, counts).astype(np.float64)
     mean_knots = np.bincount(blocks, knots * counts) / totals
     return mean_knots, np.bincount(blocks, values * counts) / totals, totals
 

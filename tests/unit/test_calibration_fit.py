@@ -410,7 +410,7 @@ def test_outputs_without_the_reference_that_the_rungs_have_are_of_other_files(ru
     rungs = with_reference(rung_set)
     with pytest.raises(FitError, match="not of these graphs: another reference; collect again"):
         fit(make_outputs(rung_set), rungs, GOAL, TOP1)
-    with pytest.raises(FitError, match="not of these graphs: another vit_low; collect again"):
+    with pytest.raises(FitError, match="not of these graphs: another reference; collect again"):
         fit(with_losing_high(make_outputs(rungs), 0.1), rung_set, GOAL, TOP1)
 
 
