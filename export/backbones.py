@@ -1,7 +1,8 @@
 """What every backbone offers, and the torch module of one rung of it.
 
 A backbone is a `transformers` ViT, DeiT or DINOv2. Per-layer CLS tokens are the library's own
-`hidden_states` and logits its own head's, so nothing of a model's forward is copied here.
+`hidden_states` and logits its own head's, so nothing of a model's forward is copied here; only
+`tome` runs the library's weights by a forward of our own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from bundle.recipe import Recipe
 from export.errors import UsageError
 from export.recipes.depth import check_depth, first_blocks
 from export.recipes.resize import bake_positions, downsample
-from export.recipes.token_merging import merge_tokens
+from export.recipes.token_merging import MergingVit
 from export.vit_families import base_model, has_own_head, head_reads_cls_alone
 from imaging import Preprocessing
 from routing import default_task
@@ -179,7 +180,7 @@ class Backbone:
                 "leave align out"
             )
 
-    def rung(self, recipe: Recipe) -> RungModule:
+    def rung(self, recipe: Recipe) -> nn.Module:
         """The module to export for a recipe's resolution, depth and merging of tokens.
 
         Args:
@@ -194,7 +195,7 @@ class Backbone:
         if recipe.depth is not None:
             model = first_blocks(model, recipe.depth)
         if recipe.tome:
-            model = merge_tokens(model, recipe.tome)
+            return MergingVit(model, recipe.px, recipe.tome, self.probe)
         return RungModule(model, recipe.px, self.probe)
 
     @torch.inference_mode()

@@ -8,69 +8,135 @@ on the image.
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.models.deit.modeling_deit import DeiTLayer
-from transformers.models.dinov2.modeling_dinov2 import Dinov2ForImageClassification, Dinov2Layer
-from transformers.models.vit.modeling_vit import ViTLayer
+from transformers import (
+    DeiTForImageClassificationWithTeacher,
+    Dinov2ForImageClassification,
+    PreTrainedModel,
+)
+from transformers.models.dinov2.modeling_dinov2 import Dinov2Layer
 
 from export.errors import UsageError
-from export.vit_families import base_model, blocks
+from export.recipes.resize import downsample
+from export.vit_families import base_model, blocks, has_own_head
 
 
-def merge_tokens(model: PreTrainedModel, r: int) -> PreTrainedModel:
-    """A copy of the model whose blocks merge tokens.
+class MergingVit(nn.Module):
+    """`image` at full resolution to `embedding`, `cls_layers` and, with a head, `logits`.
 
-    CLS, and DeiT's distillation token, are never merged. A block merges at most half of the other
-    tokens, as in the paper, however large r is; `token_counts` says what is left. Where two tokens
-    are the best partner to within rounding, two runtimes may merge another one and differ for that
-    image.
+    The library's weights, run by a forward of our own. CLS, and DeiT's distillation token, are
+    never merged. Where two tokens are the best partner to within rounding, two runtimes may merge
+    another one and differ for that image.
 
     Args:
-        model: a ViT, DeiT or DINOv2, with or without its head, in eval mode with eager attention.
-        r: pairs that each block merges; 0 leaves the model as it is.
+        model: a ViT, DeiT or DINOv2, with or without its head, in eval mode; its position table
+            fits `px`.
+        px: the resolution that the transformer sees.
+        r: pairs that each block merges, at most half of the tokens that may be merged.
+        probe: a linear head on the embedding, in place of the model's own.
 
     Raises:
         UsageError: r is negative.
     """
-    _check(r)
-    merging = copy.deepcopy(model)
-    if r == 0:
-        return merging
-    base = base_model(merging)
-    special = 1 + hasattr(base.embeddings, "distillation_token")
-    for block in blocks(merging):
-        block.__class__ = _MERGING[type(block)]
-        block.r, block.special = r, special
-    base.register_forward_pre_hook(_start, with_kwargs=True)
-    if isinstance(merging, Dinov2ForImageClassification):
-        base.register_forward_hook(_weigh_patches, with_kwargs=True)
-    return merging
+
+    def __init__(self, model: PreTrainedModel, px: int, r: int, probe: nn.Linear | None) -> None:
+        super().__init__()
+        if r < 0:
+            raise UsageError(f"tome={r} must be at least 0; 8 is a good start for 256 patches")
+        self.model = model
+        self.px = px
+        self.probe = probe
+        self.special = 1 + hasattr(base_model(model).embeddings, "distillation_token")
+        self.blocks = nn.ModuleList(
+            _MergingBlock(block, r, self.special) for block in blocks(model)
+        )
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Run the rung.
+
+        Args:
+            image: FP32 (B, 3, H, W), normalised, at the full rung's resolution.
+
+        Returns:
+            embedding (B, D), cls_layers (B, L+1, D)[, logits (B, C)].
+        """
+        base = base_model(self.model)
+        hidden = base.embeddings(downsample(image, self.px))  # (B, N, D)
+        sizes = torch.ones_like(hidden[..., :1])  # (B, N, 1), patches that a token stands for
+        cls_layers = [hidden[:, 0]]
+        for block in self.blocks:
+            hidden, sizes = block(hidden, sizes)
+            cls_layers.append(hidden[:, 0])
+        tokens = base.layernorm(hidden)
+        return tokens[:, 0], torch.stack(cls_layers, dim=1), *self._logits(tokens, sizes)
+
+    def _logits(self, tokens: torch.Tensor, sizes: torch.Tensor) -> list[torch.Tensor]:
+        """What the head makes of the normalised tokens (B, N, D): (B, C), or none."""
+        cls, model = tokens[:, 0], self.model
+        if self.probe is not None:
+            return [self.probe(cls)]
+        if not has_own_head(model):
+            return []
+        if isinstance(model, DeiTForImageClassificationWithTeacher):
+            distilled = model.distillation_classifier(tokens[:, 1])
+            return [(model.cls_classifier(cls) + distilled) / 2]
+        if isinstance(model, Dinov2ForImageClassification):
+            patches, counts = tokens[:, self.special :], sizes[:, self.special :]
+            mean = (patches * counts).sum(dim=1) / counts.sum(dim=1)  # each patch once
+            cls = torch.cat([cls, mean], dim=1)
+        return [model.classifier(cls)]
 
 
-def token_counts(tokens: int, special: int, layers: int, r: int) -> list[int]:
-    """How many tokens are left after each block.
+class _MergingBlock(nn.Module):
+    """One block of ViT, DeiT or DINOv2, its parts called in the block's own order.
 
     Args:
-        tokens: before the first block, special ones included.
-        special: those that are never merged: CLS, and DeiT's distillation token.
-        layers: number of blocks.
-        r: pairs that each block merges, as for `merge_tokens`.
-
-    Raises:
-        UsageError: r is negative.
+        block: the library's.
+        r: pairs to merge.
+        special: leading tokens that are never merged.
     """
-    _check(r)
-    counts = []
-    for _ in range(layers):
-        tokens -= _pairs(tokens, special, r)
-        counts.append(tokens)
-    return counts
+
+    def __init__(self, block: nn.Module, r: int, special: int) -> None:
+        super().__init__()
+        self.r = r
+        self.special = special
+        self.attention = block.attention
+        self.mlp = block.mlp
+        if isinstance(block, Dinov2Layer):
+            self.norm1, self.norm2 = block.norm1, block.norm2
+            self.scale1, self.scale2 = block.layer_scale1, block.layer_scale2
+        else:
+            self.norm1, self.norm2 = block.layernorm_before, block.layernorm_after
+            self.scale1, self.scale2 = nn.Identity(), nn.Identity()
+
+    def forward(
+        self, hidden: torch.Tensor, sizes: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden (B, N, D) and sizes (B, N, 1) to (B, N - P, D) and (B, N - P, 1)."""
+        attended, keys = self._attend(self.norm1(hidden), sizes)
+        hidden = hidden + self.scale1(attended)
+        pairs = min(self.r, (hidden.shape[1] - self.special) // 2)
+        if pairs > 0:
+            hidden, sizes = merge(hidden, sizes, match(keys, self.special, pairs))
+        return hidden + self.scale2(self.mlp(self.norm2(hidden))), sizes
+
+    def _attend(
+        self, normed: torch.Tensor, sizes: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the attention answers (B, N, D), and its keys averaged over the heads (B, N, K)."""
+        attention = self.attention
+        query, key, value = (
+            project(normed).unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
+            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )  # each (B, heads, N, K)
+        likeness = query @ key.transpose(2, 3) * attention.scaling  # (B, heads, N, N)
+        # A token that stands for s patches draws attention as s tokens would.
+        likeness = likeness + sizes.log().transpose(1, 2)[:, None]
+        attended = likeness.softmax(dim=3) @ value
+        return attention.o_proj(attended.transpose(1, 2).flatten(2)), key.mean(dim=1)
 
 
 class Matching(NamedTuple):
@@ -146,99 +212,3 @@ def merge(
 def _rows(values: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     # Numbered through the batch, whole rows are copied; runtimes are slower per batch and element.
     return values.flatten(0, 1)[numbers]
-
-
-@dataclass
-class _Sizes:
-    """Travels through one forward: (B, N, 1) patches per token; None while it is one each."""
-
-    value: torch.Tensor | None = None
-
-
-class _MergingBlock:
-    """Mixed into a block of ViT or DeiT, whose parts it calls in the block's own order."""
-
-    r: int
-    special: int
-
-    def forward(
-        self, hidden_states: torch.Tensor, attention_mask: None = None, *, sizes: _Sizes, **_: Any
-    ) -> torch.Tensor:
-        """One block, (B, N, D) to (B, N - P, D)."""
-        # A token that stands for s patches draws attention as s tokens would.
-        bias = None if sizes.value is None else sizes.value.log()[:, None].transpose(2, 3)
-        hidden, keys = self.attend(hidden_states, bias)
-        pairs = _pairs(hidden.shape[1], self.special, self.r)
-        if pairs > 0:
-            before = torch.ones_like(hidden[..., :1]) if sizes.value is None else sizes.value
-            hidden, sizes.value = merge(hidden, before, match(keys, self.special, pairs))
-        return self.transform(hidden)
-
-    def attend(
-        self, hidden: torch.Tensor, bias: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        attended, keys = _attend(self.attention, self.layernorm_before(hidden), bias)
-        return hidden + attended, keys
-
-    def transform(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden + self.mlp(self.layernorm_after(hidden))
-
-
-class _MergingDinov2Block(_MergingBlock):
-    def attend(
-        self, hidden: torch.Tensor, bias: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        attended, keys = _attend(self.attention, self.norm1(hidden), bias)
-        return hidden + self.layer_scale1(attended), keys
-
-    def transform(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden + self.layer_scale2(self.mlp(self.norm2(hidden)))
-
-
-_MIXINS = {ViTLayer: _MergingBlock, DeiTLayer: _MergingBlock, Dinov2Layer: _MergingDinov2Block}
-# Subclasses, so that the library still knows the blocks whose outputs are its hidden states.
-_MERGING = {kind: type(f"Merging{kind.__name__}", (_MIXINS[kind], kind), {}) for kind in _MIXINS}
-
-
-def _attend(
-    attention: nn.Module, normed: torch.Tensor, bias: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the attention answers (B, N, D), and its keys averaged over the heads (B, N, K)."""
-    keys: list[torch.Tensor] = []
-    # Read where they arise: computed a second time they would cost a product, or its weight its
-    # place among the graph's constants.
-    with attention.k_proj.register_forward_hook(lambda *call: keys.append(call[-1])):
-        attended, _ = attention(normed, bias)
-    return attended, keys[0].unflatten(2, (-1, attention.head_dim)).mean(dim=2)
-
-
-def _start(
-    base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    # The library hands keyword arguments on to every block.
-    return args, {**kwargs, "sizes": _Sizes()}
-
-
-def _weigh_patches(
-    base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> Any:
-    """Scale the patch tokens so that their mean, which the head takes, counts every patch once."""
-    sizes = kwargs["sizes"].value
-    if sizes is None:  # too few patches to merge any
-        return output
-    special = blocks(base)[0].special
-    patches = sizes[:, special:]
-    share = patches * patches.shape[1] / patches.sum(dim=1, keepdim=True)  # (B, N, 1)
-    tokens = output.last_hidden_state
-    weighed = [tokens[:, :special], tokens[:, special:] * share]
-    output.last_hidden_state = torch.cat(weighed, dim=1)
-    return output
-
-
-def _pairs(tokens: int, special: int, r: int) -> int:
-    return min(r, (tokens - special) // 2)
-
-
-def _check(r: int) -> None:
-    if r < 0:
-        raise UsageError(f"tome={r} must be at least 0; 8 is a good start for 256 patches")

@@ -17,9 +17,9 @@ from export.onnx_graph import check_versions
 from export.parity import sample_images
 from export.pretrained import pretrained
 from export.recipes.resize import bake_positions
-from export.recipes.token_merging import match, merge, merge_tokens, token_counts
+from export.recipes.token_merging import MergingVit, match, merge
 from export.vit_families import base_model, blocks
-from tests.unit.export_tiny import LAYERS, PATCH, PX, save_tiny
+from tests.unit.export_tiny import LAYERS, PATCH, PX, WIDTH, save_tiny
 
 pytestmark = pytest.mark.usefixtures("remembered_exports")
 
@@ -47,6 +47,21 @@ def run(model: PreTrainedModel, images: torch.Tensor) -> tuple[list[torch.Tensor
     output = model(images, output_hidden_states=True)
     answer = output.logits if "logits" in output else output.last_hidden_state[:, 0]
     return list(output.hidden_states), answer
+
+
+@torch.inference_mode()
+def run_merging(
+    model: PreTrainedModel, r: int, images: torch.Tensor
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """As `run`, of the model that merges r pairs in each block."""
+    module = MergingVit(model, images.shape[2], r, None)
+    hidden = []
+    module.blocks[0].register_forward_pre_hook(lambda _, given: hidden.append(given[0]))
+    for block in module.blocks:
+        block.register_forward_hook(lambda _, given, found: hidden.append(found[0]))
+    embedding, cls_layers, *logits = module(images)
+    assert torch.equal(cls_layers, torch.stack([tokens[:, 0] for tokens in hidden], dim=1))
+    return hidden, logits[0] if logits else embedding
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +129,7 @@ def test_sizes_sum_to_the_patches_and_special_tokens_stay_as_they_are():
 def test_a_block_merges_by_its_keys_between_attention_and_mlp(class_name, tmp_path, images):
     model = tiny(class_name, tmp_path)
     special = special_tokens(model)
-    before, after = run(merge_tokens(model, R), images)[0][:2]
+    before, after = run_merging(model, R, images)[0][:2]
     block = blocks(model)[0]
     dinov2 = class_name == "Dinov2Model"
     with torch.inference_mode():
@@ -133,12 +148,19 @@ def test_a_block_merges_by_its_keys_between_attention_and_mlp(class_name, tmp_pa
 
 
 @pytest.mark.parametrize("class_name", BARE + WITH_HEAD)
-def test_merging_nothing_is_the_plain_model(class_name, tmp_path, images):
+def test_merging_nothing_is_the_librarys_forward(class_name, tmp_path, images):
     model = tiny(class_name, tmp_path)
-    plain, answer = run(model, images)
-    same, same_answer = run(merge_tokens(model, 0), images)
-    assert torch.equal(answer, same_answer)
-    assert all(torch.equal(a, b) for a, b in zip(plain, same, strict=True))
+    plain = RungModule(model, PX, None)(images)
+    own = MergingVit(model, PX, 0, None)(images)
+    assert len(own) == (2 if class_name in BARE else 3)
+    for ours, librarys in zip(own, plain, strict=True):
+        torch.testing.assert_close(ours, librarys, rtol=1e-5, atol=1e-5)
+
+
+def test_a_probe_takes_the_place_of_the_models_own_head(tmp_path, images):
+    probe, model = nn.Linear(WIDTH, 5), tiny("ViTForImageClassification", tmp_path)
+    embedding, _, logits = MergingVit(model, PX, R, probe)(images)
+    torch.testing.assert_close(logits, probe(embedding))
 
 
 @pytest.mark.parametrize("class_name", BARE + WITH_HEAD)
@@ -153,7 +175,7 @@ def test_identical_patches_merge_without_a_trace(class_name, tmp_path):
     image = dark.repeat(1, PX // PATCH, PX // PATCH)
     image[:, :PATCH] = bright.repeat(1, 1, PX // PATCH)
     plain, answer = run(model, image[None])
-    merged, merged_answer = run(merge_tokens(model, R), image[None])
+    merged, merged_answer = run_merging(model, R, image[None])
     assert [hidden.shape[1] for hidden in merged] != [hidden.shape[1] for hidden in plain]
     torch.testing.assert_close(merged_answer, answer, rtol=1e-4, atol=1e-5)
     for few, all_tokens in zip(merged, plain, strict=True):
@@ -161,41 +183,29 @@ def test_identical_patches_merge_without_a_trace(class_name, tmp_path):
 
 
 @pytest.mark.parametrize("class_name", BARE)
-@pytest.mark.parametrize("r", [1, 3, 1000])
-def test_tokens_after_each_block_are_those_foretold(class_name, r, tmp_path, images):
+@pytest.mark.parametrize(("r", "patches"), [(1, [15, 14]), (3, [13, 10]), (1000, [8, 4])])
+def test_each_block_merges_so_many_pairs_and_at_most_half(class_name, r, patches, tmp_path, images):
     model = tiny(class_name, tmp_path)
+    merged, _ = run_merging(model, r, images)
     special = special_tokens(model)
-    merged, _ = run(merge_tokens(model, r), images)
-    counts = [hidden.shape[1] for hidden in merged]
-    assert counts == [special + PATCHES, *token_counts(special + PATCHES, special, LAYERS, r)]
-
-
-def test_a_block_merges_at_most_half_of_the_tokens_and_in_the_end_none():
-    assert token_counts(257, 1, 4, 8) == [249, 241, 233, 225]
-    assert token_counts(257, 1, 10, 1000) == [129, 65, 33, 17, 9, 5, 3, 2, 2, 2]
-    assert token_counts(198, 2, 3, 98) == [100, 51, 27]
-    assert token_counts(257, 1, 2, 0) == [257, 257]
+    assert [hidden.shape[1] - special for hidden in merged] == [PATCHES, *patches]
 
 
 def test_a_single_patch_is_the_plain_model(tmp_path, images):
     model = bake_positions(tiny("Dinov2ForImageClassification", tmp_path), PATCH)
     patch = images[:, :, :PATCH, :PATCH]
-    answers = [run(candidate, patch)[1] for candidate in (model, merge_tokens(model, R))]
-    torch.testing.assert_close(*answers)
+    torch.testing.assert_close(run_merging(model, R, patch)[1], run(model, patch)[1])
 
 
 def test_a_negative_number_is_refused(tmp_path):
     with pytest.raises(UsageError, match="tome=-1 must be at least 0"):
-        merge_tokens(tiny("ViTModel", tmp_path), -1)
-    with pytest.raises(UsageError, match="tome=-1 must be at least 0"):
-        token_counts(257, 1, 12, -1)
+        MergingVit(tiny("ViTModel", tmp_path), PX, -1, None)
 
 
 def test_the_given_model_stays_as_it_was(tmp_path, images):
     model = tiny("ViTForImageClassification", tmp_path)
     _, answer = run(model, images)
-    _, merged = run(merge_tokens(model, R), images)
-    assert not torch.allclose(answer, merged)
+    assert not torch.allclose(answer, run_merging(model, R, images)[1])
     assert torch.equal(run(model, images)[1], answer)
 
 
@@ -203,9 +213,9 @@ OUTPUTS = ["embedding", "cls_layers", "logits"]
 
 
 @pytest.fixture(scope="module", params=WITH_HEAD)
-def exported(request, tmp_path_factory) -> tuple[RungModule, Path]:
+def exported(request, tmp_path_factory) -> tuple[MergingVit, Path]:
     folder = tmp_path_factory.mktemp("merging")
-    module = RungModule(merge_tokens(tiny(request.param, folder), R), PX, None)
+    module = MergingVit(tiny(request.param, folder), PX, R, None)
     # Both ends of the range of opsets.
     opset = 21 if request.param.startswith("ViT") else 18
     onnx_graph.export_onnx(module, PX, OUTPUTS, folder / "graph.onnx", opset)
@@ -250,7 +260,7 @@ def test_weights_stay_constants_that_can_be_quantised(tmp_path):
     model = tiny("Dinov2Model", tmp_path)
 
     def weighted_products(r: int) -> int:
-        module = RungModule(merge_tokens(model, r), PX, None)
+        module = MergingVit(model, PX, r, None)
         graph = onnx_graph.export_onnx(module, PX, OUTPUTS[:2], tmp_path / "graph.onnx", 18).graph
         constants = {tensor.name for tensor in graph.initializer}
         products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm")]
