@@ -104,7 +104,7 @@ class TritonPythonModel:
             start += count
         return responses
 
-    def _feed(self, request: Any) -> dict[str, np.ndarray]:
+    def _feed(self, request: Any) -> dict[str, np.ndarray[Any, Any]]:
         return {
             name: pb_utils.get_input_tensor_by_name(request, name).as_numpy()
             for name in self._input_names
