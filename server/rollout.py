@@ -18,42 +18,22 @@ cannot be, the error says what the disk says, what the server says, and what mak
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import tritonclient.grpc as triton
-from tritonclient.utils import InferenceServerException
-
-from routing import PROBE_ID, ManifestError, manifest
+from routing import ManifestError, manifest
 from routing.versions import VersionError, Versions, is_careful, present, put, switched
 
-from .access import (
-    ANSWERS,
-    ENTRY,
-    ROUTER,
-    WAY_OUT,
-    Access,
-    is_comparing,
-    is_other,
-    wait_out,
-    zeros_input,
-)
+from .access import ENTRY, ROUTER, Access
 from .errors import ServerError, ServerUsageError
+from .loading import LoadingServer, NoAnswerError, RefusalError, StepError
 from .repository import refuses_other_answers
 from .triton_log import first_line
 
-_QUESTION_TIMEOUT_S = 5.0
-_POLL_S = 0.1
-# Triton has loaded when it says so; longer only for answers that come late.
-_SHOW_S = 15.0
 # For a connection that was lost to come back.
 _ASK_AGAIN_S = 15.0
-# These do not tell whether the server has done what it was told.
-_LOST = ("CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL", "UNAVAILABLE", "UNKNOWN")
 _DISK_ERRORS = (ManifestError, VersionError, OSError)
 
 
@@ -89,10 +69,10 @@ def rollout(
         RolloutInterruptedError: by Ctrl-C.
     """
     with access.open() as client:
-        server = _Server(client, access, timeout_s)
+        server = LoadingServer(client, access, timeout_s)
         try:
             answering = server.answering()
-        except _NoAnswerError as error:
+        except NoAnswerError as error:
             raise ServerUsageError(
                 f"no answer from a server at {access.url} ({error}); start it with python -m "
                 "server --allow-reload, or give its --url"
@@ -129,7 +109,7 @@ class _Change:
     """
 
     repository: Path
-    server: _Server
+    server: LoadingServer
     answering: int | None
     before: Versions
     wanted: Versions
@@ -143,7 +123,7 @@ class _Change:
             answering: the version that the server's ensemble names.
 
         Raises:
-            _StepError: the server refused, did not answer, or serves something else.
+            StepError: the server refused, did not answer, or serves something else.
             ManifestError, VersionError, OSError: the repository cannot be changed.
         """
         way, order = target, (ENTRY, ROUTER)
@@ -206,7 +186,7 @@ class _Change:
 
     def _answers(self, error: BaseException) -> bool:
         """Whether the version that was wanted, and is loaded, does not refuse requests."""
-        if isinstance(error, _RefusalError):
+        if isinstance(error, RefusalError):
             return False
         if not refuses_other_answers(self.repository):
             return True
@@ -258,24 +238,8 @@ def _said(versions: Versions) -> str:
     return versions.sentence if versions.live else "nothing answers"
 
 
-class _StepError(Exception):
-    """A step failed; why, in one line."""
-
-
-class _RefusalError(_StepError):
-    """A version is loaded, and refuses every request or is still to find out whether it will."""
-
-
-class _NoAnswerError(Exception):
-    """The server did not answer a question; `is_unknown`: for it has no such model."""
-
-    def __init__(self, reason: str, is_unknown: bool) -> None:
-        super().__init__(reason)
-        self.is_unknown = is_unknown
-
-
 def _what_failed(error: BaseException) -> str:
-    if isinstance(error, _StepError):
+    if isinstance(error, StepError):
         return str(error)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
@@ -291,186 +255,3 @@ def _attempt(step: Callable[[], None]) -> str:
     except Exception as error:
         return first_line(str(error))
     return ""
-
-
-class _Server:
-    """The running server.
-
-    Attributes:
-        url: `host:port`.
-        is_touched: whether it may have loaded anything since.
-        silence: why it did not answer, where it did not.
-        refusing: the version of the router that was last seen to refuse requests; 0: none.
-    """
-
-    def __init__(
-        self, client: triton.InferenceServerClient, access: Access, timeout_s: float
-    ) -> None:
-        self._client = client
-        self._headers = dict(access.headers)
-        self._timeout_s = timeout_s
-        self.url = access.url
-        self.is_touched = False
-        self.silence = ""
-        self.refusing = 0
-
-    def answering(self) -> int | None:
-        """The router's version that the ensemble names; None while there is no ensemble.
-
-        Raises:
-            _NoAnswerError: it does not say.
-        """
-        config = self._config(ENTRY)
-        steps = [] if config is None else config.ensemble_scheduling.step
-        return next((int(step.model_version) for step in steps if step.model_name == ROUTER), None)
-
-    def serves(self) -> Versions:
-        """What it serves; `live` is 0 where there is no ensemble.
-
-        Raises:
-            _NoAnswerError: it does not say.
-        """
-        live = self.answering() or 0
-        index = self._ask(self._client.get_model_repository_index)
-        config = self._config(ROUTER)
-        if config is None:
-            return Versions(live, ())
-        return Versions(
-            live,
-            tuple(
-                sorted(
-                    int(model.version)
-                    for model in index.models
-                    if model.name == ROUTER and model.state == "READY"
-                )
-            ),
-            int(config.parameters["shadow_version"].string_value or 0),
-            float(config.parameters["shadow_fraction"].string_value or 0.0),
-        )
-
-    def look(self, patience_s: float, wanted: Versions | None = None) -> Versions | None:
-        """What it serves, asked until it says so; None: it does not, see `silence`.
-
-        Args:
-            patience_s: seconds to ask again, for no longer than the timeout.
-            wanted: what it is to say, for which it is asked again, too.
-        """
-        deadline = time.monotonic() + min(patience_s, self._timeout_s)
-        while True:
-            seen = None
-            try:
-                seen = self.serves()
-            except _NoAnswerError as error:
-                self.silence = str(error)
-            if (seen is not None and wanted in (None, seen)) or time.monotonic() >= deadline:
-                return seen
-            time.sleep(_POLL_S)
-
-    def load(self, model: str) -> None:
-        """Load a model as the disk has it, and what it is made of; wait until that is done.
-
-        Raises:
-            _StepError: it refused, or did not answer.
-        """
-        was_touched, self.is_touched = self.is_touched, True
-        try:
-            self._client.load_model(model, headers=self._headers, client_timeout=self._timeout_s)
-        except InferenceServerException as error:
-            reason = first_line(error.message())
-            self.is_touched = was_touched
-            if "restricted" in reason:
-                what = "wants the admin key for this; give --admin-key-file"
-            elif "explicit model load" in reason:
-                what = "loads no models while it serves; start it with --allow-reload, or restart "
-                what += "it to serve what the repository says"
-            elif str(error.status()).removeprefix("StatusCode.") in _LOST:
-                self.is_touched = True
-                what = f"did not answer while it was to load {model}: {reason}"
-            else:
-                raise _StepError(f"{model} was not loaded: {reason}") from error
-            raise _StepError(f"the server at {self.url} {what}") from error
-
-    def wait_for_answers(self, version: int) -> None:
-        """Wait until a router that refuses other answers than calibrated has found none to refuse.
-
-        What else a request may fail with, a rung that is away or a full queue, is not its refusal;
-        nor is it one that comes late, for it refuses at once.
-
-        Raises:
-            _RefusalError: it refuses for good, or does not know yet when the time has run out.
-            _StepError: the server does not say what it serves.
-        """
-        self.refusing = version
-        try:
-            config = self._config(ROUTER)
-        except _NoAnswerError as error:
-            self.silence = str(error)
-            raise self._does_not_say() from error
-        shape = [1, *config.input[0].dims] if config is not None else [1]
-        image = zeros_input(shape)
-
-        def ask() -> None:
-            try:
-                self._client.infer(
-                    ROUTER,
-                    [image],
-                    model_version=str(version),
-                    request_id=PROBE_ID,
-                    client_timeout=_QUESTION_TIMEOUT_S,
-                )
-            except InferenceServerException as error:
-                if is_comparing(error.message()) or is_other(error.message()):
-                    raise
-
-        try:
-            wait_out(ask, ANSWERS, self._timeout_s)
-        except InferenceServerException as error:
-            why = (
-                f"refuses every request: {first_line(error.message())}; {WAY_OUT}"
-                if is_other(error.message())
-                else "is still comparing its answers with the calibration's after "
-                f"{self._timeout_s:g} s; give it longer with --timeout-s"
-            )
-            raise _RefusalError(f"router/{version} {why}") from error
-        self.refusing = 0
-
-    def wait_until(self, versions: Versions) -> None:
-        """Wait until it serves just these.
-
-        Raises:
-            _StepError: it does not, or does not say.
-        """
-        seen = self.look(_SHOW_S, versions)
-        if seen is None:
-            raise self._does_not_say()
-        if seen != versions:
-            raise _StepError(
-                f"the server at {self.url} loaded its models, but they are not those of this "
-                "repository; give the --repository that it serves"
-            )
-
-    def _does_not_say(self) -> _StepError:
-        return _StepError(
-            f"the server at {self.url} was told to load, and does not say what it serves: "
-            f"{self.silence}"
-        )
-
-    def _config(self, model: str) -> Any:
-        """A model's configuration, None where there is no such model."""
-        try:
-            return self._ask(self._client.get_model_config, model).config
-        except _NoAnswerError as error:
-            if error.is_unknown:
-                return None
-            raise
-
-    def _ask(self, call: Callable[..., Any], *arguments: str) -> Any:
-        try:
-            return call(
-                *arguments,
-                headers=self._headers,
-                client_timeout=_QUESTION_TIMEOUT_S,
-            )
-        except InferenceServerException as error:
-            is_unknown = error.status() == "StatusCode.NOT_FOUND"
-            raise _NoAnswerError(first_line(error.message()), is_unknown) from error

@@ -16,7 +16,7 @@ from tritonclient.utils import InferenceServerException
 
 import server.__main__ as command_line
 import server.access as server_access
-import server.rollout as server_rollout
+import server.loading as server_loading
 from calibration.fit import EscalationRate
 from export.repository import assemble
 from export.settings import ClientParameters, ReferenceCheck, Settings
@@ -179,7 +179,7 @@ def refusing(assembled_to_refuse, tmp_path):
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(server_rollout, "_POLL_S", 0.001)
+    monkeypatch.setattr(server_loading, "_POLL_S", 0.001)
     monkeypatch.setattr(server_access, "_POLL_S", 0.001)
 
 

@@ -1,0 +1,232 @@
+"""A running server that loads models: what it serves, and what it is told to load."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import tritonclient.grpc as triton
+from tritonclient.utils import InferenceServerException
+
+from routing import PROBE_ID
+from routing.versions import Versions
+
+from .access import (
+    ANSWERS,
+    ENTRY,
+    ROUTER,
+    WAY_OUT,
+    Access,
+    is_comparing,
+    is_other,
+    wait_out,
+    zeros_input,
+)
+from .triton_log import first_line
+
+_QUESTION_TIMEOUT_S = 5.0
+_POLL_S = 0.1
+# Triton has loaded when it says so; longer only for answers that come late.
+_SHOW_S = 15.0
+# These do not tell whether the server has done what it was told.
+_LOST = ("CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL", "UNAVAILABLE", "UNKNOWN")
+
+
+class StepError(Exception):
+    """A step failed; why, in one line."""
+
+
+class RefusalError(StepError):
+    """A version is loaded, and refuses every request or is still to find out whether it will."""
+
+
+class NoAnswerError(Exception):
+    """The server did not answer a question; `is_unknown`: for it has no such model."""
+
+    def __init__(self, reason: str, is_unknown: bool) -> None:
+        super().__init__(reason)
+        self.is_unknown = is_unknown
+
+
+class LoadingServer:
+    """A server that was started with `--allow-reload`.
+
+    Attributes:
+        url: `host:port`.
+        is_touched: whether it may have loaded anything since.
+        silence: why it did not answer, where it did not.
+        refusing: the version of the router that was last seen to refuse requests; 0: none.
+    """
+
+    def __init__(
+        self, client: triton.InferenceServerClient, access: Access, timeout_s: float
+    ) -> None:
+        self._client = client
+        self._headers = dict(access.headers)
+        self._timeout_s = timeout_s
+        self.url = access.url
+        self.is_touched = False
+        self.silence = ""
+        self.refusing = 0
+
+    def answering(self) -> int | None:
+        """The router's version that the ensemble names; None while there is no ensemble.
+
+        Raises:
+            NoAnswerError: it does not say.
+        """
+        config = self._config(ENTRY)
+        steps = [] if config is None else config.ensemble_scheduling.step
+        return next((int(step.model_version) for step in steps if step.model_name == ROUTER), None)
+
+    def serves(self) -> Versions:
+        """What it serves; `live` is 0 where there is no ensemble.
+
+        Raises:
+            NoAnswerError: it does not say.
+        """
+        live = self.answering() or 0
+        index = self._ask(self._client.get_model_repository_index)
+        config = self._config(ROUTER)
+        if config is None:
+            return Versions(live, ())
+        return Versions(
+            live,
+            tuple(
+                sorted(
+                    int(model.version)
+                    for model in index.models
+                    if model.name == ROUTER and model.state == "READY"
+                )
+            ),
+            int(config.parameters["shadow_version"].string_value or 0),
+            float(config.parameters["shadow_fraction"].string_value or 0.0),
+        )
+
+    def look(self, patience_s: float, wanted: Versions | None = None) -> Versions | None:
+        """What it serves, asked until it says so; None: it does not, see `silence`.
+
+        Args:
+            patience_s: seconds to ask again, for no longer than the timeout.
+            wanted: what it is to say, for which it is asked again, too.
+        """
+        deadline = time.monotonic() + min(patience_s, self._timeout_s)
+        while True:
+            seen = None
+            try:
+                seen = self.serves()
+            except NoAnswerError as error:
+                self.silence = str(error)
+            if (seen is not None and wanted in (None, seen)) or time.monotonic() >= deadline:
+                return seen
+            time.sleep(_POLL_S)
+
+    def load(self, model: str) -> None:
+        """Load a model as the disk has it, and what it is made of; wait until that is done.
+
+        Raises:
+            StepError: it refused, or did not answer.
+        """
+        was_touched, self.is_touched = self.is_touched, True
+        try:
+            self._client.load_model(model, headers=self._headers, client_timeout=self._timeout_s)
+        except InferenceServerException as error:
+            reason = first_line(error.message())
+            self.is_touched = was_touched
+            if "restricted" in reason:
+                what = "wants the admin key for this; give --admin-key-file"
+            elif "explicit model load" in reason:
+                what = "loads no models while it serves; start it with --allow-reload, or restart "
+                what += "it to serve what the repository says"
+            elif str(error.status()).removeprefix("StatusCode.") in _LOST:
+                self.is_touched = True
+                what = f"did not answer while it was to load {model}: {reason}"
+            else:
+                raise StepError(f"{model} was not loaded: {reason}") from error
+            raise StepError(f"the server at {self.url} {what}") from error
+
+    def wait_for_answers(self, version: int) -> None:
+        """Wait until a router that refuses other answers than calibrated has found none to refuse.
+
+        What else a request may fail with, a rung that is away or a full queue, is not its refusal;
+        nor is it one that comes late, for it refuses at once.
+
+        Raises:
+            RefusalError: it refuses for good, or does not know yet when the time has run out.
+            StepError: the server does not say what it serves.
+        """
+        self.refusing = version
+        try:
+            config = self._config(ROUTER)
+        except NoAnswerError as error:
+            self.silence = str(error)
+            raise self._does_not_say() from error
+        shape = [1, *config.input[0].dims] if config is not None else [1]
+        image = zeros_input(shape)
+
+        def ask() -> None:
+            try:
+                self._client.infer(
+                    ROUTER,
+                    [image],
+                    model_version=str(version),
+                    request_id=PROBE_ID,
+                    client_timeout=_QUESTION_TIMEOUT_S,
+                )
+            except InferenceServerException as error:
+                if is_comparing(error.message()) or is_other(error.message()):
+                    raise
+
+        try:
+            wait_out(ask, ANSWERS, self._timeout_s)
+        except InferenceServerException as error:
+            why = (
+                f"refuses every request: {first_line(error.message())}; {WAY_OUT}"
+                if is_other(error.message())
+                else "is still comparing its answers with the calibration's after "
+                f"{self._timeout_s:g} s; give it longer with --timeout-s"
+            )
+            raise RefusalError(f"router/{version} {why}") from error
+        self.refusing = 0
+
+    def wait_until(self, versions: Versions) -> None:
+        """Wait until it serves just these.
+
+        Raises:
+            StepError: it does not, or does not say.
+        """
+        seen = self.look(_SHOW_S, versions)
+        if seen is None:
+            raise self._does_not_say()
+        if seen != versions:
+            raise StepError(
+                f"the server at {self.url} loaded its models, but they are not those of this "
+                "repository; give the --repository that it serves"
+            )
+
+    def _does_not_say(self) -> StepError:
+        return StepError(
+            f"the server at {self.url} was told to load, and does not say what it serves: "
+            f"{self.silence}"
+        )
+
+    def _config(self, model: str) -> Any:
+        """A model's configuration, None where there is no such model."""
+        try:
+            return self._ask(self._client.get_model_config, model).config
+        except NoAnswerError as error:
+            if error.is_unknown:
+                return None
+            raise
+
+    def _ask(self, call: Callable[..., Any], *arguments: str) -> Any:
+        try:
+            return call(
+                *arguments,
+                headers=self._headers,
+                client_timeout=_QUESTION_TIMEOUT_S,
+            )
+        except InferenceServerException as error:
+            is_unknown = error.status() == "StatusCode.NOT_FOUND"
+            raise NoAnswerError(first_line(error.message()), is_unknown) from error
