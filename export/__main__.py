@@ -140,30 +140,6 @@ def rungs(
         _print_summary(graphs, out)
 
 
-@app.command("describe")
-def describe_command(
-    model: Annotated[str, typer.Option(metavar="NAME|PATH|ID", help="As `rungs --model`.")],
-    recipe: Annotated[
-        list[str] | None,
-        typer.Option(metavar=RECIPE, help="Say whether it can be exported; may be repeated."),
-    ] = None,
-    px: Annotated[
-        int | None, typer.Option(help="Full resolution of those (default: the model's).")
-    ] = None,
-    head: Annotated[
-        Head | None, typer.Option(help="Of those: this head instead of the model's own.")
-    ] = None,
-) -> None:
-    """Print what a model is, as JSON: its patch size, blocks, classes, task and resolutions.
-
-    For each --recipe also what is wrong with it; nothing is exported.
-    """
-    from export.rungs import describe, load_backbone  # torch, as above
-
-    content = describe(load_backbone(model), recipe or (), px, own_head=head is None)
-    typer.echo(json.dumps(content, indent=2))
-
-
 @app.command()
 def repository(
     onnx: Annotated[Path, typer.Option(help="Folder that `rungs` wrote.")] = Path("build/onnx"),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import transformers
 
 from bundle.graphs import HIGH, LOW, REFERENCE, Graph, GraphSet
 from bundle.placing import folder_beside
-from bundle.recipe import Recipe, RecipeError
+from bundle.recipe import Recipe
 from export import onnx_graph, parity
 from export.backbones import Backbone, RungSpec
 from export.dinov2_small import dinov2_small
@@ -24,7 +23,6 @@ from export.pretrained import pretrained
 from export.probe import LabelledImages, Probe, fit_probe
 from export.progress import Steps
 from export.static_vit import static_vit
-from export.vit_families import base_model
 from routing import RUNGS
 from routing.provenance import RELEASE
 
@@ -112,50 +110,6 @@ def load_backbone(model: str, seed: int = 0, checkpoint: Path | None = None) -> 
     if model == "dinov2-small":
         return dinov2_small()
     return pretrained(model)
-
-
-def describe(
-    backbone: Backbone,
-    recipes: Sequence[str] = (),
-    px: int | None = None,
-    own_head: bool = True,
-) -> dict[str, Any]:
-    """What a model is, and by which recipes it can be exported, as JSON types.
-
-    Args:
-        backbone: the model.
-        recipes: to check, as users write them; nothing is exported.
-        px: the full rung's resolution; None: the model's own.
-        own_head: False: a linear head will take the place of the model's own.
-    """
-    if not own_head:
-        backbone = replace(backbone, model=base_model(backbone.model))
-    low_px, high_px = backbone.default_px
-    checked = [_checked(backbone, text, px or high_px) for text in recipes]
-    return {
-        "backbone": backbone.name,
-        "patch_size": backbone.patch_size,
-        "layers": backbone.layers,
-        "embedding_dim": backbone.embedding_dim,
-        "classes": backbone.classes,
-        "task": backbone.task,
-        "aligns": backbone.aligns,
-        "low_px": low_px,
-        "high_px": high_px,
-        "recipes": checked,
-    }
-
-
-def _checked(backbone: Backbone, text: str, image_px: int) -> dict[str, str | None]:
-    """A recipe as asked for, in canonical text (None: it has none), and what is wrong with it."""
-    canonical: str | None = None
-    try:
-        recipe = Recipe.parse(text)
-        canonical = str(replace(recipe, px=None) if recipe.px == image_px else recipe)
-        backbone.check(recipe, image_px)
-    except (RecipeError, UsageError) as error:
-        return {"asked": text, "recipe": canonical, "problem": str(error)}
-    return {"asked": text, "recipe": canonical, "problem": None}
 
 
 def _check_request(request: RungsRequest) -> None:
