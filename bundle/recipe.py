@@ -39,6 +39,7 @@ class Recipe:
             RecipeError: a part that is unknown, no whole number, or said twice.
         """
         fields: dict[str, int | str | bool] = {}
+        found: int | str | bool
         for part in text.replace(" ", "").split(","):
             name, _, value = part.partition("=")
             if part in PRECISIONS:

@@ -14,6 +14,8 @@ from rich.table import Table
 
 from bundle.graphs import GraphsError, GraphSet
 from bundle.recipe import Recipe, RecipeError
+from bundle.versions import VersionError, Versions, switch
+from bundle.versions import drop as drop_version
 from export.errors import ExportError, UsageError, first_line
 from export.progress import Steps
 from export.repository import RepositoryError, assemble
@@ -29,8 +31,6 @@ from routing import (
 )
 from routing.provenance import runtime_words
 from routing.reference import reference_words
-from routing.versions import VersionError, Versions, switch
-from routing.versions import drop as drop_version
 
 RECIPE = "RECIPE"
 

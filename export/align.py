@@ -13,11 +13,11 @@ import onnx
 import onnxruntime as ort
 from onnx import helper, numpy_helper
 
+from bundle import manifest
 from bundle.graphs import Graph, GraphSet
 from bundle.prints import joined
 from export import onnx_graph
 from export.errors import ExportError, UsageError
-from routing import manifest
 from routing.alignment import Alignment
 
 _BODY = "embedding_unaligned"

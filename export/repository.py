@@ -14,7 +14,10 @@ import json
 import shutil
 from pathlib import Path
 
-from bundle.graphs import GraphSet
+from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
+
+from bundle import config, manifest
+from bundle.graphs import HIGH, LOW, Graph, GraphSet
 from bundle.placing import folder_beside, link_or_copy
 from export.settings import Settings
 from imaging import Preprocessing, PreprocessingError, code_sha256
@@ -26,10 +29,8 @@ from routing import (
     Calibration,
     ReferenceAnswers,
     answers_path,
-    manifest,
 )
 from routing.fidelity import LABEL_THRESHOLD
-from routing.versions import ROUTER_CONFIG, with_parameter
 
 ROOT = Path(__file__).resolve().parent.parent
 # Batch sizes the rungs run before they report ready: a lone request, and a batch as it forms
@@ -88,7 +89,7 @@ def assemble(
         fresh = folder / "repository"
         _fill(fresh, rung_set, calibration, preprocessing, settings)
         place_answers(answers, fresh / "router/1")
-        manifest.write(fresh)
+        manifest.write(fresh, live=1)
         if out.exists():
             out.rename(folder / "replaced")
         fresh.rename(out)
@@ -168,42 +169,28 @@ def _fill(
     path.write_text(json.dumps(preprocessing.to_dict(), indent=2) + "\n")
     if rung_set.labels:
         (repository / "labels.txt").write_text("\n".join(rung_set.labels) + "\n")
-    for name in RUNGS:
+    for name, graph in ((LOW, rung_set.low), (HIGH, rung_set.high)):
         version = repository / name / "1"
-        shutil.copyfile(rung_set.files[name], version / "model.onnx")
-        if rung_set.rungs[name].weights_sha256 is not None:
-            _place_weights(rung_set.files[name].with_name(WEIGHTS), version, repository)
+        _place(graph, version, repository)
         # The ensemble's stays: an empty version directory would not survive git or object stores.
         (repository / name / "1" / ".gitkeep").unlink(missing_ok=True)
-        config = repository / name / "config.pbtxt"
-        config.write_text(config.read_text() + _warmup(rung_set.image_shape, WARMUP_BATCHES))
-    if _audits_by_reference(calibration, settings):
-        _add_reference(repository, rung_set)
-    for config in repository.glob("*/config.pbtxt"):
-        config.write_text(settings.configure(config.parent.name, config.read_text()))
-    if rung_set.classes is None:
-        config = repository / "adaptive_vit/config.pbtxt"
-        config.write_text(_without_logits(config.read_text()))
-    config = repository / ROUTER_CONFIG
-    text = config.read_text()
-    for key, value in answer_parameters(calibration).items():
-        text = with_parameter(text, key, value)
-    config.write_text(text)
-
-
-def _add_reference(repository: Path, rung_set: GraphSet) -> None:
-    """The full model as a model of its own, configured as the full rung is."""
-    version = repository / REFERENCE_MODEL / "1"
-    version.mkdir(parents=True)
-    shutil.copyfile(rung_set.reference.file, version / "model.onnx")
-    if rung_set.reference.record.weights_sha256 is not None:
-        _place_weights(rung_set.reference.file.with_name(WEIGHTS), version, repository)
-    config = (ROOT / "model_repository/vit_high/config.pbtxt").read_text()
-    (version.parent / "config.pbtxt").write_text(
-        "# The full model in FP32, which only the router's audit asks; configured as vit_high is:\n"
-        + config
-        + _warmup(rung_set.image_shape, AUDIT_BATCHES)
-    )
+    audits = _audits_by_reference(calibration, settings)
+    if audits:
+        _place(rung_set.reference, repository / REFERENCE_MODEL / "1", repository)
+        source, target = repository / HIGH / "config.pbtxt", repository / REFERENCE_MODEL
+        shutil.copyfile(source, target / "config.pbtxt")  # it is configured as the full rung is
+    for path in repository.glob("*/config.pbtxt"):
+        model, message = path.parent.name, config.read(path)
+        settings.configure(model, message)
+        if model in (*RUNGS, REFERENCE_MODEL):
+            batches = AUDIT_BATCHES if model == REFERENCE_MODEL else WARMUP_BATCHES
+            _warm_up(message, rung_set.image_shape, batches)
+        if message.HasField("ensemble_scheduling") and rung_set.classes is None:
+            _drop_logits(message)
+        if model == "router":
+            for key, value in answer_parameters(calibration).items():
+                config.set_parameter(message, key, value)
+        path.write_text(config.text(message))
 
 
 def answer_parameters(calibration: Calibration) -> dict[str, str]:
@@ -240,26 +227,34 @@ def place_answers(answers: Path | None, version: Path) -> None:
         shutil.copyfile(answers, answers_path(version / "calibration.json"))
 
 
-def _place_weights(source: Path, version: Path, repository: Path) -> None:
-    """The shared weights beside a graph; once on disk, under a name in each version directory."""
-    for name in RUNGS:
-        placed = repository / name / "1" / WEIGHTS
-        if placed.exists():
-            link_or_copy(placed, version / WEIGHTS)
-            return
-    shutil.copyfile(source, version / WEIGHTS)
+def _place(graph: Graph, version: Path, repository: Path) -> None:
+    """A graph as a model's version; weights that several share lie once on disk."""
+    version.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(graph.file, version / "model.onnx")
+    if graph.record.weights_sha256 is None:
+        return
+    placed = [repository / name / "1" / WEIGHTS for name in RUNGS]
+    there = next((file for file in placed if file.exists()), None)
+    if there is None:
+        shutil.copyfile(graph.file.with_name(WEIGHTS), version / WEIGHTS)
+    else:
+        link_or_copy(there, version / WEIGHTS)  # Triton refuses a symbolic link out of the version
 
 
-def _warmup(image_shape: tuple[int, int, int], batches: tuple[int, ...]) -> str:
-    dims = ", ".join(str(size) for size in image_shape)
-    samples = ",\n".join(
-        f'  {{ name: "batch of {batch}" batch_size: {batch} inputs {{ key: "image" value: '
-        f"{{ data_type: TYPE_FP32 dims: [ {dims} ] zero_data: true }} }} }}"
-        for batch in batches
-    )
-    return f"\nmodel_warmup [\n{samples}\n]\n"
+def _warm_up(
+    message: ModelConfig, image_shape: tuple[int, int, int], batches: tuple[int, ...]
+) -> None:
+    for batch in batches:
+        sample = message.model_warmup.add(name=f"batch of {batch}", batch_size=batch)
+        image = sample.inputs["image"]
+        image.data_type, image.zero_data = DataType.TYPE_FP32, True
+        image.dims.extend(image_shape)
 
 
-def _without_logits(config: str) -> str:
-    lines = config.splitlines(keepends=True)
-    return "".join(line for line in lines if '"logits"' not in line)
+def _drop_logits(ensemble: ModelConfig) -> None:
+    """Take what a model without a head does not answer out of an ensemble."""
+    kept = [output for output in ensemble.output if output.name != "logits"]
+    del ensemble.output[:]
+    ensemble.output.extend(kept)
+    for step in ensemble.ensemble_scheduling.step:
+        step.output_map.pop("logits", None)

@@ -7,16 +7,17 @@ it does.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from bundle.config import set_parameter
 from export.errors import UsageError
 from routing import REFERENCE_MODEL, RUNGS, threshold_text
 from routing.reference import NONE_STORED
-from routing.versions import with_parameter
 
 MAX_BATCH_SIZE = 32  # of every model, as written in model_repository/
 
@@ -129,19 +130,17 @@ class Settings:
                 "escalate"
             )
 
-    def configure(self, model: str, config: str) -> str:
-        """Write these settings into the text of a model's `config.pbtxt`."""
-        if model != "adaptive_vit":  # an ensemble queues nothing itself
-            config = _with_number(config, r"(max_queue_size: )\d+\b", self.max_queue)
+    def configure(self, model: str, config: ModelConfig) -> None:
+        """Write these settings into a model's configuration."""
+        if config.HasField("dynamic_batching"):  # an ensemble queues nothing itself
+            config.dynamic_batching.default_queue_policy.max_queue_size = self.max_queue
         if model in (*RUNGS, REFERENCE_MODEL):
-            threads = str(self.intra_op_threads)
-            config = with_parameter(config, "intra_op_thread_count", threads)
+            set_parameter(config, "intra_op_thread_count", str(self.intra_op_threads))
         if model in RUNGS:
-            config = _with_number(config, r"(instance_group \[ \{ count: )\d+\b", self.instances)
+            config.instance_group[0].count = self.instances
         if model == "router":
             for key, value in self._router_parameters().items():
-                config = with_parameter(config, key, value)
-        return config
+                set_parameter(config, key, value)
 
     def _router_parameters(self) -> dict[str, str]:
         raised = self.degrade_threshold
@@ -164,10 +163,3 @@ def check_fraction(option: str, value: float) -> None:
     """
     if not 0.0 <= value <= 1.0:  # NaN is neither
         raise UsageError(f"{option} {value:g} must be between 0 and 1")
-
-
-def _with_number(config: str, pattern: str, number: int) -> str:
-    text, count = re.subn(pattern, rf"\g<1>{number}", config)
-    if count != 1:
-        raise AssertionError(f"{pattern} is found {count} times in a config.pbtxt, not once")
-    return text

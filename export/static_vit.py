@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
+from bundle import manifest
 from export.backbones import Backbone
 from export.errors import UsageError, first_line
 from imaging import Preprocessing
-from routing import manifest
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

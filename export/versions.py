@@ -4,7 +4,7 @@
     model_repository/, routing/ ┴─► router/<N+1>/, beside the version that answers
 
 The version is built beside and takes its place with one rename. Triton loads it when it is to
-answer, with `python -m server rollout --to N`, and not before (see `routing.versions`).
+answer, with `python -m server rollout --to N`, and not before (see `bundle.versions`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from bundle import manifest
 from bundle.placing import folder_beside
+from bundle.versions import Versions, present
 from export.repository import (
     ROOT,
     RepositoryError,
@@ -24,8 +26,7 @@ from export.repository import (
     place_answers,
 )
 from export.settings import check_fraction
-from routing import REFERENCE_MODEL, RUNGS, Calibration, manifest
-from routing.versions import Versions, present
+from routing import REFERENCE_MODEL, RUNGS, Calibration
 
 
 def add_version(repository: Path, calibration_file: Path, shadow_fraction: float = 0.0) -> int:

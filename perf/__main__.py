@@ -282,7 +282,7 @@ def serving(
     table = Table(title=f"medians of {turns} turns; {instances} requests in flight; milliseconds")
     table.add_column("graph")
     headings = ("lone request", f"per image, batch {batch}", "server's CPU")
-    for heading in (*headings, "cost / vit_high", "by CPU"):
+    for heading in (*headings, "cost / full model", "by CPU"):
         table.add_column(heading, justify="right")
     for name, entry in found.items():
         ratios = (entry["cost_ratio"], entry["cpu_cost_ratio"])

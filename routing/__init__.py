@@ -9,8 +9,8 @@ Reading order: `outputs` (what a rung returns) -> `signals` (outputs to a raw nu
 threshold) -> `policy` (what a request may ask for) -> `relief` (what pressure may change) ->
 `cascade` (the control flow). `fidelity` says when a cheap answer is a loss; `audit` holds the
 certificate against live traffic, `shadow` compares two artifacts on it, `reference` a server's
-answers with the calibration's. `decimals` writes thresholds and scores for people. `alignment`,
-`manifest` and `versions` read and guard the files; `provenance` names the processor.
+answers with the calibration's. `decimals` writes thresholds and scores for people. `alignment`
+and `manifest` read and guard the files; `provenance` names the processor.
 """
 
 from .alignment import Alignment, AlignmentError

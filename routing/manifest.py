@@ -10,14 +10,13 @@ import hashlib
 import json
 import os
 import re
-import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 NAME = "MANIFEST.json"
 SCHEMA_VERSION = 1
-_BYTECODE = "__pycache__"
+BYTECODE = "__pycache__"
 # `policy.cpython-311.pyc`, and with a number behind it while Python writes it.
 _BYTECODE_NAME = re.compile(r"([^.]+)\.[^.]+(?:\.opt-\w+)?\.pyc(\.\d+)?")
 
@@ -35,23 +34,49 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write(repository: Path) -> None:
-    """Write `MANIFEST.json` over everything below a freshly assembled repository."""
-    files = {
-        path.relative_to(repository).as_posix(): sha256_file(path)
-        for path in sorted(repository.rglob("*"))
-        if path.is_file() and path != repository / NAME
-    }
-    (repository / NAME).write_text(_text(files))
+@dataclass(frozen=True)
+class Manifest:
+    """The content of `MANIFEST.json`.
+
+    Attributes:
+        files: the SHA-256 of every listed file, by its path in the repository.
+        live: the version of the router that answers; None: one that was assembled by an earlier
+            release, which did not say.
+        replaced: while files are being replaced, the SHA-256 of what they were.
+        apart: folders that come or go, which are not looked at.
+    """
+
+    files: Mapping[str, str]
+    live: int | None = None
+    replaced: Mapping[str, str] = field(default_factory=dict)
+    apart: Sequence[str] = ()
+
+    @classmethod
+    def read(cls, repository: Path) -> Manifest:
+        """Read it.
+
+        Raises:
+            ManifestError: there is none that can be read.
+        """
+        try:
+            content = json.loads((repository / NAME).read_text())
+            rest = (content.get(name) for name in ("live", "replaced", "apart"))
+            live, replaced, apart = rest
+            return cls(dict(content["files"]), live, dict(replaced or {}), tuple(apart or ()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ManifestError(
+                f"{NAME} is missing or unreadable ({error}); copy it along with the models, or run "
+                "python -m export repository again"
+            ) from None
 
 
-def listed(repository: Path) -> dict[str, str]:
+def listed(repository: Path) -> Mapping[str, str]:
     """The SHA-256 of every listed file, by its path in the repository.
 
     Raises:
         ManifestError: no readable manifest.
     """
-    return _load(repository)[0]
+    return Manifest.read(repository).files
 
 
 def verify(repository: Path, but: str = "") -> None:
@@ -65,16 +90,16 @@ def verify(repository: Path, but: str = "") -> None:
         ManifestError: no readable manifest; a file that is missing or differs, or a file, a folder
             or a link that is not listed, by name.
     """
-    files, replaced, apart = _load(repository)
-    passed = [folder for folder in (*apart, but) if folder]
-    _refuse_unlisted(repository, files, passed)
-    for name, expected in files.items():
-        if _is_below(name, passed):
+    found = Manifest.read(repository)
+    passed = [folder for folder in (*found.apart, but) if folder]
+    _refuse_unlisted(repository, found.files, passed)
+    for name, expected in found.files.items():
+        if is_below(name, passed):
             continue
         path = repository / name
         if not path.is_file():
             raise ManifestError(f"{name} is listed in {NAME} but missing; assemble again")
-        if sha256_file(path) not in (expected, replaced.get(name)):
+        if sha256_file(path) not in (expected, found.replaced.get(name)):
             raise ManifestError(f"{name} differs from its SHA-256 in {NAME}; assemble again")
 
 
@@ -84,97 +109,25 @@ def refuse_unlisted(repository: Path) -> None:
     Raises:
         ManifestError: no readable manifest, or a file, a folder or a link that is not listed.
     """
-    files, _, apart = _load(repository)
-    _refuse_unlisted(repository, files, apart)
+    found = Manifest.read(repository)
+    _refuse_unlisted(repository, found.files, found.apart)
 
 
-def unlisted_bytecode(repository: Path) -> list[Path]:
-    """The files in folders of bytecode that are not listed.
-
-    Raises:
-        ManifestError: no readable manifest, or a folder that cannot be looked at.
-    """
-    files, _, apart = _load(repository)
-    return [
-        repository / name
-        for name, is_folder in _entries(repository, apart)
-        if not is_folder and name not in files and PurePosixPath(name).parent.name == _BYTECODE
-    ]
-
-
-def update(
-    repository: Path,
-    texts: Mapping[str, str],
-    added: tuple[str, Path] | None = None,
-    removed: str = "",
-) -> None:
-    """Replace small files of an assembled repository, and add or remove a folder of it.
-
-    Everything that stays is verified first, so that no other change is taken for good. Each step
-    is one rename, and the repository verifies between any two: while files are being replaced the
-    manifest accepts what they were, too, and a folder that comes or goes is not looked at. One that
-    an interrupted update left half way stays so marked until it is gone.
-
-    Args:
-        repository: the assembled repository.
-        texts: new content of listed files, by path in the repository.
-        added: a folder's name in the repository, and where it lies complete, on the same file
-            system; it is moved.
-        removed: a folder that is deleted.
-
-    Raises:
-        ManifestError: as `verify`.
-        OSError: a file cannot be written, a full disk for one; nothing has changed. Or the removed
-            folder cannot be deleted; nothing of it is listed any more.
-    """
-    verify(repository, but=removed)
-    before, _, apart = _load(repository)
-    left = [name for name in apart if (repository / name).exists()]
-    after = {name: digest for name, digest in before.items() if not _is_below(name, [removed])}
-    for name, text in texts.items():
-        after[name] = hashlib.sha256(text.encode()).hexdigest()
-    # As they lie there, which after an interrupted update may be what that one was to replace.
-    replaced = {name: sha256_file(repository / name) for name in texts}
-    passing = [*left, *([added[0]] if added else []), *([removed] if removed else [])]
-    meanwhile = _text(after, replaced, passing)
-    if added:
-        folder, source = added
-        for path in sorted(source.rglob("*")):
-            if path.is_file():
-                name = f"{folder}/{path.relative_to(source).as_posix()}"
-                after[name] = sha256_file(path)
-    # All are written before the first is renamed: a disk is full before anything has changed.
-    steps = [(NAME, meanwhile), *texts.items(), (NAME, _text(after, {}, left))]
-    fresh: list[Path] = []
-    try:
-        for index, (name, text) in enumerate(steps):
-            fresh.append(repository / f"{name}.{index}")
-            fresh[-1].write_text(text)
-        for index, ((name, _), file) in enumerate(zip(steps, fresh, strict=True)):
-            if removed and index == len(steps) - 1:
-                shutil.rmtree(repository / removed)
-            file.replace(repository / name)
-            if added and index == 0:
-                added[1].rename(repository / added[0])
-    finally:
-        for file in fresh:
-            file.unlink(missing_ok=True)
-
-
-def _is_below(name: str, folders: list[str]) -> bool:
+def is_below(name: str, folders: Sequence[str]) -> bool:
+    """Whether a path in the repository lies in one of these folders of it."""
     return any(folder and name.startswith(folder + "/") for folder in folders)
 
 
-def _refuse_unlisted(repository: Path, files: Mapping[str, str], passed: list[str]) -> None:
+def _refuse_unlisted(repository: Path, files: Mapping[str, str], passed: Sequence[str]) -> None:
     """Refuse the first entry that nobody listed.
 
     Not looked at: the manifest, the folders in `passed`, and the new content of a listed file that
-    an interrupted `update` has not put in its place. Of bytecode, what Python itself has left for
-    a listed source: it lies there as long as a server runs. What a forged file holds is not seen
-    here, so `python -m server` removes such files before it starts one (`unlisted_bytecode`).
+    an interrupted update has not put in its place. Of bytecode, what Python itself has left for a
+    listed source: it lies there as long as a server runs. What a forged file holds is not seen
+    here, so `python -m server` removes such files before it starts one.
     """
     folders = {parent.as_posix() for name in files for parent in PurePosixPath(name).parents}
-    for name, is_folder in _entries(repository, passed):
+    for name, is_folder in entries(repository, passed):
         if name in (folders if is_folder else files):
             continue
         if _is_left_by_python(repository, name, is_folder, files, folders):
@@ -188,7 +141,7 @@ def _refuse_unlisted(repository: Path, files: Mapping[str, str], passed: list[st
         )
 
 
-def _entries(repository: Path, passed: list[str]) -> Iterator[tuple[str, bool]]:
+def entries(repository: Path, passed: Sequence[str]) -> Iterator[tuple[str, bool]]:
     """Paths in the repository, a folder's content before itself, and whether each is a folder.
 
     A link to a folder counts as a file: no such thing is ever listed.
@@ -225,9 +178,9 @@ def _is_left_by_python(
     """
     path = PurePosixPath(name)
     if is_folder:
-        return path.name == _BYTECODE and path.parent.as_posix() in folders
+        return path.name == BYTECODE and path.parent.as_posix() in folders
     found = _BYTECODE_NAME.fullmatch(path.name)
-    if path.parent.name != _BYTECODE or not found:
+    if path.parent.name != BYTECODE or not found:
         return False
     if (path.parent.parent / f"{found[1]}.py").as_posix() not in files:
         return False
@@ -243,31 +196,3 @@ def _is_left_by_python(
         return True
     except OSError:
         return False
-
-
-def _load(repository: Path) -> tuple[dict[str, str], dict[str, str], list[str]]:
-    """The hashes of all files, those that files being replaced had, and folders on their way."""
-    try:
-        content = json.loads((repository / NAME).read_text())
-        files: dict[str, str] = content["files"]
-        replaced: dict[str, str] = content.get("replaced", {})
-        apart: list[str] = content.get("apart", [])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ManifestError(
-            f"{NAME} is missing or unreadable ({error}); copy it along with the models, or run "
-            "python -m export repository again"
-        ) from None
-    return files, replaced, apart
-
-
-def _text(
-    files: Mapping[str, str],
-    replaced: Mapping[str, str] | None = None,
-    apart: list[str] | None = None,
-) -> str:
-    content: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "files": files}
-    if replaced:
-        content["replaced"] = replaced
-    if apart:
-        content["apart"] = apart
-    return json.dumps(content, indent=2, sort_keys=True) + "\n"

@@ -9,6 +9,7 @@ import numpy as np
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
+from bundle.versions import VersionError, Versions
 from routing import (
     PROBE_ID,
     AnswersError,
@@ -22,7 +23,6 @@ from routing.outputs import FloatArray
 from routing.policy import Overrides
 from routing.provenance import processor, runtime_words
 from routing.reference import OTHER, VERDICTS, Comparison, ask, compare
-from routing.versions import VersionError, Versions
 
 from .access import ROUTER, WAY_OUT, Access, is_comparing, is_other
 from .errors import ServerUsageError

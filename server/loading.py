@@ -9,8 +9,8 @@ from typing import Any
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
+from bundle.versions import Versions
 from routing import PROBE_ID
-from routing.versions import Versions
 
 from .access import (
     ANSWERS,

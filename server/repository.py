@@ -6,9 +6,10 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from routing import ManifestError, manifest
-from routing import versions as router_versions
-from routing.versions import VersionError, Versions
+from bundle import manifest
+from bundle import versions as router_versions
+from bundle.versions import VersionError, Versions
+from routing import ManifestError
 
 from .errors import ServerUsageError
 

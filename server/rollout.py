@@ -23,8 +23,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from routing import ManifestError, manifest
-from routing.versions import VersionError, Versions, is_careful, present, put, switched
+from bundle import manifest
+from bundle.versions import VersionError, Versions, is_careful, present, put, switched
+from routing import ManifestError
 
 from .access import ENTRY, ROUTER, Access
 from .errors import ServerError, ServerUsageError
@@ -56,7 +57,7 @@ def rollout(
         repository: the assembled repository that the server serves.
         access: how to reach the server, which must have been started with `--allow-reload`.
         switch_to: the version of the router that is to answer; None changes nothing on disk, but
-            for versions that should not be loaded (see `routing.versions`).
+            for versions that should not be loaded (see `bundle.versions`).
         timeout_s: seconds to wait for models to load, and for each comparison of answers.
 
     Returns:

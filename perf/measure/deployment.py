@@ -6,9 +6,9 @@ import os
 import shutil
 from pathlib import Path
 
+from bundle import config, manifest
 from bundle.graphs import GraphSet
-from routing import WEIGHTS, RungRecord, manifest
-from routing.versions import with_parameter
+from routing import WEIGHTS, RungRecord
 
 from ..figures import PerfError
 
@@ -81,9 +81,10 @@ def _let_requests_choose(repository: Path) -> None:
     the original it may be linked to stays as it is.
     """
     name = "router/config.pbtxt"
-    text = with_parameter((repository / name).read_text(), "client_parameters", "any")
-    text = with_parameter(text, "reference_check", "off")
-    manifest.update(repository, {name: text})
+    router = config.read(repository / name)
+    config.set_parameter(router, "client_parameters", "any")
+    config.set_parameter(router, "reference_check", "off")
+    manifest.update(repository, {name: config.text(router)})
 
 
 def lay_out_graph(file: Path, record: RungRecord, version: Path) -> None:

@@ -7,7 +7,7 @@ import sys
 import time
 from dataclasses import replace
 
-from routing import manifest
+from bundle import manifest
 from server.shared_memory import hold
 from tests.faults import inject
 from tests.faults.asking import question

@@ -5,11 +5,12 @@ from dataclasses import replace
 import onnx
 import pytest
 
+from bundle import manifest
 from bundle.graphs import Graph
 from client import ClientError
 from perf.measure.sets import load_pool
 from perf.prices import Served, price
-from routing import WEIGHTS, RungRecord, manifest
+from routing import WEIGHTS, RungRecord
 
 SERVED = Served(instances=2, threads=1, batch=4, turns=1)
 

@@ -7,13 +7,13 @@ import sys
 import numpy as np
 import pytest
 
+from bundle.versions import Versions
 from calibration.fit import EscalationRate
 from calibration.outputs import Outputs
 from client import GrpcClient
 from export.repository import assemble
 from export.settings import ReferenceCheck, Settings
 from export.versions import add_version
-from routing.versions import Versions
 from server import Security, ServerStartError, TritonServer
 from tests.servers import running
 from tests.triton.conftest import ROOT, reference_outcome, run_command

@@ -8,7 +8,7 @@ import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
 import server.launcher
-from routing import manifest
+from bundle import manifest
 from server import ServerStartError, ServerUsageError, TritonServer
 from tests.servers import running
 

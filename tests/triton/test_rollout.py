@@ -15,14 +15,14 @@ import pytest
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
+from bundle import manifest
+from bundle.versions import Versions
 from client import ClientError, GrpcClient, HttpClient
 from perf.harness import Asker
 from perf.measure.attribution import attribute
 from perf.measure.sets import Pool
 from perf.measure.systems import System
 from perf.measure.target import Target
-from routing import manifest
-from routing.versions import Versions
 from server import AdminKey, Security, ServingTls
 from tests.servers import running
 from tests.triton.conftest import ROOT, reference_outcome, run_command

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 
+from bundle import config as configs
+from bundle import manifest
 from bundle.graphs import GraphSet
 from calibration.fidelity import Fidelity
 from calibration.fit import EscalationRate, Options, fit
 from calibration.outputs import Outputs
 from client import AsyncGrpcClient, GrpcClient, HttpClient, Task
 from export.repository import answer_parameters
-from routing import SIGNALS, Calibration, Overrides, RungOutputs, escalation_mask, manifest
-from routing.versions import with_parameter
+from routing import SIGNALS, Calibration, Overrides, RungOutputs, escalation_mask
 from tests.servers import running
 from tests.shared_build import shared
 from tests.triton.conftest import ESCALATION_RATE, make_build
@@ -50,8 +51,11 @@ def routers(build, tmp_path_factory):
         shutil.copyfile(made / f"{name}.json", path)
         artifacts[name] = Calibration.load(path)
         config = repository / f"router_{name}/config.pbtxt"
+        message = configs.read(config)
+        message.name = f"router_{name}"
         for key, value in answer_parameters(artifacts[name]).items():
-            config.write_text(with_parameter(config.read_text(), key, value))
+            configs.set_parameter(message, key, value)
+        config.write_text(configs.text(message))
     shutil.rmtree(repository / "adaptive_vit")
     manifest.write(repository)
     with running(repository) as server:

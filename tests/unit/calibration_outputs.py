@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 
+from bundle import manifest
 from bundle.graphs import REFERENCE, Graph
 from bundle.prints import no_looks
 from calibration.outputs import Made, Outputs
-from routing import SIGNALS, RungOutputs, RungRecord, manifest
+from routing import SIGNALS, RungOutputs, RungRecord
 from tests.unit.onnx_files import CLASSES, LAYERS, SIZE, D, write_rung
 
 CLASS_SIGNALS = [name for name, signal in SIGNALS.items() if signal.applies_to("classes")]

@@ -4,9 +4,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from bundle import manifest
 from bundle.graphs import HIGH, LOW, REFERENCE, Graph, GraphSet
 from imaging import Preprocessing
-from routing import RungRecord, manifest
+from routing import RungRecord
 
 SIZE, D, LAYERS, CLASSES = 8, 6, 3, 4
 

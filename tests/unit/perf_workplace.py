@@ -4,8 +4,8 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from bundle import manifest
 from bundle.graphs import GraphSet
-from routing import manifest
 from tests.unit.fakes import make_calibration
 from tests.unit.image_files import write_images
 from tests.unit.onnx_files import CLASSES, LAYERS, D, graph_at, write_rung, write_rung_set

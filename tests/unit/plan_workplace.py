@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from rich.console import Console
 
+from bundle import manifest
 from bundle.graphs import HIGH, LOW, REFERENCE, Graph, GraphSet
 from bundle.recipe import Recipe
 from calibration.certify import Goal
@@ -25,7 +26,7 @@ from imaging import ImageError, Preprocessing
 from planner.candidates import recipes
 from planner.request import Request
 from report.terminal import Bars
-from routing import RungRecord, manifest
+from routing import RungRecord
 from tests.unit.plan_content import spread
 
 SIZE, D, LAYERS, CLASSES = 8, 6, 3, 4

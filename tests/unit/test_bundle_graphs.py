@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bundle import placing
+from bundle import manifest, placing
 from bundle.graphs import HIGH, LOW, REFERENCE, Graph, GraphsError, GraphSet
 from bundle.recipe import Recipe
-from routing import WEIGHTS, RungRecord, manifest
+from routing import WEIGHTS, RungRecord
 from tests.unit.export_tiny import run_export
 from tests.unit.onnx_files import graph_at, write_rung, write_rung_set
 

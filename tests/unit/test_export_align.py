@@ -14,6 +14,7 @@ import pytest
 from onnx.external_data_helper import uses_external_data
 
 from bundle.graphs import GraphSet
+from bundle.manifest import sha256_file
 from bundle.prints import joined
 from bundle.recipe import Recipe
 from export import onnx_graph
@@ -27,7 +28,6 @@ from export.recipes.quantise import quantise_dynamic, quantise_static
 from export.rungs import RungsRequest, export_rungs
 from export.shared_weights import share_weights
 from routing import Alignment, RungOutputs
-from routing.manifest import sha256_file
 from tests.unit.export_tiny import LAYERS, PX, QUIET, WIDTH, run_export, save_tiny
 from tests.unit.image_files import write_images
 from tests.unit.quantised_files import ask

@@ -12,6 +12,7 @@ import torch
 from onnx.external_data_helper import uses_external_data
 
 from bundle.graphs import GraphSet
+from bundle.manifest import sha256_file
 from bundle.prints import encode, look_of
 from bundle.recipe import Recipe
 from export.onnx_graph import check_versions
@@ -19,7 +20,6 @@ from export.parity import ParityError, sample_images, structure_failures
 from export.pretrained import pretrained
 from export.rungs import RungsRequest, export_rungs
 from imaging import decode, pixels_sha256
-from routing.manifest import sha256_file
 from tests.unit.export_tiny import LAYERS, PX, QUIET, WIDTH, run_export, save_tiny
 from tests.unit.image_files import write_images
 from tests.unit.quantised_files import ask, cosines

@@ -9,12 +9,12 @@ import pytest
 from rich.console import Console
 
 from bundle.graphs import SCHEMA_VERSION, GraphSet
+from bundle.manifest import sha256_file
 from bundle.recipe import Recipe
 from export import onnx_graph
 from export.progress import Steps
 from export.rungs import RungsRequest, export_rungs
 from imaging import Preprocessing
-from routing.manifest import sha256_file
 from routing.provenance import RELEASE
 from tests.unit.export_tiny import LAYERS, PX, QUIET, WIDTH, run_export, save_tiny
 

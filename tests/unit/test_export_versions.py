@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from bundle import config as configs
+from bundle import manifest
+from bundle.versions import VersionError, Versions, drop, present, put, switch
 from export import versions as export_versions
 from export.repository import RepositoryError, assemble
 from export.settings import ClientParameters, Settings
 from export.versions import add_version
-from routing import Calibration, CalibrationError, ManifestError, RungRecord, manifest
-from routing.versions import VersionError, Versions, drop, present, put, switch
+from routing import Calibration, CalibrationError, ManifestError, RungRecord
 from tests.unit.export_tiny import run_export
 from tests.unit.test_export_repository import contents, write_inputs
 
@@ -288,6 +290,7 @@ def test_a_second_sudden_end_leaves_what_verifies_too(repository, artifact, monk
     assert json.loads((repository / manifest.NAME).read_text()).keys() == {
         "schema_version",
         "files",
+        "live",
     }
 
 
@@ -298,6 +301,7 @@ def test_the_switch_ends_the_shadow_and_leaves_only_what_answers_loaded(reposito
     add_version(repository, artifact, shadow_fraction=0.1)
     assert switch(repository, 2) == Versions.load(repository) == Versions(2, (2,))
     manifest.verify(repository)
+    assert manifest.Manifest.read(repository).live == 2
     assert switch(repository, 1) == Versions.load(repository) == Versions(1, (1,))
     assert {name for name in contents(repository) if name in CONFIGS} == CONFIGS
 
@@ -382,6 +386,20 @@ def test_a_drop_that_ends_early_leaves_what_verifies(repository, artifact, monke
     assert "apart" not in json.loads((repository / manifest.NAME).read_text())
 
 
+def test_a_repository_that_an_earlier_release_assembled_is_read_and_switched(repository, artifact):
+    """Its configs are the text of git, and its manifest does not say which version answers."""
+    add_version(repository, artifact)
+    for name in ("router", "adaptive_vit"):
+        source = Path("model_repository") / name / "config.pbtxt"
+        shutil.copyfile(source, repository / name / "config.pbtxt")
+    manifest.write(repository)
+    assert Versions.load(repository) == Versions(1, (1,))
+    assert manifest.Manifest.read(repository).live is None
+    assert switch(repository, 2) == Versions.load(repository) == Versions(2, (2,))
+    manifest.verify(repository)
+    assert manifest.Manifest.read(repository).live == 2
+
+
 @pytest.mark.parametrize("change", [switch, drop])
 @pytest.mark.parametrize("version", [0, 2, -1])
 def test_an_unknown_version_is_named_with_those_there_are(repository, change, version):
@@ -391,11 +409,39 @@ def test_an_unknown_version_is_named_with_those_there_are(repository, change, ve
     assert contents(repository) == before
 
 
-def test_a_config_of_another_make_is_refused(repository):
-    path = repository / "router/config.pbtxt"
-    path.write_text(path.read_text().replace("specific { versions: [ 1 ] }", "latest { }"))
+def let_triton_choose(config):
+    config.version_policy.latest.num_versions = 1
+
+
+def forget_the_shadow(config):
+    del config.parameters["shadow_version"]
+
+
+def shadow_in_words(config):
+    config.parameters["shadow_version"].string_value = "two"
+
+
+def ask_twice(config):
+    config.ensemble_scheduling.step.add(model_name="router")
+
+
+@pytest.mark.parametrize(
+    ("model", "change", "more", "message"),
+    [
+        ("router", let_triton_choose, "", "does not name the versions to load"),
+        ("router", forget_the_shadow, "", "has no parameter 'shadow_version'"),
+        ("router", shadow_in_words, "", "invalid literal"),
+        ("adaptive_vit", ask_twice, "", "asks the router in 2 steps, not in one"),
+        ("router", lambda config: None, "verses: 2\n", "is no model configuration"),
+    ],
+)
+def test_a_config_of_another_make_is_refused(repository, model, change, more, message):
+    path = repository / model / "config.pbtxt"
+    config = configs.read(path)
+    change(config)
+    path.write_text(configs.text(config) + more)
     manifest.write(repository)
-    with pytest.raises(VersionError, match="not once; assemble again") as refusal:
+    with pytest.raises(VersionError, match=f"{message}.*assemble again") as refusal:
         Versions.load(repository)
     assert "\n" not in str(refusal.value)
 

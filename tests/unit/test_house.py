@@ -23,7 +23,7 @@ ARROWS = {
     "bundle": {"routing"},
     "export": {"routing", "imaging", "bundle"},
     "calibration": {"routing", "imaging", "bundle", "report"},
-    "server": {"client", "routing"},  # the manifest, versions and reference answers of a repository
+    "server": {"bundle", "client", "routing"},
     "client": set(),
     "report": set(),
     "perf": {"bundle", "calibration", "client", "imaging", "report", "routing", "server"},

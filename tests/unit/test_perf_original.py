@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from bundle import manifest
 from bundle.graphs import GraphsError, GraphSet
 from perf import original
 from perf.figures import PerfError, Spread
 from perf.measure.systems import ADAPTIVE, HIGH, LOW
 from perf.original_table import SOURCE, original_rows, original_table
-from routing import manifest
 from tests.unit.onnx_files import write_rung_set
 from tests.unit.perf_workplace import write_repository, write_rungs
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
+from bundle import manifest
 from calibration.certify import Goal
 from calibration.fit import EscalationRate, Threshold
 from calibration.images import open_images
@@ -24,7 +25,6 @@ from routing import (
     ReferenceAnswers,
     RungOutputs,
     answers_path,
-    manifest,
     run_cascade,
 )
 from routing.reference import BATCH, NONE_STORED, OTHER, SAME, WITHIN_SLACK, Served, ask, compare

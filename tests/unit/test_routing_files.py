@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bundle import manifest
 from routing import (
     WEIGHTS,
     Calibration,
     CalibrationError,
     ManifestError,
     RungRecord,
-    manifest,
 )
 from tests.unit.fakes import make_calibration
 

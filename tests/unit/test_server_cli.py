@@ -12,9 +12,9 @@ import pytest
 from rich.console import Console
 
 import server.__main__ as command_line
+from bundle.versions import Versions, put, switch
 from export.repository import assemble
 from export.versions import add_version
-from routing.versions import Versions, put, switch
 from tests.unit.test_export_repository import write_inputs
 from tests.unit.test_export_versions import change_artifact
 

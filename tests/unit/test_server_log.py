@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from routing import manifest
+from bundle import manifest
 from server import ServerUsageError, TritonServer
 from server.repository import (
     bytecode_folders,

@@ -17,13 +17,13 @@ from tritonclient.utils import InferenceServerException
 import server.__main__ as command_line
 import server.access as server_access
 import server.loading as server_loading
+from bundle import manifest
+from bundle.versions import Versions, drop, put, switch
 from calibration.fit import EscalationRate
 from export.repository import assemble
 from export.settings import ClientParameters, ReferenceCheck, Settings
 from export.versions import add_version
-from routing import manifest
 from routing.reference import COMPARING, OTHER, VERDICTS
-from routing.versions import Versions, drop, put, switch
 from server.access import ANSWERS
 from server.errors import ServerUsageError
 from server.rollout import RolloutError, RolloutInterruptedError, rollout

@@ -31,7 +31,6 @@ from .routing import (
     parse_overrides,
     run_cascade,
 )
-from .routing.versions import VersionError, Versions
 from .rungs import Budgeted, LateError, call_rung
 from .settings import Settings
 from .waiting import Waiting
@@ -213,12 +212,13 @@ def _load_artifact(version_dir):
 
 def _tell_of_higher(repository, version):
     # Not refused: a rollout back to a lower version passes through this.
-    try:
-        found = Versions.load(repository)
-    except VersionError:  # served without the ensemble, whose version a router could be above
-        return
-    if version > found.live:
-        pb_utils.Logger.log_warn(f"router: {found.fault}, or as a rollout that is under way has it")
+    live = manifest.Manifest.read(repository).live
+    if live is not None and version > live:
+        pb_utils.Logger.log_warn(
+            f"router: router/{version} is loaded above router/{live}, so it answers requests to "
+            "the router that pin no version, as an earlier release or an interrupted rollout left "
+            "it, or as a rollout that is under way has it"
+        )
 
 
 def _has_reference(repository):

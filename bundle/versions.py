@@ -1,8 +1,8 @@
 """Which versions of the router a repository serves, and which one answers.
 
 Two files say so: `router/config.pbtxt` lists the versions to load and the one that only scores in
-the shadow of the other; `adaptive_vit/config.pbtxt` names the one that answers. Here they are read
-and changed, by the lines `export repository` wrote and nothing else of them.
+the shadow of the other; `adaptive_vit/config.pbtxt` names the one that answers. The manifest
+repeats that one's number for the router, which reads no other model's configuration.
 
 Triton gives a request to the router that pins no version the highest one that is loaded. So none
 above the one that answers is: a candidate lies on disk, where the one that answers can read its
@@ -13,20 +13,21 @@ higher threshold would be a way around `client_parameters: careful`.
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from . import manifest
+from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelEnsembling
+
+from bundle import config, manifest
+from bundle.config import ConfigError
 
 ROUTER_CONFIG = "router/config.pbtxt"
 ENSEMBLE_CONFIG = "adaptive_vit/config.pbtxt"
-_SERVED = r"(version_policy \{ specific \{ versions: \[ )([\d, ]*\d)( \] \} \})"
-_LIVE = r'(model_name: "router"\n *model_version: )(\d+)()\b'
-_PARAMETER = r'(key: "%s" value: \{ string_value: ")([^"]*)(")'
 
 
-class VersionError(ValueError):
+class VersionError(ConfigError):
     """No such version, or configs that are not as they were assembled. One line."""
 
 
@@ -54,13 +55,14 @@ class Versions:
         Raises:
             VersionError: a config is missing, or it is not as it was assembled.
         """
-        router, ensemble = _read(repository, ROUTER_CONFIG), _read(repository, ENSEMBLE_CONFIG)
-        return cls(
-            live=int(_find(_LIVE, ensemble)),
-            served=tuple(int(number) for number in _find(_SERVED, router).split(",")),
-            shadow=int(_find(_PARAMETER % "shadow_version", router)),
-            shadow_fraction=float(_find(_PARAMETER % "shadow_fraction", router)),
-        )
+        with _as_assembled(repository):
+            router = config.read(repository / ROUTER_CONFIG)
+            return cls(
+                live=_answering(config.read(repository / ENSEMBLE_CONFIG)).model_version,
+                served=_served(router),
+                shadow=int(config.parameter(router, "shadow_version")),
+                shadow_fraction=float(config.parameter(router, "shadow_fraction")),
+            )
 
     @property
     def sentence(self) -> str:
@@ -106,13 +108,20 @@ class Versions:
         return replace(self, served=tuple(sorted({*self.served, former})))
 
     def configs(self, repository: Path) -> dict[str, str]:
-        """The text of both configs with these versions in them, by path in the repository."""
-        router = _read(repository, ROUTER_CONFIG)
-        router = _put(_SERVED, router, ", ".join(map(str, self.served)))
-        router = with_parameter(router, "shadow_version", str(self.shadow))
-        router = with_parameter(router, "shadow_fraction", f"{self.shadow_fraction:g}")
-        ensemble = _put(_LIVE, _read(repository, ENSEMBLE_CONFIG), str(self.live))
-        return {ROUTER_CONFIG: router, ENSEMBLE_CONFIG: ensemble}
+        """The text of both configs with these versions in them, by path in the repository.
+
+        Raises:
+            VersionError: a config is missing, or it is not as it was assembled.
+        """
+        with _as_assembled(repository):
+            router = config.read(repository / ROUTER_CONFIG)
+            ensemble = config.read(repository / ENSEMBLE_CONFIG)
+            _served(router)
+            router.version_policy.specific.versions[:] = self.served
+            config.set_parameter(router, "shadow_version", str(self.shadow))
+            config.set_parameter(router, "shadow_fraction", f"{self.shadow_fraction:g}")
+            _answering(ensemble).model_version = self.live
+            return {ROUTER_CONFIG: config.text(router), ENSEMBLE_CONFIG: config.text(ensemble)}
 
 
 def switch(repository: Path, version: int) -> Versions:
@@ -157,7 +166,7 @@ def put(repository: Path, versions: Versions) -> None:
     now = Versions.load(repository)
     if now.live not in versions.served:  # the router's config is replaced before the ensemble's
         manifest.update(repository, versions.beside(now.live).configs(repository))
-    manifest.update(repository, versions.configs(repository))
+    manifest.update(repository, versions.configs(repository), live=versions.live)
 
 
 def is_careful(repository: Path) -> bool:
@@ -166,7 +175,7 @@ def is_careful(repository: Path) -> bool:
     Raises:
         VersionError: a config is missing, or it is not as it was assembled.
     """
-    return _find(_PARAMETER % "client_parameters", _read(repository, ROUTER_CONFIG)) != "any"
+    return _router_parameter(repository, "client_parameters") != "any"
 
 
 def refuses_other_answers(repository: Path) -> bool:
@@ -175,7 +184,7 @@ def refuses_other_answers(repository: Path) -> bool:
     Raises:
         VersionError: a config is missing, or it is not as it was assembled.
     """
-    return _find(_PARAMETER % "reference_check", _read(repository, ROUTER_CONFIG)) == "refuse"
+    return _router_parameter(repository, "reference_check") == "refuse"
 
 
 def drop(repository: Path, version: int) -> None:
@@ -210,34 +219,39 @@ def present(repository: Path) -> list[int]:
     return sorted({int(part[1]) for part in parts if part[0] == "router" and part[1].isdigit()})
 
 
-def with_parameter(config: str, key: str, value: str) -> str:
-    """The text of a `config.pbtxt` with another value of one parameter.
-
-    Raises:
-        VersionError: the parameter is not there once.
-    """
-    return _put(_PARAMETER % key, config, value)
+def _router_parameter(repository: Path, key: str) -> str:
+    with _as_assembled(repository):
+        return config.parameter(config.read(repository / ROUTER_CONFIG), key)
 
 
-def _read(repository: Path, name: str) -> str:
-    try:
-        return (repository / name).read_text()
-    except OSError as error:
-        raise VersionError(
-            f"{repository / name}: {error.strerror}; assemble with python -m export repository"
-        ) from None
-
-
-def _find(pattern: str, config: str) -> str:
-    found: list[tuple[str, str, str]] = re.findall(pattern, config)
-    if len(found) != 1:
-        raise VersionError(
-            f"a config.pbtxt holds {pattern!r} {len(found)} times, not once; assemble again with "
-            "python -m export repository"
+def _served(router: ModelConfig) -> tuple[int, ...]:
+    """The versions that a router's config names; ConfigError where it leaves them to Triton."""
+    if not router.version_policy.specific.versions:
+        raise ConfigError(
+            f"{ROUTER_CONFIG} does not name the versions to load; assemble again with python -m "
+            "export repository"
         )
-    return found[0][1]
+    return tuple(router.version_policy.specific.versions)
 
 
-def _put(pattern: str, config: str, value: str) -> str:
-    _find(pattern, config)
-    return re.sub(pattern, lambda match: match[1] + value + match[3], config)
+def _answering(ensemble: ModelConfig) -> ModelEnsembling.Step:
+    """The step of an ensemble that asks the router; ConfigError where there is not exactly one."""
+    found = [step for step in ensemble.ensemble_scheduling.step if step.model_name == "router"]
+    if len(found) != 1:
+        raise ConfigError(
+            f"{ENSEMBLE_CONFIG} asks the router in {len(found)} steps, not in one; assemble again "
+            "with python -m export repository"
+        )
+    return found[0]
+
+
+@contextmanager
+def _as_assembled(repository: Path) -> Iterator[None]:
+    """What is wrong with a config, as a `VersionError`."""
+    try:
+        yield
+    except ValueError as error:  # a ConfigError, or a parameter that is no number
+        words = str(error)
+        if not isinstance(error, ConfigError):
+            words = f"{repository}: {words}; assemble again with python -m export repository"
+        raise VersionError(words) from None
