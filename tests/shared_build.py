@@ -41,7 +41,8 @@ def shared(name: str, make: Callable[[Path], None]) -> Path:
 
 def linked_copy(source: Path, target: Path) -> Path:
     """Copy a folder, but only link graphs and weights: the copy's other files may be changed."""
-    shutil.copytree(source, target, copy_function=_link_or_copy)
+    bytecode = shutil.ignore_patterns("__pycache__")  # a server may be writing some
+    shutil.copytree(source, target, ignore=bytecode, copy_function=_link_or_copy)
     return target
 
 

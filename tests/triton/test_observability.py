@@ -13,8 +13,8 @@ from client import GrpcClient
 from export.repository import assemble
 from export.settings import Settings
 from export.versions import add_version
+from tests.commands import said
 from tests.servers import running
-from tests.triton.conftest import run_command
 from tests.triton.prometheus import Prometheus, find
 from tests.unit.observability import FOLDER, alerts, expressions, panel_expressions, rules
 from tests.unit.promql import grouping_labels, metric, selectors
@@ -28,7 +28,7 @@ CONTRADICTED = "AdaptiveVitCertificateContradicted"
 def watched(build, rung_set, tmp_path_factory):
     """A server with all there is to watch: a certificate, an audit of every image, a shadow."""
     folder = tmp_path_factory.mktemp("watched")
-    run_command(
+    said(
         *("calibration", "fit", "--max-risk", 0.1, "--fidelity", "cosine", "--tolerance", 0.2),
         *("--require-certificate", "--onnx", build / "onnx", "--outputs", build / "outputs.json"),
         *("--out", folder / "calibration.json"),

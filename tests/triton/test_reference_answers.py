@@ -1,8 +1,6 @@
 """Whether a server answers as its artifact was calibrated: one that does, and one that does not."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,21 +13,17 @@ from export.repository import assemble
 from export.settings import ReferenceCheck, Settings
 from export.versions import add_version
 from server import Security, ServerStartError, TritonServer
+from tests.commands import run, said
 from tests.servers import running
-from tests.triton.conftest import ROOT, reference_outcome, run_command
+from tests.triton.conftest import reference_outcome
 from tests.unit.reference_files import collected, fitted
 
 OTHER = "this server computes other answers than the calibration did; calibrate here"
 
 
 def check(server, repository, *more):
-    command = [sys.executable, "-m", "server", "check", "--answers", "--repository", repository]
-    return subprocess.run(
-        [*map(str, command), "--url", server.grpc_url, *more],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    options = ("--answers", "--repository", repository, "--url", server.grpc_url)
+    return run("server", "check", *options, *more)
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +41,12 @@ def foreign(tmp_path_factory):
 def test_a_server_that_answers_as_calibrated_passes(build, server):
     assert reference_outcome(server) == "same"
     done = check(server, build / "model_repository")
-    assert done.returncode == 0, done.stderr
-    assert "this server answers as the calibration did: of 32 reference images 0" in done.stdout
-    assert "calibrated on onnxruntime 1." in done.stdout
-    assert "serving on tritonserver 2." in done.stdout
+    assert done.code == 0, done.err
+    assert "this server answers as the calibration did: of 32 reference images 0" in done.out
+    assert "calibrated on onnxruntime 1." in done.out
+    assert "serving on tritonserver 2." in done.out
     done = check(server, build / "model_repository", "--json")
-    found = json.loads(done.stdout)
+    found = json.loads(done.out)
     assert (found["outcome"], found["images"], found["version"]) == ("same", 32, 1)
     assert found["rungs"]["vit_high"]["images"] == 32
     assert found["rungs"]["vit_high"]["largest"] < 1e-4
@@ -65,7 +59,7 @@ def test_other_answers_under_the_same_hashes_are_told(foreign, tmp_path):
         assert reference_outcome(server) == "other"
         assert f"router: {OTHER}: of 32" in server.log_path.read_text()
         done = check(server, repository)
-        assert done.returncode == 1 and OTHER in done.stdout and done.stderr == ""
+        assert done.code == 1 and OTHER in done.out and done.err == ""
         with GrpcClient(server.grpc_url) as client:  # only told: whoever asks is answered
             (answer,) = client.infer_tensor(np.zeros((1, 3, 8, 8), np.float32))
         assert np.isfinite(answer.embedding).all()
@@ -91,13 +85,8 @@ def test_a_rollout_to_a_version_that_would_refuse_everything_is_taken_back(forei
     picture = (tmp_path / "images" / "000.png").read_bytes()
 
     def rollout(*more):
-        command = [sys.executable, "-m", "server", "rollout", "--repository", repository, *more]
-        return subprocess.run(
-            [*map(str, command), "--url", server.grpc_url],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
+        options = ("--repository", repository, "--url", server.grpc_url, *more)
+        return run("server", "rollout", *options)
 
     security = Security(allow_reload=True)
     with (
@@ -105,27 +94,27 @@ def test_a_rollout_to_a_version_that_would_refuse_everything_is_taken_back(forei
         GrpcClient(server.grpc_url, retry=None) as client,
     ):
         done = rollout("--to", 3)
-        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-        assert "router/3 refuses every request: " + OTHER in done.stderr
+        assert done.code == 1 and len(done.err.splitlines()) == 1
+        assert "router/3 refuses every request: " + OTHER in done.err
         assert Versions.load(repository) == Versions(1, (1,))
         for _ in range(8):  # of each instance
             client.infer([picture])
         done = rollout("--to", 2)
-        assert (done.returncode, done.stdout) == (0, "router/2 answers\n"), done.stderr
+        assert (done.code, done.out) == (0, "router/2 answers\n"), done.err
         for _ in range(8):  # it says so when it is true
             client.infer([picture])
 
 
 def test_a_check_that_cannot_be_made_is_one_line(build, server, tmp_path):
     done = check(server, tmp_path)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stdout == ""
+    assert done.code == 2 and len(done.err.splitlines()) == 1 and done.out == ""
 
 
 def test_outputs_are_collected_from_the_server_that_will_be_calibrated(build, server, tmp_path):
     options = ("--images", "sample", "--limit", 40, "--onnx", build / "onnx")
     options += ("--answers", tmp_path / "answers")
     for name, more in (("served", ("--url", server.grpc_url)), ("local", ())):
-        run_command("calibration", "collect", *options, "--out", tmp_path / f"{name}.json", *more)
+        said("calibration", "collect", *options, "--out", tmp_path / f"{name}.json", *more)
     served, local = (Outputs.load(tmp_path / f"{name}.json") for name in ("served", "local"))
     assert served.names == local.names and served.made == local.made
     for found, expected in ((served.low, local.low), (served.high, local.high)):
@@ -140,13 +129,8 @@ def test_outputs_are_collected_from_the_server_that_will_be_calibrated(build, se
 
 def test_a_server_of_other_rungs_is_no_source(foreign, server, tmp_path):
     onnx = foreign[0].files["vit_low"].parent
-    done = subprocess.run(
-        [*map(str, (sys.executable, "-m", "calibration", "collect", "--images", "sample"))]
-        + ["--onnx", str(onnx), "--out", str(tmp_path / "o.json"), "--url", server.grpc_url],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert "vit_low at" in done.stderr and "is not the rung in --onnx: image is" in done.stderr
+    options = ("--images", "sample", "--onnx", onnx, "--out", tmp_path / "o.json")
+    done = run("calibration", "collect", *options, "--url", server.grpc_url)
+    assert done.code == 2 and len(done.err.splitlines()) == 1
+    assert "vit_low at" in done.err and "is not the rung in --onnx: image is" in done.err
     assert not (tmp_path / "o.json").exists()

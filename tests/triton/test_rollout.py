@@ -3,8 +3,6 @@
 import json
 import re
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -18,45 +16,40 @@ from tritonclient.utils import InferenceServerException
 from bundle import manifest
 from bundle.versions import Versions
 from client import ClientError, GrpcClient, HttpClient
+from export.repository import assemble
+from export.settings import Settings
 from perf.harness import Asker
 from perf.measure.attribution import attribute
 from perf.measure.sets import Pool
 from perf.measure.systems import System
 from perf.measure.target import Target
 from server import AdminKey, Security, ServingTls
+from tests.commands import refused, said
 from tests.servers import running
-from tests.triton.conftest import ROOT, reference_outcome, run_command
+from tests.shared_build import linked_copy
+from tests.triton.conftest import reference_outcome, run_command
 from tests.unit.certificate_files import authority, issued
 
 BATCH = 6
 WAIT_S = 60.0
 
 
-def try_command(*arguments):
-    """Run `python -m ...` that is to fail; returns its exit code and its one line of complaint."""
-    done = subprocess.run(
-        [sys.executable, "-m", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.stdout == "" and len(done.stderr.splitlines()) == 1, done.stdout + done.stderr
-    return done.returncode, done.stderr
-
-
 def add_version(repository, artifact, *more):
     options = ("--calibration", artifact, "--out", repository, *more)
-    return run_command("export", "repository", "--add-version", *options)
+    return said("export", "repository", "--add-version", *options)
 
 
 def drop(repository, version):
-    run_command("export", "versions", "--repository", repository, "--drop", version)
+    said("export", "versions", "--repository", repository, "--drop", version)
 
 
-def rollout(server, repository, *more, run=run_command):
+def rollout(server, repository, *more, run=said):
     url = ("--url", server.grpc_url)
     return run("server", "rollout", "--repository", repository, *url, *more)
 
 
 def refused_rollout(server, repository, *more):
-    return rollout(server, repository, *more, run=try_command)
+    return rollout(server, repository, *more, run=refused)
 
 
 def serving(repository, allow_reload=True):
@@ -70,22 +63,13 @@ def flip_a_bit(path):
     path.write_bytes(content)
 
 
-def assembled(build, artifact, folder, client_parameters="any", audit_fraction=0):
-    run_command(
-        *("export", "repository", "--onnx", build / "onnx", "--calibration", artifact),
-        *("--out", folder / "repository", "--client-parameters", client_parameters),
-        *("--audit-fraction", audit_fraction),
-    )
-    return folder / "repository"
-
-
 @pytest.fixture(scope="module")
 def artifacts(build, images, server, tmp_path_factory):
     """The session's artifact, and the same score with another threshold."""
     with GrpcClient(server.grpc_url) as client:
         scores = [answer.score for answer in client.infer_tensor(images)]
     second = tmp_path_factory.mktemp("second") / "calibration.json"
-    run_command(
+    said(
         *("calibration", "fit", "--threshold", float(np.median(scores)), "--onnx", build / "onnx"),
         *("--outputs", build / "outputs.json", "--out", second),
     )
@@ -93,15 +77,16 @@ def artifacts(build, images, server, tmp_path_factory):
 
 
 @pytest.fixture
-def repository(build, artifacts, tmp_path):
+def repository(build, tmp_path):
     """A repository of a test's own, with the first artifact."""
-    return assembled(build, artifacts[0], tmp_path)
+    return linked_copy(build / "model_repository", tmp_path / "repository")
 
 
 @pytest.fixture(scope="module")
-def reloadable(build, artifacts, tmp_path_factory):
+def reloadable(build, tmp_path_factory):
     """A server that loads models when told to, and its repository, which tests leave as it is."""
-    repository = assembled(build, artifacts[0], tmp_path_factory.mktemp("reloadable"))
+    folder = tmp_path_factory.mktemp("reloadable")
+    repository = linked_copy(build / "model_repository", folder / "repository")
     with serving(repository) as server:
         yield server, repository
 
@@ -140,7 +125,7 @@ def question(server, artifacts, images, crops):
 
 
 class Traffic:
-    """Clients that neither pause nor try again; `found` is what became of their requests."""
+    """Clients that hardly pause and never try again; `found` is what became of their requests."""
 
     def __init__(self, server, question, pins=True):
         grpc, http = server.grpc_url, server.http_url
@@ -171,6 +156,7 @@ class Traffic:
                 except Exception as error:
                     outcome = str(error)
                 self.found[kind, outcome] += 1
+                time.sleep(0.005)  # lets the commands have this process too
 
     def goes_on(self):
         """Wait until clients have had a good many answers more."""
@@ -250,8 +236,8 @@ def test_no_request_fails_while_a_version_comes_answers_and_goes_back(
         traffic.goes_on()  # it lies there, and nobody has loaded it
         assert versions_that_answer(server, question) == [1, 1, None]
 
-        said = rollout(server, repository)
-        assert said == "router/1 answers; router/2 shadows 50% of the images\n"
+        told = rollout(server, repository, run=run_command)
+        assert told == "router/1 answers; router/2 shadows 50% of the images\n"
         # A candidate answers nobody: not who pins none, not who pins it.
         assert unpinned(server, question.images[0]) == (1, [1])
         assert versions_that_answer(server, question) == [1, 1, None]
@@ -259,8 +245,8 @@ def test_no_request_fails_while_a_version_comes_answers_and_goes_back(
         traffic.goes_on()
         assert {o for kind, o in traffic.found if kind == "router"} == {1}, traffic.found
 
-        said = rollout(server, repository, "--to", 2)
-        assert said == "router/2 answers; router/1 can be pinned too\n"
+        told = rollout(server, repository, "--to", 2, run=run_command)
+        assert told == "router/2 answers; router/1 can be pinned too\n"
         assert versions_that_answer(server, question) == [2, 1, 2]
         assert unpinned(server, question.images[0]) == (2, [1, 2])
         traffic.goes_on()
@@ -270,7 +256,7 @@ def test_no_request_fails_while_a_version_comes_answers_and_goes_back(
         assert unpinned(server, question.images[0]) == (1, [1])
         traffic.goes_on()
 
-        run_command("export", "versions", "--repository", repository, "--drop", 2)
+        drop(repository, 2)
         assert rollout(server, repository) == "router/1 answers\n"
         traffic.goes_on()
     manifest.verify(repository)
@@ -279,15 +265,17 @@ def test_no_request_fails_while_a_version_comes_answers_and_goes_back(
 
 
 def test_a_careful_repository_serves_what_answers_and_nothing_else(
-    build, artifacts, question, tmp_path
+    rung_set, artifacts, question, tmp_path
 ):
     # Its own calls of the rungs, for the audit and the reference answers, are under way meanwhile.
-    repository = assembled(build, artifacts[0], tmp_path, "careful", audit_fraction=1)
+    repository = assemble(
+        rung_set, artifacts[0], tmp_path / "repository", Settings(audit_fraction=1.0)
+    )
     with serving(repository) as server, Traffic(server, question, pins=False) as traffic:
         add_version(repository, artifacts[1])
         for version in (2, 1, 2, 1):
-            said = rollout(server, repository, "--to", version)
-            assert said == f"router/{version} answers\n"
+            told = rollout(server, repository, "--to", version)
+            assert told == f"router/{version} answers\n"
             assert unpinned(server, question.images[0]) == (version, [version])
             traffic.goes_on()
         assert server.is_running()
@@ -301,7 +289,7 @@ def test_a_repository_changed_twice_while_nobody_looked_is_loaded_without_a_fail
 ):
     with serving(repository) as server, Traffic(server, question) as traffic:
         add_version(repository, artifacts[1])
-        run_command("export", "versions", "--repository", repository, "--live", 2, "--drop", 1)
+        said("export", "versions", "--repository", repository, "--live", 2, "--drop", 1)
         # The server's ensemble names a version that its router is about to lose.
         rollout(server, repository)
         assert versions_that_answer(server, question)[0] == 2
@@ -313,7 +301,7 @@ def test_a_switched_repository_is_served_by_a_new_server_and_can_be_measured(
     repository, artifacts, question
 ):
     add_version(repository, artifacts[1])
-    run_command("export", "versions", "--repository", repository, "--live", 2)
+    said("export", "versions", "--repository", repository, "--live", 2)
     ensemble = System("ensemble", "from image bytes", "adaptive_vit", takes_bytes=True)
     pool = Pool("crops", question.crops, question.images, [None] * BATCH, ())
     with (
@@ -335,7 +323,7 @@ def test_a_switched_repository_is_served_by_a_new_server_and_can_be_measured(
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "words"),
     [
         (flip_a_bit, "router/2/calibration.json differs from its SHA-256"),
         (lambda path: path.write_bytes(path.read_bytes()[:100]), "calibration.json differs"),
@@ -343,7 +331,7 @@ def test_a_switched_repository_is_served_by_a_new_server_and_can_be_measured(
     ],
     ids=["a flipped bit", "half written", "missing"],
 )
-def test_a_damaged_artifact_is_refused_by_hash(reloadable, artifacts, question, damage, said):
+def test_a_damaged_artifact_is_refused_by_hash(reloadable, artifacts, question, damage, words):
     server, repository = reloadable
     add_version(repository, artifacts[1])
     path = repository / "router/2/calibration.json"
@@ -358,9 +346,9 @@ def test_a_damaged_artifact_is_refused_by_hash(reloadable, artifacts, question, 
     finally:
         path.write_bytes(intact)
         drop(repository, 2)
-    assert re.search(said, complaint) and code == 2
+    assert re.search(words, complaint) and code == 2
     if damage is flip_a_bit:
-        assert re.search(said, refusal.value.message())
+        assert re.search(words, refusal.value.message())
 
 
 def test_a_version_that_does_not_load_leaves_server_and_repository_as_they_were(
@@ -408,7 +396,7 @@ def test_where_no_server_answers_the_repository_stays(repository, artifacts):
         held.bind(("127.0.0.1", 0))
         url = f"127.0.0.1:{held.getsockname()[1]}"
         options = ("--repository", repository, "--url", url)
-        code, complaint = try_command("server", "rollout", *options, "--to", 2)
+        code, complaint = refused("server", "rollout", *options, "--to", 2)
     assert code == 2 and f"no answer from a server at {url}" in complaint
     assert Versions.load(repository).live == 1
 
@@ -436,5 +424,6 @@ def test_over_tls_and_with_the_admin_key_and_not_without(repository, artifacts, 
         code, complaint = refused_rollout(server, repository, "--to", 2, *trusting)
         assert code == 1 and "--admin-key-file" in complaint and "0123456789" not in complaint
         assert Versions.load(repository).live == 1
-        said = rollout(server, repository, "--to", 2, *trusting, "--admin-key-file", key)
-        assert said.startswith("router/2 answers; ")
+        more = ("--to", 2, *trusting, "--admin-key-file", key)
+        told = rollout(server, repository, *more, run=run_command)
+        assert told.startswith("router/2 answers; ")

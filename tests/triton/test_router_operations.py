@@ -27,8 +27,8 @@ from client import GrpcClient, HttpClient, InvalidRequestError
 from export.repository import assemble
 from export.settings import ClientParameters, OnHighFailure, ReferenceCheck, Settings
 from routing import RungOutputs
+from tests.commands import said
 from tests.servers import FLUSHED_S, bucket, growth, metrics, running, series, stubs, wait_for
-from tests.triton.conftest import run_command
 from tests.triton.test_keystone import statistics
 
 HIGH_TIMEOUT_MS = 250
@@ -264,9 +264,9 @@ def test_what_watches_the_service_is_in_no_audit_and_no_figure_about_images(plan
     ]
     answered = grown("requests_total", outcome="ok")
     planned._wait_for_first_answer()
-    run_command("server", "check", "--url", planned.grpc_url)
+    said("server", "check", "--url", planned.grpc_url)
     check = ("server", "check", "--answers", "--repository", planned.repository)
-    run_command(*check, "--url", planned.grpc_url)
+    said(*check, "--url", planned.grpc_url)
     assert wait_for(lambda: answered() >= 6)  # the check asks in batches
     time.sleep(2 * FLUSHED_S)
     assert [found() for found in unmoved] == [0] * len(unmoved)
