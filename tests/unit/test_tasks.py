@@ -41,7 +41,7 @@ PROCESSOR = {
     "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5],
 }
-IMAGES = 500
+IMAGES = 240
 LABELS = {"problem_type": "multi_label_classification", "num_labels": 5}
 VALUE = {"problem_type": "regression", "num_labels": 1}
 NAMES = dict(enumerate(("sea", "sky", "sand", "sun", "sail")))
