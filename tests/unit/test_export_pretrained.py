@@ -61,7 +61,7 @@ def test_rungs_answer_as_the_library_does(class_name, tmp_path):
         low_truth = library(downsample(image, LOW_PX), output_hidden_states=True, **options)
     # The low rung as ONNX: it has everything that the high one has, and Resize and a fitted table.
     low_rung = backbone.rung(Recipe(LOW_PX))
-    onnx_graph.export_onnx(low_rung, PX, names, tmp_path / "vit_low.onnx", 18)
+    onnx_graph.export_onnx(low_rung, PX, names, tmp_path / "vit_low.onnx", onnx_graph.DEFAULT_OPSET)
     low = run_onnx(tmp_path / "vit_low.onnx", image)
 
     for answer, truth in ((high, high_truth), (low, low_truth)):
