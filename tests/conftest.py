@@ -13,7 +13,7 @@ LONG = (
     "test_plan_result",
     "test_calibration_fit",
     "test_client_processes",
-    "test_calibration_report",
+    "test_report_calibration",
     "test_calibration_collect",
     "test_export_quantise",
     "test_router_model",
