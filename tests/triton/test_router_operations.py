@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from calibration.fidelity import Fidelity
 from calibration.fit import Options, fit
 from calibration.outputs import Made, Outputs
 from calibration.reference import REFERENCE_IMAGES, with_reference_answers
-from client import GrpcClient, HttpClient, InvalidRequestError
+from client import GrpcClient, HttpClient, InvalidRequestError, UnavailableError
 from export.repository import assemble
 from export.settings import ClientParameters, OnHighFailure, ReferenceCheck, Settings
 from routing import RungOutputs
@@ -205,6 +206,7 @@ def busy_cores(loops):
             process.wait()
 
 
+@pytest.mark.alone  # takes waiting from times, which bursts of other tests' work may upset
 @pytest.mark.parametrize("loops", [0, os.cpu_count()], ids=["quiet", "busy"])
 def test_images_that_wait_raise_the_threshold_and_a_large_request_alone_does_not(
     operated, calibration, images, loops
@@ -379,8 +381,16 @@ def test_a_passed_timeout_of_the_request_costs_no_full_call(falling_back, images
     assert settled(falling_back) == before
 
 
+def is_healthy(server, images):
+    """Whether all are answered: a busy machine may now and then exceed a short budget."""
+    with GrpcClient(server.grpc_url) as client:
+        try:
+            return len(client.infer(images)) == len(images)
+        except UnavailableError:
+            return False
+
+
 def test_all_of_it_left_the_models_healthy(operated, planned, hasty, falling_back, crops):
     for server in (operated, planned, hasty, falling_back):
-        with GrpcClient(server.grpc_url) as client:
-            assert len(client.infer(crops[:4])) == 4
+        assert wait_for(partial(is_healthy, server, crops[:4]))
     assert np.isfinite(list(metrics(operated).values())).all()
