@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .access import ENTRY, HIGH, LOW, PREPROCESS, ROUTER, Access
-from .probe import Memory, look
+from .probe import Finding, Memory, look
 from .repository import models_in
 from .serving import READY, Serving, local_processes
 
@@ -76,21 +76,20 @@ def check(access: Access, repository: Path | None, timeout_s: float) -> Health:
             served = [key for key, state in states.items() if state == READY]
             ready = {model for model, _ in served}
             memory.with_processes = {key for key in served if server.is_python(*key)}
+        talks = states is not None or bool(ready)
         missing = sorted(expected - ready)
-        memory.known = expected
-        finding = look(server, memory, timeout_s)
-    failure = finding.failure
-    if missing and ready:
-        why = {model: state for (model, _), state in (states or {}).items() if state}
-        said = [f"{model} ({why[model]})" if model in why else model for model in missing]
-        failure = f"not ready: {', '.join(said)}"
-    elif missing and not failure:
-        failure = f"no model is ready at {access.url}"
+        if missing and talks:
+            why = {model: state for (model, _), state in (states or {}).items() if state}
+            said = [f"{model} ({why[model]})" if model in why else model for model in missing]
+            finding = Finding(f"not ready: {', '.join(said)}")
+        else:
+            memory.known = expected
+            finding = look(server, memory, timeout_s)
     return Health(
-        failure,
+        finding.failure,
         len(ready & expected),
         None if stubs is None else len(stubs),
         finding.latency_ms,
-        () if missing else finding.warnings,
-        () if states is None and not ready else tuple(unseen),
+        finding.warnings,
+        tuple(unseen) if talks else (),
     )
