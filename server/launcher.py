@@ -38,10 +38,9 @@ from .process import ProcessGroup
 from .repository import (
     bytecode_folders,
     models_in,
-    refuse_unlisted,
     refuses_other_answers,
     remove_new_bytecode,
-    remove_unlisted_bytecode,
+    require_as_assembled,
 )
 from .security import Security, known_options
 from .shared_memory import SERVER_PREFIX, hold, remove_dead_segments, remove_segments
@@ -220,8 +219,7 @@ class TritonServer:
         if self._process is not None:
             raise RuntimeError("the server is already running")
         models = list(models_in(self.repository) if self._models is None else self._models)
-        refuse_unlisted(self.repository)
-        remove_unlisted_bytecode(self.repository)
+        require_as_assembled(self.repository)
         if not self._free_ports:
             check_ports(self.addresses, self.ports)
         self._access = self.security.access(self.grpc_url)

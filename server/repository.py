@@ -34,21 +34,32 @@ def models_in(repository: Path) -> list[str]:
     return names
 
 
-def refuse_unlisted(repository: Path) -> None:
+def require_as_assembled(repository: Path) -> None:
     """Refuse a repository with more in it than was assembled; one without a manifest passes.
 
     Its router compares every file with its hash when it starts; but Triton then has already loaded
-    what else there is.
+    what else there is. Python's bytecode is removed, so that the listed sources are run: Python
+    takes it for that of a source whose time and size it names.
 
     Raises:
-        ServerUsageError: naming the first file, folder or link that is not listed.
+        ServerUsageError: naming the first file, folder or link that is not listed, or bytecode that
+            cannot be removed.
     """
     if not (repository / manifest.NAME).is_file():
         return
     try:
         manifest.refuse_unlisted(repository)
+        for file in manifest.unlisted_bytecode(repository):
+            file.unlink(missing_ok=True)
+            with suppress(OSError):  # Something listed lies beside it.
+                file.parent.rmdir()
     except ManifestError as error:
         raise ServerUsageError(f"{repository}: {error}") from error
+    except OSError as error:
+        raise ServerUsageError(
+            f"{error.filename} cannot be removed ({error.strerror}), and Python may run it in "
+            "place of its source; remove it, and start again"
+        ) from error
 
 
 def refuse_higher_versions(repository: Path) -> None:
@@ -74,31 +85,6 @@ def refuses_other_answers(repository: Path) -> bool:
         return router_versions.refuses_other_answers(repository)
     except VersionError:  # Not one of ours, or of a release before there was such a router.
         return False
-
-
-def remove_unlisted_bytecode(repository: Path) -> None:
-    """Remove Python's bytecode from a repository with a manifest, so that its sources are run.
-
-    Python takes a file of bytecode for that of a source whose time and size it names, and what is
-    in it is what runs, while every source has its hash.
-
-    Raises:
-        ServerUsageError: it cannot be removed.
-    """
-    if not (repository / manifest.NAME).is_file():
-        return
-    try:
-        for file in manifest.unlisted_bytecode(repository):
-            file.unlink(missing_ok=True)
-            with suppress(OSError):  # Something listed lies beside it.
-                file.parent.rmdir()
-    except ManifestError as error:
-        raise ServerUsageError(f"{repository}: {error}") from error
-    except OSError as error:
-        raise ServerUsageError(
-            f"{error.filename} cannot be removed ({error.strerror}), and Python may run it in "
-            "place of its source; remove it, and start again"
-        ) from error
 
 
 def bytecode_folders(repository: Path) -> set[Path]:

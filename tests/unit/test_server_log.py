@@ -16,7 +16,7 @@ from server.repository import (
     bytecode_folders,
     models_in,
     remove_new_bytecode,
-    remove_unlisted_bytecode,
+    require_as_assembled,
 )
 from server.triton_log import (
     failure_reasons,
@@ -211,7 +211,7 @@ def test_no_bytecode_is_run_in_place_of_a_listed_source(forged: Path):
 
 def test_without_a_manifest_bytecode_stays(forged: Path):
     (forged / manifest.NAME).unlink()
-    remove_unlisted_bytecode(forged)
+    require_as_assembled(forged)
     assert answer(forged) == "2"
 
 
@@ -221,7 +221,7 @@ def test_bytecode_that_cannot_be_removed_is_refused(forged: Path, monkeypatch: p
 
     monkeypatch.setattr(Path, "unlink", read_only)
     with pytest.raises(ServerUsageError, match=r"answer\..*pyc cannot be removed \(Read-only file"):
-        remove_unlisted_bytecode(forged)
+        require_as_assembled(forged)
 
 
 def test_a_missing_or_empty_repository_is_refused(tmp_path: Path):
