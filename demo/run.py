@@ -15,8 +15,8 @@ from bundle.graphs import GraphSet
 from calibration.sample import crops as sample_crops
 from imaging import Preprocessing
 from perf.environment import cpu_name
-from perf.measure.deployment import with_alternatives
-from perf.measure.target import Target
+from perf.repository import with_alternatives
+from perf.target import Target
 from routing import Calibration
 from server import TritonServer
 

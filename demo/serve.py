@@ -14,10 +14,10 @@ from rich.progress import Progress
 from calibration.images import SourceImage
 from client import GrpcClient, HttpClient, Prediction
 from imaging import Preprocessing, decode
+from perf.cpu import on_same_cores
 from perf.harness import ONE_BY_ONE, Answer, Asker, Load, Paired, believed, cut, take_turns
-from perf.measure.cpu import on_same_cores
-from perf.measure.sets import Pool
-from perf.measure.target import Target
+from perf.images import Pool
+from perf.target import Target
 from server import TritonServer
 
 from .errors import DemoError

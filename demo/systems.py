@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from bundle.graphs import GraphSet
-from perf.measure import systems as measured
-from perf.measure.systems import System
+from perf import systems as measured
+from perf.systems import System
 from routing import RungRecord
 
 LOW, HIGH, ADAPTIVE = "low", "high", "adaptive"

@@ -85,8 +85,8 @@ def run(
 
     Ctrl-C keeps what was measured, from the first table on.
     """
-    from .measure.suites import SUITES  # here, because scipy and matplotlib take seconds to import
     from .run import Options, measure
+    from .suites import SUITES  # here, because scipy and matplotlib take seconds to import
 
     if http_url is not None and url is None:
         raise PerfError("--http-url belongs to --url")
@@ -196,7 +196,7 @@ def scoring(
     classes: Annotated[int, typer.Option(min=2, help="Classes C.")] = 21,
 ) -> None:
     """Time every signal's score as the router computes it, on random outputs."""
-    from .measure.attribution import SIGNAL_ROUNDS, all_signals
+    from .attribution import SIGNAL_ROUNDS, all_signals
 
     batches = (1, 16)
     with Console(stderr=True).status("timing"):
@@ -220,7 +220,7 @@ def variants_command(
 ) -> None:
     """Serve several repositories side by side and ask them in turn: what a change to one costs."""
     from . import variants
-    from .measure.sets import load_pool
+    from .images import load_pool
 
     pool = load_pool(GraphSet.load(onnx), images, limit)
     with Progress(console=Console(stderr=True)) as progress:
@@ -260,7 +260,7 @@ def serving(
 ) -> None:
     """Time every exported graph as Triton serves it here, the graphs in turn."""
     from . import prices
-    from .measure.sets import load_pool
+    from .images import load_pool
 
     rung_set, served = GraphSet.load(onnx), prices.Served(instances, threads, batch, turns)
     names = [name.strip() for name in graphs.split(",") if name.strip()]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .figures import Spread, doubts_of, load_of
-from .measure.systems import HIGH
+from .systems import HIGH
 
 DISTURBED = "the machine was too busy for a figure"
 _SETTINGS = ("environment", "model", "certificate", "images", "suite", "fidelity")

@@ -24,11 +24,11 @@ from client.errors import server_errors
 from routing import RungOutputs, fidelity_loss
 
 from . import figures
+from .cpu import CpuMeter
 from .figures import Spread
-from .measure.cpu import CpuMeter
-from .measure.sets import Pool
-from .measure.systems import ADAPTIVE, ENSEMBLE, ESCALATION, HIGH, LOW, System
-from .measure.target import Target
+from .images import Pool
+from .systems import ADAPTIVE, ENSEMBLE, ESCALATION, HIGH, LOW, System
+from .target import Target
 
 # Asked right after one another, in either order: their ratio is what the second one adds.
 PAIRS = {"adaptive-0": LOW, ENSEMBLE: ADAPTIVE}

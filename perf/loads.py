@@ -12,11 +12,11 @@ from typing import Any
 
 from .analyzer_install import Analyzer
 from .figures import Spread
-from .measure.server_times import ModelTimes, since
-from .measure.suites import Suite
-from .measure.systems import ADAPTIVE, ENSEMBLE, HIGH, LOW, System
-from .measure.target import Target
 from .perf_analyzer import Figures, InputData, Load, run
+from .server_times import ModelTimes, since
+from .suites import Suite
+from .systems import ADAPTIVE, ENSEMBLE, HIGH, LOW, System
+from .target import Target
 
 COMPARED = (LOW, HIGH, ADAPTIVE)
 

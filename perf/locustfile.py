@@ -13,8 +13,8 @@ from locust.env import Environment
 from locust.runners import WorkerRunner
 
 from client import DEFAULT_GRPC_URL, DEFAULT_HTTP_URL
-from perf.load import lifecycle
-from perf.load.settings import add_options
+from perf.load import users
+from perf.load.objective import add_options
 from perf.load.users import ClosedUser, OpenUser
 
 # Before any channel: without it a gRPC request stops every other user of this process.
@@ -68,6 +68,6 @@ def _choose_users(environment: Environment, **_: Any) -> None:
         ]
 
 
-events.init.add_listener(lifecycle.prepare)
-events.test_start.add_listener(lifecycle.start)
-events.quitting.add_listener(lifecycle.finish)
+events.init.add_listener(users.prepare)
+events.test_start.add_listener(users.start)
+events.quitting.add_listener(users.finish)

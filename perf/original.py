@@ -28,13 +28,12 @@ from routing import RUNGS, Calibration
 from .environment import environment
 from .figures import PerfError
 from .harness import ONE_BY_ONE, Asker, Paired, believed, cut, take_turns
-from .measure.deployment import assembled, undisturbed
-from .measure.memory import MemoryUse, serving
-from .measure.peaks import CASCADES, PeakLoad, peak_memory
-from .measure.sets import Pool, open_pool_source, read_pool
-from .measure.systems import ADAPTIVE, HIGH, LOW, System
-from .measure.target import Target
+from .images import Pool, open_pool_source, read_pool
+from .memory import CASCADES, MemoryUse, PeakLoad, peak_memory, serving
 from .original_table import NOTES, SOURCE, original_table
+from .repository import assembled, undisturbed
+from .systems import ADAPTIVE, HIGH, LOW, System
+from .target import Target
 
 IMAGES = 2000
 SEED = 32  # the artifact is calibrated on crops of another seed
@@ -134,11 +133,8 @@ def _forward_ms(session: ort.InferenceSession, image: NDArray[np.float32]) -> fl
 
 def _read(rung_set: GraphSet, images: int, on_progress: Progressed) -> Pool:
     source = open_pool_source("sample", SEED, images)
-    for pool in read_pool(source, Preprocessing.from_dict(rung_set.preprocessing)):
-        if pool is not None:
-            return pool
-        on_progress("cut and decode images", images)
-    raise AssertionError("read_pool ends with the pool")
+    preprocessing = Preprocessing.from_dict(rung_set.preprocessing)
+    return read_pool(source, preprocessing, lambda: on_progress("cut and decode images", images))
 
 
 def _latencies(

@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from .figures import TOO_BUSY, cascade_bound
-from .measure.systems import ADAPTIVE, HIGH, LOW
+from .systems import ADAPTIVE, HIGH, LOW
 
 # The script's own figures. Latency in ms, memory in MB.
 SOURCE = {

@@ -25,14 +25,13 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from bundle.graphs import GraphSet
 from server import TritonServer
 
+from .cpu import CpuMeter
+from .environment import Nvml
 from .figures import PerfError, Spread
 from .harness import ONE_BY_ONE, Asker, Asks, Load, Paired, take_turns
-from .measure.cpu import CpuMeter
-from .measure.deployment import lay_out_graph
-from .measure.sets import Pool
-from .measure.systems import System
-from .measure.target import Target
-from .nvml import Nvml
+from .images import Pool
+from .systems import System
+from .target import Target
 
 TOGETHER = 8  # graphs of one server; each instance holds the weights once more
 LONE = 8  # images that are asked one at a time in a turn
@@ -256,6 +255,7 @@ def lay_out(rung_set: GraphSet, names: Sequence[str], served: Served, repository
     config.instance_group[0].count = served.instances
     config.parameters["intra_op_thread_count"].string_value = str(served.threads)
     for name in names:
-        graph = rung_set.graphs[name]
-        lay_out_graph(graph.file, graph.record, repository / name / "1")
+        version = repository / name / "1"
+        version.mkdir(parents=True)
+        rung_set.graphs[name].place(version, "model")
         (repository / name / "config.pbtxt").write_text(text_format.MessageToString(config))

@@ -27,11 +27,11 @@ from . import stages, summary
 from .analyzer_install import Analyzer, find_analyzer
 from .environment import environment
 from .figures import PerfError
-from .measure.deployment import assembled, with_alternatives
-from .measure.sets import open_pool_source
-from .measure.suites import Suite
-from .measure.target import Target
+from .images import open_pool_source
 from .record import Record
+from .repository import assembled, with_alternatives
+from .suites import Suite
+from .target import Target
 
 
 @dataclass(frozen=True)

@@ -19,19 +19,19 @@ from routing import Calibration, Overrides, escalation_mask
 
 from . import summary
 from .analyzer_install import Analyzer
+from .attribution import attribute, scoring_ms, together
+from .backend import measure_backend
+from .cpu import on_same_cores
 from .figures import PerfError
 from .harness import ONE_BY_ONE, Asker, Load, Paired, believed, cut, is_a_loss, take_turns
+from .images import ImageSets, Pool, choose_sets, read_pool, score_pool, sent_under_load
 from .loads import COMPARED, Level, LoadRunner, Measured, closed_levels, open_levels, saturated
-from .measure.attribution import attribute, scoring_ms, together
-from .measure.backend import measure_backend
-from .measure.cpu import on_same_cores
-from .measure.locust_runs import run_locust
-from .measure.memory import MemoryUse
-from .measure.peaks import MEASURED, PeakLoad, peak_memory
-from .measure.scoring import score_pool
-from .measure.sets import ImageSets, Pool, choose_sets, read_pool, sent_under_load
-from .measure.suites import Suite
-from .measure.systems import (
+from .locust_runs import run_locust
+from .memory import MEASURED, MemoryUse, PeakLoad, peak_memory
+from .perf_analyzer import InputData, write_bytes, write_tensors
+from .record import Record
+from .suites import Suite
+from .systems import (
     ADAPTIVE,
     ENSEMBLE,
     ESCALATION,
@@ -41,9 +41,7 @@ from .measure.systems import (
     systems,
     threshold_for,
 )
-from .measure.target import Target
-from .perf_analyzer import InputData, write_bytes, write_tensors
-from .record import Record
+from .target import Target
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,8 +100,7 @@ def read_images(record: Record, source: ImageSource, preprocessing: Preprocessin
         PerfError: no image can be read.
     """
     with record.stage("read images", len(source)) as bar:
-        *_, pool = (bar.advance() or found for found in read_pool(source, preprocessing))
-    assert pool is not None
+        pool = read_pool(source, preprocessing, bar.advance)
     for line in pool.unreadable:
         record.note(f"left out {line}")
     return pool
@@ -125,7 +122,7 @@ def prepare_bench(
         ClientError: the server does not answer as it should.
     """
     with record.stage("score images", len(pool)) as bar:
-        scores = score_pool(target, pool, bar.advance)
+        scores = score_pool(target.grpc_url, pool, bar.advance)
     escalated = escalation_mask(scores, calibration.threshold, Overrides())
     sets = choose_sets(escalated, suite.mixed, suite.shares, suite.set_size, set_names)
     record.summary["images"] = {

@@ -15,8 +15,8 @@ from routing import Calibration
 
 from .figures import Spread
 from .harness import Answer, Paired
-from .measure.memory import MemoryUse
-from .measure.systems import ADAPTIVE, ENSEMBLE, HIGH, LOW, System
+from .memory import MemoryUse
+from .systems import ADAPTIVE, ENSEMBLE, HIGH, LOW, System
 
 SCHEMA_VERSION = 1
 NAME = "summary.json"

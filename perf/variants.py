@@ -17,10 +17,10 @@ from server import TritonServer
 
 from .figures import LEAST_OVER_LOW
 from .harness import ONE_BY_ONE, Answer, Asker, Asks, Load, Paired, take_turns
-from .measure.deployment import undisturbed
-from .measure.sets import Pool
-from .measure.systems import ENSEMBLE, LOW, NEVER, System
-from .measure.target import Target
+from .images import Pool
+from .repository import undisturbed
+from .systems import ENSEMBLE, LOW, NEVER, System
+from .target import Target
 
 WARM_UP = 4
 ROUTER = "adaptive-0"

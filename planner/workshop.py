@@ -19,7 +19,7 @@ from bundle.recipe import Recipe
 from calibration.source import ImageSource
 from export.fit_images import FitImages
 from imaging import ImageError, Preprocessing, decode
-from perf.measure.sets import Pool
+from perf.images import Pool
 from report.terminal import Bars
 from routing import Alignment
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from perf.measure.backend import measure_backend
+from perf.backend import measure_backend
 from tests.triton.test_keystone import statistics
 
 pytestmark = pytest.mark.alone

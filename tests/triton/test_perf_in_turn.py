@@ -4,11 +4,11 @@ import os
 
 import pytest
 
+from perf.cpu import on_same_cores
 from perf.harness import ONE_BY_ONE, Asker, Load, take_turns
-from perf.measure.cpu import on_same_cores
-from perf.measure.sets import load_pool
-from perf.measure.systems import systems
-from perf.measure.target import Target
+from perf.images import load_pool
+from perf.systems import systems
+from perf.target import Target
 
 pytestmark = pytest.mark.alone
 COUNT = 12

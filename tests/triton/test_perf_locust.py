@@ -13,7 +13,7 @@ import pytest
 
 from client import GrpcClient
 from perf.figures import PerfError
-from perf.measure.locust_runs import run_locust
+from perf.locust_runs import run_locust
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCUSTFILE = ROOT / "perf/locustfile.py"
@@ -138,7 +138,7 @@ def test_refused_requests_are_failures_with_the_servers_words(server, folder, tm
     # After the image of the first user's check, nothing but garbage.
     files = wrapper(
         tmp_path,
-        "import functools, itertools\nfrom perf.load.images import image_round\n"
+        "import functools, itertools\nfrom perf.load.objective import image_round\n"
         "@functools.cache\ndef spoilt(*spec):\n"
         "    return itertools.chain([next(image_round(*spec))], itertools.repeat(b'no image'))\n"
         "users.image_round = spoilt",

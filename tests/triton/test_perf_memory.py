@@ -5,8 +5,8 @@ import pytest
 import tritonclient.grpc as triton
 
 from perf import original
-from perf.measure.memory import measure_memory
-from perf.measure.systems import ADAPTIVE, HIGH, LOW
+from perf.memory import measure_memory
+from perf.systems import ADAPTIVE, HIGH, LOW
 
 pytestmark = pytest.mark.alone
 REQUESTS = 5

@@ -8,7 +8,7 @@ import pytest
 from bundle import manifest
 from bundle.graphs import Graph
 from client import ClientError
-from perf.measure.sets import load_pool
+from perf.images import load_pool
 from perf.prices import Served, price
 from routing import WEIGHTS, RungRecord
 

@@ -18,11 +18,11 @@ from bundle.versions import Versions
 from client import ClientError, GrpcClient, HttpClient
 from export.repository import assemble
 from export.settings import Settings
+from perf.attribution import attribute
 from perf.harness import Asker
-from perf.measure.attribution import attribute
-from perf.measure.sets import Pool
-from perf.measure.systems import System
-from perf.measure.target import Target
+from perf.images import Pool
+from perf.systems import System
+from perf.target import Target
 from server import AdminKey, Security, ServingTls
 from tests.commands import refused, said
 from tests.servers import running

@@ -4,9 +4,9 @@ import numpy as np
 
 from perf.harness import Answer
 from perf.loads import Level, Measured, Pass
-from perf.measure.server_times import ModelTimes
-from perf.measure.systems import System
 from perf.perf_analyzer import Figures
+from perf.server_times import ModelTimes
+from perf.systems import System
 
 MODELS = {
     "static-low": "vit_low",

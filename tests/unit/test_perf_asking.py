@@ -9,11 +9,11 @@ import pytest
 from tritonclient.utils import InferenceServerException, deserialize_bytes_tensor
 
 from client import ClientError
+from perf import images
 from perf.harness import Asker, Load
-from perf.measure import scoring
-from perf.measure.scoring import BATCH, score_pool
-from perf.measure.sets import Pool
-from perf.measure.systems import NEVER
+from perf.images import SCORED_TOGETHER as BATCH
+from perf.images import Pool, score_pool
+from perf.systems import NEVER
 from tests.unit.perf_measured import make_system
 
 RNG = np.random.default_rng(0)
@@ -173,11 +173,11 @@ class FakeGrpcClient:
 
 def test_the_whole_pool_is_scored_in_batches_without_escalating(monkeypatch):
     client, advanced = FakeGrpcClient(), []
-    monkeypatch.setattr(scoring, "GrpcClient", client)
+    monkeypatch.setattr(images, "GrpcClient", client)
     count = 2 * BATCH + 3
     tensors = RNG.normal(size=(count, 3, 4, 4)).astype(np.float32)
     pool = Pool("made up", [b""] * count, tensors, [None] * count, [])
-    scores = score_pool(SimpleNamespace(grpc_url="host:1"), pool, advanced.append)
+    scores = score_pool("host:1", pool, advanced.append)
     np.testing.assert_array_equal(scores, tensors[:, 0, 0, 0])
     assert scores.dtype == np.float32 and client.url == "host:1"
     assert client.calls == [(BATCH, NEVER), (BATCH, NEVER), (3, NEVER)]

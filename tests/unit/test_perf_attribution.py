@@ -3,10 +3,10 @@
 import pytest
 from tritonclient.grpc.service_pb2 import ModelStatisticsResponse
 
+from perf import attribution
+from perf.attribution import all_signals, attribute, parts, scoring_ms, together
 from perf.figures import PerfError
-from perf.measure import attribution
-from perf.measure.attribution import all_signals, attribute, parts, scoring_ms, together
-from perf.measure.server_times import ModelTimes, server_times, since
+from perf.server_times import ModelTimes, server_times, since
 from tests.unit.calibration_outputs import CLASS_SIGNALS
 from tests.unit.fakes import make_calibration
 from tests.unit.perf_measured import make_answer, make_system, make_times

@@ -8,9 +8,9 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from tritonclient.grpc.service_pb2 import ModelConfigResponse
 
 from client import ClientError
+from perf import backend
+from perf.backend import measure_backend, open_direct
 from perf.figures import PerfError
-from perf.measure import backend
-from perf.measure.backend import measure_backend, open_direct
 from tests.unit.onnx_files import SIZE, write_rung
 
 IMAGES = np.zeros((4, 3, SIZE, SIZE), np.float32)

@@ -8,8 +8,8 @@ import time
 import psutil
 import pytest
 
-from perf.measure import cpu
-from perf.measure.cpu import CpuMeter, on_same_cores
+from perf import cpu
+from perf.cpu import CpuMeter, on_same_cores
 
 # Works for as many milliseconds of its own CPU time as each line says, then answers.
 WORKER = """

@@ -6,7 +6,7 @@ import os
 import pynvml
 import pytest
 
-from perf import nvml
+from perf import environment as nvml
 from perf.environment import cpu_name, device_title, environment
 
 

@@ -16,8 +16,8 @@ from perf.loads import (
     saturated,
     saturated_throughput,
 )
-from perf.measure.suites import FULL, QUICK, SUITES
 from perf.perf_analyzer import InputData
+from perf.suites import FULL, QUICK, SUITES
 from tests.unit.perf_measured import (
     make_figures,
     make_measured,

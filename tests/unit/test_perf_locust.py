@@ -13,12 +13,9 @@ import pytest
 from scipy.stats import kstest
 
 from perf.figures import PerfError
-from perf.load.arrivals import arrivals
 from perf.load.hub import blocks_hub, longest_pause_share
-from perf.load.images import image_round
-from perf.load.settings import Settings, add_options
-from perf.load.slo import Slo
-from perf.measure.locust_runs import _call, own_line, read_stats, run_locust
+from perf.load.objective import Settings, Slo, add_options, arrivals, image_round
+from perf.locust_runs import _call, own_line, read_stats, run_locust
 from tests.unit.image_files import write_images
 
 # As Locust 2.47 wrote it, without the columns that are not read.
@@ -68,7 +65,7 @@ def test_a_missing_file_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("log", "line"),
     [
-        ("[t] h/INFO/locust.main: Starting\n[t] h/ERROR/perf.load.lifecycle: no: way\n", "no: way"),
+        ("[t] h/INFO/locust.main: Starting\n[t] h/ERROR/perf.load.users: no: way\n", "no: way"),
         ("locust: error: unrecognized arguments: --rat 3\n", "unrecognized arguments: --rat 3"),
         ("Traceback (most recent call last):\n  f()\nKeyError: 'x'\n\n", "KeyError: 'x'"),
         ("", "it ended with code -9 and said nothing"),

@@ -8,9 +8,9 @@ import time
 import psutil
 import pytest
 
+from perf import memory
 from perf.figures import PerfError
-from perf.measure import memory
-from perf.measure.memory import MemoryUse, PeakMemory, read_rollup
+from perf.memory import MemoryUse, PeakMemory, read_rollup
 
 # Does on command: hold so many MiB, let go of them, end.
 HOLDER = """

@@ -16,7 +16,7 @@ from perf import prices
 from perf.__main__ import app
 from perf.figures import PerfError
 from perf.harness import ONE_BY_ONE
-from perf.measure.sets import Pool
+from perf.images import Pool
 from perf.prices import LONE, TOGETHER, Served, disturbed, groups_of, lay_out, price, steps
 from tests.unit.onnx_files import SIZE
 from tests.unit.perf_measured import make_answer
@@ -218,7 +218,7 @@ def test_the_less_disturbed_of_two_measurements_is_kept(servers, rung_set, pool)
 
 def test_no_ratio_of_a_disturbed_graph_is_printed(servers, rung_set, pool, monkeypatch):
     servers.works_harder = {"vit_low": 1.3}
-    monkeypatch.setattr("perf.measure.sets.load_pool", lambda *arguments: pool)
+    monkeypatch.setattr("perf.images.load_pool", lambda *arguments: pool)
     folder = str(rung_set.files["vit_low"].parent)
     arguments = ["serving", "--onnx", folder, "--batch", "2", "--turns", "1"]
     printed = CliRunner().invoke(app, arguments).stdout

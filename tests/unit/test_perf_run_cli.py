@@ -67,7 +67,7 @@ class FakeTarget:
     version, models, server = "2.51.0", {"vit_low", "vit_high", "router"}, None
 
     def __init__(self, grpc_url, http_url, server):
-        self.url = grpc_url
+        self.url = self.grpc_url = grpc_url
 
     def __enter__(self):
         return self

@@ -8,7 +8,7 @@ import pytest
 from bundle.graphs import GraphSet
 from perf import summary
 from perf.harness import Paired, is_a_loss
-from perf.measure.memory import MemoryUse
+from perf.memory import MemoryUse
 from tests.unit.fakes import make_calibration
 from tests.unit.onnx_files import CLASSES, SIZE, D, write_rung_set
 from tests.unit.perf_measured import make_answer, make_system

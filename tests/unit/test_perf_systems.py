@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bundle.graphs import Graph
-from perf.measure.systems import systems, threshold_for
+from perf.systems import systems, threshold_for
 from routing import Overrides, escalation_mask, parse_overrides
 from tests.unit.perf_workplace import write_rungs
 

@@ -8,9 +8,9 @@ from tritonclient.utils import InferenceServerException
 
 from calibration.running import open_session, run_session
 from client import ClientError
+from perf import target as module
 from perf.figures import PerfError
-from perf.measure import target as module
-from perf.measure.target import Target
+from perf.target import Target
 from tests.unit.perf_workplace import calibration_of, write_rungs
 
 ALL = {"vit_low": "READY", "vit_high": "READY", "router": "READY", "px6": "UNAVAILABLE"}

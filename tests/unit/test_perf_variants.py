@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from bundle import config
 from perf import variants
 from perf.__main__ import app
 from perf.harness import ONE_BY_ONE, Paired
-from perf.measure.sets import Pool
+from perf.images import Pool
 from perf.variants import SYSTEMS, Variant, measure
 from tests.unit.perf_measured import make_answer
 from tests.unit.perf_workplace import write_repository, write_rungs
@@ -40,7 +41,7 @@ def test_no_ratio_of_a_disturbed_variant_is_printed(monkeypatch):
     found = [variant([20], [18], [25]), variant([20], [22], [33])]
     monkeypatch.setattr(variants, "measure", lambda *arguments: found)
     monkeypatch.setattr("perf.__main__.GraphSet.load", lambda folder: None)
-    monkeypatch.setattr("perf.measure.sets.load_pool", lambda *arguments: range(50))
+    monkeypatch.setattr("perf.images.load_pool", lambda *arguments: range(50))
     printed = CliRunner().invoke(app, ["variants", "one", "other"]).stdout
     assert "0.900" not in printed and "1.389" not in printed
     assert "1.100" in printed and "1.500" in printed
@@ -94,7 +95,7 @@ def test_the_routers_start_check_runs_in_no_measurement(tmp_path, monkeypatch):
         grpc_url, http_url = "127.0.0.1:1", None
 
         def __init__(self, served, free_ports):
-            seen.append((served / "router/config.pbtxt").read_text())
+            seen.append(config.read(served / "router/config.pbtxt"))
 
         def __enter__(self):
             return self
@@ -107,8 +108,8 @@ def test_the_routers_start_check_runs_in_no_measurement(tmp_path, monkeypatch):
     monkeypatch.setattr(variants, "Asker", lambda *a, **k: None)
     with variants._serving([repository], None):
         pass
-    (text,) = seen
-    assert '"reference_check" value: { string_value: "off" }' in text
+    (router,) = seen
+    assert config.parameter(router, "reference_check") == "off"
 
 
 def test_nothing_escalates():

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from bundle import config, manifest
 from bundle.graphs import GraphSet
-from routing import WEIGHTS, RungRecord
+from bundle.placing import link_or_copy
 
-from ..figures import PerfError
+from .figures import PerfError
 
 
 def assembled(repository: Path) -> Path:
@@ -48,8 +48,10 @@ def with_alternatives(repository: Path, rung_set: GraphSet, folder: Path) -> Pat
         raise PerfError(f"{folder} is not of an earlier run; give another --out")
     shutil.rmtree(folder, ignore_errors=True)
     undisturbed(repository, folder)
-    for model, file in rung_set.alternative_files.items():
-        lay_out_graph(file, rung_set.alternatives[model], folder / model / "1")
+    for model, graph in rung_set.beside.items():
+        version = folder / model / "1"
+        version.mkdir(parents=True)
+        graph.place(version, "model")
         shutil.copyfile(repository / "vit_high" / "config.pbtxt", folder / model / "config.pbtxt")
     manifest.write(folder)  # the rest has just been verified; what is not listed is not served
     return folder
@@ -69,7 +71,7 @@ def undisturbed(repository: Path, folder: Path) -> Path:
         PerfError: the repository is not an assembled one.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(assembled(repository), folder, copy_function=_link_or_copy)
+    shutil.copytree(assembled(repository), folder, copy_function=_link)
     _let_requests_choose(folder)
     return folder
 
@@ -87,25 +89,6 @@ def _let_requests_choose(repository: Path) -> None:
     manifest.update(repository, {name: config.text(router)})
 
 
-def lay_out_graph(file: Path, record: RungRecord, version: Path) -> None:
-    """Lay out an exported graph, and the weights it shares with others, as a model's version.
-
-    Args:
-        file: its ONNX file.
-        record: of it, in `graphs.json`.
-        version: the folder to make.
-    """
-    version.mkdir(parents=True)
-    _link_or_copy(str(file), str(version / "model.onnx"))
-    if record.weights_sha256 is not None:
-        # A link out of the version directory would be refused; a second name is not one.
-        _link_or_copy(str(file.with_name(WEIGHTS)), str(version / WEIGHTS))
-
-
-def _link_or_copy(source: str, target: str) -> str:
-    """Weights are hundreds of megabytes: a second name for the same file, where that can be."""
-    try:
-        os.link(os.path.realpath(source), target)  # of a link, what it leads to
-    except OSError:
-        shutil.copyfile(source, target)
-    return target
+def _link(source: str, target: str) -> None:
+    """Weights are hundreds of megabytes: a second name, of what a link leads to."""
+    link_or_copy(Path(os.path.realpath(source)), Path(target))

@@ -15,8 +15,8 @@ import numpy as np
 
 from routing import SIGNALS, Calibration, RungOutputs, RungRecord, ScoreMap
 
-from ..figures import PerfError
-from ..harness import Asker
+from .figures import PerfError
+from .harness import Asker
 from .server_times import ModelTimes, since
 from .systems import System
 from .target import Target

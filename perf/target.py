@@ -16,9 +16,9 @@ from client.errors import check_url, server_errors
 from routing import Calibration, score_texts
 from server import TritonServer
 
-from ..figures import PerfError
-from ..nvml import Nvml
 from .cpu import CpuMeter
+from .environment import Nvml
+from .figures import PerfError
 from .server_times import ModelTimes, server_times
 from .systems import NEVER
 

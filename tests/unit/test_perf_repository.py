@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from bundle import config, manifest
+from perf import repository as deployment
 from perf.figures import PerfError
-from perf.measure import deployment
-from perf.measure.deployment import assembled, with_alternatives
+from perf.repository import assembled, with_alternatives
 from routing import WEIGHTS
 from tests.unit.perf_workplace import write_repository, write_rungs
 

@@ -21,7 +21,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
 from client.errors import server_errors
 
-from ..figures import PerfError, Spread
+from .figures import PerfError, Spread
 
 MODEL = "vit_high"
 _PATIENCE_S = 5.0

@@ -6,7 +6,7 @@ import pytest
 from calibration.images import ImagesError
 from imaging import Preprocessing, decode
 from perf.figures import PerfError
-from perf.measure.sets import (
+from perf.images import (
     choose_sets,
     open_pool_source,
     read_pool,
@@ -29,8 +29,9 @@ def pool_of(easy, hard):
 
 def test_a_pool_holds_each_image_as_bytes_and_as_tensor():
     source = MemorySource(6)
-    *progress, pool = read_pool(source, SMALL)
-    assert progress == [None] * 6 and len(pool) == 6
+    done = []
+    pool = read_pool(source, SMALL, lambda: done.append(1))
+    assert len(done) == len(pool) == 6
     assert pool.title == "images in memory"
     assert pool.labels == [f"class {i % 5}" for i in range(6)]
     for row, data in enumerate(pool.encoded):
@@ -41,8 +42,9 @@ def test_a_pool_holds_each_image_as_bytes_and_as_tensor():
 
 def test_unreadable_images_are_left_out_by_name_and_the_rest_stays_aligned():
     source = MemorySource(6, broken=[1], gone=[4])
-    *progress, pool = read_pool(source, SMALL)
-    assert len(progress) == 6
+    done = []
+    pool = read_pool(source, SMALL, lambda: done.append(1))
+    assert len(done) == 6
     assert pool.labels == [f"class {i % 5}" for i in (0, 2, 3, 5)]
     assert pool.encoded == [source[i].data for i in (0, 2, 3, 5)]
     assert len(pool.tensors) == 4
@@ -52,13 +54,13 @@ def test_unreadable_images_are_left_out_by_name_and_the_rest_stays_aligned():
 def test_a_name_that_is_no_text_stays_one_line():
     source = MemorySource(2, broken=[0])
     source.names = ("a\nb.png", "1.png")
-    *_, pool = read_pool(source, SMALL)
+    pool = read_pool(source, SMALL)
     assert pool.unreadable[0].startswith("a\\nb.png: ")
 
 
 def test_a_pool_of_unreadable_images_is_refused_with_the_first_reason():
     with pytest.raises(PerfError, match=r"none of the 2 images can be read; first: 0\.png: "):
-        list(read_pool(MemorySource(2, broken=[0, 1]), SMALL))
+        read_pool(MemorySource(2, broken=[0, 1]), SMALL)
 
 
 def test_sample_is_opened_with_its_seed_and_anything_else_is_a_folder(tmp_path):

@@ -16,10 +16,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..figures import PerfError
-from ..load.slo import Slo
+from .figures import PerfError
+from .load.objective import Slo
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 LOCUSTFILE = ROOT / "perf/locustfile.py"
 USERS = {
     ("grpc", "closed"): "GrpcUser",

@@ -1,20 +1,24 @@
-"""Easy, hard and mixed images of known escalation, chosen by the router's own scores."""
+"""The images that are sent, and easy, hard and mixed sets of them, by the router's own scores."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL.Image import Image
 
 from bundle.graphs import GraphSet
-from calibration.images import open_images
+from calibration.images import SourceImage, open_images
 from calibration.source import ImageSource
+from client import GrpcClient
 from imaging import ImageError, Preprocessing, decode
 
-from ..figures import PerfError
+from .figures import PerfError
+from .systems import NEVER
 
+SCORED_TOGETHER = 8
 FEWEST = 4  # images of a set; fewer are no set
 
 
@@ -63,25 +67,53 @@ def open_pool_source(spec: str, seed: int, limit: int) -> ImageSource:
     return open_images(f"sample:{seed}" if spec == "sample" else spec, limit)
 
 
-def read_pool(source: ImageSource, preprocessing: Preprocessing) -> Iterator[Pool | None]:
-    """Read and decode the images one by one: None for each, then the pool.
+def readable(
+    source: ImageSource, unreadable: list[str]
+) -> Iterator[tuple[SourceImage, Image] | None]:
+    """Read and decode the images one by one; None for each that cannot be.
+
+    Args:
+        source: the images.
+        unreadable: is given one line for each image that is left out.
+
+    Raises:
+        PerfError: at the end, where not one image could be read.
+    """
+    for index, name in enumerate(source.names):
+        try:
+            image = source[index]
+            found = image, decode(image.data)
+        except ImageError as error:
+            unreadable.append(f"{ascii(name)[1:-1]}: {error}")
+            yield None
+        else:
+            yield found
+    if len(unreadable) == len(source):
+        raise PerfError(f"none of the {len(source)} images can be read; first: {unreadable[0]}")
+
+
+def read_pool(
+    source: ImageSource, preprocessing: Preprocessing, on_image: Callable[[], None] = lambda: None
+) -> Pool:
+    """Read and decode the images.
+
+    Args:
+        source: the images.
+        preprocessing: to the tensors that the graphs take.
+        on_image: called after each image.
 
     Raises:
         PerfError: not one image can be read.
     """
-    encoded, tensors, labels, unreadable = [], [], [], []
-    for index, name in enumerate(source.names):
-        try:
-            image = source[index]
-            tensors.append(preprocessing(decode(image.data)))
+    encoded, tensors, labels, unreadable = [], [], [], list[str]()
+    for found in readable(source, unreadable):
+        if found is not None:
+            image, decoded = found
+            tensors.append(preprocessing(decoded))
             encoded.append(image.data)
             labels.append(image.label)
-        except ImageError as error:
-            unreadable.append(f"{ascii(name)[1:-1]}: {error}")
-        yield None
-    if not encoded:
-        raise PerfError(f"none of the {len(source)} images can be read; first: {unreadable[0]}")
-    yield Pool(source.title, encoded, tensors, labels, unreadable)
+        on_image()
+    return Pool(source.title, encoded, tensors, labels, unreadable)
 
 
 def load_pool(rung_set: GraphSet, spec: str, limit: int, seed: int = 0) -> Pool:
@@ -92,9 +124,7 @@ def load_pool(rung_set: GraphSet, spec: str, limit: int, seed: int = 0) -> Pool:
         PerfError: not one image can be read.
     """
     source = open_pool_source(spec, seed, limit)
-    *_, pool = read_pool(source, Preprocessing.from_dict(rung_set.preprocessing))
-    assert pool is not None
-    return pool
+    return read_pool(source, Preprocessing.from_dict(rung_set.preprocessing))
 
 
 def choose_sets(
@@ -166,3 +196,25 @@ def spread_evenly(many: Sequence[int], few: Sequence[int]) -> list[int]:
     places = {int((index + 0.5) * total / len(few)) for index in range(len(few))}
     rest, sparse = iter(many), iter(few)
     return [next(sparse) if place in places else next(rest) for place in range(total)]
+
+
+def score_pool(grpc_url: str, pool: Pool, advance: Callable[[int], None]) -> NDArray[np.float32]:
+    """Scores in oracle units, FP32 (N,).
+
+    Args:
+        grpc_url: HOST:PORT of the server.
+        pool: N images.
+        advance: called with the number of images that were scored since it was called last.
+
+    Raises:
+        ClientError: the server did not answer as it should.
+    """
+    scores: list[float] = []
+    with GrpcClient(grpc_url) as client:
+        for start in range(0, len(pool), SCORED_TOGETHER):
+            batch = np.stack(pool.tensors[start : start + SCORED_TOGETHER])
+            # Nothing escalates: a score needs the cheap rung only.
+            answers = client.infer_tensor(batch, threshold=float(NEVER))
+            scores += [answer.score for answer in answers]
+            advance(len(batch))
+    return np.asarray(scores, dtype=np.float32)

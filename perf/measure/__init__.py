@@ -1,1 +1,0 @@
-"""What `python -m perf run` measures, a module each."""
