@@ -44,8 +44,8 @@ def _supervision(text: str, *names: str, **more: Any) -> Any:
     return typer.Option(*names, help=text, rich_help_panel="Supervision", **more)
 
 
-def _security(text: str) -> Any:
-    return typer.Option(help=text, rich_help_panel="Security")
+def _security(text: str, *names: str) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel="Security")
 
 
 # The options of the commands that call a running server.
@@ -103,7 +103,8 @@ def serve(
         bool, typer.Option("--json", help="Print where it serves as one line of JSON.")
     ] = False,
     supervise: Annotated[
-        bool, _supervision("Look after it with canary images; restart it when it fails.")
+        bool,
+        _supervision("Look after it with canary images; restart it when it fails.", "--supervise"),
     ] = False,
     max_restarts: Annotated[
         int,
@@ -116,10 +117,14 @@ def serve(
         float, _supervision(_TIMEOUT_HELP, "--canary-timeout-s", min=0.1)
     ] = DEFAULT_TIMEOUT_S,
     production: Annotated[
-        bool, _security("Turn on every protection there is, and say what cannot be (SECURITY.md).")
+        bool,
+        _security(
+            "Turn on every protection there is, and say what cannot be (SECURITY.md).",
+            "--production",
+        ),
     ] = False,
     allow_reload: Annotated[
-        bool, _security("Models can be loaded and unloaded while it serves.")
+        bool, _security("Models can be loaded and unloaded while it serves.", "--allow-reload")
     ] = False,
     admin_key_file: Annotated[
         Path | None, _security("Administration APIs ask for the key in this file.")
