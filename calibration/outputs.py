@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from routing import Calibration, RungOutputs
 from routing.calibration import FULL_RUNG
 
 from .answers import AnswerCache, Asked, Progress
-from .chunks import Answered, AnswersError, answer_arrays, read_answers, write_chunk
+from .chunks import Answered, AnswersError, read_answers
 
 SCHEMA_VERSION = 1
 FULL_MODEL = "full FP32 model"  # what answers are held against where it is not the full rung
@@ -197,34 +196,6 @@ class Outputs:
         """SHA-256 over the images' hashes, in order."""
         return hashlib.sha256("\n".join(self.hashes).encode()).hexdigest()
 
-    def save(self, path: Path) -> None:
-        """Write `outputs.json` and, in a folder beside it, the answers themselves.
-
-        What `collect` and others keep in the cache of answers needs no second copy: see `refer`.
-        """
-        folder = path.with_suffix(".answers")
-        shutil.rmtree(folder, ignore_errors=True)
-        rows = range(len(self))
-        found = {LOW: self.low, HIGH: self.high, REFERENCE: self.reference}
-        answers = {role: outputs for role, outputs in found.items() if outputs is not None}
-        for role, outputs in answers.items():
-            write_chunk(folder / role, [answer_arrays(rows, outputs)])
-        texts = {"names": self.names, "groups": self.groups, "hashes": self.hashes}
-        pictures = {name: np.array(text, np.str_) for name, text in texts.items()}
-        labels = np.array(["" if label < 0 else str(label) for label in self.labels], np.str_)
-        nobody = {"unreadable_rows": np.zeros(0, np.int64), "unreadable": np.zeros(0, np.str_)}
-        own = {"rows": np.array(rows), "labels": labels, "looks": self.looks}
-        write_chunk(folder / "pictures", [{**own, **pictures, **nobody}])
-        content = {
-            "folder": folder.name,
-            "pictures": "pictures",
-            "answers": {role: role for role in answers},
-            "labels": [str(i) for i in range(int(self.labels.max(initial=-1)) + 1)],
-            "images": len(self),
-            "rows": None,
-        }
-        _write(path, content, self.made, self.source, self.title, self.runtime)
-
     @classmethod
     def load(cls, path: Path) -> Outputs:
         """Read `outputs.json` and the answers that it names.
@@ -303,6 +274,11 @@ def refer(
         rows: the places of the images in the source; None: all.
     """
     content = {
+        "schema_version": SCHEMA_VERSION,
+        "made": asdict(Made.by(graphs)),
+        "source": cache.source.spec,
+        "title": cache.source.title,
+        "runtime": cache.runtime,
         "folder": os.path.relpath(cache.folder, path.parent),
         "pictures": cache.pictures_key,
         "answers": {role: cache.key(graph) for role, graph in graphs.playing().items()},
@@ -310,26 +286,7 @@ def refer(
         "images": len(cache.source),
         "rows": None if rows is None else list(rows),
     }
-    _write(path, content, Made.by(graphs), cache.source.spec, cache.source.title, cache.runtime)
-
-
-def _write(
-    path: Path,
-    content: Mapping[str, Any],
-    made: Made,
-    source: str,
-    title: str,
-    runtime: Mapping[str, Any],
-) -> None:
-    whole = {
-        "schema_version": SCHEMA_VERSION,
-        "made": asdict(made),
-        "source": source,
-        "title": title,
-        "runtime": runtime,
-        **content,
-    }
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}")
-    fresh.write_text(json.dumps(whole), "utf-8")
+    fresh.write_text(json.dumps(content), "utf-8")
     fresh.replace(path)
