@@ -14,7 +14,7 @@ LONG = (
     "test_calibration_fit",
     "test_client_processes",
     "test_report_calibration",
-    "test_calibration_collect",
+    "test_calibration_answers",
     "test_export_quantise",
     "test_router_model",
     "test_export_align",

@@ -6,10 +6,11 @@ import logging
 
 import pytest
 
+from tests.commands import said
 from tests.faults import results
 from tests.faults.processes import ROOT
 from tests.faults.truth import work_out
-from tests.triton.conftest import build, crops, run_command, rung_set  # noqa: F401
+from tests.triton.conftest import build, crops, rung_set  # noqa: F401
 
 RESULTS = ROOT / "build/faults/results.json"
 _ROWS = pytest.StashKey[list]()
@@ -34,16 +35,11 @@ def assembled(build, tmp_path_factory):  # noqa: F811
     def make(*options):
         out = folder / "_".join([*map(str, options), "repository"]).replace("/", "_")
         if not out.exists():
-            run_command(
+            # Nothing but the load reaches a rung.
+            said(
                 *("export", "repository", "--onnx", build / "onnx", "--out", out),
-                # Nothing but the load reaches a rung.
-                *(
-                    "--calibration",
-                    build / "calibration.json",
-                    "--reference-check",
-                    "off",
-                    *options,
-                ),
+                *("--calibration", build / "calibration.json", "--reference-check", "off"),
+                *options,
             )
         return out
 

@@ -175,7 +175,7 @@ def test_reloading_and_unloading_a_model_is_no_failure(build: Path, crops: list[
             time.sleep(4)
             control.unload_model("vit_high")
             supervised.wait_for("vit_high is not served any more")
-            time.sleep(7.5)  # longer than the interval and the patience of the supervisor together
+            time.sleep(8)  # longer than interval, patience and a second look together
             control.load_model("vit_high")
             supervised.wait_for("vit_high is served again")
             assert client.infer(crops[:1], policy="high")[0].escalated
