@@ -1,4 +1,4 @@
-"""The parts of the `router` model without Triton: settings, time budgets, metrics, the watch."""
+"""The parts of the `router` model without Triton: settings, time budgets, metrics, the audit."""
 
 import importlib
 import math
@@ -143,7 +143,7 @@ class FakeInferenceRequest:
 
 
 def test_a_call_of_a_rung_names_the_version(deployed):
-    rungs = deployed("rungs")
+    rungs = deployed("rung_calls")
     rungs.pb_utils.InferenceRequest = FakeInferenceRequest
     rungs.pb_utils.PreferredMemory = lambda kind: kind
     rungs.pb_utils.TRITONSERVER_MEMORY_CPU = 0
@@ -157,7 +157,7 @@ def test_a_call_of_a_rung_names_the_version(deployed):
 
 
 def test_the_defaults_change_no_answer(deployed):
-    settings = deployed("settings").Settings.of(config())
+    settings = deployed("settings").RouterSettings.of(config())
     assert not settings.degrade_on_high_failure and settings.careful_only
     assert settings.relief is None and settings.high_timeout_s == 10
     assert settings.audit_fraction == settings.shadow_fraction == settings.shadow_version == 0
@@ -171,7 +171,7 @@ def test_what_an_operator_chooses_is_read(deployed):
         degrade_threshold="2.5",
         audit_fraction="0.01",
     )
-    settings = deployed("settings").Settings.of(chosen)
+    settings = deployed("settings").RouterSettings.of(chosen)
     assert settings.degrade_on_high_failure and not settings.careful_only
     assert (settings.relief.depth, settings.relief.full, settings.relief.highest) == (8, 32, 2.5)
     assert settings.audit_fraction == 0.01
@@ -193,19 +193,19 @@ def test_what_an_operator_chooses_is_read(deployed):
 )
 def test_a_setting_that_means_nothing_stops_the_load_by_name(deployed, name, value):
     with pytest.raises(ValueError, match=name):
-        deployed("settings").Settings.of(config(**{name: value}))
+        deployed("settings").RouterSettings.of(config(**{name: value}))
 
 
 def test_pressure_relief_needs_a_limit(deployed):
     with pytest.raises(ValueError, match="degrade_threshold"):
-        deployed("settings").Settings.of(config(degrade_queue_depth="8"))
+        deployed("settings").RouterSettings.of(config(degrade_queue_depth="8"))
 
 
 # --- the full rung's time budget -----------------------------------------------------------------
 
 
 def test_a_call_in_time_is_answered_and_its_error_passed_on(deployed):
-    rungs = deployed("rungs")
+    rungs = deployed("rung_calls")
 
     def call(x):
         if x < 0:
@@ -220,7 +220,7 @@ def test_a_call_in_time_is_answered_and_its_error_passed_on(deployed):
 
 
 def test_a_hung_call_costs_one_budget_and_then_refuses_until_it_returns(deployed):
-    rungs = deployed("rungs")
+    rungs = deployed("rung_calls")
     released, calls = threading.Event(), []
 
     def call(x):
@@ -249,7 +249,7 @@ def test_a_hung_call_costs_one_budget_and_then_refuses_until_it_returns(deployed
 
 
 def test_an_outage_that_took_long_to_show_is_not_waited_for_again_at_once(deployed, monkeypatch):
-    rungs = deployed("rungs")
+    rungs = deployed("rung_calls")
     now, calls = [100.0], []
     monkeypatch.setattr(rungs, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
@@ -321,7 +321,7 @@ def test_without_a_certificate_there_is_no_certified_risk(make_metrics):
     assert "adaptive_vit_threshold" not in SERIES
 
 
-# --- the watch: audit and shadow -----------------------------------------------------------------
+# --- audit and shadow ----------------------------------------------------------------------------
 
 
 def wait_for(condition, pause_s=0.01):
@@ -354,34 +354,36 @@ class Counts:
 
 @pytest.fixture
 def watching(deployed):
-    """Makes a `Watch`, and a function that sends requests through the cascade and past it."""
-    watches, high_rung = [], FakeRung(2.0)
+    """Makes a `LiveAudit`, and a function that sends requests through the cascade and past it."""
+    audits, high_rung = [], FakeRung(2.0)
 
     def make(calibration, high, metrics, candidate=None, reference=None, **settings):
         routing = importlib.import_module("deployed_router.routing")
         chosen = config(shadow_version="2" if candidate else "0", **settings)
-        chosen = deployed("settings").Settings.of(chosen)
-        watch = deployed("watch").Watch(chosen, calibration, candidate, high, metrics, reference)
-        watches.append(watch)
+        chosen = deployed("settings").RouterSettings.of(chosen)
+        audit = deployed("live_audit").LiveAudit(
+            chosen, calibration, candidate, high, metrics, reference
+        )
+        audits.append(audit)
 
         def send(batch, high=high_rung, overrides=None, is_probe=False, **options):
             chosen = routing.Overrides(**(overrides or {}))
             request = routing.CascadeRequest(batch, chosen, is_probe=is_probe)
             (answer,) = routing.run_cascade(
-                [request], calibration, FakeRung(1.0), high, decided=watch.look, **options
+                [request], calibration, FakeRung(1.0), high, decided=audit.look, **options
             )
             return answer
 
-        return watch, send
+        return audit, send
 
     yield make
-    for watch in watches:
-        watch.stop()
+    for audit in audits:
+        audit.stop()
 
 
 @pytest.fixture
 def look(watching, make_metrics):
-    """Sends images through the cascade and its watch; returns the metrics."""
+    """Sends images through the cascade and its audit; returns the metrics."""
 
     def run(scores, high, calibration, candidate=None, overrides=None, repeats=1, **settings):
         metrics = make_metrics(calibration, 2 if candidate else 0)
@@ -498,17 +500,17 @@ def test_what_watches_the_service_is_no_sample_of_the_traffic(watching):
 
 def test_a_failing_full_rung_drops_audits_and_counts_them(look, deployed):
     def failing(image):
-        raise deployed("rungs").RungError("vit_high is away", is_outage=True)
+        raise deployed("rung_calls").RungError("vit_high is away", is_outage=True)
 
     look([0.1, 0.2, 0.9], failing, make_calibration(**CERTIFIED), audit_fraction="1")
     wait_for(lambda: value("audit_dropped_total") == 3)
 
 
-def test_what_goes_wrong_in_the_watch_fails_no_answer(watching):
+def test_what_goes_wrong_in_the_audit_fails_no_answer(watching):
     counts = Counts()
-    watch, send = watching(make_calibration(**CERTIFIED), other_class, counts, audit_fraction="1")
+    audit, send = watching(make_calibration(**CERTIFIED), other_class, counts, audit_fraction="1")
     for _ in range(3):
-        watch.look(SimpleNamespace(request=None))
+        audit.look(SimpleNamespace(request=None))
     assert counts["audit_dropped_total",] == 3
     assert len(WARNINGS) == 1 and "AttributeError" in WARNINGS[0]
     send(images(0.1))
@@ -546,7 +548,7 @@ class SharedRung:
 
 
 class Feeder:
-    """Draws images of known risk, and sends them as fast as the audit of a watch takes them.
+    """Draws images of known risk, and sends them as fast as the audit takes them.
 
     Some requests are all alike in whether they escalate, as bursts of real images are.
     """
@@ -647,7 +649,7 @@ def test_answers_of_several_threads_are_watched_while_the_certificate_falls(
     watching, deployed, monkeypatch
 ):
     """The moment at which the audit is done with its test, and others have images for it."""
-    test = deployed("watch").RiskTest
+    test = deployed("live_audit").RiskTest
     evidence = test.log_evidence.fget
     # A look at the evidence lets the other threads run.
     monkeypatch.setattr(
@@ -881,7 +883,7 @@ def test_an_answer_that_is_no_number_is_another(check):
 
 
 def test_rungs_that_are_not_there_yet_are_asked_again_without_a_word(check, deployed):
-    error = deployed("rungs").RungError
+    error = deployed("rung_calls").RungError
     faults = [
         FakeTritonModelError("BLS is only supported during the 'execute' function."),
         error("vit_low failed: Server not ready", is_outage=True),
@@ -978,7 +980,7 @@ def test_unloading_ends_what_waits_without_a_call(hold, deployed):
     def ask():
         try:
             hold.keeping(asked.append)("never")
-        except deployed("rungs").RungError as error:
+        except deployed("rung_calls").RungError as error:
             failed.append(error)
 
     threads = [in_thread(ask) for _ in range(3)]

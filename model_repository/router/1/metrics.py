@@ -15,8 +15,8 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from .routing import Calibration
-from .routing.reference import OUTCOMES as REFERENCE_OUTCOMES
 from .routing.shadow import OUTCOMES as SHADOW_OUTCOMES
+from .routing.reference import OUTCOMES as REFERENCE_OUTCOMES
 
 _FLUSH_S = 0.5
 _HASH_LENGTH = 12  # as much as tells files from each other, and fits a table

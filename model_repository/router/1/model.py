@@ -16,6 +16,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from .hold import Hold
+from .live_audit import LiveAudit
 from .metrics import Metrics
 from .reference_check import ReferenceCheck
 from .routing import (
@@ -31,10 +32,9 @@ from .routing import (
     parse_overrides,
     run_cascade,
 )
-from .rungs import Budgeted, LateError, call_rung
-from .settings import Settings
+from .rung_calls import Budgeted, LateError, call_rung
+from .settings import RouterSettings
 from .waiting import Waiting
-from .watch import Watch
 
 
 def _version_dir():
@@ -58,8 +58,8 @@ class TritonPythonModel:
         return config
 
     def initialize(self, args):
-        """Load the artifact, refuse files that it was not made with, and start the watch."""
-        self.settings = Settings.of(json.loads(args["model_config"]))
+        """Load the artifact, refuse files that it was not made with, and start the audit."""
+        self.settings = RouterSettings.of(json.loads(args["model_config"]))
         self.calibration = _load_artifact(_version_dir())
         repository = _version_dir().parent.parent
         manifest.verify(repository)
@@ -85,7 +85,7 @@ class TritonPythonModel:
             str(version), self.calibration, artifact, candidate, self.settings.queue_limit
         )
         _tell_of_higher(repository, version)
-        self.watch = Watch(
+        self.audit = LiveAudit(
             self.settings,
             self.calibration,
             _load_candidate(_version_dir().parent / str(candidate), self.calibration)
@@ -113,7 +113,7 @@ class TritonPythonModel:
         """End the threads and hand on the last counts."""
         self.hold.stop()
         self.reference_check.stop()
-        self.watch.stop()
+        self.audit.stop()
         self.metrics.stop()
 
     def execute(self, requests):
@@ -179,7 +179,7 @@ class TritonPythonModel:
             degrade_on_high_failure=self.settings.degrade_on_high_failure,
             relief=self.settings.relief,
             waiting=waiting,
-            decided=self.watch.look,
+            decided=self.audit.look,
         )
 
     def _take_note(self, asked, results, duration_s):

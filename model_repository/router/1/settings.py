@@ -11,7 +11,7 @@ from .routing import Relief
 
 
 @dataclass(frozen=True)
-class Settings:
+class RouterSettings:
     """The router's parameters.
 
     Attributes:
@@ -41,7 +41,7 @@ class Settings:
     reference_check: str
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Settings:
+    def of(cls, config: Mapping[str, Any]) -> RouterSettings:
         """Read them.
 
         Args:

@@ -40,7 +40,7 @@ from .routing import (
     fidelity_loss,
 )
 from .routing.shadow import compare
-from .settings import Settings
+from .settings import RouterSettings
 
 _WAITING = 32  # images or batches; more are dropped, and counted
 _POLL_S = 0.5
@@ -63,7 +63,7 @@ class _Scored:
     live: Any  # BOOL (n,)
 
 
-class Watch:
+class LiveAudit:
     """The audit and the shadow of one instance.
 
     Args:
@@ -78,7 +78,7 @@ class Watch:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: RouterSettings,
         calibration: Calibration,
         candidate: Calibration | None,
         high: Callable[[Any], RungOutputs],
@@ -107,7 +107,7 @@ class Watch:
         self._last_failure = ""
         self._stopping = threading.Event()
         if self._audit_fraction or self._shadow_fraction:
-            threading.Thread(target=self._run, name="watch", daemon=True).start()
+            threading.Thread(target=self._run, name="live-audit", daemon=True).start()
 
     def look(self, decision: Decision) -> None:
         """Take note of what was decided about a request; returns at once, and never raises."""
@@ -162,7 +162,7 @@ class Watch:
                 self._compare(item)
             else:
                 self._audit(item)
-        except Exception as error:  # one image must not end the watch over all others
+        except Exception as error:  # one image must not end the audit of all others
             self._failed(error)
 
     def _failed(self, error: Exception) -> None:
