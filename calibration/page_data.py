@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from report.page import GALLERY
-from report.words import setting
-from routing import SIGNALS, Calibration, score_texts, threshold_text
+from report.words import score_texts, setting
+from routing import SIGNALS, Calibration, threshold_text
 from routing.provenance import runtime_words
 from routing.reference import reference_words
 

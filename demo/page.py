@@ -12,7 +12,8 @@ from PIL import Image
 
 from report.demo_page import write_demo
 from report.page import thumbnail
-from routing import score_texts, threshold_text
+from report.words import score_texts
+from routing import threshold_text
 
 from .plan_summary import best_sentence, served_rows, speedup_sentence
 from .summary import Served

@@ -13,7 +13,8 @@ from tritonclient.utils import InferenceServerException
 from bundle.graphs import GraphSet
 from calibration.running import open_session, run_session
 from client.errors import check_url, server_errors
-from routing import Calibration, score_texts
+from report.words import score_texts
+from routing import Calibration
 from server import TritonServer
 
 from .cpu import CpuMeter

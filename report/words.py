@@ -5,7 +5,8 @@ Numbers have as many digits as they carry; one that was not measured, `None`, is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 NONE = "–"
@@ -44,6 +45,29 @@ def milliseconds(value: float | None) -> str:
 def ratio(value: float | None) -> str:
     """A ratio with two digits after the point."""
     return NONE if value is None else f"{value:.2f}"
+
+
+def score_texts(scores: Sequence[float], threshold: float | None = None) -> list[str]:
+    """Scores with as many digits, the same number for all, as tell them apart, and four at least.
+
+    A text of four digits may lie on the other side of the threshold than its score.
+
+    Args:
+        scores: n of them, in oracle units; equal ones get equal texts.
+        threshold: that the texts must be on the same side of as their scores.
+    """
+    numbers = [float(score) for score in scores]
+    finite = sorted({number for number in numbers if math.isfinite(number)})
+    # Fewer than four digits tell little, more than 17 no FP64 has.
+    for digits in range(4, 17 + 1):
+        read = [float(f"{number:.{digits}g}") for number in finite]
+        sided = threshold is None or all(
+            (number <= threshold) == (text <= threshold)
+            for number, text in zip(finite, read, strict=True)
+        )
+        if sided and len(set(read)) == len(finite):
+            break
+    return [f"{number:.{digits}g}" for number in numbers]
 
 
 def fine(value: float | None) -> str:

@@ -6,11 +6,11 @@ image gets the same score and the same decision offline and on the server.
 
 Reading order: `outputs` (what a rung returns) -> `signals` (outputs to a raw number) ->
 `scoremap` (raw number to predicted change) -> `calibration` (the artifact that holds both and the
-threshold) -> `policy` (what a request may ask for) -> `relief` (what pressure may change) ->
-`cascade` (the control flow). `fidelity` says when a cheap answer is a loss; `audit` holds the
-certificate against live traffic, `shadow` compares two artifacts on it, `reference` a server's
-answers with the calibration's. `decimals` writes thresholds and scores for people. `alignment`
-and `manifest` read and guard the files; `provenance` names the processor.
+threshold) -> `policy` (what a request may ask for, and pressure may change) -> `cascade` (the
+control flow). `fidelity` says when a cheap answer is a loss; `audit` holds the certificate against
+live traffic, and two artifacts' decisions on it; `reference` compares a server's answers with the
+calibration's. `alignment` and `manifest` read and guard the files; `provenance` names the
+processor.
 """
 
 from .alignment import Alignment, AlignmentError
@@ -31,18 +31,25 @@ from .cascade import (
     GoneError,
     RequestError,
     RungError,
+    is_outage,
     run_cascade,
 )
-from .decimals import score_texts, threshold_text
 from .fidelity import fidelity_loss
 from .manifest import ManifestError
 from .outputs import TASKS, RungOutputs, default_task
-from .policy import PROBE_ID, Allowance, Overrides, Policy, escalation_mask, parse_overrides
+from .policy import (
+    PROBE_ID,
+    Allowance,
+    Overrides,
+    Policy,
+    Relief,
+    escalation_mask,
+    parse_overrides,
+    threshold_text,
+)
 from .reference import AnswersError, ReferenceAnswers, answers_path
-from .relief import Relief
 from .scoremap import ScoreMap
 from .signals import SIGNALS, Signal
-from .statuses import is_outage
 
 __all__ = [
     "PROBE_ID",
@@ -81,6 +88,5 @@ __all__ = [
     "is_outage",
     "parse_overrides",
     "run_cascade",
-    "score_texts",
     "threshold_text",
 ]

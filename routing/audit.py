@@ -1,4 +1,4 @@
-"""The certificate held against live traffic: a sequential test of the realised risk.
+"""What live traffic says: of the certificate, by a sequential test, and of a candidate artifact.
 
 A random share of all images asked about without parameters is looked at, off the request path: each
 has a loss if the answer that the certified threshold decides on is not acceptable in place of the
@@ -17,6 +17,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .calibration import Calibration
+from .outputs import RungOutputs
+from .policy import Overrides, escalation_mask
+
+SHADOW_OUTCOMES = ("both_low", "both_high", "only_live_high", "only_candidate_high")
 
 # Risks above epsilon that the mixture looks for: a grid, because a sum of likelihood ratios needs
 # no special functions. Denser towards epsilon, where the ones are that would really occur.
@@ -81,6 +90,27 @@ class RiskTest:
     def is_contradicted(self) -> bool:
         """Whether the evidence has reached 1/alpha."""
         return self.log_evidence >= -math.log(self.alpha)
+
+
+def compare_decisions(
+    candidate: Calibration, low: RungOutputs, live: NDArray[np.bool_]
+) -> dict[str, int]:
+    """Count how a candidate artifact decides beside the live one.
+
+    Both belong to the same rungs, so what the cheap rung said of an image serves both and a shadow
+    costs no further call.
+
+    Args:
+        candidate: scores the same cheap answers.
+        low: the cheap rung's outputs for n images.
+        live: BOOL (n,), which of them the live artifact wants to escalate.
+
+    Returns:
+        Images by outcome, one entry for each of `SHADOW_OUTCOMES`.
+    """
+    wanted = escalation_mask(candidate.score(low), candidate.threshold, Overrides())
+    found = (~live & ~wanted, live & wanted, live & ~wanted, ~live & wanted)
+    return {name: int(mask.sum()) for name, mask in zip(SHADOW_OUTCOMES, found, strict=True)}
 
 
 def _beta_quantile(k: int, n: int, above: float) -> float:

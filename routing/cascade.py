@@ -5,6 +5,7 @@ The router gives it the requests of one `execute` and two callables; tests give 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -13,8 +14,7 @@ from numpy.typing import NDArray
 
 from .calibration import Calibration
 from .outputs import FloatArray, RungOutputs
-from .policy import Overrides, always_high, escalation_mask
-from .relief import Relief
+from .policy import Overrides, Relief, always_high, escalation_mask
 
 Rung = Callable[[FloatArray], RungOutputs]
 
@@ -33,6 +33,30 @@ class RungError(Exception):
     def __init__(self, message: str, is_outage: bool = False) -> None:
         super().__init__(message)
         self.is_outage = is_outage
+
+
+# Triton gives every failure of a model called by another model the status INTERNAL: only the text
+# tells an outage from a fault of the model. As tritonserver 2.51 and its python backend word them.
+_OUTAGE = re.compile(
+    r"is not ready"  # unloaded, or still loading
+    r"|server not ready"  # while other models load, or while it stops
+    r"|is not found"  # never there
+    r"|has no available versions"
+    r"|is not healthy"  # its process has died
+    r"|exceeds maximum queue size"
+    r"|request timeout expired"
+    r"|server is stopping",
+    re.IGNORECASE,
+)
+
+
+def is_outage(message: str) -> bool:
+    """Whether a rung's error says that it cannot be had now, and not that it failed.
+
+    Args:
+        message: the error of a call of one model by another.
+    """
+    return bool(_OUTAGE.search(message))
 
 
 class GoneError(Exception):

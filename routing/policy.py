@@ -1,4 +1,4 @@
-"""What a request may ask of the router, and which images escalate."""
+"""What a request may ask of the router, what pressure may change, and which images escalate."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from enum import Enum
 
 import numpy as np
 from numpy.typing import NDArray
-
-from .decimals import threshold_text
 
 # The id of requests by which somebody watches the service: canaries, reference images. They are
 # answered as any other and are no traffic: in no audit and no figure about images.
@@ -164,3 +162,47 @@ def always_high(calibrated_threshold: float | None, overrides: Overrides) -> boo
         return True
     no_threshold = calibrated_threshold is None and overrides.threshold is None
     return overrides.policy is Policy.AUTO and no_threshold
+
+
+def threshold_text(threshold: float) -> str:
+    """The shortest text that reads back as this very FP64 number, without `.0`.
+
+    A threshold typed back from a text of four digits would send other images to the full rung.
+    """
+    text = repr(float(threshold))
+    return text.removesuffix(".0")
+
+
+@dataclass(frozen=True)
+class Relief:
+    """How far the threshold rises with the number of images that had to wait.
+
+    Off unless the operator asked for it. An answer that it changed is marked `degraded`; the
+    certificate is about the others only.
+
+    Attributes:
+        depth: images of one batch that had to wait from which on the threshold rises.
+        full: images in a full batch; where all have waited the threshold is `highest`.
+        highest: the limit, oracle units.
+    """
+
+    depth: int
+    full: int
+    highest: float
+
+    def threshold(self, calibrated: float, waiting: int) -> float:
+        """The threshold for a batch.
+
+        Args:
+            calibrated: the certified threshold, oracle units.
+            waiting: images in the batch that had to wait.
+
+        Returns:
+            `calibrated` below `depth`; from there in equal steps up to `highest` at `full`. Never
+            below `calibrated`.
+        """
+        if waiting < self.depth or self.highest <= calibrated:
+            return calibrated
+        steps = self.full - self.depth + 1
+        share = min(1.0, (waiting - self.depth + 1) / steps)
+        return calibrated + share * (self.highest - calibrated)

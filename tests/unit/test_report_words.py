@@ -1,6 +1,10 @@
 """Numbers and recipes read as people write them."""
 
+import math
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from report import words
 
@@ -54,3 +58,27 @@ def test_counts():
 )
 def test_a_recipe_reads_in_words(recipe, text):
     assert words.recipe_words(recipe) == text
+
+
+FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+SCORES = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=20)
+
+
+@given(SCORES, FLOATS)
+def test_scores_are_ordered_as_their_texts_among_each_other_and_against_the_threshold(
+    scores, threshold
+):
+    texts = [float(text) for text in words.score_texts(scores, threshold)]
+    for i, one in enumerate(scores):
+        assert (texts[i] <= threshold) == (one <= threshold)
+        assert all((texts[i] < texts[j]) == (one < other) for j, other in enumerate(scores))
+
+
+def test_scores_have_the_digits_they_need_and_four_at_least():
+    assert words.score_texts([0.25, 3.0]) == ["0.25", "3"]
+    assert words.score_texts([1.23456, 7.0]) == ["1.235", "7"]
+    assert words.score_texts([1.23456], threshold=1.23458) == ["1.23456"]
+    assert words.score_texts([1.0, math.nan]) == ["1", "nan"]
+    assert words.score_texts([]) == []
+    close = [15.6531, 15.65565, 15.655651, 15.6585]
+    assert len(set(words.score_texts(close, 15.6556505))) == 4

@@ -1,7 +1,19 @@
+import math
+import re
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from routing import Allowance, Overrides, Policy, escalation_mask, parse_overrides
+from routing import (
+    Allowance,
+    Overrides,
+    Policy,
+    escalation_mask,
+    parse_overrides,
+    threshold_text,
+)
 
 SCORES = np.array([0.1, 0.5, 0.9], np.float32)
 
@@ -115,3 +127,39 @@ def test_a_refusal_repeats_only_the_beginning_of_what_was_sent(name):
     with pytest.raises(ValueError) as refused:
         parse_overrides({name: "a\n" * 10**6})
     assert len(str(refused.value)) < 200 and "\n" not in str(refused.value)
+
+
+# --- thresholds as text --------------------------------------------------------------------------
+
+NARROW = np.array([15.6531, 15.65565, 15.655651, 15.6585], np.float32)  # of a nearly flat score
+BETWEEN = (float(NARROW[1]) + float(NARROW[2])) / 2
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_a_threshold_reads_back_as_itself(threshold):
+    assert float(threshold_text(threshold)) == threshold
+
+
+@pytest.mark.parametrize(
+    ("threshold", "text"),
+    [(0.5, "0.5"), (2.0, "2"), (15.655650999, "15.655650999"), (1e-7, "1e-07")],
+)
+def test_a_threshold_is_no_longer_than_it_must_be(threshold, text):
+    assert threshold_text(threshold) == text
+    assert threshold_text(np.float64(threshold)) == text
+
+
+def test_pasting_a_printed_threshold_back_gives_the_same_decisions():
+    """With four digits, 15.66, every one of these images would be kept low."""
+    pasted = parse_overrides({"threshold": threshold_text(BETWEEN)})
+    decided = escalation_mask(NARROW, BETWEEN, Overrides())
+    np.testing.assert_array_equal(decided, [False, False, True, True])
+    np.testing.assert_array_equal(escalation_mask(NARROW, None, pasted), decided)
+
+
+def test_a_refused_threshold_is_told_from_the_calibrated_one():
+    above = math.nextafter(BETWEEN, math.inf)
+    with pytest.raises(ValueError, match="is above the calibrated") as error:
+        parse_overrides({"threshold": above}, Allowance(True, BETWEEN))
+    said = [float(number) for number in re.findall(r"\d+\.\d+", str(error.value))]
+    assert said == [above, BETWEEN]

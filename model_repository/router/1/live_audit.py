@@ -39,7 +39,7 @@ from .routing import (
     RungOutputs,
     fidelity_loss,
 )
-from .routing.shadow import compare
+from .routing.audit import compare_decisions
 from .settings import RouterSettings
 
 _WAITING = 32  # images or batches; more are dropped, and counted
@@ -173,7 +173,7 @@ class LiveAudit:
 
     def _compare(self, item: _Scored) -> None:
         assert self._candidate is not None
-        for outcome, images in compare(self._candidate, item.low, item.live).items():
+        for outcome, images in compare_decisions(self._candidate, item.low, item.live).items():
             self._metrics.count(
                 "shadow_images_total", images, candidate=self._shadow_version, outcome=outcome
             )

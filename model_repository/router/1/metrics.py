@@ -15,7 +15,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from .routing import Calibration
-from .routing.shadow import OUTCOMES as SHADOW_OUTCOMES
+from .routing.audit import SHADOW_OUTCOMES
 from .routing.reference import OUTCOMES as REFERENCE_OUTCOMES
 
 _FLUSH_S = 0.5

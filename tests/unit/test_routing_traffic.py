@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import beta
 
 from routing import Relief, RiskTest, RungOutputs, fidelity_loss, is_outage
-from routing.shadow import compare
+from routing.audit import compare_decisions
 from tests.unit.fakes import FakeRung, images, make_calibration
 
 # As tritonserver 2.51.0 words them, seen by a model that calls another.
@@ -50,14 +50,14 @@ def test_the_threshold_never_falls():
 def test_a_shadow_counts_where_two_artifacts_part():
     low = FakeRung(0.0)(images(0.1, 0.4, 0.6, 0.9))
     live = np.array([False, False, True, True])  # a threshold of 0.5
-    assert compare(make_calibration(0.3), low, live) == {
+    assert compare_decisions(make_calibration(0.3), low, live) == {
         "both_low": 1,
         "both_high": 2,
         "only_live_high": 0,
         "only_candidate_high": 1,
     }
-    assert compare(make_calibration(0.7), low, live)["only_live_high"] == 1
-    assert compare(make_calibration(None), low, live)["only_candidate_high"] == 2
+    assert compare_decisions(make_calibration(0.7), low, live)["only_live_high"] == 1
+    assert compare_decisions(make_calibration(None), low, live)["only_candidate_high"] == 2
 
 
 def test_a_loss_is_another_class_or_too_small_a_cosine():
