@@ -46,7 +46,7 @@ class Measured:
 
     def classes(self, system: str) -> NDArray[np.int64]:
         """Top-1 class of each crop, (N,)."""
-        return np.array([answer.logits.argmax() for answer in self._answers(system)])
+        return np.array([_top1(answer.logits) for answer in self._answers(system)])
 
     def _answers(self, system: str) -> list[Answer]:
         return [answer for share in self.paired.shares for answer in share[name_of(system)]]
@@ -86,7 +86,7 @@ def query(server: TritonServer, crops: Sequence[SourceImage]) -> Asked:
             ]
     found = {
         name: Asked(
-            np.array([prediction.logits.argmax() for prediction in answers]),
+            np.array([_top1(prediction.logits) for prediction in answers]),
             np.array([prediction.escalated for prediction in answers]),
             np.array([prediction.score for prediction in answers]),
         )
@@ -97,6 +97,11 @@ def query(server: TritonServer, crops: Sequence[SourceImage]) -> Asked:
     if not same or not np.array_equal(one.escalated, other.escalated):
         raise DemoError("gRPC and HTTP gave different answers for the same crops")
     return one
+
+
+def _top1(logits: NDArray[np.float32] | None) -> int:
+    assert logits is not None  # every graph of the demo has a head
+    return int(logits.argmax())
 
 
 def image_pool(crops: Sequence[SourceImage], preprocessing: Preprocessing) -> Pool:

@@ -59,10 +59,11 @@ class Served:
             saturated: of every system, where that was measured.
             systems: names of all that are served.
         """
+        measured = {name: alone if name == RUNG else saturated for name in systems}
         beside = {
-            name: (alone if name == RUNG else saturated).classes(name)
-            for name in systems
-            if name not in CORE and (name == RUNG or saturated is not None)
+            name: found.classes(name)
+            for name, found in measured.items()
+            if name not in CORE and found is not None
         }
         return cls(
             low=alone.classes(LOW),

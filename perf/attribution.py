@@ -12,6 +12,7 @@ from statistics import mean, median
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from routing import SIGNALS, Calibration, RungOutputs, RungRecord, ScoreMap
 
@@ -118,10 +119,12 @@ def together(
     Returns:
         None where one of them is missing and would be needed.
     """
-    weighted = [(kept, 1 - escalation_rate), (escalated, escalation_rate)]
-    needed = [(side, weight) for side, weight in weighted if weight > 0]
-    if any(side is None for side, _ in needed):
-        return None
+    needed = []
+    for side, weight in ((kept, 1 - escalation_rate), (escalated, escalation_rate)):
+        if weight > 0:
+            if side is None:
+                return None
+            needed.append((side, weight))
     names = [part["name"] for part in needed[0][0]["parts"]]
     return {
         "requests": sum(side["requests"] for side, _ in needed),
@@ -186,6 +189,7 @@ def _artifacts(layers: int, dim: int, classes: int) -> Iterator[Calibration]:
     for name, signal in SIGNALS.items():
         if not signal.applies_to("classes"):
             continue
+        coefficients: dict[str, NDArray[Any]]
         coefficients = {key: lens[key] for key in signal.coefficients if key in lens}
         if "weights" in signal.coefficients:
             coefficients["weights"] = rng.normal(size=lengths[name])

@@ -57,7 +57,7 @@ def _reader(pid: int) -> Callable[[], float]:
 
     def by_ticks() -> float:
         times = psutil.Process(pid).cpu_times()
-        return times.user + times.system
+        return float(times.user + times.system)
 
     try:
         by_clock()

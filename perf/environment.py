@@ -116,7 +116,8 @@ class Nvml:
         """Memory in use on all GPUs together, by whomever; None without a GPU."""
         if not self.handles:
             return None
-        return sum(pynvml.nvmlDeviceGetMemoryInfo(handle).used for handle in self.handles) / 2**20
+        used = sum(pynvml.nvmlDeviceGetMemoryInfo(handle).used for handle in self.handles)
+        return float(used) / 2**20
 
     def describe(self) -> list[dict[str, Any]]:
         """Each GPU's name, driver, memory and clocks; None for what it does not tell."""

@@ -207,11 +207,11 @@ def read_report(text: str, load: Load, delayed: float = 0.0) -> Figures:
         raise ValueError("the CSV report of perf_analyzer has no result row")
     try:
         columns = ("Avg latency", *(f"p{p} latency" for p in (50, 95, 99)))
-        mean_ms, *percentiles = (float(row[column]) / 1e3 for column in columns)
+        mean_ms, p50, p95, p99 = (float(row[column]) / 1e3 for column in columns)
     except KeyError as error:
         raise ValueError(f"the CSV report of perf_analyzer has no column {error}") from None
     throughput = load.rate_per_s or load.concurrency * 1e3 / mean_ms
-    return Figures(load.requests, throughput, mean_ms, *percentiles, delayed)
+    return Figures(load.requests, throughput, mean_ms, p50, p95, p99, delayed)
 
 
 def _arguments(load: Load, count: int, report: Path) -> list[str]:

@@ -11,42 +11,14 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from report.performance_page import write_performance
+from report.terminal import Bar, Bars
 
 from . import summary
 from .figures import conclude
 
 REPORT = "report.html"
-
-
-class Bar:
-    """The progress of one stage."""
-
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress = progress
-        self._task = task
-
-    def advance(self, count: int = 1) -> None:
-        """So many more steps are done."""
-        self._progress.advance(self._task, count)
-
-    def begin_again(self, text: str) -> None:
-        """Everything of this stage is done once more."""
-        self._progress.reset(self._task, description=text)
-
-    def describe(self, text: str) -> None:
-        """Say what is going on."""
-        self._progress.update(self._task, description=text)
 
 
 class Record:
@@ -80,14 +52,7 @@ class Record:
             "notes": [],
             **header,
         }
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-        )
+        self._bars = Bars(console)
 
     @property
     def summary_path(self) -> Path:
@@ -107,7 +72,7 @@ class Record:
     def note(self, line: str) -> None:
         """Keep one line for the reader of the summary, and say it now."""
         self.summary["notes"].append(line)
-        self._progress.console.print(f"note: {line}", markup=False, highlight=False)
+        self._bars.console.print(f"note: {line}", markup=False, highlight=False)
 
     def doubt(self, load: str, reasons: Sequence[str]) -> None:
         """Keep why the figures under a load, `c1` or `saturated`, cannot be believed, if so."""
@@ -117,9 +82,8 @@ class Record:
     @contextlib.contextmanager
     def stage(self, title: str, total: int) -> Iterator[Bar]:
         """A bar for one stage; the summary is kept at its end."""
-        task = self._progress.add_task(title, total=total)
-        yield Bar(self._progress, task)
-        self._progress.update(task, completed=total, description=title)
+        with self._bars.stage(title, total) as bar:
+            yield bar
         self._keep()
 
     def _keep(self) -> None:
@@ -131,7 +95,6 @@ class Record:
         summary.write(self.summary, self.summary_path)
 
     def __enter__(self) -> Record:
-        self._progress.start()
         return self
 
     def __exit__(
@@ -140,7 +103,6 @@ class Record:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._progress.stop()
         self.summary["complete"] = error is None
         if error is not None:
             reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)

@@ -349,7 +349,7 @@ def _half_capacity(record: Record) -> float:
         if (entry["system"], entry["set"]) == (ENSEMBLE, "mixed")
         and entry["load"]["loop"] == "closed"
     ]
-    return max(reached) / 2
+    return float(max(reached)) / 2
 
 
 def measure_peaks(record: Record, bench: Bench, repository: Path) -> None:

@@ -58,7 +58,7 @@ class VitUser(User):
 
     abstract = True
     protocol: str
-    client: GrpcClient | HttpClient | None = None
+    client: Any = None  # a GrpcClient or HttpClient from start to stop
 
     def on_start(self) -> None:
         """Open a connection; the first user of a process proves that requests overlap."""
@@ -109,7 +109,8 @@ class VitUser(User):
         Args:
             planned: when the request was due, by `time.perf_counter`; latency counts from there.
         """
-        name, error = "failed", UnansweredError("no answer when the run ended")
+        name = "failed"
+        error: Exception | None = UnansweredError("no answer when the run ended")
         try:
             (answer,) = self.client.infer([next(self.images)])
             name, error = "high" if answer.escalated else "low", None
@@ -151,7 +152,7 @@ class OpenUser(VitUser):
 
     abstract = True
 
-    def __init__(self, environment) -> None:
+    def __init__(self, environment: Environment) -> None:
         super().__init__(environment)
         self._due: Queue[float | None] = Queue()
         self._senders = Group()
@@ -236,7 +237,7 @@ def start(environment: Environment, **_: Any) -> None:
 
 def gave_up(environment: Environment) -> bool:
     """Whether this test was found to be impossible."""
-    return environment.process_exit_code == EXIT_CANNOT
+    return bool(environment.process_exit_code == EXIT_CANNOT)
 
 
 def cannot_measure(environment: Environment, reason: str) -> None:

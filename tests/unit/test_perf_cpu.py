@@ -88,7 +88,7 @@ def test_where_the_kernel_refuses_its_clock_the_ticks_are_read(worker, monkeypat
     meter = CpuMeter([worker.pid], idle_s=0.01)
     before = meter.read_s()
     worker.work(60)
-    assert 0.05 <= meter.read_s() - before < 0.2
+    assert 0.049 <= meter.read_s() - before < 0.2  # six ticks of 10 ms, less one
 
 
 def test_the_server_has_its_cores_and_the_client_the_others(worker):

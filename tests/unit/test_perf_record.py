@@ -116,6 +116,6 @@ def test_a_stage_shows_how_far_it_is(folder):
     with Record(folder, console, HEADER) as record, record.stage("read images", 7) as bar:
         bar.advance(2)
         bar.describe("read images: a.png")
-        record._progress.refresh()
+        bar._progress.refresh()
         assert "read images: a.png" in printed(console) and "2/7" in printed(console)
     assert "7/7" in printed(console)
