@@ -54,8 +54,9 @@ class Aligned:
     """A fitted alignment and its curve.
 
     Attributes:
-        alignment: from all of these images.
-        growth: by the number of images, the first without any; each held-out by cross-validation.
+        alignment: the map that was fitted on all of these images.
+        growth: what a map from so many images is worth on others, by cross-validation; the first
+            point is that of no map.
     """
 
     alignment: Alignment
@@ -84,13 +85,13 @@ def fit_alignment(
     """Fit on the images in `rows` and measure by cross-validation among them.
 
     Args:
-        outputs: of a cheap graph that is not aligned.
-        rows: to learn from.
-        groups: of all images; cross-validation divides none.
-        graph: fingerprint and recipe of the cheap graph.
+        outputs: what a cheap graph that is not aligned answers.
+        rows: the images to learn from.
+        groups: the group of every image; cross-validation divides no group.
+        graph: the fingerprint and the recipe of the cheap graph.
         fidelity: when an answer is acceptable.
         head: makes logits of an embedding; None for a model without.
-        seed: of the folds.
+        seed: draws the folds of cross-validation.
     """
     sample = outputs.rows(rows)
     inputs = tokens(sample.low).astype(np.float64)

@@ -30,9 +30,9 @@ def analyse(outputs: Outputs, fidelity: Fidelity, seed: int = 0) -> dict[str, An
     """Measure the change between the rungs, and what goes with it.
 
     Args:
-        outputs: of N images, at least one.
+        outputs: what both rungs answer for N images, at least one.
         fidelity: the loss to name first; the others that apply are measured beside it.
-        seed: of the bootstrap.
+        seed: draws the bootstrap's resamples.
 
     Returns:
         JSON types. `l2` and `cosine`: mean and quantiles, by percent, of the distances and the

@@ -69,8 +69,8 @@ class AnswerCache:
     """The answers of one model's graphs for the images of one source.
 
     Args:
-        folder: of the cache, which any number of models and sources share.
-        source: of all N images.
+        folder: holds the cache; any number of models and sources share it.
+        source: gives all N images.
         graphs: their preprocessing and labels apply.
         served: asks the graphs that play low and high of a server, and no other graph; None: every
             graph runs here.
@@ -197,7 +197,7 @@ class _Filling:
     """One run of `AnswerCache.fill`.
 
     Attributes:
-        lines: by row, why an image cannot be used.
+        lines: for each row that cannot be used, the line that says why.
     """
 
     def __init__(self, cache: AnswerCache, asked: Sequence[Asked], rows: Sequence[int]) -> None:
@@ -309,7 +309,7 @@ class _SameServer:
 
     @property
     def answers_sha256(self) -> str:
-        """The same for each run that one server answers."""
+        """A hash that is the same for each run that one server answers."""
         digest = hashlib.sha256()
         for _, answer in sorted(self._before.items()):
             for values in (answer.embedding, answer.logits):

@@ -95,7 +95,8 @@ class Verdict:
     Attributes:
         threshold: the largest certified one, in oracle units; None: none is.
         n: images in the test.
-        errors: of them, kept low and lost at `threshold`; at the first tried one if it is None.
+        errors: images among them that are kept low and lost at `threshold`, or at the first
+            threshold tried where that is None.
         allowed: the most errors that certify a threshold; -1: n is too small for any.
         path: everything tried, in order; the last one failed unless it is `threshold`.
     """
@@ -146,7 +147,7 @@ def candidate_thresholds(scores: NDArray[np.floating[Any]]) -> FloatVector:
     above the largest. None escalates every one of `scores`: always-high needs no test.
 
     Args:
-        scores: of images that are NOT certified on, (M,), oracle units.
+        scores: the scores of M images that are NOT certified on, (M,), oracle units.
     """
     distinct = np.unique(scores.astype(np.float64))
     spacing = max(float(np.ptp(distinct)), 1e-6) / len(distinct)
@@ -162,9 +163,9 @@ def one_per_group(groups: NDArray[Any], rows: Rows, seed: int) -> Rows:
     The certificate is then about an image drawn in the same way: a group, then one of its images.
 
     Args:
-        groups: of all N images.
+        groups: the group of each of N images.
         rows: those to draw from.
-        seed: of the draws.
+        seed: draws the image that stands for its group.
 
     Returns:
         One row of each group among `rows`, ascending.
@@ -233,7 +234,7 @@ def statement(
     """What was proved, or that nothing was and why, in plain words.
 
     Args:
-        verdict: of `certify`.
+        verdict: what `certify` found.
         goal: what was to be proved.
         fidelity: when an image is lost.
         grouped: whether the images stand for groups of several; see `one_per_group`.

@@ -95,10 +95,10 @@ def read_answers(
     """Read what `AnswerCache.fill` keeps, without the images themselves.
 
     Args:
-        folder: of the cache.
+        folder: holds the cache.
         pictures: the name of the folder of the pictures.
-        answers: by graph the name of the folder of its answers, and whether its `cls_layers` is
-            wanted.
+        answers: for each graph the name of the folder of its answers, and whether its `cls_layers`
+            is wanted.
         rows: the places of the images in their source.
         labels: the class names, whose order makes indices of labels; None: there are no classes.
 
@@ -158,7 +158,7 @@ def write_chunk(folder: Path, parts: Sequence[Arrays]) -> None:
     """Write what was found of some rows into one file; nothing where nothing was.
 
     Args:
-        folder: of a source's pictures, or of a graph's answers.
+        folder: holds a source's pictures, or a graph's answers.
         parts: arrays of one row for each image, as `picture_arrays` or `answer_arrays` give them.
     """
     if not parts:
@@ -175,7 +175,7 @@ def picture_arrays(found: Mapping[int, DecodedImage | str]) -> Arrays:
     """What `write_chunk` keeps of images.
 
     Args:
-        found: by row the image, or the line that says why it cannot be read.
+        found: for each row the image, or the line that says why it cannot be read.
     """
     images = {row: item for row, item in found.items() if isinstance(item, DecodedImage)}
     lines = {row: item for row, item in found.items() if isinstance(item, str)}

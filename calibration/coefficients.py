@@ -40,9 +40,9 @@ class FitSample:
         low: the cheap rung's outputs.
         oracle: L2 distance between the rungs' embeddings, FP64 (n,).
         loss: fidelity loss, BOOL (n,).
-        groups: cross-validation never divides one.
+        groups: the group of each image; cross-validation never divides one.
         task: what the logits mean, see `routing.TASKS`; None: no head, or `routing.default_task`.
-        label_cut: of labels: the logit from which on one belongs to the answer.
+        label_cut: for independent labels, the logit from which on a label belongs to the answer.
     """
 
     low: RungOutputs
@@ -56,7 +56,7 @@ class FitSample:
     def of(
         cls, outputs: Outputs, fidelity: Fidelity, rows: NDArray[np.intp], groups: NDArray[Any]
     ) -> FitSample:
-        """Of some rows of outputs, by a fidelity loss; `groups` are of all images."""
+        """The sample of some rows of the outputs; `groups` holds the group of every image."""
         oracle, loss = oracle_l2(outputs)[rows], fidelity.loss(outputs)[rows]
         low, cut = outputs.low.rows(rows), fidelity.label_cut
         return cls(low, oracle, loss, groups[rows], outputs.task, cut)
@@ -109,8 +109,8 @@ def fit_coefficients(sample: FitSample, seed: int) -> dict[str, Coefficients]:
     or nothing but losses, or too few of either for each fold to see one.
 
     Args:
-        sample: of the fit split.
-        seed: of the folds of cross-fitting.
+        sample: the images of the fit split.
+        seed: draws the folds of cross-fitting.
     """
     fitted: dict[str, Coefficients] = {
         "cls_regression": _fit_regression(
@@ -139,8 +139,8 @@ def out_of_fold(
     A signal that some fold cannot fit is left out.
 
     Args:
-        sample: of the fit split.
-        seed: of the folds.
+        sample: the images of the fit split.
+        seed: draws the folds.
         progress: called after each of at most `FOLDS` folds.
     """
     folds = sample.folds(seed)

@@ -37,23 +37,25 @@ class Evaluation:
     """What new images say about an artifact.
 
     Attributes:
-        source: of the images, in words.
-        known: images left out because the calibration has seen them.
-        images: independent ones, one of each group; all that follows counts only these.
-        errors: images whose answer is not acceptable: kept low, or escalated to a full rung that
-            is not the reference.
+        source: where the images are from, in words.
+        known: the number of images left out because the calibration has seen them.
+        images: the number of independent images, one of each group; all that follows counts only
+            these.
+        errors: the number of images whose answer is not acceptable: they were kept low, or were
+            escalated to a full rung that is not the reference.
         risk: errors / images.
-        risk_interval: of the risk, exact 95 % (Clopper and Pearson 1934).
+        risk_interval: the exact 95 % interval of the risk (Clopper and Pearson 1934).
         escalation_rate: share of the images that escalate.
-        reference_escalation_rate: the same among the artifact's reference scores.
-        escalation_p: that both come from one population, two-sided (Fisher 1922).
+        reference_escalation_rate: share of the artifact's reference scores that would escalate.
+        escalation_p: two-sided p-value of both rates coming from one population (Fisher 1922).
         score_distance: largest gap between the scores' distribution function and the reference's.
-        score_p: of this distance, if both come from one population (Kolmogorov and Smirnov).
-        certificate: the artifact's, or None.
+        score_p: p-value of this distance if both come from one population (Kolmogorov and
+            Smirnov).
+        certificate: the artifact's certificate, or None.
         contradiction_p: how likely so many errors are if the certificate is right; None where
             nothing is certified.
         figures: agreement and, where labels are known, accuracy.
-        intervals: of the figures, 95 % bootstrap.
+        intervals: the 95 % bootstrap interval of each figure.
         answer: what an error is, to be read after "an answer that".
         reference: what answers are held against, as `Outputs.truth_words`.
     """
@@ -78,7 +80,7 @@ class Evaluation:
 
     @property
     def confidence(self) -> float:
-        """At which the certificate is tested."""
+        """The confidence at which the certificate is tested."""
         own = self.certificate["confidence"] if self.certificate else None
         return CRC_CONFIDENCE if own is None else float(own)
 
@@ -167,8 +169,8 @@ def evaluate(calibration: Calibration, outputs: Outputs) -> Evaluation:
     """Test an artifact on images that its calibration has not seen.
 
     Args:
-        calibration: from `fit`.
-        outputs: of both rungs, as collected on the new images.
+        calibration: the artifact that `fit` wrote.
+        outputs: what both rungs answer for the new images.
 
     Raises:
         EvaluateError: outputs of other ONNX files or another preprocessing, no image that the
@@ -235,7 +237,7 @@ def check_artifact(calibration: Calibration, made: Made, truth_words: str | None
     """Refuse an artifact that outputs made so cannot be held against.
 
     Args:
-        calibration: from `fit`.
+        calibration: the artifact that `fit` wrote.
         made: how the outputs are made.
         truth_words: what their answers are held against; None: what `made` says.
 

@@ -44,10 +44,10 @@ class Fidelity:
     Attributes:
         kind: `top1`, the classes differ; `labels`, the sets of labels differ; `value`, a value
             differs by too much; or `cosine`, the embeddings' cosine is too small.
-        tolerance: of `cosine`: a cosine below 1 - tolerance is a loss; of `value`: a difference
-            above it is one.
-        relative: of `value`: the tolerance is a share of the reference's value.
-        label_threshold: of `labels`: a label belongs to the set from this probability on.
+        tolerance: with `cosine`, a cosine below 1 - tolerance is a loss; with `value`, a
+            difference above the tolerance is one.
+        relative: with `value`, whether the tolerance is a share of the reference's value.
+        label_threshold: with `labels`, the probability from which on a label belongs to the set.
     """
 
     kind: str
@@ -79,14 +79,14 @@ class Fidelity:
         relative: bool = False,
         label_threshold: float | None = None,
     ) -> Fidelity:
-        """The one that a command line asks for, or the one that a model's task has by itself.
+        """The loss that a command line asks for, or that a model's task has by itself.
 
         Args:
             task: what the model answers, see `routing.TASKS`.
             kind: one of `KINDS`, or None.
-            tolerance: as above, or None.
-            relative: as above.
-            label_threshold: as above, or None.
+            tolerance: as the attribute; None: the default of the kind.
+            relative: as the attribute.
+            label_threshold: as the attribute; None: 0.5.
 
         Raises:
             FidelityError: it means nothing for this task, or lacks what only the user knows.
@@ -107,7 +107,7 @@ class Fidelity:
     def given(
         cls, kind: str, tolerance: float | None, relative: bool, label_threshold: float | None
     ) -> Fidelity:
-        """The one that a command line names, whatever the model; arguments as `asked`.
+        """The loss that a command line names, whatever the model; arguments as `asked` has them.
 
         Raises:
             FidelityError: it cannot be meant.
@@ -125,7 +125,7 @@ class Fidelity:
 
     @classmethod
     def of(cls, calibration: Calibration) -> Fidelity:
-        """The one an artifact was made for."""
+        """The loss that an artifact was made for."""
         return cls.from_dict(calibration.chosen_by)
 
     @classmethod
@@ -139,7 +139,7 @@ class Fidelity:
         return cls(content["fidelity"], **given)
 
     def to_dict(self) -> dict[str, Any]:
-        """As artifacts hold it: `fidelity`, `tolerance`, and what else its kind has."""
+        """The loss as artifacts hold it: `fidelity`, `tolerance`, and what else its kind has."""
         measured = self.kind in ("value", "cosine")
         return {
             "fidelity": self.kind,

@@ -84,7 +84,7 @@ class Options:
         fidelity: when a cheap answer is not acceptable.
         signal: a key of `SIGNALS`, or `auto`.
         group_by: see `splits.group_keys`.
-        seed: of the splits, folds and resamples.
+        seed: draws the splits, the folds and the resamples.
     """
 
     fidelity: Fidelity
@@ -98,7 +98,7 @@ class Fit:
     """The artifact, and what every signal said of every image.
 
     Attributes:
-        independent: rows that nothing was fitted on, one of each group.
+        independent: one row of each group among the rows that nothing was fitted on.
         answers: the reference answers that the artifact names, if it does.
     """
 
@@ -140,8 +140,8 @@ def fit(
     """Fit the signals, choose one, and choose or certify the threshold.
 
     Args:
-        outputs: from `collect`, `without_learned`.
-        rung_set: the rungs that made them.
+        outputs: what `collect` found, after `without_learned`.
+        rung_set: the graphs that made them.
         target: how to choose the threshold.
         options: everything else.
         progress: called after each of at most `STEPS` steps of about equal length.

@@ -24,15 +24,15 @@ class HeldOut:
     """The test split, and what can be measured on it.
 
     Args:
-        outputs: of all N images.
-        rows: of the test split.
-        independent: of `rows`, one of each group.
-        groups: of all images; resampling never divides one.
-        scores: FP32 (N,), oracle units.
-        threshold: oracle units; None: all escalate.
+        outputs: what the rungs answer for all N images.
+        rows: the images of the test split.
+        independent: one of `rows` for each group.
+        groups: the group of each of N images; resampling never divides one.
+        scores: the score of each image, FP32 (N,), oracle units.
+        threshold: above which an image escalates, oracle units; None: all escalate.
         loss: fidelity loss of the cheap answers, BOOL (N,).
-        high_loss: of the full rung's; None: the full rung is the reference.
-        seed: of the resamples.
+        high_loss: fidelity loss of the full rung's answers; None: the full rung is the reference.
+        seed: draws the resamples.
         fidelity: when an answer is a loss.
     """
 

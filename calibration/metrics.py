@@ -65,7 +65,7 @@ class Bootstrap:
 
     Args:
         groups: (n,), of the images.
-        seed: of the draws.
+        seed: draws the resamples.
     """
 
     def __init__(self, groups: NDArray[Any], seed: int) -> None:
@@ -79,7 +79,7 @@ class Bootstrap:
         None where it is undefined in all of them, or where the groups are too few to resample.
 
         Args:
-            figure: from weights (R, n) to values (R,), NaN where undefined.
+            figure: a function of weights (R, n) to values (R,), NaN where it is undefined.
         """
         if self._groups < MIN_GROUPS:
             return None

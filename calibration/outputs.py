@@ -40,8 +40,8 @@ class Made:
 
     Attributes:
         graphs: fingerprint of each graph by its role, `bundle.graphs.GraphSet.fingerprints`.
-        preprocessing_sha256: of how images become tensors, `GraphSet.preprocessing_sha256`.
-        imaging_sha256: of the code that makes them, `imaging.code_sha256`.
+        preprocessing_sha256: what says how images become tensors, `GraphSet.preprocessing_sha256`.
+        imaging_sha256: what says which code makes them, `imaging.code_sha256`.
         task: what the logits mean, see `routing.TASKS`; None: there is no head.
     """
 
@@ -93,17 +93,18 @@ class Outputs:
     """Both rungs' outputs for N images, in the order of their source.
 
     Attributes:
-        low: of the cheap rung.
-        high: of the full rung, without `cls_layers`.
+        low: what the cheap rung answers.
+        high: what the full rung answers, without `cls_layers`.
         labels: class indices, or -1 where unknown, INT64 (N,).
         names: the images' names, unique within the source.
         groups: images of one group stay in one split.
         hashes: `imaging.pixels_sha256` of each image.
         looks: `bundle.prints.look_of` each image, UINT8 (N, 29).
-        made: by which graphs and of which tensors.
+        made: which graphs answered, and how their tensors were made.
         source: opens the images again, see `images.open_images`.
         title: the source in words, without paths.
-        reference: of the full model in FP32, which losses are about; None: the full rung is it.
+        reference: what the full model in FP32 answers, which losses are about; None: the full rung
+            is that model.
         runtime: what ran the graphs, `name` and `processor`, see `answers.AnswerCache.runtime`.
     """
 
@@ -132,7 +133,7 @@ class Outputs:
 
     @property
     def truth_words(self) -> str:
-        """The same in words."""
+        """What the other answers are held against, in words."""
         return FULL_RUNG if self.reference is None else FULL_MODEL
 
     def __len__(self) -> int:
@@ -144,8 +145,8 @@ class Outputs:
         """What the graphs that play a role have answered.
 
         Args:
-            answered: by each graph of `asked(graphs)`.
-            graphs: with the roles.
+            answered: the answers of each graph of `asked(graphs)`.
+            graphs: say which graph plays which role.
             cache: that the answers were read from.
         """
         found = {role: answered.outputs[graph.name] for role, graph in graphs.playing().items()}
@@ -244,7 +245,7 @@ def collect(
     """Let the graphs that play a role answer for all images, and write `outputs.json`.
 
     Args:
-        cache: of the graphs and the images.
+        cache: holds the graphs and the images.
         out: the file to write.
         progress: see `AnswerCache.fill`, whose result and errors this has.
 
@@ -270,7 +271,7 @@ def refer(
     Args:
         path: the file to write.
         cache: filled with what the graphs that play a role answer.
-        graphs: with the roles, of the cache's graphs.
+        graphs: say which of the cache's graphs plays which role.
         rows: the places of the images in the source; None: all.
     """
     content = {

@@ -27,13 +27,14 @@ class FitRecord:
 
     Attributes:
         splits: rows of each split.
-        values: for each signal that applies FP64 (N,), larger meaning more need to escalate; in
-            the signal's own units. On the fit split they are out-of-fold.
+        values: what each signal that applies says of each image, FP64 (N,), in the signal's own
+            units, larger meaning more need to escalate; out-of-fold on the fit split.
         scores: FP32 (N,) of the chosen signal, in oracle units, as the router computes them.
         loss: the fidelity loss of the cheap answers, BOOL (N,).
-        high_loss: of the full rung's; None: the full rung is the reference.
-        fingerprint: of the outputs.
-        artifact_sha256: of the calibration.json that the fit wrote.
+        high_loss: the fidelity loss of the full rung's answers; None: the full rung is the
+            reference.
+        fingerprint: `Outputs.fingerprint` of the outputs.
+        artifact_sha256: the hash of the calibration.json that the fit wrote.
     """
 
     splits: dict[str, Rows]

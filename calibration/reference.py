@@ -37,7 +37,7 @@ def with_reference_answers(
     """A fit whose artifact names reference answers.
 
     Args:
-        fitted: of `outputs`.
+        fitted: what `fit` made of `outputs`.
         outputs: their `source` is opened to read the images again.
         rung_set: how images become tensors.
         images: how many to take at most; 0: none.

@@ -62,8 +62,8 @@ def score_spread(scores: NDArray[np.floating[Any]], oracle: FloatVector) -> dict
     """How far images lie apart by their score and by what it predicts.
 
     Args:
-        scores: of n images that the score has not learned, oracle units.
-        oracle: of the same.
+        scores: the scores of n images that the score has not learned, oracle units.
+        oracle: the oracle of the same images.
 
     Returns:
         `score` and `oracle`, the width of the middle 90 % of each, oracle units, and `tied`, the
@@ -83,7 +83,7 @@ def flat_score(spread: Mapping[str, float]) -> str:
     """A sentence where the score hardly tells images apart; else empty.
 
     Args:
-        spread: from `score_spread`.
+        spread: what `score_spread` found.
     """
     start = "The score hardly tells images apart"
     if spread["tied"] > 0.5:

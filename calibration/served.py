@@ -52,7 +52,7 @@ class ServedRungs:
         url: HOST:PORT of its gRPC port.
         rung_set: what it serves. Names, types and shapes are held against it here, and what it
             answers by `check_answers`.
-        credentials: of TLS; None connects in the clear.
+        credentials: for TLS; None connects in the clear.
 
     Attributes:
         url: as given.
@@ -201,7 +201,7 @@ def remembered(file: Path, answers: Answers) -> Answers:
 
     Args:
         file: an `.npz`, of an earlier run or to be written.
-        answers: of now.
+        answers: what the server answers now.
     """
     try:
         arrays = load_npz(file)

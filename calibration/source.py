@@ -37,7 +37,7 @@ class ImageSource(Protocol):
         spec: `images.open_images` makes the same source of it, or, of a folder that was opened
             with a limit, one that holds all its names.
         title: the source in words, without a path.
-        names: of all N images, known without reading one.
+        names: the names of all N images, known without reading one.
     """
 
     spec: str

@@ -40,7 +40,7 @@ def group_keys(outputs: Outputs | Pictures, grouping: str) -> tuple[str, ...]:
     The same picture is the same pixels, or these re-encoded, resized or mirrored.
 
     Args:
-        outputs: of N images.
+        outputs: hold the names, groups and prints of N images.
         grouping: `source`, as collected: one group for each file; `folder`, one for each folder of
             files, e.g. the frames of one video; `content`, one for each picture.
 
@@ -73,9 +73,9 @@ def split_by_group(
     images would favour large groups at the edges.
 
     Args:
-        groups: of the images.
-        shares: of the groups, by split.
-        seed: of the shuffle.
+        groups: the group of each image.
+        shares: the share of the groups that each split gets.
+        seed: draws the shuffle.
         first: groups that all go to the first split, whatever its share.
 
     Raises:
