@@ -11,12 +11,13 @@ import typer
 from rich.console import Console
 
 from bundle.graphs import GraphSet
+from client import InvalidRequestError, Tls
 from routing.fidelity import KINDS
 
 from .certify import Goal
 from .fit import EscalationRate, FitError, Target, Threshold
 from .images import open_images
-from .served import ServedError, ServedRungs, credentials
+from .served import ServedError, ServedRungs
 from .source import ImageSource
 from .splits import GROUPINGS
 
@@ -113,9 +114,13 @@ def served(
     Raises:
         ServedError: it does not answer, serves other rungs, or the TLS options do not go together.
     """
-    secrets = credentials(ca, certificate, key)
+    try:
+        tls = Tls(ca, certificate, key) if ca or certificate or key else None
+        secrets = None if tls is None else tls.grpc_credentials()
+    except InvalidRequestError as error:
+        raise ServedError(str(error)) from None
     if url is None:
-        if ca is not None:
+        if tls is not None:
             raise ServedError("--tls-ca is for a server; give its --url")
         yield None
         return

@@ -231,26 +231,3 @@ def same_server(one: Answers, other: Answers) -> bool:
         and apart(one[name], other[name]) <= SAME_SERVER
         for name in RUNGS
     )
-
-
-def credentials(
-    ca: Path | None, certificate: Path | None, key: Path | None
-) -> grpc.ChannelCredentials | None:
-    """TLS out of PEM files; None where no authority is given.
-
-    Raises:
-        ServedError: a file is missing, or its partner is.
-    """
-    if (certificate is None) != (key is None):
-        raise ServedError("--tls-cert and --tls-key go together")
-    if ca is None:
-        if certificate is not None:
-            raise ServedError("--tls-cert needs --tls-ca, the authority of the server's own")
-        return None
-    try:
-        root, secret, chain = (
-            None if path is None else path.read_bytes() for path in (ca, key, certificate)
-        )
-    except OSError as error:
-        raise ServedError(f"{error.filename}: {error.strerror}") from None
-    return grpc.ssl_channel_credentials(root, secret, chain)

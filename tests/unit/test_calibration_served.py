@@ -1,5 +1,6 @@
 """`collect` from a server: what is asked, and what is no source. The server is a fake."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,11 +9,12 @@ from tritonclient.utils import InferenceServerException
 
 from bundle.graphs import GraphSet
 from calibration import answers as answers_module
+from calibration import options
 from calibration import served as module
 from calibration.answers import AnswerCache
 from calibration.outputs import Outputs, asked
 from calibration.running import open_session, run_session
-from calibration.served import ServedError, ServedRungs, credentials
+from calibration.served import ServedError, ServedRungs
 from tests.unit.calibration_outputs import with_reference
 from tests.unit.image_files import MemorySource
 from tests.unit.onnx_files import CLASSES, LAYERS, SIZE, D, write_rung_set
@@ -259,12 +261,19 @@ def test_answers_of_another_processor_are_made_anew_here_too(collected, monkeypa
     assert found == [4, 0, 4]
 
 
-def test_tls_files_go_together(tmp_path):
-    assert credentials(None, None, None) is None
-    for files, words in (
-        ((None, tmp_path / "c", None), "--tls-cert and --tls-key go together"),
-        ((None, tmp_path / "c", tmp_path / "k"), "--tls-cert needs --tls-ca"),
-        ((tmp_path / "a", None, None), "No such file"),
-    ):
-        with pytest.raises(ServedError, match=words):
-            credentials(*files)
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ((None, "cert", None), "a client cert without a key"),
+        (("none", None, None), "cannot read none for TLS: No such file"),
+        (("ca", None, None), "ca holds no certificate in PEM format"),
+    ],
+)
+def test_tls_files_that_cannot_be_used_are_told_before_a_server_is_asked(
+    names, said, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("ca").write_text("none")
+    files = [None if name is None else Path(name) for name in names]
+    with pytest.raises(ServedError, match=said), options.served("127.0.0.1:1", None, *files):
+        pass

@@ -22,7 +22,7 @@ ARROWS = {
     "imaging": set(),
     "bundle": {"routing"},
     "export": {"routing", "imaging", "bundle"},
-    "calibration": {"routing", "imaging", "bundle", "report"},
+    "calibration": {"bundle", "client", "imaging", "report", "routing"},
     "server": {"bundle", "client", "routing"},
     "client": set(),
     "report": set(),
