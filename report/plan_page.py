@@ -49,7 +49,10 @@ def write_plan(path: Path, content: Content, threshold: str | None) -> None:
         full=reference_name(content),
         marks=marks,
         letters=cascade_marks(content),
-        named={name: f"{graph_words(content, name)} (no. {mark})" for name, mark in marks.items()},
+        named={
+            name: f"{graph_words(content, name)} (no.\N{NO-BREAK SPACE}{mark})"
+            for name, mark in marks.items()
+        },
         graph_words={name: graph_words(content, name) for name in marks},
         is_chosen=lambda entry: is_chosen(content, entry),
         frontier=None if content["disturbed"] else _frontier(content),
