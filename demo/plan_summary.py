@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from perf.cascade import Measured
 from perf.figures import TOO_BUSY
 from perf.harness import Paired
 from report.words import percent, recipe_words
 
-from .serve import Measured
 from .systems import ADAPTIVE, HIGH, LOW, RUNG, name_of
 
 Summary = Mapping[str, Any]

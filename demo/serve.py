@@ -2,54 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import Progress
 
 from calibration.images import SourceImage
 from client import GrpcClient, HttpClient, Prediction
 from imaging import Preprocessing, decode
-from perf.cpu import on_same_cores
-from perf.harness import ONE_BY_ONE, Answer, Asker, Load, Paired, believed, cut, take_turns
+from perf.cascade import Measured, one_in_flight, saturated
+from perf.harness import Asker, cut
 from perf.images import Pool
 from perf.target import Target
+from report.terminal import Bars
 from server import TritonServer
 
 from .errors import DemoError
 from .systems import CORE, NEVER, RUNG, asked, name_of
 
-console = Console(stderr=True)
+bars = Bars(Console(stderr=True))
 
 SHARES = 5  # of the crops; a figure is the median of theirs
 TURNS = 3  # of saturated spans, each a part of the crops
 IN_FLIGHT = 16
 
 
-@dataclass(frozen=True, eq=False)
-class Measured:
-    """What was measured, and why it cannot be believed where it cannot.
-
-    Attributes:
-        paired: shares of the crops, each with every system's answers in the crops' order.
-        doubts: one clause each; none: it can be believed.
-        cpu_counts: whether CPU time was held against the clock, see `Paired.doubts`.
-    """
-
-    paired: Paired
-    doubts: Sequence[str]
-    cpu_counts: bool = True
-
-    def classes(self, system: str) -> NDArray[np.int64]:
-        """Top-1 class of each crop, (N,)."""
-        return np.array([_top1(answer.logits) for answer in self._answers(system)])
-
-    def _answers(self, system: str) -> list[Answer]:
-        return [answer for share in self.paired.shares for answer in share[name_of(system)]]
+def classes(measured: Measured, system: str) -> NDArray[np.int64]:
+    """Top-1 class that a system gave each crop, (N,)."""
+    shares = measured.paired.shares
+    return np.array([_top1(a.logits) for share in shares for a in share[name_of(system)]])
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,13 +60,13 @@ def query(server: TritonServer, crops: Sequence[SourceImage]) -> Asked:
     with (
         GrpcClient(server.grpc_url) as grpc,
         HttpClient(server.http_url) as http,
-        Progress(console=console) as progress,
     ):
         for name, client in (("gRPC", grpc), ("HTTP", http)):
-            predictions[name] = [
-                client.infer([crop.data])[0]
-                for crop in progress.track(crops, description=f"over {name}")
-            ]
+            predictions[name] = []
+            with bars.stage(f"over {name}", len(crops)) as bar:
+                for crop in crops:
+                    predictions[name] += client.infer([crop.data])
+                    bar.advance()
     found = {
         name: Asked(
             np.array([_top1(prediction.logits) for prediction in answers]),
@@ -121,18 +104,10 @@ def measure(target: Target, systems: Mapping[str, str], pool: Pool) -> Measured:
         systems: the model to ask for each, see `systems.served_systems`.
         pool: the crops.
     """
-    names = [name for name in (*CORE, RUNG) if name in systems]
-    alone = [asked(name, systems) for name in names]
-    asker, threads = Asker(target, pool, True, target.meter()), target.cpu_threads()
-    shares = cut(range(len(pool)), SHARES)
-    with Progress(console=console) as progress:
-        task = progress.add_task("one at a time", total=len(pool) * (len(alone) + 1))
-
-        def once() -> Paired:
-            advance = _advance(progress, task)
-            return take_turns(asker, [*alone, NEVER], shares, ONE_BY_ONE, advance)
-
-        return Measured(*believed(once, threads == 1, _again(progress, task)), threads == 1)
+    alone = [asked(name, systems) for name in (*CORE, RUNG) if name in systems]
+    asker, shares = Asker(target, pool, True, target.meter()), cut(range(len(pool)), SHARES)
+    with bars.stage("one at a time", len(pool) * (len(alone) + 1)) as bar:
+        return one_in_flight(target, asker, [*alone, NEVER], shares, bar)
 
 
 def measure_saturated(target: Target, systems: Mapping[str, str], pool: Pool) -> Measured:
@@ -144,26 +119,6 @@ def measure_saturated(target: Target, systems: Mapping[str, str], pool: Pool) ->
         pool: the crops.
     """
     every = [asked(name, systems) for name in systems]
-    spans, load = cut(range(len(pool)), TURNS), Load(IN_FLIGHT, block=None)
-    asker, threads = Asker(target, pool, True, target.meter()), target.cpu_threads()
-    assert target.server is not None
-    with (
-        on_same_cores(target.server.process_ids(), threads or 1),
-        Progress(console=console) as progress,
-    ):
-        task = progress.add_task("saturated", total=TURNS * len(every))
-
-        def once() -> Paired:
-            advance = _advance(progress, task)
-            return take_turns(asker, every, spans, load, advance, warm_up=2 * IN_FLIGHT)
-
-        counts = threads is not None
-        return Measured(*believed(once, counts, _again(progress, task)), counts)
-
-
-def _advance(progress: Progress, task: Any) -> Callable[[], None]:
-    return lambda: progress.advance(task)
-
-
-def _again(progress: Progress, task: Any) -> Callable[[str], None]:
-    return lambda words: progress.reset(task, description=words)
+    asker, spans = Asker(target, pool, True, target.meter()), cut(range(len(pool)), TURNS)
+    with bars.stage("saturated", TURNS * len(every)) as bar:
+        return saturated(target, asker, every, spans, IN_FLIGHT, bar)

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .serve import Asked, Measured
+from perf.cascade import Measured
+
+from .serve import Asked, classes
 from .systems import ADAPTIVE, CORE, HIGH, LOW, RUNG, name_of
 
 CERTIFICATE = (
@@ -61,13 +63,13 @@ class Served:
         """
         measured = {name: alone if name == RUNG else saturated for name in systems}
         beside = {
-            name: found.classes(name)
+            name: classes(found, name)
             for name, found in measured.items()
             if name not in CORE and found is not None
         }
         return cls(
-            low=alone.classes(LOW),
-            high=alone.classes(HIGH),
+            low=classes(alone, LOW),
+            high=classes(alone, HIGH),
             adaptive=own.classes,
             escalated=own.escalated,
             score=own.score,

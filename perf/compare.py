@@ -26,8 +26,9 @@ from rich.text import Text
 
 from .comparable import Figure, figures
 from .figures import PerfError, Spread
-from .summary import NAME, SCHEMA_VERSION
 
+NAME = "summary.json"
+SCHEMA_VERSION = 1
 LEAST_RUNS = 4
 _ALWAYS_THERE = ("command", "suite", "started")
 

@@ -294,7 +294,7 @@ def open_levels(
     ]
 
 
-def saturated(measured: Sequence[Measured]) -> dict[str, Measured]:
+def most_in_flight(measured: Sequence[Measured]) -> dict[str, Measured]:
     """Of each system the closed loop on mixed images over plain gRPC with most in flight."""
     found: dict[str, Measured] = {}
     for entry in measured:
@@ -309,4 +309,4 @@ def saturated(measured: Sequence[Measured]) -> dict[str, Measured]:
 
 def saturated_throughput(measured: Sequence[Measured]) -> Mapping[str, float]:
     """Median images per second of each system there."""
-    return {name: entry.throughput.median for name, entry in saturated(measured).items()}
+    return {name: entry.throughput.median for name, entry in most_in_flight(measured).items()}

@@ -11,9 +11,10 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from types import TracebackType
 from typing import Any
 
@@ -22,7 +23,7 @@ from routing import WEIGHTS
 from server import TritonServer
 
 from .environment import Nvml
-from .figures import PerfError
+from .figures import PerfError, Spread
 from .harness import Asker, Load
 from .images import Pool
 from .systems import ADAPTIVE, ENSEMBLE, HIGH, LOW, System
@@ -273,3 +274,22 @@ def _weights(rung_set: GraphSet, models: Sequence[str]) -> list[Path]:
     graphs = [model for model in models if model in files]
     shared = {files[m].with_name(WEIGHTS) for m in graphs if records[m].weights_sha256 is not None}
     return [*(files[model] for model in graphs), *sorted(shared)]
+
+
+def memory_figures(peaks: Mapping[str, Sequence[MemoryUse]]) -> dict[str, Any]:
+    """Peak memory of each system, the medians of its runs, and adaptive's over the static ones'.
+
+    Args:
+        peaks: for each system one entry per run; the runs of one turn belong together.
+    """
+    memory = {}
+    for name, uses in peaks.items():
+        entries = [use.to_dict() for use in uses]
+        memory[name] = {
+            field: None if entries[0][field] is None else median(e[field] for e in entries)
+            for field in entries[0]
+        }
+    turns = zip(*(peaks[name] for name in (ADAPTIVE, LOW, HIGH)), strict=True)
+    pss_mib = [[use.to_dict()["peak_pss_mib"] for use in turn] for turn in turns]
+    ratios = [adaptive / (low + high) for adaptive, low, high in pss_mib]
+    return {"memory": memory, "peak_memory_ratio": Spread.of(ratios).to_dict()}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
@@ -15,7 +17,7 @@ from rich.console import Console
 from report.performance_page import write_performance
 from report.terminal import Bar, Bars
 
-from . import summary
+from .compare import NAME, SCHEMA_VERSION
 from .figures import conclude
 
 REPORT = "report.html"
@@ -43,7 +45,7 @@ class Record:
         self.folder = folder
         self._started = time.monotonic()
         self.summary: dict[str, Any] = {
-            "schema_version": summary.SCHEMA_VERSION,
+            "schema_version": SCHEMA_VERSION,
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "seconds": 0.0,
             "complete": False,
@@ -57,7 +59,7 @@ class Record:
     @property
     def summary_path(self) -> Path:
         """Where the figures are."""
-        return self.folder / summary.NAME
+        return self.folder / NAME
 
     @property
     def report_path(self) -> Path:
@@ -92,7 +94,7 @@ class Record:
         # A report of that run beside a summary of this one would contradict it.
         self.report_path.unlink(missing_ok=True)
         self.summary["seconds"] = round(time.monotonic() - self._started, 1)
-        summary.write(self.summary, self.summary_path)
+        write(self.summary, self.summary_path)
 
     def __enter__(self) -> Record:
         return self
@@ -111,3 +113,11 @@ class Record:
         self._keep()
         if self.has_figures:
             write_performance(self.report_path, conclude(self.summary))
+
+
+def write(summary: dict[str, Any], path: Path) -> None:
+    """Write it in one piece: a run that is killed while writing leaves the last one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    os.replace(partial, path)

@@ -18,12 +18,13 @@ from typing import Any
 from rich.console import Console
 
 from bundle.graphs import GraphSet
+from calibration.fidelity import Fidelity
 from calibration.source import ImageSource
 from imaging import Preprocessing
 from routing import Calibration
 from server import TritonServer
 
-from . import stages, summary
+from . import stages
 from .analyzer_install import Analyzer, find_analyzer
 from .environment import environment
 from .figures import PerfError
@@ -151,9 +152,23 @@ def _header(options: Options, inputs: Inputs) -> dict[str, Any]:
     return {
         "command": f"python -m perf {shlex.join(sys.argv[1:])}",
         "suite": options.suite.name,
-        "model": summary.model_section(inputs.rung_set),
+        "model": model_section(inputs.rung_set),
         "certificate": inputs.calibration.certificate,
-        "fidelity": summary.fidelity_words(inputs.calibration),
+        "fidelity": Fidelity.of(inputs.calibration).agreement(),
+    }
+
+
+def model_section(rung_set: GraphSet) -> dict[str, Any]:
+    """What is served; `reference` where the full rung is not the full model."""
+    reference = rung_set.reference_record
+    return {
+        **({} if reference is None else {"reference": reference.recipe}),
+        "backbone": rung_set.backbone,
+        "image_shape": list(rung_set.image_shape),
+        "low": rung_set.rungs["vit_low"].recipe,
+        "high": rung_set.rungs["vit_high"].recipe,
+        "embedding_dim": rung_set.embedding_dim,
+        "classes": rung_set.classes,
     }
 
 

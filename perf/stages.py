@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,17 +16,30 @@ from calibration.source import ImageSource
 from imaging import Preprocessing
 from routing import Calibration, Overrides, escalation_mask
 
-from . import summary
 from .analyzer_install import Analyzer
 from .attribution import attribute, scoring_ms, together
 from .backend import measure_backend
-from .cpu import on_same_cores
+from .cascade import (
+    answers_section,
+    figures_section,
+    one_in_flight,
+    saturated,
+    saturated_section,
+)
 from .figures import PerfError
-from .harness import ONE_BY_ONE, Asker, Load, Paired, believed, cut, is_a_loss, take_turns
+from .harness import Asker, cut, is_a_loss
 from .images import ImageSets, Pool, choose_sets, read_pool, score_pool, sent_under_load
-from .loads import COMPARED, Level, LoadRunner, Measured, closed_levels, open_levels, saturated
+from .loads import (
+    COMPARED,
+    Level,
+    LoadRunner,
+    Measured,
+    closed_levels,
+    most_in_flight,
+    open_levels,
+)
 from .locust_runs import run_locust
-from .memory import MEASURED, MemoryUse, PeakLoad, peak_memory
+from .memory import MEASURED, MemoryUse, PeakLoad, memory_figures, peak_memory
 from .perf_analyzer import InputData, write_bytes, write_tensors
 from .record import Record
 from .suites import Suite
@@ -145,21 +157,16 @@ def ask_in_turn(record: Record, bench: Bench) -> dict[str, float]:
         The median cost of each system's request in milliseconds.
     """
     rows, suite = bench.sets.rows["mixed"], bench.suite
-    asker, title = bench.metered_asker, "systems in turn"
     shares = cut(rows, min(suite.shares, len(rows))) * suite.repeats
-    with record.stage(title, sum(map(len, shares)) * len(bench.systems)) as bar:
-
-        def measure() -> Paired:
-            return take_turns(asker, bench.systems, shares, ONE_BY_ONE, bar.advance)
-
-        cpu_counts = bench.target.cpu_threads() == 1
-        paired, doubts = believed(measure, cpu_counts, again=bar.begin_again)
-        record.doubt("c1", doubts)
+    with record.stage("systems in turn", sum(map(len, shares)) * len(bench.systems)) as bar:
+        measured = one_in_flight(bench.target, bench.metered_asker, bench.systems, shares, bar)
+        paired = measured.paired
+        record.doubt("c1", measured.doubts)
         disagrees = is_a_loss(bench.calibration.chosen_by)
-        record.summary["answers"] = summary.answers_section(
+        record.summary["answers"] = answers_section(
             paired, bench.systems, disagrees, _labels(bench, rows * suite.repeats)
         )
-        record.summary |= summary.paired_figures(paired, bench.system(ENSEMBLE) is not None)
+        record.summary |= figures_section(paired, "c1")
     expected, rate = bench.sets.escalation_rate["mixed"], paired.escalation_rate(ADAPTIVE)
     if abs(rate - expected) > 1.5 / len(rows):  # one image may lie on the threshold
         raise PerfError(
@@ -178,21 +185,12 @@ def saturate(record: Record, bench: Bench) -> None:
     rows, in_flight = bench.sets.rows["mixed"], suite.concurrency[-1]
     names = (LOW, HIGH, ESCALATION, ADAPTIVE)
     systems = [system for system in bench.systems if system.name in names]
-    asker, threads, ids = bench.metered_asker, target.cpu_threads(), target.server.process_ids()
-    with (
-        record.stage("saturated, in turn", suite.spans * len(systems)) as bar,
-        # A GPU is the same for every system as it is.
-        on_same_cores(ids, threads or len(os.sched_getaffinity(0))) as cores,
-    ):
-
-        def measure() -> Paired:
-            load = Load(in_flight, block=None)
-            spans = [rows] * suite.spans
-            return take_turns(asker, systems, spans, load, bar.advance, warm_up=2 * in_flight)
-
-        paired, doubts = believed(measure, threads is not None, again=bar.begin_again)
-        record.doubt("saturated", doubts)
-        record.summary |= summary.saturated_figures(paired, cores, in_flight)
+    spans = [rows] * suite.spans
+    with record.stage("saturated, in turn", suite.spans * len(systems)) as bar:
+        measured = saturated(target, bench.metered_asker, systems, spans, in_flight, bar)
+        record.doubt("saturated", measured.doubts)
+        record.summary["saturated"] = saturated_section(measured, in_flight)
+        record.summary |= figures_section(measured.paired, "saturated")
 
 
 def _labels(bench: Bench, rows: Sequence[int]) -> list[int] | None:
@@ -251,7 +249,7 @@ def load_with_perf_analyzer(
         inputs = _write_inputs(Path(scratch), bench.pool, sent)
         runner = LoadRunner(target, analyzer, inputs, folder, suite.pass_s, costs_ms)
         closed = _run_levels(record, runner, levels, suite.turns, "closed loop")
-        for name, entry in saturated(closed).items():
+        for name, entry in most_in_flight(closed).items():
             if name in COMPARED and entry.instability():
                 record.note(f"under load, {name} did not stabilise: {entry.instability()}")
         levels = open_levels(suite, bench.systems, closed)
@@ -371,4 +369,4 @@ def measure_peaks(record: Record, bench: Bench, repository: Path) -> None:
                 use = peak_memory(system, repository, bench.rung_set, load)
                 peaks[system.name].append(use)
                 bar.advance()
-            record.summary |= summary.memory_figures(peaks)
+            record.summary |= memory_figures(peaks)

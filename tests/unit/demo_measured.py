@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from demo.serve import Measured
 from demo.systems import name_of
+from perf.cascade import Measured
 from perf.harness import Paired
 from tests.unit.perf_measured import make_answer
 

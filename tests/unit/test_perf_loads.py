@@ -12,8 +12,8 @@ from perf.loads import (
     LoadRunner,
     Measured,
     closed_levels,
+    most_in_flight,
     open_levels,
-    saturated,
     saturated_throughput,
 )
 from perf.perf_analyzer import InputData
@@ -360,7 +360,7 @@ MEASURED = [
 
 
 def test_saturated_is_the_highest_closed_loop_on_mixed_images_over_plain_grpc():
-    found = saturated(MEASURED)
+    found = most_in_flight(MEASURED)
     assert set(found) == {"static-low", "static-high", "adaptive"}
     assert found["static-low"] is MEASURED[1]
     assert found["adaptive"] is MEASURED[4]

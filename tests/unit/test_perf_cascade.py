@@ -6,9 +6,17 @@ import numpy as np
 import pytest
 
 from bundle.graphs import GraphSet
-from perf import summary
+from calibration.fidelity import Fidelity
+from perf.cascade import (
+    Measured,
+    answers_section,
+    figures_section,
+    saturated_section,
+)
 from perf.harness import Paired, is_a_loss
-from perf.memory import MemoryUse
+from perf.memory import MemoryUse, memory_figures
+from perf.record import write
+from perf.run import model_section
 from tests.unit.fakes import make_calibration
 from tests.unit.onnx_files import CLASSES, SIZE, D, write_rung_set
 from tests.unit.perf_measured import make_answer, make_system
@@ -34,7 +42,7 @@ SYSTEMS = [make_system(name) for name in SHARE]
 
 
 def test_every_system_has_its_answers_beside_its_cost():
-    found = summary.answers_section(PAIRED, SYSTEMS, ANOTHER_CLASS, [0, 1] * 2)
+    found = answers_section(PAIRED, SYSTEMS, ANOTHER_CLASS, [0, 1] * 2)
     assert list(found) == list(SHARE)
     low, adaptive = found["static-low"], found["adaptive"]
     assert low["title"] == "title of static-low"
@@ -46,7 +54,7 @@ def test_every_system_has_its_answers_beside_its_cost():
 
 def test_accuracy_is_against_the_labels_in_the_order_of_the_answers():
     def accuracy(*labels):
-        found = summary.answers_section(PAIRED, SYSTEMS, ANOTHER_CLASS, labels)
+        found = answers_section(PAIRED, SYSTEMS, ANOTHER_CLASS, labels)
         return found["static-high"]["accuracy"]
 
     assert accuracy(0, 1, 0, 1) == 1.0
@@ -60,7 +68,7 @@ def test_accuracy_is_against_the_labels_in_the_order_of_the_answers():
 def test_without_labels_or_without_a_head_there_is_no_accuracy(labels, head):
     case = Paired([{"static-high": [make_answer(head=head)]}])
     systems = [make_system("static-high")]
-    found = summary.answers_section(case, systems, lambda mine, full: False, labels)
+    found = answers_section(case, systems, lambda mine, full: False, labels)
     assert found["static-high"]["accuracy"] is None
 
 
@@ -68,7 +76,7 @@ def test_without_labels_or_without_a_head_there_is_no_accuracy(labels, head):
 
 
 def test_the_figures_with_one_request_in_flight():
-    found = summary.paired_figures(PAIRED, has_ensemble=True)
+    found = figures_section(PAIRED, "c1")
     medians = {name: spread["median"] for name, spread in found.items()}
     assert medians == pytest.approx(
         {
@@ -79,7 +87,8 @@ def test_the_figures_with_one_request_in_flight():
             "ensemble_over_router": 1.1,  # 44 / 40
         }
     )
-    assert "ensemble_over_router" not in summary.paired_figures(PAIRED, has_ensemble=False)
+    without = Paired([{name: SHARE[name] for name in SHARE if name != "ensemble"}])
+    assert "ensemble_over_router" not in figures_section(without, "c1")
 
 
 def test_the_saturated_figures_are_taken_turn_by_turn_with_the_cores_that_everybody_had():
@@ -93,12 +102,13 @@ def test_the_saturated_figures_are_taken_turn_by_turn_with_the_cores_that_everyb
             for name, ms in costs.items()
         }
 
-    found = summary.saturated_figures(Paired([turn(25, 100, 62.5), turn(20, 100, 50)]), 1, 8)
+    paired = Paired([turn(25, 100, 62.5), turn(20, 100, 50)])
+    found = figures_section(paired, "saturated")
     assert found["speedup_saturated"]["values"] == pytest.approx([1.6, 2.0])
     assert found["cpu_speedup_saturated"]["values"] == pytest.approx([1.6, 2.0])
     assert found["bound_saturated"]["values"] == pytest.approx([2.0, 1 / 0.45])
     assert found["cascade_efficiency_saturated"]["values"] == pytest.approx([0.8, 0.9])
-    section = found["saturated"]
+    section = saturated_section(Measured(paired, [], cores=1), 8)
     assert (section["cores"], section["in_flight"]) == (1, 8)
     assert section["systems"]["adaptive"]["escalation_rate"] == 0.25
     assert section["systems"]["static-high"]["cpu_ms"]["median"] == pytest.approx(90)
@@ -114,7 +124,7 @@ def test_memory_is_the_median_of_the_runs_and_its_ratio_is_taken_turn_by_turn():
         "static-high": [use(400.0), use(390.0), use(400.0)],
         "adaptive": [use(770.0), use(700.0), use(750.0)],
     }
-    found = summary.memory_figures(peaks)
+    found = memory_figures(peaks)
     assert found["memory"]["static-low"] == {
         "peak_pss_mib": 310.0,
         "peak_rss_mib": 320.0,
@@ -126,14 +136,14 @@ def test_memory_is_the_median_of_the_runs_and_its_ratio_is_taken_turn_by_turn():
 
 def test_the_memory_of_a_gpu_is_kept_where_there_is_one():
     peaks = {name: [use(1.0, gpu=900.0)] for name in ("static-low", "static-high", "adaptive")}
-    assert summary.memory_figures(peaks)["memory"]["adaptive"]["gpu_mib"] == 900.0
+    assert memory_figures(peaks)["memory"]["adaptive"]["gpu_mib"] == 900.0
 
 
 # --- what is served ----------------------------------------------------------------------------
 
 
 def test_the_model_is_described_without_its_files(tmp_path):
-    assert summary.model_section(GraphSet.load(write_rung_set(tmp_path))) == {
+    assert model_section(GraphSet.load(write_rung_set(tmp_path))) == {
         "backbone": "tiny",
         "image_shape": [3, SIZE, SIZE],
         "low": f"px={SIZE // 2}",
@@ -146,7 +156,10 @@ def test_the_model_is_described_without_its_files(tmp_path):
 def test_fidelity_is_told_in_words():
     by_class = {"fidelity": "top1", "tolerance": None}
     by_cosine = {"fidelity": "cosine", "tolerance": 0.05}
-    words = summary.fidelity_words
+
+    def words(calibration):
+        return Fidelity.of(calibration).agreement()
+
     assert words(make_calibration(chosen_by=by_class)) == "names the same class"
     assert words(make_calibration(chosen_by=by_cosine)) == (
         "has an embedding of cosine 0.95 or more"
@@ -164,8 +177,8 @@ def test_fidelity_is_told_in_words():
 
 def test_a_summary_is_written_in_one_piece(tmp_path):
     path = tmp_path / "new" / "summary.json"
-    summary.write({"seconds": 1.5}, path)
-    summary.write({"seconds": 2.5}, path)
+    write({"seconds": 1.5}, path)
+    write({"seconds": 2.5}, path)
     assert json.loads(path.read_text()) == {"seconds": 2.5}
     assert [found.name for found in path.parent.iterdir()] == ["summary.json"]
 
@@ -173,7 +186,7 @@ def test_a_summary_is_written_in_one_piece(tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), np.float32(1), object()])
 def test_what_is_no_json_is_refused_and_the_last_summary_stays(tmp_path, value):
     path = tmp_path / "summary.json"
-    summary.write({"seconds": 1.5}, path)
+    write({"seconds": 1.5}, path)
     with pytest.raises((ValueError, TypeError)):
-        summary.write({"seconds": value}, path)
+        write({"seconds": value}, path)
     assert json.loads(path.read_text()) == {"seconds": 1.5}
