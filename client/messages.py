@@ -59,11 +59,10 @@ class Prediction:
         Raises:
             ValueError: the served model has no head, or one output.
         """
-        if self.logits is None:
-            raise ValueError("the served model has no head, so it names no classes")
-        if len(self.logits) == 1:
+        logits = self._needed_logits()
+        if len(logits) == 1:
             raise ValueError("the served model has one output, a value or a label: see `logits`")
-        exponentials = np.exp(self.logits.astype(np.float64) - self.logits.max())
+        exponentials = np.exp(logits.astype(np.float64) - logits.max())
         probabilities = exponentials / exponentials.sum()
         order = np.argsort(-probabilities, kind="stable")[:k]
         return [(int(index), float(probabilities[index])) for index in order]
@@ -80,12 +79,11 @@ class Prediction:
         Raises:
             ValueError: the served model has no head.
         """
-        if self.logits is None:
-            raise ValueError("the served model has no head, so it names no labels")
+        logits = self._needed_logits()
         # In logits, as the calibration decides it: a probability's last bit could decide otherwise.
         cut = math.log(threshold / (1 - threshold))
         found = self.probabilities()
-        return [(index, share) for index, share in found if float(self.logits[index]) >= cut]
+        return [(index, share) for index, share in found if float(logits[index]) >= cut]
 
     def probabilities(self) -> list[tuple[int, float]]:
         """Each label's index and probability (sigmoid), the likeliest first.
@@ -93,11 +91,15 @@ class Prediction:
         Raises:
             ValueError: the served model has no head.
         """
-        if self.logits is None:
-            raise ValueError("the served model has no head, so it names no labels")
-        halves = np.tanh(self.logits.astype(np.float64) / 2)  # no overflow, whatever the logit
-        order = np.argsort(-self.logits, kind="stable")
+        logits = self._needed_logits()
+        halves = np.tanh(logits.astype(np.float64) / 2)  # no overflow, whatever the logit
+        order = np.argsort(-logits, kind="stable")
         return [(int(index), float((1 + halves[index]) / 2)) for index in order]
+
+    def _needed_logits(self) -> NDArray[np.float32]:
+        if self.logits is None:
+            raise ValueError("the served model has no head, so it names no classes or labels")
+        return self.logits
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,8 @@ class Task:
 class Result(Protocol):
     """What tritonclient's gRPC and HTTP results have in common."""
 
-    def as_numpy(self, name: str) -> NDArray[Any] | None:
-        """The output of this name, None if the server sent none."""
+    def as_numpy(self, name: str) -> Any:
+        """The output of this name, shape (N, ...); None if the server sent none."""
 
 
 def encode_images(images: Sequence[bytes]) -> NDArray[np.object_]:
@@ -152,13 +154,7 @@ def as_batch(image: NDArray[Any]) -> NDArray[Any]:
 def request_parameters(policy: str, threshold: float | None) -> dict[str, Any]:
     """The request parameters of the router, which is the one to judge their values.
 
-    Args:
-        policy: `auto`, `low` or `high`.
-        threshold: replaces the calibrated threshold, in oracle units; None keeps it.
-
-    Returns:
-        Parameters as tritonclient takes them. Numbers become floats, so that 1 and 1.0 and
-        numpy's scalars are the same request.
+    Numbers become floats, so that 1 and 1.0 and numpy's scalars are the same request.
     """
     parameters: dict[str, Any] = {"policy": policy}
     if threshold is not None:
@@ -168,15 +164,7 @@ def request_parameters(policy: str, threshold: float | None) -> dict[str, Any]:
 
 
 def build_input(protocol: ModuleType, name: str, rows: NDArray[Any]) -> Any:
-    """One input tensor for `tritonclient.grpc` or `tritonclient.http`.
-
-    Args:
-        protocol: the tritonclient module whose `InferInput` to make.
-        name: the input's name in the model.
-        rows: shape (N, ...).
-
-    Returns:
-        The module's `InferInput`, holding the data.
+    """An `InferInput` of `tritonclient.grpc` or `tritonclient.http`, holding rows (N, ...).
 
     Raises:
         InvalidRequestError: Triton has no such dtype.
@@ -281,17 +269,10 @@ def _microseconds(left_s: float) -> int:
 
 @contextmanager
 def own_answer(asked: str, url: str) -> Iterator[Callable[[str | None], None]]:
-    """Around reading an answer: hold it against the request that it came for.
+    """Around reading the answer to request `asked`; yields what to call with the answer's id.
 
-    A refusal that is raised inside is held against it too, where it names a request, as Triton's
+    A refusal that is raised inside is held against the request too, where it names one, as Triton's
     texts do; gRPC's and a proxy's own do not.
-
-    Args:
-        asked: the request's id.
-        url: the server, for the message.
-
-    Yields:
-        What to call with the answer's id: None or empty where it has none.
 
     Raises:
         AnswerMismatchError: they differ. Whoever reads the connection has to give it up.
@@ -315,37 +296,28 @@ def own_answer(asked: str, url: str) -> Iterator[Callable[[str | None], None]]:
 
 
 def predictions(result: Result, count: int) -> list[Prediction]:
-    """Read one response.
-
-    Args:
-        result: tritonclient's result.
-        count: how many images were asked about, N.
-
-    Returns:
-        N predictions in the order of the images.
+    """Read the response to a question about `count` images, in their order.
 
     Raises:
         ServerError: an output is missing or has another number of rows.
     """
-    names = ("embedding", "escalated", "score", "degraded")
-    outputs = {name: result.as_numpy(name) for name in names}
+    outputs = {name: result.as_numpy(name) for name in _OUTPUTS}
     for name, values in outputs.items():
-        if values is None:
+        if values is None and name != "logits":
             raise ServerError(f"the server's answer has no output {name!r}; is it an adaptive ViT?")
-        if len(values) != count:
+        if values is not None and len(values) != count:
             raise ServerError(f"{name!r} has {len(values)} rows for {count} images")
-    logits = result.as_numpy("logits")
-    if logits is not None and len(logits) != count:
-        raise ServerError(f"'logits' has {len(logits)} rows for {count} images")
+    embedding, escalated, score, degraded, logits = outputs.values()
     return [
         Prediction(
-            embedding=embedding,
-            logits=None if logits is None else logits[index],
-            escalated=bool(escalated[0]),
-            score=float(score[0]),
-            degraded=bool(degraded[0]),
+            embedding=embedding[row],
+            logits=None if logits is None else logits[row],
+            escalated=bool(escalated[row, 0]),
+            score=float(score[row, 0]),
+            degraded=bool(degraded[row, 0]),
         )
-        for index, (embedding, escalated, score, degraded) in enumerate(
-            zip(*outputs.values(), strict=True)
-        )
+        for row in range(count)
     ]
+
+
+_OUTPUTS = ("embedding", "escalated", "score", "degraded", "logits")
