@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator, PercentFormatter
 from matplotlib.transforms import offset_copy
 
+from .markers import steps_aside
 from .page import HIGH_COLOUR, LOW_COLOUR, data_uri
 from .words import amount, setting
 
@@ -37,11 +38,6 @@ _LEGEND_CHARACTERS = 14.5  # that fit into an inch of a legend
 _LEGEND_MARKER = 6  # characters that a marker and the gap to the next column take
 _LEGEND_LINE = 0.17  # inches
 _USUAL_WIDTH = 6.6  # inches
-_ASIDE = [(0.0, 0.0)] + [  # where a marker may stand if its place is taken, in points
-    (float(distance * np.cos(angle)), float(distance * np.sin(angle)))
-    for distance in (15, 21, 28, 38, 50)
-    for angle in np.pi / 2 + np.linspace(0, 2 * np.pi, 12, endpoint=False)
-]
 _LEAST_WRITTEN = 0.06  # share of the longest bar below which its number does not fit inside
 
 
@@ -213,34 +209,26 @@ def _write_numbers(figure: Figure, axes: Axes, series: Sequence[Series]) -> None
         return
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    taken: list[tuple[float, float, float]] = []  # places in points, and sizes
-    for one in sorted(numbered, key=lambda one: (not one.above, -one.size)):
-        for i, number in enumerate(one.numbers):
-            x, y = axes.transData.transform((one.x[i], one.y[i])) * 72 / figure.dpi
-            dx, dy = next(
-                (
-                    (dx, dy)
-                    for dx, dy in _ASIDE
-                    if all(
-                        np.hypot(x + dx - u, y + dy - v) > 0.55 * (one.size + size)
-                        for u, v, size in taken
-                    )
-                ),
-                (0.0, 0.0),
-            )
-            taken.append((x + dx, y + dy, one.size))
-            _write_number(figure, axes, one, i, number, (dx, dy))
+    drawn = [
+        (one, row)
+        for one in sorted(numbered, key=lambda one: (not one.above, -one.size))
+        for row in range(len(one.numbers))
+    ]
+    centres = axes.transData.transform([(one.x[row], one.y[row]) for one, row in drawn])
+    steps = steps_aside(centres * 72 / figure.dpi, [one.size for one, _ in drawn])
+    for (one, row), step in zip(drawn, steps, strict=True):
+        _write_number(figure, axes, one, row, step)
 
 
 def _write_number(
-    figure: Figure, axes: Axes, one: Series, row: int, number: str, aside: tuple[float, float]
+    figure: Figure, axes: Axes, one: Series, row: int, aside: tuple[float, float]
 ) -> None:
     place = (one.x[row], one.y[row])
     moved = offset_copy(axes.transData, figure, *aside, units="points")
     style = _marker(one, _is_hollow(one, row))
     axes.plot(*([value] for value in place), transform=moved, **style)
     axes.annotate(
-        number,
+        one.numbers[row],
         place,
         aside,
         textcoords="offset points",

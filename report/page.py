@@ -26,7 +26,6 @@ _FILTERS = (
     words.times,
     words.interval,
     words.recipe_words,
-    words.spread_range,
 )
 
 

@@ -6,8 +6,7 @@ Numbers have as many digits as they carry; one that was not measured, `None`, is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 NONE = "–"
 _SPACE = "\N{NO-BREAK SPACE}"
@@ -83,13 +82,6 @@ def times(value: float | None) -> str:
 def interval(ends: tuple[float, float] | None, show: Callable[[float], str] = ratio) -> str:
     """An interval, such as `0.61 to 0.80`; a dash where there is none."""
     return NONE if ends is None else " to ".join(map(show, ends))
-
-
-def spread_range(spread: Mapping[str, Any] | None, show: Callable[[float], str] = amount) -> str:
-    """From the smallest run to the largest; empty where there is one run or none."""
-    if spread is None or spread["runs"] < 2:
-        return ""
-    return f"{show(spread['min'])} to {show(spread['max'])}"
 
 
 def recipe_words(recipe: str) -> str:

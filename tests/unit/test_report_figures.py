@@ -3,10 +3,14 @@
 import base64
 import re
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from report import figures
 from report.figures import Axis, Rule, Series
+from report.markers import APART, steps_aside
 
 X, Y = Axis("cost", percent=True, log=True), Axis("agreement", percent=True)
 
@@ -77,6 +81,22 @@ def test_bars_name_each_part_once_and_write_what_fits():
     assert [written.count(name) for name in ("queue", "cheap", "full")] == [1, 1, 1]
     assert written.count("5.00") == 2 and "0.10" not in written
     assert [text for text in written if text.strip() in ("5.10 ms", "4.00 ms")]
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 19))
+def test_no_marker_with_a_number_covers_another(seed, count):
+    rng = np.random.default_rng(seed)
+    centres, sizes = rng.normal(100, 12, (count, 2)), rng.uniform(12, 18, count)
+    places = centres + steps_aside(centres, sizes.tolist())
+    for i in range(count):
+        for j in range(i):
+            assert np.hypot(*(places[i] - places[j])) > APART * (sizes[i] + sizes[j])
+
+
+def test_a_marker_that_has_its_place_to_itself_stays_there_and_others_are_led_to_theirs():
+    centres = np.array([[0.0, 0.0], [3.0, 0.0], [90.0, 0.0]])
+    first, second, third = steps_aside(centres, [13.0, 13.0, 13.0])
+    assert first == third == (0.0, 0.0) and second == pytest.approx((0.0, 15.0))
 
 
 @pytest.mark.parametrize("entries", [1, 4, 12])

@@ -29,9 +29,6 @@ from report import words
         (words.times, None, "–"),
         (words.interval, (0.6, 0.8), "0.60 to 0.80"),
         (words.interval, None, "–"),
-        (words.spread_range, {"min": 1, "max": 12.5, "runs": 3}, "1.00 to 12.5"),
-        (words.spread_range, {"min": 1, "max": 1, "runs": 1}, ""),
-        (words.spread_range, None, ""),
     ],
 )
 def test_numbers(show, value, text):

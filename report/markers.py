@@ -1,0 +1,44 @@
+"""Where markers with numbers stand, so that none covers another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+APART = 0.55  # of the sum of two sizes: how far their centres are from each other at the least
+_STEPS = [(0.0, 0.0)] + [  # in points: upwards first, then around, then further away
+    (float(distance * np.cos(angle)), float(distance * np.sin(angle)))
+    for distance in (15, 21, 28, 38, 50)
+    for angle in np.pi / 2 + np.linspace(0, 2 * np.pi, 12, endpoint=False)
+]
+
+
+def steps_aside(centres: NDArray[np.float64], sizes: Sequence[float]) -> list[tuple[float, float]]:
+    """How far each marker steps aside from its place; the first ones have the first choice.
+
+    Args:
+        centres: the places of the n markers, in points, (n, 2).
+        sizes: their widths, in points, n of them.
+
+    Returns:
+        For each marker the step to the right and upwards, in points. Where no step of those tried
+        is free, it stays where it is.
+    """
+    taken: list[NDArray[np.float64]] = []
+    steps = []
+    for centre, size in zip(centres, sizes, strict=True):
+
+        def is_free(
+            step: tuple[float, float], centre: NDArray[np.float64] = centre, size: float = size
+        ) -> bool:
+            return all(
+                np.hypot(*(centre + step - other)) > APART * (size + width)
+                for other, width in zip(taken, sizes, strict=False)
+            )
+
+        step = next(filter(is_free, _STEPS), (0.0, 0.0))
+        taken.append(centre + step)
+        steps.append(step)
+    return steps
