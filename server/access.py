@@ -6,6 +6,7 @@ import io
 import re
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -103,7 +104,15 @@ class Access:
             options.append(("grpc.enable_http_proxy", 0))
         if self.name is not None:
             options.append(("grpc.ssl_target_name_override", self.name))
-        return triton.InferenceServerClient(self.url, creds=self.credentials, channel_args=options)
+        return _Client(self.url, creds=self.credentials, channel_args=options)
+
+
+class _Client(triton.InferenceServerClient):  # type: ignore[misc]
+    """A client that says nothing where Ctrl-C came while it was being made."""
+
+    def __del__(self) -> None:
+        with suppress(AttributeError):
+            self.close()
 
 
 def image_input() -> triton.InferInput:

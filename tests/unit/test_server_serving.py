@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,3 +92,18 @@ def test_the_quota_of_a_cgroup_limits_the_cores(
         (tmp_path / "cgroups" / name).write_text(text)
     found = allowed_cores(1, tmp_path / "cgroups", tmp_path / "proc")
     assert found == cores if cores is not None else found >= 1
+
+
+def test_an_interruption_while_a_connection_is_made_leaves_no_trace(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    ignored: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    monkeypatch.setattr("grpc.insecure_channel", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Access("127.0.0.1:1").open()
+    gc.collect()
+    assert ignored == []
