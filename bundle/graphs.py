@@ -180,17 +180,6 @@ class GraphSet:
         rungs = (self.low.name, self.high.name)
         return {name: graph for name, graph in self.graphs.items() if name not in rungs}
 
-    # To be deleted once calibration, perf and demo ask for graphs and roles.
-    @property
-    def alternatives(self) -> dict[str, RungRecord]:
-        """The records of the graphs that are no rung, by name."""
-        return {name: graph.record for name, graph in self.beside.items()}
-
-    @property
-    def alternative_files(self) -> dict[str, Path]:
-        """The ONNX files of the graphs that are no rung, by name."""
-        return {name: graph.file for name, graph in self.beside.items()}
-
     def playing(self) -> dict[str, Graph]:
         """The graphs that calibration runs by role: both rungs, and a reference that is neither."""
         found = {LOW: self.low, HIGH: self.high}

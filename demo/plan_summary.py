@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from perf.cascade import Measured
-from perf.figures import TOO_BUSY
-from perf.harness import Paired
+from perf.figures import TOO_BUSY, Spread, cheapest_rival
 from report.words import percent, recipe_words
 
 from .systems import ADAPTIVE, HIGH, LOW, RUNG, name_of
@@ -40,7 +39,7 @@ def summarise_plan(
     def is_disturbed(system: str, to: str) -> bool:
         return paired.disturbed(name_of(system), name_of(to), counts)
 
-    best = _best_alternative(agreement, paired)
+    best = _best_alternative(agreement, costs)
     return {
         "low": rungs[0],
         "high": rungs[1],
@@ -71,19 +70,20 @@ def summarise_plan(
     }
 
 
-def _best_alternative(agreement: Mapping[str, float], paired: Paired) -> dict[str, Any]:
+def _best_alternative(
+    agreement: Mapping[str, float], costs: Mapping[str, Spread]
+) -> dict[str, Any]:
     """The cheapest alternative that agrees with the full model at least as often as the plan.
 
     The cheap rung is part of the cascade, and alone not certified, so it is none. The full model
     itself is one, so there always is one.
     """
-    ratios = {
-        system: paired.cost_ratio(name_of(system), to=name_of(ADAPTIVE)).median
-        for system in agreement
-        if system not in (ADAPTIVE, LOW) and agreement[system] >= agreement[ADAPTIVE]
-    }
-    best = min(ratios, key=lambda system: ratios[system])
-    return {"name": best, "agreement": agreement[best], "cost_ratio_to_plan": ratios[best]}
+    among = [system for system in agreement if system not in (ADAPTIVE, LOW)]
+    spreads = {system: cost.to_dict() for system, cost in costs.items()}
+    found = cheapest_rival(agreement, spreads, among, ADAPTIVE)
+    assert found is not None
+    best, ratio = found
+    return {"name": best, "agreement": agreement[best], "cost_ratio_to_plan": ratio["median"]}
 
 
 def served_rows(plan: Summary) -> list[dict[str, str]]:

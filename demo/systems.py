@@ -11,8 +11,7 @@ from collections.abc import Mapping
 
 from bundle.graphs import GraphSet
 from perf import systems as measured
-from perf.systems import System
-from routing import RungRecord
+from perf.systems import System, graphs_by_model
 
 LOW, HIGH, ADAPTIVE = "low", "high", "adaptive"
 RUNG = "vit_high"  # what the router escalates to
@@ -45,16 +44,16 @@ def asked(system: str, served: Mapping[str, str]) -> System:
 def served_systems(rung_set: GraphSet) -> dict[str, str]:
     """The model to ask for each system, those of `CORE` first."""
     reference = RUNG if rung_set.reference_record is None else rung_set.reference.name
-    beside = [RUNG, *rung_set.alternatives]
+    beside = [RUNG, *rung_set.beside]
     own = {name: name for name in beside if name != reference}
     return {LOW: "vit_low", HIGH: reference, ADAPTIVE: "router", **own}
 
 
 def recipes(rung_set: GraphSet) -> dict[str, str]:
     """How each system that is a graph makes itself cheap."""
-    records: dict[str, RungRecord] = {**rung_set.rungs, **rung_set.alternatives}
+    graphs = graphs_by_model(rung_set)
     return {
-        system: records[model].recipe
+        system: graphs[model].record.recipe
         for system, model in served_systems(rung_set).items()
         if system != ADAPTIVE
     }

@@ -10,8 +10,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
 from bundle.graphs import GraphSet
 from client import ClientError
@@ -119,24 +117,25 @@ def _print_verdict(summary: dict[str, Any]) -> None:
     """The figures; of a load whose figures cannot be true that the machine was too busy."""
     doubts: dict[str | None, list[str]]
     doubts = {load: doubts_of(summary, load) for load in ("c1", "saturated")}
-    table = Table(title="one request in flight, the systems in turn on the same images")
-    for heading in ("system", "agreement", "escalated", "ms", "cost / static high"):
-        table.add_column(heading, justify="left" if heading == "system" else "right")
-    for answer in summary["answers"].values():
-        table.add_row(
+    rows = [
+        (
             answer["title"],
             f"{answer['agreement_with_high']:.1%}",
             f"{answer['escalation_rate']:.1%}",
             f"{answer['cost_ms']['median']:.1f}",
             "–" if doubts["c1"] else f"{answer['cost_ratio']['median']:.2f}",
         )
-    Console().print(table)
-    figures = Table("figure", "median", "min", "max", "runs")
-    for name, value in summary.items():
-        if isinstance(value, dict) and "median" in value and not doubts.get(load_of(name)):
-            low, middle, high = (f"{value[key]:.3f}" for key in ("min", "median", "max"))
-            figures.add_row(name, middle, low, high, str(value["runs"]))
-    Console().print(figures)
+        for answer in summary["answers"].values()
+    ]
+    title = "one request in flight, the systems in turn on the same images"
+    headings = ("system", "agreement", "escalated", "ms", "cost / static high")
+    Console().print(terminal.table(title, headings, rows))
+    figures = [
+        (name, *(f"{value[key]:.3f}" for key in ("median", "min", "max")), str(value["runs"]))
+        for name, value in summary.items()
+        if isinstance(value, dict) and "median" in value and not doubts.get(load_of(name))
+    ]
+    Console().print(terminal.table("", ("figure", "median", "min", "max", "runs"), figures))
     for load, words in (("c1", "one request in flight"), ("saturated", "saturated")):
         if doubts[load]:
             print(f"{words}: {TOO_BUSY} ({'; '.join(doubts[load])})")
@@ -201,13 +200,10 @@ def scoring(
     batches = (1, 16)
     with Console(stderr=True).status("timing"):
         columns = [all_signals(batch, layers, dim, classes) for batch in batches]
-    table = Table(title=f"ms per image, median of {SIGNAL_ROUNDS}; L={layers} D={dim} C={classes}")
-    table.add_column("signal")
-    for batch in batches:
-        table.add_column(f"batch {batch}", justify="right")
-    for name in columns[0]:
-        table.add_row(name, *(f"{column[name]:.3f}" for column in columns))
-    Console().print(table)
+    title = f"ms per image, median of {SIGNAL_ROUNDS}; L={layers} D={dim} C={classes}"
+    rows = [(name, *(f"{column[name]:.3f}" for column in columns)) for name in columns[0]]
+    headings = ("signal", *(f"batch {batch}" for batch in batches))
+    Console().print(terminal.table(title, headings, rows))
 
 
 @app.command("variants")
@@ -223,25 +219,23 @@ def variants_command(
     from .images import load_pool
 
     pool = load_pool(GraphSet.load(onnx), images, limit)
-    with Progress(console=Console(stderr=True)) as progress:
-        requests = rounds * len(pool) * len(repositories) * len(variants.SYSTEMS)
-        task = progress.add_task("requests in turn", total=requests)
-        found = variants.measure(repositories, pool, rounds, lambda: progress.advance(task))
-    table = Table(title=f"{rounds * len(pool)} images each, in turn; medians, milliseconds")
-    router, ensemble = ("router adds", "ratio"), ("ensemble adds", "ratio of means")
-    table.add_column("repository", overflow="fold")  # told apart by the ends of their paths
-    for heading in ("cheap rung", *router, *ensemble):
-        table.add_column(heading, justify="right")
-    for repository, variant in zip(repositories, found, strict=True):
-        table.add_row(
-            str(repository),
+    requests = rounds * len(pool) * len(repositories) * len(variants.SYSTEMS)
+    with terminal.Bars(Console(stderr=True)).stage("requests in turn", requests) as bar:
+        found = variants.measure(repositories, pool, rounds, bar.advance)
+    rows = [
+        (
+            str(repository),  # told apart by the ends of their paths
             f"{variant.low_ms:.2f}",
             f"{variant.router_adds_ms:.2f}",
             "–" if variant.disturbed else f"{variant.router_overhead:.3f}",
             f"{variant.ensemble_adds_ms:.2f}",
             "–" if variant.disturbed else f"{variant.ensemble_over_router:.3f}",
         )
-    Console().print(table)
+        for repository, variant in zip(repositories, found, strict=True)
+    ]
+    title = f"{rounds * len(pool)} images each, in turn; medians, milliseconds"
+    headings = ("repository", "cheap rung", "router adds", "ratio", "ensemble adds")
+    Console().print(terminal.table(title, (*headings, "ratio of means"), rows))
     if any(variant.disturbed for variant in found):
         typer.echo(f"–: {TOO_BUSY}, a part took longer than the whole")
 
@@ -266,33 +260,21 @@ def serving(
     names = [name.strip() for name in graphs.split(",") if name.strip()]
     total = prices.steps(rung_set, names, served)
     pool = load_pool(rung_set, images, limit)
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("graphs in turn", total=total)
-        found = prices.price(
-            rung_set,
-            names,
-            pool,
-            served,
-            lambda: progress.advance(task),
-            again=lambda words: progress.reset(task, description=words),
-        )
+    with terminal.Bars(Console(stderr=True)).stage("graphs in turn", total) as bar:
+        found = prices.price(rung_set, names, pool, served, bar.advance, bar.begin_again)
     if as_json:
         typer.echo(json.dumps({**asdict(served), "images": len(pool), "graphs": found}, indent=2))
         return
-    table = Table(title=f"medians of {turns} turns; {instances} requests in flight; milliseconds")
-    table.add_column("graph")
-    headings = ("lone request", f"per image, batch {batch}", "server's CPU")
-    for heading in (*headings, "cost / full model", "by CPU"):
-        table.add_column(heading, justify="right")
+    rows = []
     for name, entry in found.items():
+        plain = (entry[key] for key in ("latency_ms", "ms_per_image", "server_cpu_ms"))
         ratios = (entry["cost_ratio"], entry["cpu_cost_ratio"])
-        table.add_row(
-            name,
-            *(_median(entry[key], ".2f") for key in ("latency_ms", "ms_per_image")),
-            _median(entry["server_cpu_ms"], ".2f"),
-            *(_median(None if entry["disturbed"] else ratio, ".3f") for ratio in ratios),
-        )
-    Console().print(table)
+        believed = (None if entry["disturbed"] else ratio for ratio in ratios)
+        cells = [_median(spread, ".2f") for spread in plain]
+        rows.append((name, *cells, *(_median(ratio, ".3f") for ratio in believed)))
+    title = f"medians of {turns} turns; {instances} requests in flight; milliseconds"
+    headings = ("graph", "lone request", f"per image, batch {batch}", "server's CPU")
+    Console().print(terminal.table(title, (*headings, "cost / full model", "by CPU"), rows))
     if prices.disturbed(found):
         typer.echo(f"–: {TOO_BUSY}, clock and CPU time differ by more than 15 %")
 

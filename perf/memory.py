@@ -26,7 +26,7 @@ from .environment import Nvml
 from .figures import PerfError, Spread
 from .harness import Asker, Load
 from .images import Pool
-from .systems import ADAPTIVE, ENSEMBLE, HIGH, LOW, System
+from .systems import ADAPTIVE, ENSEMBLE, HIGH, LOW, System, graphs_by_model
 from .target import Target
 
 INTERVAL_S = 0.05
@@ -269,11 +269,9 @@ def peak_memory(system: System, repository: Path, rung_set: GraphSet, load: Peak
 
 def _weights(rung_set: GraphSet, models: Sequence[str]) -> list[Path]:
     """The files that hold these models' weights, one that several share once."""
-    records = {**rung_set.rungs, **rung_set.alternatives}
-    files = {**rung_set.files, **rung_set.alternative_files}
-    graphs = [model for model in models if model in files]
-    shared = {files[m].with_name(WEIGHTS) for m in graphs if records[m].weights_sha256 is not None}
-    return [*(files[model] for model in graphs), *sorted(shared)]
+    graphs = [graph for name, graph in graphs_by_model(rung_set).items() if name in models]
+    shared = {g.file.with_name(WEIGHTS) for g in graphs if g.record.weights_sha256 is not None}
+    return [*(graph.file for graph in graphs), *sorted(shared)]
 
 
 def memory_figures(peaks: Mapping[str, Sequence[MemoryUse]]) -> dict[str, Any]:

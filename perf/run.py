@@ -180,7 +180,7 @@ def _target(options: Options, inputs: Inputs, record: Record) -> Iterator[Target
             yield target
         return
     folder = with_alternatives(options.repository, inputs.rung_set, _served(options))
-    if not inputs.rung_set.alternatives:
+    if not inputs.rung_set.beside:
         record.note(
             "no other graph was exported, so there is none to compare with; "
             "export rungs --beside px=168 makes one"

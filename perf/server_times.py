@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import tritonclient.grpc as triton
@@ -39,18 +39,10 @@ class ModelTimes:
     output_ns: int
 
     def __sub__(self, before: ModelTimes) -> ModelTimes:
-        return ModelTimes(
-            self.requests - before.requests,
-            self.images - before.images,
-            *(getattr(self, field) - getattr(before, field) for field in _FIELDS),
-        )
+        return ModelTimes(*(a - b for a, b in zip(astuple(self), astuple(before), strict=True)))
 
     def __add__(self, other: ModelTimes) -> ModelTimes:
-        return ModelTimes(
-            self.requests + other.requests,
-            self.images + other.images,
-            *(getattr(self, field) + getattr(other, field) for field in _FIELDS),
-        )
+        return ModelTimes(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def per_request_ms(self) -> dict[str, float]:
         """Milliseconds per request by part; zeros where there was no request."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from bundle.graphs import GraphSet
+from bundle.graphs import Graph, GraphSet
 from report.words import recipe_words
 
 LOW, HIGH, ADAPTIVE, ENSEMBLE = "static-low", "static-high", "adaptive", "ensemble"
@@ -65,8 +65,8 @@ def systems(
 
     found = [static(LOW, "cheap rung always ({})", "vit_low", low)]
     found += [
-        static(_name(model), "static {}", model, record.recipe)
-        for model, record in rung_set.alternatives.items()
+        static(_name(model), "static {}", model, graph.record.recipe)
+        for model, graph in rung_set.beside.items()
         if model in served and model != reference.name
     ]
     if rung_set.reference_record is not None and reference.name in served:
@@ -88,6 +88,11 @@ def systems(
         title = f"adaptive from image bytes, {calibrated}"
         found.append(System(ENSEMBLE, title, "adaptive_vit", takes_bytes=True))
     return found
+
+
+def graphs_by_model(graphs: GraphSet) -> dict[str, Graph]:
+    """Every exported graph by the name of the model that serves it beside the others."""
+    return {"vit_low": graphs.low, "vit_high": graphs.high, **graphs.beside}
 
 
 def _name(graph: str) -> str:

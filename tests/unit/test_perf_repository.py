@@ -36,7 +36,7 @@ def test_alternatives_are_served_as_the_full_rung_is(tmp_path, rung_set, reposit
     laid_out = contents(folder)
     for px in (5, 6):
         assert laid_out[f"px{px}/config.pbtxt"] == laid_out["vit_high/config.pbtxt"]
-        weights = rung_set.alternative_files[f"px{px}"].read_bytes()
+        weights = rung_set.graphs[f"px{px}"].file.read_bytes()
         assert laid_out[f"px{px}/1/model.onnx"] == weights
     assert b"vit_high" in laid_out["vit_high/config.pbtxt"]
     models = {"vit_low", "vit_high", "router", "px5", "px6"}
@@ -69,7 +69,7 @@ def test_requests_may_choose_any_threshold_in_the_copy_only(tmp_path, rung_set, 
 def test_weights_are_second_names_of_the_same_files(tmp_path, rung_set, repository):
     folder = with_alternatives(repository, rung_set, tmp_path / "out")
     assert os.path.samefile(folder / "vit_high/1/model.onnx", repository / "vit_high/1/model.onnx")
-    assert os.path.samefile(folder / "px5/1/model.onnx", rung_set.alternative_files["px5"])
+    assert os.path.samefile(folder / "px5/1/model.onnx", rung_set.graphs["px5"].file)
     # A text that somebody may want to try something in is not.
     assert not os.path.samefile(folder / "px5/config.pbtxt", repository / "vit_high/config.pbtxt")
 

@@ -55,7 +55,7 @@ def test_titles_say_the_recipe_and_whether_a_threshold_was_certified(rung_set):
 
 
 def test_any_alternative_is_a_system_named_after_its_model_and_titled_after_its_recipe(rung_set):
-    record = rung_set.alternatives["px5"]
+    record = rung_set.graphs["px5"].record
     recipes = {"tome8": "px=8,tome=8", "px5_int8static_align": "px=5,int8=static,align"}
     low = replace(rung_set.low.record, recipe="px=4,int8")
     changed = rung_set.adding(replace(rung_set.low, record=low))
