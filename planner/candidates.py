@@ -20,7 +20,8 @@ def recipes(option: str, text: str) -> tuple[Recipe, ...]:
         text: what the user wrote.
 
     Raises:
-        PlanError: no recipe, one said twice, or one that no certificate can be about.
+        PlanError: no recipe, one that no certificate can be about, or one that is aligned and
+            not a cheap graph's.
     """
     found: list[Recipe] = []
     for part in text.split(";"):
@@ -34,8 +35,11 @@ def recipes(option: str, text: str) -> tuple[Recipe, ...]:
             raise PlanError(
                 f"{recipe}: {reason}, so nothing about it can be certified; use int8=static"
             )
-        if recipe in found:
-            raise PlanError(f"{recipe} is named more than once; once is enough")
+        if recipe.align and option != "--candidates":
+            raise PlanError(
+                f"{option} {recipe}: only cheap graphs, those of --candidates, are aligned; leave "
+                "align out"
+            )
         found.append(recipe)
     return tuple(found)
 

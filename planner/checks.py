@@ -68,23 +68,6 @@ class Asked:
         return tuple(recipe for recipe in dict.fromkeys(found) if recipe != self.full)
 
 
-def check_named(request: Request) -> None:
-    """Refuse recipes that are wrong whatever the model.
-
-    Raises:
-        PlanError: saying which.
-    """
-    if not request.highs or request.candidates == ():
-        raise PlanError("a cascade needs a cheap and a full graph; give --candidates and --highs")
-    for option, recipes in (("--highs", request.highs), ("--beside", request.beside)):
-        for recipe in recipes:
-            if recipe.align:
-                raise PlanError(
-                    f"{option} {recipe}: only cheap graphs, those of --candidates, are aligned; "
-                    "leave align out"
-                )
-
-
 def check_folders(request: Request) -> None:
     """Make the folders of what is kept for the next plan, and leave `out` to the end.
 
@@ -102,7 +85,7 @@ def check_recipes(request: Request, backbone: Backbone, bars: Bars) -> Asked:
     """Hold every recipe against the model; nothing is exported.
 
     Args:
-        request: of the plan, after `check_named`.
+        request: of the plan.
         backbone: the model.
         bars: where to say what was left out.
 
@@ -120,19 +103,27 @@ def check_recipes(request: Request, backbone: Backbone, bars: Bars) -> Asked:
                 "head, which reads more than the CLS token"
             )
     named = {"--candidates": lows, "--highs": request.highs, "--beside": request.beside}
+    if not lows or not request.highs:
+        raise PlanError("a cascade needs a cheap and a full graph; give --candidates and --highs")
     _check_with_model(named, request, backbone, px)
+    at_px = {option: tuple(r.at(px) for r in recipes) for option, recipes in named.items()}
+    for option, found in at_px.items():
+        for index, recipe in enumerate(found):
+            if recipe in found[:index]:
+                raise PlanError(f"{named[option][index]} is named more than once; once is enough")
     full = Recipe(px)
-    _check_once(named, full)
+    if full in map(without_align, at_px["--candidates"]):
+        raise PlanError("--candidates names the full model itself; a cheap graph must be cheaper")
     for note in notes:
         bars.say(note)
-    at_px = [tuple(recipe.at(px) for recipe in recipes) for recipes in named.values()]
     task = "classes" if request.head_images else backbone.task
-    return Asked(full, at_px[0], at_px[1], at_px[2], notes, task)
+    return Asked(full, *at_px.values(), notes=notes, task=task)
 
 
 def _check_with_model(
     named: Mapping[str, Recipes], request: Request, backbone: Backbone, px: int
 ) -> None:
+    """Refuse what the model cannot be exported by, all at once."""
     try:
         backbone.check_px(px)
     except UsageError as error:
@@ -148,19 +139,6 @@ def _check_with_model(
                 problems.append(f"{option} {recipe}: {error}")
     if problems:
         raise PlanError("; ".join(problems))
-
-
-def _check_once(named: Mapping[str, Recipes], full: Recipe) -> None:
-    """No option names a graph twice, or the full model as a cheap graph."""
-    if not named["--candidates"]:
-        raise PlanError("a cascade needs a cheap and a full graph; give --candidates and --highs")
-    for recipes in named.values():
-        found = [recipe.at(full.px or 0) for recipe in recipes]
-        for index, recipe in enumerate(found):
-            if recipe in found[:index]:
-                raise PlanError(f"{recipes[index]} is named more than once; once is enough")
-    if any(without_align(recipe.at(full.px or 0)) == full for recipe in named["--candidates"]):
-        raise PlanError("--candidates names the full model itself; a cheap graph must be cheaper")
 
 
 def check_images(request: Request, asked: Asked, bars: Bars) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +17,8 @@ from calibration.fidelity import Fidelity
 from calibration.outputs import Outputs
 from calibration.splits import CERTIFIED, Rows, group_keys, split_by_group
 from report.terminal import Bars
-from routing import RungOutputs
 
 from .request import PlanError, Request
-from .select import Pair
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,12 +38,6 @@ class Parts:
     rest: Rows
     splits: Mapping[str, Rows]
     groups: NDArray[np.str_]
-
-    @property
-    def reference(self) -> RungOutputs:
-        """What the full model answers for each readable image."""
-        (found,) = self.full.outputs.values()
-        return found
 
     def rows(self, positions: Rows) -> list[int]:
         """Places in the source of the images at these positions."""
@@ -162,17 +154,22 @@ def agreements(
     cache: AnswerCache,
     parts: Parts,
     fidelity: Fidelity,
-    pairs: Mapping[Pair, Outputs],
     bars: Bars,
 ) -> dict[str, float]:
-    """Share of test images without a loss if one graph answers alone, by its name."""
-    test = parts.rest[parts.splits["test"]]
+    """Share of test images without a loss if one graph answers alone, by its name.
+
+    Args:
+        names: of the graphs, the full model among them.
+        graphs: of the plan.
+        cache: of answers.
+        parts: of the images.
+        fidelity: when an answer is a loss.
+        bars: where to show progress.
+    """
     asked = [Asked(graphs.graphs[name]) for name in names]
-    found = answers(asked, cache, parts.rows(test), bars)
-    some = next(iter(pairs.values())).rows(parts.splits["test"])
-    truth = parts.reference.rows(test)
-    lost = {
-        name: fidelity.loss(replace(some, low=found.outputs[name], high=truth, reference=None))
-        for name in names
+    found = answers(asked, cache, parts.rows(parts.rest[parts.splits["test"]]), bars)
+    alone = {name: graphs.cast(name, graphs.reference.name) for name in names}
+    return {
+        name: float(1 - fidelity.loss(Outputs.of(found, cast, cache)).mean())
+        for name, cast in alone.items()
     }
-    return {name: float(1 - losses.mean()) for name, losses in lost.items()}

@@ -98,7 +98,6 @@ def make_plan(request: Request, workshop: Workshop, bars: Bars) -> Planned:
         PerfError, ServerError, ClientError: the graphs cannot be priced.
     """
     check_grouping(request.group_by)
-    checks.check_named(request)
     checks.check_folders(request)
     bars.say(f"load {request.model}")
     backbone = workshop.load(request.model)
@@ -133,7 +132,7 @@ def make_plan(request: Request, workshop: Workshop, bars: Bars) -> Planned:
 
     pairs = _pairs(lows, highs, graphs, cache, parts, bars)
     names = list(dict.fromkeys([*lows, *highs, *beside, graphs.reference.name]))
-    agreement = agreements(names, graphs, cache, parts, fidelity, pairs, bars)
+    agreement = agreements(names, graphs, cache, parts, fidelity, bars)
     prices = workshop.price(graphs, names, request, bars)
 
     ms = costs_ms(prices, graphs.reference.name)

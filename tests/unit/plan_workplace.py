@@ -24,6 +24,7 @@ from export.align import align
 from export.backbones import Backbone
 from imaging import ImageError, Preprocessing
 from planner.candidates import recipes
+from planner.plan import choose_rungs, make_plan
 from planner.request import Request
 from report.terminal import Bars
 from routing import RungRecord
@@ -230,3 +231,11 @@ def make_request(folder, **changes):
         if isinstance(fields[option], str):
             fields[option] = recipes(f"--{option}", fields[option])
     return Request(**fields)
+
+
+def plan(request, workshop):
+    """Make a plan and write the cascade that it chooses."""
+    planned = make_plan(request, workshop, QUIET)
+    if planned.chosen is not None:
+        choose_rungs(planned, QUIET)
+    return planned

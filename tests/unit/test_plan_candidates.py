@@ -22,16 +22,17 @@ ALIGNED = Recipe(112, precision="int8=static", align=True)
     ],
 )
 def test_recipes_are_read_whatever_their_spaces_and_order(text, expected):
-    assert recipes("--highs", text) == tuple(expected)
+    assert recipes("--candidates", text) == tuple(expected)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("px=112,int8", "px=112,int8: with dynamic int8 .* use int8=static"),
-        ("px=112,tome=4; tome=4,px=112", "px=112,tome=4 is named more than once"),
-        ("px=4; px=04", "px=4 is named more than once"),
-        ("fp32; fp32", "fp32 is named more than once"),
+        (
+            "px=4; int8=static,align",
+            "--highs int8=static,align: only cheap graphs, those of --cand",
+        ),
         ("px=4; speed=9", "--highs speed=9: recipe .*'speed=9' is unknown"),
         ("px=four", "--highs px=four: 'px=four' in a recipe must be a whole number"),
     ],

@@ -12,7 +12,6 @@ from calibration.images import open_images
 from planner.checks import (
     Asked,
     check_images,
-    check_named,
     check_recipes,
     choices_for,
     images_for,
@@ -47,7 +46,6 @@ class Saying(Bars):
 
 
 def check(request, model="ViTForImageClassification", bars=QUIET):
-    check_named(request)
     return check_recipes(request, tiny_backbone(model), bars)
 
 
@@ -103,6 +101,8 @@ def test_a_head_that_is_fitted_here_is_reached_whatever_the_model_has(tmp_path, 
         ({"highs": "fp32; depth=0"}, "--highs depth=0: depth=0 must be between"),
         ({"beside": "px=16"}, "--beside px=16: px=16 looks at more"),
         ({"px": 100}, "--px 100: px=100 is too large"),
+        ({"candidates": "px=4; px=04"}, "px=4 is named more than once"),
+        ({"candidates": "px=4,tome=1; tome=1,px=4"}, "px=4,tome=1 is named more than once"),
         ({"candidates": "px=4", "px": None, "highs": "px=8; fp32"}, "fp32 is named more than once"),
         ({"candidates": f"px={SIZE}", "px": None}, "--candidates names the full model itself"),
         ({"candidates": "tome=0"}, "--candidates names the full model itself"),
@@ -116,15 +116,6 @@ def test_what_the_model_cannot_do_is_refused_before_the_first_export(refuse, cha
 def test_every_recipe_that_is_wrong_is_named_at_once(refuse):
     message = refuse(candidates="px=4; depth=7", highs="fp32; depth=8", beside="px=99")
     assert all(text in message for text in ("--candidates depth=7", "--highs depth=8", "px=99"))
-
-
-@pytest.mark.parametrize("option", ["highs", "beside"])
-def test_only_cheap_graphs_can_be_aligned(tmp_path, option):
-    workshop = FakeWorkshop()
-    request = make_request(tmp_path, **{option: "int8=static,align"})
-    with pytest.raises(PlanError, match=f"--{option} int8=static,align: only cheap graphs"):
-        make_plan(request, workshop, QUIET)
-    assert not workshop.used
 
 
 def test_a_fidelity_that_needs_a_head_is_refused_for_a_model_without(refuse):
