@@ -23,22 +23,9 @@ from client import (
     UnavailableError,
 )
 from client.messages import build_input, encode_images
+from tests.unit.client_servers import AwaitedClient
 
 MODELS = ("adaptive_vit", "preprocess", "router", "vit_high", "vit_low")
-
-
-class AwaitedClient:
-    """`AsyncGrpcClient` called like the others: one event loop and one client per call."""
-
-    def __init__(self, url):
-        self.url = url
-
-    def __getattr__(self, method):
-        async def call(*arguments, **options):
-            async with AsyncGrpcClient(self.url) as client:
-                return await getattr(client, method)(*arguments, **options)
-
-        return lambda *arguments, **options: asyncio.run(call(*arguments, **options))
 
 
 def clients(server):

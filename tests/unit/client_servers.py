@@ -1,5 +1,6 @@
 """Servers that speak just enough of Triton's protocols, on loopback, and do as they are told."""
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -14,7 +15,28 @@ import grpc
 import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from client import AsyncGrpcClient
+
 PAUSE_S = 1.0  # in the middle of an answer
+
+
+class AwaitedClient:
+    """An `AsyncGrpcClient` with the blocking clients' methods: an event loop for each call."""
+
+    def __init__(self, *arguments, **options):
+        self.client = AsyncGrpcClient(*arguments, **options)
+
+    def __getattr__(self, method):
+        async def call(*arguments, **options):
+            return await getattr(self.client, method)(*arguments, **options)
+
+        return lambda *arguments, **options: asyncio.run(call(*arguments, **options))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
 
 
 @dataclass

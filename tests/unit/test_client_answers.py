@@ -30,10 +30,10 @@ from client import (
     UnavailableError,
 )
 from client.messages import predictions
-from tests.unit.client_servers import grpc_server, http_server, image
+from tests.unit.client_servers import AwaitedClient, grpc_server, http_server, image
 
 FAST = Retry(attempts=3, first_backoff_s=0.001)
-every = pytest.mark.parametrize("kind", [GrpcClient, AsyncGrpcClient, HttpClient])
+every = pytest.mark.parametrize("kind", [GrpcClient, AwaitedClient, HttpClient])
 blocking = pytest.mark.parametrize("kind", [GrpcClient, HttpClient])
 
 
@@ -45,29 +45,18 @@ def served(kind, answer=lambda *_: None):
         yield getattr(found, "asked", found), url
 
 
+def told(client, numbers):
+    """What `infer` gave or raised."""
+    try:
+        return client.infer([image(number) for number in numbers], timeout_s=20)
+    except ClientError as error:
+        return error
+
+
 def ask_all(kind, url, calls, **options):
     """What `infer` gave or raised for each list of numbers, one client asking in turn."""
-
-    async def ask():
-        async with AsyncGrpcClient(url, **options) as client:
-            return [await told(client, numbers) for numbers in calls]
-
-    async def told(client, numbers):
-        try:
-            return await client.infer([image(number) for number in numbers], timeout_s=20)
-        except ClientError as error:
-            return error
-
-    if kind is AsyncGrpcClient:
-        return asyncio.run(ask())
-    found = []
     with kind(url, **options) as client:
-        for numbers in calls:
-            try:
-                found.append(client.infer([image(number) for number in numbers], timeout_s=20))
-            except ClientError as error:
-                found.append(error)
-    return found
+        return [told(client, numbers) for numbers in calls]
 
 
 def scores(predictions):
@@ -183,12 +172,6 @@ def all_three_at_once():
 
 @pytest.mark.parametrize("kind", [GrpcClient, AsyncGrpcClient])
 def test_anothers_answer_ends_no_request_but_its_own(kind):
-    def told(call, *arguments):
-        try:
-            return call(*arguments)
-        except ClientError as error:
-            return error
-
     async def at_once(url):
         async with AsyncGrpcClient(url, retry=None) as client:
             found = await asyncio.gather(
@@ -198,8 +181,7 @@ def test_anothers_answer_ends_no_request_but_its_own(kind):
 
     def in_threads(url):
         with GrpcClient(url, retry=None) as client, ThreadPoolExecutor(3) as pool:
-            ask = lambda number: told(client.infer, [image(number)])  # noqa: E731
-            return [*pool.map(ask, (4, 5, 6)), ask(9)]
+            return [*pool.map(lambda n: told(client, [n]), (4, 5, 6)), told(client, [9])]
 
     with served(kind, all_three_at_once()) as (asked, url):
         found = asyncio.run(at_once(url)) if kind is AsyncGrpcClient else in_threads(url)
@@ -226,24 +208,18 @@ def test_a_stream_of_several_at_once_loses_only_what_was_anothers():
     assert scores(found) == [number for number in range(24) if number not in (5, 8)]
 
 
-@pytest.mark.parametrize("kind", [GrpcClient, AsyncGrpcClient])
+@pytest.mark.parametrize("kind", [GrpcClient, AwaitedClient])
 def test_a_channel_that_was_given_up_is_closed_with_its_last_call_also_if_errors_are_kept(kind):
-    async def ask(client, number):
-        found = client.infer([image(number)], timeout_s=20)
-        return await found if kind is AsyncGrpcClient else found
-
-    async def main(client):
-        await ask(client, 1)
-        first = client._line.channel
+    with served(kind, answering_as("x")) as (_, url), kind(url, retry=None) as client:
+        line = client.client if kind is AwaitedClient else client
+        client.infer([image(1)])
+        first = line._line.channel
         with pytest.raises(AnswerMismatchError) as kept:
-            await ask(client, 2)
+            client.infer([image(2)])
         with pytest.raises(ValueError, match="closed channel"):
             first.unary_unary("/any")(b"")
-        await ask(client, 3)
-        assert client._line.channel is not first and "belongs to" in str(kept.value)
-
-    with served(kind, answering_as("x")) as (_, url):
-        asyncio.run(main(kind(url, retry=None)))
+        client.infer([image(3)])
+        assert line._line.channel is not first and "belongs to" in str(kept.value)
 
 
 @pytest.mark.parametrize("kind", ["sync", "asyncio"])
@@ -277,18 +253,12 @@ def test_logits_of_another_number_of_rows_are_refused():
 
 @every
 def test_a_closed_client_says_so(kind):
-    async def after():
-        client = AsyncGrpcClient(url)
-        await client.close()
-        await client.infer([image(1)])
-
-    with served(kind) as (_, url), pytest.raises(InvalidRequestError, match="client is closed"):
-        if kind is AsyncGrpcClient:
-            asyncio.run(after())
+    with served(kind) as (_, url):
         client = kind(url)
         client.infer([image(1)])
         client.close()
-        client.infer([image(1)])
+        with pytest.raises(InvalidRequestError, match="client is closed"):
+            client.infer([image(1)])
 
 
 @blocking
@@ -302,13 +272,7 @@ def test_closing_ends_the_requests_of_other_threads(kind):
     with served(kind, answer) as (_, url):
         client = kind(url, **({"concurrency": 1} if kind is HttpClient else {}))
 
-        def ask():
-            try:
-                found.append(client.infer([image(1)], timeout_s=20))
-            except ClientError as error:
-                found.append(type(error))
-
-        asking = threading.Thread(target=ask)
+        asking = threading.Thread(target=lambda: found.append(type(told(client, [1]))))
         asking.start()
         assert arrived.wait(10)
         client.close()
@@ -364,16 +328,9 @@ def listening(backlog=8):
 @pytest.mark.parametrize("during", ["handshake", "body to the end"])
 def test_closing_ends_an_http_request_wherever_it_stands(during):
     found = []
-
-    def ask(client):
-        try:
-            client.infer([image(1)], timeout_s=20)
-        except ClientError as error:
-            found.append(type(error))
-
     with listening() as (listener, url):
         client = HttpClient(url, tls=Tls() if during == "handshake" else None)
-        asking = threading.Thread(target=ask, args=(client,))
+        asking = threading.Thread(target=lambda: found.append(type(told(client, [1]))))
         asking.start()
         peer, _ = listener.accept()
         with peer:

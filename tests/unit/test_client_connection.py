@@ -1,6 +1,5 @@
 """Connections: reused, encrypted, with the key of restricted APIs."""
 
-import asyncio
 import json
 import socket
 import ssl
@@ -15,7 +14,6 @@ import pytest
 import client.__main__ as command_line
 from client import (
     AccessDeniedError,
-    AsyncGrpcClient,
     DeadlineError,
     GrpcClient,
     HttpClient,
@@ -25,16 +23,10 @@ from client import (
     UnavailableError,
 )
 from client.grpc_clients import CHANNEL_ARGUMENTS
-from tests.unit.client_servers import Certificates, grpc_server, http_server, image
+from tests.unit.client_servers import AwaitedClient, Certificates, grpc_server, http_server, image
 
 
 def score(kind, url, **options):
-    async def call():
-        async with AsyncGrpcClient(url, **options) as client:
-            return (await client.infer([image(7)], timeout_s=20))[0].score
-
-    if kind is AsyncGrpcClient:
-        return asyncio.run(call())
     with kind(url, **options) as client:
         return client.infer([image(7)], timeout_s=20)[0].score
 
@@ -42,9 +34,11 @@ def score(kind, url, **options):
 # --- one connection ----------------------------------------------------------------------------
 
 
-def test_a_grpc_client_has_one_connection_for_all_threads():
-    with grpc_server() as (service, url), GrpcClient(url) as client, ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda number: client.infer([image(number)]), range(20)))
+@pytest.mark.parametrize("kind", [GrpcClient, AwaitedClient])
+def test_a_grpc_client_has_one_connection_for_all_threads_and_their_event_loops(kind):
+    with grpc_server() as (service, url), kind(url) as client, ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda number: client.infer([image(number)]), range(20)))
+    assert [answer.score for (answer,) in found] == [*range(20)]
     assert len(service.asked) == 20
     assert len({asked.peer for asked in service.asked}) == 1
 
@@ -58,17 +52,6 @@ def test_two_grpc_clients_have_connections_of_their_own():
     assert first == third != second
 
 
-def test_an_asyncio_client_has_one_connection_for_all_requests():
-    async def main(url):
-        async with AsyncGrpcClient(url) as client:
-            await asyncio.gather(*(client.infer([image(number)]) for number in range(20)))
-
-    with grpc_server() as (service, url):
-        asyncio.run(main(url))
-    assert len(service.asked) == 20
-    assert len({asked.peer for asked in service.asked}) == 1
-
-
 def test_an_http_client_keeps_its_connection():
     with http_server() as (asked, url), HttpClient(url) as client:
         for number in range(5):
@@ -77,7 +60,7 @@ def test_an_http_client_keeps_its_connection():
     assert len({request.peer for request in asked}) == 1
 
 
-@pytest.mark.parametrize("kind", [GrpcClient, AsyncGrpcClient])
+@pytest.mark.parametrize("kind", [GrpcClient, AwaitedClient])
 def test_loopback_is_asked_without_a_proxy(kind, monkeypatch):
     for name in ("http_proxy", "https_proxy", "grpc_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
@@ -95,7 +78,7 @@ def test_keep_alive_stays_within_what_triton_permits_by_default():
 # --- keys --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [GrpcClient, AsyncGrpcClient])
+@pytest.mark.parametrize("kind", [GrpcClient, AwaitedClient])
 def test_an_admin_key_goes_with_every_grpc_request(kind):
     with grpc_server() as (service, url):
         assert score(kind, url, admin_key="secret") == 7
@@ -155,7 +138,7 @@ def serve(kind, certificates, mutual=False):
     return (http_over_tls if kind is HttpClient else grpc_over_tls)(certificates, mutual)
 
 
-every = pytest.mark.parametrize("kind", [GrpcClient, AsyncGrpcClient, HttpClient])
+every = pytest.mark.parametrize("kind", [GrpcClient, AwaitedClient, HttpClient])
 
 
 @every

@@ -1,13 +1,11 @@
 """Retries: what is tried again, how long is waited, one deadline over all tries."""
 
-import asyncio
 import time
 
 import grpc
 import pytest
 
 from client import (
-    AsyncGrpcClient,
     ClientError,
     DeadlineError,
     GrpcClient,
@@ -20,7 +18,7 @@ from client import (
 )
 from client.retry import Tries
 from server.ports import pick_free_ports
-from tests.unit.client_servers import grpc_server, http_server, image
+from tests.unit.client_servers import AwaitedClient, grpc_server, http_server, image
 
 UNAVAILABLE = (grpc.StatusCode.UNAVAILABLE, "try again")
 FAST = Retry(attempts=3, first_backoff_s=0.001)
@@ -32,21 +30,14 @@ def failing(times, failure):
 
 def ask(kind, url, timeout_s=20.0, **options):
     """One image's score, or the error."""
-
-    async def call():
-        async with AsyncGrpcClient(url, **options) as client:
-            return (await client.infer([image(7)], timeout_s=timeout_s))[0].score
-
     try:
-        if kind is AsyncGrpcClient:
-            return asyncio.run(call())
         with kind(url, **options) as client:
             return client.infer([image(7)], timeout_s=timeout_s)[0].score
     except ClientError as error:
         return error
 
 
-both = pytest.mark.parametrize("kind", [GrpcClient, AsyncGrpcClient])
+both = pytest.mark.parametrize("kind", [GrpcClient, AwaitedClient])
 
 # --- how often ---------------------------------------------------------------------------------
 
@@ -168,7 +159,7 @@ def test_a_wait_that_would_outlast_the_deadline_is_not_begun():
     assert len(service.asked) < 5
 
 
-@pytest.mark.parametrize("kind", [GrpcClient, AsyncGrpcClient, HttpClient])
+@pytest.mark.parametrize("kind", [GrpcClient, AwaitedClient, HttpClient])
 def test_a_deadline_is_not_tried_again(kind):
     slow = lambda number, *_: time.sleep(1)  # noqa: E731
     with (http_server if kind is HttpClient else grpc_server)(slow) as (found, url):

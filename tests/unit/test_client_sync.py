@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from client import (
-    AsyncGrpcClient,
     DeadlineError,
     GrpcClient,
     HttpClient,
@@ -17,6 +16,7 @@ from client import (
     UnavailableError,
 )
 from client.core import BlockingCore, ClientCore
+from tests.unit.client_servers import AwaitedClient
 
 
 class FakeResult:
@@ -175,31 +175,20 @@ def silent_url(monkeypatch):
         yield f"127.0.0.1:{listener.getsockname()[1]}"
 
 
-def ask(kind, url, method, *arguments, **options):
-    if kind is not AsyncGrpcClient:
-        with kind(url) as client:
-            return getattr(client, method)(*arguments, **options)
-
-    async def call():
-        async with kind(url) as client:
-            return await getattr(client, method)(*arguments, **options)
-
-    return asyncio.run(call())
-
-
-@pytest.mark.parametrize("kind", [GrpcClient, HttpClient, AsyncGrpcClient])
+@pytest.mark.parametrize("kind", [GrpcClient, HttpClient, AwaitedClient])
 @pytest.mark.parametrize("method", ["server_version", "metadata"])
 def test_a_question_to_a_silent_server_ends_and_says_so(silent_url, kind, method):
     started = time.monotonic()
-    with pytest.raises(DeadlineError, match=f"{silent_url} accepts .* but does not answer"):
-        ask(kind, silent_url, method)
+    said = f"{silent_url} accepts .* but does not answer"
+    with kind(silent_url) as client, pytest.raises(DeadlineError, match=said):
+        getattr(client, method)()
     assert time.monotonic() - started < 5
 
 
-@pytest.mark.parametrize("kind", [GrpcClient, HttpClient, AsyncGrpcClient])
+@pytest.mark.parametrize("kind", [GrpcClient, HttpClient, AwaitedClient])
 @pytest.mark.parametrize("images", [1, 2])  # two ask for the largest batch first
 def test_a_request_to_a_silent_server_ends_at_the_callers_deadline(silent_url, kind, images):
     started = time.monotonic()
-    with pytest.raises(DeadlineError, match="within 0.2 s"):
-        ask(kind, silent_url, "infer", [b"x"] * images, timeout_s=0.2)
+    with kind(silent_url) as client, pytest.raises(DeadlineError, match="within 0.2 s"):
+        client.infer([b"x"] * images, timeout_s=0.2)
     assert time.monotonic() - started < 5
