@@ -1,4 +1,4 @@
-"""`python -m calibration sample | collect | analyse | align | fit | evaluate | report`."""
+"""`python -m calibration sample | collect | align | fit | evaluate | report`."""
 
 from __future__ import annotations
 
@@ -35,16 +35,15 @@ from .fit import (
     without_learned,
 )
 from .head import LinearHead
-from .images import open_images
 from .outputs import Made, Outputs, OutputsError, asked, collect
 from .page_data import analysis_data, fit_data
 from .record import FitRecord, record_path
 from .reference import REFERENCE_IMAGES, with_reference_answers
 from .sample import write
 from .served import ServedError
-from .source import ImagesError, ImageSource
+from .source import ImagesError
 from .splits import GROUPINGS, SplitError, group_keys, split_by_group
-from .tables import print_analysis, print_fit, print_growth
+from .tables import print_fit, print_growth
 
 app = typer.Typer(
     help="Run both rungs offline, fit the score, certify the threshold, show what it is worth.",
@@ -93,34 +92,6 @@ def collect_command(
     learned = int(among(pictures.hashes, pictures.looks, rung_set.learned()).sum())
     if learned:
         console.print(f"{_learned(learned)}; fit leaves them out", highlight=False)
-    print(f"wrote {out}")
-
-
-@app.command("analyse")
-def analyse_command(
-    outputs: given.OutputsFile = given.OUTPUTS,
-    onnx: given.OnnxFolder = given.ONNX,
-    out: Annotated[Path, typer.Option(help="Page to write.")] = given.FOLDER / "analysis.html",
-    fidelity: given.FidelityKind = None,
-    tolerance: given.Tolerance = None,
-    relative: given.Relative = False,
-    label_threshold: given.LabelThreshold = None,
-    as_json: given.Json = False,
-) -> None:
-    """Show how much, and for which images, the full rung changes the outcome."""
-    stored, rung_set = Outputs.load(outputs), GraphSet.load(onnx)
-    _check_collected(stored, rung_set)
-    stored = _unlearned(stored, rung_set)
-    if not len(stored):
-        raise OutputsError("no image is left to analyse; collect others")
-    with console.status("analysing"):
-        loss = Fidelity.asked(stored.task, fidelity, tolerance, relative, label_threshold)
-        analysis = analysis_data(stored, loss, _source_of(stored), rung_set.labels)
-        write_calibration(out, None, analysis)
-    if as_json:
-        print(json.dumps({"page": str(out), **analysis["found"]}))
-        return
-    print_analysis(analysis["found"])
     print(f"wrote {out}")
 
 
@@ -301,17 +272,40 @@ def report_command(
     outputs: given.OutputsFile = given.OUTPUTS,
     onnx: given.OnnxFolder = given.ONNX,
     out: Annotated[Path, typer.Option(help="Page to write.")] = given.FOLDER / "report.html",
+    fidelity: given.FidelityKind = None,
+    tolerance: given.Tolerance = None,
+    relative: given.Relative = False,
+    label_threshold: given.LabelThreshold = None,
+    as_json: given.Json = False,
 ) -> None:
-    """Write report.html: certificate, risk against escalation, signals, galleries, analysis."""
-    artifact, rung_set = Calibration.load(calibration), GraphSet.load(onnx)
-    stored = without_learned(Outputs.load(outputs), rung_set)
-    record = FitRecord.load(record_path(calibration), stored, calibration)
+    """Write report.html: certificate, risk against escalation, signals, galleries, analysis.
+
+    Before anything is fitted the page holds the analysis alone: how much, and for which images,
+    the full rung changes the outcome. --fidelity and what goes with it say what the analysis calls
+    a loss; by default it is that of the artifact.
+    """
+    stored, rung_set = Outputs.load(outputs), GraphSet.load(onnx)
+    _check_collected(stored, rung_set)
+    stored = _unlearned(stored, rung_set)
+    if not len(stored):
+        raise OutputsError("no image is left to show; collect others")
+    is_fitted = calibration != given.ARTIFACT or calibration.exists()
+    artifact = Calibration.load(calibration) if is_fitted else None
+    if artifact is None or fidelity is not None:
+        loss = Fidelity.asked(stored.task, fidelity, tolerance, relative, label_threshold)
+    else:
+        loss = Fidelity.of(artifact)
     with console.status("drawing"):
-        source = _source_of(stored)
-        fit = fit_data(artifact, record, stored, source, rung_set.labels)
-        analysis = analysis_data(stored, Fidelity.of(artifact), source, rung_set.labels)
+        source, fit = given.source_of(stored), None
+        if artifact is not None:
+            record = FitRecord.load(record_path(calibration), stored, calibration)
+            fit = fit_data(artifact, record, stored, source, rung_set.labels)
+        analysis = analysis_data(stored, loss, source, rung_set.labels)
         write_calibration(out, fit, analysis)
-    print(f"wrote {out}")
+    if as_json:
+        print(json.dumps({"page": str(out), **analysis["found"]}))
+    else:
+        print(f"wrote {out}")
 
 
 def _check_collected(outputs: Outputs, rung_set: GraphSet) -> None:
@@ -327,15 +321,6 @@ def _unlearned(outputs: Outputs, rung_set: GraphSet) -> Outputs:
         left_out = _learned(len(outputs) - len(kept))
         console.print(f"{left_out}; they are left out", highlight=False)
     return kept
-
-
-def _source_of(outputs: Outputs) -> ImageSource | None:
-    """Where the outputs' images came from; None where that is gone."""
-    try:
-        return open_images(outputs.source)
-    except ImagesError as error:
-        console.print(f"no pictures: {error}", markup=False, highlight=False)
-        return None
 
 
 def _show(cache: AnswerCache, fill: Callable[[Progress], list[str]]) -> None:

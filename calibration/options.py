@@ -17,8 +17,9 @@ from routing.fidelity import KINDS
 from .certify import Goal
 from .fit import EscalationRate, FitError, Target, Threshold
 from .images import open_images
+from .outputs import Outputs
 from .served import ServedError, ServedRungs
-from .source import ImageSource
+from .source import ImagesError, ImageSource
 from .splits import GROUPINGS
 
 console = Console(stderr=True)
@@ -103,6 +104,15 @@ def source(images: str, limit: int | None, seed: int) -> ImageSource:
     if images == "sample":
         return open_images(f"sample:{seed}", limit or SAMPLE_CROPS)
     return open_images(images, limit)
+
+
+def source_of(outputs: Outputs) -> ImageSource | None:
+    """Where the images of outputs came from; None, and a line that says why, where that is gone."""
+    try:
+        return open_images(outputs.source)
+    except ImagesError as error:
+        say(f"no pictures: {error}")
+        return None
 
 
 @contextmanager

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from rich.console import Console
 
 from report.terminal import table
-from report.words import ratio
 from routing import Calibration, threshold_text
 
 from .align import Aligned
@@ -63,18 +59,3 @@ def print_growth(aligned: Aligned) -> None:
     ]
     headings = ("images", "acceptable answers", "mean cosine")
     console.print(table("images held out, by images aligned on", headings, rows, left=()))
-
-
-def print_analysis(analysis: Mapping[str, Any]) -> None:
-    """How much the full rung changes, and what goes with it."""
-    rows = [("images", f"{analysis['images']:,}")]
-    for key, name in (("l2", "L2"), ("cosine", "cosine")):
-        found = analysis[key]
-        rows.append((f"{name}: mean", f"{found['mean']:.4g}"))
-        rows += [(f"{name}: {p} %", f"{value:.4g}") for p, value in found["quantiles"].items()]
-    for loss in analysis["losses"]:
-        rows.append((f"{loss['kind']}: share with a loss", f"{loss['rate']:.3f}"))
-        rows.append((f"{loss['kind']}: AUROC of the L2", ratio(loss["auroc"])))
-    rows += [(f"Spearman of the L2: {name}", ratio(v)) for name, v in analysis["spearman"].items()]
-    title = f"what the full rung changes: {analysis['source']}"
-    console.print(table(title, ("", "value"), rows))

@@ -1,4 +1,4 @@
-"""`report.html` and `analysis.html`: a calibration, or only what the full rung changes.
+"""`report.html`: a calibration, or before one is made only what the full rung changes.
 
 A report has the certificate first, then what was measured on the test split, which decided nothing,
 then the images themselves, then how the two rungs differ on all images.
