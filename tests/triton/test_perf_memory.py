@@ -49,5 +49,5 @@ def test_the_three_tables_are_measured_together(build, monkeypatch):
     assert weights[ADAPTIVE] == pytest.approx(weights[LOW] + weights[HIGH] - shared_mib)
     assert 0 <= result["escalation_rate"] <= 1
     assert result["environment"]["triton_version"].startswith("2.")
-    assert stages.count("the three systems in turn") == 10
+    assert stages.count("the three systems in turn") in (30, 60)  # measured twice if disturbed
     assert stages.count("peak memory") == 3
