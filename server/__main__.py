@@ -259,10 +259,7 @@ def check_command(
         if answers:
             is_well, found, lines = check_answers(repository or BUILT, access)
         else:
-            health = check(access, repository, timeout_s)
-            for warning in health.warnings:
-                print(f"warning: {warning}", file=sys.stderr)
-            is_well, found, lines = not health.failure, health.to_dict(), [health.sentence]
+            is_well, found, lines = check(access, repository, timeout_s)
     except KeyboardInterrupt:  # 0 would mean that all is well.
         raise typer.Exit(130) from None
     for line in [json.dumps(found)] if as_json else lines:
