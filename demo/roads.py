@@ -124,6 +124,7 @@ def resolutions(model: Model) -> Road:
         (
             *("calibration", "collect", "--images", "sample", "--limit", CALIBRATION_CROPS),
             *("--seed", CALIBRATION_SEED, "--onnx", onnx, "--out", outputs),
+            *("--answers", OUT / "answers"),  # they come and go with what names them
         ),
     )
     fit = Step(

@@ -94,7 +94,7 @@ def test_the_extremes_are_the_largest_and_the_smallest_changes():
     assert (few["most"], few["least"]) == ([0], [1])
 
 
-def test_an_analysis_is_json_and_a_table():
+def test_an_analysis_is_json():
     analysis = analyse(make_outputs([2.0] * 30, [0] * 30), TOP1)  # no loss: no AUROC
     content = json.loads(json.dumps(analysis, allow_nan=False))
     assert content["images"] == 30 and content["losses"][0]["auroc"] is None
