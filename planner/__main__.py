@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bundle.graphs import GraphsError
+from bundle.recipe import RecipeError
 from calibration.certify import CertifyError, Goal
 from calibration.chunks import AnswersError
 from calibration.fidelity import Fidelity, FidelityError
@@ -62,6 +63,7 @@ ERRORS = (
     PerfError,
     PlanError,
     PreprocessingError,
+    RecipeError,
     ServerError,
     SplitError,
 )

@@ -40,7 +40,7 @@ def plan(folder, out, max_risk):
     # It does everything itself: whatever imports torch once more would be a command of ours.
     modules = {words[words.index("-m") + 1] for words in commands if "-m" in words}
     assert modules <= {"server"}, modules
-    assert any("tritonserver" in words[0] for words in commands)
+    assert any("tritonserver" in " ".join(words) for words in commands)
     return json.loads((folder / out / "plan.json").read_text())
 
 

@@ -142,7 +142,7 @@ def write_shelf(folder, texts, learned="", head=True, task="classes"):
 
 
 def tiny_backbone(class_name="ViTForImageClassification", task=None):
-    """A model that the shelf's graphs could be of, for what its recipes may be."""
+    """A model that `write_shelf`'s graphs could be of; its recipes are held against it."""
     family = next(f for f in ("ViT", "DeiT", "Dinov2") if class_name.startswith(f))
     config = getattr(transformers, f"{family}Config")(
         hidden_size=D,
@@ -162,7 +162,7 @@ class FakeWorkshop:
     """A workshop without torch and Triton, and how often each of its tools was used.
 
     The clock of the first `busy` pricings shows every graph but the full one `BUSY` times as dear,
-    in spite of the second measurement.
+    both times that they are measured.
     """
 
     def __init__(self, ms=None, head=True, model=None, task=None, busy=0):
