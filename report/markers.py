@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 APART = 0.55  # of the sum of two sizes: how far their centres are from each other at the least
 _STEPS = [(0.0, 0.0)] + [  # in points: upwards first, then around, then further away
     (float(distance * np.cos(angle)), float(distance * np.sin(angle)))
-    for distance in (15, 21, 28, 38, 50)
+    for distance in (15, 21, 28, 38, 50, 64, 80)
     for angle in np.pi / 2 + np.linspace(0, 2 * np.pi, 12, endpoint=False)
 ]
 

@@ -86,7 +86,7 @@ def test_bars_name_each_part_once_and_write_what_fits():
 @given(st.integers(0, 2**32 - 1), st.integers(1, 19))
 def test_no_marker_with_a_number_covers_another(seed, count):
     rng = np.random.default_rng(seed)
-    centres, sizes = rng.normal(100, 12, (count, 2)), rng.uniform(12, 18, count)
+    centres, sizes = rng.normal(100, 12, (count, 2)), rng.uniform(11, 16, count)
     places = centres + steps_aside(centres, sizes.tolist())
     for i in range(count):
         for j in range(i):
