@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +34,14 @@ WITH_HEAD = (
 R = 3
 
 
+_SAVED: dict[str, PreTrainedModel] = {}
+
+
 def tiny(class_name: str, folder: Path) -> PreTrainedModel:
-    return pretrained(str(save_tiny(folder / class_name, class_name))).model
+    """A copy of the class's model, which is saved and read once."""
+    if class_name not in _SAVED:
+        _SAVED[class_name] = pretrained(str(save_tiny(folder / class_name, class_name))).model
+    return copy.deepcopy(_SAVED[class_name])
 
 
 def special_tokens(model: PreTrainedModel) -> int:
