@@ -7,9 +7,8 @@ from typing import Any
 
 from perf.cascade import Measured
 from perf.figures import TOO_BUSY, Spread, cheapest_rival
+from perf.systems import ADAPTIVE, ESCALATION, HIGH, LOW
 from report.words import percent, recipe_words
-
-from .systems import ADAPTIVE, HIGH, LOW, RUNG, name_of
 
 Summary = Mapping[str, Any]
 
@@ -32,12 +31,12 @@ def summarise_plan(
     """
     paired = saturated.paired
     own, cpu_speedup = paired.speedup(), paired.cpu_speedup()
-    costs = {system: paired.cost(name_of(system)) for system in agreement}
-    cpu = {system: paired.cpu_cost(name_of(system)) for system in agreement}
+    costs = {system: paired.cost(system) for system in agreement}
+    cpu = {system: paired.cpu_cost(system) for system in agreement}
     counts = saturated.cpu_counts
 
     def is_disturbed(system: str, to: str) -> bool:
-        return paired.disturbed(name_of(system), name_of(to), counts)
+        return paired.disturbed(system, to, counts)
 
     best = _best_alternative(agreement, costs)
     return {
@@ -58,15 +57,12 @@ def summarise_plan(
         "cpu_ms": {
             system: None if spread is None else spread.median for system, spread in cpu.items()
         },
-        "speedup": {
-            system: paired.cost_ratio(name_of(HIGH), to=name_of(system)).median
-            for system in agreement
-        },
+        "speedup": {system: paired.cost_ratio(HIGH, to=system).median for system in agreement},
         "agreement": dict(agreement),
         "disturbed_systems": [system for system in agreement if is_disturbed(system, HIGH)],
         "best_alternative": best | {"disturbed": is_disturbed(best["name"], ADAPTIVE)},
         "low_disturbed": is_disturbed(LOW, ADAPTIVE),
-        "low_cost_ratio_to_plan": paired.cost_ratio(name_of(LOW), to=name_of(ADAPTIVE)).median,
+        "low_cost_ratio_to_plan": paired.cost_ratio(LOW, to=ADAPTIVE).median,
     }
 
 
@@ -141,5 +137,5 @@ def _words(plan: Summary, system: str) -> str:
     if system == ADAPTIVE:
         return "the planned cascade"
     words = recipe_words(plan["recipes"][system])
-    roles = {LOW: "the cheap rung", RUNG: "the full rung", HIGH: "the full model"}
+    roles = {LOW: "the cheap rung", ESCALATION: "the full rung", HIGH: "the full model"}
     return f"{roles[system]} ({words})" if system in roles else words

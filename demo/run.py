@@ -67,7 +67,7 @@ def serve_and_measure(road: Road) -> dict[str, Any]:
         rung_set.backbone, resolutions_px(rung_set), served, alone, certificate, environment
     )
     if saturated is not None:
-        rungs = (rung_set.rungs["vit_low"].recipe, rung_set.rungs["vit_high"].recipe)
+        rungs = (rung_set.low.record.recipe, rung_set.high.record.recipe)
         summary["plan"] = summarise_plan(
             recipes(rung_set), rungs, certificate, served.agreement(), saturated
         )

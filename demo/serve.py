@@ -15,12 +15,13 @@ from imaging import Preprocessing, decode
 from perf.cascade import Measured, one_in_flight, saturated
 from perf.harness import Asker, cut
 from perf.images import Pool
+from perf.systems import ESCALATION, System
 from perf.target import Target
 from report.terminal import Bars
 from server import TritonServer
 
 from .errors import DemoError
-from .systems import CORE, NEVER, RUNG, asked, name_of
+from .systems import CORE, NEVER
 
 bars = Bars(Console(stderr=True))
 
@@ -32,7 +33,7 @@ IN_FLIGHT = 16
 def classes(measured: Measured, system: str) -> NDArray[np.int64]:
     """Top-1 class that a system gave each crop, (N,)."""
     shares = measured.paired.shares
-    return np.array([_top1(a.logits) for share in shares for a in share[name_of(system)]])
+    return np.array([_top1(a.logits) for share in shares for a in share[system]])
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,31 +95,31 @@ def image_pool(crops: Sequence[SourceImage], preprocessing: Preprocessing) -> Po
     return Pool("crops", data, tensors, [crop.label for crop in crops], ())
 
 
-def measure(target: Target, systems: Mapping[str, str], pool: Pool) -> Measured:
+def measure(target: Target, systems: Mapping[str, System], pool: Pool) -> Measured:
     """One request in flight: the systems of `CORE`, what escalations go to, and the router's cost.
 
     The systems take turns crop by crop.
 
     Args:
         target: the server, asked by nobody else.
-        systems: the model to ask for each, see `systems.served_systems`.
+        systems: what is served, see `systems.served_systems`.
         pool: the crops.
     """
-    alone = [asked(name, systems) for name in (*CORE, RUNG) if name in systems]
+    alone = [systems[name] for name in (*CORE, ESCALATION, NEVER) if name in systems]
     asker, shares = Asker(target, pool, True, target.meter()), cut(range(len(pool)), SHARES)
-    with bars.stage("one at a time", len(pool) * (len(alone) + 1)) as bar:
-        return one_in_flight(target, asker, [*alone, NEVER], shares, bar)
+    with bars.stage("one at a time", len(pool) * len(alone)) as bar:
+        return one_in_flight(target, asker, alone, shares, bar)
 
 
-def measure_saturated(target: Target, systems: Mapping[str, str], pool: Pool) -> Measured:
+def measure_saturated(target: Target, systems: Mapping[str, System], pool: Pool) -> Measured:
     """Many requests in flight: every system on spans of the crops, in turn, on the same cores.
 
     Args:
         target: the server, on this machine, asked by nobody else.
-        systems: the model to ask for each, see `systems.served_systems`.
+        systems: what is served, see `systems.served_systems`.
         pool: the crops.
     """
-    every = [asked(name, systems) for name in systems]
+    every = [system for name, system in systems.items() if name != NEVER]
     asker, spans = Asker(target, pool, True, target.meter()), cut(range(len(pool)), TURNS)
     with bars.stage("saturated", TURNS * len(every)) as bar:
         return saturated(target, asker, every, spans, IN_FLIGHT, bar)

@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perf.cascade import Measured
+from perf.systems import ADAPTIVE, ESCALATION, HIGH, LOW
 
 from .serve import Asked, classes
-from .systems import ADAPTIVE, CORE, HIGH, LOW, RUNG, name_of
+from .systems import CORE, NEVER
 
 CERTIFICATE = (
     *("epsilon", "confidence", "method", "n", "errors", "allowed", "certified", "signal"),
@@ -61,11 +62,11 @@ class Served:
             saturated: of every system, where that was measured.
             systems: names of all that are served.
         """
-        measured = {name: alone if name == RUNG else saturated for name in systems}
+        measured = {name: alone if name == ESCALATION else saturated for name in systems}
         beside = {
             name: classes(found, name)
             for name, found in measured.items()
-            if name not in CORE and found is not None
+            if name not in (*CORE, NEVER) and found is not None
         }
         return cls(
             low=classes(alone, LOW),
@@ -109,12 +110,11 @@ def summarise(
         environment: `triton_version` and whatever else describes the machine.
     """
     paired, answers = alone.paired, served.answers()
-    systems = [name for name in (*CORE, RUNG) if name_of(name) in paired.shares[0]]
+    systems = [name for name in (*CORE, ESCALATION) if name in paired.shares[0]]
     latencies = {
-        name: [a.latency_ms for share in paired.shares for a in share[name_of(name)]]
-        for name in systems
+        name: [a.latency_ms for share in paired.shares for a in share[name]] for name in systems
     }
-    cpu = {name: paired.cpu_cost(name_of(name)) for name in systems}
+    cpu = {name: paired.cpu_cost(name) for name in systems}
     cpu_speedup = paired.cpu_speedup()
     others = {name: value for name, value in environment.items() if name != "triton_version"}
     return {

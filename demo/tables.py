@@ -8,11 +8,11 @@ from typing import Any
 from rich.table import Table
 
 from perf.figures import TOO_BUSY
+from perf.systems import ADAPTIVE, HIGH, LOW
 from report.terminal import table
 from report.words import recipe_words
 
 from .plan_summary import best_sentence, served_rows, speedup_sentence
-from .systems import ADAPTIVE, HIGH, LOW
 
 Summary = Mapping[str, Any]
 

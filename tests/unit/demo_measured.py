@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from demo.systems import name_of
 from perf.cascade import Measured
 from perf.harness import Paired
 from tests.unit.perf_measured import make_answer
@@ -22,7 +21,7 @@ def measured(classes, escalated, shares, never=None, cpu=1.0, doubts=()):
     found = []
     for number, rows in enumerate(np.array_split(np.arange(len(escalated)), len(shares))):
         share = {
-            name_of(system): [
+            system: [
                 make_answer(
                     ms,
                     escalated=system == "adaptive" and bool(escalated[row]),

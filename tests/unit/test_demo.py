@@ -21,19 +21,21 @@ CERTIFIED = {
 }
 
 
-CLASSES = {"low": [0, 1, 0, 3], "high": [0, 1, 2, 3]}
+CLASSES = {"static-low": [0, 1, 0, 3], "static-high": [0, 1, 2, 3]}
 TRUTH = np.array([0, 1, 2, 2])
 
 
 def alone(adaptive, escalated, *shares, never, **options):
     """What `serve.measure` returns; a share is the milliseconds of low, high and adaptive."""
-    costs = [dict(zip(("low", "high", "adaptive"), share, strict=True)) for share in shares]
+    costs = [
+        dict(zip(("static-low", "static-high", "adaptive"), share, strict=True)) for share in shares
+    ]
     return measured({**CLASSES, "adaptive": adaptive}, escalated, costs, never, **options)
 
 
 def served(adaptive, escalated, found, scores=(0.0,) * 4):
     own = Asked(np.array(adaptive), np.array(escalated), np.array(scores, np.float32))
-    return Served.of(own, TRUTH, found, None, ("low", "high", "adaptive"))
+    return Served.of(own, TRUTH, found, None, ("static-low", "static-high", "adaptive"))
 
 
 ESCALATED = [False, False, True, False]
@@ -53,12 +55,14 @@ def test_figures_by_hand():
     assert summary["agreement_with_high"] == 1.0
     assert summary["realised_risk"] == 0.0
     assert summary["certificate"] == CERTIFIED
-    assert summary["accuracy"] == {"low": 0.5, "high": 0.75, "adaptive": 0.75}
-    assert summary["latency_ms_p50"] == {"low": 25.0, "high": 100.0, "adaptive": 55.0}
+    assert summary["accuracy"] == {"static-low": 0.5, "static-high": 0.75, "adaptive": 0.75}
+    assert summary["latency_ms_p50"] == {"static-low": 25.0, "static-high": 100.0, "adaptive": 55.0}
     assert summary["throughput_per_s"] == pytest.approx(
-        {"low": 40, "high": 10, "adaptive": 1000 / 55}
+        {"static-low": 40, "static-high": 10, "adaptive": 1000 / 55}
     )
-    assert summary["cpu_ms"] == pytest.approx({"low": 22.5, "high": 90, "adaptive": 49.5})
+    assert summary["cpu_ms"] == pytest.approx(
+        {"static-low": 22.5, "static-high": 90, "adaptive": 49.5}
+    )
     assert summary["speedup_vs_high"] == pytest.approx(100 / 55)
     assert summary["cpu_speedup_vs_high"] == pytest.approx(100 / 55)
     assert summary["cascade_bound"] == pytest.approx(2.0)
@@ -75,8 +79,10 @@ def test_ratios_are_taken_within_shares_of_the_crops():
     summary = summary_of(alone([0, 1, 0, 3], ESCALATED, *shares, never=[50, 110, 26]), (0, 1, 0, 3))
     assert summary["speedup_vs_high"] == pytest.approx(2.0)
     assert summary["router_overhead"] == pytest.approx(1.1)
-    assert summary["latency_ms_p50"]["low"] == 25.0
-    assert summary["throughput_per_s"]["high"] == pytest.approx(4 / 0.7)  # two, one and one crop
+    assert summary["latency_ms_p50"]["static-low"] == 25.0
+    assert summary["throughput_per_s"]["static-high"] == pytest.approx(
+        4 / 0.7
+    )  # two, one and one crop
     assert summary["agreement_with_high"] == 0.75 and summary["realised_risk"] == 0.25
 
 
@@ -104,15 +110,20 @@ def test_the_efficiency_that_is_said_is_the_one_that_was_judged():
     # No image escalates, so that the bound is the full rung's cost over the cheap one's.
     shares = [(100 / bound, 100.0, 100 / speedup) for speedup, bound in pairs]
     found = measured(
-        {name: [0] * 5 for name in ("low", "high", "adaptive")},
+        {name: [0] * 5 for name in ("static-low", "static-high", "adaptive")},
         [False] * 5,
-        [dict(zip(("low", "high", "adaptive"), share, strict=True)) for share in shares],
+        [
+            dict(zip(("static-low", "static-high", "adaptive"), share, strict=True))
+            for share in shares
+        ],
         [1.1 * low for low, *_ in shares],
     )
     (doubt,) = found.paired.doubts(cpu_counts=True)
     assert "an efficiency of 1.18 is more than the rungs allow" in doubt
     own = Asked(np.zeros(5, int), np.zeros(5, bool), np.zeros(5, np.float32))
-    answers = Served.of(own, np.zeros(5, int), found, None, ("low", "high", "adaptive"))
+    answers = Served.of(
+        own, np.zeros(5, int), found, None, ("static-low", "static-high", "adaptive")
+    )
     summary = summarise("tiny", (32, 64), answers, found, CERTIFIED, ENVIRONMENT)
     assert summary["cascade_efficiency"] == pytest.approx(2.1 / 2.05)
 

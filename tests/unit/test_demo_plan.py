@@ -29,10 +29,10 @@ CERTIFICATE = {
     **{"certified": True, "signal": "margin", "statement": "With confidence 90 %, ..."},
 }
 RECIPES = {
-    "low": CHEAP.recipe,
-    "high": FULL.recipe,
-    "vit_high": INT8.recipe,
-    "tome8": MERGED.recipe,
+    "static-low": CHEAP.recipe,
+    "static-high": FULL.recipe,
+    "static-escalation": INT8.recipe,
+    "static-tome8": MERGED.recipe,
 }
 
 
@@ -53,33 +53,38 @@ def rung_set(high, *beside):
     )
 
 
+def models(graphs):
+    """The model that answers as each system."""
+    return {name: system.model for name, system in served_systems(graphs).items()}
+
+
 def test_the_full_rung_is_static_high_where_it_is_the_full_model():
     found = rung_set(FULL, ("tome8", MERGED))
-    assert served_systems(found) == {
-        **{"low": "vit_low", "high": "vit_high", "adaptive": "router"},
-        "tome8": "tome8",
+    assert models(found) == {
+        **{"static-low": "vit_low", "static-high": "vit_high", "static-tome8": "tome8"},
+        **{"adaptive": "router", "adaptive-0": "router"},
     }
-    assert recipes(found)["high"] == "px=224" and "adaptive" not in recipes(found)
+    assert recipes(found)["static-high"] == "px=224" and "adaptive" not in recipes(found)
 
 
 def test_an_int8_full_rung_is_a_system_beside_the_full_model():
     found = rung_set(INT8, ("tome8", MERGED), ("full", FULL))
-    assert served_systems(found) == {
-        **{"low": "vit_low", "high": "full", "adaptive": "router"},
-        **{"vit_high": "vit_high", "tome8": "tome8"},
+    assert models(found) == {
+        **{"static-low": "vit_low", "static-high": "full", "adaptive": "router"},
+        **{"static-escalation": "vit_high", "static-tome8": "tome8", "adaptive-0": "router"},
     }
     assert recipes(found) == RECIPES
     assert resolutions_px(found) == (112, 224)
 
 
 CLASSES = {
-    **{"low": [0, 1, 0, 3], "high": [0, 1, 2, 3], "adaptive": [0, 1, 1, 3]},
-    **{"vit_high": [0, 1, 1, 3], "tome8": [0, 1, 2, 0]},
+    **{"static-low": [0, 1, 0, 3], "static-high": [0, 1, 2, 3], "adaptive": [0, 1, 1, 3]},
+    **{"static-escalation": [0, 1, 1, 3], "static-tome8": [0, 1, 2, 0]},
 }
 ESCALATED = [False, False, True, False]
 RATES = {
-    **{"low": [80, 88, 40], "high": [10, 11, 5], "adaptive": [60, 88, 20]},
-    **{"vit_high": [20, 22, 10], "tome8": [15, 16, 8]},
+    **{"static-low": [80, 88, 40], "static-high": [10, 11, 5], "adaptive": [60, 88, 20]},
+    **{"static-escalation": [20, 22, 10], "static-tome8": [15, 16, 8]},
 }
 
 
@@ -90,7 +95,7 @@ def saturated(doubts=()):
 
 
 def alone():
-    costs = {"low": 25.0, "high": 100.0, "adaptive": 50.0, "vit_high": 50.0}
+    costs = {"static-low": 25.0, "static-high": 100.0, "adaptive": 50.0, "static-escalation": 50.0}
     classes = {name: CLASSES[name] for name in costs}
     return measured(classes, ESCALATED, [costs], never=[27.5])
 
@@ -114,13 +119,15 @@ def plan_entry(agreement=None, doubts=()):
 def test_a_graph_whose_own_clock_was_disturbed_gets_no_ratio():
     whole = saturated()
     for share in whole.paired.shares:  # half of what tome8 took was something else
-        share["tome8"] = [replace(answer, cpu_ms=answer.cpu_ms / 2) for answer in share["tome8"]]
-    agreement = served().agreement() | {"tome8": 1.0, "vit_high": 0.0}
+        share["static-tome8"] = [
+            replace(answer, cpu_ms=answer.cpu_ms / 2) for answer in share["static-tome8"]
+        ]
+    agreement = served().agreement() | {"static-tome8": 1.0, "static-escalation": 0.0}
     arguments = (RECIPES, (CHEAP.recipe, INT8.recipe), CERTIFICATE, agreement)
     plan = summarise_plan(*arguments, whole)
-    assert not plan["disturbed"] and plan["disturbed_systems"] == ["tome8"]
-    assert plan["best_alternative"]["name"] == "tome8"
-    assert {row["system"]: row["speedup"] for row in served_rows(plan)}["tome8"] == "–"
+    assert not plan["disturbed"] and plan["disturbed_systems"] == ["static-tome8"]
+    assert plan["best_alternative"]["name"] == "static-tome8"
+    assert {row["system"]: row["speedup"] for row in served_rows(plan)}["static-tome8"] == "–"
     sentence = best_sentence(plan).replace("\N{NO-BREAK SPACE}", " ")
     assert "it agrees on 100.0 %. " in sentence and "of the cascade." in sentence
     # Where CPU time says nothing, nothing is held against it.
@@ -140,46 +147,56 @@ def test_the_speedup_is_taken_within_turns():
 
 def test_agreement_is_with_the_full_model_not_with_the_full_rung():
     agreement = plan_entry()["agreement"]
-    assert agreement["high"] == 1.0
-    assert agreement["vit_high"] == agreement["adaptive"] == agreement["low"] == 0.75
+    assert agreement["static-high"] == 1.0
+    assert (
+        agreement["static-escalation"] == agreement["adaptive"] == agreement["static-low"] == 0.75
+    )
+
+
+def agreeing(low, adaptive, escalation):
+    """Shares of crops answered as the full model does."""
+    found = {"static-low": low, "adaptive": adaptive, "static-escalation": escalation}
+    return {**found, "static-high": 1.0, "static-tome8": 0.99}
 
 
 def test_the_best_alternative_is_the_cheapest_that_agrees_as_often():
-    agreement = {"low": 0.9, "high": 1.0, "adaptive": 0.97, "vit_high": 0.97, "tome8": 0.99}
+    agreement = agreeing(0.9, 0.97, 0.97)
     best = plan_entry(agreement=agreement)["best_alternative"]
     assert best == {
-        "name": "vit_high",
+        "name": "static-escalation",
         "agreement": 0.97,
         "cost_ratio_to_plan": pytest.approx(3.0),  # of 3, 4 and 2
         "disturbed": False,
     }
-    agreement["vit_high"] = 0.96
-    assert plan_entry(agreement=agreement)["best_alternative"]["name"] == "tome8"
+    agreement["static-escalation"] = 0.96
+    assert plan_entry(agreement=agreement)["best_alternative"]["name"] == "static-tome8"
 
 
 def test_the_cheap_rung_is_part_of_the_cascade_and_no_alternative_to_it():
-    agreement = {"low": 0.97, "high": 1.0, "adaptive": 0.97, "vit_high": 0.97, "tome8": 0.99}
+    agreement = agreeing(0.97, 0.97, 0.97)
     plan = plan_entry(agreement=agreement)
-    assert plan["best_alternative"]["name"] == "vit_high"
+    assert plan["best_alternative"]["name"] == "static-escalation"
     assert "The cheap rung alone, for which nothing is certified, agrees on 97.0" in best_sentence(
         plan
     )
 
 
 def test_the_full_model_is_the_best_alternative_where_nothing_else_agrees_as_often():
-    agreement = {"low": 0.9, "high": 1.0, "adaptive": 1.0, "vit_high": 0.97, "tome8": 0.99}
+    agreement = agreeing(0.9, 1.0, 0.97)
     plan = plan_entry(agreement=agreement)
-    assert plan["best_alternative"]["name"] == "high"
+    assert plan["best_alternative"]["name"] == "static-high"
     assert plan["best_alternative"]["cost_ratio_to_plan"] == pytest.approx(plan["speedup_vs_high"])
     assert "the cheapest is the full model (224 px)" in best_sentence(plan)
 
 
 def test_rows_stand_from_the_fastest_to_the_slowest():
     rows = served_rows(plan_entry())
-    assert [row["system"] for row in rows] == [*("low", "adaptive", "vit_high", "tome8", "high")]
+    assert [row["system"] for row in rows] == [
+        *("static-low", "adaptive", "static-escalation", "static-tome8", "static-high")
+    ]
     assert rows[-1] == {
         **{
-            "system": "high",
+            "system": "static-high",
             "words": "the full model (224 px)",
             "agreement": "100.0\N{NO-BREAK SPACE}%",
         },
