@@ -13,6 +13,7 @@ import typer
 from rich import progress as bars
 
 from bundle.graphs import GraphsError, GraphSet
+from bundle.head import LinearHead
 from bundle.prints import Looks, among, find_copies
 from imaging import PreprocessingError
 from report.calibration_page import write_calibration
@@ -34,7 +35,6 @@ from .fit import (
     fit,
     without_learned,
 )
-from .head import LinearHead
 from .outputs import Made, Outputs, OutputsError, asked, collect
 from .page_data import analysis_data, fit_data
 from .record import FitRecord, record_path

@@ -17,13 +17,13 @@ from sklearn.linear_model import Ridge, RidgeCV
 from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
 
+from bundle.alignment import Alignment, tokens
 from bundle.graphs import HIGH, REFERENCE
+from bundle.head import LinearHead
 from bundle.prints import encode
-from routing import Alignment, RungOutputs
-from routing.alignment import tokens
+from routing import RungOutputs
 
 from .fidelity import Fidelity, oracle_cosine
-from .head import LinearHead
 from .outputs import Outputs
 from .splits import Rows
 

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from bundle.alignment import Alignment, AlignmentError
 from bundle.graphs import GraphsError, GraphSet
 from bundle.recipe import Recipe, RecipeError
 from bundle.versions import VersionError, Versions, switch
@@ -23,8 +24,6 @@ from export.settings import ClientParameters, OnHighFailure, ReferenceCheck, Set
 from export.versions import add_version
 from routing import (
     WEIGHTS,
-    Alignment,
-    AlignmentError,
     Calibration,
     CalibrationError,
     ManifestError,

@@ -1,6 +1,6 @@
 """`align`: bake a fitted map into a cheap graph, between its last CLS tokens and its head.
 
-The map and why it helps: `routing.alignment`. The graph stays one file that needs nothing else.
+The map and why it helps: `bundle.alignment`. The graph stays one file that needs nothing else.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import onnxruntime as ort
 from onnx import helper, numpy_helper
 
 from bundle import manifest
+from bundle.alignment import Alignment
 from bundle.graphs import Graph, GraphSet
+from bundle.head import find_head
 from bundle.prints import joined
 from export import onnx_graph
 from export.errors import ExportError, UsageError
-from routing.alignment import Alignment
 
 _BODY = "embedding_unaligned"
 
@@ -101,36 +102,20 @@ def bake_alignment(model: onnx.ModelProto, alignment: Alignment) -> onnx.ModelPr
 
 def _take_head(graph: onnx.GraphProto, width: int) -> list[onnx.NodeProto]:
     """Remove the nodes that make the logits, a linear layer, and return them on `embedding`."""
-    constants = {item.name: item for item in graph.initializer}
-    makers = {output: node for node in graph.node for output in node.output}
-    nodes = [makers["logits"]]
-    while nodes[0].op_type in ("Add", "Cast"):  # int8 sets the bias apart, fp16 ends in a Cast
-        sources = [makers[name] for name in nodes[0].input if name in makers]
-        if len(sources) != 1:
-            break
-        nodes = [*sources, *nodes]
-    product = nodes[0]
-    if product.op_type not in ("Gemm", "MatMul") or not _is_linear(product, constants, width):
+    found = find_head(graph)
+    if found is None or found.width != width:
         raise UsageError("align needs a linear head on the CLS token; this model's head is another")
     head = []
-    for node in nodes:
+    for node in found.nodes:
         head.append(onnx.NodeProto())
         head[-1].CopyFrom(node)
         graph.node.remove(node)
-    kind = constants[product.input[1]].data_type
+    kind = found.weights.data_type
     head[0].input[0] = "embedding" if kind == onnx.TensorProto.FLOAT else "align_cast"
     if kind != onnx.TensorProto.FLOAT:
         cast = helper.make_node("Cast", ["embedding"], ["align_cast"], "align_cast", to=kind)
         head.insert(0, cast)
     return head
-
-
-def _is_linear(product: onnx.NodeProto, constants: dict[str, onnx.TensorProto], width: int) -> bool:
-    """Whether it multiplies as many numbers as a CLS token has with constant weights."""
-    if not set(product.input[1:]) <= set(constants):
-        return False
-    transposed = any(a.name == "transB" and a.i for a in product.attribute)
-    return bool(constants[product.input[1]].dims[1 if transposed else 0] == width)
 
 
 def _map(graph: onnx.GraphProto, alignment: Alignment) -> list[onnx.NodeProto]:

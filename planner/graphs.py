@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundle.graphs import SCHEMA_VERSION, GraphsError, GraphSet
+from bundle.head import LinearHead
 from bundle.prints import joined, looks_sha256
 from bundle.recipe import Recipe
 from calibration.align import Aligned, fit_alignment
 from calibration.fidelity import Fidelity
-from calibration.head import LinearHead
 from calibration.outputs import Outputs
 from calibration.source import ImageSource
 from calibration.splits import group_keys

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bundle.alignment import Alignment
 from bundle.graphs import GraphSet
 from bundle.recipe import Recipe
 from calibration.source import ImageSource
@@ -21,7 +22,6 @@ from export.fit_images import FitImages
 from imaging import ImageError, Preprocessing, decode
 from perf.images import Pool
 from report.terminal import Bars
-from routing import Alignment
 
 from .request import Request
 

@@ -9,11 +9,9 @@ Reading order: `outputs` (what a rung returns) -> `signals` (outputs to a raw nu
 threshold) -> `policy` (what a request may ask for, and pressure may change) -> `cascade` (the
 control flow). `fidelity` says when a cheap answer is a loss; `audit` holds the certificate against
 live traffic, and two artifacts' decisions on it; `reference` compares a server's answers with the
-calibration's. `alignment` and `manifest` read and guard the files; `provenance` names the
-processor.
+calibration's. `manifest` reads and guards the files; `provenance` names the processor.
 """
 
-from .alignment import Alignment, AlignmentError
 from .audit import RiskTest
 from .calibration import (
     REFERENCE_MODEL,
@@ -58,8 +56,6 @@ __all__ = [
     "SIGNALS",
     "TASKS",
     "WEIGHTS",
-    "Alignment",
-    "AlignmentError",
     "Allowance",
     "AnswersError",
     "Calibration",

@@ -6,15 +6,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from bundle.alignment import LAYERS, Alignment, AlignmentError, tokens
+from bundle.head import LinearHead
 from bundle.prints import encode, no_looks
 from calibration.align import FOLDS, SHARES, Aligned, Growth, fit_alignment
 from calibration.fidelity import Fidelity
-from calibration.head import LinearHead
 from calibration.outputs import Made, Outputs
 from export.shared_weights import share_weights
 from imaging import code_sha256
-from routing import Alignment, AlignmentError, RungOutputs
-from routing.alignment import LAYERS, tokens
+from routing import RungOutputs
 from tests.unit.calibration_outputs import sha256
 from tests.unit.onnx_files import write_rung
 

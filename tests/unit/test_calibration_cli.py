@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bundle.alignment import Alignment
 from bundle.prints import decode as known
 from bundle.prints import encode
 from calibration.__main__ import main
 from calibration.outputs import Outputs
-from routing import Alignment
 from tests.unit.onnx_files import write_rung_set
 
 

@@ -13,6 +13,7 @@ import onnxruntime as ort
 import pytest
 from onnx.external_data_helper import uses_external_data
 
+from bundle.alignment import Alignment
 from bundle.graphs import GraphSet
 from bundle.manifest import sha256_file
 from bundle.prints import joined
@@ -27,7 +28,7 @@ from export.recipes.half import to_half
 from export.recipes.quantise import quantise_dynamic, quantise_static
 from export.rungs import RungsRequest, export_rungs
 from export.shared_weights import share_weights
-from routing import Alignment, RungOutputs
+from routing import RungOutputs
 from tests.unit.export_tiny import LAYERS, PX, QUIET, WIDTH, run_export, save_tiny
 from tests.unit.image_files import write_images
 from tests.unit.quantised_files import ask

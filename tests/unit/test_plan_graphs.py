@@ -8,11 +8,11 @@ import pytest
 from rich.console import Console
 
 from bundle.graphs import GraphSet
+from bundle.head import LinearHead
 from bundle.prints import encode, look_of, no_looks
 from bundle.recipe import Recipe
 from calibration.align import fit_alignment
 from calibration.fidelity import Fidelity
-from calibration.head import LinearHead
 from calibration.outputs import Made, Outputs
 from imaging import decode, pixels_sha256
 from planner import graphs as module

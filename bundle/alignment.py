@@ -15,7 +15,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from .outputs import RungOutputs
+from routing import RungOutputs
 
 LAYERS = 3  # CLS tokens before the last block's that the map reads besides the embedding
 

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from calibration.head import LinearHead
+from bundle.head import LinearHead
 from export.recipes.half import to_half
 from export.recipes.quantise import quantise_dynamic
 from export.shared_weights import share_weights

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from routing import Alignment, AlignmentError, RungOutputs
-from routing.alignment import LAYERS, tokens
+from bundle.alignment import LAYERS, Alignment, AlignmentError, tokens
+from routing import RungOutputs
 
 D, B = 4, 5
 
