@@ -1,0 +1,79 @@
+"""A cache of answers in a test's folder, and what tests of it compare."""
+
+import numpy as np
+
+from bundle.graphs import GraphSet
+from calibration.answers import CHUNK, AnswerCache
+from calibration.outputs import asked
+from tests.unit.onnx_files import write_rung_set
+
+COUNT = 2 * CHUNK + 40  # three files of each graph, the last of them short
+
+
+class StoppedError(Exception):
+    """What a test interrupts a run with."""
+
+
+def files_of(tmp_path, graph=None, source=None, graphs=None):
+    """The files of a graph's answers, or of everything."""
+    if graph is None:
+        return sorted((tmp_path / "answers").rglob("*.npz"))
+    cache = AnswerCache(tmp_path / "answers", source, graphs)
+    return sorted((tmp_path / "answers" / cache.key(graph)).iterdir(), key=first_row)
+
+
+def first_row(file):
+    return int(file.name.split("-")[0])
+
+
+def stop_after(images):
+    """A progress callback that interrupts once so many images are done."""
+    done = []
+
+    def progress(count, resumed):
+        done.append(count)
+        if sum(done) >= images:
+            raise StoppedError
+
+    return progress
+
+
+def assert_same(one, other):
+    """Whether two `Answered` hold the same bits."""
+    assert one.outputs.keys() == other.outputs.keys()
+    for name, outputs in one.outputs.items():
+        for field in ("embedding", "cls_layers", "logits"):
+            first, second = (getattr(found, field) for found in (outputs, other.outputs[name]))
+            assert (first is None) == (second is None)
+            if first is not None:
+                assert first.dtype == second.dtype
+                np.testing.assert_array_equal(first, second)
+    for field, values in vars(one.pictures).items():
+        np.testing.assert_array_equal(values, getattr(other.pictures, field))
+
+
+def at_once(graphs, source, folder):
+    """The answers of a run of its own that nothing stops."""
+    cache = AnswerCache(folder, source, graphs)
+    cache.fill(asked(graphs))
+    return cache.read(asked(graphs))
+
+
+class Answering:
+    """Fills and reads a cache for the rungs of a folder, or for what else is asked."""
+
+    def __init__(self, folder):
+        self.folder, self.graphs = folder, GraphSet.load(write_rung_set(folder / "onnx"))
+
+    def _cache(self, source, graphs, what):
+        graphs = graphs or self.graphs
+        cache = AnswerCache(self.folder / "answers", source, graphs)
+        return cache, asked(graphs) if what is None else what
+
+    def fill(self, source, progress=lambda count, resumed: None, graphs=None, what=None, rows=None):
+        cache, what = self._cache(source, graphs, what)
+        return cache.fill(what, rows, progress)
+
+    def read(self, source, graphs=None, what=None, rows=None):
+        cache, what = self._cache(source, graphs, what)
+        return cache.read(what, rows)
