@@ -33,6 +33,8 @@ ARROWS = {
     },
     "demo": {"bundle", "calibration", "client", "imaging", "perf", "report", "routing", "server"},
 }
+# What it may start as a command besides: the demo is the commands of the README.
+COMMANDS = {"demo": {"export", "planner"}}
 IN_TRITON = sorted(
     path.relative_to(ROOT).as_posix()
     for folder in ("routing", "imaging", "model_repository", "server/backends")
@@ -54,6 +56,28 @@ def test_arrows_point_one_way(folder):
     for path in (ROOT / folder).rglob("*.py"):
         ours = set(imports(path)) & set(ARROWS) - {folder}
         assert ours <= ARROWS[folder], f"{path} imports {ours - ARROWS[folder]}"
+
+
+def commands(path):
+    """Packages of ours whose verbs a file names in a row, as of `python -m export rungs`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.List | ast.Tuple):
+            words = [getattr(element, "value", None) for element in node.elts]
+            words = words[words.index("-m") + 1 :] if "-m" in words else words
+            verb = words[1] if len(words) > 1 and isinstance(words[1], str) else ""
+            if words and words[0] in ARROWS and verb not in ARROWS and verb.islower():
+                yield words[0]
+
+
+@pytest.mark.parametrize("folder", ARROWS)
+def test_commands_point_the_same_way(folder):
+    allowed = ARROWS[folder] | COMMANDS.get(folder, set()) | {folder}
+    for path in (ROOT / folder).rglob("*.py"):
+        assert set(commands(path)) <= allowed, f"{path} starts {set(commands(path)) - allowed}"
+
+
+def test_the_commands_are_seen():
+    assert {"calibration", "export", "planner"} <= set(commands(ROOT / "demo/roads.py"))
 
 
 def test_every_folder_has_its_arrows_written_down():
