@@ -1,1 +1,1 @@
-"""Measure a served adaptive ViT with perf_analyzer, and what its calibration costs."""
+"""Measure a served adaptive ViT beside what a user would run instead, and price its graphs."""

@@ -23,7 +23,7 @@ Onnx = Annotated[Path, typer.Option(help="Folder that `export rungs` wrote.")]
 Images = Annotated[str, typer.Option(help="A folder of images, or `sample`.")]
 
 app = typer.Typer(
-    help="Measure a served adaptive ViT, and what its calibration costs.",
+    help="Measure a served adaptive ViT, and what its graphs cost.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -32,7 +32,7 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def _root(context: typer.Context) -> None:
-    """Measure a served adaptive ViT, and what its calibration costs."""
+    """Measure a served adaptive ViT, and what its graphs cost."""
     if context.invoked_subcommand is None:
         print(context.get_help())
         raise typer.Exit(2)
