@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from bundle import manifest
+from bundle import config, manifest
 from calibration.certify import Goal
 from calibration.fit import EscalationRate, Threshold
 from calibration.images import open_images
@@ -359,5 +359,5 @@ def test_refusing_needs_something_to_compare_with(made, tmp_path):
         assemble(rung_set, tmp_path / "none.json", tmp_path / "repository", refuse)
     fit.save(tmp_path / "some.json")
     out = assemble(rung_set, tmp_path / "some.json", tmp_path / "repository", refuse)
-    config = (out / "router/config.pbtxt").read_text()
-    assert 'key: "reference_check" value: { string_value: "refuse" }' in config
+    router = config.read(out / "router/config.pbtxt")
+    assert config.parameter(router, "reference_check") == "refuse"
