@@ -71,6 +71,7 @@ def export_onnx(
             )
     except Exception as error:  # the exporter wraps whatever its stages raise
         raise ExportError(f"torch could not export {file.stem}: {first_line(error)}") from error
+    assert program is not None  # it is None without dynamo
     model = program.model_proto
     strip_provenance(model)
     check_versions(model)

@@ -12,9 +12,10 @@ import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from bundle import manifest
-from export.backbones import Backbone, base_model, has_own_head
+from export.backbones import Backbone
 from export.errors import UsageError, first_line
 from export.processor import Processor
+from export.vit_families import base_model, has_own_head
 
 # Architecture as config.json names it -> (class that is loaded, options). A masked-image model's
 # decoder is of no use here, so its base model is loaded.
@@ -102,7 +103,7 @@ def _check_config(config: PretrainedConfig, model: str) -> None:
 
 def _architecture(config: PretrainedConfig) -> str:
     names = config.architectures or []
-    return names[0] if names else BASE_MODELS.get(config.model_type, config.model_type)
+    return str(names[0] if names else BASE_MODELS.get(config.model_type, config.model_type))
 
 
 def _load_network(config: PretrainedConfig, model: str) -> PreTrainedModel:

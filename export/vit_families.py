@@ -32,4 +32,5 @@ def head_reads_cls_alone(model: PreTrainedModel) -> bool:
 def blocks(model: PreTrainedModel) -> nn.ModuleList:
     """The transformer blocks, first to last."""
     base = base_model(model)
-    return base.encoder.layer if hasattr(base, "encoder") else base.layers
+    layers: nn.ModuleList = base.encoder.layer if hasattr(base, "encoder") else base.layers
+    return layers

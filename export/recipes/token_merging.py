@@ -8,7 +8,7 @@ on the image.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -99,7 +99,10 @@ class _MergingBlock(nn.Module):
         special: leading tokens that are never merged.
     """
 
-    def __init__(self, block: nn.Module, r: int, special: int) -> None:
+    attention: Any  # the library's, with projections of its own
+    mlp: nn.Module
+
+    def __init__(self, block: Any, r: int, special: int) -> None:
         super().__init__()
         self.r = r
         self.special = special
