@@ -1,1 +1,1 @@
-"""What lies on disk between export and calibration: which images something was fitted on."""
+"""What lies on disk: graphs and their roles, what they learned from, and assembled repositories."""
