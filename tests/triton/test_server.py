@@ -166,7 +166,7 @@ def test_the_adaptive_repository_answers_on_a_tritonserver_from_path(
     wrapper.chmod(0o755)
     monkeypatch.setenv("PATH", str(wrapper.parent), prepend=os.pathsep)
     with running(build / "model_repository") as from_path:
-        assert from_path.server is not None and from_path.server.binary == wrapper
+        assert from_path.installation.binary == wrapper
         with GrpcClient(from_path.grpc_url) as client, GrpcClient(server.grpc_url) as other:
             found, expected = client.infer(crops[:16]), other.infer(crops[:16])
     assert [p.escalated for p in found] == [p.escalated for p in expected]
