@@ -52,10 +52,10 @@ SIDE_BY_SIDE := --dist loadfile --no-loadscope-reorder
 test-unit: $(INSTALLED)  ## five minutes on two cores
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/unit -n auto $(SIDE_BY_SIDE)
 
-# Two at a time, with servers of their own; what measures the machine itself then has it alone.
+# What measures the machine itself has it alone; the others run two at a time, with servers of their own.
 test-triton: $(INSTALLED)  ## against a real tritonserver
-	$(PY) -m pytest tests/triton -m "not alone" -n 2 $(SIDE_BY_SIDE)
 	$(PY) -m pytest tests/triton -m alone
+	$(PY) -m pytest tests/triton -m "not alone" -n 2 $(SIDE_BY_SIDE)
 
 test-faults: $(INSTALLED)  ## half an hour: kill, hang, starve and flood a server under load; a table of what happened
 	$(PY) -m pytest tests/faults --log-cli-level=INFO
