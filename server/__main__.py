@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import threading
+import time
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
@@ -190,7 +192,9 @@ def serve(
 
     def look_at(server: TritonServer, memory: Memory) -> Finding:
         with Serving(server.access, server.process_ids, server.why_it_ended) as serving:
-            return look(serving, memory, canary_timeout_s)
+            finding = look(serving, memory, canary_timeout_s)
+        _stop_if_told()
+        return finding
 
     server = make_server()
     supervisor = Supervisor(
@@ -200,10 +204,12 @@ def serve(
         _event,
         rules=Rules(max_restarts),
         interval_s=canary_interval_s,
+        sleep=_sleep,
     )
     try:
         with status:
             server.start()
+        _stop_if_told()
         _report(server, as_json)
         if supervise:
             supervisor.run()
@@ -337,7 +343,22 @@ def _report(server: TritonServer, as_json: bool) -> None:
     print("Stop with Ctrl-C.", flush=True)
 
 
+# Python drops what a handler raises where a destructor runs, as of a connection that is let go of.
+_told_to_stop = threading.Event()
+
+
+def _stop_if_told() -> None:
+    if _told_to_stop.is_set():
+        raise KeyboardInterrupt
+
+
+def _sleep(seconds: float) -> None:
+    time.sleep(seconds)
+    _stop_if_told()
+
+
 def _interrupt(number: int, frame: object) -> None:
+    _told_to_stop.set()
     if number == signal.SIGHUP:
         progress.quiet = True  # The terminal is gone, and a line written to it would fail.
     raise KeyboardInterrupt
@@ -351,6 +372,7 @@ def main(arguments: list[str] | None = None) -> int:
         well, refused a rollout or answers otherwise than its artifact was calibrated with, 2 for
         bad usage, 130 for a rollout or a check that was interrupted.
     """
+    _told_to_stop.clear()
     # A supervisor's SIGTERM, and a Ctrl-C where the shell started us with SIGINT ignored.
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, _interrupt)

@@ -4,7 +4,7 @@ import errno
 import io
 import signal
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ import server.__main__ as command_line
 from bundle.versions import Versions, put, switch
 from export.repository import assemble
 from export.versions import add_version
+from server.probe import Finding
 from tests.unit.test_export_repository import write_inputs
 from tests.unit.test_export_versions import change_artifact
 
@@ -116,3 +117,42 @@ def test_a_candidate_above_the_version_that_answers_keeps_from_starting(
     assert len(FakeServer.made) == 1
     put(repository, Versions(2, (1, 2)))  # a former version that may be pinned
     assert command_line.main(arguments) == 0
+
+
+class LetGo:
+    """A connection that somebody lets go of just as the signal comes."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_comes_while_a_destructor_runs_ends_it_too(monkeypatch: pytest.MonkeyPatch):
+    """Python drops what the handler raises there."""
+
+    class Lasting(FakeServer):
+        access = None
+
+        def start(self) -> None:
+            self.runs = True
+
+        def process_ids(self) -> list[int]:
+            return []
+
+        def why_it_ended(self) -> str:
+            return ""
+
+    looks: list[str] = []
+
+    def look(*_: object) -> Finding:
+        looks.append("looked")
+        assert len(looks) == 1
+        LetGo()
+        return Finding()
+
+    monkeypatch.setattr(command_line, "TritonServer", Lasting)
+    monkeypatch.setattr(command_line, "Serving", lambda *_: nullcontext())
+    monkeypatch.setattr(command_line, "look", look)
+    monkeypatch.setattr(command_line, "_report", lambda *_: None)
+    assert command_line.main(["--supervise"]) == 0
+    assert looks == ["looked"] and not FakeServer.made[0].runs
