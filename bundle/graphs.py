@@ -366,7 +366,9 @@ def _graph(name: str, folder: Path, entry: Mapping[str, Any]) -> Graph:
 def _earlier(folder: Path) -> list[str]:
     """Names of the files that an earlier set left in a folder, its record first."""
     found = [NAME, EARLIER, LABELS, WEIGHTS]
-    found += [f"{name}.onnx" for name in (*RUNGS, REFERENCE)] if (folder / EARLIER).exists() else []
+    if (folder / EARLIER).exists():
+        found += [f"{name}.onnx" for name in (*RUNGS, REFERENCE)]
+        found += [file.name for file in folder.glob("static_*.onnx")]
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         graphs = json.loads((folder / NAME).read_text("utf-8"))["graphs"]
         found += [Path(entry["file"]).name for entry in graphs.values()]

@@ -237,6 +237,11 @@ def _served(router: ModelConfig) -> tuple[int, ...]:
 def _answering(ensemble: ModelConfig) -> ModelEnsembling.Step:
     """The step of an ensemble that asks the router; ConfigError where there is not exactly one."""
     found = [step for step in ensemble.ensemble_scheduling.step if step.model_name == "router"]
+    if len(found) == 1 and found[0].model_version < 1:
+        raise ConfigError(
+            f"{ENSEMBLE_CONFIG} does not name the version of the router that answers; assemble "
+            "again with python -m export repository"
+        )
     if len(found) != 1:
         raise ConfigError(
             f"{ENSEMBLE_CONFIG} asks the router in {len(found)} steps, not in one; assemble again "

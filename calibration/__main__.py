@@ -290,6 +290,9 @@ def report_command(
     if not len(stored):
         raise OutputsError("no image is left to show; collect others")
     is_fitted = calibration != given.ARTIFACT or calibration.exists()
+    options = (tolerance, label_threshold) != (None, None) or relative
+    if is_fitted and options and fidelity is None:
+        raise FidelityError("--tolerance, --relative and --label-threshold go with --fidelity")
     artifact = Calibration.load(calibration) if is_fitted else None
     if artifact is None or fidelity is not None:
         loss = Fidelity.asked(stored.task, fidelity, tolerance, relative, label_threshold)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,8 @@ class AnswerCache:
 
         Raises:
             ImagesError: there is no image, or more than 5 % of them are such ones, as soon as that
-                is certain. What was answered is kept; a rerun reads again what could not be read.
+                is certain. What was answered is kept; a rerun reads again what could not be read,
+                where that was more than 5 %.
             GraphsError: an ONNX file is not the one that was exported.
             ServedError: the server does not answer, serves other graphs, or others than before.
             OSError: the folder cannot be written.
@@ -150,7 +151,13 @@ class AnswerCache:
         server = None if self._served is None else _SameServer(self, self._served)
         self._server = None if server is None else server.answers_sha256
         filling = _Filling(self, asked, wanted)
-        filling.run(progress)
+        try:
+            filling.run(progress)
+        except BaseException:  # What was answered until then is kept, so it is looked at, too.
+            if server is not None:
+                with suppress(Exception):
+                    server.check()
+            raise
         if server is not None:
             server.check()
         return [filling.lines[row] for row in wanted if row in filling.lines]
@@ -167,7 +174,10 @@ class AnswerCache:
         Raises:
             AnswersError: for some of the rows an answer is not there.
         """
-        places = {item.graph.name: (self.key(item.graph), item.layers) for item in asked}
+        places: dict[str, tuple[str, bool]] = {}
+        for item in asked:  # One graph may be asked for in two roles.
+            layers = item.layers or places.get(item.graph.name, ("", False))[1]
+            places[item.graph.name] = (self.key(item.graph), layers)
         wanted = range(len(self.source)) if rows is None else rows
         return read_answers(self.folder, self.pictures_key, places, wanted, self.graphs.labels)
 
@@ -218,10 +228,12 @@ class _Filling:
             if found:
                 self.lines |= found
                 bad[path] = arrays["rows"].tolist()
+        # What another run could read can be read.
+        self.lines = {row: line for row, line in self.lines.items() if row not in self._seen}
         if len(self.lines) > MAX_UNREADABLE * len(rows):
             # That is what stopped an earlier run, and they may have been mended.
             for path, read in bad.items():
-                path.unlink()
+                path.unlink(missing_ok=True)
                 self._seen.difference_update(read)
             self.lines = {}
         self._unreadable = set(self.lines)
@@ -286,7 +298,7 @@ class _Filling:
             first = next(self.lines[row] for row in self._rows if row in self.lines)
             raise ImagesError(
                 f"{len(self.lines)} of {len(self._rows)} images could not be read or answered, "
-                f"more than {MAX_UNREADABLE:.0%}; first: {first}; mend or remove them and collect "
+                f"more than {MAX_UNREADABLE:.0%}; first: {first}; mend or remove them and run this "
                 "again"
             )
 
@@ -329,7 +341,7 @@ class _SameServer:
             return
         for graph in (self._cache.graphs.low, self._cache.graphs.high):
             for path, _ in chunks(self._cache.folder / self._cache.key(graph)):
-                path.unlink()
+                path.unlink(missing_ok=True)
         raise ServedError(
             f"the server at {self._served.url} answers otherwise than when it was first asked: "
             "another model was deployed meanwhile; collect again"

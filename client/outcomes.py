@@ -75,6 +75,7 @@ def ask(
                 done()
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
+            client.close()  # which ends the requests in flight, so that nobody waits for them
             raise
     return [future.result() for future in futures]
 

@@ -106,7 +106,8 @@ class Road:
 
 def resolutions(model: Model) -> Road:
     """A model at two resolutions, the threshold certified for that pair."""
-    onnx, outputs, artifact = OUT / "onnx", OUT / "outputs.json", OUT / "calibration.json"
+    onnx, collected, artifact = OUT / "onnx", OUT / "collected", OUT / "calibration.json"
+    outputs = collected / "outputs.json"
     report, repository = OUT / "report.html", OUT / "model_repository"
     beside = [argument for recipe in model.beside for argument in ("--beside", recipe)]
     export = Step(
@@ -120,11 +121,11 @@ def resolutions(model: Model) -> Road:
     )
     collect = Step(
         "3/7 Run both rungs over fresh crops",
-        outputs,
+        collected,
         (
             *("calibration", "collect", "--images", "sample", "--limit", CALIBRATION_CROPS),
             *("--seed", CALIBRATION_SEED, "--onnx", onnx, "--out", outputs),
-            *("--answers", OUT / "answers"),  # they come and go with what names them
+            *("--answers", collected / "answers"),  # they come and go with what names them
         ),
     )
     fit = Step(
@@ -176,7 +177,7 @@ def planned(model: Model, max_risk: float) -> Road:
             *("--cache", _cache(), "--answers", _cache() / "answers"),
             "--require-certificate",
         ),
-        ("client", "perf", "planner", "server"),  # it serves the candidates to price them
+        ("client", "perf", "planner", "report", "server"),  # it serves the candidates to price them
     )
     instances = ("--instances", PLAN_INSTANCES)
     steps = (
@@ -242,6 +243,7 @@ def _report(number: str, onnx: Path, artifact: Path, outputs: Path, report: Path
             *("calibration", "report", "--calibration", artifact, "--outputs", outputs),
             *("--onnx", onnx, "--out", report),
         ),
+        ("report",),
     )
 
 

@@ -8,6 +8,7 @@ import io
 import json
 import struct
 import sys
+import urllib.error
 import urllib.request
 
 from PIL import Image
@@ -37,5 +38,8 @@ def main(url: str = "http://127.0.0.1:8000") -> None:
 if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
+    except urllib.error.HTTPError as refusal:  # A server with a full queue is at work.
+        if b"exceeds maximum queue size" not in refusal.read().lower():
+            sys.exit(f"no answer: {refusal}")
     except OSError as error:
         sys.exit(f"no answer: {error}")

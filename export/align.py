@@ -42,8 +42,9 @@ def align(graphs: GraphSet, name: str, alignment: Alignment) -> GraphSet:
         OSError: a file cannot be written.
     """
     graph = graphs.graphs.get(name)
-    if graph is None or graph.name == graphs.reference.name:
-        known = ", ".join(other for other in graphs.graphs if other != graphs.reference.name)
+    full = {graphs.high.name, graphs.reference.name}
+    if graph is None or graph.name in full:
+        known = ", ".join(other for other in graphs.graphs if other not in full)
         raise UsageError(f"--graph {name}: no cheap graph of that name; there are {known}")
     if graph.recipe.align:
         raise UsageError(f"--graph {name} is aligned already ({graph.recipe}); give another")

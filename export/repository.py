@@ -1,6 +1,6 @@
 """Assemble a deployable model repository from code, rungs and artifact.
 
-    build/onnx/{vit_low,vit_high}.onnx, graphs.json ─┐
+    build/onnx/*.onnx, graphs.json                 ─┐
     build/calibration/calibration.json ─────────────┼─► build/model_repository/ + MANIFEST.json
     model_repository/, routing/, imaging/ ──────────┘
 

@@ -71,7 +71,9 @@ def add_version(repository: Path, calibration_file: Path, shadow_fraction: float
         complete_router(fresh, calibration)
         place_answers(answers, fresh)
         try:
-            manifest.update(repository, after.configs(repository), added=(name, fresh))
+            manifest.update(
+                repository, after.configs(repository), added=(name, fresh), live=after.live
+            )
         except BaseException:
             if version not in present(repository):
                 shutil.rmtree(repository / name, ignore_errors=True)

@@ -221,9 +221,11 @@ class LoadRunner:
             wanted = 1e3 * self._pass_s / self._costs_ms[level.system.name]
             at_least = math.ceil(level.concurrency / inputs.items)  # perf_analyzer refuses fewer
             rounds = max(at_least, round(wanted / inputs.items))
+            arrivals_s = 0.0
         else:
             wanted = max(OPEN_REQUESTS, level.rate_per_s)
             rounds = math.ceil(wanted / inputs.items)
+            arrivals_s = rounds * inputs.items / level.rate_per_s
         return Load(
             level.system.model,
             self._target.url(level.protocol),
@@ -235,7 +237,7 @@ class LoadRunner:
             warmup_requests=WARMUP_REQUESTS,
             parameters=level.system.parameters,
             shared_memory=level.shared_memory,
-            timeout_s=PASS_TIMEOUT_S,
+            timeout_s=PASS_TIMEOUT_S + arrivals_s,
         )
 
 

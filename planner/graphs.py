@@ -169,8 +169,10 @@ def _identity(request: Request, full: Recipe, recipes: Sequence[Recipe]) -> str:
 
 def _stamp(path: Path) -> list[tuple[str, int, int]]:
     """Of a folder its files' names, sizes and times; of the name of a model nothing."""
-    files = sorted(path.rglob("*")) if path.is_dir() else []
-    return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+    files = [f for f in sorted(path.rglob("*")) if f.is_file()] if path.is_dir() else []
+    names = [f.relative_to(path).as_posix() for f in files]
+    stats = [f.stat() for f in files]
+    return [(n, s.st_size, s.st_mtime_ns) for n, s in zip(names, stats, strict=True)]
 
 
 def _version(library: str) -> str | None:

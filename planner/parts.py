@@ -15,8 +15,9 @@ from calibration.answers import AnswerCache, Asked
 from calibration.chunks import Answered
 from calibration.fidelity import Fidelity
 from calibration.outputs import Outputs
+from calibration.source import ImagesError
 from calibration.splits import CERTIFIED, Rows, group_keys, split_by_group
-from report.terminal import Bars
+from report.terminal import Bar, Bars
 
 from .request import PlanError, Request
 
@@ -112,8 +113,9 @@ def answers(asked: Sequence[Asked], cache: AnswerCache, rows: list[int], bars: B
         PlanError: a graph overflows on some of them.
     """
     names = ", ".join(item.graph.name for item in asked)
-    with bars.stage(f"{names} answer {len(rows):,} images", len(rows)) as bar:
-        cache.fill(asked, rows, lambda count, resumed: bar.advance(count))
+    with bars.stage(f"{names} answer {len(rows):,} images", len(asked) * len(rows)) as bar:
+        for item in asked:  # one session at a time
+            _fill(cache, item, rows, bar)
     found = cache.read(asked, rows)
     if len(found.pictures) == len(rows):
         return found
@@ -123,6 +125,16 @@ def answers(asked: Sequence[Asked], cache: AnswerCache, rows: list[int], bars: B
                 f"{item.graph.name} ({item.graph.recipe}) overflows on {lost} images; leave it out"
             )
     raise PlanError("images changed while the plan was made; make it anew")
+
+
+def _fill(cache: AnswerCache, item: Asked, rows: list[int], bar: Bar) -> None:
+    try:
+        cache.fill([item], rows, lambda count, resumed: bar.advance(count))
+    except ImagesError as error:  # the full model answered these images, so they can be read
+        raise PlanError(
+            f"{item.graph.name} ({item.graph.recipe}) overflows on too many images; leave it out "
+            f"({error})"
+        ) from error
 
 
 def outputs_to_align_on(

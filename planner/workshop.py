@@ -104,7 +104,12 @@ def _price(graphs: GraphSet, names: Sequence[str], request: Request, bars: Bars)
     served = Served(request.instances, request.threads)
     with bars.stage("price the graphs as served", steps(graphs, names, served)) as bar:
         pool = _pool(graphs, request.source)
-        return price(graphs, names, pool, served, bar.advance, bar.begin_again)
+
+        def again(words: str) -> None:
+            bars.say(words)
+            bar.begin_again(words)
+
+        return price(graphs, names, pool, served, bar.advance, again)
 
 
 def _pool(graphs: GraphSet, source: ImageSource) -> Pool:

@@ -1,4 +1,4 @@
-"""Where markers with numbers stand, so that none covers another."""
+"""Where markers with numbers stand, wherever one of the places that are tried is free."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ _FAMILIES = {  # the one part of a recipe by which systems differ that a line jo
 _RUNGS = {
     "static-low": ("cheap rung", LOW_COLOUR, "s"),
     "static-high": ("full rung", HIGH_COLOUR, "s"),
-    "static-escalation": ("escalation rung", "#c98b7a", "s"),
+    "static-escalation": ("full rung", "#c98b7a", "s"),
     "ensemble": ("adaptive from image bytes", OTHERS[5], "D"),
 }
 
@@ -121,8 +121,11 @@ def _frontier(answers: Summary, order: Sequence[str]) -> str | None:
         joined.sort(key=lambda n: shown[n]["cost_ratio"]["median"])
         if key != "other":
             drawn.append(series(joined, ("", colour, ""), line="-"))
-    for name, look in _RUNGS.items():
+    # A planned cascade may escalate to a cheaper graph: then the full model is no rung.
+    apart = {"static-high": "full model"} if "static-escalation" in shown else {}
+    for name, (title, colour, marker) in _RUNGS.items():
         if name in shown:
+            look = (apart.get(name, title), colour, marker)
             drawn.append(series([name], look, numbers=[numbers[name]], size=13, above=True))
     drawn.append(series(adaptive, ("adaptive, by share escalated", INK, ""), line="-"))
     others = [name for name in adaptive if name != "adaptive"]

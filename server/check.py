@@ -34,18 +34,22 @@ def check(
     unseen = []
     memory = Memory()
     with Serving(access, local_processes(access)) as server:
-        states, stubs = server.states(), server.stubs()
+        # None, too, where a tunnel's end listens here: it has no model's process below it.
+        states, stubs = server.states(), server.stubs() or None
         if stubs is None:
             unseen.append("its processes, which are not on this machine")
         if states is None:
             unseen.append("its index of models, which wants --admin-key-file")
+            if stubs is not None:
+                unseen.append("whether a process is missing")
             expected = expected or set(_MODELS)
             ready = {model for model in expected if server.is_ready(model)}
         else:
             expected = expected or {model for model, _ in states}
             served = [key for key, state in states.items() if state == READY]
             ready = {model for model, _ in served}
-            memory.with_processes = {key for key in served if server.is_python(*key)}
+            if stubs is not None:
+                memory.with_processes = {key for key in served if server.is_python(*key)}
         missing = sorted(expected - ready)
         if missing and (states is not None or ready):
             why = {model: state for (model, _), state in (states or {}).items() if state}

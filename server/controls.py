@@ -84,7 +84,7 @@ def controls(
         (
             "shared memory",
             True,
-            own_switch or "clients cannot register any (its key fits no request)",
+            own_switch or "clients cannot register any (nobody has its key)",
             "",
         ),
         ("other front ends", True, ", ".join(closed) or "not built in", ""),

@@ -11,6 +11,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from .access import ENTRY, HIGH, LOW, PREPROCESS, QUEUE_FULL, ROUTER, is_comparing
@@ -85,12 +86,12 @@ def look(
         clock: the time in seconds.
         sleep: waits for so many seconds.
     """
-    for _ in range(_VOID_LOOKS):
-        try:
-            return _Look(server, memory, timeout_s, clock, sleep, is_void=True).take()
-        except _StoodStillError:
-            continue
-    return _Look(server, memory, timeout_s, clock, sleep, is_void=False).take()
+    warnings: list[str] = []  # A look that is void has told the memory, so what it said counts.
+    for is_void in [True] * _VOID_LOOKS + [False]:
+        with suppress(_StoodStillError):
+            one = _Look(server, memory, timeout_s, clock, sleep, is_void=is_void, warnings=warnings)
+            return one.take()
+    raise AssertionError("the last look is never void")
 
 
 class _StoodStillError(Exception):
@@ -121,6 +122,7 @@ class _Look:
         clock: Callable[[], float],
         sleep: Callable[[float], None],
         is_void: bool,
+        warnings: list[str],
     ) -> None:
         self._server = server
         self._memory = memory
@@ -128,7 +130,7 @@ class _Look:
         self._clock = clock
         self._sleep = sleep
         self._is_void = is_void
-        self._warnings: list[str] = []
+        self._warnings = warnings
         self._latency_ms: float | None = None
 
     def take(self) -> Finding:
@@ -168,14 +170,17 @@ class _Look:
 
         A canary would not do: of two instances one answers, and under load it answers most.
         """
-        if not self._too_few(states):
+        first = self._too_few(states)
+        if not first:
             return ""
         self._pause(_CONFIRM_S)
-        for (model, version), (alive, wanted) in self._too_few(self._server.states()).items():
-            return (
-                f"{wanted - alive} of {wanted} instances of {model} (version {version}) ended; "
-                "Triton does not start them again"
-            )
+        for key, (alive, wanted) in self._too_few(self._server.states()).items():
+            if key in first:
+                model, version = key
+                return (
+                    f"{wanted - alive} of {wanted} instances of {model} (version {version}) ended; "
+                    "Triton does not start them again"
+                )
         return ""
 
     def _too_few(self, states: dict[Key, str] | None) -> dict[Key, tuple[int, int]]:
@@ -248,7 +253,7 @@ class _Look:
     def _note_answer(self, model: str, case: _Case, now: float) -> None:
         self._memory.answered_at[model] = now
         if model == ENTRY and self._latency_ms is None:
-            self._latency_ms = (now - case.asked_at) * 1e3
+            self._latency_ms = case.canary.latency_ms
         if not case.failed:
             del self._open[model]
             return

@@ -6,6 +6,7 @@ Nothing here is on unless asked for, except that the models cannot be changed wh
 from __future__ import annotations
 
 import re
+import secrets
 import subprocess
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -23,9 +24,9 @@ ADMIN_APIS = ("model-repository", "trace", "logging")
 SHARED_MEMORY = "shared-memory"
 # The traffic of everybody. Open outside production, where perf and people look at it.
 STATISTICS = "statistics"
-# A key that no request can carry: a header and a gRPC call hold no line break. So nothing is lost
-# where tritonserver's arguments are read.
-_SWITCHED_OFF = "switched-off", "switched\r\noff"
+# A key that no client library sends, as a header and a gRPC call hold no line break: so nothing is
+# lost where tritonserver's arguments are read. And one that a client of another make cannot guess.
+_SWITCHED_OFF = "switched-off", f"switched\r\n{secrets.token_hex(32)}"
 _HTTP_MAX_BYTES = 64 * 2**20
 _HELP_TIMEOUT_S = 60.0
 HTTP_MAX_INPUT = "http-max-input-size"

@@ -7,9 +7,10 @@ every request that meets the missing instance. So the processes are counted here
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,11 @@ class Reply:
 
 @dataclass
 class Canary:
-    """A request on its way; `reply` is None until it is back."""
+    """A request on its way; `reply` is None until it is back, after so many milliseconds."""
 
     model: str
     reply: Reply | None = None
+    latency_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -168,8 +170,10 @@ class Serving:
     def ask(self, model: str) -> Canary:
         """Send a canary, without waiting. Its id tells the router that it is no traffic."""
         canary = Canary(model)
+        started = time.monotonic()
 
         def keep(result: object, error: InferenceServerException | None) -> None:
+            canary.latency_ms = (time.monotonic() - started) * 1e3
             canary.reply = Reply() if error is None else _reply(error)
 
         try:
@@ -178,9 +182,12 @@ class Serving:
             else:
                 metadata = self._ask(self._client.get_model_metadata, model)
                 tensor = zeros_input([1, *metadata.inputs[0].shape[1:]])
+            started = time.monotonic()
             self._client.async_infer(model, [tensor], keep, request_id=PROBE_ID)
         except InferenceServerException as error:
             canary.reply = _reply(error)
+            if error.status() == "StatusCode.DEADLINE_EXCEEDED":  # That is no word of the model's.
+                canary.reply = replace(canary.reply, is_unavailable=True)
         return canary
 
     def _config(self, model: str, version: str) -> Any:

@@ -104,4 +104,4 @@ class Stand:
     def ask(self, model: str) -> Canary:
         self.asked.append(model)
         replies = self.replies[model]
-        return Canary(model, replies.pop(0) if len(replies) > 1 else replies[0])
+        return Canary(model, replies.pop(0) if len(replies) > 1 else replies[0], 31.0)

@@ -103,6 +103,16 @@ def test_how_candidates_are_priced_is_part_of_a_plan_but_not_of_its_cache(elsewh
     assert again.option("planner plan", "--cache") == [old]
 
 
+@pytest.mark.parametrize("more", [(), ("--plan",)])
+def test_pages_are_drawn_again_when_what_draws_them_has_changed(elsewhere, monkeypatch, more):
+    prepare(monkeypatch, *more)
+    assert prepare(monkeypatch, *more).verbs == []
+    Path("report").mkdir()
+    Path("report/figures.py").write_text("changed")
+    again = prepare(monkeypatch, *more).verbs
+    assert "calibration report" in again and ("planner plan" in again) == bool(more)
+
+
 def test_both_roads_share_the_head_crops_and_spoil_nothing_of_each_other(elsewhere, monkeypatch):
     prepare(monkeypatch)
     assert "calibration sample" not in prepare(monkeypatch, "--plan").verbs

@@ -425,6 +425,10 @@ def ask_twice(config):
     config.ensemble_scheduling.step.add(model_name="router")
 
 
+def name_no_version(ensemble):
+    ensemble.ensemble_scheduling.step[-1].model_version = -1
+
+
 @pytest.mark.parametrize(
     ("model", "change", "more", "message"),
     [
@@ -432,6 +436,7 @@ def ask_twice(config):
         ("router", forget_the_shadow, "", "has no parameter 'shadow_version'"),
         ("router", shadow_in_words, "", "invalid literal"),
         ("adaptive_vit", ask_twice, "", "asks the router in 2 steps, not in one"),
+        ("adaptive_vit", name_no_version, "", "does not name the version of the router"),
         ("router", lambda config: None, "verses: 2\n", "is no model configuration"),
     ],
 )

@@ -209,7 +209,7 @@ def check(capsys, *more):
 def test_a_healthy_server_is_0_and_one_line(shown, capsys):
     code, line, err = check(capsys)
     assert (code, err) == (0, "")
-    assert line.startswith("5 models ready, 4 processes alive, answered in ")
+    assert line == "5 models ready, 4 processes alive, answered in 31 ms"
     code, line, _ = check(capsys, "--json")
     found = json.loads(line)
     assert (code, found["healthy"], found["models"], found["processes"]) == (0, True, 5, 4)
