@@ -94,7 +94,7 @@ def check_recipes(request: Request, backbone: Backbone, bars: Bars) -> Asked:
     """
     reaches = request.head_images is not None or backbone.aligns
     px = request.px or backbone.default_px[1]
-    lows, notes = request.candidates, []
+    lows, notes = request.candidates, list[str]()
     if lows is None:
         lows = default_candidates(backbone.patch_size, px, reaches)
         if not reaches:
@@ -117,7 +117,8 @@ def check_recipes(request: Request, backbone: Backbone, bars: Bars) -> Asked:
     for note in notes:
         bars.say(note)
     task = "classes" if request.head_images else backbone.task
-    return Asked(full, *at_px.values(), notes=notes, task=task)
+    lows, highs, beside = at_px.values()
+    return Asked(full, lows, highs, beside, notes, task)
 
 
 def _check_with_model(

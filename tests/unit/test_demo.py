@@ -201,7 +201,9 @@ class Commands:
         self.lines.append(line)
         if line[3] == self.failing:
             return CompletedProcess(line, 2)
-        Path(line[line.index("--out") + 1]).write_text("made")
+        made = Path(line[line.index("--out") + 1])
+        made.parent.mkdir(parents=True, exist_ok=True)
+        made.write_text("made")
         return CompletedProcess(line, 0)
 
 
