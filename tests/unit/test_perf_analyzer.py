@@ -210,8 +210,16 @@ def test_a_failed_pass_shows_its_own_message(tmp_path, name, said):
 
 def test_a_pass_that_hangs_is_ended(tmp_path):
     program = StandIn(tmp_path, script="#!/bin/sh\nexec sleep 60\n")
-    with pytest.raises(PerfAnalyzerError, match=r"not done within 0\.2 s"):
+    with pytest.raises(PerfAnalyzerError, match=r"not done within 0\.2 s, twice"):
         run(load(timeout_s=0.2), program.analyzer)
+
+
+def test_a_pass_that_hangs_once_is_made_again(tmp_path):
+    hung = tmp_path / "hung"
+    script = f"#!/bin/sh\nif [ -e '{hung}' ]; then cat '{DATA / 'refused.txt'}' >&2; exit 99; fi\n"
+    program = StandIn(tmp_path, script=f"{script}touch '{hung}'\nexec sleep 60\n")
+    with pytest.raises(PerfAnalyzerError, match="unknown policy"):
+        run(load(timeout_s=2.0), program.analyzer)
 
 
 @pytest.mark.parametrize(
