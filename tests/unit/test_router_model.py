@@ -582,17 +582,17 @@ class Feeder:
 def test_pressure_raises_no_false_alarm(watching):
     """A risk of 4.5 % under a certificate of 5 %, 30 % of the images kept low by pressure."""
     relief = importlib.import_module("deployed_router.routing").Relief(1, 1, 2.0)
-    images_seen = losses = alarms = 0
+    images_seen = losses = 0
     for seed in range(20):
         counts = Counts()
         calibration = make_calibration(**CERTIFIED)
-        _, send = watching(calibration, losing, counts, audit_fraction="1")
+        audit, send = watching(calibration, losing, counts, audit_fraction="1")
+        audit._random = np.random.default_rng(seed)  # shuffles what it draws of a request
         Feeder(send, counts, seed).send(800, 0.045, 0.3, relief=relief, waiting=1)
-        alarms += counts["certificate_contradicted_total",] > 0
+        assert counts["certificate_contradicted_total",] == 0
         seen, lost = counts.audited()
         images_seen, losses = images_seen + seen, losses + lost
     assert images_seen == 20 * 800
-    assert alarms <= 2  # Each with a probability of 1 % at most: of 1,000 such runs one has more.
     # Four standard errors; the share among images that pressure left alone would be 6.4 %.
     assert abs(losses / images_seen - 0.045) < 4 * math.sqrt(0.045 * 0.955 / images_seen)
 
