@@ -27,7 +27,6 @@ USERS = {
     ("grpc", "open"): "GrpcOpenUser",
     ("http", "open"): "HttpOpenUser",
 }
-SHAPES = ("ramp", "spike")
 LONGEST_EXTRA_S = 90.0  # to read the images, and to wait for the last answers
 _TOTAL = "Aggregated"  # Locust's name for the row over all names
 _ERROR = re.compile(r"/(?:ERROR|CRITICAL)/[^:]*: (.*)|: error: (.*)")

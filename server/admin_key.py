@@ -66,11 +66,6 @@ class AdminKey:
         """The metadata that a gRPC call to a restricted API carries."""
         return {f"triton-grpc-protocol-{KEY_NAME}": self.value}
 
-    @property
-    def http_headers(self) -> dict[str, str]:
-        """The headers that an HTTP request to a restricted API carries."""
-        return {KEY_NAME: self.value}
-
 
 def _refusal(path: Path, what: str) -> ServerUsageError:
     return ServerUsageError(f"the admin key file {path} {what}; make one with {HOW_TO_MAKE}")

@@ -12,6 +12,7 @@ from calibration import answers as module
 from calibration.answers import BATCH, CHUNK
 from calibration.chunks import AnswersError
 from calibration.images import open_images
+from calibration.outputs import asked
 from calibration.running import run_session
 from calibration.source import ImagesError
 from tests.unit.answering import (
@@ -240,3 +241,13 @@ def test_an_image_on_which_a_graph_overflows_is_listed_and_left_out(fill, read, 
     assert fill(source) == fill(source) == lines  # a rerun knows it
     assert len(source.read) == len(source)
     assert read(source).pictures.names == tuple(name for name in source.names if name not in bad)
+
+
+def test_an_image_that_was_read_once_and_then_was_not_is_asked_about_again(graphs, fill, read):
+    """A folder on a network that fails for a moment, between the runs of two graphs."""
+    low, high = asked(graphs)
+    fill(MemorySource(30), what=[low], rows=range(8))
+    (line,) = fill(MemorySource(30, gone=[3]), what=[high])
+    assert line.startswith("3.png")
+    assert fill(MemorySource(30)) == []
+    assert len(read(MemorySource(30)).pictures) == 30

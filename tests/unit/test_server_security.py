@@ -68,7 +68,6 @@ def test_the_key_is_the_files_only_line(tmp_path: Path):
     key = AdminKey.read(key_file(tmp_path, f"{KEY}\n"))
     assert key.value == KEY
     assert key.grpc_headers == {"triton-grpc-protocol-admin-key": KEY}
-    assert key.http_headers == {"admin-key": KEY}
 
 
 def test_no_secret_shows_when_the_options_are_printed(tmp_path: Path, tls: ServingTls):
