@@ -290,6 +290,18 @@ def test_an_instance_that_is_replaced_is_a_reload_and_no_failure(staffed: Duty):
     assert staffed.until(20) == ""
 
 
+def test_two_models_that_are_reloaded_one_after_the_other_are_no_failure(staffed: Duty):
+    preprocess = Stub(18, "preprocess", "1")
+    staffed.server.processes = [ROUTER, preprocess]
+    assert staffed.until(3) == ""
+    staffed.server.processes = [preprocess]
+    then = iter([[ROUTER], [ROUTER, preprocess]])
+    staffed.clock.each = lambda seconds: setattr(
+        staffed.server, "processes", next(then, [ROUTER, preprocess])
+    )
+    assert staffed.until(20) == ""
+
+
 def test_the_instances_of_a_model_that_was_taken_out_are_not_missed(staffed: Duty):
     staffed.server.absent = {"router": "UNAVAILABLE (unloaded)"}
     staffed.server.processes = []

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tritonclient.utils import InferenceServerException
 
 from server.access import Access
 from server.installation import STUB_NAME
@@ -107,3 +108,17 @@ def test_an_interruption_while_a_connection_is_made_leaves_no_trace(
         Access("127.0.0.1:1").open()
     gc.collect()
     assert ignored == []
+
+
+class Starved:
+    """A client of a server that has no time to say what a model takes."""
+
+    def get_model_metadata(self, *_: object, **__: object) -> None:
+        raise InferenceServerException("Deadline Exceeded", "StatusCode.DEADLINE_EXCEEDED")
+
+
+def test_a_server_too_busy_to_say_what_a_model_takes_has_not_failed():
+    serving = Serving(Access("127.0.0.1:8001"), None)
+    serving._client = Starved()
+    reply = serving.ask("vit_low").reply
+    assert reply is not None and reply.is_unavailable
