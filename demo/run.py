@@ -49,7 +49,7 @@ def serve_and_measure(road: Road) -> dict[str, Any]:
     if road.plan is not None:
         repository = with_alternatives(repository, rung_set, PLAN / "served")
     with console.status("starting tritonserver"):
-        server = TritonServer(repository, free_ports=True, timeout_s=START_S)
+        server = TritonServer(repository, free_ports=True, timeout_s=START_S, stop_patience_s=0)
         server.start()
     try:
         own = query(server, crops)

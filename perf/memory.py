@@ -67,7 +67,9 @@ def serving(repository: Path, models: Sequence[str]) -> TritonServer:
         models: which of its models to serve.
     """
     explicit = ["--model-control-mode=explicit", *(f"--load-model={name}" for name in models)]
-    return TritonServer(repository, free_ports=True, models=models, extra_args=explicit)
+    return TritonServer(
+        repository, free_ports=True, models=models, extra_args=explicit, stop_patience_s=0
+    )
 
 
 def measure_memory(

@@ -234,7 +234,9 @@ def _serving(
     with tempfile.TemporaryDirectory(prefix="perf-prices-") as folder:
         lay_out(rung_set, names, served, Path(folder))
         with (
-            TritonServer(Path(folder), free_ports=True, timeout_s=_START_S) as server,
+            TritonServer(
+                Path(folder), free_ports=True, timeout_s=_START_S, stop_patience_s=0
+            ) as server,
             Target(server.grpc_url, None, server) as target,
             Nvml() as nvml,
         ):

@@ -185,7 +185,7 @@ def _target(options: Options, inputs: Inputs, record: Record) -> Iterator[Target
             "no other graph was exported, so there is none to compare with; "
             "export rungs --beside px=168 makes one"
         )
-    server = TritonServer(folder, free_ports=True)
+    server = TritonServer(folder, free_ports=True, stop_patience_s=0)
     try:
         with record.stage("start tritonserver", 1):
             server.start()

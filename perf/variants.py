@@ -120,7 +120,8 @@ def _serving(repositories: Sequence[Path], pool: Pool) -> Iterator[list[Asker]]:
         for repository in repositories:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="perf-variants-"))
             served = undisturbed(repository, Path(folder) / "model_repository")
-            server = stack.enter_context(TritonServer(served, free_ports=True))
+            running = TritonServer(served, free_ports=True, stop_patience_s=0)
+            server = stack.enter_context(running)
             target = stack.enter_context(Target(server.grpc_url, server.http_url, server))
             # No logits: models with and without a head are asked alike.
             askers.append(Asker(target, pool, has_head=False))

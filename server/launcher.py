@@ -83,6 +83,7 @@ class TritonServer:
         models: Sequence[str] | None = None,
         extra_args: Sequence[str] = (),
         security: Security | None = None,
+        stop_patience_s: float = _STOP_TIMEOUT_S,
         on_progress: Callable[[str], None] | None = None,
     ) -> None:
         """Say what to run; nothing starts yet.
@@ -103,6 +104,8 @@ class TritonServer:
             extra_args: more arguments for tritonserver; HTTP, gRPC and metrics must stay on.
             security: what of the server is open to whom; everything but loading models if not
                 given.
+            stop_patience_s: seconds to let it finish its requests at the end before it is killed.
+                Triton takes some to stop even without requests: 0 suits a server nobody else asks.
             on_progress: called with a line for people whenever something has changed.
 
         Raises:
@@ -122,6 +125,7 @@ class TritonServer:
         self._log = Path(log).absolute() if log is not None else None
         self._models = models
         self._extra_args = list(extra_args)
+        self._stop_patience_s = stop_patience_s
         self._on_progress = on_progress or (lambda line: None)
         self._process: ProcessGroup | None = None
         self._work: Path | None = None
@@ -248,14 +252,14 @@ class TritonServer:
         """Stop the server and remove what it left behind; does nothing if it is not running.
 
         Args:
-            patience_s: seconds to let it finish its requests before it is killed; what Triton
-                itself allows for them if not given.
+            patience_s: seconds to let it finish its requests before it is killed; what it was
+                given when it was made if not given here.
 
         Raises:
             ServerError: some of its processes cannot even be killed.
         """
         if patience_s is None:
-            patience_s = _STOP_TIMEOUT_S if self._is_ready else _ABORT_TIMEOUT_S
+            patience_s = self._stop_patience_s if self._is_ready else _ABORT_TIMEOUT_S
         try:
             if self._process is not None:
                 self._process.stop(patience_s)

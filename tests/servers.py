@@ -44,12 +44,8 @@ def running(repository: Path, **options: object) -> Iterator[TritonServer]:
         repository: the model repository.
         options: more of `TritonServer`'s.
     """
-    server = TritonServer(repository, free_ports=True, **options)
-    server.start()
-    try:
+    with TritonServer(repository, free_ports=True, stop_patience_s=0, **options) as server:
         yield server
-    finally:
-        server.stop(patience_s=0)
 
 
 def add_model(repository: Path, name: str, body: str = "pass", config: str = ECHO_CONFIG) -> Path:

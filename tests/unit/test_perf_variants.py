@@ -94,7 +94,7 @@ def test_the_routers_start_check_runs_in_no_measurement(tmp_path, monkeypatch):
     class Server:
         grpc_url, http_url = "127.0.0.1:1", None
 
-        def __init__(self, served, free_ports):
+        def __init__(self, served, **options):
             seen.append(config.read(served / "router/config.pbtxt"))
 
         def __enter__(self):
