@@ -23,7 +23,7 @@ from . import options as given
 from .align import ALIGN_SHARE, fit_alignment
 from .answers import AnswerCache, Progress
 from .certify import METHODS, CertifyError, Goal
-from .chunks import AnswersError
+from .chunks import MissingAnswersError
 from .evaluate import EvaluateError, check_artifact, evaluate
 from .fidelity import Fidelity, FidelityError
 from .fit import (
@@ -35,13 +35,12 @@ from .fit import (
     fit,
     without_learned,
 )
+from .images import ImagesError, write_sample
 from .outputs import Made, Outputs, OutputsError, asked, collect
 from .page_data import analysis_data, fit_data
 from .record import FitRecord, record_path
 from .reference import REFERENCE_IMAGES, with_reference_answers
-from .sample import write
 from .served import ServedError
-from .source import ImagesError
 from .splits import GROUPINGS, SplitError, group_keys, split_by_group
 from .tables import print_fit, print_growth
 
@@ -61,7 +60,7 @@ def sample_command(
     seed: Annotated[int, typer.Option(help="Different seeds are independent draws.")] = 0,
 ) -> None:
     """Write random crops of shipped photographs, one sub-folder per photograph."""
-    write(out, count, seed)
+    write_sample(out, count, seed)
     print(f"wrote {count} crops to {out}")
 
 
@@ -375,7 +374,7 @@ def main() -> None:
     except typer.TyperException as error:
         message = " ".join(error.format_message().split()) + " (--help tells more)"
     except (
-        AnswersError,
+        MissingAnswersError,
         CalibrationError,
         CertifyError,
         EvaluateError,

@@ -37,6 +37,7 @@ from .chunks import (
     unreadable,
     write_chunk,
 )
+from .images import ImagesError, ImageSource
 from .running import DecodedImage, decode_ahead, local_runtime, open_session, run_session
 from .served import (
     PROBES,
@@ -47,7 +48,6 @@ from .served import (
     remembered,
     same_server,
 )
-from .source import ImagesError, ImageSource
 
 BATCH = 16
 CHUNK = 256  # images, a multiple of the batch: what stopping may cost
@@ -58,7 +58,7 @@ Progress = Callable[[int, bool], None]
 
 
 @dataclass(frozen=True)
-class Asked:
+class Wanted:
     """A graph whose answers are wanted, and whether its `cls_layers` is wanted with them."""
 
     graph: Graph
@@ -113,7 +113,7 @@ class AnswerCache:
 
     def fill(
         self,
-        asked: Sequence[Asked],
+        asked: Sequence[Wanted],
         rows: Sequence[int] | None = None,
         progress: Progress = lambda count, resumed: None,
     ) -> list[str]:
@@ -162,7 +162,7 @@ class AnswerCache:
             server.check()
         return [filling.lines[row] for row in wanted if row in filling.lines]
 
-    def read(self, asked: Sequence[Asked], rows: Sequence[int] | None = None) -> Answered:
+    def read(self, asked: Sequence[Wanted], rows: Sequence[int] | None = None) -> Answered:
         """The images that all these graphs have answered, in the order of the rows.
 
         Images that cannot be read, or on which one of the graphs overflows, are left out.
@@ -172,7 +172,7 @@ class AnswerCache:
             rows: the places of the images in the source; None: all N.
 
         Raises:
-            AnswersError: for some of the rows an answer is not there.
+            MissingAnswersError: for some of the rows an answer is not there.
         """
         places: dict[str, tuple[str, bool]] = {}
         for item in asked:  # One graph may be asked for in two roles.
@@ -189,7 +189,7 @@ class AnswerCache:
         """The size of everything in the folder, in MiB."""
         return sum(file.stat().st_size for file in self.folder.rglob("*.npz")) / 2**20
 
-    def open(self, item: Asked) -> Run:
+    def open(self, item: Wanted) -> Run:
         """A graph as a function of `image`, FP32 (B, 3, H, W)."""
         model = self._model(item.graph)
         if self._served is not None and model is not None:
@@ -210,15 +210,15 @@ class _Filling:
         lines: for each row that cannot be used, the line that says why.
     """
 
-    def __init__(self, cache: AnswerCache, asked: Sequence[Asked], rows: Sequence[int]) -> None:
+    def __init__(self, cache: AnswerCache, asked: Sequence[Wanted], rows: Sequence[int]) -> None:
         self._cache, self._rows, self._wanted = cache, rows, set(rows)
         self._pictures = cache.folder / cache.pictures_key
         # By the folder of its answers, since one graph may be asked for under two names.
-        self._asked: dict[Path, Asked] = {}
+        self._asked: dict[Path, Wanted] = {}
         for item in asked:
             folder = cache.folder / cache.key(item.graph)
             earlier = self._asked.get(folder, item)
-            self._asked[folder] = Asked(earlier.graph, item.layers or earlier.layers)
+            self._asked[folder] = Wanted(earlier.graph, item.layers or earlier.layers)
         self._seen: set[int] = set()  # rows whose images were read
         self.lines: dict[int, str] = {}
         bad: dict[Path, list[int]] = {}

@@ -12,8 +12,8 @@ from report.page import thumbnail
 from routing.fidelity import LABEL_THRESHOLD, label_sets
 
 from .fidelity import oracle_cosine, oracle_l2
+from .images import ImageSource
 from .outputs import Outputs
-from .source import ImageSource
 
 VALUES = 4  # of a value's numbers in a caption at most
 

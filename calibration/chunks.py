@@ -31,7 +31,7 @@ _TEXTS = ("names", "groups", "labels", "hashes")
 _PICTURES = ("rows", *_TEXTS, "looks")
 
 
-class AnswersError(ValueError):
+class MissingAnswersError(ValueError):
     """Answers that are asked for are not kept. One line."""
 
 
@@ -106,8 +106,8 @@ def read_answers(
         The images that can be read and that every graph has answered with numbers.
 
     Raises:
-        AnswersError: for some of the rows there is neither a picture nor a line that says why, or
-            no answer.
+        MissingAnswersError: for some of the rows there is neither a picture nor a line that says
+            why, or no answer.
     """
     places = {row: place for place, row in enumerate(rows)}
     known, sound = np.zeros(len(rows), np.bool_), np.zeros(len(rows), np.bool_)
@@ -138,7 +138,7 @@ def read_answers(
         known &= answered
         sound &= finite
     if not known.all() or not sound.any():
-        raise AnswersError(
+        raise MissingAnswersError(
             f"{folder} lacks answers for {int((~known).sum())} of {len(rows)} images; collect again"
         )
     index = {label: i for i, label in enumerate(labels or ())}

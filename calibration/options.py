@@ -16,10 +16,9 @@ from routing.fidelity import KINDS
 
 from .certify import Goal
 from .fit import EscalationRate, FitError, Target, Threshold
-from .images import open_images
+from .images import ImagesError, ImageSource, open_images
 from .outputs import Outputs
 from .served import ServedError, ServedRungs
-from .source import ImagesError, ImageSource
 from .splits import GROUPINGS
 
 console = Console(stderr=True)

@@ -23,8 +23,8 @@ from imaging import code_sha256
 from routing import Calibration, RungOutputs
 from routing.calibration import FULL_RUNG
 
-from .answers import AnswerCache, Asked, Progress
-from .chunks import Answered, AnswersError, read_answers
+from .answers import AnswerCache, Progress, Wanted
+from .chunks import Answered, MissingAnswersError, read_answers
 
 SCHEMA_VERSION = 1
 FULL_MODEL = "full FP32 model"  # what answers are held against where it is not the full rung
@@ -227,16 +227,16 @@ class Outputs:
             )
         except FileNotFoundError:
             raise OutputsError(f"no {path}; run python -m calibration collect first") from None
-        except AnswersError as error:
+        except MissingAnswersError as error:
             raise OutputsError(f"{path}: {error}") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             words = " ".join(f"{type(error).__name__}: {error}".split())
             raise OutputsError(f"{path} is not readable ({words}); collect again") from None
 
 
-def asked(graphs: GraphSet) -> list[Asked]:
+def asked(graphs: GraphSet) -> list[Wanted]:
     """What `Outputs` hold of the graphs that play a role."""
-    return [Asked(graph, role == LOW) for role, graph in graphs.playing().items()]
+    return [Wanted(graph, role == LOW) for role, graph in graphs.playing().items()]
 
 
 def collect(

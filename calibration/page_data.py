@@ -19,10 +19,10 @@ from .analyse import analyse
 from .cards import Cards
 from .decisions import Decisions, curve_case, risk_case, unit_bins
 from .fidelity import Fidelity, oracle_cosine, oracle_l2
+from .images import ImageSource
 from .outputs import Outputs
 from .record import FitRecord
 from .scoring import flat_score
-from .source import ImageSource
 from .splits import Rows
 
 MIN_ROWS = 100  # below, some cell of the galleries is nearly always empty

@@ -18,10 +18,9 @@ from imaging import Preprocessing
 from routing import ReferenceAnswers
 
 from .fit import Fit
-from .images import open_images
+from .images import ImagesError, open_images
 from .outputs import Outputs
 from .running import DecodedImage, decode_ahead
-from .source import ImagesError
 from .splits import Rows
 
 REFERENCE_IMAGES = 32

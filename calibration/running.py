@@ -8,19 +8,22 @@ from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
+from onnx import TensorProto, helper
 
+from bundle.graphs import GraphsError
 from bundle.prints import Looks, look_of, no_looks
 from imaging import ImageError, Preprocessing, decode, pixels_sha256
 from routing import RungOutputs
 from routing.provenance import processor
 
-from .source import ImageSource
+from .images import ImageSource
 
 THREADS = min(8, os.cpu_count() or 1)  # each may hold a photograph of 50 megapixels
 
@@ -82,30 +85,59 @@ def _read(source: ImageSource, index: int, preprocessing: Preprocessing) -> Deco
 
 
 def open_session(file: Path) -> ort.InferenceSession:
-    """Open an ONNX Runtime session on the GPU where there is one, else on every CPU core."""
-    providers = ["CPUExecutionProvider"]
-    if _has_gpu():
-        ort.preload_dlls()
-        providers.insert(0, "CUDAExecutionProvider")
-    options = ort.SessionOptions()
-    # Threads that spin while they wait take the cores from those that decode the next images.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return ort.InferenceSession(str(file), options, providers=providers)
+    """Open an ONNX Runtime session on the GPU where there is one, else on every CPU core.
+
+    Raises:
+        GraphsError: the graph runs on the CPU where other graphs run on the GPU: what it answers
+            would be kept as a GPU's.
+    """
+    session = _session(file, device())
+    if _device_of(session) != device():
+        raise GraphsError(
+            f"{file.name} runs on the {_device_of(session)} although {device()} works; free memory "
+            "of the GPU, or set CUDA_VISIBLE_DEVICES= to run every graph on the CPU"
+        )
+    return session
 
 
 def local_runtime() -> dict[str, Any]:
     """What `open_session` runs graphs with: its `name` with the release, and the `processor`."""
-    device = "CUDA" if _has_gpu() else "CPU"
-    return {"name": f"onnxruntime {ort.__version__} on {device}", "processor": processor()}
+    return {"name": f"onnxruntime {ort.__version__} on {device()}", "processor": processor()}
 
 
-def _has_gpu() -> bool:
+@cache
+def device() -> str:
+    """Where sessions of this process run: `CUDA` or `CPU`.
+
+    A session is asked, because ONNX Runtime offers CUDA also where its libraries cannot be loaded,
+    and then quietly runs on the CPU.
+    """
     # onnxruntime-gpu offers CUDA on every machine and complains at length where none is.
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return False
-    return "CUDAExecutionProvider" in ort.get_available_providers()
+        return "CPU"
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        return "CPU"
+    ort.preload_dlls()
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
+    node = helper.make_node("Identity", ["x"], ["y"])
+    graph = helper.make_graph([node], "device", value[:1], value[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return _device_of(_session(model.SerializeToString(), "CUDA"))
+
+
+def _session(graph: Path | bytes, where: str) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    # Threads that spin while they wait take the cores from those that decode the next images.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    providers = [f"{name}ExecutionProvider" for name in dict.fromkeys((where, "CPU"))]
+    content = graph if isinstance(graph, bytes) else str(graph)
+    return ort.InferenceSession(content, options, providers=providers)
+
+
+def _device_of(session: ort.InferenceSession) -> str:
+    return str(session.get_providers()[0]).removesuffix("ExecutionProvider")
 
 
 def run_session(

@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from bundle.graphs import GraphSet
-from calibration.sample import crops as sample_crops
+from calibration.images import SampleImages
 from imaging import Preprocessing
 from perf.environment import cpu_name
 from perf.repository import with_alternatives
@@ -43,7 +43,7 @@ def serve_and_measure(road: Road) -> dict[str, Any]:
     console.rule(f"[bold]{road.last_title}", align="left")
     rung_set, calibration = GraphSet.load(road.onnx), Calibration.load(road.artifact)
     systems, labels = served_systems(rung_set), rung_set.labels or ()
-    crops = list(sample_crops(TEST_CROPS, TEST_SEED))
+    crops = list(SampleImages(TEST_CROPS, TEST_SEED))
     pool = image_pool(crops, Preprocessing.from_dict(rung_set.preprocessing))
     repository, saturated = road.repository, None
     if road.plan is not None:

@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from bundle.graphs import GraphSet
-from calibration.images import SourceImage, open_images
-from calibration.source import ImageSource
+from calibration.images import ImageSource, SourceImage, open_images
 from client import GrpcClient
 from imaging import ImageError, Preprocessing, decode
 

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from bundle.graphs import GraphSet
 from calibration.fidelity import Fidelity
-from calibration.source import ImageSource
+from calibration.images import ImageSource
 from imaging import Preprocessing
 from routing import Calibration
 from server import TritonServer

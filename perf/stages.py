@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundle.graphs import GraphSet
-from calibration.source import ImageSource
+from calibration.images import ImageSource
 from imaging import Preprocessing
 from routing import Calibration, Overrides, escalation_mask
 

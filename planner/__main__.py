@@ -14,14 +14,13 @@ from rich.table import Table
 from bundle.graphs import GraphsError
 from bundle.recipe import RecipeError
 from calibration.certify import CertifyError, Goal
-from calibration.chunks import AnswersError
+from calibration.chunks import MissingAnswersError
 from calibration.fidelity import Fidelity, FidelityError
 from calibration.fit import FitError
-from calibration.images import open_images
+from calibration.images import ImagesError, ImageSource, open_images
 from calibration.outputs import OutputsError
 from calibration.reference import REFERENCE_IMAGES
 from calibration.scoring import flat_score
-from calibration.source import ImagesError, ImageSource
 from calibration.splits import GROUPINGS, SplitError
 from client.errors import ClientError
 from export.errors import ExportError
@@ -50,7 +49,7 @@ app = typer.Typer(
 )
 console = Console(highlight=False, markup=False)
 ERRORS = (
-    AnswersError,
+    MissingAnswersError,
     CalibrationError,
     CertifyError,
     ClientError,

@@ -19,8 +19,8 @@ from bundle.prints import joined, looks_sha256
 from bundle.recipe import Recipe
 from calibration.align import Aligned, fit_alignment
 from calibration.fidelity import Fidelity
+from calibration.images import ImageSource
 from calibration.outputs import Outputs
-from calibration.source import ImageSource
 from calibration.splits import group_keys
 from export.fit_images import FitImages
 from imaging import ImageError, Preprocessing, code_sha256

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from bundle.graphs import GraphSet
 from bundle.prints import among, find_copies
 from calibration.align import ALIGN_SHARE
-from calibration.answers import AnswerCache, Asked
+from calibration.answers import AnswerCache, Wanted
 from calibration.chunks import Answered
 from calibration.fidelity import Fidelity
+from calibration.images import ImagesError
 from calibration.outputs import Outputs
-from calibration.source import ImagesError
 from calibration.splits import CERTIFIED, Rows, group_keys, split_by_group
 from report.terminal import Bar, Bars
 
@@ -59,7 +59,7 @@ def divide(request: Request, cache: AnswerCache, learned: str, aligns: bool, bar
         ImagesError: too many images cannot be read.
         SplitError: the images are too few to divide.
     """
-    full = [Asked(cache.graphs.reference)]
+    full = [Wanted(cache.graphs.reference)]
     with bars.stage("the full model answers every image", len(request.source)) as bar:
         for line in cache.fill(full, None, lambda count, resumed: bar.advance(count)):
             bars.say(f"left out: {line}")
@@ -106,7 +106,7 @@ def _parts(
     return Parts(answered, np.flatnonzero(taught), rest, splits, np.array(groups))
 
 
-def answers(asked: Sequence[Asked], cache: AnswerCache, rows: list[int], bars: Bars) -> Answered:
+def answers(asked: Sequence[Wanted], cache: AnswerCache, rows: list[int], bars: Bars) -> Answered:
     """What graphs answer for these images of the source.
 
     Raises:
@@ -127,7 +127,7 @@ def answers(asked: Sequence[Asked], cache: AnswerCache, rows: list[int], bars: B
     raise PlanError("images changed while the plan was made; make it anew")
 
 
-def _fill(cache: AnswerCache, item: Asked, rows: list[int], bar: Bar) -> None:
+def _fill(cache: AnswerCache, item: Wanted, rows: list[int], bar: Bar) -> None:
     try:
         cache.fill([item], rows, lambda count, resumed: bar.advance(count))
     except ImagesError as error:  # the full model answered these images, so they can be read
@@ -156,7 +156,7 @@ def outputs_to_align_on(
     pictures = parts.full.pictures.only(parts.align)
     rows = parts.rows(parts.align[~among(pictures.hashes, pictures.looks, learned)])
     full = graphs.reference
-    found = answers([Asked(graphs.graphs[name], True), Asked(full)], cache, rows, bars)
+    found = answers([Wanted(graphs.graphs[name], True), Wanted(full)], cache, rows, bars)
     return Outputs.of(found, graphs.cast(name, full.name), cache)
 
 
@@ -178,7 +178,7 @@ def agreements(
         fidelity: when an answer is a loss.
         bars: where to show progress.
     """
-    asked = [Asked(graphs.graphs[name]) for name in names]
+    asked = [Wanted(graphs.graphs[name]) for name in names]
     found = answers(asked, cache, parts.rows(parts.rest[parts.splits["test"]]), bars)
     alone = {name: graphs.cast(name, graphs.reference.name) for name in names}
     return {

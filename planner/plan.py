@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from bundle.graphs import GraphSet
 from calibration.align import Aligned
-from calibration.answers import AnswerCache, Asked
+from calibration.answers import AnswerCache, Wanted
 from calibration.certify import one_per_group
 from calibration.fidelity import Fidelity
 from calibration.fit import Options, fit
@@ -237,9 +237,9 @@ def _pairs(
     bars: Bars,
 ) -> dict[Pair, Outputs]:
     """What every two graphs, and the full model where it is neither, answer for the rest."""
-    asked = [Asked(graphs.graphs[name], True) for name in lows]
+    asked = [Wanted(graphs.graphs[name], True) for name in lows]
     asked += [
-        Asked(graphs.graphs[name])
+        Wanted(graphs.graphs[name])
         for name in dict.fromkeys([*highs, graphs.reference.name])
         if name not in lows
     ]

@@ -8,8 +8,8 @@ from pathlib import Path
 from bundle.recipe import Recipe
 from calibration.certify import Goal
 from calibration.fidelity import Fidelity
+from calibration.images import ImageSource
 from calibration.reference import REFERENCE_IMAGES
-from calibration.source import ImageSource
 
 
 class PlanError(ValueError):

@@ -17,7 +17,7 @@ import numpy as np
 from bundle.alignment import Alignment
 from bundle.graphs import GraphSet
 from bundle.recipe import Recipe
-from calibration.source import ImageSource
+from calibration.images import ImageSource
 from export.fit_images import FitImages
 from imaging import ImageError, Preprocessing, decode
 from perf.images import Pool

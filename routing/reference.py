@@ -159,7 +159,7 @@ class ReferenceAnswers:
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedAnswers:
     """What is answered for the reference images where they are served.
 
     Attributes:
@@ -175,7 +175,7 @@ class Served:
     high: RungOutputs
 
 
-def ask(recorded: ReferenceAnswers, cascade: Cascade, batch: int = BATCH) -> Served:
+def ask(recorded: ReferenceAnswers, cascade: Cascade, batch: int = BATCH) -> ServedAnswers:
     """Have the reference images answered, and by the full rung those that were not all.
 
     Args:
@@ -197,7 +197,7 @@ def ask(recorded: ReferenceAnswers, cascade: Cascade, batch: int = BATCH) -> Ser
             )
         is_full = bool(auto[-1].escalated.all())
         high.append(auto[-1] if is_full else cascade(image, Overrides(Policy.HIGH)))
-    return Served(
+    return ServedAnswers(
         _joined(auto),
         np.concatenate([answer.escalated for answer in auto]),
         np.concatenate([answer.score for answer in auto]),
@@ -288,7 +288,9 @@ class Comparison:
         return {"outcome": self.outcome, "verdict": self.verdict, **content}
 
 
-def compare(calibration: Calibration, recorded: ReferenceAnswers, served: Served) -> Comparison:
+def compare(
+    calibration: Calibration, recorded: ReferenceAnswers, served: ServedAnswers
+) -> Comparison:
     """Hold answers against the recorded ones.
 
     The certificate promises a risk of `epsilon`, and was earned with `errors` of `n` images lost. A

@@ -22,7 +22,7 @@ from locust import User, stats, task
 from locust.env import Environment
 from locust.runners import LocalRunner, Runner, WorkerRunner
 
-from calibration.source import ImagesError
+from calibration.images import ImagesError
 from client import ClientError, GrpcClient, HttpClient
 
 from ..figures import PerfError

@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 from typer.testing import CliRunner
 
-from calibration.sample import crops as sample_crops
+from calibration.images import SampleImages
 from export.__main__ import app
 from imaging import Preprocessing, decode
 from tests.unit.quantised_files import ask, cosines
@@ -46,7 +46,7 @@ def test_named_backbones(model, low_px, high_px, width, classes, tmp_path):
 def test_recipes_of_dinov2_hold_their_stated_fidelity(tmp_path):
     photographs, out = tmp_path / "photographs", tmp_path / "onnx"
     photographs.mkdir()
-    for index, crop in enumerate(sample_crops(64, seed=5)):
+    for index, crop in enumerate(SampleImages(64, seed=5)):
         (photographs / f"{index:02}.jpg").write_bytes(crop.data)
     options = ["--low", "px=112,int8=static", "--beside", "px=112", "--beside", "tome=8"]
     options += ["--model", "dinov2-small", "--fit-images", str(photographs), "--out", str(out)]
@@ -54,7 +54,7 @@ def test_recipes_of_dinov2_hold_their_stated_fidelity(tmp_path):
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)
     preprocessing = Preprocessing.from_dict(record["preprocessing"])
-    images = np.stack([preprocessing(decode(crop.data)) for crop in sample_crops(16, seed=6)])
+    images = np.stack([preprocessing(decode(crop.data)) for crop in SampleImages(16, seed=6)])
     answers = {
         name: ask(out / f"{name}.onnx", images)["embedding"]
         for name in ("px112_int8static", "px112", "tome8", "full")

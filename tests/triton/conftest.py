@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from bundle.graphs import GraphSet
-from calibration.sample import crops as sample_crops
+from calibration.images import SampleImages
 from client import GrpcClient
 from imaging import Preprocessing, decode
 from routing import Calibration
@@ -105,7 +105,7 @@ def server(build):
 @pytest.fixture(scope="session")
 def crops():
     """JPEG bytes that calibration has not seen."""
-    return [crop.data for crop in sample_crops(48, seed=77)]
+    return [crop.data for crop in SampleImages(48, seed=77)]
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from calibration.sample import crops as sample_crops
+from calibration.images import SampleImages
 from client import GrpcClient
 from export.repository import assemble
 from export.settings import Settings
@@ -45,7 +45,7 @@ def prometheus(watched, tmp_path_factory):
     """Prometheus, with some traffic like the calibration's to show."""
     target = urlsplit(watched.metrics_url).netloc
     with Prometheus(target, tmp_path_factory.mktemp("prometheus")) as running:
-        ask(watched, running, [crop.data for crop in sample_crops(32 * REQUESTS, seed=78)])
+        ask(watched, running, [crop.data for crop in SampleImages(32 * REQUESTS, seed=78)])
         running.wait_for("count(adaptive_vit:error_ratio:rate5m)")
         yield running
 

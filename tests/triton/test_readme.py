@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import ViTConfig, ViTModel
 
-from calibration.sample import write
+from calibration.images import write_sample
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = 130  # README: a certificate takes at least 113
@@ -41,7 +41,7 @@ def workplace(tmp_path_factory):
     )
     torch.manual_seed(0)
     ViTModel(config, add_pooling_layer=False).save_pretrained(folder / "path/to/your-vit")
-    write(folder / "path/to/images", IMAGES, seed=3)
+    write_sample(folder / "path/to/images", IMAGES, seed=3)
     return folder
 
 

@@ -4,7 +4,7 @@ import io
 
 from PIL import Image
 
-from calibration.source import SourceImage
+from calibration.images import SourceImage
 from imaging import ImageError
 
 

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from bundle.prints import no_looks
+from calibration.images import SourceImage
 from calibration.outputs import Made, Outputs
-from calibration.source import SourceImage
 from imaging import ImageError, decode, pixels_sha256
 from routing import RungOutputs
 from tests.unit.fakes import CLASSES, LAYERS, D

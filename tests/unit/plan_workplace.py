@@ -19,7 +19,7 @@ from bundle import manifest
 from bundle.graphs import HIGH, LOW, REFERENCE, Graph, GraphSet
 from bundle.recipe import Recipe
 from calibration.certify import Goal
-from calibration.source import SourceImage
+from calibration.images import SourceImage
 from export.align import align
 from export.backbones import Backbone
 from imaging import ImageError, Preprocessing

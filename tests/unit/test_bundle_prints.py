@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from bundle import prints
 from bundle.prints import LOOK_BYTES, among, encode, find_copies, joined, look_of, no_looks, united
-from calibration.sample import SampleImages
+from calibration.images import SampleImages
 from imaging import decode, pixels_sha256
 
 PICTURES = 40

@@ -11,11 +11,10 @@ import pytest
 
 from bundle.graphs import GraphsError, GraphSet
 from calibration import answers as module
-from calibration.answers import BATCH, CHUNK, AnswerCache, Asked
-from calibration.chunks import AnswersError
-from calibration.images import open_images
+from calibration.answers import BATCH, CHUNK, AnswerCache, Wanted
+from calibration.chunks import MissingAnswersError
+from calibration.images import ImagesError, open_images
 from calibration.outputs import Outputs, OutputsError, asked, collect
-from calibration.source import ImagesError
 from imaging import Preprocessing, decode, pixels_sha256
 from routing import RungOutputs
 from tests.unit.answering import COUNT, Answering, assert_same, at_once
@@ -73,7 +72,7 @@ def test_outputs_are_those_of_the_sessions_image_by_image(graphs, tmp_path):
 
 def test_answers_are_those_for_the_rows_asked_for_in_their_order(graphs, fill, read):
     source, rows = MemorySource(40), [3, 30, 4, 17]
-    what = [Asked(graphs.low, True)]
+    what = [Wanted(graphs.low, True)]
     fill(source, what=what, rows=rows)
     assert sorted(source.read) == [3, 4, 17, 30]
     found = read(source, what=what, rows=rows)
@@ -82,7 +81,9 @@ def test_answers_are_those_for_the_rows_asked_for_in_their_order(graphs, fill, r
     assert found.pictures.labels.tolist() == [3, 0, -1, 2]
     fill(source, what=what)
     assert_same(read(source, what=what).only(np.array(rows)), found)
-    with pytest.raises(AnswersError, match="lacks answers for 40 of 40 images; collect again"):
+    with pytest.raises(
+        MissingAnswersError, match="lacks answers for 40 of 40 images; collect again"
+    ):
         read(source)  # nobody asked the full rung
 
 
@@ -119,14 +120,14 @@ def test_a_graph_asked_for_later_runs_alone(graphs, fill, monkeypatch):
 
 def test_answers_with_layers_serve_whoever_wants_none_and_not_the_other_way(graphs, fill, read):
     source = MemorySource(4)
-    fill(source, what=[Asked(graphs.low, False)])
-    with pytest.raises(AnswersError):
-        read(source, what=[Asked(graphs.low, True)])
-    fill(source, what=[Asked(graphs.low, True)])
+    fill(source, what=[Wanted(graphs.low, False)])
+    with pytest.raises(MissingAnswersError):
+        read(source, what=[Wanted(graphs.low, True)])
+    fill(source, what=[Wanted(graphs.low, True)])
     assert len(source.read) == 8
-    fill(source, what=[Asked(graphs.low, False)])
+    fill(source, what=[Wanted(graphs.low, False)])
     assert len(source.read) == 8
-    assert read(source, what=[Asked(graphs.low)]).outputs["vit_low"].cls_layers is None
+    assert read(source, what=[Wanted(graphs.low)]).outputs["vit_low"].cls_layers is None
 
 
 def test_one_graph_under_two_names_runs_once_and_keeps_its_layers(tmp_path, fill, read):

@@ -14,9 +14,8 @@ from calibration.certify import Goal
 from calibration.evaluate import evaluate
 from calibration.fidelity import Fidelity
 from calibration.fit import FitError, Options, fit, without_learned
-from calibration.images import open_images
+from calibration.images import open_images, write_sample
 from calibration.outputs import Outputs, OutputsError, collect
-from calibration.sample import write
 from calibration.splits import group_keys
 from export.fit_images import FitImages
 from imaging import Preprocessing
@@ -30,7 +29,7 @@ def folders(tmp_path_factory):
     """Folders of rungs, of crops, of each crop in several files, of other forms and new crops."""
     root = tmp_path_factory.mktemp("identity")
     write_rung_set(root / "onnx", seeds=(1, 2))
-    write(root / "crops", CROPS, seed=3)
+    write_sample(root / "crops", CROPS, seed=3)
     for file in sorted((root / "crops").rglob("*.jpg")):
         place = root / "copied" / file.relative_to(root / "crops")
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +40,7 @@ def folders(tmp_path_factory):
         other = root / "forms" / f"{file.stem}.webp"
         other.parent.mkdir(exist_ok=True)
         ImageOps.mirror(image).resize((image.width // 2, image.height // 2)).save(other)
-    write(root / "forms/new", NEW, seed=4)
+    write_sample(root / "forms/new", NEW, seed=4)
     return root
 
 

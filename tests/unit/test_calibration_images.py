@@ -6,8 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from calibration.images import FolderImages, ImagesError, open_images
-from calibration.sample import crops, photographs, write
+from calibration.images import (
+    FolderImages,
+    ImagesError,
+    SampleImages,
+    open_images,
+    photographs,
+    write_sample,
+)
 from imaging import ImageError
 from tests.unit.image_files import write_images
 
@@ -212,7 +218,7 @@ def test_a_limited_folder_keeps_the_labels_of_its_files(many):
 
 
 def test_crops_are_the_same_in_any_order_and_number():
-    first = list(crops(30, seed=5))
+    first = list(SampleImages(30, seed=5))
     source = open_images("sample:5", 40)
     assert [source[i] for i in reversed(range(30))] == first[::-1]
     assert source.names[:30] == tuple(crop.name for crop in first)
@@ -222,7 +228,9 @@ def test_crops_are_the_same_in_any_order_and_number():
 
 
 def test_crops_of_different_seeds_share_nothing():
-    assert {c.data for c in crops(30, seed=5)}.isdisjoint(c.data for c in crops(30, seed=6))
+    assert {c.data for c in SampleImages(30, seed=5)}.isdisjoint(
+        c.data for c in SampleImages(30, seed=6)
+    )
     first, second = open_images("sample:5", 9), open_images("sample:6", 9)
     assert first.fingerprint() != second.fingerprint()
     assert first.fingerprint() == open_images("sample:5", 9).fingerprint()
@@ -230,7 +238,7 @@ def test_crops_of_different_seeds_share_nothing():
 
 def test_crops_are_of_the_documented_size_and_their_photographs_label():
     shortest = {file.stem: min(Image.open(file).size) for file in photographs()}
-    for crop in crops(30, seed=5):
+    for crop in SampleImages(30, seed=5):
         image = Image.open(io.BytesIO(crop.data))
         side = image.size[0]
         assert image.size == (side, side) and image.format == "JPEG"
@@ -245,9 +253,9 @@ def test_a_sample_calls_itself_what_opens_it_again():
 
 
 def test_sample_writes_one_folder_per_photograph_and_overwrites_nothing(tmp_path):
-    write(tmp_path / "out", 12, seed=0)
+    write_sample(tmp_path / "out", 12, seed=0)
     source = open_images(str(tmp_path / "out"))
     written = {source[i].name: (source[i].label, source[i].data) for i in range(len(source))}
-    assert written == {crop.name: (crop.label, crop.data) for crop in crops(12, seed=0)}
+    assert written == {crop.name: (crop.label, crop.data) for crop in SampleImages(12, seed=0)}
     with pytest.raises(ImagesError, match="not empty"):
-        write(tmp_path / "out", 12, seed=0)
+        write_sample(tmp_path / "out", 12, seed=0)

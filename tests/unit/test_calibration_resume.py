@@ -10,11 +10,10 @@ import pytest
 from bundle.graphs import GraphSet
 from calibration import answers as module
 from calibration.answers import BATCH, CHUNK
-from calibration.chunks import AnswersError
-from calibration.images import open_images
+from calibration.chunks import MissingAnswersError
+from calibration.images import ImagesError, open_images
 from calibration.outputs import asked
 from calibration.running import run_session
-from calibration.source import ImagesError
 from tests.unit.answering import (
     COUNT,
     Answering,
@@ -130,7 +129,7 @@ def test_only_a_torn_file_is_made_again(graphs, fill, read, tmp_path, damage):
     fill(MemorySource(COUNT))
     damage(files_of(tmp_path, graphs.high, MemorySource(COUNT), graphs)[1])
     source = MemorySource(COUNT)
-    with pytest.raises(AnswersError, match=f"lacks answers for {CHUNK} of {COUNT} images"):
+    with pytest.raises(MissingAnswersError, match=f"lacks answers for {CHUNK} of {COUNT} images"):
         read(source)
     fill(source)
     assert sorted(source.read) == list(range(CHUNK, 2 * CHUNK))

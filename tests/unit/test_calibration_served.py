@@ -178,20 +178,26 @@ def test_a_server_whose_head_alone_is_another_is_refused(rung_set, serve, collec
         collected(MemorySource(20), served)
 
 
+@pytest.mark.parametrize(
+    ("stops", "error"), [(False, ServedError), (True, KeyboardInterrupt)], ids=["to the end", "^C"]
+)
 def test_a_model_deployed_while_a_server_is_asked_leaves_nothing_behind(
-    rung_set, serve, collected, tmp_path
+    rung_set, serve, collected, tmp_path, monkeypatch, stops, error
 ):
-    server = FakeTriton(rung_set)
+    """Nor where whoever waits stops before the server is asked whether it is the same."""
+    monkeypatch.setattr(answers_module, "CHUNK", 16)
+    server, kept = FakeTriton(rung_set), []
 
     def redeploy(count, resumed):
+        kept.append(len(answer_files(tmp_path)))
         server.sessions = FakeTriton(other_rungs(tmp_path, (1, 7))).sessions
+        if stops and len(kept) == 2:
+            raise KeyboardInterrupt
 
-    with (
-        serve(server, rung_set) as served,
-        pytest.raises(ServedError, match="another model was deployed meanwhile"),
-    ):
-        collected(MemorySource(20), served, progress=redeploy)
-    assert answer_files(tmp_path) == []
+    words = None if stops else "another model was deployed meanwhile"
+    with serve(server, rung_set) as served, pytest.raises(error, match=words):
+        collected(MemorySource(40), served, progress=redeploy)
+    assert max(kept) > 0 and answer_files(tmp_path) == []
 
 
 def shaken(server, noise):

@@ -6,7 +6,7 @@ from subprocess import CompletedProcess
 import numpy as np
 import pytest
 
-from calibration.sample import crops as sample_crops
+from calibration.images import SampleImages
 from demo import __main__ as demo
 from demo import steps
 from demo.page import write_page
@@ -144,7 +144,7 @@ def make_page(path, escalated, threshold, certificate, found=None, scores=(0, 1,
     scores = np.float32(scores if threshold is not None else [np.nan] * 4)
     answers = served([0, 1, 2, 3], escalated, found, scores)
     summary = summarise("tiny", (32, 64), answers, found, certificate, ENVIRONMENT)
-    crops = [crop.data for crop in sample_crops(4, seed=0)]
+    crops = [crop.data for crop in SampleImages(4, seed=0)]
     write_page(
         path, summary, answers, threshold, crops, ["ant", "bee", "cat", "dog"], "report.html"
     )

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from bundle.graphs import HIGH, LOW, REFERENCE, Graph, GraphSet
-from calibration.sample import crops as sample_crops
+from calibration.images import SampleImages
 from demo.page import write_page
 from demo.plan_summary import best_sentence, served_rows, speedup_sentence, summarise_plan
 from demo.serve import Asked
@@ -234,7 +234,7 @@ def test_an_escalated_image_that_the_full_rung_gets_wrong_counts_as_risk():
 
 
 def test_the_page_of_a_plan_shows_every_system_and_links_its_reasons(tmp_path):
-    crops = [crop.data for crop in sample_crops(4, seed=0)]
+    crops = [crop.data for crop in SampleImages(4, seed=0)]
     labels = ["ant", "bee", "cat", "dog"]
     path = tmp_path / "index.html"
     links = ("plan/report.html", "plan/plan.html")

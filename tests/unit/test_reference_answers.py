@@ -27,7 +27,16 @@ from routing import (
     answers_path,
     run_cascade,
 )
-from routing.reference import BATCH, NONE_STORED, OTHER, SAME, WITHIN_SLACK, Served, ask, compare
+from routing.reference import (
+    BATCH,
+    NONE_STORED,
+    OTHER,
+    SAME,
+    WITHIN_SLACK,
+    ServedAnswers,
+    ask,
+    compare,
+)
 from tests.unit.calibration_outputs import with_losing_high, with_reference
 from tests.unit.reference_files import collected, fitted
 
@@ -67,7 +76,7 @@ def compared(fit, **changes):
         None,
         np.where(which, recorded.high.logits, recorded.low.logits),
     )
-    served = Served(answer, escalated, recorded.scores, recorded.high)
+    served = ServedAnswers(answer, escalated, recorded.scores, recorded.high)
     return compare(calibration, recorded, replace(served, **changes)), served
 
 
