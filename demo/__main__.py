@@ -2,111 +2,82 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
 import time
 from pathlib import Path
+from typing import Annotated
 
-from rich.console import Console
+import typer
 from tritonclient.utils import InferenceServerException
 
-from bundle.graphs import GraphsError
 from client import ClientError
-from perf.figures import PerfError
-from routing import CalibrationError
+from report import terminal
 from server import ServerError
 
-from .errors import DemoError
-from .roads import DEFAULT, MAX_RISK, MODELS, planned, prepare_road, resolutions
-from .run import PAGE, serve_and_measure
-from .tables import plan_table, result_table, sentences
+from .roads import MAX_RISK, MODELS, planned, prepare_road, resolutions
+from .run import serve_and_measure
+from .show import PAGE, print_summary
+from .steps import DemoError
 
 ROOT = Path(__file__).resolve().parent.parent
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the demo, or its steps only; a foreseeable error is one line and exit code 1."""
-    parsed = _parse(arguments)
+
+@app.command()
+def demo(
+    model: Annotated[
+        str,
+        typer.Option(
+            help="What to serve: dinov2-small, a pretrained DINOv2 ViT-S/14, or static-vit, a toy "
+            "with random weights that is through in a fraction of the time."
+        ),
+    ] = "dinov2-small",
+    prepare: Annotated[
+        bool, typer.Option("--prepare", help="Stop with a model repository to serve or measure.")
+    ] = False,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan", help="Serve the cheapest certified cascade that a planner finds, measured."
+        ),
+    ] = False,
+    risk: Annotated[
+        float | None,
+        typer.Option(
+            help="With --plan: largest share of answers that may differ from the full model's "
+            f"(default: {MAX_RISK})."
+        ),
+    ] = None,
+) -> None:
+    """Export, calibrate, serve, query and measure a Vision Transformer on crops of photographs.
+
+    Steps done before are not done again. Writes build/demo/.
+    """
+    if model not in MODELS:
+        raise DemoError(f"--model {model!r}: give {' or '.join(MODELS)}")
+    if risk is not None and not plan:
+        raise DemoError("--risk is for a plan; add --plan (make demo PLAN=1)")
+    if risk is not None and not 0 < risk < 1:
+        raise DemoError(f"--risk {risk:g} is no share between 0 and 1, such as 0.02")
     started = time.monotonic()
     os.chdir(ROOT)
-    try:
-        model = MODELS[parsed.model]
-        road = planned(model, parsed.risk or MAX_RISK) if parsed.plan else resolutions(model)
-        prepare_road(road)
-        summary = None if parsed.prepare else serve_and_measure(road)
-    except (
-        CalibrationError,
-        ClientError,
-        DemoError,
-        InferenceServerException,
-        PerfError,
-        GraphsError,
-        ServerError,
-    ) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("stopped; what was made so far is in build/demo", file=sys.stderr)
-        sys.exit(130)
-    seconds = time.monotonic() - started
-    if summary is None:
-        print(f"rungs in {road.onnx}, calibration {road.artifact}, its report {road.report}")
-        print(f"took {seconds:.0f} s; serve with python -m server --repository {road.repository}")
+    road = planned(MODELS[model], risk or MAX_RISK) if plan else resolutions(MODELS[model])
+    prepare_road(road)
+    if prepare:
+        print(f"made {', '.join(str(step.makes) for step in road.steps)}")
+        print(f"serve with python -m server --repository {road.folder}/model_repository")
         return
-    console = Console()
-    console.print(result_table(summary))
-    if "plan" in summary:
-        console.print(plan_table(summary))
-    for sentence in sentences(summary):
-        print(sentence)
+    print_summary(serve_and_measure(road))
     pages = [str(page) for page in (PAGE, road.plan, road.report) if page is not None]
-    print(f"took {seconds:.0f} s; open {', '.join(pages[:-1])} and {pages[-1]}")
+    print(f"took {time.monotonic() - started:.0f} s; open {' and '.join(pages)}")
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m demo",
-        description="Export, calibrate, serve, query and measure a Vision Transformer on crops of "
-        "shipped photographs. Steps done before are not done again. Writes build/demo/.",
-    )
-    parser.add_argument(
-        "--model",
-        choices=MODELS,
-        default=DEFAULT,
-        help="what to serve: pretrained DINOv2 ViT-S/14, or a toy with random weights that is "
-        f"through in a fraction of the time (default: {DEFAULT})",
-    )
-    parser.add_argument(
-        "--prepare",
-        action="store_true",
-        help="stop before the last step, with a model repository to serve or to measure",
-    )
-    parser.add_argument(
-        "--plan",
-        action="store_true",
-        help="serve the cheapest certified cascade that calibration finds, beside its alternatives",
-    )
-    parser.add_argument(
-        "--risk",
-        type=_share,
-        help="with --plan: largest share of answers that may differ from the full model's "
-        f"(default: {MAX_RISK})",
-    )
-    parsed = parser.parse_args(arguments)
-    if parsed.risk is not None and not parsed.plan:
-        parser.error("--risk is for a plan; add --plan (make demo PLAN=1)")
-    return parsed
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = 0.0
-    if not 0 < share < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share between 0 and 1, such as 0.02")
-    return share
+def main() -> None:
+    """Run the command line; a foreseeable error is one line and exit code 2."""
+    # ValueError: graphs, a calibration or measurements that cannot be.
+    errors = (ClientError, DemoError, InferenceServerException, ServerError, ValueError)
+    terminal.run(app, errors)
 
 
 if __name__ == "__main__":

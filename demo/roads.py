@@ -1,7 +1,7 @@
 """The two roads from nothing to an assembled model repository: two resolutions, and a plan.
 
 Both train the same head on the same crops. Crops for the head, for calibration and for testing are
-separate draws of one stream.
+separate draws of one stream, of the seeds 11, 12 and `TEST_SEED`.
 """
 
 from __future__ import annotations
@@ -11,20 +11,13 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import DemoError, StepError
-from .steps import CODE, OUT, Step, code_hash, prepare
+from .steps import CODE, OUT, DemoError, Step, StepError, code_hash, prepare
 
-MAX_RISK, CONFIDENCE = 0.05, 0.9
-HEAD_CROPS, HEAD_SEED = 600, 11
-CALIBRATION_CROPS, CALIBRATION_SEED = 1200, 12
+MAX_RISK = 0.05
 TEST_CROPS, TEST_SEED = 200, 13
-HEAD = OUT / "head"
-
 PLAN, PLAN_CACHES = OUT / "plan", OUT / "plan-cache"
-PLAN_CROPS = 2400
-PLAN_HIGHS = "fp32; int8=static"
-# One for each core that the demo assumes: a cascade's two graphs take turns on them.
-PLAN_INSTANCES = 2
+# One instance for each core that the demo assumes: a cascade's two graphs take turns on them.
+INSTANCES = "--instances 2"
 
 
 @dataclass(frozen=True)
@@ -35,18 +28,16 @@ class Model:
         name: as `export rungs --model`.
         low_px: of the cheap rung of the two resolutions.
         high_px: of the full rung.
-        beside: recipes of what a user could serve instead; `python -m perf` measures them beside
+        beside: options for what a user could serve instead; `python -m perf` measures them beside
             the router.
-        plan_candidates: recipes of the planner's cheap graphs.
-        plan_beside: recipes of what it compares with.
+        plan: options for the planner's cheap graphs, and for what it compares with.
     """
 
     name: str
     low_px: int
     high_px: int
-    beside: tuple[str, ...]
-    plan_candidates: str
-    plan_beside: str
+    beside: str
+    plan: str
 
 
 MODELS = {
@@ -56,10 +47,10 @@ MODELS = {
             "dinov2-small",
             low_px=112,
             high_px=224,
-            beside=("px=140", "px=168", "px=196", "tome=8"),
-            plan_candidates="px=112,int8=static,align; px=84,int8=static,align; "
-            "px=70,int8=static,align; px=84,depth=8,int8=static,align",
-            plan_beside="px=140; px=168; px=196; tome=8; tome=16",
+            beside="--beside px=140 --beside px=168 --beside px=196 --beside tome=8",
+            plan="--candidates 'px=112,int8=static,align; px=84,int8=static,align; "
+            "px=70,int8=static,align; px=84,depth=8,int8=static,align' "
+            "--beside 'px=140; px=168; px=196; tome=8; tome=16'",
         ),
         # A toy whose weights are random: a minute instead of many, and nothing to learn from it
         # but that every step works.
@@ -67,14 +58,12 @@ MODELS = {
             "static-vit",
             low_px=32,
             high_px=64,
-            beside=("px=48", "tome=8"),
-            plan_candidates="px=48,int8=static,align; px=32,int8=static,align; "
-            "px=32,depth=8,int8=static,align",
-            plan_beside="px=48; tome=8",
+            beside="--beside px=48 --beside tome=8",
+            plan="--candidates 'px=48,int8=static,align; px=32,int8=static,align; "
+            "px=32,depth=8,int8=static,align' --beside 'px=48; tome=8'",
         ),
     )
 }
-DEFAULT = "dinov2-small"
 
 
 @dataclass(frozen=True)
@@ -82,70 +71,56 @@ class Road:
     """The steps, and what they leave to serve.
 
     Attributes:
+        folder: will hold onnx/, calibration.json, its report.html and model_repository/.
         steps: in order.
-        onnx: folder of the graphs.
-        artifact: calibration.json.
-        report: page of the calibration.
-        repository: the assembled model repository.
-        plan: page of the plan; None where there is none.
     """
 
+    folder: Path
     steps: tuple[Step, ...]
-    onnx: Path
-    artifact: Path
-    report: Path
-    repository: Path
-    plan: Path | None = None
 
     @property
-    def last_title(self) -> str:
-        """Of what follows the steps."""
-        count = len(self.steps) + 1
-        return f"{count}/{count} Serve, query and measure"
+    def report(self) -> Path:
+        """Page of the calibration."""
+        return self.folder / "report.html"
+
+    @property
+    def plan(self) -> Path | None:
+        """Page of the plan; None where there is none."""
+        return self.folder / "plan.html" if self.folder == PLAN else None
+
+
+_HEAD = Step(
+    "Cut training crops for the classification head",
+    OUT / "head",
+    f"calibration sample --out {OUT}/head --count 600 --seed 11",
+)
 
 
 def resolutions(model: Model) -> Road:
     """A model at two resolutions, the threshold certified for that pair."""
-    onnx, collected, artifact = OUT / "onnx", OUT / "collected", OUT / "calibration.json"
-    outputs = collected / "outputs.json"
-    report, repository = OUT / "report.html", OUT / "model_repository"
-    beside = [argument for recipe in model.beside for argument in ("--beside", recipe)]
-    export = Step(
-        "2/7 Export the cheap and the full rung",
-        onnx,
-        (
-            *("export", "rungs", "--model", model.name, "--low", f"px={model.low_px}"),
-            *("--high", f"px={model.high_px}", *beside),
-            *("--head", "linear", "--images", HEAD, "--out", onnx),
-        ),
-    )
-    collect = Step(
-        "3/7 Run both rungs over fresh crops",
-        collected,
-        (
-            *("calibration", "collect", "--images", "sample", "--limit", CALIBRATION_CROPS),
-            *("--seed", CALIBRATION_SEED, "--onnx", onnx, "--out", outputs),
-            *("--answers", collected / "answers"),  # they come and go with what names them
-        ),
-    )
-    fit = Step(
-        "4/7 Choose a signal and certify a threshold",
-        artifact,
-        (
-            *("calibration", "fit", "--fidelity", "top1", "--max-risk", MAX_RISK),
-            *("--confidence", CONFIDENCE, "--signal", "auto", "--onnx", onnx),
-            *("--outputs", outputs, "--out", artifact),
-        ),
-    )
+    collected = OUT / "collected"
     steps = (
-        _head("1/7"),
-        export,
-        collect,
-        fit,
-        _report("5/7", onnx, artifact, outputs, report),
-        _repository("6/7", onnx, artifact, repository, ()),
+        _HEAD,
+        Step(
+            "Export the cheap and the full rung",
+            OUT / "onnx",
+            f"export rungs --model {model.name} --low px={model.low_px} --high px={model.high_px} "
+            f"{model.beside} --head linear --images {OUT}/head --out {OUT}/onnx",
+        ),
+        Step(
+            "Run both rungs over fresh crops",
+            collected,  # the kept answers come and go with what names them
+            f"calibration collect --images sample --limit 1200 --seed 12 --onnx {OUT}/onnx "
+            f"--out {collected}/outputs.json --answers {collected}/answers",
+        ),
+        Step(
+            "Choose a signal and certify a threshold",
+            OUT / "calibration.json",
+            f"calibration fit --fidelity top1 --max-risk {MAX_RISK} --confidence 0.9 --signal auto "
+            f"--onnx {OUT}/onnx --outputs {collected}/outputs.json --out {OUT}/calibration.json",
+        ),
     )
-    return Road(steps, onnx, artifact, report, repository)
+    return Road(OUT, (*steps, *_report_and_repository(OUT, collected / "outputs.json", "")))
 
 
 def planned(model: Model, max_risk: float) -> Road:
@@ -155,38 +130,36 @@ def planned(model: Model, max_risk: float) -> Road:
         model: to plan for.
         max_risk: the largest share of answers that may differ from the full model's.
     """
-    onnx, artifact = PLAN / "onnx", PLAN / "calibration.json"
-    report, repository = PLAN / "report.html", PLAN / "model_repository"
     plan = Step(
-        "2/5 Plan: export, run and price the candidates, certify and choose a cascade",
+        "Plan: export, run and price the candidates, certify and choose a cascade",
         PLAN,
-        (
-            *("planner", "plan", "--model", model.name, "--px", model.high_px),
-            *("--images", "sample", "--limit", PLAN_CROPS, "--seed", CALIBRATION_SEED),
-            *("--head-images", HEAD),
-            *("--max-risk", max_risk, "--confidence", CONFIDENCE),
-            *(
-                "--candidates",
-                model.plan_candidates,
-                "--highs",
-                PLAN_HIGHS,
-                "--beside",
-                model.plan_beside,
-            ),
-            *("--instances", PLAN_INSTANCES, "--out", PLAN),
-            *("--cache", _cache(), "--answers", _cache() / "answers"),
-            "--require-certificate",
-        ),
+        f"planner plan --model {model.name} --px {model.high_px} --images sample --limit 2400 "
+        f"--seed 12 --head-images {OUT}/head --max-risk {max_risk} --confidence 0.9 "
+        f"{model.plan} --highs 'fp32; int8=static' {INSTANCES} --out {PLAN} --cache {_cache()} "
+        f"--answers {_cache()}/answers --require-certificate",
         ("client", "perf", "planner", "report", "server"),  # it serves the candidates to price them
     )
-    instances = ("--instances", PLAN_INSTANCES)
-    steps = (
-        _head("1/5"),
-        plan,
-        _report("3/5", onnx, artifact, PLAN / "outputs.json", report),
-        _repository("4/5", onnx, artifact, repository, instances),
+    rest = _report_and_repository(PLAN, PLAN / "outputs.json", f" {INSTANCES}")
+    return Road(PLAN, (_HEAD, plan, *rest))
+
+
+def _report_and_repository(folder: Path, outputs: Path, instances: str) -> tuple[Step, Step]:
+    made = f"--onnx {folder}/onnx --calibration {folder}/calibration.json"
+    return (
+        Step(
+            "Show what the calibration is worth",
+            folder / "report.html",
+            f"calibration report {made} --outputs {outputs} --out {folder}/report.html",
+            ("report",),
+        ),
+        Step(
+            "Assemble the model repository",
+            folder / "model_repository",
+            # The demo asks for either rung by itself, and perf for thresholds of its own.
+            f"export repository {made} --out {folder}/model_repository --client-parameters any"
+            + instances,
+        ),
     )
-    return Road(steps, onnx, artifact, report, repository, PLAN / "plan.html")
 
 
 def prepare_road(road: Road) -> None:
@@ -196,66 +169,21 @@ def prepare_road(road: Road) -> None:
         DemoError: a command failed, or the plan chose nothing.
     """
     if road.plan is not None:
-        _drop_other_caches()
+        for cache in set(PLAN_CACHES.glob("*")) - {_cache()}:
+            shutil.rmtree(cache)
     try:
         prepare(road.steps)
     except StepError as error:
-        if error.makes == PLAN and _chose_nothing():
-            raise DemoError(
-                "no certified cascade is cheaper than the full model, so there is nothing to "
-                f"serve; {PLAN / 'plan.html'} shows what was tried"
-            ) from None
+        found = PLAN / "plan.json"
+        if error.step.makes == PLAN and found.exists():
+            if json.loads(found.read_text())["chosen"] is None:
+                raise DemoError(
+                    "no certified cascade is cheaper than the full model, so there is nothing to "
+                    f"serve; {PLAN}/plan.html shows what was tried"
+                ) from None
         raise
 
 
 def _cache() -> Path:
     """Of graphs and their answers: they outlive another risk, but not another code."""
     return PLAN_CACHES / code_hash((*CODE, "planner"))[:16]
-
-
-def _drop_other_caches() -> None:
-    for cache in PLAN_CACHES.glob("*"):
-        if cache != _cache():
-            shutil.rmtree(cache)
-
-
-def _chose_nothing() -> bool:
-    """Whether plan.json was written, and without a choice."""
-    try:
-        return json.loads((PLAN / "plan.json").read_text())["chosen"] is None
-    except OSError:
-        return False
-
-
-def _head(number: str) -> Step:
-    return Step(
-        f"{number} Cut training crops for the classification head",
-        HEAD,
-        ("calibration", "sample", "--out", HEAD, "--count", HEAD_CROPS, "--seed", HEAD_SEED),
-    )
-
-
-def _report(number: str, onnx: Path, artifact: Path, outputs: Path, report: Path) -> Step:
-    return Step(
-        f"{number} Show what the calibration is worth",
-        report,
-        (
-            *("calibration", "report", "--calibration", artifact, "--outputs", outputs),
-            *("--onnx", onnx, "--out", report),
-        ),
-        ("report",),
-    )
-
-
-def _repository(
-    number: str, onnx: Path, artifact: Path, repository: Path, options: tuple[object, ...]
-) -> Step:
-    return Step(
-        f"{number} Assemble the model repository",
-        repository,
-        (
-            *("export", "repository", "--onnx", onnx, "--calibration", artifact),
-            # The demo asks for either rung by itself, and perf for thresholds of its own.
-            *("--out", repository, "--client-parameters", "any", *options),
-        ),
-    )

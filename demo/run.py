@@ -3,88 +3,176 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from bundle.graphs import GraphSet
-from calibration.images import SampleImages
-from imaging import Preprocessing
-from perf.environment import cpu_name
+from calibration.images import SampleImages, SourceImage
+from client import GrpcClient, HttpClient
+from imaging import Preprocessing, decode
+from perf.cascade import Measured, one_in_flight, saturated
+from perf.environment import environment
+from perf.figures import cheapest_rival
+from perf.harness import Answer, Asker, cut, is_a_loss
+from perf.images import Pool
 from perf.repository import with_alternatives
+from perf.run import model_section
+from perf.systems import ADAPTIVE, ESCALATION, HIGH, LOW, System, systems
 from perf.target import Target
+from report.terminal import Bars
 from routing import Calibration
 from server import TritonServer
 
-from .page import write_page
-from .plan_summary import summarise_plan
 from .roads import PLAN, TEST_CROPS, TEST_SEED, Road
-from .serve import image_pool, measure, measure_saturated, query
-from .steps import OUT
-from .summary import Served, summarise
-from .systems import recipes, resolutions_px, served_systems
+from .show import write_page
+from .steps import OUT, DemoError, begin
 
 START_S = 300.0  # every instance of every graph of a plan is loaded
-SUMMARY, PAGE = OUT / "summary.json", OUT / "index.html"
+SHARES = 5  # of the crops; a figure is the median of theirs
+TURNS = 3  # of saturated spans, each a part of the crops
+IN_FLIGHT = 16
+NEVER = "adaptive-0"  # the router told never to escalate
 
-console = Console(stderr=True)
+bars = Bars(Console(stderr=True))
 
 
 def serve_and_measure(road: Road) -> dict[str, Any]:
     """Do it, and write summary.json and index.html.
 
     Returns:
-        The content of summary.json.
+        The content of summary.json: a summary as `python -m perf run` writes it and, of a plan, the
+        entry `plan`.
+
+    Raises:
+        DemoError: the server's answers are not the same over every protocol.
     """
-    console.rule(f"[bold]{road.last_title}", align="left")
-    rung_set, calibration = GraphSet.load(road.onnx), Calibration.load(road.artifact)
-    systems, labels = served_systems(rung_set), rung_set.labels or ()
-    crops = list(SampleImages(TEST_CROPS, TEST_SEED))
-    pool = image_pool(crops, Preprocessing.from_dict(rung_set.preprocessing))
-    repository, saturated = road.repository, None
+    begin(len(road.steps) + 1, road.steps, "Serve, query and measure")
+    graphs = GraphSet.load(road.folder / "onnx")
+    calibration = Calibration.load(road.folder / "calibration.json")
+    crops, labels = list(SampleImages(TEST_CROPS, TEST_SEED)), graphs.labels or ()
+    preprocessing = Preprocessing.from_dict(graphs.preprocessing)
+    tensors = [preprocessing(decode(crop.data)) for crop in crops]
+    data, truth = [crop.data for crop in crops], [labels.index(crop.label) for crop in crops]
+    pool = Pool("crops", data, tensors, [crop.label for crop in crops], ())
+    repository = road.folder / "model_repository"
     if road.plan is not None:
-        repository = with_alternatives(repository, rung_set, PLAN / "served")
-    with console.status("starting tritonserver"):
-        server = TritonServer(repository, free_ports=True, timeout_s=START_S, stop_patience_s=0)
-        server.start()
-    try:
-        own = query(server, crops)
-        with Target(server.grpc_url, server.http_url, server) as target:
-            alone = measure(target, systems, pool)
-            if road.plan is not None:
-                saturated = measure_saturated(target, systems, pool)
-        environment = {"triton_version": server.version, **describe_machine()}
-    finally:
-        server.stop()
-    certificate = calibration.certificate or {}
-    truth = np.array([labels.index(crop.label) for crop in crops])
-    served = Served.of(own, truth, alone, saturated, systems)
-    summary = summarise(
-        rung_set.backbone, resolutions_px(rung_set), served, alone, certificate, environment
-    )
-    if saturated is not None:
-        rungs = (rung_set.low.record.recipe, rung_set.high.record.recipe)
-        summary["plan"] = summarise_plan(
-            recipes(rung_set), rungs, certificate, served.agreement(), saturated
-        )
-        summary["disturbed"] = summary["disturbed"] or summary["plan"]["disturbed"]
-    SUMMARY.write_text(json.dumps(summary, indent=2) + "\n")
-    data = [crop.data for crop in crops]
-    report = str(road.report.relative_to(OUT))
-    plan = None if road.plan is None else str(road.plan.relative_to(OUT))
-    write_page(PAGE, summary, served, calibration.threshold, data, labels, report, plan)
+        repository = with_alternatives(repository, graphs, PLAN / "served")
+    every = asked(graphs, calibration.threshold)
+    alone = [s for s in every if s.name in (LOW, HIGH, ESCALATION, ADAPTIVE, NEVER)]
+    measured = []
+    server = TritonServer(repository, free_ports=True, timeout_s=START_S, stop_patience_s=0)
+    with server, Target(server.grpc_url, server.http_url, server) as target:
+        asker, rows = Asker(target, pool, True, target.meter()), range(len(pool))
+        with bars.stage("one at a time", len(pool) * len(alone)) as bar:
+            measured.append(one_in_flight(target, asker, alone, cut(rows, SHARES), bar))
+        query(target, crops, measured[0].paired.answers(ADAPTIVE))
+        if road.plan is not None:
+            busy = [system for system in every if system.name != NEVER]
+            with bars.stage("saturated", TURNS * len(busy)) as bar:
+                spans = cut(rows, TURNS)
+                measured.append(saturated(target, asker, busy, spans, IN_FLIGHT, bar))
+        machine = environment(target.version, None)
+    summary = summarise(graphs, calibration, every, measured, truth) | {"environment": machine}
+    (OUT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_page(road, summary, measured[0].paired, calibration.threshold, data, labels)
     return summary
 
 
-def describe_machine() -> dict[str, object]:
-    """What the figures depend on."""
+def asked(graphs: GraphSet, threshold: float | None) -> list[System]:
+    """The cascade, the router told never to escalate, and every graph that could answer alone.
+
+    Static high is the full FP32 model, which certificates are about; where the router escalates to
+    another graph, that is a system of its own, and so is what was exported beside them.
+    """
+    every = systems(graphs, [*graphs.beside], threshold, threshold_30=0.0)
+    return [s for s in every if s.is_static or s.name in (ADAPTIVE, NEVER)]
+
+
+def query(target: Target, crops: Sequence[SourceImage], answers: Sequence[Answer]) -> None:
+    """Ask for every crop by its bytes, one request each, over gRPC and over HTTP.
+
+    Args:
+        target: the server.
+        crops: N of them.
+        answers: the router's to their image tensors.
+
+    Raises:
+        DemoError: a crop got another class, or another decision, than its image tensor.
+    """
+    for client in (GrpcClient(target.url("grpc")), HttpClient(target.url("http"))):
+        name = type(client).__name__
+        with client, bars.stage(f"image bytes, {name}", len(crops)) as bar:
+            for crop, answer in zip(crops, answers, strict=True):
+                (found,) = client.infer([crop.data])
+                assert found.logits is not None and answer.logits is not None
+                same = found.logits.argmax() == answer.logits.argmax()
+                if not same or found.escalated != answer.escalated:
+                    raise DemoError(f"{name} and image tensors gave a crop different answers")
+                bar.advance()
+
+
+def summarise(
+    graphs: GraphSet,
+    calibration: Calibration,
+    every: Sequence[System],
+    measured: Sequence[Measured],
+    truth: Sequence[int],
+) -> dict[str, Any]:
+    """The figures of summary.json, under the keys of `python -m perf run`.
+
+    Args:
+        graphs: what was served.
+        calibration: that the router decides by.
+        every: system that was asked.
+        measured: with one request in flight, and saturated where that was measured, too.
+        truth: class index of the photograph each crop was cut from.
+    """
+    summary: dict[str, Any] = {
+        "model": model_section(graphs),
+        "certificate": calibration.certificate,
+        "images": {"source": "crops", "pool": len(truth)},
+        "disturbed": any(found.doubts for found in measured),
+        "doubts": {found.load: list(found.doubts) for found in measured},
+    }
+    for found in measured:
+        here = [system for system in every if system.name in found.paired.shares[0]]
+        summary |= found.sections(here, is_a_loss(calibration.chosen_by), truth)
+    if len(measured) > 1:
+        summary["plan"] = plan_section(graphs, measured[1], summary["saturated"]["systems"])
+    return summary
+
+
+def plan_section(
+    graphs: GraphSet, measured: Measured, answers: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What was planned, and its costs beside the cascade's: of its cheapest rival, of its own rung.
+
+    The cheap rung is part of the cascade, and alone not certified, so it is no rival. The full
+    model is one, so there always is one.
+
+    Args:
+        graphs: what was served.
+        measured: every system, saturated.
+        answers: of `Measured.sections`.
+    """
+    agreement = {name: answer["agreement_with_high"] for name, answer in answers.items()}
+    costs = {name: answer["cost_ms"] for name, answer in answers.items()}
+    best = cheapest_rival(agreement, costs, set(answers) - {ADAPTIVE, LOW})
+    assert best is not None
+
+    def beside_cascade(name: str) -> dict[str, Any]:
+        return {
+            "name": name,
+            "cost_ratio": measured.paired.cost_ratio(name, to=ADAPTIVE).to_dict(),
+            "disturbed": measured.paired.disturbed(name, ADAPTIVE, measured.cpu_counts),
+        }
+
     return {
-        "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "onnxruntime": version("onnxruntime-gpu"),
+        "low": graphs.low.record.recipe,
+        "high": graphs.high.record.recipe,
+        "reference": graphs.reference.record.recipe,
+        "rival": beside_cascade(best[0]),
+        "cheap_rung": beside_cascade(LOW),
     }

@@ -14,13 +14,15 @@ from typing import NamedTuple
 
 from rich.console import Console
 
-from .errors import StepError
-
 OUT = Path("build/demo")
 # What every step depends on besides its command.
 CODE = ("bundle", "calibration", "export", "imaging", "model_repository", "routing")
 
 console = Console(stderr=True)
+
+
+class DemoError(RuntimeError):
+    """A step failed, or something the demo shows did not hold. One line."""
 
 
 class Step(NamedTuple):
@@ -29,19 +31,22 @@ class Step(NamedTuple):
     Attributes:
         title: of its rule on the terminal.
         makes: the file or folder below `OUT`.
-        arguments: of `python -m`.
+        command: what follows `python -m`, as it is typed.
         code: folders that its result depends on besides `CODE`.
     """
 
     title: str
     makes: Path
-    arguments: tuple[object, ...]
+    command: str
     code: tuple[str, ...] = ()
 
-    @property
-    def line(self) -> list[str]:
-        """The command."""
-        return ["python", "-m", *map(str, self.arguments)]
+
+class StepError(DemoError):
+    """A command of the demo failed; what it printed is on the terminal."""
+
+    def __init__(self, step: Step, code: int) -> None:
+        super().__init__(f"`python -m {step.command}` failed with exit code {code}")
+        self.step = step
 
 
 def prepare(steps: Sequence[Step]) -> None:
@@ -51,21 +56,20 @@ def prepare(steps: Sequence[Step]) -> None:
     From the first step whose stamp is missing or differs, everything is made anew.
 
     Raises:
-        StepError: a command failed; what it printed is on the terminal.
+        StepError: a command failed.
     """
     stamps = OUT / "stamps"
     stamps.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(code_hash().encode())
     fresh = True
-    for step in steps:
-        digest.update("\0".join(step.line).encode())
+    for number, step in enumerate(steps, 1):
+        digest.update(step.command.encode())
         if step.code:
             digest.update(code_hash(step.code).encode())
         stamp = stamps / "-".join(step.makes.relative_to(OUT).parts)
         fresh = fresh and stamp.is_file() and stamp.read_text() == digest.hexdigest()
-        console.rule(f"[bold]{step.title}", align="left")
-        line = shlex.join(step.line)
-        console.print(f"$ {line}", style="dim", markup=False, highlight=False)
+        begin(number, steps, step.title)
+        console.print(f"$ python -m {step.command}", style="dim", markup=False, highlight=False)
         if fresh and step.makes.exists():
             console.print("done before, nothing has changed")
             continue
@@ -74,11 +78,16 @@ def prepare(steps: Sequence[Step]) -> None:
         if step.makes.is_dir():
             shutil.rmtree(step.makes)
         started = time.monotonic()
-        done = subprocess.run([sys.executable, *step.line[1:]])
+        done = subprocess.run([sys.executable, "-m", *shlex.split(step.command)])
         if done.returncode != 0:
-            raise StepError(f"`{line}` failed with exit code {done.returncode}", step.makes)
+            raise StepError(step, done.returncode)
         stamp.write_text(digest.hexdigest())
         console.print(f"took {time.monotonic() - started:.0f} s", style="dim")
+
+
+def begin(number: int, steps: Sequence[Step], title: str) -> None:
+    """Rule off what follows; serving and measuring come after the steps."""
+    console.rule(f"[bold]{number}/{len(steps) + 1} {title}", align="left")
 
 
 def code_hash(folders: Iterable[str] = CODE) -> str:

@@ -9,32 +9,89 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import mean, median
 from typing import Any
 
 from report.terminal import Bar
 
 from .cpu import on_same_cores
-from .figures import Spread
 from .harness import ONE_BY_ONE, Answer, Asks, Load, Paired, believed, take_turns
-from .systems import ADAPTIVE, ENSEMBLE, System
+from .systems import ADAPTIVE, ENSEMBLE, HIGH, System
 from .target import Target
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """What was measured, and why it cannot be believed where it cannot.
+    """What was measured under a load, and why it cannot be believed where it cannot.
 
     Attributes:
         paired: the answers of every system, share by share.
         doubts: one clause each; none: it can be believed.
+        load: `c1`, one request in flight, or `saturated`.
+        in_flight: requests that were always unanswered.
         cpu_counts: whether CPU time was held against the clock, see `Paired.doubts`.
         cores: that the server had.
     """
 
     paired: Paired
     doubts: Sequence[str]
+    load: str = "c1"
+    in_flight: int = 1
     cpu_counts: bool = True
     cores: int = 0
+
+    def sections(
+        self,
+        systems: Sequence[System],
+        disagrees: Callable[[Answer, Answer], bool],
+        labels: Sequence[int] | None,
+    ) -> dict[str, Any]:
+        """The sections of a summary: each system's answers and costs, and the cascade's figures.
+
+        Args:
+            systems: what was asked.
+            disagrees: whether an answer is not acceptable in place of static high's.
+            labels: class index of each answered image in the order of `paired`, or None.
+        """
+        paired = self.paired
+        answers = {
+            system.name: {
+                "title": system.title,
+                "recipe": system.recipe,
+                "agreement_with_high": paired.agreement(system.name, disagrees),
+                "escalation_rate": paired.escalation_rate(system.name),
+                "accuracy": _accuracy(paired.answers(system.name), labels),
+                "p50_ms": median(a.latency_ms for a in paired.answers(system.name)),
+                "cost_ms": paired.cost(system.name).to_dict(),
+                "cpu_ms": None if (cpu := paired.cpu_cost(system.name)) is None else cpu.to_dict(),
+                "cost_ratio": paired.cost_ratio(system.name).to_dict(),
+                "disturbed": paired.disturbed(system.name, HIGH, self.cpu_counts),
+            }
+            for system in systems
+        }
+        figures = {
+            f"speedup_{self.load}": paired.speedup(),
+            f"bound_{self.load}": paired.bound(),
+            f"cascade_efficiency_{self.load}": paired.efficiency(),
+            f"cpu_speedup_{self.load}": paired.cpu_speedup(),
+        }
+        section: dict[str, Any]
+        if self.load == "c1":
+            section = {"answers": answers}
+            figures["router_overhead_c1"] = paired.router_overhead()
+            if ENSEMBLE in answers:
+                figures["ensemble_over_router"] = paired.cost_ratio(ENSEMBLE, to=ADAPTIVE)
+        else:
+            how = {"cores": self.cores, "in_flight": self.in_flight}
+            section = {"saturated": {**how, "systems": answers}}
+        measured = {name: spread.to_dict() for name, spread in figures.items() if spread}
+        return section | measured
+
+
+def _accuracy(answers: Sequence[Answer], labels: Sequence[int] | None) -> float | None:
+    if labels is None or any(answer.logits is None for answer in answers):
+        return None
+    return mean(answer.top1 == label for answer, label in zip(answers, labels, strict=True))
 
 
 def one_in_flight(
@@ -61,7 +118,7 @@ def one_in_flight(
         return take_turns(asker, systems, shares, ONE_BY_ONE, bar.advance, warm_up)
 
     paired, doubts = believed(measure, cpu_counts, bar.begin_again)
-    return Measured(paired, doubts, cpu_counts, len(os.sched_getaffinity(0)))
+    return Measured(paired, doubts, "c1", 1, cpu_counts, len(os.sched_getaffinity(0)))
 
 
 def saturated(
@@ -92,80 +149,4 @@ def saturated(
             return take_turns(asker, systems, spans, load, bar.advance, warm_up=2 * in_flight)
 
         paired, doubts = believed(measure, threads is not None, bar.begin_again)
-    return Measured(paired, doubts, threads is not None, cores)
-
-
-def answers_section(
-    paired: Paired,
-    systems: Sequence[System],
-    disagrees: Callable[[Answer, Answer], bool],
-    labels: Sequence[int] | None,
-) -> dict[str, Any]:
-    """Each system's agreement, escalation, accuracy and cost on exactly the same images.
-
-    Args:
-        paired: what was measured.
-        systems: what was asked.
-        disagrees: whether an answer is not acceptable in place of static high's.
-        labels: class index of each answered image in the order of `paired`, or None.
-    """
-    return {
-        system.name: {
-            "title": system.title,
-            "recipe": system.recipe,
-            "agreement_with_high": paired.agreement(system.name, disagrees),
-            "escalation_rate": paired.escalation_rate(system.name),
-            "accuracy": _accuracy(paired, system.name, labels),
-            "cost_ms": paired.cost(system.name).to_dict(),
-            "cpu_ms": _or_none(paired.cpu_cost(system.name)),
-            "cost_ratio": paired.cost_ratio(system.name).to_dict(),
-        }
-        for system in systems
-    }
-
-
-def _or_none(spread: Spread | None) -> dict[str, Any] | None:
-    return None if spread is None else spread.to_dict()
-
-
-def _accuracy(paired: Paired, system: str, labels: Sequence[int] | None) -> float | None:
-    if labels is None:
-        return None
-    answers = [answer for share in paired.shares for answer in share[system]]
-    right = [
-        int(answer.logits.argmax()) == label
-        for answer, label in zip(answers, labels, strict=True)
-        if answer.logits is not None
-    ]
-    return sum(right) / len(right) if right else None
-
-
-def figures_section(paired: Paired, load: str) -> dict[str, Any]:
-    """The figures of a cascade under a load, `c1` or `saturated`, one value for each share."""
-    found = {
-        f"speedup_{load}": paired.speedup(),
-        f"bound_{load}": paired.bound(),
-        f"cascade_efficiency_{load}": paired.efficiency(),
-    }
-    cpu = paired.cpu_speedup()
-    if cpu is not None:
-        found[f"cpu_speedup_{load}"] = cpu
-    if load == "c1":
-        found["router_overhead_c1"] = paired.router_overhead()
-        if ENSEMBLE in paired.shares[0]:
-            found["ensemble_over_router"] = paired.cost_ratio(ENSEMBLE, to=ADAPTIVE)
-    return {name: spread.to_dict() for name, spread in found.items()}
-
-
-def saturated_section(measured: Measured, in_flight: int) -> dict[str, Any]:
-    """Of each system what it cost saturated, and with how many requests and cores."""
-    paired = measured.paired
-    systems = {
-        name: {
-            "cost_ms": paired.cost(name).to_dict(),
-            "cpu_ms": _or_none(paired.cpu_cost(name)),
-            "escalation_rate": paired.escalation_rate(name),
-        }
-        for name in paired.shares[0]
-    }
-    return {"cores": measured.cores, "in_flight": in_flight, "systems": systems}
+    return Measured(paired, doubts, "saturated", in_flight, threads is not None, cores)

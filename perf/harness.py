@@ -77,6 +77,12 @@ class Answer:
     score: float
     cpu_ms: float | None = None
 
+    @property
+    def top1(self) -> int:
+        """The class of the largest logit, where there are logits."""
+        assert self.logits is not None
+        return int(self.logits.argmax())
+
 
 class Asks(Protocol):
     """Asks a system about images, as an `Asker` does."""
@@ -188,6 +194,10 @@ class Paired:
 
     shares: Sequence[dict[str, list[Answer]]]
 
+    def answers(self, system: str) -> list[Answer]:
+        """What a system answered, in the order of the shares."""
+        return [answer for share in self.shares for answer in share[system]]
+
     def costs_ms(self, system: str) -> list[float]:
         """Mean latency of each share, milliseconds."""
         return [mean(a.latency_ms for a in share[system]) for share in self.shares]
@@ -237,15 +247,12 @@ class Paired:
 
     def escalation_rate(self, system: str) -> float:
         """Share of all images that the full rung answered, 0..1."""
-        return mean(a.escalated for share in self.shares for a in share[system])
+        return mean(answer.escalated for answer in self.answers(system))
 
     def agreement(self, system: str, disagrees: Callable[[Answer, Answer], bool]) -> float:
         """Share of all images answered as static high answers them, 0..1."""
-        return mean(
-            not disagrees(mine, full)
-            for share in self.shares
-            for mine, full in zip(share[system], share[HIGH], strict=True)
-        )
+        both = zip(self.answers(system), self.answers(HIGH), strict=True)
+        return mean(not disagrees(mine, full) for mine, full in both)
 
     def router_overhead(self) -> Spread:
         """Of each share the median over its images of adaptive-0 / static low, side by side."""

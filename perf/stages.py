@@ -16,16 +16,11 @@ from calibration.images import ImageSource
 from imaging import Preprocessing
 from routing import Calibration, Overrides, escalation_mask
 
+from . import cascade
 from .analyzer_install import Analyzer
 from .attribution import attribute, scoring_ms, together
 from .backend import measure_backend
-from .cascade import (
-    answers_section,
-    figures_section,
-    one_in_flight,
-    saturated,
-    saturated_section,
-)
+from .cascade import one_in_flight, saturated
 from .figures import PerfError
 from .harness import Asker, cut, is_a_loss
 from .images import ImageSets, Pool, choose_sets, read_pool, score_pool, sent_under_load
@@ -160,13 +155,8 @@ def ask_in_turn(record: Record, bench: Bench) -> dict[str, float]:
     shares = cut(rows, min(suite.shares, len(rows))) * suite.repeats
     with record.stage("systems in turn", sum(map(len, shares)) * len(bench.systems)) as bar:
         measured = one_in_flight(bench.target, bench.metered_asker, bench.systems, shares, bar)
-        paired = measured.paired
-        record.doubt("c1", measured.doubts)
-        disagrees = is_a_loss(bench.calibration.chosen_by)
-        record.summary["answers"] = answers_section(
-            paired, bench.systems, disagrees, _labels(bench, rows * suite.repeats)
-        )
-        record.summary |= figures_section(paired, "c1")
+        _keep(record, bench, measured, bench.systems, rows * suite.repeats)
+    paired = measured.paired
     expected, rate = bench.sets.escalation_rate["mixed"], paired.escalation_rate(ADAPTIVE)
     if abs(rate - expected) > 1.5 / len(rows):  # one image may lie on the threshold
         raise PerfError(
@@ -188,9 +178,20 @@ def saturate(record: Record, bench: Bench) -> None:
     spans = [rows] * suite.spans
     with record.stage("saturated, in turn", suite.spans * len(systems)) as bar:
         measured = saturated(target, bench.metered_asker, systems, spans, in_flight, bar)
-        record.doubt("saturated", measured.doubts)
-        record.summary["saturated"] = saturated_section(measured, in_flight)
-        record.summary |= figures_section(measured.paired, "saturated")
+        _keep(record, bench, measured, systems, rows * suite.spans)
+
+
+def _keep(
+    record: Record,
+    bench: Bench,
+    measured: cascade.Measured,
+    asked: Sequence[System],
+    rows: Sequence[int],
+) -> None:
+    """Add what systems answered about these images, in this order."""
+    record.doubt(measured.load, measured.doubts)
+    disagrees = is_a_loss(bench.calibration.chosen_by)
+    record.summary |= measured.sections(asked, disagrees, _labels(bench, rows))
 
 
 def _labels(bench: Bench, rows: Sequence[int]) -> list[int] | None:

@@ -31,8 +31,7 @@ def write_demo(
         scores: of every crop, those whose cheap answer is `right` and those where it is `wrong`,
             the `threshold`, and its `text`; None where no crop is scored.
         links: addresses of the `report` of the calibration and, of a plan, of the `plan`.
-        planned: of a plan, the recipes of its `low` and `high` graph, the `rows` of everything that
-            was served, and `sentences` about them.
+        planned: of a plan, the `rows` of everything that was served, and `sentences` about them.
     """
     drawn, rules = None, []
     if scores is not None:

@@ -1,268 +1,378 @@
+"""What the demo says of what it measured: summary.json, the terminal and the page."""
+
 import re
-import sys
+from dataclasses import replace
 from pathlib import Path
-from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
 
+from bundle import graphs as roles
+from bundle.graphs import Graph, GraphSet
 from calibration.images import SampleImages
-from demo import __main__ as demo
-from demo import steps
-from demo.page import write_page
-from demo.serve import Asked
-from demo.summary import Served, summarise
-from demo.tables import sentences
-from tests.unit.demo_measured import measured
+from demo import run, show
+from demo.roads import MODELS, planned, resolutions
+from perf.cascade import Measured
+from perf.harness import Paired
+from routing import RungRecord
+from tests.unit.fakes import make_calibration
+from tests.unit.perf_measured import make_answer
 
-CERTIFIED = {
+FULL = RungRecord(224, "px=224", "f" * 64)
+CHEAP = RungRecord(112, "px=112,int8=static,align", "c" * 64)
+INT8 = RungRecord(224, "px=224,int8=static", "8" * 64)
+MERGED = RungRecord(224, "px=224,tome=8", "m" * 64)
+CERTIFICATE = {
     **{"epsilon": 0.05, "confidence": 0.9, "method": "ltt", "n": 480, "errors": 15, "allowed": 17},
     **{"certified": True, "signal": "margin", "statement": "With confidence 90 %, ..."},
 }
-
-
-CLASSES = {"static-low": [0, 1, 0, 3], "static-high": [0, 1, 2, 3]}
-TRUTH = np.array([0, 1, 2, 2])
-
-
-def alone(adaptive, escalated, *shares, never, **options):
-    """What `serve.measure` returns; a share is the milliseconds of low, high and adaptive."""
-    costs = [
-        dict(zip(("static-low", "static-high", "adaptive"), share, strict=True)) for share in shares
-    ]
-    return measured({**CLASSES, "adaptive": adaptive}, escalated, costs, never, **options)
-
-
-def served(adaptive, escalated, found, scores=(0.0,) * 4):
-    own = Asked(np.array(adaptive), np.array(escalated), np.array(scores, np.float32))
-    return Served.of(own, TRUTH, found, None, ("static-low", "static-high", "adaptive"))
-
-
+LABELS = ("ant", "bee", "cat", "dog")
+TRUTH = [0, 1, 2, 2]
 ESCALATED = [False, False, True, False]
-ENVIRONMENT = {"triton_version": "2.51.0", "cpu": "<one> & only"}
+# The int8 rung, and so the router, takes the third crop for another class than the full model does.
+CLASSES = {
+    **{"static-low": [0, 1, 0, 3], "static-high": [0, 1, 2, 3], "adaptive": [0, 1, 1, 3]},
+    **{"static-escalation": [0, 1, 1, 3], "static-tome8": [0, 1, 2, 0], "adaptive-0": [0, 1, 0, 3]},
+}
+ALONE = {"static-low": 25.0, "static-high": 100.0, "adaptive": 55.0, "adaptive-0": 27.5}
+RATES = {  # images per second in each of three turns
+    **{"static-low": [80, 88, 40], "static-high": [10, 11, 5], "adaptive": [60, 88, 20]},
+    **{"static-escalation": [20, 22, 10], "static-tome8": [15, 16, 8]},
+}
+MACHINE = {"triton_version": "2.51.0", "device": "<one> & only", "python": "3", "onnxruntime": "1"}
 
 
-def summary_of(found, adaptive=(0, 1, 2, 3), escalated=ESCALATED, certificate=CERTIFIED):
-    answers = served(adaptive, escalated, found)
-    return summarise("tiny", (32, 64), answers, found, certificate, ENVIRONMENT)
+def graph_set(high, *beside):
+    records = {"px112_int8static_align": CHEAP, "high": high, **dict(beside)}
+    return GraphSet(
+        backbone="tiny",
+        image_shape=(3, 224, 224),
+        embedding_dim=4,
+        layers=2,
+        classes=4,
+        labels=LABELS,
+        preprocessing={},
+        graphs={name: Graph(name, record, Path(name)) for name, record in records.items()},
+        roles={
+            roles.LOW: "px112_int8static_align",
+            roles.HIGH: "high",
+            roles.REFERENCE: "high" if high is FULL else "full",
+        },
+    )
 
 
-def test_figures_by_hand():
+TWO_RESOLUTIONS = graph_set(FULL)
+PLANNED = graph_set(INT8, ("tome8", MERGED), ("full", FULL))
+
+
+def turn(costs, classes=CLASSES, escalated=ESCALATED, scores=(0, 1, 2, 3), rows=range(4)):
+    """The answers of each system to the crops."""
+    return {
+        system: [
+            make_answer(
+                ms,
+                escalated=system == "adaptive" and escalated[row],
+                names=classes[system][row],
+                cpu_ms=0.9 * ms,
+                score=scores[row],
+            )
+            for row in rows
+        ]
+        for system, ms in costs.items()
+    }
+
+
+def alone(costs=ALONE, doubts=(), **how):
+    return Measured(Paired([turn(costs, **how)]), doubts)
+
+
+def saturated(classes=CLASSES, doubts=(), cpu_counts=True):
+    """Three turns at these images per second."""
+    turns = [
+        turn({name: 1000 / rates[number] for name, rates in RATES.items()}, classes, rows=rows)
+        for number, rows in enumerate(([0, 1], [2], [3]))
+    ]
+    return Measured(Paired(turns), doubts, "saturated", 16, cpu_counts, 1)
+
+
+def summary_of(*measured, graphs=TWO_RESOLUTIONS, certificate=CERTIFICATE):
+    calibration = make_calibration(certificate=certificate, chosen_by={"fidelity": "top1"})
+    every = run.asked(graphs, 0.5)
+    return {
+        **run.summarise(graphs, calibration, every, measured, TRUTH),
+        "environment": MACHINE,
+    }
+
+
+def plan_summary(classes=CLASSES, doubts=(), cpu_counts=True):
+    one = alone({**ALONE, "static-escalation": 50.0})
+    return summary_of(one, saturated(classes, doubts, cpu_counts), graphs=PLANNED)
+
+
+# --- what is asked, and the figures ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("graphs", "models"),
+    [
+        (graph_set(FULL, ("tome8", MERGED)), {"static-high": "vit_high"}),
+        (PLANNED, {"static-high": "full", "static-escalation": "vit_high"}),
+    ],
+)
+def test_static_high_is_the_full_model_and_an_int8_full_rung_a_system_beside_it(graphs, models):
+    found = {system.name: system.model for system in run.asked(graphs, 0.5)}
+    always = {"static-low": "vit_low", "static-tome8": "tome8"}
+    assert found == {**always, **models, "adaptive": "router", "adaptive-0": "router"}
+
+
+def test_the_figures_of_the_cascade_by_hand():
     # Bound: 1 / (25/100 + 1/4) = 2; speed-up 100 / 55.
-    found = alone([0, 1, 2, 3], ESCALATED, (25.0, 100.0, 55.0), never=[27.5], cpu=0.9)
-    summary = summary_of(found)
-    assert summary["escalation_rate"] == 0.25
-    assert summary["agreement_with_high"] == 1.0
-    assert summary["realised_risk"] == 0.0
-    assert summary["certificate"] == CERTIFIED
-    assert summary["accuracy"] == {"static-low": 0.5, "static-high": 0.75, "adaptive": 0.75}
-    assert summary["latency_ms_p50"] == {"static-low": 25.0, "static-high": 100.0, "adaptive": 55.0}
-    assert summary["throughput_per_s"] == pytest.approx(
-        {"static-low": 40, "static-high": 10, "adaptive": 1000 / 55}
+    summary = summary_of(alone())
+    spreads = {key: entry for key, entry in summary.items() if isinstance(entry, dict)}
+    medians = {key: entry["median"] for key, entry in spreads.items() if "median" in entry}
+    assert medians == pytest.approx(
+        {
+            **{"speedup_c1": 100 / 55, "cpu_speedup_c1": 100 / 55, "bound_c1": 2.0},
+            **{"cascade_efficiency_c1": 50 / 55, "router_overhead_c1": 1.1},
+        }
     )
-    assert summary["cpu_ms"] == pytest.approx(
-        {"static-low": 22.5, "static-high": 90, "adaptive": 49.5}
-    )
-    assert summary["speedup_vs_high"] == pytest.approx(100 / 55)
-    assert summary["cpu_speedup_vs_high"] == pytest.approx(100 / 55)
-    assert summary["cascade_bound"] == pytest.approx(2.0)
-    assert summary["cascade_efficiency"] == pytest.approx(50 / 55)
-    assert summary["router_overhead"] == pytest.approx(1.1)
-    assert summary["disturbed"] is False and summary["doubts"] == []
-    assert summary["triton_version"] == "2.51.0"
-    assert summary["environment"] == {"cpu": "<one> & only"}
+    adaptive, low = summary["answers"]["adaptive"], summary["answers"]["static-low"]
+    assert (adaptive["escalation_rate"], adaptive["agreement_with_high"]) == (0.25, 0.75)
+    assert (adaptive["accuracy"], low["accuracy"]) == (0.5, 0.5)
+    assert (low["p50_ms"], low["cpu_ms"]["median"]) == (25.0, 22.5)
+    assert summary["disturbed"] is False and summary["certificate"] == CERTIFICATE
+    assert summary["model"]["backbone"] == "tiny" and "plan" not in summary
 
 
-def test_ratios_are_taken_within_shares_of_the_crops():
-    # Of the slow second share every system takes four times as long.
-    shares = [(25.0, 100.0, 50.0), (100.0, 400.0, 200.0), (25.0, 100.0, 40.0)]
-    summary = summary_of(alone([0, 1, 0, 3], ESCALATED, *shares, never=[50, 110, 26]), (0, 1, 0, 3))
-    assert summary["speedup_vs_high"] == pytest.approx(2.0)
-    assert summary["router_overhead"] == pytest.approx(1.1)
-    assert summary["latency_ms_p50"]["static-low"] == 25.0
-    assert summary["throughput_per_s"]["static-high"] == pytest.approx(
-        4 / 0.7
-    )  # two, one and one crop
-    assert summary["agreement_with_high"] == 0.75 and summary["realised_risk"] == 0.25
+def test_the_bound_of_a_plan_counts_what_an_escalation_really_costs():
+    # 25 ms for each image and 50 ms for a quarter of them, against 100 ms.
+    assert plan_summary()["bound_c1"]["median"] == pytest.approx(100 / (25 + 0.25 * 50))
 
 
-def test_a_ratio_that_cannot_be_true_is_not_said(tmp_path):
-    shares = (25.0, 100.0, 20.0)
-    steady = alone([0, 1, 2, 3], ESCALATED, shares, never=[27.0])
-    reasons = steady.paired.doubts(cpu_counts=True)
-    assert len(reasons) == 2  # above its bound, and faster than its own cheap rung
-    found = alone([0, 1, 2, 3], ESCALATED, shares, never=[27.0], doubts=reasons)
-    summary = summary_of(found)
-    assert summary["disturbed"] is True and summary["doubts"] == reasons
-    assert summary["speedup_vs_high"] == 5.0  # kept for machines
-    (line, *others) = sentences(summary)
-    assert "the machine was too busy for a figure" in line and reasons[0] in line
-    assert not re.search(r"\d\.\d\dx", "".join([line, *others]))
-    page = make_page(tmp_path / "index.html", ESCALATED, 1.5, CERTIFIED, found)
-    assert "machine was too busy" in page and reasons[0] in page
-    assert "5.00×" not in page and "best speed-up possible" not in page
-    assert "The router itself costs" not in page
+def test_a_plans_figures_are_taken_within_turns():
+    summary = plan_summary()
+    assert summary["speedup_saturated"]["values"] == pytest.approx([6, 8, 4])
+    assert summary["plan"]["cheap_rung"]["cost_ratio"]["values"] == pytest.approx([0.75, 1, 0.5])
+    names = {key: summary["plan"][key] for key in ("low", "high", "reference")}
+    assert names == {"low": CHEAP.recipe, "high": INT8.recipe, "reference": "px=224"}
 
 
-def test_the_efficiency_that_is_said_is_the_one_that_was_judged():
-    # Speed-up and bound of five shares; the quotient of their medians is 2.6 / 2.2.
-    pairs = [(2.0, 2.0), (2.1, 2.05), (2.6, 2.2), (2.7, 2.6), (2.8, 2.9)]
-    # No image escalates, so that the bound is the full rung's cost over the cheap one's.
-    shares = [(100 / bound, 100.0, 100 / speedup) for speedup, bound in pairs]
-    found = measured(
-        {name: [0] * 5 for name in ("static-low", "static-high", "adaptive")},
-        [False] * 5,
-        [
-            dict(zip(("static-low", "static-high", "adaptive"), share, strict=True))
-            for share in shares
-        ],
-        [1.1 * low for low, *_ in shares],
-    )
-    (doubt,) = found.paired.doubts(cpu_counts=True)
-    assert "an efficiency of 1.18 is more than the rungs allow" in doubt
-    own = Asked(np.zeros(5, int), np.zeros(5, bool), np.zeros(5, np.float32))
-    answers = Served.of(
-        own, np.zeros(5, int), found, None, ("static-low", "static-high", "adaptive")
-    )
-    summary = summarise("tiny", (32, 64), answers, found, CERTIFIED, ENVIRONMENT)
-    assert summary["cascade_efficiency"] == pytest.approx(2.1 / 2.05)
+def test_agreement_is_with_the_full_model_not_with_the_full_rung():
+    found = plan_summary()["saturated"]["systems"]
+    assert found["static-high"]["agreement_with_high"] == 1.0
+    for system in ("static-escalation", "adaptive", "static-low"):
+        assert found[system]["agreement_with_high"] == 0.75
 
 
-def test_a_ratio_that_can_be_true_is_said_with_the_one_by_cpu_time(tmp_path):
-    found = alone([0, 1, 2, 3], ESCALATED, (25.0, 100.0, 55.0), never=[27.5], cpu=0.9)
-    assert sentences(summary_of(found))[0] == (
+@pytest.mark.parametrize(
+    ("changes", "rival", "costs"),
+    [
+        ({}, "static-escalation", [3, 4, 2]),
+        # Something in between is no rival where it agrees less often, however cheap.
+        ({"static-escalation": [3] * 4}, "static-tome8", [4, 5.5, 2.5]),
+        # The cheap rung is part of the cascade, and none to it.
+        ({"static-low": [0, 1, 2, 3]}, "static-escalation", [3, 4, 2]),
+        ({"adaptive": [0, 1, 2, 3]}, "static-high", [6, 8, 4]),
+    ],
+)
+def test_the_rival_is_the_cheapest_that_agrees_as_often(changes, rival, costs):
+    summary = plan_summary({**CLASSES, **changes})
+    found = summary["plan"]["rival"]
+    assert (found["name"], found["disturbed"]) == (rival, False)
+    assert found["cost_ratio"]["values"] == pytest.approx(costs)
+    title = summary["saturated"]["systems"][rival]["title"]
+    assert f"the cheapest is {title}" in show.plan_sentences(summary)[1]
+
+
+# --- on the terminal ---------------------------------------------------------------------------
+
+
+def test_the_terminal_says_what_was_measured(capsys):
+    show.print_summary(summary_of(alone()))
+    shown = capsys.readouterr().out
+    assert "4 unseen crops, tiny at 112,int8=static,align/224 px" in shown
+    assert re.search(r"full rung always +│ +75.0% +│ +100.0 ms │ +10.0 │ +90.0 ms", shown)
+    assert (
         "1.82x as fast as the full rung, 1.82x by CPU time (bound 2.00x, efficiency 0.91); "
-        "router overhead 1.10"
-    )
-    page = make_page(tmp_path / "index.html", ESCALATED, 1.5, CERTIFIED, found)
-    assert "1.82×" in page and "too busy" not in page
+        "router overhead 1.10\n25.0% escalated; 75.0% answered as the full rung\n"
+    ) in shown
+    assert "with confidence 90%; seen on these crops: 25.0%" in shown
 
 
-def make_page(path, escalated, threshold, certificate, found=None, scores=(0, 1, 2, 3)):
-    """The page of four crops: what a person sees of it."""
-    found = found or alone([0, 1, 2, 3], escalated, (25.0, 100.0, 55.0), never=[27.5])
-    scores = np.float32(scores if threshold is not None else [np.nan] * 4)
-    answers = served([0, 1, 2, 3], escalated, found, scores)
-    summary = summarise("tiny", (32, 64), answers, found, certificate, ENVIRONMENT)
+def test_the_terminal_names_the_rungs_of_a_plan_by_their_recipes(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    summary = plan_summary()
+    show.print_summary(summary)
+    shown = capsys.readouterr().out
+    assert "tiny planned" in shown and "full model always" in shown and "6.00×" in shown
+    assert "planned: 112 px, int8, aligned, escalating by margin to 224 px, int8\n" in shown
+    for sentence in show.plan_sentences(summary):
+        assert sentence in shown
+
+
+def test_rows_stand_from_the_fastest_to_the_slowest():
+    rows = show.served_rows(plan_summary())
+    assert [row["system"] for row in rows] == [
+        *("static-low", "adaptive", "static-escalation", "static-tome8", "static-high")
+    ]
+    assert list(rows[-1].values())[1:] == [
+        *("full model always (224 px)", "100.0\N{NO-BREAK SPACE}%", "10.0", "90.0", "1.00×")
+    ]
+
+
+def test_a_graph_whose_own_clock_was_disturbed_gets_no_ratio():
+    classes = {**CLASSES, "static-escalation": [3] * 4}  # tome8 is the rival
+    whole = saturated(classes)
+    for share in whole.paired.shares:  # half of what tome8 took was something else
+        share["static-tome8"] = [
+            replace(answer, cpu_ms=answer.cpu_ms / 2) for answer in share["static-tome8"]
+        ]
+    one = alone({**ALONE, "static-escalation": 50.0})
+    summary = summary_of(one, whole, graphs=PLANNED)
+    assert not summary["disturbed"] and summary["plan"]["rival"]["disturbed"]
+    assert {row["system"] for row in show.served_rows(summary) if row["speedup"] == "–"} == {
+        "static-tome8"
+    }
+    _, best = show.plan_sentences(summary)
+    assert "times as much" not in best and "of the cascade" in best
+    # Where CPU time says nothing, nothing is held against it.
+    on_gpu = summary_of(one, replace(whole, cpu_counts=False), graphs=PLANNED)
+    assert not on_gpu["plan"]["rival"]["disturbed"]
+    assert "times as much" in show.plan_sentences(on_gpu)[1]
+    assert "–" not in [row["speedup"] for row in show.served_rows(on_gpu)]
+
+
+def test_a_plan_on_a_busy_machine_says_so_and_shows_no_ratio():
+    summary = plan_summary(doubts=["a reason"])
+    assert summary["disturbed"] is True
+    assert summary["speedup_saturated"]["median"] == pytest.approx(6.0)  # kept for machines
+    busy, best = show.plan_sentences(summary)
+    assert busy == "Saturated, the machine was too busy for a figure: a reason."
+    assert "times as much" not in best and "of the cascade" not in best
+    assert {row["speedup"] for row in show.served_rows(summary)} == {"–"}
+    assert "6.00 times" in show.plan_sentences(plan_summary())[0]
+
+
+# --- on the page -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    """Writes the page of four crops, and returns it."""
+    monkeypatch.setattr(show, "PAGE", tmp_path / "index.html")
     crops = [crop.data for crop in SampleImages(4, seed=0)]
-    write_page(
-        path, summary, answers, threshold, crops, ["ant", "bee", "cat", "dog"], "report.html"
-    )
-    return path.read_text()
+
+    def write(summary, measured=None, threshold=1.5):
+        paired = (measured or alone()).paired
+        toy = MODELS["static-vit"]
+        road = planned(toy, 0.05) if "plan" in summary else resolutions(toy)
+        show.write_page(road, summary, paired, threshold, crops, LABELS)
+        return (tmp_path / "index.html").read_text()
+
+    return write
 
 
-def test_the_page_shows_the_certificate_and_every_crop_once(tmp_path):
-    page = make_page(tmp_path / "index.html", [False, False, True, False], 1.5, CERTIFIED)
-    assert CERTIFIED["statement"] in page
-    kept, escalated = page.split("Escalated: 1")
+def loaded(page):
+    return set(re.findall(r'(?:src|href)="(?!data:)([^"]*)"', page))
+
+
+def test_the_page_shows_the_certificate_and_every_crop_once(page):
+    shown = page(summary_of(alone()))
+    assert CERTIFICATE["statement"] in shown and "1.82×" in shown and "too busy" not in shown
+    kept, escalated = shown.split("Escalated: 1")
     assert "Stayed cheap: 3" in kept
     assert kept.count("<figure>") == 3 and escalated.count("<figure>") == 1
     assert "cheap said ant" in escalated  # the third crop, which low takes for class 0
-    assert "&lt;one&gt; &amp; only" in page
-    loaded = re.findall(r'(?:src|href)="(?!data:)([^"]*)"', page)
-    assert loaded == ["report.html"]  # its only reference is a link
+    assert "&lt;one&gt; &amp; only" in shown
+    assert loaded(shown) == {"report.html"}  # its only reference is a link
 
 
-def test_scores_on_the_page_of_the_demo_lie_on_their_side_of_the_threshold(tmp_path):
-    scores = [15.6531, 15.65565, 15.655651, 15.6585]
-    threshold = float(np.float32(scores[1:3]).astype(np.float64).mean())
-    escalated = [False, False, True, True]
-    page = make_page(tmp_path / "index.html", escalated, threshold, CERTIFIED, scores=scores)
-    kept, rest = page.split("Escalated: 2")
+def test_the_page_of_a_plan_shows_every_system_and_links_its_reasons(page):
+    summary = plan_summary()
+    shown = page(summary)
+    assert "a <b>cheap rung</b> (112 px, int8, aligned)" in shown
+    for row in show.served_rows(summary):
+        assert f'<td class="words">{row["words"]}' in shown
+    assert all(sentence in shown for sentence in show.plan_sentences(summary))
+    assert loaded(shown) == {"plan/report.html", "plan/plan.html"}
+
+
+def test_a_ratio_that_cannot_be_true_is_not_said(page):
+    costs = {**ALONE, "adaptive": 20.0, "adaptive-0": 27.0}
+    reasons = alone(costs).paired.doubts(cpu_counts=True)
+    assert len(reasons) == 2  # above its bound, and faster than its own cheap rung
+    summary = summary_of(alone(costs, reasons))
+    assert summary["disturbed"] is True and summary["doubts"]["c1"] == reasons
+    assert summary["speedup_c1"]["median"] == 5.0  # kept for machines
+    line, *others = show.sentences(summary)
+    assert "the machine was too busy for a figure" in line and reasons[0] in line
+    assert not re.search(r"\d\.\d\dx", "".join([line, *others]))
+    shown = page(summary)
+    assert "machine was too busy" in shown and reasons[0] in shown
+    assert "5.00×" not in shown and "best speed-up possible" not in shown
+    assert "The router itself costs" not in shown
+
+
+def test_scores_on_the_page_of_the_demo_lie_on_their_side_of_the_threshold(page):
+    scores = np.float32([15.6531, 15.65565, 15.655651, 15.6585]).astype(float)
+    threshold = float(scores[1:3].mean())
+    measured = alone(escalated=[False, False, True, True], scores=scores)
+    kept, rest = page(summary_of(measured), measured, threshold).split("Escalated: 2")
     assert f"(at {threshold!r})" in kept
     low, high = (list(map(float, re.findall(r"score ([\d.]+)<", part))) for part in (kept, rest))
     assert len(low) == len(high) == 2
     assert max(low) <= threshold < min(high)
 
 
-def test_the_page_of_an_uncertified_demo_says_that_everything_escalates(tmp_path):
-    nothing = {**CERTIFIED, "certified": False, "statement": "No threshold is certified."}
-    page = make_page(tmp_path / "index.html", [True] * 4, None, nothing)
-    assert "dashed line" not in page
-    assert "no crop is scored" in page and "Stayed cheap: 0" in page and "Escalated: 4" in page
+def test_the_page_of_an_uncertified_demo_says_that_everything_escalates(page):
+    nothing = {**CERTIFICATE, "certified": False, "statement": "No threshold is certified."}
+    measured = alone(escalated=[True] * 4, scores=[np.nan] * 4)
+    shown = page(summary_of(measured, certificate=nothing), measured, None)
+    assert "dashed line" not in shown
+    assert "no crop is scored" in shown and "Stayed cheap: 0" in shown and "Escalated: 4" in shown
 
 
-def test_a_threshold_far_from_every_score_is_no_line_in_the_histogram(tmp_path):
-    page = make_page(tmp_path / "index.html", [False] * 4, 99.0, CERTIFIED)
-    assert "Above 99, which is not among the scores drawn" in page and "dashed" not in page
+def test_a_threshold_far_from_every_score_is_no_line_in_the_histogram(page):
+    measured = alone(escalated=[False] * 4)
+    shown = page(summary_of(measured), measured, 99.0)
+    assert "Above 99, which is not among the scores drawn" in shown and "dashed" not in shown
 
 
-class Commands:
-    """Stands in for `subprocess`: notes each command and makes the file it was asked for."""
-
-    def __init__(self, failing=None):
-        self.verbs = []
-        self.lines = []
-        self.failing = failing
-
-    def run(self, line):
-        assert line[:2] == [sys.executable, "-m"]
-        self.verbs.append(f"{line[2]} {line[3]}")
-        self.lines.append(line)
-        if line[3] == self.failing:
-            return CompletedProcess(line, 2)
-        made = Path(line[line.index("--out") + 1])
-        made.parent.mkdir(parents=True, exist_ok=True)
-        made.write_text("made")
-        return CompletedProcess(line, 0)
-
-
-@pytest.fixture
-def elsewhere(tmp_path, monkeypatch):
-    """The demo at work in an empty folder, in which no server can start."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "ROOT", tmp_path)
-    return tmp_path
-
-
-def test_prepare_makes_the_repository_and_serves_nothing(elsewhere, monkeypatch, capsys):
-    commands = Commands()
-    monkeypatch.setattr(steps, "subprocess", commands)
-    demo.main(["--prepare"])
-    assert commands.verbs == [
-        *("calibration sample", "export rungs", "calibration collect"),
-        *("calibration fit", "calibration report", "export repository"),
-    ]
-    printed = capsys.readouterr().out
-    for place in ("onnx", "calibration.json", "report.html", "model_repository"):
-        assert f"build/demo/{place}" in printed
-    assert not (elsewhere / "build/demo/summary.json").exists()
-    demo.main(["--prepare"])
-    assert len(commands.verbs) == 6  # nothing was done again
-
-
-def test_a_step_that_fails_ends_the_preparation(elsewhere, monkeypatch, capsys):
-    commands = Commands(failing="fit")
-    monkeypatch.setattr(steps, "subprocess", commands)
-    with pytest.raises(SystemExit) as ended:
-        demo.main(["--prepare"])
-    assert ended.value.code == 1
-    assert commands.verbs[-1] == "calibration fit"
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert re.search(r"^error: `python -m calibration fit .*` failed with exit", printed.err, re.M)
+# --- what the server is asked ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("options", "model", "low", "high", "beside"),
-    [
-        ([], "dinov2-small", "px=112", "px=224", ["px=140", "px=168", "px=196", "tome=8"]),
-        (["--model", "static-vit"], "static-vit", "px=32", "px=64", ["px=48", "tome=8"]),
-    ],
+    ("changes", "same"), [({}, True), ({"names": 1}, False), ({"escalated": True}, False)]
 )
-def test_the_demo_exports_two_resolutions_and_what_a_user_could_serve_instead(
-    elsewhere, monkeypatch, options, model, low, high, beside
+def test_image_bytes_over_either_protocol_must_be_answered_as_tensors_are(
+    changes, same, monkeypatch
 ):
-    commands = Commands()
-    monkeypatch.setattr(steps, "subprocess", commands)
-    demo.main(["--prepare", *options])
-    (export,) = (line for line in commands.lines if line[2:4] == ["export", "rungs"])
-    said = dict(zip(export[4::2], export[5::2], strict=True))
-    assert (said["--model"], said["--low"], said["--high"]) == (model, low, high)
-    assert [export[i + 1] for i, word in enumerate(export) if word == "--beside"] == beside
+    asked = []
 
+    class Client:
+        def __init__(self, url):
+            self.url = url
 
-def test_a_model_that_the_demo_does_not_know_is_refused(capsys):
-    with pytest.raises(SystemExit) as ended:
-        demo.main(["--model", "resnet"])
-    assert ended.value.code == 2 and "static-vit" in capsys.readouterr().err
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def infer(self, images):
+            asked.append((self.url, *images))
+            return [make_answer(**(changes if self.url == "http" else {}))]
+
+    class Server:
+        def url(self, protocol):
+            return protocol
+
+    monkeypatch.setattr(run, "GrpcClient", Client)
+    monkeypatch.setattr(run, "HttpClient", Client)
+    crops = list(SampleImages(1, seed=0))
+    if same:
+        run.query(Server(), crops, [make_answer()])
+        assert asked == [("grpc", crops[0].data), ("http", crops[0].data)]
+    else:
+        with pytest.raises(run.DemoError, match="different answers"):
+            run.query(Server(), crops, [make_answer()])

@@ -61,6 +61,10 @@ def test_arrows_point_one_way(folder):
 def commands(path):
     """Packages of ours whose verbs a file names in a row, as of `python -m export rungs`."""
     for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            typed = re.match(r"([a-z]+) [a-z]+ --", node.value)
+            if typed and typed[1] in ARROWS:
+                yield typed[1]
         if isinstance(node, ast.List | ast.Tuple):
             words = [getattr(element, "value", None) for element in node.elts]
             words = words[words.index("-m") + 1 :] if "-m" in words else words

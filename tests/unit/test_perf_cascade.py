@@ -7,12 +7,7 @@ import pytest
 
 from bundle.graphs import GraphSet
 from calibration.fidelity import Fidelity
-from perf.cascade import (
-    Measured,
-    answers_section,
-    figures_section,
-    saturated_section,
-)
+from perf.cascade import Measured
 from perf.harness import Paired, is_a_loss
 from perf.memory import MemoryUse, memory_figures
 from perf.record import write
@@ -38,24 +33,27 @@ PAIRED = Paired([SHARE, SHARE])
 SYSTEMS = [make_system(name) for name in SHARE]
 
 
+def sections(paired=PAIRED, systems=SYSTEMS, disagrees=ANOTHER_CLASS, labels=None, **of):
+    return Measured(paired, [], **of).sections(systems, disagrees, labels)
+
+
 # --- answers -----------------------------------------------------------------------------------
 
 
 def test_every_system_has_its_answers_beside_its_cost():
-    found = answers_section(PAIRED, SYSTEMS, ANOTHER_CLASS, [0, 1] * 2)
+    found = sections(labels=[0, 1] * 2)["answers"]
     assert list(found) == list(SHARE)
     low, adaptive = found["static-low"], found["adaptive"]
     assert low["title"] == "title of static-low"
     assert (low["agreement_with_high"], low["escalation_rate"], low["accuracy"]) == (0.5, 0, 0.5)
     assert (adaptive["agreement_with_high"], adaptive["escalation_rate"]) == (1.0, 0.5)
-    assert adaptive["cost_ms"]["values"] == [40.0, 40.0]
+    assert (adaptive["p50_ms"], adaptive["cost_ms"]["values"]) == (40.0, [40.0, 40.0])
     assert adaptive["cost_ratio"]["values"] == [0.4, 0.4]
 
 
 def test_accuracy_is_against_the_labels_in_the_order_of_the_answers():
     def accuracy(*labels):
-        found = answers_section(PAIRED, SYSTEMS, ANOTHER_CLASS, labels)
-        return found["static-high"]["accuracy"]
+        return sections(labels=labels)["answers"]["static-high"]["accuracy"]
 
     assert accuracy(0, 1, 0, 1) == 1.0
     assert accuracy(1, 0, 0, 1) == 0.5
@@ -64,20 +62,19 @@ def test_accuracy_is_against_the_labels_in_the_order_of_the_answers():
         accuracy(0, 1)
 
 
-@pytest.mark.parametrize(("labels", "head"), [(None, True), ([0], False)])
+@pytest.mark.parametrize(("labels", "head"), [(None, True), ([0] * 4, False)])
 def test_without_labels_or_without_a_head_there_is_no_accuracy(labels, head):
-    case = Paired([{"static-high": [make_answer(head=head)]}])
-    systems = [make_system("static-high")]
-    found = answers_section(case, systems, lambda mine, full: False, labels)
-    assert found["static-high"]["accuracy"] is None
+    share = {name: [make_answer(head=head)] * 2 for name in SHARE}
+    found = sections(Paired([share] * 2), disagrees=lambda mine, full: False, labels=labels)
+    assert {answer["accuracy"] for answer in found["answers"].values()} == {None}
 
 
 # --- figures -----------------------------------------------------------------------------------
 
 
 def test_the_figures_with_one_request_in_flight():
-    found = figures_section(PAIRED, "c1")
-    medians = {name: spread["median"] for name, spread in found.items()}
+    found = sections()
+    medians = {name: spread["median"] for name, spread in found.items() if name != "answers"}
     assert medians == pytest.approx(
         {
             "router_overhead_c1": 1.15,  # of 11 / 10 and 36 / 30
@@ -87,8 +84,8 @@ def test_the_figures_with_one_request_in_flight():
             "ensemble_over_router": 1.1,  # 44 / 40
         }
     )
-    without = Paired([{name: SHARE[name] for name in SHARE if name != "ensemble"}])
-    assert "ensemble_over_router" not in figures_section(without, "c1")
+    without = [system for system in SYSTEMS if system.name != "ensemble"]
+    assert "ensemble_over_router" not in sections(systems=without)
 
 
 def test_the_saturated_figures_are_taken_turn_by_turn_with_the_cores_that_everybody_had():
@@ -102,16 +99,20 @@ def test_the_saturated_figures_are_taken_turn_by_turn_with_the_cores_that_everyb
             for name, ms in costs.items()
         }
 
-    paired = Paired([turn(25, 100, 62.5), turn(20, 100, 50)])
-    found = figures_section(paired, "saturated")
+    found = sections(
+        Paired([turn(25, 100, 62.5), turn(20, 100, 50)]),
+        [make_system(name) for name in ("static-low", "static-high", "adaptive")],
+        **{"load": "saturated", "in_flight": 8, "cores": 1},
+    )
     assert found["speedup_saturated"]["values"] == pytest.approx([1.6, 2.0])
     assert found["cpu_speedup_saturated"]["values"] == pytest.approx([1.6, 2.0])
     assert found["bound_saturated"]["values"] == pytest.approx([2.0, 1 / 0.45])
     assert found["cascade_efficiency_saturated"]["values"] == pytest.approx([0.8, 0.9])
-    section = saturated_section(Measured(paired, [], cores=1), 8)
+    section = found["saturated"]
     assert (section["cores"], section["in_flight"]) == (1, 8)
     assert section["systems"]["adaptive"]["escalation_rate"] == 0.25
     assert section["systems"]["static-high"]["cpu_ms"]["median"] == pytest.approx(90)
+    assert "answers" not in found and not section["systems"]["adaptive"]["disturbed"]
 
 
 def use(pss, gpu=None, weights=5.0):

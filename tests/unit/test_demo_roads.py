@@ -1,4 +1,4 @@
-"""`make demo PLAN=1`: which commands it runs, and which it need not run again."""
+"""`make demo`: which commands it runs, and which it need not run again."""
 
 import json
 import re
@@ -15,13 +15,16 @@ from demo import roads, steps
 class Commands:
     """Stands in for `subprocess`: notes each command and makes what it was asked for."""
 
-    def __init__(self, chosen=True):
+    def __init__(self, chosen=True, failing=None):
         self.lines = []
         self.chosen = chosen
+        self.failing = failing
 
     def run(self, line):
         assert line[:2] == [sys.executable, "-m"]
         self.lines.append(line[2:])
+        if line[3] == self.failing:
+            return CompletedProcess(line, 1)
         out = Path(line[line.index("--out") + 1])
         if line[3] == "plan":
             out.mkdir(parents=True)
@@ -50,11 +53,50 @@ def elsewhere(tmp_path, monkeypatch):
     return tmp_path
 
 
-def prepare(monkeypatch, *arguments, chosen=True):
-    commands = Commands(chosen)
+def prepare(monkeypatch, *arguments, code=0, **how):
+    commands = Commands(**how)
     monkeypatch.setattr(steps, "subprocess", commands)
-    demo.main(["--prepare", *arguments])
+    monkeypatch.setattr(sys, "argv", ["demo", "--prepare", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        demo.main()
+    assert ended.value.code == code
     return commands
+
+
+def test_prepare_makes_the_repository_and_serves_nothing(elsewhere, monkeypatch, capsys):
+    assert prepare(monkeypatch).verbs == [
+        *("calibration sample", "export rungs", "calibration collect"),
+        *("calibration fit", "calibration report", "export repository"),
+    ]
+    printed = capsys.readouterr().out
+    for place in ("onnx", "calibration.json", "report.html", "model_repository"):
+        assert f"build/demo/{place}" in printed
+    assert not (elsewhere / "build/demo/summary.json").exists()
+    assert prepare(monkeypatch).verbs == []  # nothing was done again
+
+
+def test_a_step_that_fails_ends_the_preparation(elsewhere, monkeypatch, capsys):
+    commands = prepare(monkeypatch, code=2, failing="fit")
+    assert commands.verbs[-1] == "calibration fit"
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert re.search(r"^error: `python -m calibration fit .*` failed with exit", printed.err, re.M)
+
+
+@pytest.mark.parametrize(
+    ("options", "model", "low", "high", "beside"),
+    [
+        ([], "dinov2-small", "px=112", "px=224", ["px=140", "px=168", "px=196", "tome=8"]),
+        (["--model", "static-vit"], "static-vit", "px=32", "px=64", ["px=48", "tome=8"]),
+    ],
+)
+def test_the_demo_exports_two_resolutions_and_what_a_user_could_serve_instead(
+    elsewhere, monkeypatch, options, model, low, high, beside
+):
+    (export,) = (line for line in prepare(monkeypatch, *options).lines if line[1] == "rungs")
+    said = dict(zip(export[2::2], export[3::2], strict=True))
+    assert (said["--model"], said["--low"], said["--high"]) == (model, low, high)
+    assert [export[i + 1] for i, word in enumerate(export) if word == "--beside"] == beside
 
 
 def test_a_plan_takes_the_place_of_export_collect_and_fit(elsewhere, monkeypatch, capsys):
@@ -120,9 +162,7 @@ def test_both_roads_share_the_head_crops_and_spoil_nothing_of_each_other(elsewhe
 
 
 def test_a_plan_that_chooses_nothing_ends_in_one_line(elsewhere, monkeypatch, capsys):
-    with pytest.raises(SystemExit) as ended:
-        prepare(monkeypatch, "--plan", chosen=False)
-    assert ended.value.code == 1
+    prepare(monkeypatch, "--plan", code=2, chosen=False)
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     (line,) = errors
     assert "no certified cascade is cheaper" in line and "build/demo/plan/plan.html" in line
@@ -131,28 +171,23 @@ def test_a_plan_that_chooses_nothing_ends_in_one_line(elsewhere, monkeypatch, ca
 def test_a_plan_that_fails_names_its_command_whatever_an_earlier_one_found(
     elsewhere, monkeypatch, capsys
 ):
-    with pytest.raises(SystemExit):
-        prepare(monkeypatch, "--plan", chosen=False)
+    prepare(monkeypatch, "--plan", code=2, chosen=False)
     capsys.readouterr()
-
-    class Failing(Commands):
-        def run(self, line):
-            return CompletedProcess(line, 1) if line[3] == "plan" else super().run(line)
-
-    monkeypatch.setattr(steps, "subprocess", Failing())
-    with pytest.raises(SystemExit):
-        demo.main(["--plan", "--prepare"])
+    prepare(monkeypatch, "--plan", code=2, failing="plan")
     assert re.search(r"^error: `python -m planner plan .*` failed", capsys.readouterr().err, re.M)
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--risk", "0.02"], "add --plan"), (["--plan", "--risk", "2"], "between 0 and 1")],
+    [
+        (["--risk", "0.02"], "add --plan"),
+        (["--plan", "--risk", "2"], "between 0 and 1"),
+        (["--model", "resnet"], "static-vit"),
+    ],
 )
-def test_a_risk_that_means_nothing_is_refused(arguments, said, capsys):
-    with pytest.raises(SystemExit) as ended:
-        demo.main(arguments)
-    assert ended.value.code == 2 and said in capsys.readouterr().err
+def test_an_option_that_means_nothing_is_refused(elsewhere, monkeypatch, arguments, said, capsys):
+    assert prepare(monkeypatch, *arguments, code=2).lines == []
+    assert said in capsys.readouterr().err
 
 
 def test_another_model_is_planned_for_with_graphs_of_its_own(elsewhere, monkeypatch):
@@ -164,6 +199,7 @@ def test_another_model_is_planned_for_with_graphs_of_its_own(elsewhere, monkeypa
     assert "planner plan" in prepare(monkeypatch, "--plan").verbs
 
 
-def test_the_test_crops_are_no_draw_of_the_others():
-    seeds = (roads.HEAD_SEED, roads.CALIBRATION_SEED, roads.TEST_SEED)
-    assert len(set(seeds)) == 3
+def test_the_test_crops_are_no_draw_of_the_others(elsewhere, monkeypatch):
+    draws = [line for line in prepare(monkeypatch).lines if "--seed" in line]
+    seeds = [line[line.index("--seed") + 1] for line in draws]
+    assert len(set(seeds)) == 2 and str(roads.TEST_SEED) not in seeds
