@@ -3,44 +3,43 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich import progress as bars
 
-from bundle.graphs import GraphsError, GraphSet
+from bundle.graphs import GraphSet
 from bundle.head import LinearHead
 from bundle.prints import Looks, among, find_copies
-from imaging import PreprocessingError
 from report.calibration_page import write_calibration
-from routing import SIGNALS, Calibration, CalibrationError
+from report.terminal import run
+from routing import SIGNALS, Calibration
 
 from . import options as given
 from .align import ALIGN_SHARE, fit_alignment
 from .answers import AnswerCache, Progress
-from .certify import METHODS, CertifyError, Goal
-from .chunks import MissingAnswersError
-from .evaluate import EvaluateError, check_artifact, evaluate
+from .certify import METHODS, Goal
+from .evaluate import check_artifact, evaluate
 from .fidelity import Fidelity, FidelityError
 from .fit import (
     AUTO,
     STEPS,
+    EscalationRate,
     FitError,
     Options,
+    Target,
+    Threshold,
     depends_on_batch,
     fit,
     without_learned,
 )
-from .images import ImagesError, write_sample
-from .outputs import Made, Outputs, OutputsError, asked, collect
+from .images import ImagesError, open_images, write_sample
+from .outputs import Made, Outputs, OutputsError, collect, wanted
 from .page_data import analysis_data, fit_data
 from .record import FitRecord, record_path
 from .reference import REFERENCE_IMAGES, with_reference_answers
-from .served import ServedError
 from .splits import GROUPINGS, SplitError, group_keys, split_by_group
 from .tables import print_fit, print_growth
 
@@ -50,7 +49,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-console = given.console
+say = given.BARS.say
 
 
 @app.command("sample")
@@ -82,15 +81,15 @@ def collect_command(
     try:
         with given.served(url, rung_set, tls_ca, tls_cert, tls_key) as served:
             cache = AnswerCache(answers, given.source(images, limit, seed), rung_set, served)
-            _show(cache, lambda progress: collect(cache, out, progress))
+            _fill(cache, lambda progress: collect(cache, out, progress))
     except KeyboardInterrupt:
-        console.print("stopped; the same command continues where this one was")
+        say("stopped; the same command continues where this one was")
         raise
     pictures = cache.pictures()
     _tell_copies(pictures.hashes, pictures.looks)
     learned = int(among(pictures.hashes, pictures.looks, rung_set.learned()).sum())
     if learned:
-        console.print(f"{_learned(learned)}; fit leaves them out", highlight=False)
+        say(f"{_learned(learned)}; fit leaves them out")
     print(f"wrote {out}")
 
 
@@ -137,28 +136,35 @@ def fit_command(
     as_json: given.Json = False,
 ) -> None:
     """Fit the score, choose a signal and a threshold, certify it, write calibration.json."""
-    target = given.target(max_risk, confidence, method, escalation_rate, threshold)
+    targets: list[Target] = []
+    if max_risk is not None:
+        targets.append(Goal(max_risk, confidence, method))
+    if escalation_rate is not None:
+        targets.append(EscalationRate(escalation_rate))
+    if threshold is not None:
+        targets.append(Threshold(threshold))
+    if len(targets) != 1:
+        raise FitError("give one of --max-risk, --escalation-rate and --threshold")
+    (target,) = targets
     if require_certificate and not isinstance(target, Goal):
         raise FitError("--require-certificate needs --max-risk")
     rung_set = GraphSet.load(onnx)
     loss = Fidelity.asked(rung_set.task, fidelity, tolerance, relative, label_threshold)
     options = Options(loss, signal, group_by, seed)
     if not isinstance(target, Goal) and (reason := depends_on_batch(rung_set)) is not None:
-        console.print(f"warning: {reason}", style="yellow", highlight=False)
+        given.BARS.console.print(f"warning: {reason}", style="yellow", highlight=False)
     collected = Outputs.load(outputs)
     stored = _unlearned(collected, rung_set)
     left_out = len(collected) - len(stored)
     _tell_copies(stored.hashes, stored.looks)
-    with bars.Progress(console=console) as bar:
-        task = bar.add_task("fit", total=STEPS)
-        try:
-            fitted = fit(stored, rung_set, target, options, lambda: bar.advance(task))
-        except (FitError, SplitError) as error:
-            if not left_out:
-                raise
-            raise FitError(f"{error}; {_learned(left_out)}, and were left out") from None
-        bar.update(task, completed=STEPS)
-    fitted = with_reference_answers(fitted, stored, rung_set, reference_images, given.say)
+    try:
+        with given.BARS.stage("fit", STEPS) as bar:
+            fitted = fit(stored, rung_set, target, options, bar.advance)
+    except (FitError, SplitError) as error:
+        if not left_out:
+            raise
+        raise FitError(f"{error}; {_learned(left_out)}, and were left out") from None
+    fitted = with_reference_answers(fitted, stored, rung_set, reference_images, say)
     fitted.save(out)
     calibration = fitted.calibration
     if as_json:
@@ -167,7 +173,7 @@ def fit_command(
         print_fit(calibration)
         print(f"wrote {out}")
     if calibration.certificate is not None and not calibration.certificate["certified"]:
-        console.print("NOT CERTIFIED: every image goes to the full rung.", style="bold red")
+        _say_loudly("NOT CERTIFIED: every image goes to the full rung.")
         if require_certificate:
             raise typer.Exit(1)
 
@@ -201,7 +207,7 @@ def align_command(
     head = LinearHead.read(rung_set.files["vit_low"]) if rung_set.classes else None
     if rung_set.classes and head is None:
         raise FitError("the head reads more than the CLS token; align would not reach it")
-    with console.status("aligning"):
+    with given.BARS.console.status("aligning"):
         aligned = fit_alignment(
             stored,
             rows,
@@ -218,7 +224,7 @@ def align_command(
         print_growth(aligned)
         print(f"wrote {out}; bake it in with python -m export align, then collect and fit again")
     if not aligned.helps:
-        console.print("On held-out images the alignment does not help: leave it out.", style="red")
+        _say_loudly("On held-out images the alignment does not help: leave it out.")
 
 
 @app.command(
@@ -229,8 +235,7 @@ def align_command(
 )
 def plan_command() -> None:
     """Moved to a package of its own; this line goes with the next release."""
-    print("error: plan moved: python -m planner plan, with the same options", file=sys.stderr)
-    raise typer.Exit(2)
+    raise FitError("plan moved: python -m planner plan, with the same options")
 
 
 @app.command("evaluate")
@@ -250,11 +255,11 @@ def evaluate_command(
     """Hold an artifact against new images; exit 1 where they contradict its certificate."""
     artifact, rung_set = Calibration.load(calibration), GraphSet.load(onnx)
     check_artifact(artifact, Made.by(rung_set))  # before images are run through them
-    wanted, source = asked(rung_set), given.source(images, limit, seed)
+    graphs, source = wanted(rung_set), given.source(images, limit, seed)
     with given.served(url, rung_set, tls_ca, tls_cert, tls_key) as served:
         cache = AnswerCache(answers, source, rung_set, served)
-        _show(cache, lambda progress: cache.fill(wanted, progress=progress))
-    outputs = Outputs.of(cache.read(wanted), rung_set, cache)
+        _fill(cache, lambda progress: cache.fill(graphs, progress=progress))
+    outputs = Outputs.of(cache.read(graphs), rung_set, cache)
     evaluation = evaluate(artifact, _unlearned(outputs, rung_set))
     if as_json:
         print(json.dumps({"images": source.title, **evaluation.to_dict()}))
@@ -297,8 +302,12 @@ def report_command(
         loss = Fidelity.asked(stored.task, fidelity, tolerance, relative, label_threshold)
     else:
         loss = Fidelity.of(artifact)
-    with console.status("drawing"):
-        source, fit = given.source_of(stored), None
+    with given.BARS.console.status("drawing"):
+        source, fit = None, None
+        try:
+            source = open_images(stored.source)
+        except ImagesError as error:
+            say(f"no pictures: {error}")
         if artifact is not None:
             record = FitRecord.load(record_path(calibration), stored, calibration)
             fit = fit_data(artifact, record, stored, source, rung_set.labels)
@@ -320,45 +329,31 @@ def _unlearned(outputs: Outputs, rung_set: GraphSet) -> Outputs:
     """Without the images that a graph has learned from, and saying so."""
     kept = without_learned(outputs, rung_set)
     if len(kept) < len(outputs):
-        left_out = _learned(len(outputs) - len(kept))
-        console.print(f"{left_out}; they are left out", highlight=False)
+        say(f"{_learned(len(outputs) - len(kept))}; they are left out")
     return kept
-
-
-def _show(cache: AnswerCache, fill: Callable[[Progress], list[str]]) -> None:
-    """Fill a cache behind a progress bar, and say which images cannot be used."""
-    columns = (
-        bars.TextColumn("{task.description}"),
-        bars.BarColumn(),
-        bars.MofNCompleteColumn(),
-        bars.TimeRemainingColumn(),
-    )
-    with bars.Progress(*columns, console=console) as progress:
-        task = progress.add_task("collect", total=len(cache.source))
-
-        def show(count: int, resumed: bool) -> None:
-            progress.advance(task, count)
-            if resumed:  # those took no time, so they must not enter the estimate
-                done = progress.tasks[task].completed
-                progress.reset(task, description="collect (resumed)", completed=int(done))
-
-        unreadable = fill(show)
-    for line in unreadable:
-        given.say(f"skipped {line}")
-    given.say(
-        f"answers are kept in {cache.folder} ({cache.size_mib():,.0f} MiB) until you delete it"
-    )
-
-
-def _tell_copies(hashes: Sequence[str], looks: Looks) -> None:
-    """Say how many images do not count for themselves."""
-    sentence = find_copies(hashes, looks).sentence
-    if sentence:
-        console.print(sentence, highlight=False)
 
 
 def _learned(count: int) -> str:
     return f"{count:,} images taught a graph or its head, in this or another form"
+
+
+def _fill(cache: AnswerCache, fill: Callable[[Progress], list[str]]) -> None:
+    """Fill a cache behind a progress bar, and say which images cannot be used."""
+    with given.BARS.stage("collect", len(cache.source)) as bar:
+        unreadable = fill(lambda count, resumed: bar.advance(count))
+    for line in unreadable:
+        say(f"skipped {line}")
+    say(f"answers are kept in {cache.folder} ({cache.size_mib():,.0f} MiB) until you delete it")
+
+
+def _tell_copies(hashes: Sequence[str], looks: Looks) -> None:
+    """Say how many images do not count for themselves."""
+    if sentence := find_copies(hashes, looks).sentence:
+        say(sentence)
+
+
+def _say_loudly(line: str) -> None:
+    given.BARS.console.print(line, style="bold red")
 
 
 def _without_arrays(calibration: Calibration) -> dict[str, Any]:
@@ -369,33 +364,7 @@ def _without_arrays(calibration: Calibration) -> dict[str, Any]:
 
 def main() -> None:
     """Run the command line; a foreseeable error is one line and exit code 2."""
-    try:
-        code = app(standalone_mode=False)
-    except typer.TyperException as error:
-        message = " ".join(error.format_message().split()) + " (--help tells more)"
-    except (
-        MissingAnswersError,
-        CalibrationError,
-        CertifyError,
-        EvaluateError,
-        FidelityError,
-        FitError,
-        ImagesError,
-        OutputsError,
-        PreprocessingError,
-        GraphsError,
-        ServedError,
-        SplitError,
-    ) as error:
-        message = str(error)
-    except OSError as error:
-        message = f"{error.filename}: {error.strerror}"
-    except (KeyboardInterrupt, typer.Abort):
-        sys.exit(130)
-    else:
-        sys.exit(code)
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    run(app, given.ERRORS)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Options that several commands of `python -m calibration` take, and where their files lie."""
+"""Options that several commands of `python -m calibration` take, and what they say."""
 
 from __future__ import annotations
 
@@ -10,18 +10,28 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from bundle.graphs import GraphSet
+from bundle.graphs import GraphsError, GraphSet
 from client import InvalidRequestError, Tls
+from imaging import PreprocessingError
+from report.terminal import Bars
+from routing import CalibrationError
 from routing.fidelity import KINDS
 
-from .certify import Goal
-from .fit import EscalationRate, FitError, Target, Threshold
+from .certify import CertifyError
+from .chunks import MissingAnswersError
+from .evaluate import EvaluateError
+from .fidelity import FidelityError
+from .fit import FitError
 from .images import ImagesError, ImageSource, open_images
-from .outputs import Outputs
+from .outputs import OutputsError
 from .served import ServedError, ServedRungs
-from .splits import GROUPINGS
+from .splits import GROUPINGS, SplitError
 
-console = Console(stderr=True)
+ERRORS = (
+    *(CalibrationError, CertifyError, EvaluateError, FidelityError, FitError, GraphsError),
+    *(ImagesError, MissingAnswersError, OutputsError, PreprocessingError, ServedError, SplitError),
+)
+BARS = Bars(Console(stderr=True))
 FOLDER = Path("build/calibration")
 ONNX = Path("build/onnx")
 ANSWERS = Path("build/answers")
@@ -94,24 +104,15 @@ TlsKey = Annotated[Path | None, typer.Option(help="Its private key.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
-def source(images: str, limit: int | None, seed: int) -> ImageSource:
-    """The images that `--images`, `--limit` and `--seed` name.
+def source(images: str, limit: int | None, seed: int, crops: int = SAMPLE_CROPS) -> ImageSource:
+    """The images that `--images`, `--limit` and `--seed` name; `crops` of the sample by default.
 
     Raises:
         ImagesError: there are none.
     """
     if images == "sample":
-        return open_images(f"sample:{seed}", limit or SAMPLE_CROPS)
+        return open_images(f"sample:{seed}", limit or crops)
     return open_images(images, limit)
-
-
-def source_of(outputs: Outputs) -> ImageSource | None:
-    """Where the images of outputs came from; None, and a line that says why, where that is gone."""
-    try:
-        return open_images(outputs.source)
-    except ImagesError as error:
-        say(f"no pictures: {error}")
-        return None
 
 
 @contextmanager
@@ -135,32 +136,7 @@ def served(
         return
     with ServedRungs(url, rung_set, secrets) as asked:
         if rung_set.reference_record is not None:
-            say("the reference is another graph than the full rung, is not served, and runs here")
+            BARS.say(
+                "the reference is another graph than the full rung, is not served, and runs here"
+            )
         yield asked
-
-
-def say(line: str) -> None:
-    """Print a line for people on stderr."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def target(
-    max_risk: float | None,
-    confidence: float,
-    method: str,
-    escalation_rate: float | None,
-    threshold: float | None,
-) -> Target:
-    """The one target among those that options give.
-
-    Raises:
-        FitError: there is none, or more than one.
-    """
-    given = [value for value in (max_risk, escalation_rate, threshold) if value is not None]
-    if len(given) != 1:
-        raise FitError("give one of --max-risk, --escalation-rate and --threshold")
-    if max_risk is not None:
-        return Goal(max_risk, confidence, method)
-    if escalation_rate is not None:
-        return EscalationRate(escalation_rate)
-    return Threshold(given[0])

@@ -234,7 +234,7 @@ class Outputs:
             raise OutputsError(f"{path} is not readable ({words}); collect again") from None
 
 
-def asked(graphs: GraphSet) -> list[Wanted]:
+def wanted(graphs: GraphSet) -> list[Wanted]:
     """What `Outputs` hold of the graphs that play a role."""
     return [Wanted(graph, role == LOW) for role, graph in graphs.playing().items()]
 
@@ -258,7 +258,7 @@ def collect(
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputsError(f"cannot write {out}: {error.strerror}; choose another --out") from None
-    lines = cache.fill(asked(cache.graphs), progress=progress)
+    lines = cache.fill(wanted(cache.graphs), progress=progress)
     refer(out, cache, cache.graphs)
     return lines
 

@@ -37,8 +37,7 @@ def print_fit(calibration: Calibration) -> None:
     console.print(table(title, headings, rows, bold=[list(signals).index(calibration.signal)]))
     if metrics["no_better_than_random"]:
         console.print(f"{calibration.signal} is not shown to rank losses better than random")
-    flat = flat_score(metrics["score_spread"])
-    if flat:
+    if flat := flat_score(metrics["score_spread"]):
         console.print(flat)
     if calibration.threshold is not None:
         threshold = threshold_text(calibration.threshold)
@@ -50,12 +49,9 @@ def print_fit(calibration: Calibration) -> None:
 def print_growth(aligned: Aligned) -> None:
     """What an alignment is worth on held-out images, by the number it was fitted on."""
     rows = [
-        (
-            str(point.images) if point.images else "not aligned",
-            f"{point.acceptable:.1%}",
-            f"{point.cosine:.4f}",
-        )
-        for point in aligned.growth
+        (str(at.images or "not aligned"), f"{at.acceptable:.1%}", f"{at.cosine:.4f}")
+        for at in aligned.growth
     ]
     headings = ("images", "acceptable answers", "mean cosine")
-    console.print(table("images held out, by images aligned on", headings, rows, left=()))
+    title = "images held out, by images aligned on"
+    console.print(table(title, headings, rows, left=()))

@@ -11,24 +11,19 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bundle.graphs import GraphsError
 from bundle.recipe import RecipeError
-from calibration.certify import CertifyError, Goal
-from calibration.chunks import MissingAnswersError
-from calibration.fidelity import Fidelity, FidelityError
-from calibration.fit import FitError
-from calibration.images import ImagesError, ImageSource, open_images
-from calibration.outputs import OutputsError
+from calibration import options as given
+from calibration.certify import Goal
+from calibration.fidelity import Fidelity
 from calibration.reference import REFERENCE_IMAGES
 from calibration.scoring import flat_score
-from calibration.splits import GROUPINGS, SplitError
+from calibration.splits import GROUPINGS
 from client.errors import ClientError
 from export.errors import ExportError
-from imaging import PreprocessingError
 from perf.figures import PerfError
 from report.plan_page import cascade_marks, write_plan
 from report.terminal import Bars, run, table
-from routing import CalibrationError, threshold_text
+from routing import threshold_text
 from routing.fidelity import KINDS
 from server.errors import ServerError
 
@@ -49,22 +44,8 @@ app = typer.Typer(
 )
 console = Console(highlight=False, markup=False)
 ERRORS = (
-    MissingAnswersError,
-    CalibrationError,
-    CertifyError,
-    ClientError,
-    ExportError,
-    FidelityError,
-    FitError,
-    GraphsError,
-    ImagesError,
-    OutputsError,
-    PerfError,
-    PlanError,
-    PreprocessingError,
-    RecipeError,
-    ServerError,
-    SplitError,
+    *given.ERRORS,
+    *(ClientError, ExportError, PerfError, PlanError, RecipeError, ServerError),
 )
 
 
@@ -143,7 +124,7 @@ def plan_command(
     asked = Fidelity.given(fidelity or "cosine", tolerance, relative, threshold)
     request = Request(
         model=model,
-        source=_open(images, limit, seed),
+        source=given.source(images, limit, seed, SAMPLE_CROPS),
         candidates=None if candidates is None else recipes("--candidates", candidates),
         highs=recipes("--highs", highs),
         beside=recipes("--beside", beside),
@@ -180,12 +161,6 @@ def plan_command(
         typer.echo(f"wrote {path} and {out / 'plan.html'}")
     if planned.chosen is None and require_certificate:
         raise typer.Exit(1)
-
-
-def _open(images: str, limit: int | None, seed: int) -> ImageSource:
-    if images == "sample":
-        return open_images(f"sample:{seed}", limit or SAMPLE_CROPS)
-    return open_images(images, limit)
 
 
 def _notes(planned: Planned) -> list[str]:

@@ -4,7 +4,7 @@ import numpy as np
 
 from bundle.graphs import GraphSet
 from calibration.answers import CHUNK, AnswerCache
-from calibration.outputs import asked
+from calibration.outputs import wanted
 from tests.unit.onnx_files import write_rung_set
 
 COUNT = 2 * CHUNK + 40  # three files of each graph, the last of them short
@@ -55,8 +55,8 @@ def assert_same(one, other):
 def at_once(graphs, source, folder):
     """The answers of a run of its own that nothing stops."""
     cache = AnswerCache(folder, source, graphs)
-    cache.fill(asked(graphs))
-    return cache.read(asked(graphs))
+    cache.fill(wanted(graphs))
+    return cache.read(wanted(graphs))
 
 
 class Answering:
@@ -68,7 +68,7 @@ class Answering:
     def _cache(self, source, graphs, what):
         graphs = graphs or self.graphs
         cache = AnswerCache(self.folder / "answers", source, graphs)
-        return cache, asked(graphs) if what is None else what
+        return cache, wanted(graphs) if what is None else what
 
     def fill(self, source, progress=lambda count, resumed: None, graphs=None, what=None, rows=None):
         cache, what = self._cache(source, graphs, what)

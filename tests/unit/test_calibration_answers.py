@@ -14,7 +14,7 @@ from calibration import answers as module
 from calibration.answers import BATCH, CHUNK, AnswerCache, Wanted
 from calibration.chunks import MissingAnswersError
 from calibration.images import ImagesError, open_images
-from calibration.outputs import Outputs, OutputsError, asked, collect
+from calibration.outputs import Outputs, OutputsError, collect, wanted
 from imaging import Preprocessing, decode, pixels_sha256
 from routing import RungOutputs
 from tests.unit.answering import COUNT, Answering, assert_same, at_once
@@ -249,7 +249,7 @@ def test_a_place_that_cannot_be_written_is_known_at_once(graphs, tmp_path):
     with pytest.raises(OutputsError, match="cannot write"):
         collect(cache, tmp_path / "file" / "outputs.json")
     with pytest.raises(OSError, match="file/answers"):
-        AnswerCache(tmp_path / "file/answers", source, graphs).fill(asked(graphs))
+        AnswerCache(tmp_path / "file/answers", source, graphs).fill(wanted(graphs))
     assert source.read == []
 
 

@@ -12,7 +12,7 @@ from bundle.graphs import GraphSet
 from bundle.prints import no_looks
 from calibration.answers import AnswerCache
 from calibration.chunks import NpzError, load_npz, save_npz
-from calibration.outputs import Made, Outputs, OutputsError, asked, collect, refer
+from calibration.outputs import Made, Outputs, OutputsError, collect, refer, wanted
 from routing import RungOutputs
 from tests.unit.calibration_outputs import with_reference
 from tests.unit.image_files import MemorySource
@@ -72,7 +72,7 @@ def test_what_refers_to_a_cache_is_found_where_both_were_moved(tmp_path, classes
     assert everything.made == Made.by(graphs) and len(everything) == 19
     assert (everything.reference is not None) == reference
     moved = AnswerCache(tmp_path / "moved/answers", MemorySource(20), graphs)
-    assert_same(Outputs.of(moved.read(asked(graphs)), graphs, moved), everything)
+    assert_same(Outputs.of(moved.read(wanted(graphs)), graphs, moved), everything)
     # The broken image was row 4, so that row 9 is the ninth of those that can be read.
     assert_same(Outputs.load(tmp_path / "moved/some.json"), everything.rows(np.array([8, 2])))
 

@@ -12,7 +12,7 @@ from calibration import answers as module
 from calibration.answers import BATCH, CHUNK
 from calibration.chunks import MissingAnswersError
 from calibration.images import ImagesError, open_images
-from calibration.outputs import asked
+from calibration.outputs import wanted
 from calibration.running import run_session
 from tests.unit.answering import (
     COUNT,
@@ -244,7 +244,7 @@ def test_an_image_on_which_a_graph_overflows_is_listed_and_left_out(fill, read, 
 
 def test_an_image_that_was_read_once_and_then_was_not_is_asked_about_again(graphs, fill, read):
     """A folder on a network that fails for a moment, between the runs of two graphs."""
-    low, high = asked(graphs)
+    low, high = wanted(graphs)
     fill(MemorySource(30), what=[low], rows=range(8))
     (line,) = fill(MemorySource(30, gone=[3]), what=[high])
     assert line.startswith("3.png")

@@ -12,7 +12,7 @@ from calibration import answers as answers_module
 from calibration import options
 from calibration import served as module
 from calibration.answers import AnswerCache
-from calibration.outputs import Outputs, asked
+from calibration.outputs import Outputs, wanted
 from calibration.running import open_session, run_session
 from calibration.served import ServedError, ServedRungs
 from tests.unit.calibration_outputs import with_reference
@@ -90,8 +90,8 @@ def collected(rung_set, tmp_path):
 
     def collected(source, served=None, rungs=rung_set, progress=lambda count, resumed: None):
         cache = AnswerCache(tmp_path / "answers", source, rungs, served)
-        cache.fill(asked(rungs), progress=progress)
-        return Outputs.of(cache.read(asked(rungs)), rungs, cache)
+        cache.fill(wanted(rungs), progress=progress)
+        return Outputs.of(cache.read(wanted(rungs)), rungs, cache)
 
     return collected
 
