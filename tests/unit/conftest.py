@@ -1,7 +1,12 @@
-"""Exports by torch, which take seconds each, are remembered under build/tests."""
+"""What takes seconds and comes out the same each time is remembered.
 
+Exports by torch are, under build/tests, and a file's fits of signals, while its tests run.
+"""
+
+import copy
 import hashlib
 import os
+import pickle
 
 import pytest
 
@@ -39,6 +44,36 @@ def remembered_exports():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx_graph, "export_onnx", export_onnx)
         yield anew
+
+
+@pytest.fixture(scope="module")
+def remembered_fits():
+    """The signals of the same images, losses and seed are fitted once in a file.
+
+    Asked for in `pytestmark` where many tests fit the same, and not by tests of fitting itself.
+    """
+    from calibration import fit
+    from planner import select
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("fit_coefficients", "out_of_fold"):
+            remembering = _remembering(getattr(fit, name))
+            patch.setattr(fit, name, remembering)
+            if hasattr(select, name):
+                patch.setattr(select, name, remembering)
+        yield
+
+
+def _remembering(anew):
+    known = {}
+
+    def fitted(sample, seed, *progress):
+        key = hashlib.sha256(pickle.dumps((sample, seed))).digest()
+        if key not in known:
+            known[key] = anew(sample, seed, *progress)
+        return copy.deepcopy(known[key])
+
+    return fitted
 
 
 def _key(module, image_px, output_names, opset):

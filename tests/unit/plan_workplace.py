@@ -7,6 +7,7 @@ can take back. `FakeWorkshop` does what the planner has export and perf do.
 
 import io
 from collections import Counter
+from functools import cache
 
 import numpy as np
 import onnx
@@ -38,6 +39,20 @@ CHEAP_MS = 8.0
 BUSY = 1.7
 
 
+@cache
+def two_colours(seed, index):
+    """The PNG bytes of an image."""
+    rng = np.random.default_rng((seed, index))
+    left = rng.uniform(0, 255, 3)
+    right = left + rng.normal(size=3) * 120 * rng.uniform() ** 3
+    pixels = np.empty((SIZE, SIZE, 3), np.uint8)
+    pixels[:, : SIZE // 2] = left
+    pixels[:, SIZE // 2 :] = np.clip(right, 0, 255)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 class TwoColours:
     """`count` images in memory; those in `gone` cannot be read."""
 
@@ -55,16 +70,8 @@ class TwoColours:
         self.read.append(index)
         if index in self._gone:
             raise ImageError("cannot be read: No such file or directory")
-        rng = np.random.default_rng((self._seed, index))
-        left = rng.uniform(0, 255, 3)
-        right = left + rng.normal(size=3) * 120 * rng.uniform() ** 3
-        pixels = np.empty((SIZE, SIZE, 3), np.uint8)
-        pixels[:, : SIZE // 2] = left
-        pixels[:, SIZE // 2 :] = np.clip(right, 0, 255)
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "PNG")
         name = self.names[index]
-        return SourceImage(name, name, None, buffer.getvalue())
+        return SourceImage(name, name, None, two_colours(self._seed, index))
 
     def fingerprint(self):
         return f"{self._seed} {len(self)} {sorted(self._gone)}"
@@ -223,7 +230,7 @@ def make_request(folder, **changes):
         "threads": 1,
         "seed": 0,
         "cache": folder / "cache",
-        "answers": folder / "answers",
+        "answers": folder.parent / "answers",  # shared by the plans of all tests: it has keys
         "out": folder / "out",
     }
     fields |= changes

@@ -15,6 +15,8 @@ from tests.unit.pages import Page
 from tests.unit.plan_content import plan_content
 from tests.unit.plan_workplace import FakeWorkshop, TwoColours, make_request
 
+pytestmark = pytest.mark.usefixtures("remembered_fits")
+
 PLAN = ("plan", "--model", "tiny", "--px", 8, "--candidates", "px=4,int8=static,align; px=4")
 RISK = ("--max-risk", 0.2)
 

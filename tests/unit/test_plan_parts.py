@@ -12,6 +12,8 @@ from planner import result
 from planner.graphs import fit_image_rows
 from tests.unit.plan_workplace import FakeWorkshop, make_request, plan
 
+pytestmark = pytest.mark.usefixtures("remembered_fits")
+
 IMAGES = 700
 ALIGNED = "px4_int8static_align"  # px=4,int8=static, the first candidate
 

@@ -26,6 +26,8 @@ from tests.unit.plan_workplace import (
     plan,
 )
 
+pytestmark = pytest.mark.usefixtures("remembered_fits")
+
 IMAGES = 700
 ALIGNED = "px4_int8static_align"  # px=4,int8=static, the first candidate
 GOAL = Goal(0.2, 0.9, "ltt")
@@ -189,7 +191,9 @@ def test_everything_is_made_once_and_priced_together(made):
 
 def test_another_risk_needs_no_graph_and_no_answer_again(tmp_path):
     workshop, source = FakeWorkshop(), TwoColours(IMAGES)
-    request = make_request(tmp_path, source=source, reference_images=0)
+    request = make_request(
+        tmp_path, source=source, reference_images=0, answers=tmp_path / "answers"
+    )
     first = plan(request, workshop)
     assert source.read
     source.read.clear()
