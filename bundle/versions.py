@@ -1,19 +1,20 @@
 """Which versions of the router a repository serves, and which one answers.
 
-Two files say so: `router/config.pbtxt` lists the versions to load and the one that only scores in
-the shadow of the other; `adaptive_vit/config.pbtxt` names the one that answers. The manifest
-repeats that one's number for the router, which reads no other model's configuration.
+`router/config.pbtxt` lists the versions to load and the one that only scores in the shadow of the
+other; the configurations of the ensembles, `adaptive_vit` for encoded images and `adaptive_tensor`
+for tensors, name the one that answers. The manifest repeats that one's number for the router, which
+reads no other model's configuration.
 
-Triton gives a request to the router that pins no version the highest one that is loaded. So none
-above the one that answers is: a candidate lies on disk, where the one that answers can read its
-artifact as a shadow's, and is loaded when it is to answer. Lower ones stay loaded, for clients that
-pin them, only where clients may leave the certificate anyway: pinning a former version with a
+Triton gives a request to `router` itself that pins no version the highest one that is loaded. So
+none above the one that answers is: a candidate lies on disk, where the one that answers can read
+its artifact as a shadow's, and is loaded when it is to answer. Lower ones stay loaded, for clients
+that pin them, only where clients may leave the certificate anyway: pinning a former version with a
 higher threshold would be a way around `client_parameters: careful`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from bundle.config import ConfigError
 
 ROUTER_CONFIG = "router/config.pbtxt"
 ENSEMBLE_CONFIG = "adaptive_vit/config.pbtxt"
+TENSORS_CONFIG = "adaptive_tensor/config.pbtxt"
 
 
 class VersionError(ConfigError):
@@ -33,20 +35,24 @@ class VersionError(ConfigError):
 
 @dataclass(frozen=True)
 class Versions:
-    """What the two configs say.
+    """What the configs say.
 
     Attributes:
-        live: the version that answers.
+        live: the version that answers, by `adaptive_vit`.
         served: versions that are loaded; a client can pin any of them. The one that answers is
             the highest, but for the moments of a switch back.
         shadow: the version whose decisions are compared with the live ones; 0: none.
         shadow_fraction: share of the images that are compared.
+        tensors: what `adaptive_tensor` names where it is not `live`: another version, in the
+            moments of a switch, or 0 where there is no such model, as an earlier release assembled
+            it; None: `live`.
     """
 
     live: int
     served: tuple[int, ...]
     shadow: int = 0
     shadow_fraction: float = 0.0
+    tensors: int | None = None
 
     @classmethod
     def load(cls, repository: Path) -> Versions:
@@ -57,12 +63,21 @@ class Versions:
         """
         with _as_assembled(repository):
             router = config.read(repository / ROUTER_CONFIG)
+            live, tensors = _answering(repository, ENSEMBLE_CONFIG)[1].model_version, 0
+            if (repository / TENSORS_CONFIG).exists():
+                tensors = _answering(repository, TENSORS_CONFIG)[1].model_version
             return cls(
-                live=_answering(config.read(repository / ENSEMBLE_CONFIG)).model_version,
+                live=live,
                 served=_served(router),
                 shadow=int(config.parameter(router, "shadow_version")),
                 shadow_fraction=float(config.parameter(router, "shadow_fraction")),
+                tensors=None if tensors == live else tensors,
             )
+
+    @property
+    def named(self) -> set[int]:
+        """The versions that the ensembles name: one, or two in the moments of a switch."""
+        return {self.live, self.tensors or self.live} - {0}
 
     @property
     def sentence(self) -> str:
@@ -71,11 +86,14 @@ class Versions:
         pinned = f"; {others} can be pinned too" if others else ""
         share = f"{self.shadow_fraction:.0%} of the images"
         shadow = f"; router/{self.shadow} shadows {share}" if self.shadow else ""
-        return f"router/{self.live} answers{pinned}{shadow}"
+        tensors = {None: "", 0: ", without adaptive_tensor"}.get(
+            self.tensors, f", and router/{self.tensors} tensors"
+        )
+        return f"router/{self.live} answers{tensors}{pinned}{shadow}"
 
     @property
     def warning(self) -> str:
-        """What is wrong with them, in one line; empty where no version is above the live one."""
+        """What is wrong with them and what to do, in one line; empty where nothing is."""
         if not self.fault:
             return ""
         return (
@@ -86,6 +104,11 @@ class Versions:
     @property
     def fault(self) -> str:
         """The warning without what to do."""
+        if self.tensors:
+            return (
+                f"adaptive_tensor is answered by router/{self.tensors} and adaptive_vit by router/"
+                f"{self.live}, as an interrupted rollout left it"
+            )
         higher = " and ".join(f"router/{number}" for number in self.served if number > self.live)
         if not higher:
             return ""
@@ -101,27 +124,33 @@ class Versions:
             careful: whether requests may only make routing more careful.
         """
         kept = (number for number in self.served if number < self.live and not careful)
-        return replace(self, served=tuple(sorted({self.live, *kept})))
+        served = tuple(sorted({self.live, *kept}))
+        return replace(self, served=served, tensors=0 if self.tensors == 0 else None)
 
-    def beside(self, former: int) -> Versions:
-        """With a version loaded that answered before: on the way, as long as both are needed."""
-        return replace(self, served=tuple(sorted({*self.served, former})))
+    def beside(self, former: Iterable[int]) -> Versions:
+        """With versions loaded that answered before: on the way, as long as both are needed."""
+        return replace(self, served=tuple(sorted({*self.served, *former})))
 
     def configs(self, repository: Path) -> dict[str, str]:
-        """The text of both configs with these versions in them, by path in the repository.
+        """The text of the configs with these versions in them, by path in the repository.
 
         Raises:
             VersionError: a config is missing, or it is not as it was assembled.
         """
         with _as_assembled(repository):
             router = config.read(repository / ROUTER_CONFIG)
-            ensemble = config.read(repository / ENSEMBLE_CONFIG)
             _served(router)
             router.version_policy.specific.versions[:] = self.served
             config.set_parameter(router, "shadow_version", str(self.shadow))
             config.set_parameter(router, "shadow_fraction", f"{self.shadow_fraction:g}")
-            _answering(ensemble).model_version = self.live
-            return {ROUTER_CONFIG: config.text(router), ENSEMBLE_CONFIG: config.text(ensemble)}
+            texts = {ROUTER_CONFIG: config.text(router)}
+            tensors = self.live if self.tensors is None else self.tensors
+            for name, version in ((ENSEMBLE_CONFIG, self.live), (TENSORS_CONFIG, tensors)):
+                if version:
+                    ensemble, step = _answering(repository, name)
+                    step.model_version = version
+                    texts[name] = config.text(ensemble)
+            return texts
 
 
 def switch(repository: Path, version: int) -> Versions:
@@ -151,7 +180,7 @@ def switched(repository: Path, version: int) -> Versions:
     before = Versions.load(repository)
     _check_is_there(repository, version)
     former = {before.live} if version != before.live else set(before.served)
-    after = Versions(version, tuple(sorted({version, *former})))
+    after = replace(before, live=version, served=tuple(former), shadow=0, shadow_fraction=0.0)
     return after.settled(is_careful(repository))
 
 
@@ -164,8 +193,8 @@ def put(repository: Path, versions: Versions) -> None:
         OSError: a file cannot be written.
     """
     now = Versions.load(repository)
-    if now.live not in versions.served:  # the router's config is replaced before the ensemble's
-        manifest.update(repository, versions.beside(now.live).configs(repository))
+    if not now.named <= set(versions.served):  # the router's config is replaced before the others
+        manifest.update(repository, versions.beside(now.named).configs(repository))
     manifest.update(repository, versions.configs(repository), live=versions.live)
 
 
@@ -197,7 +226,7 @@ def drop(repository: Path, version: int) -> None:
     """
     before = Versions.load(repository)
     _check_is_there(repository, version)
-    if version == before.live:
+    if version in before.named:
         raise VersionError(f"version {version} is the one that answers; switch to another first")
     served = tuple(number for number in before.served if number != version)
     after = replace(before, served=served)
@@ -234,20 +263,21 @@ def _served(router: ModelConfig) -> tuple[int, ...]:
     return tuple(router.version_policy.specific.versions)
 
 
-def _answering(ensemble: ModelConfig) -> ModelEnsembling.Step:
-    """The step of an ensemble that asks the router; ConfigError where there is not exactly one."""
+def _answering(repository: Path, name: str) -> tuple[ModelConfig, ModelEnsembling.Step]:
+    """An ensemble and its step that asks the router; ConfigError where there is not exactly one."""
+    ensemble = config.read(repository / name)
     found = [step for step in ensemble.ensemble_scheduling.step if step.model_name == "router"]
     if len(found) == 1 and found[0].model_version < 1:
         raise ConfigError(
-            f"{ENSEMBLE_CONFIG} does not name the version of the router that answers; assemble "
+            f"{name} does not name the version of the router that answers; assemble "
             "again with python -m export repository"
         )
     if len(found) != 1:
         raise ConfigError(
-            f"{ENSEMBLE_CONFIG} asks the router in {len(found)} steps, not in one; assemble again "
+            f"{name} asks the router in {len(found)} steps, not in one; assemble again "
             "with python -m export repository"
         )
-    return found[0]
+    return ensemble, found[0]
 
 
 @contextmanager

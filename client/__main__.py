@@ -130,7 +130,7 @@ def _look_at_server(client: BlockingCore, labels: list[str]) -> tuple[str, Task]
     client.metadata()  # is the ensemble served?
     if labels:
         # The router declares its sizes; the ensemble leaves them open.
-        router = client.metadata(client.tensor_model)
+        router = client.metadata(client.router)
         sizes = {output["name"]: output["shape"][-1] for output in router["outputs"]}
         if "logits" not in sizes:
             raise UsageError("the served model has no head, so --labels names nothing")

@@ -18,6 +18,7 @@ from .errors import ClientError, InvalidRequestError, check_url, server_errors
 from .messages import (
     ENSEMBLE,
     ROUTER,
+    TENSOR_ENSEMBLE,
     Prediction,
     Request,
     Result,
@@ -80,7 +81,7 @@ class ClientCore(ABC):
         url: str,
         *,
         model: str = ENSEMBLE,
-        tensor_model: str = ROUTER,
+        tensor_model: str = TENSOR_ENSEMBLE,
         retry: Retry | None = DEFAULT_RETRY,
         tls: Tls | None = None,
         admin_key: str | None = None,
@@ -92,6 +93,11 @@ class ClientCore(ABC):
         self._tls = tls
         self._admin_key = _fit_for_a_header(admin_key)
         self._max_batch: dict[str, int] = {}
+
+    @property
+    def router(self) -> str:
+        """The model whose versions can be pinned, and whose configuration says what is answered."""
+        return ROUTER if self.tensor_model == TENSOR_ENSEMBLE else self.tensor_model
 
     async def _infer(
         self,
@@ -142,12 +148,13 @@ class ClientCore(ABC):
             image: normalised, FP32, shape (N, 3, H, W) or (3, H, W).
             policy: as in `infer`.
             threshold: as in `infer`.
-            version: of `tensor_model`, to stay with one while others come and go; None lets the
-                server choose. (The ensemble has one version, which names its router's.)
+            version: of the router (of `tensor_model`, where that is another than the default), to
+                stay with one while others come and go; None takes the one that answers.
             timeout_s: as in `infer`.
         """
         parameters = request_parameters(policy, threshold)
-        request = Request(self.tensor_model, "image", as_batch(image), parameters, version)
+        model = self.tensor_model if version is None else self.router
+        request = Request(model, "image", as_batch(image), parameters, version)
         return await self._run(request, timeout_s)
 
     async def _metadata(self, model: str | None = None) -> dict[str, Any]:
@@ -173,7 +180,7 @@ class ClientCore(ABC):
         Raises:
             ClientError: as in `infer`.
         """
-        config = await self._look_up("config", self.tensor_model)
+        config = await self._look_up("config", self.router)
         given = config.get("parameters", {})
         return Task.of({name: value.get("string_value", "") for name, value in given.items()})
 

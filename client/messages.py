@@ -24,6 +24,7 @@ from tritonclient.utils import (
 from .errors import AnswerMismatchError, InvalidRequestError, ServerError, named_request
 
 ENSEMBLE = "adaptive_vit"
+TENSOR_ENSEMBLE = "adaptive_tensor"
 ROUTER = "router"
 LABEL_THRESHOLD = 0.5
 
@@ -190,7 +191,7 @@ class Request:
         name: of the input.
         rows: the input, shape (N, ...).
         parameters: see `request_parameters`.
-        version: of the model; None lets the server choose, which takes the one that answers.
+        version: of the model; None lets the server choose, which takes the highest.
 
     Raises:
         InvalidRequestError: `version` is none that a model can have.

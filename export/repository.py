@@ -172,7 +172,7 @@ def _fill(
     for name, graph in ((LOW, rung_set.low), (HIGH, rung_set.high)):
         version = repository / name / "1"
         _place(graph, version, repository)
-        # The ensemble's stays: an empty version directory would not survive git or object stores.
+        # The ensembles' stay: an empty version directory would not survive git or object stores.
         (repository / name / "1" / ".gitkeep").unlink(missing_ok=True)
     audits = _audits_by_reference(calibration, settings)
     if audits:
@@ -187,6 +187,8 @@ def _fill(
             _warm_up(message, rung_set.image_shape, batches)
         if message.HasField("ensemble_scheduling") and rung_set.classes is None:
             _drop_logits(message)
+        if model == "adaptive_tensor":
+            message.input[0].dims[:] = rung_set.image_shape
         if model == "router":
             for key, value in answer_parameters(calibration).items():
                 config.set_parameter(message, key, value)

@@ -1,4 +1,7 @@
-"""The systems that are measured: the cascade, its parts, and what a user would run instead."""
+"""The systems that are measured: the cascade, its parts, and what a user would run instead.
+
+Tensors are sent to `router` itself, so that its costs and the ensemble's over it are told apart.
+"""
 
 from __future__ import annotations
 

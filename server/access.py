@@ -24,8 +24,9 @@ from .admin_key import AdminKey
 from .errors import ServerUsageError
 from .ports import is_loopback
 
-ENTRY, PREPROCESS, ROUTER, LOW, HIGH = (
+ENTRY, TENSORS, PREPROCESS, ROUTER, LOW, HIGH = (
     "adaptive_vit",
+    "adaptive_tensor",
     "preprocess",
     "router",
     "vit_low",

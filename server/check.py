@@ -10,6 +10,7 @@ from .probe import Finding, Memory, look
 from .repository import models_in
 from .serving import READY, Serving, local_processes
 
+# Not adaptive_tensor, which repositories of an earlier release have not.
 _MODELS = (PREPROCESS, LOW, HIGH, ROUTER, ENTRY)
 
 

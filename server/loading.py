@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import tritonclient.grpc as triton
@@ -16,6 +17,7 @@ from .access import (
     ANSWERS,
     ENTRY,
     ROUTER,
+    TENSORS,
     WAY_OUT,
     Access,
     is_comparing,
@@ -70,38 +72,35 @@ class LoadingServer:
         self.silence = ""
         self.refusing = 0
 
-    def answering(self) -> int | None:
-        """The router's version that the ensemble names; None while there is no ensemble.
+    def answering(self) -> Versions:
+        """Which versions of the router the ensembles name, and nothing else.
+
+        Returns:
+            `live` and `tensors`; 0 where there is no such ensemble.
 
         Raises:
             NoAnswerError: it does not say.
         """
-        config = self._config(ENTRY)
-        steps = [] if config is None else config.ensemble_scheduling.step
-        return next((int(step.model_version) for step in steps if step.model_name == ROUTER), None)
+        live, tensors = (self._named_by(ensemble) for ensemble in (ENTRY, TENSORS))
+        return Versions(live, (), tensors=None if tensors == live else tensors)
 
     def serves(self) -> Versions:
-        """What it serves; `live` is 0 where there is no ensemble.
+        """What it serves.
 
         Raises:
             NoAnswerError: it does not say.
         """
-        live = self.answering() or 0
+        answering = self.answering()
         index = self._ask(self._client.get_model_repository_index)
         config = self._config(ROUTER)
         if config is None:
-            return Versions(live, ())
-        return Versions(
-            live,
-            tuple(
-                sorted(
-                    int(model.version)
-                    for model in index.models
-                    if model.name == ROUTER and model.state == "READY"
-                )
-            ),
-            int(config.parameters["shadow_version"].string_value or 0),
-            float(config.parameters["shadow_fraction"].string_value or 0.0),
+            return answering
+        ready = {int(m.version) for m in index.models if (m.name, m.state) == (ROUTER, "READY")}
+        return replace(
+            answering,
+            served=tuple(sorted(ready)),
+            shadow=int(config.parameters["shadow_version"].string_value or 0),
+            shadow_fraction=float(config.parameters["shadow_fraction"].string_value or 0.0),
         )
 
     def look(self, patience_s: float, wanted: Versions | None = None) -> Versions | None:
@@ -210,6 +209,11 @@ class LoadingServer:
             f"the server at {self.url} was told to load, and does not say what it serves: "
             f"{self.silence}"
         )
+
+    def _named_by(self, ensemble: str) -> int:
+        config = self._config(ensemble)
+        steps = [] if config is None else config.ensemble_scheduling.step
+        return next((int(step.model_version) for step in steps if step.model_name == ROUTER), 0)
 
     def _config(self, model: str) -> Any:
         """A model's configuration, None where there is no such model."""

@@ -4,12 +4,12 @@
 the server lets it answer, or score as a shadow: forward, or back. Triton keeps the old models until
 the new ones are ready, and requests that run end where they began.
 
-The ensemble must never name a version that the router has not, on disk or in the server. So first
-the router gets both versions, then the ensemble names the other, then the router keeps what is to
-stay. Where the router refuses to give other answers than calibrated, the ensemble names the other
-version once that has found that it gives none. A version that does not load is refused at the first
-step, while everything else stays. Only where the version that answers is no longer on disk does the
-ensemble go first, with which Triton loads what it is made of.
+The ensembles must never name a version that the router has not, on disk or in the server. So first
+the router gets both versions, then one ensemble after the other names the other, then the router
+keeps what is to stay. Where the router refuses to give other answers than calibrated, the ensembles
+name the other version once that has found that it gives none. A version that does not load is
+refused at the first step, while everything else stays. Only where the version that answers is no
+longer on disk do the ensembles go first, with which Triton loads what they are made of.
 
 Whatever goes wrong, an answer that does not come or Ctrl-C too: the server is asked what it serves.
 If that is what was wanted, it is kept; else disk and server go the same way back; and where that
@@ -27,7 +27,7 @@ from bundle import manifest
 from bundle.versions import VersionError, Versions, is_careful, present, put, switched
 from routing import ManifestError
 
-from .access import ENTRY, ROUTER, Access
+from .access import ENTRY, ROUTER, TENSORS, Access
 from .errors import ServerError, ServerUsageError
 from .loading import LoadingServer, NoAnswerError, RefusalError, StepError
 from .repository import refuses_other_answers
@@ -102,7 +102,7 @@ class _Change:
     Attributes:
         repository: the repository.
         server: the server.
-        answering: the version that answered before; None: there was no ensemble.
+        answering: what the server's ensembles named before.
         before: what the repository said before.
         wanted: what both are to say.
         goes_back: whether the server is to serve again what it did where it fails. Not where the
@@ -111,25 +111,26 @@ class _Change:
 
     repository: Path
     server: LoadingServer
-    answering: int | None
+    answering: Versions
     before: Versions
     wanted: Versions
     goes_back: bool
 
-    def make(self, target: Versions, answering: int | None) -> None:
+    def make(self, target: Versions, answering: Versions) -> None:
         """Take disk and server there, step by step.
 
         Args:
             target: what they are to say.
-            answering: the version that the server's ensemble names.
+            answering: what the server's ensembles name.
 
         Raises:
             StepError: the server refused, did not answer, or serves something else.
             ManifestError, VersionError, OSError: the repository cannot be changed.
         """
-        way, order = target, (ENTRY, ROUTER)
-        if answering is not None and answering in present(self.repository):
-            way, order = target.beside(answering), (ROUTER, ENTRY)
+        ensembles = [ENTRY] if target.tensors == 0 else [ENTRY, TENSORS]
+        way, order = target, [*ensembles, ROUTER]
+        if answering.named and answering.named <= set(present(self.repository)):
+            way, order = target.beside(answering.named), [ROUTER, *ensembles]
         put(self.repository, way)
         for model in order:
             self._load(model, target.live)
@@ -175,7 +176,7 @@ class _Change:
             return
         troubles = []
         if seen is not None and self.goes_back:
-            trouble = _attempt(lambda: self.make(self.before, seen.live or None))
+            trouble = _attempt(lambda: self.make(self.before, seen))
             troubles += [f"the way back failed: {trouble}"] if trouble else []
         if self._on_disk() != self.before:  # there was no way back, or it ended early
             trouble = _attempt(lambda: put(self.repository, self.before))
@@ -197,7 +198,7 @@ class _Change:
         """One line: what failed, and what disk and server say now."""
         on_disk, server = self._on_disk(), self.server
         seen = server.look(_ASK_AGAIN_S if server.is_touched else 0.0)
-        live = (self.answering or 0) if seen is None else seen.live
+        live = (self.answering if seen is None else seen).live
         agree = seen is not None and seen == on_disk
         if seen is None and not server.is_touched:  # Without the admin key it does not say.
             agree = on_disk == self.before and live == self.before.live
@@ -208,7 +209,7 @@ class _Change:
             parts.append(f"the repository says {self._said_on_disk()}")
             parts.append(f"but the server at {server.url} {says}")
             parts.append(f"to make them agree, run {self._command()}")
-        elif live and live == self.answering and live != server.refusing:
+        elif live and live == self.answering.live and live != server.refusing:
             parts.append(f"router/{live} goes on answering")
         else:
             parts.append(f"the repository and the server say {self._said_on_disk()}")

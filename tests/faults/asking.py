@@ -46,7 +46,7 @@ class Question:
 
     Attributes:
         protocol: `grpc` or `http`.
-        model: `adaptive_vit` (bytes) or `router` (tensors).
+        model: `adaptive_vit` (bytes), `adaptive_tensor` or `router` (tensors).
         rows: the images, as places in the truth.
         body: what is sent.
         json_length: of an HTTP body, its first part.
@@ -96,7 +96,7 @@ def question(
 ) -> Question:
     """Encode a request about some images of the truth."""
     module = triton if protocol == "grpc" else triton_http
-    if model == "router":
+    if model in ("adaptive_tensor", "router"):
         values, name, datatype = truth.images[list(rows)], "image", "FP32"
     else:
         values = np.array([[truth.files[row]] for row in rows], dtype=np.object_)

@@ -141,7 +141,7 @@ class Load:
 
 def usual_workers(truth: Truth, sizes: Sequence[int] = (1, 2, 4)) -> list[list[Question]]:
     """Four workers: bytes and tensors, over gRPC and HTTP, so many images at a time in turn."""
-    kinds = itertools.product(("grpc", "http"), ("adaptive_vit", "router"))
+    kinds = itertools.product(("grpc", "http"), ("adaptive_vit", "adaptive_tensor"))
     return [mixed_questions(truth, protocol, model, sizes) for protocol, model in kinds]
 
 

@@ -65,7 +65,7 @@ class Draft:
 
 def sound(model: str, files: list[bytes], images: np.ndarray) -> Draft:
     """A request that would be answered."""
-    if model == "router":
+    if model in ("adaptive_tensor", "router"):
         return Draft(model, images.tobytes(), "image", "FP32", list(images.shape), {}, [])
     content = b"".join(struct.pack("<I", len(data)) + data for data in files)
     return Draft(model, content, "image_bytes", "BYTES", [len(files), 1], {}, [])
@@ -143,6 +143,7 @@ def other_image(draft: Draft, draw: Draw) -> None:
 COMMON = (parameters, description, batch, length, flips)
 HARMS = {
     "router": (*COMMON, pixels),
+    "adaptive_tensor": (*COMMON, pixels),
     "preprocess": (*COMMON, other_image),
     "adaptive_vit": (*COMMON, other_image),
 }

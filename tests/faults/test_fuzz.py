@@ -20,13 +20,13 @@ from tests.faults.load import Load, counts, usual_workers
 from tests.faults.malformed import as_grpc, as_http, drafts
 from tests.faults.processes import segment_bytes
 
-EXAMPLES = 1700  # times six: three models, two protocols
+EXAMPLES = 1300  # times eight: four models, two protocols
 TIMEOUT_S = 60
 GRPC_ERRORS = {"INVALID_ARGUMENT", "NOT_FOUND", "UNAVAILABLE", "UNIMPLEMENTED"}
 HTTP_ERRORS = {"400", "404", "503"}
 # What Triton's own parsers call INTERNAL; of our models nothing may.
 PARSERS = re.compile(r"parse|request params|access JSON|found in the JSON", re.IGNORECASE)
-MODELS = ("preprocess", "adaptive_vit", "router")
+MODELS = ("preprocess", "adaptive_vit", "adaptive_tensor", "router")
 # Each may grow with the largest batch it has seen, which the warm-up has not quite sent.
 MEMORY_GROWTH, SEGMENT_GROWTH = 1.05, 1.05
 

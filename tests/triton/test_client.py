@@ -25,7 +25,7 @@ from client import (
 from client.messages import build_input, encode_images
 from tests.unit.client_servers import AwaitedClient
 
-MODELS = ("adaptive_vit", "preprocess", "router", "vit_high", "vit_low")
+MODELS = ("adaptive_tensor", "adaptive_vit", "preprocess", "router", "vit_high", "vit_low")
 
 
 def clients(server):
@@ -77,6 +77,17 @@ def test_the_protocols_agree(server, crops):
 def test_bytes_and_tensors_agree(client, crops, images):
     assert_equal(client.infer_tensor(images[:8]), client.infer(crops[:8]))
     assert_equal(client.infer_tensor(images[0]), client.infer(crops[:1]))
+
+
+def test_tensors_get_the_routers_own_answers_bit_for_bit(client, images):
+    for policy in ("auto", "high"):
+        found = client.infer_tensor(images[:8], policy=policy)
+        pinned = client.infer_tensor(images[:8], policy=policy, version=1)
+        for one, other in zip(found, pinned, strict=True):
+            assert np.array_equal(one.embedding, other.embedding)
+            assert np.array_equal(one.logits, other.logits)
+            assert (one.escalated, one.degraded) == (other.escalated, other.degraded)
+            assert np.array_equal(one.score, other.score, equal_nan=True)
 
 
 def test_more_images_than_a_batch_holds(client, crops):

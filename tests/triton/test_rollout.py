@@ -7,6 +7,7 @@ import threading
 import time
 import urllib.request
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,8 +15,8 @@ import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
 from bundle import manifest
-from bundle.versions import Versions
-from client import ClientError, GrpcClient, HttpClient
+from bundle.versions import Versions, put
+from client import ClientError, GrpcClient, HttpClient, NotServedError
 from export.repository import assemble
 from export.settings import Settings
 from perf.attribution import attribute
@@ -29,6 +30,8 @@ from tests.servers import running
 from tests.shared_build import linked_copy
 from tests.triton.conftest import reference_outcome, run_command
 from tests.unit.certificate_files import authority, issued
+from tests.unit.client_servers import AwaitedClient
+from tests.unit.test_export_versions import as_an_earlier_release
 
 BATCH = 6
 WAIT_S = 60.0
@@ -223,6 +226,13 @@ def wait_for_disagreement(server):
         time.sleep(0.1)
 
 
+def load_by_hand(server, *models):
+    """As other tools do, past the checks of `server rollout`."""
+    with triton.InferenceServerClient(server.grpc_url) as control:
+        for model in models:
+            control.load_model(model)
+
+
 # --- while clients ask -------------------------------------------------------------------------
 
 
@@ -262,6 +272,49 @@ def test_no_request_fails_while_a_version_comes_answers_and_goes_back(
     manifest.verify(repository)
     kinds = {kind: {o for k, o in traffic.found if k == kind} for kind, _ in traffic.found}
     assert kinds == {"ensemble": {1, 2}, "router": {1, 2}, "pinned": {1}}, traffic.found
+
+
+def test_a_candidate_loaded_by_hand_answers_nobody_who_did_not_pin_it(
+    reloadable, artifacts, question
+):
+    """Triton gives it the requests to `router` that pin no version, and no client sends any."""
+    server, repository = reloadable
+    add_version(repository, artifacts[1], "--shadow", "0.5")
+    try:
+        put(repository, replace(Versions.load(repository), served=(1, 2)))
+        load_by_hand(server, "router")
+        assert unpinned(server, question.images[0]) == (2, [1, 2])
+        clients = (
+            GrpcClient(server.grpc_url),
+            HttpClient(server.http_url),
+            AwaitedClient(server.grpc_url),
+        )
+        for client in clients:
+            assert question.version_of(client.infer_tensor(question.images)) == 1
+            assert question.version_of(client.infer(question.crops)) == 1
+            assert question.version_of(client.infer_tensor(question.images, version=2)) == 2
+            client.close()
+    finally:
+        rollout(server, repository)
+        drop(repository, 2)
+        rollout(server, repository)
+    assert unpinned(server, question.images[0]) == (1, [1])
+
+
+def test_a_repository_of_an_earlier_release_is_served_and_switched(repository, artifacts, question):
+    as_an_earlier_release(repository)
+    with serving(repository) as server:
+        add_version(repository, artifacts[1])
+        told = rollout(server, repository, "--to", 2)
+        assert told == "router/2 answers, without adaptive_tensor; router/1 can be pinned too\n"
+        assert versions_that_answer(server, question) == [2, 1, 2]
+        with GrpcClient(server.grpc_url) as client:
+            with pytest.raises(NotServedError, match="'adaptive_tensor' is not found") as refusal:
+                client.infer_tensor(question.images)
+            assert "\n" not in str(refusal.value)
+            assert client.task().kind == "classes"
+        with GrpcClient(server.grpc_url, tensor_model="router") as client:
+            assert question.version_of(client.infer_tensor(question.images)) == 2
 
 
 def test_a_careful_repository_serves_what_answers_and_nothing_else(

@@ -75,7 +75,7 @@ def test_an_admin_keys_file_may_end_in_a_line_break(tmp_path):
 class FakeClient:
     """Answers by content; refuses what is not an image."""
 
-    tensor_model = "router"
+    router = "router"
 
     def infer(self, images, *, policy):
         assert policy == "low"

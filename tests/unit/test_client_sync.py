@@ -90,10 +90,15 @@ def test_options_reach_the_transport():
     client.infer([b"x"], policy="auto", threshold=0.25, timeout_s=3)
     version, left_s = client.sent_with
     assert version is None and 2 < left_s <= 3
-    client.infer_tensor(np.zeros((3, 4, 4), np.float32), policy="low", version=2, timeout_s=None)
+    image = np.zeros((3, 4, 4), np.float32)
+    client.infer_tensor(image, policy="low")
+    assert client.sent_with[0] is None
+    client.infer_tensor(image, policy="low", version=2, timeout_s=None)
     assert client.sent_with == (2, None)
+    # An ensemble has one version; who pins one of the router asks the router.
     assert client.sent == [
         ("adaptive_vit", "image_bytes", [1, 1], {"policy": "auto", "threshold": 0.25}),
+        ("adaptive_tensor", "image", [1, 3, 4, 4], {"policy": "low"}),
         ("router", "image", [1, 3, 4, 4], {"policy": "low"}),
     ]
 

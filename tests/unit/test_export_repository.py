@@ -94,7 +94,9 @@ def test_everything_a_server_needs_is_there_and_listed(tmp_path):
     assert set(json.loads(files["MANIFEST.json"])["files"]) == set(files) - {"MANIFEST.json"}
     manifest.verify(out)
     # Triton wants a version directory of the ensemble too, and copying may lose an empty one.
-    assert [name for name in files if ".gitkeep" in name] == ["adaptive_vit/1/.gitkeep"]
+    kept = [name for name in sorted(files) if ".gitkeep" in name]
+    assert kept == ["adaptive_tensor/1/.gitkeep", "adaptive_vit/1/.gitkeep"]
+    assert list(read_configs(out)["adaptive_tensor"].input[0].dims) == [3, 8, 8]
     # Any folder in the root that is no model makes Triton exit.
     assert {p.name for p in out.iterdir() if p.is_dir()} == {
         p.name for p in Path("model_repository").iterdir()
@@ -206,7 +208,8 @@ def test_the_queue_of_every_model_is_bounded(tmp_path):
     rung_set, artifact = write_inputs(tmp_path)
     out = assemble(rung_set, artifact, tmp_path / "repository", Settings(max_queue=7))
     configs = read_configs(out)
-    assert not configs.pop("adaptive_vit").HasField("dynamic_batching")
+    for ensemble in ("adaptive_vit", "adaptive_tensor"):
+        assert not configs.pop(ensemble).HasField("dynamic_batching")
     assert len(configs) == 4
     for name, config in configs.items():
         policy = config.dynamic_batching.default_queue_policy
@@ -223,8 +226,8 @@ def test_only_the_first_version_of_the_router_is_served(tmp_path):
     rung_set, artifact = write_inputs(tmp_path)
     configs = read_configs(assemble(rung_set, artifact, tmp_path / "repository"))
     assert list(configs["router"].version_policy.specific.versions) == [1]
-    steps = {step.model_name: step for step in configs["adaptive_vit"].ensemble_scheduling.step}
-    assert steps["router"].model_version == 1
+    for ensemble in ("adaptive_vit", "adaptive_tensor"):
+        assert configs[ensemble].ensemble_scheduling.step[-1].model_version == 1
 
 
 def test_the_largest_batch_is_that_of_the_models(tmp_path):
@@ -421,10 +424,11 @@ def test_altered_or_missing_weights_are_refused(tmp_path):
 def test_a_headless_ensemble_has_no_logits(tmp_path):
     rung_set, artifact = write_inputs(tmp_path, classes=None)
     out = assemble(rung_set, artifact, tmp_path / "repository")
-    config = read_configs(out)["adaptive_vit"]
     kept = {"embedding", "escalated", "score", "degraded"}
-    assert {output.name for output in config.output} == kept
-    assert set(config.ensemble_scheduling.step[1].output_map) == kept
+    for ensemble in ("adaptive_vit", "adaptive_tensor"):
+        config = read_configs(out)[ensemble]
+        assert {output.name for output in config.output} == kept
+        assert set(config.ensemble_scheduling.step[-1].output_map) == kept
     assert not (out / "labels.txt").exists()
 
 

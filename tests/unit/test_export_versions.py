@@ -20,7 +20,8 @@ from routing import Calibration, CalibrationError, ManifestError, RungRecord
 from tests.unit.export_tiny import run_export
 from tests.unit.test_export_repository import contents, write_inputs
 
-CONFIGS = {"router/config.pbtxt", "adaptive_vit/config.pbtxt"}
+ENSEMBLES = ("adaptive_vit", "adaptive_tensor")
+CONFIGS = {f"{name}/config.pbtxt" for name in ("router", *ENSEMBLES)}
 
 
 @pytest.fixture
@@ -212,7 +213,7 @@ def test_a_disk_full_while_copying_changes_nothing(tmp_path, repository, artifac
 
 
 # The new artifact, then the files beside those that they replace.
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("number", range(6))
 def test_a_disk_full_at_any_write_changes_nothing(
     tmp_path, repository, artifact, monkeypatch, number
 ):
@@ -242,13 +243,13 @@ def drop_2(repository, artifact):
     drop(repository, 2)
 
 
-# Each time the manifest, both configs, the manifest; a switch by way of both versions loaded.
+# Each time the manifest, three configs, the manifest; a switch by way of both versions loaded.
 @pytest.mark.parametrize(
     ("before", "change", "renames"),
     [
-        (nothing, add_with_shadow, 4),
-        (add_with_shadow, switch_to_2, 8),
-        (add_with_shadow, drop_2, 4),
+        (nothing, add_with_shadow, 5),
+        (add_with_shadow, switch_to_2, 10),
+        (add_with_shadow, drop_2, 5),
     ],
 )
 def test_a_sudden_end_between_any_two_renames_leaves_what_verifies(
@@ -273,7 +274,7 @@ def test_a_sudden_end_between_any_two_renames_leaves_what_verifies(
         switch(tmp_path / f"killed-{number}", 1)
         manifest.verify(tmp_path / f"killed-{number}")
     for versions in (*found, Versions.load(repository)):
-        assert versions.live in versions.served
+        assert versions.named <= set(versions.served)
         assert versions.shadow in (0, 2)
 
 
@@ -374,7 +375,7 @@ def test_a_drop_that_ends_early_leaves_what_verifies(repository, artifact, monke
     monkeypatch.undo()
     assert present(repository) == [1]
     manifest.verify(repository)
-    for number in range(5):  # the next changes do not forget what still lies there
+    for number in range(6):  # the next changes do not forget what still lies there
         with monkeypatch.context() as patched, suppress(OSError):
             patched.setattr(Path, "replace", failing_at(Path.replace, number))
             switch(repository, 1)
@@ -387,17 +388,40 @@ def test_a_drop_that_ends_early_leaves_what_verifies(repository, artifact, monke
 
 
 def test_a_repository_that_an_earlier_release_assembled_is_read_and_switched(repository, artifact):
-    """Its configs are the text of git, and its manifest does not say which version answers."""
-    add_version(repository, artifact)
+    """Its configs are the text of git, its manifest does not say which version answers, and tensors
+    have no ensemble.
+    """
+    as_an_earlier_release(repository)
+    assert add_version(repository, artifact) == 2
+    before = Versions.load(repository)
+    assert (before.live, before.served, before.tensors, before.fault) == (1, (1,), 0, "")
+    assert switch(repository, 2) == Versions.load(repository) == Versions(2, (2,), tensors=0)
+    manifest.verify(repository)
+    assert manifest.Manifest.read(repository).live == 2
+    drop(repository, 1)
+    assert not (repository / "adaptive_tensor").exists()
+
+
+def as_an_earlier_release(repository):
+    """Make what was assembled just now look as an earlier release assembled it."""
     for name in ("router", "adaptive_vit"):
         source = Path("model_repository") / name / "config.pbtxt"
         shutil.copyfile(source, repository / name / "config.pbtxt")
+    shutil.rmtree(repository / "adaptive_tensor")
     manifest.write(repository)
-    assert Versions.load(repository) == Versions(1, (1,))
-    assert manifest.Manifest.read(repository).live is None
-    assert switch(repository, 2) == Versions.load(repository) == Versions(2, (2,))
-    manifest.verify(repository)
-    assert manifest.Manifest.read(repository).live == 2
+
+
+def test_ensembles_that_name_different_versions_are_a_fault_that_a_switch_mends(
+    repository, artifact
+):
+    add_version(repository, artifact)
+    put(repository, Versions(1, (1, 2), tensors=2))
+    found = Versions.load(repository)
+    assert found.named == {1, 2}
+    assert "adaptive_tensor is answered by router/2 and adaptive_vit by router/1" in found.warning
+    with pytest.raises(VersionError, match="version 2 is the one that answers"):
+        drop(repository, 2)
+    assert switch(repository, 1) == Versions.load(repository) == Versions(1, (1,))
 
 
 @pytest.mark.parametrize("change", [switch, drop])
@@ -435,8 +459,8 @@ def name_no_version(ensemble):
         ("router", let_triton_choose, "", "does not name the versions to load"),
         ("router", forget_the_shadow, "", "has no parameter 'shadow_version'"),
         ("router", shadow_in_words, "", "invalid literal"),
-        ("adaptive_vit", ask_twice, "", "asks the router in 2 steps, not in one"),
-        ("adaptive_vit", name_no_version, "", "does not name the version of the router"),
+        *((e, ask_twice, "", "asks the router in 2 steps, not in one") for e in ENSEMBLES),
+        *((e, name_no_version, "", "does not name the version of the router") for e in ENSEMBLES),
         ("router", lambda config: None, "verses: 2\n", "is no model configuration"),
     ],
 )

@@ -169,7 +169,8 @@ def configs():
 
 def test_the_configs_in_git_are_complete_and_agree():
     models = configs()
-    assert set(models) == {"preprocess", "vit_low", "vit_high", "router", "adaptive_vit"}
+    ensembles = {"adaptive_vit", "adaptive_tensor"}
+    assert set(models) == {"preprocess", "vit_low", "vit_high", "router", *ensembles}
     # The requests of one router execute become one batch of a rung.
     assert len({model.max_batch_size for model in models.values()}) == 1
     for name in ("vit_low", "vit_high"):
@@ -184,11 +185,13 @@ def test_the_configs_in_git_are_complete_and_agree():
 def test_every_config_names_its_versions_and_every_step_the_one_it_asks():
     models = configs()
     assert {tuple(model.version_policy.specific.versions) for model in models.values()} == {(1,)}
-    steps = models["adaptive_vit"].ensemble_scheduling.step
-    assert [(step.model_name, step.model_version) for step in steps] == [
-        ("preprocess", 1),
-        ("router", 1),
-    ]
+    for ensemble, steps in {
+        "adaptive_vit": ["preprocess", "router"],
+        "adaptive_tensor": ["router"],
+    }.items():
+        found = models[ensemble].ensemble_scheduling.step
+        assert [(step.model_name, step.model_version) for step in found] == [(s, 1) for s in steps]
+    assert models["adaptive_vit"].output == models["adaptive_tensor"].output
 
 
 def test_every_committed_test_is_run_nowhere_skipped():

@@ -7,6 +7,7 @@ import errno
 import re
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,8 +30,10 @@ from server.errors import ServerUsageError
 from server.rollout import RolloutError, RolloutInterruptedError, rollout
 from tests.unit.reference_files import collected, fitted
 from tests.unit.test_export_repository import contents, write_inputs
-from tests.unit.test_export_versions import change_artifact, flip_a_bit
+from tests.unit.test_export_versions import as_an_earlier_release, change_artifact, flip_a_bit
 
+ENSEMBLES = ("adaptive_vit", "adaptive_tensor")
+TENSORS = ENSEMBLES[1]
 HANDLED = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 NOT_LOADED = (
     "load failed for model 'router': version 2 is at UNAVAILABLE state: Internal: RuntimeError: "
@@ -42,7 +45,7 @@ class FakeTriton:
     """A server of a repository: loads what its files say, as Triton does.
 
     `fault(number, name)` is called before and after each call, from 0, and may raise; `states` are
-    the versions it went through, as (the ensemble's, the router's).
+    the versions it went through, as (adaptive_vit's, adaptive_tensor's, the router's).
     """
 
     def __init__(self, repository, refusal=None):
@@ -56,6 +59,7 @@ class FakeTriton:
         self.states = []
         self.verdicts = {}
         self.asked = []
+        self.goes_without = ()
 
     def open(self, url):
         self.url = url
@@ -89,11 +93,12 @@ class FakeTriton:
             parameters["shadow_fraction"].string_value = f"{self.served.shadow_fraction:g}"
             answer.config.input.add(name="image", dims=[3, 8, 8])
             return answer
-        if not self.served.live:
-            raise refusal("unknown model: 'adaptive_vit'", "StatusCode.NOT_FOUND")
+        live = self.served.live if model == "adaptive_vit" else tensors(self.served)
+        if not live:
+            raise refusal(f"unknown model: '{model}'", "StatusCode.NOT_FOUND")
         steps = answer.config.ensemble_scheduling.step
         steps.add(model_name="preprocess", model_version=1)
-        steps.add(model_name="router", model_version=self.served.live)
+        steps.add(model_name="router", model_version=live)
         return answer
 
     def get_model_repository_index(self, headers, client_timeout):
@@ -112,7 +117,7 @@ class FakeTriton:
         assert (model, inputs[0].shape()) == ("router", [1, 3, 8, 8])
         version = int(model_version)
         assert version in self.served.served
-        self.asked.append((version, self.served.live))
+        self.asked.append((version, self.served.live, tensors(self.served)))
         verdicts = self.verdicts.get(version, [None])
         verdict = verdicts.pop(0) if len(verdicts) > 1 else verdicts[0]
         if isinstance(verdict, BaseException):
@@ -123,13 +128,21 @@ class FakeTriton:
         self._call(model, headers, lambda: self._load(model))
 
     def _load(self, model):
-        said = Versions.load(self.repository)
-        if model == "router":
-            said = Versions(self.served.live, said.served, said.shadow, said.shadow_fraction)
-        assert said.live in (0, *said.served), f"the ensemble would name a missing version: {said}"
+        said, was = Versions.load(self.repository), self.served
+        live = said.live if model == "adaptive_vit" else was.live
+        named = tensors(said if model == "adaptive_tensor" else was)
+        said = replace(said, live=live, tensors=None if named == live else named)
+        # What it is made of comes with it; the other ensemble is gone where its version is.
+        assert model == "router" or (live if model == "adaptive_vit" else named) in said.served
+        assert said.named <= set(said.served) or model in self.goes_without, said
         manifest.verify(self.repository)  # as its router does
         self.served = said
-        self.states.append((said.live, said.served))
+        self.states.append((live, named, said.served))
+
+
+def tensors(versions):
+    """What adaptive_tensor names."""
+    return versions.live if versions.tensors is None else versions.tensors
 
 
 def refusal(text, status="StatusCode.INVALID_ARGUMENT"):
@@ -199,8 +212,18 @@ def test_a_shadow_is_loaded_by_the_version_that_answers_and_answers_nobody(repos
     triton.served = Versions(1, (1,))
     before = contents(repository)
     assert roll(repository, triton) == BEFORE == triton.served
-    assert triton.calls == ["router", "adaptive_vit"]
+    assert triton.calls == ["router", *ENSEMBLES]
     assert contents(repository) == before
+
+
+def by_way_of_both(former, version):
+    both = (1, 2)
+    return [
+        (former, former, both),
+        (version, former, both),
+        (version, version, both),
+        (version, version, (version,)),
+    ]
 
 
 @pytest.mark.parametrize("versions", [(2,), (2, 1)])
@@ -210,15 +233,15 @@ def test_a_switch_goes_by_way_of_both_and_leaves_what_answers(repository, versio
         other = 3 - version
         assert roll(repository, triton, version) == Versions(version, (version,))
         assert triton.served == Versions.load(repository) == Versions(version, (version,))
-        assert triton.states[-3:] == [(other, (1, 2)), (version, (1, 2)), (version, (version,))]
-    assert triton.calls == ["router", "adaptive_vit", "router"] * len(versions)
+        assert triton.states[-4:] == by_way_of_both(other, version)
+    assert triton.calls == ["router", *ENSEMBLES, "router"] * len(versions)
     manifest.verify(repository)
 
 
 def test_a_former_version_stays_where_it_may_be_pinned_unless_it_is_a_higher_one(permissive):
     triton = FakeTriton(permissive)
     assert roll(permissive, triton, 2) == triton.served == Versions(2, (1, 2))
-    assert triton.calls == ["router", "adaptive_vit"]
+    assert triton.calls == ["router", *ENSEMBLES]
     assert roll(permissive, triton, 1) == triton.served == Versions(1, (1,))
     assert Versions.load(permissive) == triton.served
 
@@ -234,7 +257,7 @@ def test_what_was_switched_while_nobody_looked_is_loaded_beside_what_answers(rep
     triton = FakeTriton(repository)
     switch(repository, 2)
     assert roll(repository, triton) == triton.served == Versions(2, (2,))
-    assert triton.states == [(1, (1, 2)), (2, (1, 2)), (2, (2,))]
+    assert triton.states == by_way_of_both(1, 2)
     assert Versions.load(repository) == triton.served
 
 
@@ -242,15 +265,44 @@ def test_the_ensemble_goes_first_where_its_version_is_gone(repository):
     triton = FakeTriton(repository)
     switch(repository, 2)
     drop(repository, 1)
+    triton.goes_without = ("adaptive_vit",)  # adaptive_tensor's is gone until that is loaded, too
     roll(repository, triton)
-    assert triton.calls == ["adaptive_vit", "router"]
+    assert triton.calls == [*ENSEMBLES, "router"]
 
 
 def test_a_server_without_the_ensemble_gets_it(repository):
     triton = FakeTriton(repository)
     triton.served = Versions(0, (1,))
     assert roll(repository, triton) == triton.served == BEFORE
-    assert triton.calls == ["adaptive_vit", "router"]
+    assert triton.calls == [*ENSEMBLES, "router"]
+
+
+def test_a_repository_without_an_ensemble_for_tensors_is_switched_as_it_is(repository):
+    as_an_earlier_release(repository)
+    triton = FakeTriton(repository)
+    assert roll(repository, triton, 2) == triton.served == Versions(2, (2,), tensors=0)
+    assert triton.calls == ["router", "adaptive_vit", "router"]
+
+
+def test_a_server_of_a_repository_assembled_before_gets_the_ensemble_for_tensors(repository):
+    triton = FakeTriton(repository)
+    triton.served = replace(BEFORE, tensors=0)
+    assert roll(repository, triton) == triton.served == BEFORE
+    triton.served = replace(BEFORE, tensors=0)
+    triton.refusals = {"adaptive_tensor": refusal(NOT_LOADED)}
+    with pytest.raises(
+        RolloutError, match="says router/1 answers, without adaptive_tensor; router"
+    ):
+        roll(repository, triton, timeout_s=0.05)
+
+
+@pytest.mark.parametrize("live", [1, 2])
+def test_ensembles_that_name_different_versions_are_brought_together(repository, live):
+    """As a rollout that was killed halfway leaves disk and server."""
+    put(repository, Versions(live, (1, 2), tensors=3 - live))
+    triton = FakeTriton(repository)
+    assert roll(repository, triton) == triton.served == Versions(live, (live,))
+    assert Versions.load(repository) == triton.served
 
 
 def test_every_restricted_call_carries_the_key(repository):
@@ -263,7 +315,7 @@ def test_every_restricted_call_carries_the_key(repository):
 # --- refused -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", ["router", "adaptive_vit"])
+@pytest.mark.parametrize("model", ["router", *ENSEMBLES])
 def test_a_refused_switch_is_taken_back(repository, model):
     before = contents(repository)
     triton = FakeTriton(repository, {model: refusal(NOT_LOADED)})
@@ -329,7 +381,7 @@ def test_a_switch_that_is_refused_halfway_goes_back_in_the_server_too(repository
     with pytest.raises(RolloutError, match="adaptive_vit was not loaded: .*; router/1 goes on ans"):
         roll(repository, triton, 2)
     assert triton.served == Versions.load(repository) == BEFORE
-    assert triton.states[0] == (1, (1, 2)) and triton.states[-1] == (1, (1,))
+    assert triton.states[0] == (1, 1, (1, 2)) and triton.states[-1] == (1, 1, (1,))
 
 
 @pytest.mark.parametrize(
@@ -405,9 +457,10 @@ def test_what_is_wrong_with_the_repository_is_said_before_anything_is_loaded(
 
 # --- failures at every step ----------------------------------------------------------------------
 
-CALLS = 10  # of a switch: a question, both models, three questions, the router, three questions
-LAST_LOAD = 6
-RENAMES = 8  # on disk: the manifest, both configs and the manifest, and so again
+# Of a switch: two questions, three models, four questions, the router, four questions.
+CALLS, LOADS, LAST_LOAD = 14, (2, 3, 4, 9), 9
+STEPS = range(2, CALLS)
+RENAMES = 10  # on disk: the manifest, three configs and the manifest, and so again
 
 
 def lost():
@@ -440,7 +493,7 @@ def check_outcome(repository, triton, error):
 
 
 @pytest.mark.parametrize("is_done", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("number", range(1, CALLS))
+@pytest.mark.parametrize("number", STEPS)
 def test_an_answer_that_is_lost_at_any_step_leaves_both_agreeing(repository, number, is_done):
     triton = FakeTriton(repository)
 
@@ -459,13 +512,11 @@ def test_an_answer_that_is_lost_at_any_step_leaves_both_agreeing(repository, num
     assert check_outcome(repository, triton, error) == triton.served
     assert triton.served == (Versions(2, (2,)) if error is None else BEFORE)
     # A question is asked again, and the last step may have been taken.
-    assert (error is None) == (
-        number not in (1, 2, LAST_LOAD) or (number, is_done) == (LAST_LOAD, True)
-    )
+    assert (error is None) == (number not in LOADS or (number, is_done) == (LAST_LOAD, True))
 
 
 @pytest.mark.parametrize("is_done", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("number", range(1, CALLS))
+@pytest.mark.parametrize("number", STEPS)
 def test_a_server_that_is_gone_at_any_step_is_said_to_be(repository, number, is_done):
     triton = FakeTriton(repository)
 
@@ -483,7 +534,7 @@ def test_a_server_that_is_gone_at_any_step_is_said_to_be(repository, number, is_
 
 
 @pytest.mark.parametrize("is_done", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("number", range(1, CALLS))
+@pytest.mark.parametrize("number", STEPS)
 def test_ctrl_c_at_any_step_leaves_both_agreeing(repository, number, is_done):
     triton = FakeTriton(repository)
 
@@ -502,7 +553,7 @@ def test_ctrl_c_at_any_step_leaves_both_agreeing(repository, number, is_done):
     assert (on_disk.live == 2) == (number > LAST_LOAD or (number, is_done) == (LAST_LOAD, True))
 
 
-@pytest.mark.parametrize("number", range(1, CALLS))
+@pytest.mark.parametrize("number", STEPS)
 def test_a_second_ctrl_c_says_that_nobody_was_asked(repository, number):
     triton = FakeTriton(repository)
 
@@ -550,7 +601,7 @@ def test_a_full_disk_is_said_before_anything_is_loaded(repository, monkeypatch):
     assert triton.calls == [] and contents(repository) == before
 
 
-@pytest.mark.parametrize("model", ["router", "adaptive_vit"])
+@pytest.mark.parametrize("model", ["router", *ENSEMBLES])
 def test_what_cannot_be_taken_back_is_said(repository, monkeypatch, model):
     triton = FakeTriton(repository)
 
@@ -565,7 +616,8 @@ def test_what_cannot_be_taken_back_is_said(repository, monkeypatch, model):
     message = str(caught.value)
     assert "no such luck" in message and "cannot be changed back: " in message
     assert "the repository says router/2 answers; router/1 can be pinned too; but" in message
-    assert "the server at 127.0.0.1:8001 says router/1 answers; router/2" in message
+    says = "router/2 answers, and router/1 tensors" if model == TENSORS else "router/1 answers"
+    assert f"the server at 127.0.0.1:8001 says {says}; router/" in message
     assert message.endswith("--url 127.0.0.1:8001 --to 1")
 
 
@@ -582,10 +634,10 @@ def test_the_ensemble_names_a_version_that_every_instance_has_found_to_answer_al
     triton.verdicts[2] = [STILL, STILL, None, STILL, None, STILL, None]
     assert roll(refusing, triton, 2) == triton.served == Versions(2, (2,))
     first = triton.asked[: 6 + ANSWERS]
-    assert first == [(2, 1)] * len(first) and triton.asked[len(first)] == (2, 2)
+    assert first == [(2, 1, 1)] * len(first) and triton.asked[len(first)] == (2, 2, 1)
     # What Triton has loaded since may be another process, which compares anew.
-    assert len(triton.asked) == len(first) + 2 * ANSWERS
-    assert triton.calls == ["router", "adaptive_vit", "router"]
+    assert len(triton.asked) == len(first) + 3 * ANSWERS
+    assert triton.calls == ["router", *ENSEMBLES, "router"]
 
 
 def test_a_version_that_refuses_is_never_named_by_the_ensemble(refusing):
@@ -597,17 +649,17 @@ def test_a_version_that_refuses_is_never_named_by_the_ensemble(refusing):
     assert message.startswith("router/2 refuses every request: this server computes other")
     assert "of 32 reference images 20 have" in message and "--reference-check warn" in message
     assert triton.served == Versions.load(refusing) == BEFORE
-    assert {live for live, _ in triton.states} == {1}
+    assert {state[:2] for state in triton.states} == {(1, 1)}
 
 
-@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("step", [1, 2, 3])
 def test_a_version_that_refuses_once_it_is_loaded_anew_is_taken_back(refusing, step):
     triton = FakeTriton(refusing)
     triton.verdicts[2] = [*[None] * (step * ANSWERS), FOREIGN]
     match = "router/2 refuses every request: .*; router/1 goes on answering"
     with pytest.raises(RolloutError, match=match):
         roll(refusing, triton, 2)
-    assert (2, (1, 2)) in triton.states
+    assert (2, 1, (1, 2)) in triton.states
     assert triton.served == Versions.load(refusing) == BEFORE
 
 
@@ -654,14 +706,14 @@ def test_what_a_request_fails_with_otherwise_does_not_keep_from_rolling_back(ref
         assert triton.served == Versions(version, (version,))
 
 
-@pytest.mark.parametrize("number", range(3 * ANSWERS))
+@pytest.mark.parametrize("number", range(4 * ANSWERS))
 def test_ctrl_c_while_it_is_waited_for_leaves_both_agreeing(refusing, number):
     triton = FakeTriton(refusing)
     triton.verdicts[2] = [*[None] * number, KeyboardInterrupt(), None]
     with pytest.raises(RolloutInterruptedError) as caught:
         roll(refusing, triton, 2)
     assert check_outcome(refusing, triton, caught.value) == triton.served
-    assert (triton.served.live == 2) == (number >= 2 * ANSWERS)
+    assert (triton.served.live == 2) == (number >= 3 * ANSWERS)
 
 
 @pytest.mark.parametrize("verdict", [None, FOREIGN])
