@@ -120,8 +120,8 @@ def infer(
     else:
         Console().print(table(outcomes, shown))
         print(summary)
-    if summary.errors:
-        raise typer.Exit(1)
+    if summary.errors or len(outcomes) < len(files):
+        raise typer.Exit(1 if len(outcomes) == len(files) else 130)
 
 
 def _look_at_server(client: BlockingCore, labels: list[str]) -> tuple[str, Task]:

@@ -98,7 +98,9 @@ def check_grpc() -> None:
 
 @contextmanager
 def grpc_call(left_s: float | None) -> Iterator[float | None]:
-    """Around one gRPC call, which no fork will interrupt; may be left in another thread.
+    """Around a gRPC call, or what opens or closes a channel: no fork will interrupt it.
+
+    May be left in another thread.
 
     Args:
         left_s: seconds until the call's deadline; None where there is none.

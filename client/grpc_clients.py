@@ -20,7 +20,7 @@ from tritonclient.utils import InferenceServerException
 
 from .core import DEFAULT_TIMEOUT_S, BlockingCore, ClientCore
 from .errors import AnswerMismatchError, ClientError, RequestCancelledError, closed_client
-from .forks import check_grpc, forget_after_fork, grpc_call, notice_fork, start_grpc
+from .forks import forget_after_fork, grpc_call, notice_fork, start_grpc
 from .messages import Prediction, Request, Result, own_answer
 from .stream import in_order
 
@@ -87,7 +87,8 @@ class _GrpcCore(ClientCore):
         self._lock = threading.Lock()
         self._closed = False
         self._lines: set[_Line] = set()  # with those given up that calls are still in
-        self._line: _Line | None = self._open()  # for new calls
+        with grpc_call(None):
+            self._line: _Line | None = self._open()  # for new calls
         forget_after_fork(self)
 
     def forget(self) -> None:
@@ -115,19 +116,22 @@ class _GrpcCore(ClientCore):
             self._closed = True
             lines = list(self._lines)
         for line in lines:
-            line.close()
+            with grpc_call(None):
+                line.close()
 
     @contextmanager
-    def _line_for_a_call(self) -> Iterator[_Line]:
-        """Around one call: the line that it goes over."""
-        check_grpc()
-        with self._lock:
+    def _line_for_a_call(self, left_s: float | None) -> Iterator[tuple[_Line, float | None]]:
+        """Around one call: the line that it goes over, and the seconds that are still left.
+
+        A fork waits for the call itself in `_call`, and here while the line opens or closes.
+        """
+        with grpc_call(left_s) as still_s, self._lock:
             if self._closed:
                 raise closed_client()
             line = self._line = self._line or self._open()
             line.calls += 1
         try:
-            yield line
+            yield line, still_s
         except AnswerMismatchError:
             with self._lock:
                 if self._line is line:
@@ -145,12 +149,16 @@ class _GrpcCore(ClientCore):
                 if is_unused:
                     self._lines.discard(line)
             if is_unused:  # not before: closing it cancels the calls in it
-                line.close()
+                with grpc_call(None):
+                    line.close()
 
     async def _send(self, request: Request, left_s: float | None) -> Result:
         message = request.message(left_s)
-        with self._line_for_a_call() as line, own_answer(message.id, self.url) as check:
-            answer = await self._call(line.stub.ModelInfer, message, left_s)
+        with (
+            self._line_for_a_call(left_s) as (line, still_s),
+            own_answer(message.id, self.url) as check,
+        ):
+            answer = await self._call(line.stub.ModelInfer, message, still_s)
             check(answer.id)
         result: Result = InferResult(answer)
         return result
@@ -161,8 +169,8 @@ class _GrpcCore(ClientCore):
             "metadata": ("ModelMetadata", service_pb2.ModelMetadataRequest(name=model)),
             "config": ("ModelConfig", service_pb2.ModelConfigRequest(name=model)),
         }[what]
-        with self._line_for_a_call() as line:
-            answer = await self._call(getattr(line.stub, method), question, left_s)
+        with self._line_for_a_call(left_s) as (line, still_s):
+            answer = await self._call(getattr(line.stub, method), question, still_s)
         found: dict[str, Any] = MessageToDict(answer, preserving_proto_field_name=True)
         return dict(found["config"]) if what == "config" else found
 

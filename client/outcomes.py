@@ -53,7 +53,8 @@ def ask(
         options: of `infer`, the same for every file.
 
     Returns:
-        One outcome per file, in the order of `files`. A refused file does not stop the rest.
+        One outcome per file, in the order of `files`. A refused file does not stop the rest; Ctrl-C
+        does, and leaves out those that are not answered yet. It closes the client.
     """
 
     def ask_one(file: Path) -> Outcome:
@@ -75,8 +76,8 @@ def ask(
                 done()
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
+            futures = [future for future in futures if future.done() and not future.cancelled()]
             client.close()  # which ends the requests in flight, so that nobody waits for them
-            raise
     return [future.result() for future in futures]
 
 

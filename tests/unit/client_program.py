@@ -18,6 +18,8 @@ import urllib.request
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import grpc
+
 from client import AsyncGrpcClient, ForkedError, GrpcClient, HttpClient, forks
 from tests.unit.client_servers import HALVES, HALVES_TO_THE_END, HELD, SLOW, image
 
@@ -175,6 +177,31 @@ def in_flight(kind, url, wait_s):
     found = result_of(*child)
     asking.join()
     return {"waited_s": waited_s, "child": found, "after": ask(client, 0)}
+
+
+def opening(kind, url, what):
+    """Fork while a thread opens a channel, or closes one, which takes half a second here."""
+    began, client = threading.Event(), None if what == "insecure_channel" else GrpcClient(url)
+
+    def slow(call):
+        def instead(*arguments, **options):
+            began.set()
+            time.sleep(0.5)
+            return call(*arguments, **options)
+
+        return instead
+
+    if client is None:
+        grpc.insecure_channel = slow(grpc.insecure_channel)
+    else:
+        channel = client._line.channel
+        channel.close = slow(channel.close)
+    work = threading.Thread(target=client.close if client else lambda: GrpcClient(url))
+    work.start()
+    began.wait()
+    started = time.monotonic()
+    child = run_in_fork(lambda: ask(shared(kind, url), 0, 1))
+    return {"waited_s": time.monotonic() - started, "child": result_of(*child)}
 
 
 def reading(kind, url, number):
@@ -367,6 +394,8 @@ SCENARIOS = {
     "prefork": prefork,
     "in-flight": lambda kind, url: in_flight(kind, url, 10.0),
     "in-flight-too-long": lambda kind, url: in_flight(kind, url, 0.1),
+    "opening": lambda kind, url: opening(kind, url, "insecure_channel"),
+    "closing": lambda kind, url: opening(kind, url, "close"),
     "waiting": lambda kind, url: reading(kind, url, SLOW),
     "reading": lambda kind, url: reading(kind, url, HALVES),
     "reading-to-the-end": lambda kind, url: reading(kind, url, HALVES_TO_THE_END),

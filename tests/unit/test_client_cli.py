@@ -4,7 +4,10 @@ import io
 import json
 import math
 import re
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ import client.__main__ as command_line
 from client import AccessDeniedError, InvalidRequestError, NotServedError, Prediction, Task
 from client.files import UsageError, find_images, read_admin_key, read_labels
 from client.outcomes import Outcome, Shown, Summary, as_dict, ask, table
+from tests.unit.client_servers import grpc_server, http_server, image
 
 UNKNOWN = Task()
 
@@ -98,6 +102,36 @@ def test_a_refused_or_unreadable_file_does_not_stop_the_rest(concurrency, folder
     ]
     assert [o.prediction.escalated for o in outcomes[1:3]] == [True, False]
     assert len(ticks) == len(files)
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_ctrl_c_keeps_the_answers_that_are_there_and_waits_for_no_other(
+    protocol, tmp_path, monkeypatch, capsys
+):
+    """The second image is answered while the first never is; then somebody presses Ctrl-C."""
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes(image(number))
+    held = threading.Event()
+
+    def answer(number, asked, *_):
+        if asked.images == [image(0)]:
+            held.wait(20)
+        elif asked.images == [image(2)]:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            held.wait(20)
+
+    with (grpc_server if protocol == "grpc" else http_server)(answer) as (_, url):
+        options = ("--url", url, "--protocol", protocol, "--concurrency", "2", "--json")
+        monkeypatch.setattr(sys, "argv", ["client", "infer", str(tmp_path), *options])
+        started = time.monotonic()
+        with pytest.raises(SystemExit) as left:
+            command_line.main()
+        assert time.monotonic() - started < 10
+        held.set()
+    found = json.loads(capsys.readouterr().out)
+    assert left.value.code == 130
+    assert [(one["file"], one["score"]) for one in found["images"]] == [(f"{tmp_path}/1.png", 1.0)]
+    assert found["summary"]["images"] == 1
 
 
 @pytest.mark.parametrize("kind", [AccessDeniedError, NotServedError])

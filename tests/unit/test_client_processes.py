@@ -71,6 +71,13 @@ def test_a_fork_waits_for_a_grpc_request_in_flight(urls):
     assert found["child"][0] == found["after"][0] == []
 
 
+@pytest.mark.parametrize("scenario", ["opening", "closing"])
+def test_a_fork_waits_for_a_grpc_channel_that_just_opens_or_closes(urls, scenario):
+    found = run(scenario, "grpc", urls)
+    assert 0.3 < found["waited_s"] < 5
+    assert found["child"][0] == []
+
+
 def test_where_it_cannot_wait_for_it_the_child_says_so(urls):
     found = run("in-flight-too-long", "grpc", urls)
     assert found["waited_s"] < 0.7
