@@ -3,6 +3,8 @@
 images ─► pool, scored by the router ─► easy, hard and mixed sets
 server ─► systems in turn ─► saturated ─► where the time goes ─► loads ─► ONNX Runtime ─► ...
 └────────► summary.json, report.html
+
+Each stage measures one thing and adds it to the summary.
 """
 
 from __future__ import annotations
@@ -10,28 +12,39 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 
 from bundle.graphs import GraphSet
 from calibration.fidelity import Fidelity
-from calibration.images import ImageSource
 from imaging import Preprocessing
-from routing import Calibration
+from routing import Calibration, Overrides, escalation_mask
 from server import TritonServer
 
-from . import stages
+from . import cascade
 from .analyzer_install import Analyzer, find_analyzer
+from .attribution import attribute, scoring_ms, together
+from .backend import measure_backend
 from .environment import environment
 from .figures import PerfError
-from .images import open_pool_source
+from .harness import Asker, cut, is_a_loss
+from .images import ImageSets, Pool, choose_sets, open_pool_source, read_pool, score_pool
+from .images import sent_under_load as under_load
+from .loads import COMPARED, Level, LoadRunner, Measured, closed_levels, most_in_flight, open_levels
+from .locust_runs import run_locust
+from .memory import MEASURED, MemoryUse, PeakLoad, memory_figures, peak_memory
+from .perf_analyzer import write_bytes, write_tensors
 from .record import Record
 from .repository import assembled, with_alternatives
 from .suites import Suite
+from .systems import ADAPTIVE, ENSEMBLE, ESCALATION, HIGH, LOW, System, systems, threshold_for
 from .target import Target
 
 
@@ -64,29 +77,52 @@ class Options:
     out: Path
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Everything that is needed before a server is started."""
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """A server, the images it is asked about, and the systems that answer.
 
-    analyzer: Analyzer
-    rung_set: GraphSet
+    Attributes:
+        options: what is asked for.
+        record: where it is kept.
+        target: the server.
+        graphs: what it serves.
+        calibration: the artifact it decides with.
+        pool: all images.
+        escalated: which of them escalate at the calibrated threshold, BOOL (N,).
+        sets: rows of the pool.
+        systems: what can be asked, by name.
+    """
+
+    options: Options
+    record: Record
+    target: Target
+    graphs: GraphSet
     calibration: Calibration
-    source: ImageSource
+    pool: Pool
+    escalated: NDArray[np.bool_]
+    sets: ImageSets
+    systems: Mapping[str, System]
+
+    def asker(self, metered: bool) -> Asker:
+        """Sends the pool's images, reading the CPU time of a server of ours if asked to."""
+        meter = self.target.meter() if metered else None
+        return Asker(self.target, self.pool, self.graphs.classes is not None, meter)
 
 
-def prepare(options: Options) -> Inputs:
-    """Find everything, so that what is missing is said at once.
+def measure(options: Options, console: Console) -> Record:
+    """Measure everything; what was measured is kept whatever happens.
+
+    What is missing is said at once, before a server is started.
 
     Raises:
-        PerfError: perf_analyzer or the repository is missing, or there is no cascade.
-        GraphsError: no rungs.
-        CalibrationError: no artifact, or one of other rungs.
-        ImagesError: no images.
+        PerfError: perf_analyzer, the repository or images are missing, there is no cascade, or
+            measuring could not go on.
+        GraphsError, CalibrationError, ImagesError: no rungs, no artifact of theirs, no images.
+        ServerError, ClientError: a server did not start, or did not answer.
     """
     analyzer = find_analyzer()
-    rung_set = GraphSet.load(options.onnx)
-    calibration = Calibration.load(options.calibration)
-    calibration.check_rungs(rung_set.files)
+    graphs, calibration = GraphSet.load(options.onnx), Calibration.load(options.calibration)
+    calibration.check_rungs(graphs.files)
     if calibration.threshold is None:
         raise PerfError(
             "nothing was certified, so the router sends every image to the full rung and there is "
@@ -96,91 +132,66 @@ def prepare(options: Options) -> Inputs:
         assembled(options.repository)
     source = open_pool_source(options.images, options.seed, options.suite.pool)
     options.out.mkdir(parents=True, exist_ok=True)
-    return Inputs(analyzer, rung_set, calibration, source)
-
-
-def measure(options: Options, console: Console) -> Record:
-    """Measure everything; what was measured is kept whatever happens.
-
-    Raises:
-        PerfError, ServerError, ClientError: measuring cannot start, or could not go on.
-    """
-    inputs = prepare(options)
-    with Record(options.out, console, _header(options, inputs)) as record:
-        pool = stages.read_images(
-            record, inputs.source, Preprocessing.from_dict(inputs.rung_set.preprocessing)
-        )
-        with _target(options, inputs, record) as target:
-            record.summary["environment"] = _environment(options, inputs, target)
+    header = {
+        "command": f"python -m perf {shlex.join(sys.argv[1:])}",
+        "suite": options.suite.name,
+        "model": model_section(graphs),
+        "certificate": calibration.certificate,
+        "fidelity": Fidelity.of(calibration).agreement(),
+    }
+    with Record(options.out, console, header) as record:
+        with record.stage("read images", len(source)) as bar:
+            pool = read_pool(source, Preprocessing.from_dict(graphs.preprocessing), bar.advance)
+        for line in pool.unreadable:
+            record.note(f"left out {line}")
+        with _target(options, graphs, record) as target:
+            _describe(options, record, target, analyzer)
             if options.url is not None:
-                target.check(inputs.rung_set, inputs.calibration, pool.tensors[0])
-            bench = stages.prepare_bench(
-                record,
-                target,
-                inputs.rung_set,
-                inputs.calibration,
-                pool,
-                options.suite,
-                options.sets,
-            )
-            costs = stages.ask_in_turn(record, bench)
+                target.check(graphs, calibration, pool.tensors[0])
+            bench = prepare_bench(options, record, target, graphs, calibration, pool)
+            costs = ask_in_turn(bench)
             # Once more, while the clocks of a GPU are those it is measured at.
-            record.summary["environment"] = _environment(options, inputs, target)
-            stages.saturate(record, bench)
-            stages.attribute_costs(record, bench)
-            stages.load_with_perf_analyzer(record, bench, inputs.analyzer, costs)
-            stages.compare_with_onnxruntime(record, bench)
-            stages.load_with_locust(record, bench, options.images, options.seed)
+            _describe(options, record, target, analyzer)
+            saturate(bench)
+            attribute_costs(bench)
+            load_with_perf_analyzer(bench, analyzer, costs)
+            compare_with_onnxruntime(bench)
+            load_with_locust(bench)
         if options.url is None:
-            stages.measure_peaks(record, bench, _served(options))
+            measure_peaks(bench)
     return record
 
 
-def _environment(options: Options, inputs: Inputs, target: Target) -> dict[str, Any]:
-    found = environment(target.version, inputs.analyzer.version())
+def _describe(options: Options, record: Record, target: Target, analyzer: Analyzer) -> None:
+    found = environment(target.version, analyzer.version())
     if options.url is not None:
         found["device"] += " (the client's; the server is elsewhere)"
-    return found
+    record.summary["environment"] = found
 
 
-def _served(options: Options) -> Path:
-    """The repository that a server of ours serves."""
-    return options.out / "model_repository"
-
-
-def _header(options: Options, inputs: Inputs) -> dict[str, Any]:
-    return {
-        "command": f"python -m perf {shlex.join(sys.argv[1:])}",
-        "suite": options.suite.name,
-        "model": model_section(inputs.rung_set),
-        "certificate": inputs.calibration.certificate,
-        "fidelity": Fidelity.of(inputs.calibration).agreement(),
-    }
-
-
-def model_section(rung_set: GraphSet) -> dict[str, Any]:
+def model_section(graphs: GraphSet) -> dict[str, Any]:
     """What is served; `reference` where the full rung is not the full model."""
-    reference = rung_set.reference_record
+    reference = graphs.reference_record
     return {
         **({} if reference is None else {"reference": reference.recipe}),
-        "backbone": rung_set.backbone,
-        "image_shape": list(rung_set.image_shape),
-        "low": rung_set.rungs["vit_low"].recipe,
-        "high": rung_set.rungs["vit_high"].recipe,
-        "embedding_dim": rung_set.embedding_dim,
-        "classes": rung_set.classes,
+        "backbone": graphs.backbone,
+        "image_shape": list(graphs.image_shape),
+        "low": graphs.low.record.recipe,
+        "high": graphs.high.record.recipe,
+        "embedding_dim": graphs.embedding_dim,
+        "classes": graphs.classes,
     }
 
 
 @contextlib.contextmanager
-def _target(options: Options, inputs: Inputs, record: Record) -> Iterator[Target]:
+def _target(options: Options, graphs: GraphSet, record: Record) -> Iterator[Target]:
     if options.url is not None:
         record.note("the server is not ours: its memory and its CPU time are not measured")
         with Target(options.url, options.http_url, None) as target:
             yield target
         return
-    folder = with_alternatives(options.repository, inputs.rung_set, _served(options))
-    if not inputs.rung_set.beside:
+    folder = with_alternatives(options.repository, graphs, options.out / "model_repository")
+    if not graphs.beside:
         record.note(
             "no other graph was exported, so there is none to compare with; "
             "export rungs --beside px=168 makes one"
@@ -193,3 +204,245 @@ def _target(options: Options, inputs: Inputs, record: Record) -> Iterator[Target
             yield target
     finally:
         server.stop()
+
+
+def prepare_bench(
+    options: Options,
+    record: Record,
+    target: Target,
+    graphs: GraphSet,
+    calibration: Calibration,
+    pool: Pool,
+) -> Bench:
+    """Score the pool and choose the sets.
+
+    Raises:
+        PerfError: too few images for a set.
+        ClientError: the server does not answer as it should.
+    """
+    suite = options.suite
+    with record.stage("score images", len(pool)) as bar:
+        scores = score_pool(target.grpc_url, pool, bar.advance)
+    escalated = escalation_mask(scores, calibration.threshold, Overrides())
+    sets = choose_sets(escalated, suite.mixed, suite.shares, suite.set_size, options.sets)
+    record.summary["images"] = {
+        "source": pool.title,
+        "pool": len(pool),
+        "sets": {
+            name: {"images": len(rows), "escalation_rate": sets.escalation_rate[name]}
+            for name, rows in sets.rows.items()
+        },
+    }
+    threshold_30 = threshold_for(scores[np.asarray(sets.rows["mixed"])], 0.3)
+    found = systems(graphs, target.models, calibration.threshold, threshold_30)
+    by_name = {system.name: system for system in found}
+    return Bench(options, record, target, graphs, calibration, pool, escalated, sets, by_name)
+
+
+def ask_in_turn(bench: Bench) -> dict[str, float]:
+    """Every system on every mixed image, the systems in turn.
+
+    Returns:
+        The median cost of each system's request in milliseconds.
+    """
+    rows, suite = bench.sets.rows["mixed"], bench.options.suite
+    asked = list(bench.systems.values())
+    shares = cut(rows, min(suite.shares, len(rows))) * suite.repeats
+    with bench.record.stage("systems in turn", sum(map(len, shares)) * len(asked)) as bar:
+        measured = cascade.one_in_flight(bench.target, bench.asker(True), asked, shares, bar)
+        _keep(bench, measured, asked, rows * suite.repeats)
+    paired = measured.paired
+    expected, rate = bench.sets.escalation_rate["mixed"], paired.escalation_rate(ADAPTIVE)
+    if abs(rate - expected) > 1.5 / len(rows):  # one image may lie on the threshold
+        raise PerfError(
+            f"{rate:.1%} of the mixed images escalated, {expected:.1%} do at the local artifact's "
+            "threshold: the server has another one; give the --calibration it was assembled with"
+        )
+    return {system.name: paired.cost(system.name).median for system in asked}
+
+
+def saturate(bench: Bench) -> None:
+    """Static low, static high and the cascade saturated, on the same cores, spans in turn."""
+    if bench.target.server is None:
+        bench.record.note(
+            "the server is not ours, so systems cannot be given the same cores: no figures"
+        )
+        return
+    rows, suite = bench.sets.rows["mixed"], bench.options.suite
+    names = (LOW, HIGH, ESCALATION, ADAPTIVE)
+    asked = [system for name, system in bench.systems.items() if name in names]
+    with bench.record.stage("saturated, in turn", suite.spans * len(asked)) as bar:
+        measured = cascade.saturated(
+            *(bench.target, bench.asker(True), asked, [rows] * suite.spans),
+            *(suite.concurrency[-1], bar),
+        )
+        _keep(bench, measured, asked, rows * suite.spans)
+
+
+def _keep(
+    bench: Bench, measured: cascade.Measured, asked: Sequence[System], rows: Sequence[int]
+) -> None:
+    """Add what systems answered about these images, in this order."""
+    known = bench.graphs.labels if bench.graphs.task == "classes" else None
+    labels = [bench.pool.labels[row] for row in rows]
+    truth = None
+    if known is not None and all(label in known for label in labels):
+        truth = [known.index(str(label)) for label in labels]
+    bench.record.doubt(measured.load, measured.doubts)
+    disagrees = is_a_loss(bench.calibration.chosen_by)
+    bench.record.summary |= measured.sections(asked, disagrees, truth)
+
+
+def attribute_costs(bench: Bench) -> None:
+    """Where an adaptive request spends its time."""
+    ensemble, rows = bench.systems.get(ENSEMBLE), bench.sets.rows
+    if ensemble is None:
+        bench.record.note("the server has no adaptive_vit: where the time goes is not measured")
+        return
+    paths = {"kept": rows.get("easy", []), "escalated": rows.get("hard", [])}
+    scoring = scoring_ms(bench.calibration)
+    found: dict[str, Any] = {"kept": None, "escalated": None}
+    with bench.record.stage("where the time goes", sum(map(len, paths.values()))) as bar:
+        for name, sent in paths.items():
+            if sent:
+                asker = bench.asker(False)
+                found[name] = attribute(bench.target, asker, ensemble, sent, scoring, bar.advance)
+        rate = bench.sets.escalation_rate["mixed"]
+        found["all"] = together(found["kept"], found["escalated"], rate)
+        bench.record.summary["attribution"] = found
+
+
+def load_with_perf_analyzer(
+    bench: Bench, analyzer: Analyzer, costs_ms: Mapping[str, float]
+) -> None:
+    """Closed loops, then open loops at parts of what the closed ones reached.
+
+    Raises:
+        PerfAnalyzerError: a pass failed.
+    """
+    record, suite, target, pool = bench.record, bench.options.suite, bench.target, bench.pool
+    folder = record.folder / "perf_analyzer"
+    for file in folder.glob("*.csv"):  # an earlier run's
+        file.unlink()
+    # The inputs hold the images as text, a hundred megabytes that nobody wants to keep.
+    with tempfile.TemporaryDirectory(prefix="perf-inputs-") as scratch:
+        inputs = {}
+        for name, rows in bench.sets.rows.items():
+            sent = under_load(rows, bench.escalated, suite.set_size)
+            record.summary["images"]["sets"][name]["under_load"] = {
+                "images": len(sent),
+                "escalation_rate": float(bench.escalated[np.asarray(sent)].mean()),
+            }
+            file = Path(scratch) / name
+            inputs[name] = {
+                "image": write_tensors(file, [pool.tensors[row] for row in sent]),
+                "image_bytes": write_bytes(
+                    file.with_suffix(".bytes"), [pool.encoded[row] for row in sent]
+                ),
+            }
+        asked = list(bench.systems.values())
+        has_http, is_local = target.http_url is not None, target.server is not None
+        runner = LoadRunner(target, analyzer, inputs, folder, suite.pass_s, costs_ms)
+        levels = closed_levels(suite, asked, bench.sets.rows, has_http, is_local)
+        closed = _run_levels(bench, runner, levels, "closed loop")
+        for name, entry in most_in_flight(closed).items():
+            if name in COMPARED and entry.instability():
+                record.note(f"under load, {name} did not stabilise: {entry.instability()}")
+        _run_levels(bench, runner, open_levels(suite, asked, closed), "open loop")
+
+
+def _run_levels(
+    bench: Bench, runner: LoadRunner, levels: Sequence[Level], title: str
+) -> list[Measured]:
+    summary, turns = bench.record.summary, bench.options.suite.turns
+    before = list(summary.get("systems", []))
+    with bench.record.stage(title, len(levels) * turns) as bar:
+
+        def before_pass(level: Level, turn: int, measured: Sequence[Measured]) -> None:
+            bar.describe(f"{title}, turn {turn + 1}: {level.slug}")
+            summary["systems"] = before + [entry.to_dict() for entry in measured if entry.passes]
+
+        measured = runner.measure(levels, turns, before_pass, bar.advance)
+        summary["systems"] = before + [entry.to_dict() for entry in measured]
+    return measured
+
+
+def compare_with_onnxruntime(bench: Bench) -> None:
+    """The served full rung beside ONNX Runtime without a server, at batch 1 and 8."""
+    record, suite = bench.record, bench.options.suite
+    if bench.target.server is None:
+        record.note("the server is not ours: its backend is not compared with ONNX Runtime")
+        return
+    images = np.stack([bench.pool.tensors[row] for row in bench.sets.rows["mixed"]])
+    file = bench.graphs.files["vit_high"]
+    plan = list(zip((1, 8), suite.backend_rounds, suite.backend_pairs, strict=True))
+    with record.stage("backend and ONNX Runtime", sum(r * p for _, r, p in plan)) as bar:
+        for batch, rounds, pairs in plan:
+            if batch > len(images):
+                record.note(f"{len(images)} images do not fill a batch of {batch}: not compared")
+                continue
+            ratios = measure_backend(
+                bench.target.grpc_url, file, images, batch, rounds, pairs, bar.advance
+            )
+            record.summary[f"standin_over_ort_b{batch}"] = ratios.to_dict()
+
+
+def load_with_locust(bench: Bench) -> None:
+    """Locust users against the ensemble: gRPC and HTTP, and in the full suite the shapes."""
+    if ENSEMBLE not in bench.systems:
+        return
+    options, suite, summary = bench.options, bench.options.suite, bench.record.summary
+    users = suite.concurrency[-1]
+    runs: list[dict[str, Any]] = [{"protocol": "grpc"}]
+    if bench.target.http_url is not None:
+        runs.append({"protocol": "http"})
+    if suite.locust_shapes:
+        # Half of what the ensemble reached on mixed images in a closed loop.
+        reached = [
+            entry["throughput_per_s"]["median"]
+            for entry in summary["systems"]
+            if (entry["system"], entry["set"]) == (ENSEMBLE, "mixed")
+            and entry["load"]["loop"] == "closed"
+        ]
+        runs += [
+            {"protocol": "grpc", "user": "open", "rate": max(reached) / 2 / users},
+            {"protocol": "grpc", "shape": "ramp"},
+            {"protocol": "grpc", "shape": "spike"},
+        ]
+    spec = f"sample:{options.seed}" if options.images == "sample" else options.images
+    with bench.record.stage("Locust", suite.locust_s * len(runs)) as bar:
+        summary["locust"] = []
+        for number, run in enumerate(runs, 1):
+            name = "-".join(str(run[key]) for key in run if key != "rate")
+            bar.describe(f"Locust: {name}")
+            entry = run_locust(
+                bench.target.url(run["protocol"]),
+                spec,
+                bench.record.folder / "locust" / f"{number}-{name}",
+                users=users,
+                seconds=suite.locust_s,
+                on_second=bar.advance,
+                **run,
+            )
+            summary["locust"].append(entry)
+
+
+def measure_peaks(bench: Bench) -> None:
+    """Peak memory of each system on servers of their own, under the same load.
+
+    Raises:
+        ServerError: a server did not start.
+    """
+    options, suite = bench.options, bench.options.suite
+    rows = under_load(bench.sets.rows["mixed"], bench.escalated, suite.set_size)
+    load = PeakLoad(bench.pool, rows, suite.concurrency[-1])
+    names = MEASURED if suite.every_system else COMPARED
+    peaks: dict[str, list[MemoryUse]] = {name: [] for name in names if name in bench.systems}
+    repository = options.out / "model_repository"
+    with bench.record.stage("peak memory", suite.memory_turns * len(peaks)) as bar:
+        for _ in range(suite.memory_turns):
+            for name, found in peaks.items():
+                bar.describe(f"peak memory: {name}")
+                found.append(peak_memory(bench.systems[name], repository, bench.graphs, load))
+                bar.advance()
+            bench.record.summary |= memory_figures(peaks)

@@ -11,7 +11,6 @@ import perf.__main__ as command_line
 from bundle.graphs import GraphSet
 from perf import analyzer_install as installation
 from perf import run as perf_run
-from perf import stages
 from routing import RungRecord
 from tests.unit.perf_summary import sample_summary
 from tests.unit.perf_workplace import calibration_of, write_workplace
@@ -85,7 +84,7 @@ def no_server(*arguments, **options):
 
 
 def score_all(score):
-    """Stands in for `stages.score_pool`: every image has this score."""
+    """Stands in for `perf.run.score_pool`: every image has this score."""
     return lambda target, pool, advance: np.full(len(pool), score, np.float32)
 
 
@@ -192,10 +191,10 @@ def test_images_that_cannot_be_read_are_told(perf, workplace):
 
 def test_too_few_images_for_a_set_are_told(perf, workplace, monkeypatch):
     monkeypatch.setattr(perf_run, "Target", FakeTarget)
-    monkeypatch.setattr(stages, "score_pool", score_all(0.1))  # the threshold is 0.5
+    monkeypatch.setattr(perf_run, "score_pool", score_all(0.1))  # the threshold is 0.5
     said = told(perf("--images", "images", "--url", "host:1"), workplace)
     assert said.startswith("0 of 8 images escalate, the hard set needs 4; ")
-    monkeypatch.setattr(stages, "score_pool", score_all(0.9))
+    monkeypatch.setattr(perf_run, "score_pool", score_all(0.9))
     said = told(perf("--images", "images", "--url", "host:1"), workplace)
     assert said.startswith("0 of 8 images stay cheap, the easy set needs 4; ")
 
@@ -204,17 +203,17 @@ def test_too_few_images_for_a_set_are_told(perf, workplace, monkeypatch):
 def interrupted(monkeypatch):
     """A server elsewhere, and Ctrl-C as soon as the systems were asked."""
 
-    def answer(record, bench):
-        record.summary["answers"] = sample_summary()["answers"]
+    def answer(bench):
+        bench.record.summary["answers"] = sample_summary()["answers"]
         return {}
 
-    def interrupt(record, bench):
+    def interrupt(bench):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(perf_run, "Target", FakeTarget)
-    monkeypatch.setattr(stages, "score_pool", score_all(0.1))
-    monkeypatch.setattr(stages, "ask_in_turn", answer)
-    monkeypatch.setattr(stages, "attribute_costs", interrupt)
+    monkeypatch.setattr(perf_run, "score_pool", score_all(0.1))
+    monkeypatch.setattr(perf_run, "ask_in_turn", answer)
+    monkeypatch.setattr(perf_run, "attribute_costs", interrupt)
 
 
 def test_ctrl_c_ends_the_run_with_what_was_measured(perf, workplace, interrupted):
