@@ -7,6 +7,7 @@ has no counter of its own is what is left of the one around it.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import mean, median
 from typing import Any
@@ -16,17 +17,14 @@ from numpy.typing import NDArray
 
 from routing import SIGNALS, Calibration, RungOutputs, RungRecord, ScoreMap
 
-from .figures import PerfError
 from .harness import Asker
-from .server_times import ModelTimes, since
+from .server_times import Times, counted, ms
 from .systems import System
 from .target import Target
 
 SCORING_ROUNDS = 200
 SIGNAL_ROUNDS = 2000
 _LENS_DEPTH = 3
-PATIENCE_S = 5.0  # for the server to count the last request
-_NO_TIMES = ModelTimes(0, 0, 0, 0, 0, 0, 0)
 
 
 def attribute(
@@ -59,26 +57,11 @@ def attribute(
     for row in rows:
         latencies += [answer.latency_ms for answer in asker.ask(ensemble, [row])]
         on_image()
-    times = _counted(target, before, len(rows))
+    times = counted(target.times, before, ("router", "adaptive_vit"), len(rows))
     return parts(mean(latencies), len(rows), times, scoring_ms)
 
 
-def _counted(target: Target, before: dict[str, ModelTimes], requests: int) -> dict[str, ModelTimes]:
-    """Triton's times since `before`: it counts a request a moment after it has answered."""
-    deadline = time.monotonic() + PATIENCE_S
-    while True:
-        times = since(before, target.times())
-        counted = [times.get(model, _NO_TIMES).requests for model in ("router", "adaptive_vit")]
-        if min(counted) >= requests:
-            return times
-        if time.monotonic() > deadline:
-            raise PerfError("the server answers, but its statistics do not count the requests")
-        time.sleep(0.01)
-
-
-def parts(
-    latency_ms: float, requests: int, times: Mapping[str, ModelTimes], scoring_ms: float
-) -> dict[str, Any]:
+def parts(latency_ms: float, requests: int, times: Times, scoring_ms: float) -> dict[str, Any]:
     """Take a mean latency apart.
 
     Args:
@@ -88,21 +71,22 @@ def parts(
         scoring_ms: of one image.
     """
     low, high, router, preprocess, ensemble = (
-        times.get(model, _NO_TIMES)
+        times.get(model, Counter())
         for model in ("vit_low", "vit_high", "router", "preprocess", "adaptive_vit")
     )
-    scored = scoring_ms * low.requests
+    scored = scoring_ms * low["requests"]
+    compute = ("input", "infer", "output")
     # Not the router's own time: its counter runs on after the response has left.
-    inside = sum(model.compute_ms + model.queue_ms for model in (preprocess, low, high))
-    inside += router.queue_ms + scored
+    inside = sum(ms(model, "queue", *compute) for model in (preprocess, low, high))
+    inside += ms(router, "queue") + scored
     sums = {
-        "client and network": latency_ms * requests - ensemble.total_ms,
-        "preprocess": preprocess.compute_ms,
-        "cheap rung": low.compute_ms,
+        "client and network": latency_ms * requests - ms(ensemble, "total"),
+        "preprocess": ms(preprocess, *compute),
+        "cheap rung": ms(low, *compute),
         "scoring": scored,
-        "router, BLS hops, ensemble": ensemble.total_ms - inside,
-        "full rung": high.compute_ms,
-        "queues": sum(model.queue_ms for model in (low, high, router, preprocess)),
+        "router, BLS hops, ensemble": ms(ensemble, "total") - inside,
+        "full rung": ms(high, *compute),
+        "queues": sum(ms(model, "queue") for model in (low, high, router, preprocess)),
     }
     return {
         "requests": requests,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,15 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 from client.errors import server_errors
 
 from .figures import PerfError, Spread
+from .server_times import counted
+from .target import Target
 
 MODEL = "vit_high"
-_PATIENCE_S = 5.0
-_POLL_S = 0.001
 _TIMEOUT_S = 60.0
 
 
 def measure_backend(
-    grpc_url: str,
+    target: Target,
     onnx: Path,
     images: NDArray[np.float32],
     batch: int,
@@ -47,7 +47,7 @@ def measure_backend(
     slower or faster than the next.
 
     Args:
-        grpc_url: `host:port` of a server that nobody else uses.
+        target: the server, which nobody else uses.
         onnx: the file that it serves as `vit_high`.
         images: FP32 (N, 3, H, W), N at least `batch`; consecutive requests take other rows.
         batch: images per request.
@@ -56,23 +56,29 @@ def measure_backend(
         on_step: called after each pair.
 
     Raises:
-        PerfError: too few images, or somebody else sends the server requests meanwhile.
-        ClientError: no server, or one without `vit_high`.
+        PerfError: somebody else sends the server requests meanwhile, or it counts none.
+        ClientError: it does not answer.
     """
-    if not 1 <= batch <= len(images):
-        raise PerfError(f"{len(images)} images do not fill a batch of {batch}; give more --images")
     values = []
-    with server_errors(grpc_url), triton.InferenceServerClient(grpc_url) as client:
-        config = client.get_model_config(MODEL, client_timeout=_TIMEOUT_S).config
+    with server_errors(target.grpc_url):
+        config = target.client.get_model_config(MODEL, client_timeout=_TIMEOUT_S).config
         for number in range(rounds):
-            pair = Pair(client, open_direct(onnx, config))
-            pair.ratio(_rows(images, batch, 0), server_first=True)
+            session = open_direct(onnx, config)
+            # The outputs that the router asks `vit_high` for.
+            names = [out.name for out in session.get_outputs() if out.name != "cls_layers"]
             ratios = []
-            for step in range(number * pairs, (number + 1) * pairs):
-                rows = _rows(images, batch, step)
-                ratios.append(pair.ratio(rows, server_first=step % 2 == 0))
-                on_step()
-            values.append(statistics.median(ratios))
+            for step in [0, *range(number * pairs, (number + 1) * pairs)]:
+                start = step * batch % (len(images) - batch + 1)
+                image = np.ascontiguousarray(images[start : start + batch])  # (batch, 3, H, W)
+                if step % 2 == 0:
+                    served_s = _served_s(target, names, image)
+                    ratios.append(served_s / _direct_s(session, names, image))
+                else:
+                    direct_s = _direct_s(session, names, image)
+                    ratios.append(_served_s(target, names, image) / direct_s)
+                if len(ratios) > 1:
+                    on_step()
+            values.append(statistics.median(ratios[1:]))  # the first one warmed up
     return Spread.of(values)
 
 
@@ -94,57 +100,21 @@ def _threads(config: ModelConfig, key: str) -> int:
     return int(config.parameters[key].string_value) if key in config.parameters else 0
 
 
-def _rows(images: NDArray[np.float32], batch: int, step: int) -> NDArray[np.float32]:
-    start = step * batch % (len(images) - batch + 1)
-    return np.ascontiguousarray(images[start : start + batch])  # (batch, 3, H, W)
+def _direct_s(
+    session: ort.InferenceSession, names: Sequence[str], image: NDArray[np.float32]
+) -> float:
+    start = time.perf_counter()
+    session.run(names, {"image": image})
+    return time.perf_counter() - start
 
 
-class Pair:
-    """The two ways to the same outputs: those that the router asks `vit_high` for.
-
-    Args:
-        client: of a server that serves it.
-        session: the direct one.
-    """
-
-    def __init__(self, client: triton.InferenceServerClient, session: ort.InferenceSession) -> None:
-        self._client = client
-        self._session = session
-        names = [output.name for output in session.get_outputs()]
-        self._names = [name for name in names if name != "cls_layers"]
-        self._outputs = [triton.InferRequestedOutput(name) for name in self._names]
-
-    def ratio(self, image: NDArray[np.float32], server_first: bool) -> float:
-        """Time on the server over time of the direct run, both of `image` (B, 3, H, W)."""
-        if server_first:
-            served_s = self._served_s(image)
-            return served_s / self._direct_s(image)
-        direct_s = self._direct_s(image)
-        return self._served_s(image) / direct_s
-
-    def _direct_s(self, image: NDArray[np.float32]) -> float:
-        start = time.perf_counter()
-        self._session.run(self._names, {"image": image})
-        return time.perf_counter() - start
-
-    def _served_s(self, image: NDArray[np.float32]) -> float:
-        tensor = triton.InferInput("image", list(image.shape), "FP32")
-        tensor.set_data_from_numpy(image)
-        count, ns = self._successes()
-        self._client.infer(MODEL, [tensor], outputs=self._outputs, client_timeout=_TIMEOUT_S)
-        deadline = time.monotonic() + _PATIENCE_S
-        while True:  # A request is counted a moment after it is answered.
-            count_now, ns_now = self._successes()
-            if count_now > count + 1:
-                raise PerfError(f"somebody else uses {MODEL} on this server; measure it alone")
-            if count_now > count:
-                return (ns_now - ns) / 1e9
-            if time.monotonic() > deadline:
-                raise PerfError(f"{MODEL} answers, but the server's statistics do not count it")
-            time.sleep(_POLL_S)
-
-    def _successes(self) -> tuple[int, int]:
-        """Requests that the server has answered, and their time in ns, queue and compute."""
-        found = self._client.get_inference_statistics(MODEL, client_timeout=_TIMEOUT_S)
-        versions = [entry.inference_stats.success for entry in found.model_stats]
-        return sum(version.count for version in versions), sum(version.ns for version in versions)
+def _served_s(target: Target, names: Sequence[str], image: NDArray[np.float32]) -> float:
+    tensor = triton.InferInput("image", list(image.shape), "FP32")
+    tensor.set_data_from_numpy(image)
+    outputs = [triton.InferRequestedOutput(name) for name in names]
+    before = target.times()
+    target.client.infer(MODEL, [tensor], outputs=outputs, client_timeout=_TIMEOUT_S)
+    times = counted(target.times, before, [MODEL], 1)[MODEL]
+    if times["requests"] > 1:
+        raise PerfError(f"somebody else uses {MODEL} on this server; measure it alone")
+    return times["total"] / 1e9

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from .analyzer_install import Analyzer
+from .cpu import CpuMeter
 from .figures import Spread
-from .perf_analyzer import Figures, InputData, Load, run
-from .server_times import ModelTimes, since
+from .perf_analyzer import InputData, Level, Pass, run
+from .server_times import ms, since
 from .suites import Suite
 from .systems import ADAPTIVE, ENSEMBLE, HIGH, LOW, System
 from .target import Target
@@ -23,68 +24,8 @@ COMPARED = (LOW, HIGH, ADAPTIVE)
 # perf_analyzer's own criterion for its windows, here for the passes of one level.
 STABLE_WITHIN = 0.10
 MOST_DELAYED = 0.05
-WARMUP_REQUESTS = 4
 OPEN_REQUESTS = 60  # of a pass at least, for its percentiles
 PASS_TIMEOUT_S = 300.0
-
-
-@dataclass(frozen=True)
-class Level:
-    """One system under one load.
-
-    Attributes:
-        system: what is asked.
-        set_name: `easy`, `hard` or `mixed`.
-        concurrency: requests in flight; 0 in an open loop.
-        rate_per_s: mean rate of arrivals of an open loop.
-        protocol: `grpc` or `http`.
-        shared_memory: `none` or `system`.
-    """
-
-    system: System
-    set_name: str = "mixed"
-    concurrency: int = 0
-    rate_per_s: float | None = None
-    protocol: str = "grpc"
-    shared_memory: str = "none"
-
-    @property
-    def slug(self) -> str:
-        """Names its raw files."""
-        load = f"c{self.concurrency}" if self.concurrency else f"rate{self.rate_per_s:.3g}"
-        shm = "-shm" if self.shared_memory == "system" else ""
-        return f"{self.system.name}-{self.set_name}-{load}-{self.protocol}{shm}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """The level's part of its entry in summary.json."""
-        return {
-            "system": self.system.name,
-            "title": self.system.title,
-            "model": self.system.model,
-            "set": self.set_name,
-            "load": {
-                "loop": "closed" if self.concurrency else "open",
-                "concurrency": self.concurrency or None,
-                "rate_per_s": self.rate_per_s,
-                "protocol": self.protocol,
-                "shared_memory": self.shared_memory,
-            },
-        }
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One pass of one level.
-
-    Attributes:
-        figures: perf_analyzer's.
-        server: Triton's times during the pass, warm-up included, by model.
-        server_cpu_ms: CPU time of the server's processes per request; None for a remote server.
-    """
-
-    figures: Figures
-    server: Mapping[str, ModelTimes]
-    server_cpu_ms: float | None
 
 
 @dataclass
@@ -97,59 +38,69 @@ class Measured:
     @property
     def throughput(self) -> Spread:
         """Images per second, one value per pass."""
-        return Spread.of([p.figures.throughput_per_s for p in self.passes])
+        return Spread.of([p.throughput_per_s for p in self.passes])
+
+    def _latency_ms(self, name: str) -> Spread:
+        return Spread.of([p.latency_ms[name] for p in self.passes])
 
     def instability(self) -> str | None:
         """Why its figures should not be trusted; None if they may be."""
-        figures = self.throughput if self.level.concurrency else self._spread("latency_ms_p50")
+        figures = self.throughput if self.level.concurrency else self._latency_ms("p50")
         what = "throughput" if self.level.concurrency else "median latency"
         if len(self.passes) < 2:
             return "measured once"
         if figures.max > (1 + STABLE_WITHIN) * figures.min:
             return f"{what} differs by {figures.max / figures.min - 1:.0%} between its passes"
-        delayed = max(p.figures.delayed for p in self.passes)
+        delayed = max(p.delayed for p in self.passes)
         if delayed > MOST_DELAYED:
             return f"{delayed:.0%} of the requests were sent later than planned"
         return None
 
-    def _spread(self, name: str) -> Spread:
-        return Spread.of([getattr(p.figures, name) for p in self.passes])
-
     def to_dict(self) -> dict[str, Any]:
         """Its entry in summary.json."""
-        reason = self.instability()
+        level, reason = self.level, self.instability()
         cpu = [p.server_cpu_ms for p in self.passes if p.server_cpu_ms is not None]
         return {
-            **self.level.to_dict(),
-            "requests": sum(p.figures.requests for p in self.passes),
+            "system": level.system.name,
+            "title": level.system.title,
+            "model": level.system.model,
+            "set": level.set_name,
+            "load": {
+                "loop": "closed" if level.concurrency else "open",
+                "concurrency": level.concurrency or None,
+                "rate_per_s": level.rate_per_s,
+                "protocol": level.protocol,
+                "shared_memory": level.shared_memory,
+            },
+            "requests": sum(p.requests for p in self.passes),
             "stable": reason is None,
             "unstable_reason": reason,
             "throughput_per_s": self.throughput.to_dict(),
             "latency_ms": {
-                name: self._spread(f"latency_ms_{name}").to_dict()
-                for name in ("mean", "p50", "p95", "p99")
+                name: self._latency_ms(name).to_dict() for name in ("mean", "p50", "p95", "p99")
             },
             "server_ms": self._server_ms(),
             "server_cpu_ms": Spread.of(cpu).to_dict() if cpu else None,
         }
 
     def _server_ms(self) -> dict[str, dict[str, float]]:
-        asked = self.level.system.model
+        images = sum(p.server[self.level.system.model]["images"] for p in self.passes)
         found: dict[str, dict[str, float]] = {}
         for model in sorted({name for p in self.passes for name in p.server}):
             times = [p.server[model] for p in self.passes if model in p.server]
-            images = sum(p.server[asked].images for p in self.passes)
-            found[model] = {"images_share": sum(t.images for t in times) / images}
+            found[model] = {"images_share": sum(t["images"] for t in times) / images}
             for part in ("queue", "input", "infer", "output"):
-                found[model][part] = median(t.per_request_ms()[part] for t in times)
+                found[model][part] = median(ms(t, part) / t["requests"] for t in times)
         return found
 
 
+@dataclass(frozen=True)
 class LoadRunner:
     """Measures levels on one server.
 
-    Args:
+    Attributes:
         target: the server.
+        meter: of its CPU time; None for a server that is not ours.
         analyzer: perf_analyzer.
         inputs: for each set name its files: `image` and, for the ensemble, `image_bytes`.
         raw: folder for perf_analyzer's reports.
@@ -157,22 +108,13 @@ class LoadRunner:
         costs_ms: about what one request of each system costs, to choose the number of requests.
     """
 
-    def __init__(
-        self,
-        target: Target,
-        analyzer: Analyzer,
-        inputs: Mapping[str, Mapping[str, InputData]],
-        raw: Path,
-        pass_s: float,
-        costs_ms: Mapping[str, float],
-    ) -> None:
-        self._target = target
-        self._meter = target.meter()
-        self._analyzer = analyzer
-        self._inputs = inputs
-        self._raw = raw
-        self._pass_s = pass_s
-        self._costs_ms = costs_ms
+    target: Target
+    meter: CpuMeter | None
+    analyzer: Analyzer
+    inputs: Mapping[str, Mapping[str, InputData]]
+    raw: Path
+    pass_s: float
+    costs_ms: Mapping[str, float]
 
     def measure(
         self,
@@ -202,43 +144,25 @@ class LoadRunner:
         return measured
 
     def _pass(self, level: Level, turn: int) -> Pass:
-        times, start = self._target.times(), time.perf_counter()
-        before_s = 0.0 if self._meter is None else self._meter.read_s()
-        csv_path = self._raw / f"{level.slug}-{turn + 1}.csv"
-        figures = run(self._load(level), self._analyzer, csv_path)
-        server = since(times, self._target.times())
-        cpu_ms = None
-        if self._meter is not None:
-            used_s = self._meter.used_s(before_s, time.perf_counter() - start)
-            cpu_ms = 1e3 * used_s / server[level.system.model].requests
-        return Pass(figures, server, cpu_ms)
-
-    def _load(self, level: Level) -> Load:
-        kind = "image_bytes" if level.system.takes_bytes else "image"
-        inputs = self._inputs[level.set_name][kind]
+        inputs = self.inputs[level.set_name]["image_bytes" if level.system.takes_bytes else "image"]
+        timeout_s = PASS_TIMEOUT_S
         if level.rate_per_s is None:
             # Below saturation more requests in flight are answered in the same time.
-            wanted = 1e3 * self._pass_s / self._costs_ms[level.system.name]
+            wanted = 1e3 * self.pass_s / self.costs_ms[level.system.name]
             at_least = math.ceil(level.concurrency / inputs.items)  # perf_analyzer refuses fewer
             rounds = max(at_least, round(wanted / inputs.items))
-            arrivals_s = 0.0
         else:
-            wanted = max(OPEN_REQUESTS, level.rate_per_s)
-            rounds = math.ceil(wanted / inputs.items)
-            arrivals_s = rounds * inputs.items / level.rate_per_s
-        return Load(
-            level.system.model,
-            self._target.url(level.protocol),
-            inputs,
-            protocol=level.protocol,
-            concurrency=level.concurrency or 1,
-            rate_per_s=level.rate_per_s,
-            rounds=rounds,
-            warmup_requests=WARMUP_REQUESTS,
-            parameters=level.system.parameters,
-            shared_memory=level.shared_memory,
-            timeout_s=PASS_TIMEOUT_S + arrivals_s,
-        )
+            rounds = math.ceil(max(OPEN_REQUESTS, level.rate_per_s) / inputs.items)
+            timeout_s += rounds * inputs.items / level.rate_per_s
+        times, start = self.target.times(), time.perf_counter()
+        before_s = 0.0 if self.meter is None else self.meter.read_s()
+        url, report = self.target.url(level.protocol), self.raw / f"{level.slug}-{turn + 1}.csv"
+        figures = run(level, url, inputs, rounds, self.analyzer, report, timeout_s)
+        server, cpu_ms = since(times, self.target.times()), None
+        if self.meter is not None:
+            used_s = self.meter.used_s(before_s, time.perf_counter() - start)
+            cpu_ms = 1e3 * used_s / server[level.system.model]["requests"]
+        return replace(figures, server=server, server_cpu_ms=cpu_ms)
 
 
 def closed_levels(
@@ -287,7 +211,7 @@ def open_levels(
 ) -> list[Level]:
     """The open loops: Poisson arrivals at parts of what the closed loop reached at most."""
     by_name = {system.name: system for system in systems}
-    capacity = saturated_throughput(measured)
+    capacity = {name: m.throughput.median for name, m in most_in_flight(measured).items()}
     names = COMPARED if suite.every_system else (ADAPTIVE,)
     return [
         Level(by_name[name], rate_per_s=round(part * capacity[name], 2))
@@ -307,8 +231,3 @@ def most_in_flight(measured: Sequence[Measured]) -> dict[str, Measured]:
         if best is None or best.level.concurrency < level.concurrency:
             found[level.system.name] = entry
     return found
-
-
-def saturated_throughput(measured: Sequence[Measured]) -> Mapping[str, float]:
-    """Median images per second of each system there."""
-    return {name: entry.throughput.median for name, entry in most_in_flight(measured).items()}

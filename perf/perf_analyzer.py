@@ -14,17 +14,18 @@ import json
 import re
 import struct
 import subprocess
-import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .analyzer_install import Analyzer, PerfAnalyzerError
+from .systems import System
 
+WARMUP_REQUESTS = 4
 # Most telling first: the server's own sentence, then what perf_analyzer says about itself.
 _FAILURES = (
     re.compile(r"^Thread \[\d+\] had error: (.+)$", re.M),
@@ -49,104 +50,53 @@ class InputData:
     items: int
 
 
-def write_tensors(path: Path, images: Sequence[NDArray[np.float32]]) -> InputData:
-    """Write image tensors, FP32, each of shape (3, H, W), for an input named `image`.
-
-    Raises:
-        ValueError: no image, or one of another dtype.
-    """
-    if any(image.dtype != np.float32 for image in images):
-        raise ValueError("image tensors must be float32")
-    elements = [_element(np.asarray(i, dtype="<f4").tobytes(), i.shape) for i in images]
-    return _write(path, "image", elements)
-
-
-def write_bytes(path: Path, images: Sequence[bytes]) -> InputData:
-    """Write encoded images for a BYTES input of shape [1] named `image_bytes`.
-
-    Raises:
-        ValueError: no image.
-    """
-    # Each element of a serialised BYTES tensor starts with its length, 4 bytes little-endian.
-    elements = [_element(struct.pack("<I", len(image)) + image, (1,)) for image in images]
-    return _write(path, "image_bytes", elements)
-
-
-def _element(content: bytes, shape: Sequence[int]) -> dict[str, Any]:
-    encoded = base64.b64encode(content).decode("ascii")
-    return {"content": {"b64": encoded}, "shape": list(shape)}
-
-
-def _write(path: Path, name: str, elements: Sequence[dict[str, Any]]) -> InputData:
-    if not elements:
-        raise ValueError("there is no image to write an input file from")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"data": [{name: element} for element in elements]}))
-    return InputData(path, len(elements))
+def write_inputs(path: Path, images: Sequence[bytes] | Sequence[NDArray[np.float32]]) -> InputData:
+    """Write what is sent as `image_bytes`, encoded images, or as `image`, tensors (3, H, W)."""
+    steps = []
+    for image in images:
+        if isinstance(image, bytes):
+            # An element of a serialised BYTES tensor starts with its length, 4 bytes little-endian.
+            name, content, shape = "image_bytes", struct.pack("<I", len(image)) + image, [1]
+        else:
+            name, content, shape = "image", image.astype("<f4").tobytes(), list(image.shape)
+        encoded = base64.b64encode(content).decode("ascii")
+        steps.append({name: {"content": {"b64": encoded}, "shape": shape}})
+    path.write_text(json.dumps({"data": steps}))
+    return InputData(path, len(steps))
 
 
 @dataclass(frozen=True)
-class Load:
-    """What one pass sends: a number of requests always in flight, or a rate of arrivals.
+class Level:
+    """One system under one load: requests always in flight, or arriving at a rate.
+
+    perf_analyzer sends no request parameters over HTTP, nor floating-point ones over gRPC.
 
     Attributes:
-        model: the model to measure.
-        url: HOST:PORT of the protocol's endpoint.
-        inputs: what to send. Every item is sent equally often.
+        system: what is asked.
+        set_name: `easy`, `hard` or `mixed`.
+        concurrency: requests in flight (closed loop); 0 in an open loop.
+        rate_per_s: mean rate of a Poisson process, however many are in flight (open loop).
         protocol: `grpc` or `http`.
-        concurrency: requests in flight (closed loop).
-        rate_per_s: if set, requests arrive at this mean rate as a Poisson process, however many are
-            in flight (open loop); `concurrency` then has no meaning.
-        rounds: how often each item is sent and measured.
-        warmup_requests: sent in a pass of their own before that; at least one for each in flight. 0
-            measures the connection's first request too.
-        parameters: request parameters: str, int or bool. Over gRPC only, perf_analyzer has none
-            over HTTP, and no floating-point ones: a threshold has to be a whole number.
         shared_memory: `none` or `system`.
-        timeout_s: limit for the pass in seconds; one that has not ended is made once more.
     """
 
-    model: str
-    url: str
-    inputs: InputData
-    protocol: str = "grpc"
-    concurrency: int = 1
+    system: System
+    set_name: str = "mixed"
+    concurrency: int = 0
     rate_per_s: float | None = None
-    rounds: int = 1
-    warmup_requests: int = 10
-    parameters: Mapping[str, str | int | bool] = field(default_factory=dict)
+    protocol: str = "grpc"
     shared_memory: str = "none"
-    timeout_s: float = 120.0
 
     @property
-    def requests(self) -> int:
-        """How many requests the figures stand on."""
-        return self.rounds * self.inputs.items
-
-    def __post_init__(self) -> None:
-        """Refuse what perf_analyzer would drop silently or answer with its whole help text.
-
-        Raises:
-            ValueError: with the field's name.
-        """
-        if self.protocol not in ("grpc", "http"):
-            raise ValueError(f"protocol must be grpc or http, not {self.protocol!r}")
-        if self.shared_memory not in ("none", "system"):
-            raise ValueError(f"shared_memory must be none or system, not {self.shared_memory!r}")
-        if min(self.concurrency, self.rounds) < 1 or self.warmup_requests < 0:
-            raise ValueError("concurrency and rounds start at 1, warmup_requests at 0")
-        if self.rate_per_s is not None and not 0 < self.rate_per_s <= self.requests:
-            raise ValueError("perf_analyzer wants at least as many requests as arrive a second")
-        if self.parameters and self.protocol == "http":
-            raise ValueError("perf_analyzer sends request parameters over gRPC only")
-        for name, value in self.parameters.items():
-            if not isinstance(value, str | int):
-                # It accepts name:0.25:float and sends nothing.
-                raise ValueError(f"{name}: perf_analyzer sends no {type(value).__name__} parameter")
+    def slug(self) -> str:
+        """Names its raw files."""
+        load = f"c{self.concurrency}" if self.concurrency else f"rate{self.rate_per_s:.3g}"
+        shm = "-shm" if self.shared_memory == "system" else ""
+        return f"{self.system.name}-{self.set_name}-{load}-{self.protocol}{shm}"
 
 
 @dataclass(frozen=True)
-class Figures:
+class Pass:
     """One pass in numbers, without its warm-up.
 
     Attributes:
@@ -154,122 +104,110 @@ class Figures:
         throughput_per_s: requests per second. Not perf_analyzer's own figure, which divides by
             whole seconds: of a closed loop concurrency / mean latency (Little's law), of an open
             loop the rate of its arrivals.
-        latency_ms_mean: milliseconds, as the following.
-        latency_ms_p50: median.
-        latency_ms_p95: 95th percentile.
-        latency_ms_p99: 99th percentile.
+        latency_ms: `mean`, `p50`, `p95` and `p99`.
         delayed: share of an open loop's requests that were sent later than planned, because this
             machine could not keep up; 0..1.
+        server: Triton's times during the pass, warm-up included, by model.
+        server_cpu_ms: CPU time of the server's processes per request; None for a remote server.
     """
 
     requests: int
     throughput_per_s: float
-    latency_ms_mean: float
-    latency_ms_p50: float
-    latency_ms_p95: float
-    latency_ms_p99: float
+    latency_ms: Mapping[str, float]
     delayed: float = 0.0
+    server: Mapping[str, Counter[str]] = field(default_factory=dict)
+    server_cpu_ms: float | None = None
 
 
-def run(load: Load, analyzer: Analyzer, csv_path: Path | None = None) -> Figures:
-    """Measure one pass.
+def run(
+    level: Level,
+    url: str,
+    inputs: InputData,
+    rounds: int,
+    analyzer: Analyzer,
+    report: Path,
+    timeout_s: float = 120.0,
+) -> Pass:
+    """Measure one pass, after a warm-up of its own.
 
     Args:
-        load: what to send.
+        level: the system and its load.
+        url: HOST:PORT of the protocol's endpoint.
+        inputs: what to send.
+        rounds: how often each item is sent and measured; perf_analyzer wants at least as many
+            requests as are in flight, or arrive a second.
         analyzer: the program.
-        csv_path: where to keep perf_analyzer's CSV report; dropped if not given.
+        report: where to keep its CSV report.
+        timeout_s: limit in seconds; a pass that has not ended is made once more.
 
     Raises:
         PerfAnalyzerError: it failed (its own message), or wrote no report.
     """
-    with tempfile.TemporaryDirectory(prefix="perf_analyzer_") as scratch:
-        report = csv_path or Path(scratch) / "report.csv"
-        report.parent.mkdir(parents=True, exist_ok=True)
-        if load.warmup_requests:
-            # In a closed loop: an open one has to have more requests than arrive a second.
-            warmup = max(load.warmup_requests, load.concurrency)  # it refuses fewer than in flight
-            _call(analyzer, load, _arguments(replace(load, rate_per_s=None), warmup, report))
-        said = _call(analyzer, load, _arguments(load, load.requests, report))
-        try:
-            return read_report(report.read_text(), load, delayed_share(said))
-        except (OSError, ValueError) as error:
-            raise PerfAnalyzerError(f"perf_analyzer on {load.model}: {error}") from None
+    report.parent.mkdir(parents=True, exist_ok=True)
+    arguments = ["-m", level.system.model, "-u", url, "-i", level.protocol]
+    arguments += ["--input-data", str(inputs.path), "-f", str(report), "--verbose-csv"]
+    if level.shared_memory != "none":
+        arguments += ["--shared-memory", level.shared_memory]
+    for name, value in level.system.parameters.items():
+        kind = "int" if isinstance(value, int) else "string"
+        arguments += ["--request-parameter", f"{name}:{value}:{kind}"]
+    closed = ["--concurrency-range", str(level.concurrency or 1)]
+    # Asynchronous: its default is a few threads that each wait for their answer, which no more
+    # lets requests arrive than a closed loop does.
+    poisson = ["--request-distribution", "poisson", "--async"]
+    rate = level.rate_per_s
+    loop = closed if rate is None else ["--request-rate-range", f"{rate:.4f}", *poisson]
+    # The warm-up is a closed loop: an open one has to have more requests than arrive a second.
+    warm_up, count = max(WARMUP_REQUESTS, level.concurrency), rounds * inputs.items
+    _call(analyzer, [*arguments, *closed, "--request-count", str(warm_up)], timeout_s)
+    said = _call(analyzer, [*arguments, *loop, "--request-count", str(count)], timeout_s)
+    try:
+        latency_ms = read_report(report.read_text())
+    except (OSError, ValueError) as error:
+        raise PerfAnalyzerError(f"perf_analyzer on {level.system.model}: {error}") from None
+    throughput = rate or level.concurrency * 1e3 / latency_ms["mean"]
+    return Pass(count, throughput, latency_ms, delayed_share(said))
 
 
-def read_report(text: str, load: Load, delayed: float = 0.0) -> Figures:
-    """The figures of a `--verbose-csv` report, whose times are microseconds.
+def read_report(text: str) -> dict[str, float]:
+    """The latencies of a `--verbose-csv` report, whose times are microseconds, in milliseconds.
 
     Raises:
         ValueError: there is no row of results, or a column is missing.
     """
     row = next(csv.DictReader(io.StringIO(text)), None)
-    if row is None or "Inferences/Second" not in row:
-        raise ValueError("the CSV report of perf_analyzer has no result row")
-    try:
-        columns = ("Avg latency", *(f"p{p} latency" for p in (50, 95, 99)))
-        mean_ms, p50, p95, p99 = (float(row[column]) / 1e3 for column in columns)
-    except KeyError as error:
-        raise ValueError(f"the CSV report of perf_analyzer has no column {error}") from None
-    throughput = load.rate_per_s or load.concurrency * 1e3 / mean_ms
-    return Figures(load.requests, throughput, mean_ms, p50, p95, p99, delayed)
+    columns = {"mean": "Avg latency", **{p: f"{p} latency" for p in ("p50", "p95", "p99")}}
+    if row is None or not set(columns.values()) <= set(row):
+        raise ValueError("the CSV report of perf_analyzer has no row of latencies")
+    return {name: float(row[column]) / 1e3 for name, column in columns.items()}
 
 
-def _arguments(load: Load, count: int, report: Path) -> list[str]:
-    """The command line for `count` requests."""
-    arguments = ["-m", load.model, "-u", load.url, "-i", load.protocol]
-    arguments += ["--input-data", str(load.inputs.path)]
-    if load.rate_per_s is None:
-        arguments += ["--concurrency-range", str(load.concurrency)]
-    else:
-        # Asynchronous: its default is a few threads that each wait for their answer, which no more
-        # lets requests arrive than a closed loop does.
-        arguments += ["--request-rate-range", f"{load.rate_per_s:.4f}"]
-        arguments += ["--request-distribution", "poisson", "--async"]
-    arguments += ["--request-count", str(count)]
-    if load.shared_memory != "none":
-        arguments += ["--shared-memory", load.shared_memory]
-    for name, value in load.parameters.items():
-        kind = {bool: "bool", int: "int"}.get(type(value), "string")
-        text = str(value).lower() if kind == "bool" else str(value)
-        arguments += ["--request-parameter", f"{name}:{text}:{kind}"]
-    return [*arguments, "-f", str(report), "--verbose-csv"]
-
-
-def _call(analyzer: Analyzer, load: Load, arguments: list[str]) -> str:
+def _call(analyzer: Analyzer, arguments: list[str], timeout_s: float) -> str:
     """Run it and return what it printed; a second time where it did not end.
 
     Version 2.50 may wait for ever in an open loop over HTTP, where the server has answered all.
     """
-    try:
-        return _call_once(analyzer, load, arguments)
-    except subprocess.TimeoutExpired:
-        pass
-    try:
-        return _call_once(analyzer, load, arguments)
-    except subprocess.TimeoutExpired:
-        raise PerfAnalyzerError(
-            f"perf_analyzer on {load.model}: not done within {load.timeout_s:g} s, twice"
-        ) from None
-
-
-def _call_once(analyzer: Analyzer, load: Load, arguments: list[str]) -> str:
-    try:
-        ran = subprocess.run(
-            [str(analyzer.path), *arguments],
-            env=analyzer.environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            errors="replace",
-            timeout=load.timeout_s,
-            check=False,
-        )
-    except OSError as error:
-        raise PerfAnalyzerError(f"perf_analyzer does not start: {error.strerror}") from None
-    if ran.returncode != 0:
-        said = failure(ran.stdout)
-        raise PerfAnalyzerError(f"perf_analyzer on {load.model} at {load.url}: {said}")
-    return ran.stdout
+    model, url = arguments[1], arguments[3]
+    for _ in range(2):
+        try:
+            ran = subprocess.run(
+                [str(analyzer.path), *arguments],
+                env=analyzer.environment(),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                encoding="utf-8",
+                errors="replace",
+                timeout=timeout_s,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            continue
+        except OSError as error:
+            raise PerfAnalyzerError(f"perf_analyzer does not start: {error.strerror}") from None
+        if ran.returncode != 0:
+            raise PerfAnalyzerError(f"perf_analyzer on {model} at {url}: {failure(ran.stdout)}")
+        return ran.stdout
+    raise PerfAnalyzerError(f"perf_analyzer on {model}: not done within {timeout_s:g} s, twice")
 
 
 def failure(output: str) -> str:

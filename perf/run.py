@@ -37,10 +37,10 @@ from .figures import PerfError
 from .harness import Asker, cut, is_a_loss
 from .images import ImageSets, Pool, choose_sets, open_pool_source, read_pool, score_pool
 from .images import sent_under_load as under_load
-from .loads import COMPARED, Level, LoadRunner, Measured, closed_levels, most_in_flight, open_levels
+from .loads import COMPARED, LoadRunner, Measured, closed_levels, most_in_flight, open_levels
 from .locust_runs import run_locust
 from .memory import MEASURED, MemoryUse, PeakLoad, memory_figures, peak_memory
-from .perf_analyzer import write_bytes, write_tensors
+from .perf_analyzer import Level, write_inputs
 from .record import Record
 from .repository import assembled, with_alternatives
 from .suites import Suite
@@ -333,16 +333,15 @@ def load_with_perf_analyzer(
                 "images": len(sent),
                 "escalation_rate": float(bench.escalated[np.asarray(sent)].mean()),
             }
-            file = Path(scratch) / name
+            tensors, encoded = Path(scratch) / name, Path(scratch) / f"{name}.bytes"
             inputs[name] = {
-                "image": write_tensors(file, [pool.tensors[row] for row in sent]),
-                "image_bytes": write_bytes(
-                    file.with_suffix(".bytes"), [pool.encoded[row] for row in sent]
-                ),
+                "image": write_inputs(tensors, [pool.tensors[row] for row in sent]),
+                "image_bytes": write_inputs(encoded, [pool.encoded[row] for row in sent]),
             }
         asked = list(bench.systems.values())
         has_http, is_local = target.http_url is not None, target.server is not None
-        runner = LoadRunner(target, analyzer, inputs, folder, suite.pass_s, costs_ms)
+        how = (folder, suite.pass_s, costs_ms)
+        runner = LoadRunner(target, target.meter(), analyzer, inputs, *how)
         levels = closed_levels(suite, asked, bench.sets.rows, has_http, is_local)
         closed = _run_levels(bench, runner, levels, "closed loop")
         for name, entry in most_in_flight(closed).items():
@@ -381,9 +380,8 @@ def compare_with_onnxruntime(bench: Bench) -> None:
             if batch > len(images):
                 record.note(f"{len(images)} images do not fill a batch of {batch}: not compared")
                 continue
-            ratios = measure_backend(
-                bench.target.grpc_url, file, images, batch, rounds, pairs, bar.advance
-            )
+            how = (batch, rounds, pairs, bar.advance)
+            ratios = measure_backend(bench.target, file, images, *how)
             record.summary[f"standin_over_ort_b{batch}"] = ratios.to_dict()
 
 

@@ -1,72 +1,28 @@
-"""Triton's own times per model: how long its requests queued and computed."""
+"""Triton's own times per model: how long its requests queued and computed.
+
+The times of a model are sums over successful requests: how many `requests`, of which one may be a
+batch, as the router's calls of a rung are; the `images` in them; and nanoseconds, in `total` from
+arrival to response, waiting in the `queue`, for copying `input` and `output`, and in the backend
+(`infer`).
+"""
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
-from typing import Any
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Mapping
 
 import tritonclient.grpc as triton
 
-_FIELDS = {
-    "total_ns": "success",
-    "queue_ns": "queue",
-    "input_ns": "compute_input",
-    "infer_ns": "compute_infer",
-    "output_ns": "compute_output",
-}
+from .figures import PerfError
+
+PATIENCE_S = 5.0  # for the server to count a request
+
+Times = Mapping[str, Counter[str]]
+"""Times by model."""
 
 
-@dataclass(frozen=True)
-class ModelTimes:
-    """Sums over the successful requests of one model, or over those of a span of time.
-
-    Attributes:
-        requests: successful requests; one may be a batch, as the router's calls of a rung are.
-        images: in them.
-        total_ns: from arrival to response, as the following in nanoseconds.
-        queue_ns: waiting for an instance.
-        input_ns: copying inputs to the backend.
-        infer_ns: in the backend.
-        output_ns: copying outputs from it.
-    """
-
-    requests: int
-    images: int
-    total_ns: int
-    queue_ns: int
-    input_ns: int
-    infer_ns: int
-    output_ns: int
-
-    def __sub__(self, before: ModelTimes) -> ModelTimes:
-        return ModelTimes(*(a - b for a, b in zip(astuple(self), astuple(before), strict=True)))
-
-    def __add__(self, other: ModelTimes) -> ModelTimes:
-        return ModelTimes(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
-
-    def per_request_ms(self) -> dict[str, float]:
-        """Milliseconds per request by part; zeros where there was no request."""
-        parts = ("queue", "input", "infer", "output")
-        scale = 1e6 * max(1, self.requests)
-        return {part: getattr(self, f"{part}_ns") / scale for part in parts}
-
-    @property
-    def compute_ms(self) -> float:
-        """Milliseconds of all requests in and around the backend, without the queue."""
-        return (self.input_ns + self.infer_ns + self.output_ns) / 1e6
-
-    @property
-    def queue_ms(self) -> float:
-        """Milliseconds that all requests waited."""
-        return self.queue_ns / 1e6
-
-    @property
-    def total_ms(self) -> float:
-        """Milliseconds of all requests from arrival to response."""
-        return self.total_ns / 1e6
-
-
-def server_times(client: triton.InferenceServerClient) -> dict[str, ModelTimes]:
+def server_times(client: triton.InferenceServerClient) -> Times:
     """The server's times since it started, by model, over all of its versions that are loaded.
 
     Of the router there may be several, each with counters of its own. Who is asked which does not
@@ -75,20 +31,51 @@ def server_times(client: triton.InferenceServerClient) -> dict[str, ModelTimes]:
     Raises:
         InferenceServerException: no answer.
     """
-    answer = client.get_inference_statistics(client_timeout=30.0)
-    found: dict[str, ModelTimes] = {}
-    for entry in answer.model_stats:
-        times = _times(entry.inference_stats, entry.inference_count)
-        found[entry.name] = found[entry.name] + times if entry.name in found else times
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    for entry in client.get_inference_statistics(client_timeout=30.0).model_stats:
+        stats = entry.inference_stats
+        found[entry.name] += Counter(
+            requests=stats.success.count,
+            images=entry.inference_count,
+            total=stats.success.ns,
+            queue=stats.queue.ns,
+            input=stats.compute_input.ns,
+            infer=stats.compute_infer.ns,
+            output=stats.compute_output.ns,
+        )
     return found
 
 
-def since(before: dict[str, ModelTimes], after: dict[str, ModelTimes]) -> dict[str, ModelTimes]:
+def since(before: Times, after: Times) -> dict[str, Counter[str]]:
     """What passed between two readings, of the models that had requests."""
-    differences = {name: times - before[name] for name, times in after.items() if name in before}
-    return {name: times for name, times in differences.items() if times.requests}
+    differences = {name: times - before.get(name, Counter()) for name, times in after.items()}
+    return {name: times for name, times in differences.items() if times["requests"]}
 
 
-def _times(stats: Any, images: int) -> ModelTimes:
-    sums = {field: getattr(stats, name).ns for field, name in _FIELDS.items()}
-    return ModelTimes(stats.success.count, images, **sums)
+def counted(
+    read: Callable[[], Times], before: Times, models: Collection[str], requests: int
+) -> dict[str, Counter[str]]:
+    """Triton's times since `before`: it counts a request a moment after it has answered.
+
+    Args:
+        read: reads them.
+        before: as they were read before the requests were sent.
+        models: that were sent so many requests.
+        requests: how many.
+
+    Raises:
+        PerfError: the server answers, and does not count it.
+    """
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        times = since(before, read())
+        if all(model in times and times[model]["requests"] >= requests for model in models):
+            return times
+        if time.monotonic() > deadline:
+            raise PerfError("the server answers, but its statistics do not count the requests")
+        time.sleep(0.002)
+
+
+def ms(times: Counter[str], *parts: str) -> float:
+    """Milliseconds of all requests in these parts."""
+    return sum(times[part] for part in parts) / 1e6

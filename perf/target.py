@@ -20,7 +20,7 @@ from server import TritonServer
 from .cpu import CpuMeter
 from .environment import Nvml
 from .figures import PerfError
-from .server_times import ModelTimes, server_times
+from .server_times import Times, server_times
 from .systems import NEVER
 
 NEEDED = ("vit_low", "vit_high", "router")
@@ -68,7 +68,7 @@ class Target:
         assert url is not None
         return url
 
-    def times(self) -> dict[str, ModelTimes]:
+    def times(self) -> Times:
         """Triton's times by model since the server started."""
         with server_errors(self.grpc_url):
             return server_times(self.client)

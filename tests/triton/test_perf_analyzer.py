@@ -1,11 +1,10 @@
 """perf_analyzer against the real server: what is measured is what was meant."""
 
-from dataclasses import replace
-
 import pytest
 
 from perf.analyzer_install import PerfAnalyzerError, find_analyzer
-from perf.perf_analyzer import Load, run, write_bytes, write_tensors
+from perf.perf_analyzer import WARMUP_REQUESTS, Level, run, write_inputs
+from perf.systems import System
 from tests.triton.test_keystone import statistics
 
 COUNT = 12  # images; few enough to be quick, easy and hard among them
@@ -18,47 +17,52 @@ def analyzer():
 
 @pytest.fixture(scope="module")
 def tensors(images, tmp_path_factory):
-    return write_tensors(tmp_path_factory.mktemp("perf") / "image.json", list(images[:COUNT]))
+    return write_inputs(tmp_path_factory.mktemp("perf") / "image.json", list(images[:COUNT]))
 
 
 @pytest.fixture(scope="module")
 def encoded(crops, tmp_path_factory):
-    return write_bytes(tmp_path_factory.mktemp("perf") / "bytes.json", crops[:COUNT])
+    return write_inputs(tmp_path_factory.mktemp("perf") / "bytes.json", crops[:COUNT])
 
 
-@pytest.mark.parametrize("rate_per_s", [None, 20.0])
+@pytest.fixture
+def measure(server, analyzer, tmp_path):
+    """Asks a model of the server in two rounds of the inputs."""
+
+    def measure(model, inputs, parameters=None, **load):
+        level = Level(System("any", "any", model, parameters or {}), **load)
+        url = server.http_url if level.protocol == "http" else server.grpc_url
+        return run(level, url, inputs, 2, analyzer, tmp_path / "report.csv")
+
+    return measure
+
+
+@pytest.mark.parametrize("load", [{"concurrency": 3}, {"rate_per_s": 20.0}])
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
-def test_a_pass_has_figures(server, analyzer, encoded, protocol, rate_per_s):
-    url = server.grpc_url if protocol == "grpc" else server.http_url
-    load = Load("adaptive_vit", url, encoded, protocol, 3, rate_per_s, rounds=2)
-    figures = run(load, analyzer)
-    assert figures.requests == 2 * COUNT and figures.throughput_per_s > 0
-    assert 0 < figures.latency_ms_p50 <= figures.latency_ms_p95 <= figures.latency_ms_p99
+def test_a_pass_has_figures(measure, encoded, protocol, load):
+    found = measure("adaptive_vit", encoded, protocol=protocol, **load)
+    assert found.requests == 2 * COUNT and found.throughput_per_s > 0
+    latency = found.latency_ms
+    assert 0 < latency["p50"] <= latency["p95"] <= latency["p99"] and latency["mean"] > 0
 
 
-@pytest.mark.parametrize(("threshold", "escalated"), [(10**9, 0), (-(10**9), 2 * COUNT)])
-def test_a_threshold_reaches_the_router(server, analyzer, tensors, threshold, escalated):
+@pytest.mark.parametrize(
+    ("threshold", "escalated"), [(10**9, 0), (-(10**9), 2 * COUNT + WARMUP_REQUESTS)]
+)
+def test_a_threshold_and_the_warm_up_reach_the_router(
+    server, measure, tensors, threshold, escalated
+):
     before, asked = (statistics(server, model)[0] for model in ("vit_high", "vit_low"))
-    parameters = {"threshold": threshold}
-    load = Load("router", server.grpc_url, tensors, rounds=2, parameters=parameters)
-    run(replace(load, warmup_requests=0), analyzer)
-    statistics(server, "vit_low", answered=asked + 2 * COUNT)
+    measure("router", tensors, {"threshold": threshold}, concurrency=1)
+    statistics(server, "vit_low", answered=asked + WARMUP_REQUESTS + 2 * COUNT)
     statistics(server, "vit_high", answered=before + escalated)
 
 
-def test_the_server_counts_the_warm_up_and_the_measured_requests(server, analyzer, tensors):
-    before = statistics(server, "vit_low")[0]
-    run(Load("vit_low", server.grpc_url, tensors, rounds=2, warmup_requests=5), analyzer)
-    statistics(server, "vit_low", answered=before + 5 + 2 * COUNT)
+def test_policy_high_has_figures_though_its_score_is_no_number(measure, tensors):
+    assert measure("router", tensors, {"policy": "high"}, concurrency=1).latency_ms["p50"] > 0
 
 
-def test_policy_high_has_figures_though_its_score_is_no_number(server, analyzer, tensors):
-    load = Load("router", server.grpc_url, tensors, parameters={"policy": "high"})
-    assert run(load, analyzer).latency_ms_p50 > 0
-
-
-def test_the_servers_refusal_is_shown(server, analyzer, tensors):
-    load = Load("router", server.grpc_url, tensors, parameters={"policy": "medium"})
+def test_the_servers_refusal_is_shown(measure, tensors):
     with pytest.raises(PerfAnalyzerError, match="medium") as caught:
-        run(load, analyzer)
+        measure("router", tensors, {"policy": "medium"}, concurrency=1)
     assert "\n" not in str(caught.value)

@@ -3,6 +3,7 @@
 import pytest
 
 from perf.backend import measure_backend
+from perf.target import Target
 from tests.triton.test_keystone import statistics
 
 pytestmark = pytest.mark.alone
@@ -12,15 +13,9 @@ pytestmark = pytest.mark.alone
 def test_a_request_is_timed_beside_a_direct_run(server, build, images, batch):
     before = statistics(server, "vit_high")
     steps = []
-    found = measure_backend(
-        server.grpc_url,
-        build / "onnx/full.onnx",
-        images,
-        batch,
-        rounds=2,
-        pairs=3,
-        on_step=lambda: steps.append(1),
-    )
+    file = build / "onnx/full.onnx"
+    with Target(server.grpc_url, None, server) as target:
+        found = measure_backend(target, file, images, batch, 2, 3, lambda: steps.append(1))
     assert len(steps) == 6 and len(found.values) == 2
     # Each pair asked the server once, and one more per round to warm up.
     statistics(server, "vit_high", answered=before[0] + 2 * (3 + 1))

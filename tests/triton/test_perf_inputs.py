@@ -1,11 +1,13 @@
 """What the server receives from perf_analyzer is the image that was written for it, bit by bit."""
 
 import hashlib
+from collections import Counter
 
 import pytest
 
 from perf.analyzer_install import find_analyzer
-from perf.perf_analyzer import Load, run, write_bytes, write_tensors
+from perf.perf_analyzer import WARMUP_REQUESTS, Level, run, write_inputs
+from perf.systems import System
 from tests.servers import running
 
 COUNT = 6
@@ -71,7 +73,7 @@ def receiver(tmp_path_factory):
 def test_image_tensors_arrive_as_they_are(
     receiver, images, tmp_path, protocol, shared_memory, concurrency
 ):
-    inputs = write_tensors(tmp_path / "image.json", list(images[:COUNT]))
+    inputs = write_inputs(tmp_path / "image.json", list(images[:COUNT]))
     expected = [image.tobytes() for image in images[:COUNT]]
     check(receiver, "tensors", inputs, expected, protocol, shared_memory, concurrency)
 
@@ -79,24 +81,22 @@ def test_image_tensors_arrive_as_they_are(
 @pytest.mark.parametrize("concurrency", [1, 3])
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
 def test_encoded_images_arrive_as_they_are(receiver, crops, tmp_path, protocol, concurrency):
-    inputs = write_bytes(tmp_path / "bytes.json", crops[:COUNT])
+    inputs = write_inputs(tmp_path / "bytes.json", crops[:COUNT])
     check(receiver, "encoded", inputs, crops[:COUNT], protocol, "none", concurrency)
 
 
 def check(receiver, model, inputs, expected, protocol, shared_memory, concurrency):
-    """Every image arrives twice, in two rounds, and nothing else."""
+    """Every image arrives twice, in two rounds after the warm-up, and nothing else."""
     server, logs = receiver
     logs[model].unlink(missing_ok=True)
     url = server.grpc_url if protocol == "grpc" else server.http_url
-    load = Load(
-        *(model, url, inputs, protocol),
-        concurrency=concurrency,
-        rounds=2,
-        warmup_requests=0,
-        shared_memory=shared_memory,
+    level = Level(
+        *(System("any", "any", model), "mixed", concurrency, None, protocol, shared_memory)
     )
-    run(load, find_analyzer())
+    run(level, url, inputs, 2, find_analyzer(), logs[model].with_suffix(".csv"))
     received = logs[model].read_text().split()
     hashes = [hashlib.sha256(data).hexdigest() for data in expected]
-    assert sorted(received) == sorted(2 * hashes)
+    times = Counter(received)
+    assert set(times) == set(hashes) and len(received) == 2 * COUNT + WARMUP_REQUESTS
+    assert min(times.values()) == 2  # and what the warm-up sent besides
     assert len(set(received)) == COUNT  # no image is the one that perf_analyzer repeats by default

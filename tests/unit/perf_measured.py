@@ -1,11 +1,12 @@
 """Answers and passes written by hand, for the tests of what is computed from them."""
 
+from collections import Counter
+
 import numpy as np
 
 from perf.harness import Answer
-from perf.loads import Level, Measured, Pass
-from perf.perf_analyzer import Figures
-from perf.server_times import ModelTimes
+from perf.loads import Measured
+from perf.perf_analyzer import Level, Pass
 from perf.systems import System
 
 MODELS = {
@@ -39,19 +40,17 @@ def make_answer(
 
 def make_times(requests=1, queue=0, input=0, infer=0, output=0, rest=0, batch=1):
     """Sums in milliseconds; `rest` is spent neither in the queue nor in the backend."""
-    parts = [1_000_000 * ms for ms in (queue, input, infer, output)]
-    return ModelTimes(requests, batch * requests, sum(parts) + 1_000_000 * rest, *parts)
+    parts = {"queue": queue, "input": input, "infer": infer, "output": output}
+    parts["total"] = sum(parts.values()) + rest
+    ns = {part: 1_000_000 * ms for part, ms in parts.items() if ms}
+    return Counter(requests=requests, images=batch * requests, **ns)
 
 
-def make_figures(throughput, p50=10.0, requests=8, delayed=0.0):
-    """Figures whose percentiles can be told apart."""
-    return Figures(requests, throughput, p50 + 1, p50, p50 + 2, p50 + 3, delayed)
-
-
-def make_pass(throughput=1.0, p50=10.0, server=None, cpu_ms=None, delayed=0.0):
-    """One pass of perf_analyzer."""
-    figures = make_figures(throughput, p50, delayed=delayed)
-    return Pass(figures, server if server is not None else {"router": make_times()}, cpu_ms)
+def make_pass(throughput=1.0, p50=10.0, server=None, cpu_ms=None, delayed=0.0, requests=8):
+    """One pass of perf_analyzer, whose percentiles can be told apart."""
+    latency_ms = {"mean": p50 + 1, "p50": p50, "p95": p50 + 2, "p99": p50 + 3}
+    server = {"router": make_times()} if server is None else server
+    return Pass(requests, throughput, latency_ms, delayed, server, cpu_ms)
 
 
 def make_measured(name, throughputs, concurrency=4, **changes):

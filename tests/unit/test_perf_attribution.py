@@ -4,9 +4,10 @@ import pytest
 from tritonclient.grpc.service_pb2 import ModelStatisticsResponse
 
 from perf import attribution
+from perf import server_times as times_module
 from perf.attribution import all_signals, attribute, parts, scoring_ms, together
 from perf.figures import PerfError
-from perf.server_times import ModelTimes, server_times, since
+from perf.server_times import ms, server_times, since
 from tests.unit.calibration_outputs import CLASS_SIGNALS
 from tests.unit.fakes import make_calibration
 from tests.unit.perf_measured import make_answer, make_system, make_times
@@ -128,7 +129,7 @@ def test_the_requests_that_were_sent_are_taken_apart_however_late_they_are_count
 
 
 def test_a_server_that_does_not_count_is_told(monkeypatch):
-    monkeypatch.setattr(attribution, "PATIENCE_S", 0.02)
+    monkeypatch.setattr(times_module, "PATIENCE_S", 0.02)
     server = FakeServer(counts=False)
     with pytest.raises(PerfError, match="do not count"):
         attribute(server, server, make_system("ensemble"), [1], 0.0, lambda: None)
@@ -162,12 +163,16 @@ class FakeClient:
         return answer
 
 
+def statistics(count):
+    parts = ("total", "queue", "input", "infer", "output")
+    ns = {part: count * i * 10**6 for i, part in enumerate(parts, 1)}
+    return {"requests": count, "images": 3 * count, **ns}
+
+
 def test_tritons_statistics_are_read_by_model():
     times = server_times(FakeClient({("vit_low", "1"): 4}))["vit_low"]
-    assert times == ModelTimes(4, 12, *(4 * i * 10**6 for i in (1, 2, 3, 4, 5)))
-    assert (times.total_ms, times.queue_ms, times.compute_ms) == (4.0, 8.0, 48.0)
-    assert times.per_request_ms() == {"queue": 2.0, "input": 3.0, "infer": 4.0, "output": 5.0}
-    assert make_times(0).per_request_ms()["infer"] == 0.0
+    assert times == statistics(4)
+    assert (ms(times, "queue"), ms(times, "input", "infer", "output")) == (8.0, 48.0)
 
 
 @pytest.mark.parametrize("answering", ["1", "2"])
@@ -176,14 +181,12 @@ def test_a_router_of_two_versions_is_counted_whichever_of_them_answers(answering
     client = FakeClient({("router", version): 7 for version in order} | {("vit_low", "1"): 9})
     before = server_times(client)
     client.answered["router", answering] += 5
-    assert since(before, server_times(client)) == {
-        "router": ModelTimes(5, 15, *(5 * i * 10**6 for i in (1, 2, 3, 4, 5)))
-    }
+    assert since(before, server_times(client)) == {"router": statistics(5)}
 
 
 def test_between_two_readings_only_models_that_were_asked_count():
     before = {"a": make_times(2, infer=10), "b": make_times(5, infer=50)}
-    after = {"a": make_times(5, queue=1, infer=25), "b": make_times(5, infer=50), "new": TIMES}
+    after = {"a": make_times(5, queue=1, infer=25), "b": make_times(5, infer=50)}
     assert since(before, after) == {"a": make_times(3, queue=1, infer=15)}
 
 

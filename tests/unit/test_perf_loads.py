@@ -7,24 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 from perf import loads
-from perf.loads import (
-    Level,
-    LoadRunner,
-    Measured,
-    closed_levels,
-    most_in_flight,
-    open_levels,
-    saturated_throughput,
-)
-from perf.perf_analyzer import InputData
+from perf.loads import LoadRunner, Measured, closed_levels, most_in_flight, open_levels
+from perf.perf_analyzer import InputData, Level
 from perf.suites import FULL, QUICK, SUITES
-from tests.unit.perf_measured import (
-    make_figures,
-    make_measured,
-    make_pass,
-    make_system,
-    make_times,
-)
+from tests.unit.perf_measured import make_measured, make_pass, make_system, make_times
 
 ADAPTIVE, ENSEMBLE = make_system("adaptive"), make_system("ensemble")
 LOW = make_system("static-low", parameters={})
@@ -65,9 +51,9 @@ class FakeAnalyzer:
     def __init__(self):
         self.passes = []
 
-    def __call__(self, load, analyzer, csv_path):
-        self.passes.append((load, csv_path))
-        return make_figures(100.0 + len(self.passes))
+    def __call__(self, level, url, inputs, rounds, analyzer, report, timeout_s):
+        self.passes.append(SimpleNamespace(**{k: v for k, v in locals().items() if k != "self"}))
+        return make_pass(100.0 + len(self.passes))
 
 
 @pytest.fixture
@@ -79,7 +65,8 @@ def fake(monkeypatch):
 
 def runner(server=None, pass_s=2.0, **costs_ms):
     costs = {"adaptive": 25.0, "ensemble": 50.0, "static-low": 10.0, **costs_ms}
-    return LoadRunner(server or FakeServer(), None, INPUTS, Path("raw"), pass_s, costs)
+    server = server or FakeServer()
+    return LoadRunner(server, server.meter(), None, INPUTS, Path("raw"), pass_s, costs)
 
 
 def measure(levels, turns=1, **changes):
@@ -100,7 +87,7 @@ def test_each_level_is_measured_once_per_turn_and_none_is_always_first(fake):
         ),
         lambda: after.append(1),
     )
-    assert [load.concurrency for load, _ in fake.passes] == [1, 2, 4, 8, 4, 8, 1, 2]
+    assert [sent.level.concurrency for sent in fake.passes] == [1, 2, 4, 8, 4, 8, 1, 2]
     assert [(c, turn) for c, turn, _ in before] == [
         *((c, 0) for c in (1, 2, 4, 8)),
         *((c, 1) for c in (4, 8, 1, 2)),
@@ -113,7 +100,7 @@ def test_each_level_is_measured_once_per_turn_and_none_is_always_first(fake):
 
 def test_every_pass_keeps_its_report_under_a_name_of_its_own(fake):
     measure([Level(ADAPTIVE, concurrency=4), Level(ADAPTIVE, rate_per_s=2.5)], turns=2)
-    assert sorted(path.name for _, path in fake.passes) == [
+    assert sorted(sent.report.name for sent in fake.passes) == [
         "adaptive-mixed-c4-grpc-1.csv",
         "adaptive-mixed-c4-grpc-2.csv",
         "adaptive-mixed-rate2.5-grpc-1.csv",
@@ -132,16 +119,15 @@ def test_every_pass_keeps_its_report_under_a_name_of_its_own(fake):
 )
 def test_a_closed_pass_lasts_about_as_long_as_asked_in_whole_rounds(fake, cost_ms, rounds):
     measure([Level(ADAPTIVE, concurrency=4)], adaptive=cost_ms)
-    ((load, _),) = fake.passes
-    assert (load.rounds, load.concurrency) == (rounds, 4)
-    assert load.rate_per_s is None
+    (sent,) = fake.passes
+    assert sent.rounds == rounds
 
 
 @pytest.mark.parametrize(("rate", "rounds"), [(2.5, 6), (60.0, 6), (61.0, 7), (333.0, 34)])
 def test_an_open_pass_has_enough_requests_for_its_rate_and_its_percentiles(fake, rate, rounds):
     measure([Level(ADAPTIVE, rate_per_s=rate)])
-    ((load, _),) = fake.passes
-    assert (load.rounds, load.rate_per_s) == (rounds, rate)
+    (sent,) = fake.passes
+    assert sent.rounds == rounds and sent.timeout_s > 10 * rounds / rate
 
 
 def test_a_pass_sends_its_set_in_the_form_the_system_takes(fake):
@@ -152,25 +138,18 @@ def test_a_pass_sends_its_set_in_the_form_the_system_takes(fake):
         Level(LOW, concurrency=1, shared_memory="system"),
     ]
     measure(levels, server=FakeServer(local=False), **{"adaptive-0": 1.0})
-    sent = [load for load, _ in fake.passes]
-    assert [str(load.inputs.path) for load in sent] == [
-        "hard.json",
-        "easy-bytes.json",
-        "mixed.json",
+    assert [(str(sent.inputs.path), sent.url) for sent in fake.passes] == [
+        ("hard.json", "host:grpc"),
+        ("easy-bytes.json", "host:http"),
+        ("mixed.json", "host:grpc"),
     ]
-    assert [load.model for load in sent] == ["router", "adaptive_vit", "vit_low"]
-    assert [load.url for load in sent] == ["host:grpc", "host:http", "host:grpc"]
-    assert [load.protocol for load in sent] == ["grpc", "http", "grpc"]
-    assert [load.shared_memory for load in sent] == ["none", "none", "system"]
-    assert [dict(load.parameters) for load in sent] == [{"threshold": 10}, {}, {}]
-    assert all(load.warmup_requests > 0 for load in sent)
 
 
 def test_the_servers_times_and_cpu_are_those_of_the_pass(fake):
     (entry,) = measure([Level(ADAPTIVE, concurrency=1)], turns=2)
     for one in entry.passes:
         assert set(one.server) == {"router", "vit_low"}  # the idle model had no request
-        assert (one.server["router"].requests, one.server["vit_low"].requests) == (3, 5)
+        assert (one.server["router"]["requests"], one.server["vit_low"]["requests"]) == (3, 5)
         assert one.server_cpu_ms == pytest.approx(4.0)  # 12 ms for 3 requests
 
 
@@ -228,7 +207,7 @@ def test_a_call_of_a_rung_with_a_batch_counts_all_its_images():
 
 
 def test_an_open_level_says_its_rate():
-    load = Level(ADAPTIVE, rate_per_s=2.5).to_dict()["load"]
+    load = Measured(Level(ADAPTIVE, rate_per_s=2.5), [make_pass()]).to_dict()["load"]
     assert (load["loop"], load["concurrency"], load["rate_per_s"]) == ("open", None, 2.5)
 
 
@@ -366,18 +345,10 @@ def test_saturated_is_the_highest_closed_loop_on_mixed_images_over_plain_grpc():
     assert found["adaptive"] is MEASURED[4]
 
 
-def test_its_throughput_is_the_median_of_the_turns():
-    assert saturated_throughput(MEASURED) == {
-        "static-low": 61.0,
-        "static-high": 19.0,
-        "adaptive": 40.0,
-    }
-
-
 # --- open loops --------------------------------------------------------------------------------
 
 
-def test_images_arrive_at_parts_of_what_each_system_reached_itself():
+def test_images_arrive_at_parts_of_the_median_that_each_system_reached_itself():
     levels = open_levels(replace(FULL, rates=(0.5, 0.9)), SYSTEMS, MEASURED)
     assert [(level.system.name, level.rate_per_s) for level in levels] == [
         ("static-low", 30.5),
