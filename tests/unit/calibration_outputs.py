@@ -9,14 +9,32 @@ from bundle import manifest
 from bundle.graphs import REFERENCE, Graph
 from bundle.prints import no_looks
 from calibration.outputs import Made, Outputs
+from imaging import code_sha256
 from routing import SIGNALS, RungOutputs, RungRecord
 from tests.unit.onnx_files import CLASSES, LAYERS, SIZE, D, write_rung
 
+FINGERPRINTS = {"vit_low": "a" * 64, "vit_high": "b" * 64}
 CLASS_SIGNALS = [name for name, signal in SIGNALS.items() if signal.applies_to("classes")]
 
 
 def sha256(text):
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def outputs_of(low, high, **fields):
+    """`Outputs` of what two rungs answer for n images; whatever is not said is made up."""
+    names = fields.get("names") or tuple(f"{i}.png" for i in range(len(low)))
+    task = None if low.logits is None else "classes"
+    made_up = {
+        "labels": np.full(len(low), -1),
+        "groups": names,
+        "hashes": tuple(map(sha256, names)),
+        "looks": no_looks(len(low)),
+        "made": Made(FINGERPRINTS, "2" * 64, code_sha256(), task),
+        "source": "/nowhere",
+        "title": "made up",
+    }
+    return Outputs(low, high, **{**made_up, **fields, "names": names})
 
 
 def make_outputs(rung_set, n=400, seed=0, head=True, group_size=2, unsure_below=1.0):
@@ -33,19 +51,15 @@ def make_outputs(rung_set, n=400, seed=0, head=True, group_size=2, unsure_below=
     low_embedding = rng.normal(size=(n, D)).astype(np.float32)
     layers = rng.normal(size=(n, LAYERS + 1, D)).astype(np.float32)
     layers[:, -1] = low_embedding
-    return Outputs(
-        low=RungOutputs(low_embedding, layers, low_logits if head else None),
-        high=RungOutputs(
-            low_embedding + unsure[:, None].astype(np.float32), None, high_logits if head else None
-        ),
+    shifted = low_embedding + unsure[:, None].astype(np.float32)
+    return outputs_of(
+        RungOutputs(low_embedding, layers, low_logits if head else None),
+        RungOutputs(shifted, None, high_logits if head else None),
         labels=high_logits.argmax(axis=1).astype(np.int64),
         names=tuple(f"{i // group_size}/{i}.png" for i in range(n)),
         groups=tuple(str(i // group_size) for i in range(n)),
         hashes=tuple(sha256(f"{seed}-{i}") for i in range(n)),
-        looks=no_looks(n),
         made=Made.by(rung_set),
-        source="/nowhere",
-        title="made up",
     )
 
 

@@ -8,14 +8,12 @@ from html.parser import HTMLParser
 import numpy as np
 from PIL import Image
 
-from bundle.prints import no_looks
 from calibration.images import SourceImage
-from calibration.outputs import Made, Outputs
+from calibration.outputs import Made
 from imaging import ImageError, decode, pixels_sha256
 from routing import RungOutputs
+from tests.unit.calibration_outputs import outputs_of
 from tests.unit.fakes import CLASSES, LAYERS, D
-
-GRAPHS = {"vit_low": "0" * 64, "vit_high": "1" * 64}
 
 
 def jpeg(row):
@@ -24,7 +22,7 @@ def jpeg(row):
     return buffer.getvalue()
 
 
-def make_outputs(oracle, loss, head=True, groups=None):
+def make_outputs(oracle, loss, head=True):
     """Image i is (oracle[i], 0, ...) apart from its full embedding; answers differ if loss[i]."""
     n = len(oracle)
     rng = np.random.default_rng(0)
@@ -32,21 +30,16 @@ def make_outputs(oracle, loss, head=True, groups=None):
     low = high.copy()
     low[:, 0] += np.asarray(oracle, np.float32)
     logits = np.eye(CLASSES, dtype=np.float32)
-    lost = np.asarray(loss).astype(int)
-    return Outputs(
-        low=RungOutputs(
-            low,
-            rng.normal(size=(n, LAYERS + 1, D)).astype(np.float32),
-            logits[lost] + rng.uniform(0, 0.1, (n, CLASSES)).astype(np.float32) if head else None,
-        ),
-        high=RungOutputs(high, None, logits[np.zeros(n, int)] if head else None),
-        labels=np.full(n, -1),
+    lost, task = np.asarray(loss).astype(int), "classes" if head else None
+    layers = rng.normal(size=(n, LAYERS + 1, D)).astype(np.float32)
+    low_logits = logits[lost] + rng.uniform(0, 0.1, (n, CLASSES)).astype(np.float32)
+    return outputs_of(
+        RungOutputs(low, layers, low_logits if head else None),
+        RungOutputs(high, None, logits[np.zeros(n, int)] if head else None),
         names=tuple(f"folder/{row:05d}.jpg" for row in range(n)),
-        groups=groups or tuple(map(str, range(n))),
+        groups=tuple(map(str, range(n))),
         hashes=tuple(pixels_sha256(decode(jpeg(row))) for row in range(n)),
-        looks=no_looks(n),
-        made=Made(GRAPHS, "2" * 64, "3" * 64, "classes" if head else None),
-        source="made up",
+        made=Made({"vit_low": "0" * 64, "vit_high": "1" * 64}, "2" * 64, "3" * 64, task),
         title="made up images",
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -111,12 +112,13 @@ def test_the_head_of_an_fp16_graph(name, tmp_path):
     check(to_half(HEADS[name]), tmp_path / "a.onnx", 0.05)
 
 
-def test_a_head_whose_weights_lie_beside_the_graph(tmp_path):
+def test_a_head_whose_weights_lie_beside_the_graph_and_in_folders_that_link_them(tmp_path):
     files = [tmp_path / name for name in ("a.onnx", "b.onnx")]
     for file in files:
         onnx.save(HEADS["gemm"], file)
     before = LinearHead.read(files[0])
     assert all(share_weights(files, tmp_path / "weights.bin", at_least_bytes=1).values())
+    os.link(tmp_path / "weights.bin", tmp_path / "chosen.bin")  # as `export choose` does
     after = LinearHead.read(files[0])
     np.testing.assert_array_equal(before.weights, after.weights)
     np.testing.assert_array_equal(before.bias, after.bias)

@@ -1,28 +1,21 @@
 """Is a known shift of the cheap rung recovered, and is an alignment that does not help said so?"""
 
-import os
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from bundle.alignment import LAYERS, Alignment, AlignmentError, tokens
 from bundle.head import LinearHead
-from bundle.prints import encode, no_looks
+from bundle.prints import encode
 from calibration.align import FOLDS, SHARES, Aligned, Growth, fit_alignment
 from calibration.fidelity import Fidelity
-from calibration.outputs import Made, Outputs
-from export.shared_weights import share_weights
-from imaging import code_sha256
 from routing import RungOutputs
-from tests.unit.calibration_outputs import sha256
-from tests.unit.onnx_files import write_rung
+from tests.unit.calibration_outputs import FINGERPRINTS, outputs_of
 
 BLOCKS, D, CLASSES = 5, 6, 4
 COSINE = Fidelity("cosine", 0.05)
 TOP1 = Fidelity("top1")
 GRAPH = ("f" * 64, "px=4")
-FINGERPRINTS = {"vit_low": "a" * 64, "vit_high": "b" * 64}
 
 
 def make_outputs(n=400, noise=0.05, shift=True, seed=0, head=None, group_size=1):
@@ -40,18 +33,11 @@ def make_outputs(n=400, noise=0.05, shift=True, seed=0, head=None, group_size=1)
         high = embedding @ mix.normal(size=(D, D)) + layers[:, -2] @ mix.normal(size=(D, D))
         high = high + 3 * mix.normal(size=D) + noise * rng.normal(size=(n, D))
     high = high.astype(np.float32)
-    names = tuple(f"{i}.png" for i in range(n))
-    return Outputs(
-        low=RungOutputs(embedding, layers, None if head is None else head(embedding)),
-        high=RungOutputs(high, None, None if head is None else head(high)),
-        labels=np.full(n, -1),
-        names=names,
+    answers = [None if head is None else head(found) for found in (embedding, high)]
+    return outputs_of(
+        RungOutputs(embedding, layers, answers[0]),
+        RungOutputs(high, None, answers[1]),
         groups=tuple(str(i // group_size) for i in range(n)),
-        hashes=tuple(sha256(name) for name in names),
-        looks=no_looks(n),
-        made=Made(FINGERPRINTS, "c" * 64, code_sha256(), None if head is None else "classes"),
-        source="/nowhere",
-        title="made up",
     )
 
 
@@ -177,48 +163,3 @@ def test_the_same_seed_gives_the_same_curve():
     outputs = make_outputs(100, 1.0)
     assert align(outputs, seed=1).to_dict() == align(outputs, seed=1).to_dict()
     assert align(outputs, seed=1).to_dict() != align(outputs, seed=2).to_dict()
-
-
-@pytest.mark.parametrize("blocks", [1, 2, LAYERS, LAYERS + 2])
-def test_what_is_read_is_the_embedding_and_the_tokens_before_the_last(blocks):
-    rng = np.random.default_rng(0)
-    layers = rng.normal(size=(2, blocks + 1, D)).astype(np.float32)
-    embedding = rng.normal(size=(2, D)).astype(np.float32)
-    read = tokens(RungOutputs(embedding, layers, None))
-    earlier = [layers[:, index] for index in range(blocks - min(LAYERS, blocks), blocks)]
-    np.testing.assert_array_equal(read, np.concatenate([embedding, *earlier], axis=1))
-
-
-def test_an_alignment_survives_the_disk(tmp_path):
-    alignment = align(make_outputs(60)).alignment
-    alignment.save(tmp_path / "new" / "a.npz")
-    loaded = Alignment.load(tmp_path / "new" / "a.npz")
-    for name in Alignment.__dataclass_fields__:
-        np.testing.assert_array_equal(getattr(loaded, name), getattr(alignment, name))
-    assert loaded.layers == LAYERS
-
-
-@pytest.mark.parametrize("damage", ["missing", "torn", "other"])
-def test_an_alignment_that_cannot_be_read_is_one_line(tmp_path, damage):
-    file = tmp_path / "a.npz"
-    if damage == "torn":
-        file.write_bytes(b"PK\x03\x04 torn")
-    elif damage == "other":
-        np.savez(file, weights=np.zeros((7, 3)))
-    words = "align first" if damage == "missing" else "align again"
-    with pytest.raises(AlignmentError, match=words) as error:
-        Alignment.load(file)
-    assert "\n" not in str(error.value)
-
-
-def test_a_head_is_read_from_weights_that_other_folders_link_too(tmp_path):
-    """`export choose` links them, and the next plan reads the same shelf."""
-    files = [tmp_path / name for name in ("a.onnx", "b.onnx")]
-    for seed, file in enumerate(files):
-        write_rung(file, seed)
-    expected = LinearHead.read(files[0])
-    assert all(share_weights(files, tmp_path / "weights.bin", at_least_bytes=64).values())
-    os.link(tmp_path / "weights.bin", tmp_path / "chosen.bin")
-    found = LinearHead.read(files[0])
-    np.testing.assert_array_equal(found.weights, expected.weights)
-    np.testing.assert_array_equal(found.bias, expected.bias)

@@ -1,4 +1,3 @@
-import hashlib
 import json
 from dataclasses import replace
 
@@ -6,7 +5,7 @@ import numpy as np
 import pytest
 from scipy.stats import beta, binom, fisher_exact, ks_2samp
 
-from bundle.prints import encode, no_looks
+from bundle.prints import encode
 from calibration.certify import Goal, candidate_thresholds, certificate, certify
 from calibration.evaluate import (
     DRIFT_LEVEL,
@@ -15,36 +14,27 @@ from calibration.evaluate import (
     evaluate,
 )
 from calibration.fidelity import Fidelity
-from calibration.outputs import Made, Outputs
+from calibration.outputs import Made
 from imaging import code_sha256
-from routing import Calibration, RungOutputs, RungRecord, ScoreMap
+from routing import RungOutputs, RungRecord
+from tests.unit.calibration_outputs import FINGERPRINTS, outputs_of
+from tests.unit.fakes import make_calibration
 
 THRESHOLD = 0.5
-RUNG_HASHES = {"vit_low": "a" * 64, "vit_high": "b" * 64}
-MADE = Made(RUNG_HASHES, "2" * 64, code_sha256(), "classes")
+MADE = Made(FINGERPRINTS, "2" * 64, code_sha256(), "classes")
+DATA = {"image_prints": "", "seed": 0, "group_by": "source"}
 LTT = Goal(0.05, 0.9, "ltt")
 CRC = Goal(0.05, 0.9, "crc")
 
 
-def outputs_of(scores, loss, labels=None, names=None, groups=None):
+def made_of(scores, loss, **fields):
     """Two-class outputs whose margin score is `scores` and whose classes differ where `loss`."""
     n = len(scores)
     low = np.zeros((n, 2), np.float32)
     low[:, 0] = 2 * np.arctanh(1 - np.asarray(scores, np.float64))  # p1 - p2 = 1 - score
-    high = np.where(np.asarray(loss)[:, None], low[:, ::-1], low)
-    names = tuple(names or (f"{i}.jpg" for i in range(n)))
-    return Outputs(
-        low=RungOutputs(np.ones((n, 1), np.float32), np.zeros((n, 2, 1), np.float32), low),
-        high=RungOutputs(np.ones((n, 1), np.float32), None, high),
-        labels=np.full(n, -1) if labels is None else np.asarray(labels),
-        names=names,
-        groups=names if groups is None else tuple(groups),
-        hashes=tuple(hashlib.sha256(name.encode()).hexdigest() for name in names),
-        looks=no_looks(len(names)),
-        made=MADE,
-        source="somewhere",
-        title="made up",
-    )
+    high, one = np.where(np.asarray(loss)[:, None], low[:, ::-1], low), np.ones((n, 1), np.float32)
+    rungs = RungOutputs(one, np.zeros((n, 2, 1), np.float32), low), RungOutputs(one, None, high)
+    return outputs_of(*rungs, made=MADE, **fields)
 
 
 def certificate_of(goal, certified=True, n=480, errors=15, allowed=17):
@@ -66,23 +56,16 @@ def certificate_of(goal, certified=True, n=480, errors=15, allowed=17):
 def calibration_of(**changes):
     """Identity score map, threshold 0.5, scores uniform at calibration."""
     fields = {
-        "backbone": "tiny",
-        "rungs": {name: RungRecord(8, "px=8", sha) for name, sha in RUNG_HASHES.items()},
-        "image_shape": (3, 8, 8),
-        "preprocessing_sha256": "2" * 64,
+        "rungs": {name: RungRecord(8, "px=8", sha) for name, sha in FINGERPRINTS.items()},
         "embedding_dim": 1,
         "layers": 1,
-        "classes": 2,
         "signal": "margin",
-        "score_map": ScoreMap(1, (0.0, 1.0), (0.0, 1.0)),
-        "threshold": THRESHOLD,
         "chosen_by": {"fidelity": "top1", "tolerance": None, "threshold": THRESHOLD},
         "certificate": certificate_of(LTT),
-        "imaging_sha256": code_sha256(),
-        "data": {"image_prints": "", "seed": 0, "group_by": "source"},
+        "data": DATA,
         "reference_scores": np.linspace(0.001, 0.999, 800, dtype=np.float32),
     }
-    return Calibration(**{**fields, **changes})
+    return make_calibration(**{"threshold": THRESHOLD, "classes": 2, **fields, **changes})
 
 
 def stream(n, seed, risk=0.04, power=1.0):
@@ -91,7 +74,7 @@ def stream(n, seed, risk=0.04, power=1.0):
     scores = rng.uniform(0.001, 0.999, size=n) ** power
     kept_share = THRESHOLD ** (1 / power)
     lost = rng.uniform(size=n) < np.where(scores <= THRESHOLD, risk / kept_share, 0.5)
-    return outputs_of(scores, lost)
+    return made_of(scores, lost)
 
 
 def test_the_figures_are_those_counted_by_hand():
@@ -100,7 +83,7 @@ def test_the_figures_are_those_counted_by_hand():
     loss = np.isin(np.arange(10), [5, 8, 9])
     # Low answers class 0 everywhere, high class 1 where lost; the last image has no label.
     labels = [0, 0, 0, 0, 1, 1, 0, 0, 1, -1]
-    evaluation = evaluate(calibration_of(), outputs_of(scores, loss, labels))
+    evaluation = evaluate(calibration_of(), made_of(scores, loss, labels=np.array(labels)))
     assert (evaluation.images, evaluation.errors, evaluation.risk) == (10, 1, 0.1)
     assert evaluation.escalation_rate == 0.4
     assert evaluation.reference_escalation_rate == 0.5
@@ -171,7 +154,7 @@ def test_a_shift_of_the_scores_alone_is_drift_and_no_contradiction():
 def test_scores_may_drift_where_escalation_does_not():
     rng = np.random.default_rng(0)
     scores = np.where(rng.uniform(size=600) < 0.5, 0.3, 0.7)
-    evaluation = evaluate(calibration_of(), outputs_of(scores, np.zeros(600, bool)))
+    evaluation = evaluate(calibration_of(), made_of(scores, np.zeros(600, bool)))
     assert evaluation.escalation_p > DRIFT_LEVEL
     assert evaluation.score_p < 1e-6
     assert evaluation.drift
@@ -198,7 +181,7 @@ def test_at_a_risk_of_exactly_epsilon_contradictions_are_as_rare_as_stated():
 def test_the_certificates_own_confidence_is_the_limit(lost, confidence, contradicted):
     # P(Bin(100, 0.05) ≥ 8) = 0.128 and P(Bin(100, 0.05) ≥ 9) = 0.063.
     record = certificate_of(Goal(0.05, confidence, "ltt"))
-    outputs = outputs_of(np.full(100, 0.2), np.arange(100) < lost)
+    outputs = made_of(np.full(100, 0.2), np.arange(100) < lost)
     assert evaluate(calibration_of(certificate=record), outputs).contradicted is contradicted
 
 
@@ -279,9 +262,9 @@ def test_the_fidelity_is_that_of_the_artifact():
 
 def test_one_image_of_each_group_is_counted():
     scores, loss = np.full(60, 0.2), np.repeat([True, False, False], 20)
-    names = [f"video {i // 20}/{i}.jpg" for i in range(60)]
-    outputs = outputs_of(scores, loss, names=names)
-    data = {"image_prints": "", "seed": 0, "group_by": "folder"}
+    names = tuple(f"video {i // 20}/{i}.jpg" for i in range(60))
+    outputs = made_of(scores, loss, names=names)
+    data = DATA | {"group_by": "folder"}
     evaluation = evaluate(calibration_of(data=data), outputs)
     assert (evaluation.images, evaluation.errors) == (3, 1)
     assert not evaluation.contradicted  # 20 errors among 60 images would be
@@ -291,7 +274,7 @@ def test_one_image_of_each_group_is_counted():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"graphs": {**RUNG_HASHES, "vit_high": "c" * 64}}, "another vit_high"),
+        ({"graphs": {**FINGERPRINTS, "vit_high": "c" * 64}}, "another vit_high"),
         ({"preprocessing_sha256": "0" * 64}, "another preprocessing"),
         ({"task": "labels"}, "a model that answers labels and not classes"),
         ({"imaging_sha256": "e" * 64}, "other code of imaging/"),
@@ -306,7 +289,7 @@ def test_outputs_that_were_made_otherwise_are_refused(change, words):
 
 def test_the_calibrations_own_images_are_refused():
     outputs = stream(50, seed=0)
-    data = {"image_prints": encode(outputs.hashes, outputs.looks), "seed": 0, "group_by": "source"}
+    data = DATA | {"image_prints": encode(outputs.hashes, outputs.looks)}
     with pytest.raises(EvaluateError, match="evaluate it on others"):
         evaluate(calibration_of(data=data), outputs)
 
@@ -322,11 +305,7 @@ def test_an_earlier_artifact_and_no_image_are_refused():
 
 def test_images_that_the_calibration_has_seen_are_left_out():
     outputs = stream(50, seed=0)
-    data = {
-        "image_prints": encode(outputs.hashes[:20], outputs.looks[:20]),
-        "seed": 0,
-        "group_by": "source",
-    }
+    data = DATA | {"image_prints": encode(outputs.hashes[:20], outputs.looks[:20])}
     evaluation = evaluate(calibration_of(data=data), outputs)
     assert (evaluation.known, evaluation.images) == (20, 30)
     expected = evaluate(calibration_of(), outputs.rows(np.arange(20, 50)))
@@ -361,7 +340,7 @@ ABOUT_THE_MODEL = {**certificate_of(LTT), "reference": "full FP32 model"}
 def test_answers_of_a_full_rung_that_is_wrong_itself_are_errors():
     # Six kept, of them one lost; four escalated, of them one lost by the full rung.
     scores = [0.1, 0.2, 0.3, 0.4, 0.45, 0.49, 0.6, 0.7, 0.8, 0.9]
-    plain = outputs_of(scores, np.isin(np.arange(10), [5, 8]))
+    plain = made_of(scores, np.isin(np.arange(10), [5, 8]))
     outputs = against_a_reference(plain, np.isin(np.arange(10), [0, 9]))
     evaluation = evaluate(calibration_of(certificate=ABOUT_THE_MODEL), outputs)
     assert (evaluation.errors, evaluation.risk) == (2, 0.2)
@@ -374,7 +353,7 @@ def test_answers_of_a_full_rung_that_is_wrong_itself_are_errors():
 
 
 def test_escalated_losses_can_contradict_a_certificate():
-    plain = outputs_of(np.full(200, 0.9), np.zeros(200, bool))
+    plain = made_of(np.full(200, 0.9), np.zeros(200, bool))
     outputs = against_a_reference(plain, np.arange(200) < 30)
     assert evaluate(calibration_of(certificate=ABOUT_THE_MODEL), outputs).contradicted
     assert not evaluate(calibration_of(), plain).contradicted

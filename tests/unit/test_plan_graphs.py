@@ -9,18 +9,18 @@ from rich.console import Console
 
 from bundle.graphs import GraphSet
 from bundle.head import LinearHead
-from bundle.prints import encode, look_of, no_looks
+from bundle.prints import encode, look_of
 from bundle.recipe import Recipe
 from calibration.align import fit_alignment
 from calibration.fidelity import Fidelity
-from calibration.outputs import Made, Outputs
+from calibration.outputs import Made
 from imaging import decode, pixels_sha256
 from planner import graphs as module
 from planner.graphs import FIT_IMAGES, aligned_graph, exported, fit_image_rows
 from planner.request import PlanError
 from report.terminal import Bars
 from routing import RungOutputs
-from tests.unit.calibration_outputs import sha256
+from tests.unit.calibration_outputs import outputs_of
 from tests.unit.plan_workplace import (
     LAYERS,
     QUIET,
@@ -137,7 +137,7 @@ def test_whatever_decides_what_graphs_are_makes_another_folder(
     assert export() == found[0]
 
 
-def outputs_of(graphs, n=200, seed=0):
+def made_of(graphs, n=200, seed=0):
     """The cheap embedding is the full one, shifted."""
     head = LinearHead.read(graphs.low.file)
     rng = np.random.default_rng(seed)
@@ -145,17 +145,11 @@ def outputs_of(graphs, n=200, seed=0):
     low = (high + 2).astype(np.float32)
     layers = np.repeat(low[:, None], LAYERS + 1, axis=1)
     names = tuple(f"{seed}-{i}" for i in range(n))
-    return Outputs(
-        low=RungOutputs(low, layers, None if head is None else head(low)),
-        high=RungOutputs(high, None, None if head is None else head(high)),
-        labels=np.full(n, -1),
+    return outputs_of(
+        RungOutputs(low, layers, None if head is None else head(low)),
+        RungOutputs(high, None, None if head is None else head(high)),
         names=names,
-        groups=names,
-        hashes=tuple(map(sha256, names)),
-        looks=no_looks(n),
         made=Made.by(graphs),
-        source="",
-        title="",
     )
 
 
@@ -169,7 +163,7 @@ def align(tmp_path, workshop):
     """Align px6 on these outputs; returns the graphs, the name and what it is worth."""
 
     def align(graphs, outputs=None, fidelity=TOP1, bars=QUIET):
-        outputs = outputs_of(graphs) if outputs is None else outputs
+        outputs = made_of(graphs) if outputs is None else outputs
         request = make_request(tmp_path)
         return aligned_graph(graphs, "px6", outputs, fidelity, request, workshop, bars)
 
@@ -203,14 +197,14 @@ def test_it_is_baked_in_once_for_the_same_images_and_again_for_others(shelf, ali
     folder = shelf.low.file.parent
     again, same, _ = align(GraphSet.load(folder))
     assert (again.graphs[same], workshop.used["align"]) == (first.graphs[name], 1)
-    others, _, _ = align(GraphSet.load(folder), outputs_of(shelf, seed=1))
+    others, _, _ = align(GraphSet.load(folder), made_of(shelf, seed=1))
     assert workshop.used["align"] == 2
     assert others.graphs[name].record.sha256 != first.graphs[name].record.sha256
     assert others.learned([name]) != first.learned([name])
 
 
 def test_an_alignment_that_does_not_help_leaves_the_graph_as_it_is(shelf, align, workshop):
-    outputs = outputs_of(shelf)
+    outputs = made_of(shelf)
     same = replace(outputs.low, embedding=outputs.high.embedding, logits=outputs.high.logits)
     bars, said = Bars(Console(quiet=True)), []
     bars.say = said.append
@@ -222,7 +216,7 @@ def test_an_alignment_that_does_not_help_leaves_the_graph_as_it_is(shelf, align,
 
 
 def test_copies_of_a_picture_do_not_show_that_an_alignment_helps(shelf, align):
-    once = outputs_of(shelf, n=8)
+    once = made_of(shelf, n=8)
     # What the full model answers has nothing to do with the cheap graph's tokens: with a copy of
     # each held-out picture to learn from, an alignment remembers it all the same.
     rng = np.random.default_rng(99)
@@ -241,7 +235,7 @@ def test_copies_of_a_picture_do_not_show_that_an_alignment_helps(shelf, align):
 
 def test_a_model_without_a_head_is_aligned_all_the_same(tmp_path, align):
     graphs = write_shelf(tmp_path / "headless", ["px=6"], head=False)
-    outputs = outputs_of(graphs)
+    outputs = made_of(graphs)
     assert outputs.low.logits is None
     _, name, aligned = align(graphs, outputs, Fidelity("cosine"))
     assert name == "px6_align" and aligned.helps

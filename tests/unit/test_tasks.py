@@ -428,7 +428,7 @@ def test_any_graph_of_dynamic_int8_is_refused_by_name(value, dynamic, name):
     graph = replace(loaded(dynamic)[1].low, name="dynamic")
     mixed = rung_set.adding(graph)
     mixed = replace(mixed, roles={**mixed.roles, name: "dynamic"})
-    same = Outputs(**{**vars(outputs), "made": Made.by(mixed)})
+    same = replace(outputs, made=Made.by(mixed))
     with pytest.raises(FitError, match=f"{name} is px=8,int8: with dynamic int8"):
         fit(same, mixed, GOAL, Options(Fidelity("value", 0.3)))
 
