@@ -340,7 +340,7 @@ def _learned(count: int) -> str:
 def _fill(cache: AnswerCache, fill: Callable[[Progress], list[str]]) -> None:
     """Fill a cache behind a progress bar, and say which images cannot be used."""
     with given.BARS.stage("collect", len(cache.source)) as bar:
-        unreadable = fill(lambda count, resumed: bar.advance(count))
+        unreadable = fill(bar.advance)
     for line in unreadable:
         say(f"skipped {line}")
     say(f"answers are kept in {cache.folder} ({cache.size_mib():,.0f} MiB) until you delete it")

@@ -34,7 +34,6 @@ from .chunks import (
     picture_arrays,
     read_answers,
     rung_outputs,
-    unreadable,
     write_chunk,
 )
 from .images import ImagesError, ImageSource
@@ -54,7 +53,7 @@ CHUNK = 256  # images, a multiple of the batch: what stopping may cost
 MAX_UNREADABLE = 0.05  # above this share something is wrong with the folder, not with a file
 
 Run = Callable[[NDArray[np.float32]], RungOutputs]
-Progress = Callable[[int, bool], None]
+Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -69,16 +68,14 @@ class AnswerCache:
     """The answers of one model's graphs for the images of one source.
 
     Args:
-        folder: holds the cache; any number of models and sources share it.
+        folder: any number of models and sources share it.
         source: gives all N images.
         graphs: their preprocessing and labels apply.
         served: asks the graphs that play low and high of a server, and no other graph; None: every
             graph runs here.
 
     Attributes:
-        folder: as given.
-        source: as given.
-        graphs: as given.
+        folder, source, graphs: as given.
         runtime: what answers for low and high: its `name`, and its `processor` where that is known.
         preprocessing: how images become tensors.
         pictures_key: the name of the folder that holds the pictures.
@@ -115,7 +112,7 @@ class AnswerCache:
         self,
         asked: Sequence[Wanted],
         rows: Sequence[int] | None = None,
-        progress: Progress = lambda count, resumed: None,
+        progress: Progress = lambda count: None,
     ) -> list[str]:
         """Let graphs answer for the images for which no earlier run has.
 
@@ -126,8 +123,8 @@ class AnswerCache:
         Args:
             asked: the graphs.
             rows: the places of the images in the source; None: all N.
-            progress: called with a number of images that are done, and whether earlier runs did
-                them; the numbers add up to that of the rows.
+            progress: called with a number of images that are done, by earlier runs or by this one;
+                the numbers add up to that of the rows.
 
         Returns:
             A line for each image that cannot be read, or on which a graph overflows.
@@ -224,8 +221,10 @@ class _Filling:
         bad: dict[Path, list[int]] = {}
         for path, arrays in chunks(self._pictures):
             self._seen.update(arrays["rows"].tolist())
-            found = {row: line for row, line in unreadable(arrays).items() if row in self._wanted}
-            if found:
+            said = zip(
+                arrays["unreadable_rows"].tolist(), arrays["unreadable"].tolist(), strict=True
+            )
+            if found := {row: line for row, line in said if row in self._wanted}:
                 self.lines |= found
                 bad[path] = arrays["rows"].tolist()
         # What another run could read can be read.
@@ -249,7 +248,7 @@ class _Filling:
         for piece in _pieces(self._rows, CHUNK):
             todo = [row for row in piece if self._is_missing(row)]
             if len(todo) < len(piece):
-                progress(len(piece) - len(todo), True)
+                progress(len(piece) - len(todo))
             missing += [todo] * bool(todo)
         graphs = {
             folder: self._cache.open(item)
@@ -277,7 +276,7 @@ class _Filling:
                         for folder, parts in answers.items():
                             write_chunk(folder, parts)
                         write_chunk(self._pictures, pictures)
-                    progress(len(batch), False)
+                    progress(len(batch))
                 self._check()
 
     def _is_missing(self, row: int) -> bool:

@@ -205,12 +205,6 @@ def rung_outputs(arrays: Arrays, layers: bool) -> RungOutputs:
     return RungOutputs(arrays["embedding"], cls_layers, arrays.get("logits"))
 
 
-def unreadable(arrays: Arrays) -> dict[int, str]:
-    """By row, why an image cannot be read."""
-    rows, lines = arrays["unreadable_rows"].tolist(), arrays["unreadable"].tolist()
-    return dict(zip(rows, lines, strict=True))
-
-
 def chunks(folder: Path, layers: bool = False) -> Iterator[tuple[Path, Arrays]]:
     """The whole files in a folder; with `layers`, only those that hold `cls_layers`."""
     for path in sorted(folder.glob("*-*-????????.npz")):

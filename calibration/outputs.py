@@ -239,9 +239,7 @@ def wanted(graphs: GraphSet) -> list[Wanted]:
     return [Wanted(graph, role == LOW) for role, graph in graphs.playing().items()]
 
 
-def collect(
-    cache: AnswerCache, out: Path, progress: Progress = lambda count, resumed: None
-) -> list[str]:
+def collect(cache: AnswerCache, out: Path, progress: Progress = lambda count: None) -> list[str]:
     """Let the graphs that play a role answer for all images, and write `outputs.json`.
 
     Args:

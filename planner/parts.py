@@ -61,7 +61,7 @@ def divide(request: Request, cache: AnswerCache, learned: str, aligns: bool, bar
     """
     full = [Wanted(cache.graphs.reference)]
     with bars.stage("the full model answers every image", len(request.source)) as bar:
-        for line in cache.fill(full, None, lambda count, resumed: bar.advance(count)):
+        for line in cache.fill(full, None, bar.advance):
             bars.say(f"left out: {line}")
     answered = cache.read(full)
     pictures = answered.pictures
@@ -129,7 +129,7 @@ def answers(asked: Sequence[Wanted], cache: AnswerCache, rows: list[int], bars: 
 
 def _fill(cache: AnswerCache, item: Wanted, rows: list[int], bar: Bar) -> None:
     try:
-        cache.fill([item], rows, lambda count, resumed: bar.advance(count))
+        cache.fill([item], rows, bar.advance)
     except ImagesError as error:  # the full model answered these images, so they can be read
         raise PlanError(
             f"{item.graph.name} ({item.graph.recipe}) overflows on too many images; leave it out "

@@ -2,10 +2,9 @@
 
 import numpy as np
 
-from bundle.graphs import GraphSet
 from calibration.answers import CHUNK, AnswerCache
 from calibration.outputs import wanted
-from tests.unit.onnx_files import write_rung_set
+from tests.unit.image_files import MemorySource
 
 COUNT = 2 * CHUNK + 40  # three files of each graph, the last of them short
 
@@ -30,7 +29,7 @@ def stop_after(images):
     """A progress callback that interrupts once so many images are done."""
     done = []
 
-    def progress(count, resumed):
+    def progress(count):
         done.append(count)
         if sum(done) >= images:
             raise StoppedError
@@ -52,28 +51,31 @@ def assert_same(one, other):
         np.testing.assert_array_equal(values, getattr(other.pictures, field))
 
 
-def at_once(graphs, source, folder):
-    """The answers of a run of its own that nothing stops."""
-    cache = AnswerCache(folder, source, graphs)
-    cache.fill(wanted(graphs))
-    return cache.read(wanted(graphs))
-
-
 class Answering:
-    """Fills and reads a cache for the rungs of a folder, or for what else is asked."""
+    """Fills and reads a cache for some rungs, or for what else is asked."""
 
-    def __init__(self, folder):
-        self.folder, self.graphs = folder, GraphSet.load(write_rung_set(folder / "onnx"))
+    def __init__(self, rung_set, folder):
+        self.folder, self.graphs = folder, rung_set
 
     def _cache(self, source, graphs, what):
         graphs = graphs or self.graphs
         cache = AnswerCache(self.folder / "answers", source, graphs)
         return cache, wanted(graphs) if what is None else what
 
-    def fill(self, source, progress=lambda count, resumed: None, graphs=None, what=None, rows=None):
+    def fill(self, source, progress=lambda count: None, graphs=None, what=None, rows=None):
         cache, what = self._cache(source, graphs, what)
         return cache.fill(what, rows, progress)
 
     def read(self, source, graphs=None, what=None, rows=None):
         cache, what = self._cache(source, graphs, what)
         return cache.read(what, rows)
+
+    def at_once(self, count, graphs=None):
+        """The answers for so many images of a run of its own that nothing stops."""
+        graphs = graphs or self.graphs
+        cache, what = (
+            AnswerCache(self.folder / "other", MemorySource(count), graphs),
+            wanted(graphs),
+        )
+        cache.fill(what)
+        return cache.read(what)

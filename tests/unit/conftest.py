@@ -16,6 +16,33 @@ EXPORTS = FOLDER / "exports"
 KEPT = 200  # graphs, the newest; all unit tests together ask for some thirty
 
 
+@pytest.fixture
+def rung_set(tmp_path):
+    """Two tiny rungs with a head of four classes."""
+    return _rungs(tmp_path / "onnx")
+
+
+@pytest.fixture
+def headless(tmp_path):
+    """Two tiny rungs without a head."""
+    return _rungs(tmp_path / "headless", classes=None)
+
+
+def _rungs(folder, **options):
+    from bundle.graphs import GraphSet
+    from tests.unit.onnx_files import write_rung_set
+
+    return GraphSet.load(write_rung_set(folder, **options))
+
+
+@pytest.fixture
+def answering(rung_set, tmp_path):
+    """A cache of answers below `tmp_path`, by default of these rungs."""
+    from tests.unit.answering import Answering
+
+    return Answering(rung_set, tmp_path)
+
+
 @pytest.fixture(scope="module")
 def remembered_exports():
     """Each graph is exported once, by whichever test of whichever process asks for it first.

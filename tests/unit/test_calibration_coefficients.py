@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from bundle.graphs import GraphSet
 from calibration.coefficients import (
     FitSample,
     applicable,
@@ -13,12 +12,6 @@ from calibration.coefficients import (
 from calibration.fidelity import disagrees, oracle_l2
 from routing import SIGNALS, RungOutputs, features
 from tests.unit.calibration_outputs import CLASS_SIGNALS, make_outputs
-from tests.unit.onnx_files import write_rung_set
-
-
-@pytest.fixture
-def rung_set(tmp_path):
-    return GraphSet.load(write_rung_set(tmp_path / "onnx"))
 
 
 def sample_of(outputs):

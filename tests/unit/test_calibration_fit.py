@@ -46,16 +46,6 @@ TOP1 = Options(Fidelity("top1"))
 GOAL = Goal(max_risk=0.1, confidence=0.9, method="ltt")
 
 
-@pytest.fixture
-def rung_set(tmp_path):
-    return GraphSet.load(write_rung_set(tmp_path / "onnx"))
-
-
-@pytest.fixture
-def headless(tmp_path):
-    return GraphSet.load(write_rung_set(tmp_path / "headless", classes=None))
-
-
 def test_the_oracle_is_the_distance_of_the_embeddings(rung_set):
     outputs = make_outputs(rung_set)
     np.testing.assert_allclose(np.unique(oracle_l2(outputs).round(4)), [0.0, round(D**0.5, 4)])

@@ -16,10 +16,8 @@ from calibration.outputs import wanted
 from calibration.running import run_session
 from tests.unit.answering import (
     COUNT,
-    Answering,
     StoppedError,
     assert_same,
-    at_once,
     files_of,
     stop_after,
 )
@@ -27,30 +25,10 @@ from tests.unit.image_files import MemorySource, write_images
 from tests.unit.onnx_files import write_rung_set
 
 
-@pytest.fixture
-def answering(tmp_path):
-    return Answering(tmp_path)
-
-
-@pytest.fixture
-def graphs(answering):
-    return answering.graphs
-
-
-@pytest.fixture
-def fill(answering):
-    return answering.fill
-
-
-@pytest.fixture
-def read(answering):
-    return answering.read
-
-
 @pytest.mark.parametrize("stop_at", [10, CHUNK - 1, CHUNK, CHUNK + 100, 2 * CHUNK, COUNT])
-def test_a_rerun_continues_after_the_last_whole_file(graphs, fill, read, tmp_path, stop_at):
+def test_a_rerun_continues_after_the_last_whole_file(rung_set, answering, tmp_path, stop_at):
     with pytest.raises(StoppedError):
-        fill(MemorySource(COUNT), stop_after(stop_at))
+        answering.fill(MemorySource(COUNT), stop_after(stop_at))
     kept = {file: file.stat().st_mtime_ns for file in files_of(tmp_path)}
     whole = min(COUNT, (stop_at + BATCH - 1) // BATCH * BATCH) // CHUNK * CHUNK
     whole = COUNT if stop_at == COUNT else whole
@@ -58,15 +36,14 @@ def test_a_rerun_continues_after_the_last_whole_file(graphs, fill, read, tmp_pat
 
     source, told = MemorySource(COUNT), []
 
-    def progress(count, resumed):
-        told.append((count, resumed))
+    def progress(count):
+        told.append(count)
         assert all(file.stat().st_mtime_ns == kept[file] for file in kept)
 
-    fill(source, progress)
+    answering.fill(source, progress)
     assert sorted(source.read) == list(range(whole, COUNT))
-    assert sum(count for count, resumed in told if resumed) == whole
-    assert sum(count for count, _ in told) == COUNT
-    assert_same(read(source), at_once(graphs, MemorySource(COUNT), tmp_path / "other"))
+    assert sum(told) == COUNT
+    assert_same(answering.read(source), answering.at_once(COUNT))
 
 
 OTHERS = {
@@ -94,20 +71,20 @@ def with_low(graphs, **changes):
 
 @pytest.mark.parametrize("change", [*OTHERS, *CODE, "images"])
 def test_whatever_decides_an_answer_has_answers_of_its_own(
-    graphs, fill, read, tmp_path, monkeypatch, change
+    rung_set, answering, tmp_path, monkeypatch, change
 ):
     count = 2 * BATCH
-    fill(MemorySource(count))
+    answering.fill(MemorySource(count))
     source = MemorySource(count, fingerprint="second" if change == "images" else "first")
     if change in CODE:
         monkeypatch.setattr(*CODE[change])
-    others = OTHERS[change](graphs, tmp_path / "others") if change in OTHERS else graphs
+    others = OTHERS[change](rung_set, tmp_path / "others") if change in OTHERS else rung_set
     if change == "weights":  # there are none, so the files would be refused
         monkeypatch.setattr("bundle.graphs.Graph.fault", lambda graph: None)
-    fill(source, graphs=others)
+    answering.fill(source, graphs=others)
     assert sorted(source.read) == list(range(count))
-    expected = at_once(others, MemorySource(count), tmp_path / "other")
-    assert_same(read(source, graphs=others), expected)
+    expected = answering.at_once(count, others)
+    assert_same(answering.read(source, graphs=others), expected)
 
 
 def truncate(file):
@@ -125,18 +102,18 @@ def empty(file):
 
 
 @pytest.mark.parametrize("damage", [truncate, flip, empty, os.unlink])
-def test_only_a_torn_file_is_made_again(graphs, fill, read, tmp_path, damage):
-    fill(MemorySource(COUNT))
-    damage(files_of(tmp_path, graphs.high, MemorySource(COUNT), graphs)[1])
+def test_only_a_torn_file_is_made_again(rung_set, answering, tmp_path, damage):
+    answering.fill(MemorySource(COUNT))
+    damage(files_of(tmp_path, rung_set.high, MemorySource(COUNT), rung_set)[1])
     source = MemorySource(COUNT)
     with pytest.raises(MissingAnswersError, match=f"lacks answers for {CHUNK} of {COUNT} images"):
-        read(source)
-    fill(source)
+        answering.read(source)
+    answering.fill(source)
     assert sorted(source.read) == list(range(CHUNK, 2 * CHUNK))
-    assert_same(read(source), at_once(graphs, MemorySource(COUNT), tmp_path / "other"))
+    assert_same(answering.read(source), answering.at_once(COUNT))
 
 
-def test_a_few_unreadable_images_are_listed_in_order_and_skipped(fill, read):
+def test_a_few_unreadable_images_are_listed_in_order_and_skipped(answering):
     source = MemorySource(COUNT, broken=[300, 7], gone=[8, COUNT - 1])
     expected = [
         "7.png: not a JPEG, PNG or WEBP image",
@@ -144,58 +121,58 @@ def test_a_few_unreadable_images_are_listed_in_order_and_skipped(fill, read):
         "300.png: not a JPEG, PNG or WEBP image",
         f"{COUNT - 1}.png: cannot be read: No such file or directory",
     ]
-    assert fill(source) == fill(source) == expected
+    assert answering.fill(source) == answering.fill(source) == expected
     assert len(source.read) == COUNT
     names = {line.split(":")[0] for line in expected}
-    assert set(source.names) - set(read(source).pictures.names) == names
+    assert set(source.names) - set(answering.read(source).pictures.names) == names
 
 
-def test_unreadable_images_of_an_earlier_run_are_listed_too(fill, read):
+def test_unreadable_images_of_an_earlier_run_are_listed_too(answering):
     with pytest.raises(StoppedError):
-        fill(MemorySource(COUNT, broken=[7]), stop_after(CHUNK))
+        answering.fill(MemorySource(COUNT, broken=[7]), stop_after(CHUNK))
     source = MemorySource(COUNT, broken=[7, 300])
-    assert [line.split(":")[0] for line in fill(source)] == ["7.png", "300.png"]
-    assert len(read(source).pictures) == COUNT - 2 and min(source.read) == CHUNK
+    assert [line.split(":")[0] for line in answering.fill(source)] == ["7.png", "300.png"]
+    assert len(answering.read(source).pictures) == COUNT - 2 and min(source.read) == CHUNK
 
 
 @pytest.mark.parametrize(("count", "broken", "stops"), [(40, 2, False), (40, 3, True)])
-def test_more_than_five_percent_unreadable_is_an_error(fill, read, count, broken, stops):
+def test_more_than_five_percent_unreadable_is_an_error(answering, count, broken, stops):
     source = MemorySource(count, broken=range(broken))
     if not stops:
-        assert len(fill(source)) == broken
-        assert len(read(source).pictures) == count - broken
+        assert len(answering.fill(source)) == broken
+        assert len(answering.read(source).pictures) == count - broken
         return
     with pytest.raises(ImagesError, match=r"3 of 40 images could not be read.*first: 0\.png: not"):
-        fill(source)
+        answering.fill(source)
 
 
-def test_a_hopeless_run_stops_early_and_keeps_its_answers(fill, tmp_path):
+def test_a_hopeless_run_stops_early_and_keeps_its_answers(answering, tmp_path):
     source = MemorySource(10 * CHUNK, broken=range(20, 20 + CHUNK))
     with pytest.raises(ImagesError, match=f"236 of {10 * CHUNK} images"):
-        fill(source)
+        answering.fill(source)
     assert len(source.read) <= CHUNK + 2 * BATCH and len(files_of(tmp_path)) == 3
 
 
-def test_after_too_many_unreadable_images_only_their_files_are_read_again(fill, read):
+def test_after_too_many_unreadable_images_only_their_files_are_read_again(answering):
     broken = range(CHUNK, CHUNK + 60)
     with pytest.raises(ImagesError):
-        fill(MemorySource(COUNT, broken=broken))
+        answering.fill(MemorySource(COUNT, broken=broken))
     mended = MemorySource(COUNT)
-    assert fill(mended) == []
-    assert len(read(mended).pictures) == COUNT and min(mended.read) == CHUNK
+    assert answering.fill(mended) == []
+    assert len(answering.read(mended).pictures) == COUNT and min(mended.read) == CHUNK
 
 
-def test_a_piece_without_a_readable_image_is_resumed(fill, read):
+def test_a_piece_without_a_readable_image_is_resumed(answering):
     count, broken = 30 * CHUNK, range(CHUNK, 2 * CHUNK)
     with pytest.raises(StoppedError):
-        fill(MemorySource(count, broken=broken), stop_after(3 * CHUNK))
+        answering.fill(MemorySource(count, broken=broken), stop_after(3 * CHUNK))
     source = MemorySource(count, broken=broken)
-    assert len(fill(source)) == CHUNK
+    assert len(answering.fill(source)) == CHUNK
     assert min(source.read) == 3 * CHUNK
-    assert len(read(source).pictures) == count - CHUNK
+    assert len(answering.read(source).pictures) == count - CHUNK
 
 
-def test_files_of_a_folder_that_are_no_images_or_vanish_are_skipped(fill, read, tmp_path):
+def test_files_of_a_folder_that_are_no_images_or_vanish_are_skipped(answering, tmp_path):
     folder = write_images(tmp_path / "images", *(f"class {i % 4}/{i:02d}.png" for i in range(60)))
     (folder / "class 1/01.png").write_text("no image")
     strange = os.fsdecode(b"class 2/line\nbreak \xe9.png")
@@ -204,28 +181,28 @@ def test_files_of_a_folder_that_are_no_images_or_vanish_are_skipped(fill, read, 
     key = source.fingerprint()
     (folder / "class 3/03.png").unlink()
     source.fingerprint = lambda: key  # it was there when the source was listed
-    assert fill(source) == [
+    assert answering.fill(source) == [
         "class 1/01.png: not a JPEG, PNG or WEBP image",
         r"'class 2/line\nbreak \udce9.png': the image is empty (0 bytes)",
         "class 3/03.png: cannot be read: No such file or directory",
     ]
-    pictures = read(source).pictures
+    pictures = answering.read(source).pictures
     assert len(pictures) == 58
     labels = [f"class {index}" for index in pictures.labels]
     assert labels == [name.split("/")[0] for name in pictures.names]
 
 
-def test_a_foreign_file_in_the_folder_stays(graphs, fill, read, tmp_path):
-    fill(MemorySource(3))
-    place = files_of(tmp_path, graphs.low, MemorySource(3), graphs)[0].parent
+def test_a_foreign_file_in_the_folder_stays(rung_set, answering, tmp_path):
+    answering.fill(MemorySource(3))
+    place = files_of(tmp_path, rung_set.low, MemorySource(3), rung_set)[0].parent
     (place / "notes.json").write_text(json.dumps("mine"))
     np.savez(place / "0-3-00000000.npz", mine=np.ones(3))
-    fill(MemorySource(3))
-    assert len(read(MemorySource(3)).pictures) == 3
+    answering.fill(MemorySource(3))
+    assert len(answering.read(MemorySource(3)).pictures) == 3
     assert json.loads((place / "notes.json").read_text()) == "mine"
 
 
-def test_an_image_on_which_a_graph_overflows_is_listed_and_left_out(fill, read, monkeypatch):
+def test_an_image_on_which_a_graph_overflows_is_listed_and_left_out(answering, monkeypatch):
     def overflowing(session, image, layers):
         outputs = run_session(session, image, layers)
         if not layers and len(image) == BATCH:  # the full rung, on the first image of each batch
@@ -237,16 +214,18 @@ def test_an_image_on_which_a_graph_overflows_is_listed_and_left_out(fill, read, 
     monkeypatch.setattr(module, "MAX_UNREADABLE", 0.1)
     bad = [source.names[0], source.names[BATCH]]
     lines = [f"{name}: vit_high answers with NaN or Inf" for name in bad]
-    assert fill(source) == fill(source) == lines  # a rerun knows it
+    assert answering.fill(source) == answering.fill(source) == lines  # a rerun knows it
     assert len(source.read) == len(source)
-    assert read(source).pictures.names == tuple(name for name in source.names if name not in bad)
+    assert answering.read(source).pictures.names == tuple(
+        name for name in source.names if name not in bad
+    )
 
 
-def test_an_image_that_was_read_once_and_then_was_not_is_asked_about_again(graphs, fill, read):
-    """A folder on a network that fails for a moment, between the runs of two graphs."""
-    low, high = wanted(graphs)
-    fill(MemorySource(30), what=[low], rows=range(8))
-    (line,) = fill(MemorySource(30, gone=[3]), what=[high])
+def test_an_image_that_was_read_once_and_then_was_not_is_asked_about_again(rung_set, answering):
+    """A folder on a network that fails for a moment, between the runs of two rung_set."""
+    low, high = wanted(rung_set)
+    answering.fill(MemorySource(30), what=[low], rows=range(8))
+    (line,) = answering.fill(MemorySource(30, gone=[3]), what=[high])
     assert line.startswith("3.png")
-    assert fill(MemorySource(30)) == []
-    assert len(read(MemorySource(30)).pictures) == 30
+    assert answering.fill(MemorySource(30)) == []
+    assert len(answering.read(MemorySource(30)).pictures) == 30

@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bundle.graphs import GraphSet
 from calibration.splits import (
     CERTIFIED,
     UNCERTIFIED,
@@ -14,12 +13,11 @@ from calibration.splits import (
     split_by_group,
 )
 from tests.unit.calibration_outputs import make_outputs
-from tests.unit.onnx_files import write_rung_set
 
 
 @pytest.fixture
-def outputs(tmp_path):
-    return make_outputs(GraphSet.load(write_rung_set(tmp_path / "onnx")), n=60)
+def outputs(rung_set):
+    return make_outputs(rung_set, n=60)
 
 
 @given(st.integers(0, 1000), st.sampled_from([1, 2, 5]))
