@@ -9,6 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -32,8 +33,8 @@ __all__ = [
     "ManifestError",
     "listed",
     "refuse_unlisted",
+    "remove_unlisted_bytecode",
     "sha256_file",
-    "unlisted_bytecode",
     "update",
     "verify",
     "write",
@@ -55,18 +56,28 @@ def write(repository: Path, live: int | None = None) -> None:
     (repository / NAME).write_text(_text(Manifest(files, live)))
 
 
-def unlisted_bytecode(repository: Path) -> list[Path]:
-    """The files in folders of bytecode that are not listed.
+def remove_unlisted_bytecode(repository: Path) -> None:
+    """Remove the files in folders of bytecode that are not listed, and folders left empty.
 
     Raises:
-        ManifestError: no readable manifest, or a folder that cannot be looked at.
+        ManifestError: no readable manifest, a folder that cannot be looked at, or a file that
+            cannot be removed.
     """
     found = Manifest.read(repository)
-    return [
-        repository / name
-        for name, is_folder in entries(repository, found.apart)
-        if not is_folder and name not in found.files and PurePosixPath(name).parent.name == BYTECODE
-    ]
+    for name, is_folder in entries(repository, found.apart):
+        is_bytecode = PurePosixPath(name).parent.name == BYTECODE
+        if is_folder or not is_bytecode or name in found.files:
+            continue
+        file = repository / name
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            raise ManifestError(
+                f"{name} cannot be removed ({error.strerror}), and Python may run it in place of "
+                "its source; remove it"
+            ) from error
+        with suppress(OSError):  # Something listed lies beside it.
+            file.parent.rmdir()
 
 
 def update(

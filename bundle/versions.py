@@ -15,7 +15,7 @@ higher threshold would be a way around `client_parameters: careful`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -210,10 +210,11 @@ def is_careful(repository: Path) -> bool:
 def refuses_other_answers(repository: Path) -> bool:
     """Whether its router answers nobody before its answers have been found to be as calibrated.
 
-    Raises:
-        VersionError: a config is missing, or it is not as it was assembled.
+    A repository that is none of ours, or of a release before there was such a router, has none.
     """
-    return _router_parameter(repository, "reference_check") == "refuse"
+    with suppress(VersionError):
+        return _router_parameter(repository, "reference_check") == "refuse"
+    return False
 
 
 def drop(repository: Path, version: int) -> None:

@@ -16,6 +16,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from bundle.versions import VersionError, Versions
+
 from .access import Access
 from .admin_key import AdminKey
 from .answers import check_answers
@@ -24,7 +26,6 @@ from .errors import ServerError, ServerStartError, ServerUsageError
 from .launcher import TritonServer
 from .ports import Ports
 from .probe import Finding, Memory, look
-from .repository import refuse_higher_versions
 from .rollout import RolloutInterruptedError, rollout
 from .security import Security, exposure_warning
 from .serving import Serving
@@ -163,8 +164,14 @@ def serve(
         metrics_host=metrics_host,
     )
     # Not at a restart by the supervisor: one in the middle of a rollout back to a lower version
-    # finds both loaded.
-    refuse_higher_versions(repository)
+    # finds both loaded. Where it is one of ours, it could answer requests that pin no version.
+    with suppress(VersionError):
+        found = Versions.load(repository)
+        if found.fault:
+            raise ServerUsageError(
+                f"{repository}: {found.fault}; run python -m export versions --repository "
+                f"{repository} --live {found.live}, and start again"
+            )
     warning = exposure_warning(security, security.addresses(host))
     if warning:
         print(f"warning: {warning}", file=sys.stderr)

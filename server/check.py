@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from .access import ENTRY, HIGH, LOW, PREPROCESS, ROUTER, Access
+from .launcher import models_in
 from .probe import Finding, Memory, look
-from .repository import models_in
 from .serving import READY, Serving, local_processes
 
 # Not adaptive_tensor, which repositories of an earlier release have not.

@@ -109,6 +109,40 @@ class Installation:
         environment["PYTHONDONTWRITEBYTECODE"] = "1"
         return environment
 
+    def command(
+        self,
+        server_id: str,
+        repository: Path,
+        addresses: Addresses,
+        ports: Ports,
+        extra_args: Sequence[str] = (),
+    ) -> list[str]:
+        """The command that it is started with; `extra_args` come last and so win.
+
+        Triton's own strictness stays on: a model that does not load ends the server. And it would
+        bind every address.
+
+        Args:
+            server_id: name that the server reports, and begins its shared-memory segments with.
+            repository: the model repository.
+            addresses: addresses to bind.
+            ports: the ports.
+            extra_args: more arguments.
+        """
+        arguments = [f"--id={server_id}", f"--model-repository={repository}"]
+        arguments += [f"--backend-directory={self.backends}"]
+        for name in ("http", "grpc", "metrics"):
+            arguments += [f"--{name}-address={getattr(addresses, name)}"]
+            arguments += [f"--{name}-port={getattr(ports, name)}"]
+        arguments += [f"--exit-timeout-secs={_EXIT_TIMEOUT_S}"]
+        for setting in (
+            f"shm-region-prefix-name={server_id}_",
+            f"shm-default-byte-size={_SHM_BYTES}",
+            f"shm-growth-byte-size={_SHM_BYTES}",
+        ):
+            arguments += [f"--backend-config=python,{setting}"]
+        return [str(self.binary), *arguments, *extra_args]
+
 
 def find_wheel() -> Wheel | None:
     """Locate the nvidia-pytriton wheel without importing it; None if it is not installed."""
@@ -182,47 +216,6 @@ def find_installation(
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(STAND_IN, destination / "onnxruntime", ignore=ignore)
     return Installation(binary, destination, libraries, _embedded_python(stub))
-
-
-def triton_command(
-    binary: Path,
-    server_id: str,
-    repository: Path,
-    backends: Path,
-    addresses: Addresses,
-    ports: Ports,
-    extra_args: Sequence[str] = (),
-) -> list[str]:
-    """Build the command that a tritonserver is started with.
-
-    Triton's own strictness stays on: a model that does not load ends the server.
-
-    Args:
-        binary: the tritonserver.
-        server_id: name that the server reports, and begins its shared-memory segments with.
-        repository: the model repository.
-        backends: the backend directory.
-        addresses: addresses to bind; Triton's own default is every address.
-        ports: the ports.
-        extra_args: arguments that come last and so win.
-    """
-    command = [
-        str(binary),
-        f"--id={server_id}",
-        f"--model-repository={repository}",
-        f"--backend-directory={backends}",
-    ]
-    for name in ("http", "grpc", "metrics"):
-        address, port = getattr(addresses, name), getattr(ports, name)
-        command += [f"--{name}-address={address}", f"--{name}-port={port}"]
-    command.append(f"--exit-timeout-secs={_EXIT_TIMEOUT_S}")
-    for setting in (
-        f"shm-region-prefix-name={server_id}_",
-        f"shm-default-byte-size={_SHM_BYTES}",
-        f"shm-growth-byte-size={_SHM_BYTES}",
-    ):
-        command.append(f"--backend-config=python,{setting}")
-    return [*command, *extra_args]
 
 
 def _find_binary(explicit: Path | None, wheel: Wheel | None, search_path: str | None) -> Path:

@@ -24,13 +24,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bundle import manifest
-from bundle.versions import VersionError, Versions, is_careful, present, put, switched
+from bundle.versions import (
+    VersionError,
+    Versions,
+    is_careful,
+    present,
+    put,
+    refuses_other_answers,
+    switched,
+)
 from routing import ManifestError
 
 from .access import ENTRY, ROUTER, TENSORS, Access
 from .errors import ServerError, ServerUsageError
 from .loading import LoadingServer, NoAnswerError, RefusalError, StepError
-from .repository import refuses_other_answers
 from .triton_log import first_line
 
 # For a connection that was lost to come back.

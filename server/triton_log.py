@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from .errors import ServerStartError, ServerUsageError
@@ -13,17 +14,17 @@ _TAIL_LINES = 40
 _READ_BYTES = 2**20
 
 # E1121 11:40:12.388730 6959 model_lifecycle.cc:642] "failed to load 'p' version 1: Internal: ..."
-_ENTRY = re.compile(r'^(?P<level>[IWEF])\d{4} [\d:.]+ \d+ [\w.]+:\d+\] "?(?P<text>.*?)"?$')
-_REASONS = (
-    re.compile(r"failed to load '(?P<model>[^']+)' version \d+: (?P<reason>.+)"),
-    re.compile(r"Poll failed for model directory '(?P<model>[^']+)': (?P<reason>.+)"),
-    re.compile(r"(?P<reason>ensemble '?(?P<model>\w+)'? (?:depends on|contains) .+)"),
+_ERROR = re.compile(r'^E\d{4} [\d:.]+ \d+ [\w.]+:\d+\] "?(.*?)"?$', re.M)
+_REASONS = re.compile(
+    r"failed to load '(?P<loaded>[^']+)' version \d+: (?P<why>.+)"
+    r"|Poll failed for model directory '(?P<polled>[^']+)': (?P<fault>.+)"
+    r"|(?P<reason>ensemble '?(?P<ensemble>\w+)'? (?:depends on|contains) .+)"
 )
 _LOADED = re.compile(r"successfully loaded '([^']+)'")
 # "Internal: " is Triton's status, "ValueError: " the class of a Python model's exception.
 _NOISE = re.compile(
     r"^(?:(?:Internal|Invalid argument|Unavailable|Unknown|Unsupported|Not found)(?: -|:) "
-    r"|(?:[a-z_]\w*\.)*[A-Z]\w*(?:Error|Exception): )"
+    r"|(?:[a-z_]\w*\.)*[A-Z]\w*(?:Error|Exception): )+"
 )
 # "error: creating server: ..." ends a failed start, "tritonserver: unrecognized option" a bad call.
 _ENDING = re.compile(
@@ -57,12 +58,10 @@ def make_writable(path: Path) -> None:
 
 def read(path: Path) -> str:
     """The last MiB of a log; empty where there is none."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _READ_BYTES))
-            return file.read().decode(errors="replace")
-    except FileNotFoundError:
-        return ""
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _READ_BYTES))
+        return file.read().decode(errors="replace")
+    return ""
 
 
 def start_error(what: str, log_path: Path, missing: Sequence[str] = ()) -> ServerStartError:
@@ -91,35 +90,24 @@ def start_error(what: str, log_path: Path, missing: Sequence[str] = ()) -> Serve
 
 
 def failure_reasons(log: str) -> dict[str, str]:
-    """Map each model that failed to load to one line saying why, in the log's order.
-
-    Args:
-        log: text of Triton's log.
-    """
+    """Map each model that failed to load to one line saying why, in the log's order."""
     reasons: dict[str, str] = {}
     config_errors = iter(_CONFIG_ERROR.findall(log))
-    for level, text in _entries(log):
-        if level != "E":
-            continue
-        for pattern in _REASONS:
-            match = pattern.search(text)
-            if match:
-                reason = first_line(match["reason"])
-                if reason.startswith(_CONFIG_UNREADABLE):
-                    reason = f"{reason}: {next(config_errors, 'see the log')}"
-                reasons.setdefault(match["model"], reason)
-                break
+    for text in _ERROR.findall(log):
+        if found := _REASONS.search(text):
+            reason = first_line(found["why"] or found["fault"] or found["reason"])
+            if reason.startswith(_CONFIG_UNREADABLE):
+                reason = f"{reason}: {next(config_errors, 'see the log')}"
+            reasons.setdefault(found["loaded"] or found["polled"] or found["ensemble"], reason)
     return reasons
 
 
 def last_error(log: str) -> str:
     """The line in which Triton says why it ended, or an empty string."""
     endings = _ENDING.findall(log)
-    if endings:
-        return first_line(endings[-1])
-    if _USAGE.search(log):
+    if not endings and _USAGE.search(log):
         return log.rstrip().split("\n")[-1]
-    errors = [text for level, text in _entries(log) if level == "E" and not _HARMLESS.search(text)]
+    errors = endings or [text for text in _ERROR.findall(log) if not _HARMLESS.search(text)]
     return first_line(errors[-1]) if errors else ""
 
 
@@ -137,11 +125,4 @@ def first_line(reason: str) -> str:
     """The first line of a reason, without Triton's status and Python's exception class."""
     # Inside an entry Triton writes line breaks and quotes as escapes.
     line = reason.replace("\\n", "\n").replace('\\"', '"').strip().split("\n")[0].strip()
-    while (stripped := _NOISE.sub("", line)) != line:
-        line = stripped
-    return line
-
-
-def _entries(log: str) -> list[tuple[str, str]]:
-    matches = (_ENTRY.match(line) for line in log.splitlines())
-    return [(match["level"], match["text"]) for match in matches if match]
+    return _NOISE.sub("", line)

@@ -7,7 +7,6 @@ import pytest
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
-import server.launcher
 from bundle import manifest
 from server import ServerStartError, ServerUsageError, TritonServer
 from tests.servers import running
@@ -51,7 +50,7 @@ def test_another_version_of_a_rung_is_refused_and_would_not_be_served(
     shutil.copyfile(repository / "vit_high/1/model.onnx", repository / "vit_low/2/model.onnx")
     with pytest.raises(ServerUsageError, match=r"vit_low/2/model\.onnx is not listed"):
         start(repository)
-    monkeypatch.setattr(server.launcher, "require_as_assembled", lambda repository: None)
+    monkeypatch.setattr(manifest, "refuse_unlisted", lambda repository: None)
     with pytest.raises(ServerStartError, match=r"router.*vit_low/2/model\.onnx is not listed"):
         start(repository)
     # Nor where somebody lists it.

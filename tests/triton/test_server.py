@@ -295,7 +295,7 @@ def test_a_failed_start_shows_the_log_and_names_the_model(repository: Path):
     assert out == ""
     *log, last = error.strip().splitlines()
     assert last == "error: model 'router' failed to load: calibration.json is not there"
-    assert any("failed to load all models" in line for line in log)
+    assert any("failed to load 'router' version 1" in line for line in log)
 
 
 def test_a_port_in_use_is_refused_before_anything_starts(repository: Path):

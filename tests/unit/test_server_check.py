@@ -18,7 +18,7 @@ from routing.reference import COMPARING, OTHER, VERDICTS
 from server.access import Access
 from server.serving import Reply, Stub
 from tests.unit.reference_files import collected, fitted
-from tests.unit.supervised import MODELS, Stand
+from tests.unit.server_fakes import MODELS, Stand
 
 
 @pytest.fixture(autouse=True)

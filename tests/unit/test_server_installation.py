@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from server import Installation, ServerUsageError, Wheel, find_wheel
-from server.installation import RUNNING_PYTHON, STAND_IN, find_installation, triton_command
+from server.installation import RUNNING_PYTHON, STAND_IN, find_installation
 from server.ports import Addresses, Ports
 
 PYTHON = ("python/libtriton_python.so", "python/triton_python_backend_stub")
@@ -197,11 +197,10 @@ def test_a_server_with_another_python_keeps_its_own(tmp_path: Path):
 
 
 def command(**options: object) -> list[str]:
-    return triton_command(
-        Path("/opt/tritonserver"),
+    installation = Installation(Path("/opt/tritonserver"), Path("/backends"), (), None)
+    return installation.command(
         "triton_1_ab",
         Path("/models"),
-        Path("/backends"),
         options.pop("addresses", Addresses()),
         Ports(8000, 8001, 8002),
         **options,

@@ -1,23 +1,10 @@
-"""Reading reasons out of Triton's log, and what is left in a repository."""
+"""Reading reasons out of Triton's log."""
 
-import errno
-import json
-import os
-import py_compile
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from bundle import manifest
-from server import ServerUsageError, TritonServer
-from server.repository import (
-    bytecode_folders,
-    models_in,
-    remove_new_bytecode,
-    require_as_assembled,
-)
+from server import ServerUsageError
 from server.triton_log import (
     failure_reasons,
     is_port_taken,
@@ -146,98 +133,3 @@ def test_a_log_that_cannot_be_written_is_refused(tmp_path: Path, place: str, rea
     with pytest.raises(ServerUsageError, match=rf"{reason}\); give another --log") as caught:
         make_writable(tmp_path / place)
     assert str(tmp_path / place) in str(caught.value)
-
-
-def test_models_are_the_folders(tmp_path: Path):
-    (tmp_path / "vit_low").mkdir()
-    (tmp_path / "adaptive_vit").mkdir()
-    (tmp_path / "MANIFEST.json").write_text("{}")
-    assert models_in(tmp_path) == ["adaptive_vit", "vit_low"]
-
-
-def test_a_server_with_more_than_was_assembled_is_not_started(tmp_path: Path):
-    model = tmp_path / "vit_low/1/model.onnx"
-    model.parent.mkdir(parents=True)
-    model.write_text("assembled")
-    server = TritonServer(tmp_path, free_ports=True, tritonserver=tmp_path / "nowhere")
-    with pytest.raises(ServerUsageError, match="nowhere"):  # without a manifest nothing is checked
-        server.start()
-    manifest.write(tmp_path)
-    with pytest.raises(ServerUsageError, match="nowhere"):
-        server.start()
-    (tmp_path / "vit_low/2").mkdir()
-    (tmp_path / "vit_low/2/model.onnx").write_text("something else")
-    with pytest.raises(
-        ServerUsageError, match=r": vit_low/2/model\.onnx is not listed in MANIFEST"
-    ):
-        server.start()
-
-
-@pytest.fixture
-def forged(tmp_path: Path) -> Path:
-    """A listed source, and bytecode of another in its name, with its time and size."""
-    source = tmp_path / "router/1/answer.py"
-    source.parent.mkdir(parents=True)
-    source.write_text("ANSWER = 2\n")
-    os.utime(source, (1_700_000_000, 1_700_000_000))
-    py_compile.compile(str(source), doraise=True)
-    source.write_text("ANSWER = 1\n")
-    os.utime(source, (1_700_000_000, 1_700_000_000))
-    (source.parent / "__pycache__" / "listed.pyc").write_text("by who assembled it")
-    names = ("router/1/answer.py", "router/1/__pycache__/listed.pyc")
-    listed = {name: manifest.sha256_file(tmp_path / name) for name in names}
-    (tmp_path / manifest.NAME).write_text(json.dumps({"files": listed}))
-    return tmp_path
-
-
-def answer(repository: Path) -> str:
-    """What a new Python finds in the source."""
-    code = "import answer; print(answer.ANSWER)"
-    folder = repository / "router/1"
-    done = subprocess.run(
-        [sys.executable, "-B", "-c", code], cwd=folder, capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip()
-
-
-def test_no_bytecode_is_run_in_place_of_a_listed_source(forged: Path):
-    manifest.verify(forged)  # every hash is right
-    assert answer(forged) == "2"
-    with pytest.raises(ServerUsageError, match="nowhere"):
-        TritonServer(forged, free_ports=True, tritonserver=forged / "nowhere").start()
-    assert answer(forged) == "1"
-    manifest.verify(forged)  # what is listed stays
-
-
-def test_without_a_manifest_bytecode_stays(forged: Path):
-    (forged / manifest.NAME).unlink()
-    require_as_assembled(forged)
-    assert answer(forged) == "2"
-
-
-def test_bytecode_that_cannot_be_removed_is_refused(forged: Path, monkeypatch: pytest.MonkeyPatch):
-    def read_only(path: Path, **options: object) -> None:
-        raise OSError(errno.EROFS, "Read-only file system", str(path))
-
-    monkeypatch.setattr(Path, "unlink", read_only)
-    with pytest.raises(ServerUsageError, match=r"answer\..*pyc cannot be removed \(Read-only file"):
-        require_as_assembled(forged)
-
-
-def test_a_missing_or_empty_repository_is_refused(tmp_path: Path):
-    with pytest.raises(ServerUsageError, match="no model repository at .*nowhere"):
-        models_in(tmp_path / "nowhere")
-    with pytest.raises(ServerUsageError, match="holds no model"):
-        models_in(tmp_path)
-
-
-def test_only_new_bytecode_is_removed(tmp_path: Path):
-    old = tmp_path / "a" / "1" / "__pycache__"
-    new = tmp_path / "a" / "1" / "routing" / "__pycache__"
-    old.mkdir(parents=True)
-    before = bytecode_folders(tmp_path)
-    new.mkdir(parents=True)
-    remove_new_bytecode(tmp_path, before)
-    assert old.is_dir()
-    assert not new.exists()
-    assert new.parent.is_dir()

@@ -7,7 +7,7 @@ import pytest
 from routing.reference import COMPARING, OTHER, VERDICTS
 from server.probe import Memory, look
 from server.serving import Reply, Stub
-from tests.unit.supervised import MODELS, FakeClock, Stand
+from tests.unit.server_fakes import MODELS, FakeClock, Stand
 
 FULL = Reply("[request id: 1] Exceeds maximum queue size", is_unavailable=True)
 BROKEN = Reply("ValueError: no such thing")

@@ -10,7 +10,7 @@ from server.errors import ServerError, ServerStartError, ServerUsageError
 from server.ports import Ports
 from server.probe import Finding, Memory
 from server.supervise import Rules, Supervisor
-from tests.unit.supervised import FakeClock, FakeServer
+from tests.unit.server_fakes import FakeClock, FakeServer
 
 PORTS = Ports(5001, 5002, 5003)
 

@@ -1,4 +1,4 @@
-"""Stand-ins for what the supervisor looks at: a server, its answers and the time. No processes."""
+"""Stand-ins of the server's tests: servers, what they answer, and the time. No processes."""
 
 from __future__ import annotations
 
@@ -25,6 +25,29 @@ class FakeClock:
         self.slept.append(seconds)
         self.now += seconds
         self.each(seconds)
+
+
+class Verdicts:
+    """A server and access to it: answers as the next verdict says, the last one for good."""
+
+    def __init__(self, *verdicts: BaseException | None) -> None:
+        self.verdicts = list(verdicts)
+        self.asked = 0
+
+    def open(self) -> Verdicts:
+        return self
+
+    def __enter__(self) -> Verdicts:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def infer(self, *request: object, **options: object) -> None:
+        self.asked += 1
+        verdict = self.verdicts.pop(0) if len(self.verdicts) > 1 else self.verdicts[0]
+        if verdict is not None:
+            raise verdict
 
 
 class FakeServer:
