@@ -16,7 +16,7 @@ LONG = (
     "test_report_calibration",
     "test_calibration_answers",
     "test_export_quantise",
-    "test_router_model",
+    "test_router_audit",
     "test_export_align",
     "test_calibration_validity",
     "test_export_pretrained",
