@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 
 import numpy as np
 import tritonclient.grpc as triton
 from numpy.typing import NDArray
-from tritonclient.utils import InferenceServerException
 
 from bundle.graphs import GraphSet
 from calibration.running import open_session, run_session
+from calibration.served import ServedRungs, check_answers
+from client import ClientError, GrpcClient
 from client.errors import check_url, server_errors
 from report.words import score_texts
 from routing import Calibration
@@ -24,9 +24,7 @@ from .server_times import Times, server_times
 from .systems import NEVER
 
 NEEDED = ("vit_low", "vit_high", "router")
-# Another device, precision or batch changes embeddings a little; other weights change them a lot.
-SAME_COSINE = 0.98
-SAME_SCORE = 0.05  # relative
+SAME_SCORE = 0.05  # relative: another device or precision changes a score a little
 
 
 class Target:
@@ -90,18 +88,18 @@ class Target:
         cores = len(os.sched_getaffinity(0))
         return max(threads) if min(threads) > 0 else cores  # 0 is ONNX Runtime's own: all cores
 
-    def check(
-        self, rung_set: GraphSet, calibration: Calibration, image: NDArray[np.float32]
-    ) -> None:
+    def check(self, graphs: GraphSet, calibration: Calibration, image: NDArray[np.float32]) -> None:
         """Refuse a server whose models are not those of the local files.
 
         Args:
-            rung_set: the local rungs.
+            graphs: the local rungs.
             calibration: the local artifact.
             image: one image tensor, FP32 (3, H, W).
 
         Raises:
             PerfError: naming what is missing or differs.
+            ServedError: its rungs answer otherwise than the local ones.
+            ClientError: the router does not answer.
         """
         missing = [model for model in NEEDED if model not in self.models]
         if missing:
@@ -110,56 +108,26 @@ class Target:
                 "`python -m export repository` wrote"
             )
         batch = image[np.newaxis]
-        for model in ("vit_low", "vit_high"):
-            local = run_session(open_session(rung_set.files[model]), batch, layers=True)
-            served = self._ask(model, batch, ["embedding"])["embedding"]
-            if served.shape != local.embedding.shape or not (
-                cosine(served[0], local.embedding[0]) >= SAME_COSINE
-            ):
-                raise PerfError(
-                    f"{model} at {self.grpc_url} is not the local {rung_set.files[model].name}: it "
-                    "answers the same image differently; give the --onnx it was exported to"
-                )
-            if model == "vit_low":
-                expected = float(calibration.score(local)[0])
-        parameters = {"threshold": float(NEVER)}  # as the systems that are measured will ask
-        score = float(self._ask("router", batch, ["score"], parameters)["score"].item())
+        with ServedRungs(self.grpc_url, graphs) as served:
+            check_answers(served, graphs, batch)
+        local = run_session(open_session(graphs.files["vit_low"]), batch, layers=True)
+        expected = float(calibration.score(local)[0])
+        try:
+            with GrpcClient(self.grpc_url) as client:
+                # A threshold, as the systems that are measured will ask.
+                (answer,) = client.infer_tensor(batch, threshold=float(NEVER))
+        except ClientError as error:
+            if "may only lower" not in str(error):
+                raise
+            raise PerfError(
+                f"the router at {self.grpc_url} lets requests only lower the threshold, and "
+                "measuring needs others too; serve a repository assembled with "
+                "--client-parameters any"
+            ) from None
+        score = answer.score
         if not abs(score - expected) <= SAME_SCORE * max(1.0, abs(expected)):  # nor where it is NaN
             served_score, local_score = score_texts([score, expected])
             raise PerfError(
                 f"the router at {self.grpc_url} scores an image {served_score}, the local artifact "
                 f"{local_score}; give the --calibration it was assembled with"
             )
-
-    def _ask(
-        self,
-        model: str,
-        batch: NDArray[np.float32],
-        outputs: list[str],
-        parameters: Mapping[str, float] | None = None,
-    ) -> dict[str, NDArray[np.float32]]:
-        tensor = triton.InferInput("image", list(batch.shape), "FP32")
-        tensor.set_data_from_numpy(batch)
-        wanted = [triton.InferRequestedOutput(name) for name in outputs]
-        try:
-            result = self.client.infer(
-                model, [tensor], outputs=wanted, parameters=dict(parameters or {})
-            )
-        except InferenceServerException as error:
-            if "may only lower" in str(error.message()):
-                raise PerfError(
-                    f"the router at {self.grpc_url} lets requests only lower the threshold, and "
-                    "measuring needs others too; serve a repository assembled with "
-                    "--client-parameters any"
-                ) from None
-            raise PerfError(
-                f"{model} at {self.grpc_url} does not take the local rungs' images: "
-                f"{' '.join(str(error.message()).split())}"
-            ) from None
-        return {name: result.as_numpy(name) for name in outputs}
-
-
-def cosine(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
-    """Of two embeddings, each FP32 (D,)."""
-    first, second = one.astype(np.float64), other.astype(np.float64)
-    return float(first @ second / (np.linalg.norm(first) * np.linalg.norm(second)))
