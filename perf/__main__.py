@@ -147,12 +147,10 @@ def compare(
     after: Annotated[Path, typer.Argument(help="summary.json of another.")],
 ) -> None:
     """Say what changed between two runs beyond their noise."""
-    from .comparable import warnings
-    from .compare import compare as compare_summaries
-    from .compare import load_summary, render
+    from . import compare as runs
 
-    first, second = load_summary(before), load_summary(after)
-    for part in render(compare_summaries(first, second), warnings(first, second)):
+    first, second = runs.load_summary(before), runs.load_summary(after)
+    for part in runs.render(runs.compare(first, second), runs.warnings(first, second)):
         Console().print(part)
 
 

@@ -54,10 +54,6 @@ class MemoryUse:
     gpu_mib: float | None
     weights_mib: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
-        return asdict(self)
-
 
 def serving(repository: Path, models: Sequence[str]) -> TritonServer:
     """A server, on free ports and not started yet, of some of a repository's models.
@@ -70,49 +66,6 @@ def serving(repository: Path, models: Sequence[str]) -> TritonServer:
     return TritonServer(
         repository, free_ports=True, models=models, extra_args=explicit, stop_patience_s=0
     )
-
-
-def measure_memory(
-    repository: Path,
-    models: Sequence[str],
-    exercise: Callable[[TritonServer], None],
-    weights: Sequence[Path],
-) -> MemoryUse:
-    """Peak memory of a server with some of a repository's models.
-
-    What loading takes for a moment does not count, what it leaves behind does.
-
-    Args:
-        repository: the model repository.
-        models: which of its models to serve.
-        exercise: sends the server the requests during which it is watched.
-        weights: the ONNX files that these models serve.
-
-    Raises:
-        ServerError: the server does not start.
-        PerfError: its memory cannot be read.
-    """
-    with Nvml() as nvml:
-        used_before_mib = nvml.used_mib()
-        with (
-            serving(repository, models) as server,
-            PeakMemory(server.process_ids, nvml.used_mib) as peak,
-        ):
-            exercise(server)
-    gpu_mib = None
-    if used_before_mib is not None and peak.gpu_mib is not None:
-        gpu_mib = peak.gpu_mib - used_before_mib
-    weights_mib = sum(path.stat().st_size for path in weights) / 2**20
-    return MemoryUse(peak.pss_mib, peak.rss_mib, gpu_mib, weights_mib)
-
-
-@dataclass
-class _Seen:
-    """A process as it was read last, in bytes."""
-
-    size: int
-    pss: int
-    rss: int
 
 
 class PeakMemory:
@@ -136,13 +89,12 @@ class PeakMemory:
             processes: gives the ids of the processes, asked anew every second.
             gpu_mib: gives the device memory in use.
         """
-        self.pss_mib = 0.0
-        self.rss_mib = 0.0
+        self.pss_mib = self.rss_mib = 0.0
         self.gpu_mib: float | None = None
         self.cpu_share = 0.0
         self._processes = processes
         self._read_gpu_mib = gpu_mib
-        self._seen: dict[int, _Seen] = {}
+        self._seen: dict[int, tuple[int, int, int]] = {}  # size, PSS and RSS in bytes by process
         self._refreshed = -REFRESH_S
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -180,7 +132,7 @@ class PeakMemory:
         else:
             for pid, seen in list(self._seen.items()):
                 size = _size(pid)
-                if size is None or abs(size - seen.size) >= _MOVED_BYTES:
+                if size is None or abs(size - seen[0]) >= _MOVED_BYTES:
                     self._read(pid)
         self._note()
 
@@ -195,11 +147,11 @@ class PeakMemory:
         if size is None or rollup is None:
             self._seen.pop(pid, None)
         else:
-            self._seen[pid] = _Seen(size, *rollup)
+            self._seen[pid] = (size, *rollup)
 
     def _note(self) -> None:
-        self.pss_mib = max(self.pss_mib, sum(seen.pss for seen in self._seen.values()) / 2**20)
-        self.rss_mib = max(self.rss_mib, sum(seen.rss for seen in self._seen.values()) / 2**20)
+        self.pss_mib = max(self.pss_mib, sum(pss for _, pss, _ in self._seen.values()) / 2**20)
+        self.rss_mib = max(self.rss_mib, sum(rss for _, _, rss in self._seen.values()) / 2**20)
         gpu_mib = self._read_gpu_mib()
         if gpu_mib is not None:
             self.gpu_mib = max(self.gpu_mib or 0.0, gpu_mib)
@@ -246,34 +198,38 @@ class PeakLoad:
     concurrency: int
 
 
-def peak_memory(system: System, repository: Path, rung_set: GraphSet, load: PeakLoad) -> MemoryUse:
+def peak_memory(system: System, repository: Path, graphs: GraphSet, load: PeakLoad) -> MemoryUse:
     """Serve one system, send the load, and watch.
+
+    What loading takes for a moment does not count, what it leaves behind does.
 
     Args:
         system: one of `MEASURED`.
         repository: the assembled repository with its alternatives.
-        rung_set: the rungs in it.
+        graphs: the rungs in it.
         load: what to send.
 
     Raises:
         ServerError: the server did not start.
         ClientError: it did not answer.
+        PerfError: its memory cannot be read.
     """
     models = CASCADES.get(system.name, (system.model,))
-
-    def exercise(server: TritonServer) -> None:
-        with Target(server.grpc_url, None, server) as target:
-            asker = Asker(target, load.pool, rung_set.classes is not None)
+    served = [graph for name, graph in graphs_by_model(graphs).items() if name in models]
+    # Weights that several graphs share are there once.
+    shared = {g.file.with_name(WEIGHTS) for g in served if g.record.weights_sha256 is not None}
+    weights = sum(file.stat().st_size for file in (*(g.file for g in served), *shared))
+    with Nvml() as nvml:
+        before_mib = nvml.used_mib()
+        with (
+            serving(repository, models) as server,
+            PeakMemory(server.process_ids, nvml.used_mib) as peak,
+            Target(server.grpc_url, None, server) as target,
+        ):
+            asker = Asker(target, load.pool, graphs.classes is not None)
             asker.ask(system, load.rows, Load(in_flight=load.concurrency))
-
-    return measure_memory(repository, models, exercise, _weights(rung_set, models))
-
-
-def _weights(rung_set: GraphSet, models: Sequence[str]) -> list[Path]:
-    """The files that hold these models' weights, one that several share once."""
-    graphs = [graph for name, graph in graphs_by_model(rung_set).items() if name in models]
-    shared = {g.file.with_name(WEIGHTS) for g in graphs if g.record.weights_sha256 is not None}
-    return [*(graph.file for graph in graphs), *sorted(shared)]
+    gpu_mib = None if before_mib is None or peak.gpu_mib is None else peak.gpu_mib - before_mib
+    return MemoryUse(peak.pss_mib, peak.rss_mib, gpu_mib, weights / 2**20)
 
 
 def memory_figures(peaks: Mapping[str, Sequence[MemoryUse]]) -> dict[str, Any]:
@@ -282,14 +238,13 @@ def memory_figures(peaks: Mapping[str, Sequence[MemoryUse]]) -> dict[str, Any]:
     Args:
         peaks: for each system one entry per run; the runs of one turn belong together.
     """
-    memory = {}
+    memory: dict[str, dict[str, float | None]] = {}
     for name, uses in peaks.items():
-        entries = [use.to_dict() for use in uses]
+        entries = [asdict(use) for use in uses]
         memory[name] = {
             field: None if entries[0][field] is None else median(e[field] for e in entries)
             for field in entries[0]
         }
     turns = zip(*(peaks[name] for name in (ADAPTIVE, LOW, HIGH)), strict=True)
-    pss_mib = [[use.to_dict()["peak_pss_mib"] for use in turn] for turn in turns]
-    ratios = [adaptive / (low + high) for adaptive, low, high in pss_mib]
+    ratios = [a.peak_pss_mib / (low.peak_pss_mib + high.peak_pss_mib) for a, low, high in turns]
     return {"memory": memory, "peak_memory_ratio": Spread.of(ratios).to_dict()}

@@ -1,33 +1,32 @@
 """Memory of real servers, each with the models of one system."""
 
-import numpy as np
 import pytest
-import tritonclient.grpc as triton
+from rich.console import Console
 
+from bundle.graphs import GraphSet
 from perf import original
-from perf.memory import measure_memory
+from perf.images import Pool
+from perf.memory import PeakLoad, peak_memory, serving
 from perf.systems import ADAPTIVE, HIGH, LOW
+from perf.target import Target
+from report.terminal import Bars
 
 pytestmark = pytest.mark.alone
 REQUESTS = 5
 
 
-def test_a_server_of_one_rung_serves_that_rung_only(build, images):
-    served = []
+def test_a_server_of_one_rung_serves_that_rung_only(build):
+    repository = build / "model_repository"
+    with serving(repository, ["vit_low"]) as server, Target(server.grpc_url, None, server) as found:
+        assert found.models == {"vit_low"}
 
-    def exercise(server):
-        with triton.InferenceServerClient(server.grpc_url) as client:
-            index = client.get_model_repository_index()
-            served.extend(model.name for model in index.models if model.state == "READY")
-            image = triton.InferInput("image", [1, *images.shape[1:]], "FP32")
-            for row in images[:REQUESTS]:
-                image.set_data_from_numpy(row[np.newaxis])
-                client.infer("vit_low", [image])
 
-    weights = build / "onnx/px32.onnx"
-    use = measure_memory(build / "model_repository", ["vit_low"], exercise, [weights])
-    assert served == ["vit_low"]
-    assert use.weights_mib == pytest.approx(weights.stat().st_size / 2**20)
+def test_the_memory_of_a_rung_is_its_servers(build, crops, images):
+    graphs, pool = GraphSet.load(build / "onnx"), Pool("", crops, list(images), [], ())
+    load = PeakLoad(pool, range(REQUESTS), concurrency=1)
+    use = peak_memory(original.SYSTEMS[0], build / "model_repository", graphs, load)
+    files = [graphs.files["vit_low"], build / "onnx/weights.bin"]
+    assert use.weights_mib == pytest.approx(sum(file.stat().st_size for file in files) / 2**20)
     # The weights are in it, the tritonserver and the model's Python as well, and nothing huge.
     assert use.weights_mib + 20 < use.peak_pss_mib <= use.peak_rss_mib < 2000
 
@@ -35,8 +34,7 @@ def test_a_server_of_one_rung_serves_that_rung_only(build, images):
 def test_the_three_tables_are_measured_together(build, monkeypatch):
     monkeypatch.setattr(original, "FORWARD_RUNS", 5)
     monkeypatch.setattr(original, "FORWARD_WARMUP", 2)
-    stages = []
-    result = original.measure_original(build, 10, lambda title, total: stages.append(title))
+    result = original.measure_original(build, 10, Bars(Console(quiet=True)))
     assert result["forward_ms"]["vit_low"] < result["forward_ms"]["vit_high"]
     latency = {name: spread["median"] for name, spread in result["latency_ms"].items()}
     assert set(latency) == {LOW, HIGH, ADAPTIVE} and latency[LOW] < latency[HIGH]
@@ -49,5 +47,3 @@ def test_the_three_tables_are_measured_together(build, monkeypatch):
     assert weights[ADAPTIVE] == pytest.approx(weights[LOW] + weights[HIGH] - shared_mib)
     assert 0 <= result["escalation_rate"] <= 1
     assert result["environment"]["triton_version"].startswith("2.")
-    assert stages.count("the three systems in turn") in (30, 60)  # measured twice if disturbed
-    assert stages.count("peak memory") == 3

@@ -5,10 +5,10 @@ from math import comb
 import pytest
 from rich.console import Console
 
-from perf.comparable import DISTURBED, warnings
 from perf.compare import (
     CHANGED,
     DIFFERS,
+    DISTURBED,
     EQUAL,
     ONLY_AFTER,
     ONLY_BEFORE,
@@ -17,6 +17,7 @@ from perf.compare import (
     compare,
     load_summary,
     render,
+    warnings,
 )
 from perf.figures import PerfError
 from tests.unit.perf_summary import around, sample_summary, spread

@@ -10,7 +10,7 @@ import pytest
 
 from perf import memory
 from perf.figures import PerfError
-from perf.memory import MemoryUse, PeakMemory, read_rollup
+from perf.memory import PeakMemory, read_rollup
 
 # Does on command: hold so many MiB, let go of them, end.
 HOLDER = """
@@ -146,12 +146,3 @@ def test_the_largest_device_memory_is_kept():
     with PeakMemory(lambda: [os.getpid()], lambda: next(readings, 300.0)) as peak:
         time.sleep(0.2)
     assert peak.gpu_mib == 700.0
-
-
-def test_a_memory_use_is_an_entry_of_the_summary():
-    assert MemoryUse(1.0, 2.0, None, 3.0).to_dict() == {
-        "peak_pss_mib": 1.0,
-        "peak_rss_mib": 2.0,
-        "gpu_mib": None,
-        "weights_mib": 3.0,
-    }

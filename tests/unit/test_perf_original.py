@@ -1,7 +1,7 @@
 """The research script's tables: figures on hand-made costs, and refusals before a server starts."""
 
-import io
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +11,13 @@ from bundle import config, manifest
 from bundle.graphs import GraphsError, GraphSet
 from perf import original
 from perf.figures import PerfError, Spread
-from perf.original_table import SOURCE, original_rows, original_table
+from perf.original import SOURCE, original_rows
 from perf.systems import ADAPTIVE, HIGH, LOW
+from report.terminal import Bars
 from tests.unit.onnx_files import write_rung_set
 from tests.unit.perf_workplace import write_repository, write_rungs
+
+BARS = Bars(Console(quiet=True))
 
 
 class StoppedError(Exception):
@@ -65,39 +68,26 @@ def test_our_figures_stand_beside_the_sources():
     assert rows["cascade bound"] == ["2.31x", "2.64x"]
 
 
-def test_the_table_names_the_machine_and_what_to_keep_in_mind():
-    written = io.StringIO()
-    Console(file=written, width=120).print(original_table(RESULT))
-    for words in ("static-vit, 2000 sample crops, seed 32", "2 cores of Some", "source", "a note"):
-        assert words in written.getvalue()
-
-
 def test_ratios_that_cannot_be_true_are_not_shown():
     disturbed = RESULT | {"disturbed": True, "doubts": ["a reason"]}
     rows = {title: figures for title, *figures in original_rows(disturbed)}
     assert rows["speed-up over static high"] == rows["cascade bound"][:1] + ["3.3x"]
     assert rows["average latency, static high / low"][0] == "not believed"
     assert rows["cascade bound"][0] == "not believed" and rows["escalated"][0] == "10.0%"
-    written = io.StringIO()
-    Console(file=written, width=120).print(original_table(disturbed))
-    assert "too busy for a figure: a reason" in written.getvalue()
 
 
 def test_a_forward_pass_is_timed_for_both_rungs(tmp_path, monkeypatch):
     monkeypatch.setattr(original, "FORWARD_RUNS", 3)
     monkeypatch.setattr(original, "FORWARD_WARMUP", 1)
-    steps = []
-    rung_set = GraphSet.load(write_rung_set(tmp_path))
-    found = original.measure_forward(rung_set, lambda title, total: steps.append(total))
+    found = original.measure_forward(GraphSet.load(write_rung_set(tmp_path)), BARS)
     assert set(found) == {"vit_low", "vit_high"} and min(found.values()) > 0
-    assert steps == [4] * 4
 
 
 def test_what_is_missing_is_said_before_a_server_starts(tmp_path):
     with pytest.raises(GraphsError, match="export rungs"):
-        original.measure_original(tmp_path, 10, print)
+        original.measure_original(tmp_path, 10, BARS)
     with pytest.raises(PerfError, match="at least 5"):
-        original.measure_original(tmp_path, 4, print)
+        original.measure_original(tmp_path, 4, BARS)
 
 
 def test_what_is_measured_is_a_copy_whose_router_compares_nothing_at_its_start(
@@ -109,35 +99,37 @@ def test_what_is_measured_is_a_copy_whose_router_compares_nothing_at_its_start(
     calibration = SimpleNamespace(check_rungs=lambda files: None, threshold=1.0)
     monkeypatch.setattr(original.Calibration, "load", lambda file: calibration)
     monkeypatch.setattr(original, "measure_forward", lambda *arguments: {})
-    monkeypatch.setattr(original, "_read", lambda *arguments: [])
+    monkeypatch.setattr(original, "read_pool", lambda *arguments: [])
     monkeypatch.setattr(original, "environment", lambda *arguments: {})
     seen = []
 
-    def serve(served, *arguments):
+    def serve(*arguments):
+        (served,) = (argument for argument in arguments if isinstance(argument, Path))
         manifest.verify(served)
         seen.append(config.read(served / "router/config.pbtxt"))
         raise StoppedError
 
-    for stage in ("_latencies", "_memory"):
-        monkeypatch.setattr(original, "_latencies", lambda *arguments: (None, [], "2.51.0"))
+    for stage in ("measure_in_turn", "peak_memory"):
+        monkeypatch.setattr(original, "measure_in_turn", lambda *arguments: (None, "2.51.0"))
         monkeypatch.setattr(original, stage, serve)
         with pytest.raises(StoppedError):
-            original.measure_original(tmp_path, 10, print)
+            original.measure_original(tmp_path, 10, BARS)
     assert len(seen) == 2
     assert [config.parameter(router, "reference_check") for router in seen] == ["off", "off"]
     assert (repository / "router/config.pbtxt").read_text() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model_repository", "onnx"]
 
 
-def test_the_result_is_kept_and_shown(tmp_path, monkeypatch, capsys):
-    def measured(build, images, on_progress):
-        on_progress("a stage", 2)
-        on_progress("a stage", 2)
-        return {**RESULT, "images": {"source": "crops", "count": images}}
+@pytest.mark.parametrize("doubts", [[], ["a reason"]])
+def test_the_result_is_kept_and_shown(tmp_path, monkeypatch, capsys, doubts):
+    def measured(build, images, bars):
+        return {**RESULT, "images": {"source": "crops", "count": images}, "doubts": doubts}
 
     monkeypatch.setattr(original, "measure_original", measured)
     original.run_original(tmp_path, tmp_path / "new" / "original.json", 7)
     kept = json.loads((tmp_path / "new" / "original.json").read_text())
     assert kept["kind"] == "original" and kept["images"]["count"] == 7
-    shown = capsys.readouterr()
-    assert "7 crops" in shown.out and "a stage" in shown.err and "2/2" in shown.err
+    shown = capsys.readouterr().out
+    for words in ("static-vit, 7 crops", "2 cores of Some", "source", "a note"):
+        assert words in shown
+    assert ("too busy for a figure: a reason" in shown) == bool(doubts)
