@@ -20,8 +20,7 @@ from bundle.versions import VersionError, Versions
 
 from .access import Access
 from .admin_key import AdminKey
-from .answers import check_answers
-from .check import check
+from .check import check, check_answers
 from .errors import ServerError, ServerStartError, ServerUsageError
 from .launcher import TritonServer
 from .ports import Ports

@@ -2,6 +2,11 @@
 
 import json
 import signal
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -257,9 +262,60 @@ def test_what_it_cannot_look_at_is_said(shown, capsys):
     assert check(capsys)[:2] == (1, "not ready: router")
 
 
+def test_a_server_behind_a_tunnel_is_elsewhere(shown, capsys):
+    """What listens here is the tunnel's end, with no model's process below it."""
+    shown.processes = []
+    code, line, err = check(capsys)
+    assert (code, err) == (0, "") and line.startswith("5 models ready, answered in ")
+    assert line.endswith("; not looked at: its processes, which are not on this machine")
+    assert json.loads(check(capsys, "--json")[1])["processes"] is None
+
+
 def test_an_interrupted_look_says_nothing(shown, capsys):
     def interrupted(model):
         raise KeyboardInterrupt
 
     shown.ask = interrupted
     assert check(capsys) == (130, "", "")
+
+
+# --- the container's health check ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "code", "said"),
+    [
+        (200, b"{}", 0, ""),
+        (503, b'{"error":"in ensemble \'adaptive_vit\', Exceeds maximum queue size"}', 0, ""),
+        (503, b'{"error":"Stub process \'router_0_0\' is not healthy."}', 1, "HTTP Error 503"),
+        (None, b"", 1, "Connection refused"),
+    ],
+)
+def test_the_containers_health_check_takes_a_full_queue_for_busy_and_not_for_dead(
+    status, body, code, said
+):
+    asked = []
+
+    class Triton(BaseHTTPRequestHandler):
+        def do_POST(self):  # noqa: N802
+            asked.append((self.path, self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *words):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Triton) as server:
+        url = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        if status is None:
+            server.shutdown()
+            server.server_close()
+        file = Path(__file__).resolve().parents[2] / "deploy/healthcheck.py"
+        done = subprocess.run([sys.executable, file, url], capture_output=True, text=True)
+        server.shutdown()
+    assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr
+    if status is not None:
+        ((path, sent),) = asked
+        assert path == "/v2/models/adaptive_vit/infer" and PROBE_ID.encode() in sent

@@ -202,6 +202,24 @@ def test_a_pause_of_the_whole_machine_voids_a_look(duty: Duty):
     assert duty.look() == "" and duty.warnings == []
 
 
+def test_what_a_void_look_has_seen_is_told_by_the_one_that_counts(duty: Duty):
+    """The memory has it by then, so the look after it would not say it again."""
+    duty.server.absent = {"vit_high": "UNAVAILABLE (unloaded)"}
+    duty.reply(None)
+    pauses = [1.5]
+
+    def paused(seconds: float) -> None:
+        if pauses:
+            duty.clock.now += pauses.pop()
+            duty.reply(Reply())
+
+    duty.clock.each = paused
+    assert duty.look() == "" and pauses == []
+    assert duty.warnings == [
+        "vit_high is not served any more (UNAVAILABLE (unloaded)); watching the others"
+    ]
+
+
 def test_a_machine_that_stands_still_all_the_time_is_judged_all_the_same(duty: Duty):
     duty.reply(None)
     duty.clock.each = lambda seconds: setattr(duty.clock, "now", duty.clock.now + 2)
