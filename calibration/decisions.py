@@ -19,9 +19,6 @@ from .splits import Rows
 FloatVector = NDArray[np.float64]
 BoolVector = NDArray[np.bool_]
 
-BINS = 10
-_IMAGES_PER_BIN = 10  # fewer, and the mean of a bin says more about chance than about the score
-
 
 @dataclass(frozen=True)
 class Decisions:
@@ -162,30 +159,3 @@ def curve_case(decisions: Decisions) -> str:
     if decisions.base_risk == 0 and decisions.high_loss is None:
         return "no_loss"
     return {1.0: "all", 0.0: "none"}.get(decisions.escalation, "some")
-
-
-def unit_bins(scores: FloatVector, oracle: FloatVector) -> list[dict[str, float]]:
-    """Images of neighbouring scores, in bins of equal count.
-
-    Args:
-        scores: predicted changes of n images, (n,).
-        oracle: their measured changes, (n,).
-
-    Returns:
-        For each of `BINS` bins, or of fewer where there are few images, from the lowest score on:
-        the number of `images`, their mean `score`, their mean `oracle`, and the `half_width` of
-        the normal 95 % interval of that mean.
-    """
-    count = min(BINS, max(1, len(scores) // _IMAGES_PER_BIN))
-    bins = []
-    for rows in np.array_split(np.argsort(scores, kind="stable"), count):
-        spread = oracle[rows].std(ddof=1) if len(rows) > 1 else 0.0
-        bins.append(
-            {
-                "images": len(rows),
-                "score": float(scores[rows].mean()),
-                "oracle": float(oracle[rows].mean()),
-                "half_width": 1.96 * float(spread) / len(rows) ** 0.5,
-            }
-        )
-    return bins

@@ -17,7 +17,7 @@ from routing.reference import reference_words
 from . import metrics
 from .analyse import analyse
 from .cards import Cards
-from .decisions import Decisions, curve_case, risk_case, unit_bins
+from .decisions import Decisions, curve_case, risk_case
 from .fidelity import Fidelity, oracle_cosine, oracle_l2
 from .images import ImageSource
 from .outputs import Outputs
@@ -78,7 +78,6 @@ def fit_data(
         "curves": _curves(test),
         "scatter": {"score": test.scores, "oracle": test.oracle, "loss": test.loss},
         "threshold_at": threshold,
-        "bins": unit_bins(test.scores, test.oracle),
         "cells": _cells(
             calibration,
             record,

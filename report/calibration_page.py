@@ -13,14 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .figures import GREY, INK, OTHERS, Axis, Rule, Series, chart, histogram, intervals, near
+from .figures import GREY, INK, OTHERS, Axis, Rule, Series, chart, histogram, near
 from .page import HIGH_COLOUR, LOW_COLOUR, RED, render
 from .words import setting
 
 MAX_POINTS = 2000  # of a scatter: more make the page heavy and the eye no wiser
 REFERENCES = ("random", "oracle")  # what signals are held against
-_AUROC = "AUROC: probability that an image with a loss has the larger value"
-_SPEARMAN = "Spearman: rank correlation with the oracle L2"
 _CURVES: dict[str, dict[str, Any]] = {
     "chosen": {"colour": INK, "line": "-", "width": 2.4},
     "random": {"colour": GREY, "line": "--"},
@@ -64,9 +62,7 @@ def _fit_figures(fit: Mapping[str, Any]) -> dict[str, str]:
     rules = [Rule(threshold, "threshold: escalate right of it")] if threshold is not None else []
     return {
         "curve": _curve(fit),
-        "signals": _signals(fit),
         "scatter": _scatter(fit["scatter"], rules),
-        "units": _units(fit["bins"]),
     }
 
 
@@ -92,16 +88,6 @@ def _curve(fit: Mapping[str, Any]) -> str:
     )
 
 
-def _signals(fit: Mapping[str, Any]) -> str:
-    """How well each signal ranks losses, or where none can, the size of the change."""
-    table = fit["metrics"]["signals"]
-    key, chance, label = "auroc", 0.5, _AUROC
-    if table["oracle"]["auroc"] is None:
-        key, chance, label = "spearman", 0.0, _SPEARMAN
-    rows = [(name, table[name][key], table[name][f"{key}_interval"]) for name in fit["signals"]]
-    return intervals(rows, label, chance, fit["signal"], REFERENCES)
-
-
 def _scatter(scatter: Mapping[str, Any], rules: Sequence[Rule]) -> str:
     """Predicted against measured change, losses in colour, the threshold as a line."""
     rows = thinned(len(scatter["score"]))
@@ -121,19 +107,6 @@ def _scatter(scatter: Mapping[str, Any], rules: Sequence[Rule]) -> str:
         near(rules, scatter["score"].tolist()),
         size=(5.6, 3.8),
     )
-
-
-def _units(bins: Sequence[Mapping[str, float]]) -> str:
-    """Mean measured against mean predicted change, bin by bin, with the diagonal."""
-    x, y = [b["score"] for b in bins], [b["oracle"] for b in bins]
-    ends = [(b["oracle"] - b["half_width"], b["oracle"] + b["half_width"]) for b in bins]
-    corners = [min(*x, *(low for low, _ in ends)), max(*x, *(high for _, high in ends))]
-    series = [
-        Series("predicted = measured", corners, corners, GREY, line="--"),
-        Series("mean of a bin, 95 % interval", x, y, INK, "o", y_spread=ends),
-    ]
-    labels = ("mean score of the bin", "mean oracle L2 of the bin")
-    return chart(series, Axis(labels[0]), Axis(labels[1]), size=(5.6, 3.8))
 
 
 def _analysis_figures(analysis: Mapping[str, Any]) -> dict[str, str]:

@@ -260,38 +260,6 @@ def _shade(axes: Axes, points: Sequence[tuple[float, float]], name: str) -> None
     )
 
 
-def intervals(
-    rows: Sequence[tuple[str, float | None, Sequence[float] | None]],
-    label: str,
-    chance: float,
-    chosen: str = "",
-    references: Sequence[str] = (),
-) -> str:
-    """Values with their intervals, one above the other.
-
-    Args:
-        rows: name, value and interval, from top to bottom; None where they are not defined.
-        label: of the axis.
-        chance: value of what knows nothing, a dashed line.
-        chosen: the row that stands out.
-        references: the rows that are there to compare with.
-    """
-    figure, axes = _figure(_USUAL_WIDTH, 0.9 + 0.3 * len(rows))
-    axes.axvline(chance, color=GREY, linestyle="--", linewidth=1)
-    for height, (name, value, ends) in enumerate(rows):
-        colour = HIGH_COLOUR if name == chosen else GREY if name in references else INK
-        if ends is not None:
-            axes.plot(ends, [height, height], color=colour, linewidth=1.5)
-        if value is not None:
-            axes.plot(value, height, "o", color=colour, markersize=6)
-    axes.set_yticks(range(len(rows)), [name for name, *_ in rows])
-    for tick, (name, *_) in zip(axes.get_yticklabels(), rows, strict=True):
-        tick.set_fontweight("bold" if name == chosen else "normal")
-    axes.set(xlabel=label, ylim=(len(rows) - 0.5, -0.5))
-    axes.grid(axis="x", color="#eeeeee")
-    return _svg(figure)
-
-
 def histogram(
     groups: Mapping[str, Sequence[float]],
     label: str,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibration.decisions import Decisions, curve_case, risk_case, unit_bins
+from calibration.decisions import Decisions, curve_case, risk_case
 from calibration.page_data import fit_data
 from calibration.record import FitRecord
 from tests.unit.fakes import make_calibration
@@ -56,21 +56,6 @@ def test_the_chosen_signal_is_ranked_by_the_scores_that_decide(tmp_path):
     assert decisions.values["margin"].tolist() == [0.3, 0.1]
     assert decisions.escalated.tolist() == [True, False]
     np.testing.assert_allclose(decisions.oracle, [3, 1], rtol=1e-5)
-
-
-def test_bins_hold_neighbouring_scores_in_equal_count():
-    rng = np.random.default_rng(0)
-    scores = rng.permutation(200).astype(float)
-    bins = unit_bins(scores, 2 * scores)
-    assert [b["images"] for b in bins] == [20] * 10
-    assert [b["score"] for b in bins] == [9.5 + 20 * i for i in range(10)]
-    assert [b["oracle"] for b in bins] == [19.0 + 40 * i for i in range(10)]
-    assert bins[0]["half_width"] == pytest.approx(
-        1.96 * np.std(2 * np.arange(20), ddof=1) / 20**0.5
-    )
-    assert unit_bins(np.array([3.0]), np.array([5.0])) == [
-        {"images": 1, "score": 3.0, "oracle": 5.0, "half_width": 0.0}
-    ]
 
 
 @pytest.mark.parametrize(

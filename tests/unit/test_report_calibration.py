@@ -34,7 +34,7 @@ def page(tmp_path_factory):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Pages without figures, which take most of their time."""
-    keys = ("curve", "signals", "scatter", "units", "l2", "cosine", "tenths")
+    keys = ("curve", "scatter", "l2", "cosine", "tenths")
     for name in ("_fit_figures", "_analysis_figures"):
         monkeypatch.setattr(calibration_page, name, lambda _: dict.fromkeys(keys, "data:image/x"))
 
@@ -256,7 +256,6 @@ def test_captions_hold_their_numbers(tmp_path, page):
     assert "was chosen by cross-validation" in page.text
     named = write(tmp_path, chosen_by={"signal": "cls_path"}, n=200, test=range(150, 200))
     assert "cls_path was named by the user" in named.text
-    assert "5 bins of equal count" in named.text
     nothing = make_metrics(NAMES, auroc=None, interval=None)
     told = write(tmp_path, metrics=nothing, loss=[], threshold=None, certificate=None)
     assert "which the test split does not have" in told.text

@@ -69,12 +69,6 @@ def test_a_rule_far_from_every_value_is_left_out():
     assert "near" in written and "far" not in written and "crops" in written
 
 
-def test_intervals_show_what_is_undefined_as_an_empty_row():
-    rows = [("margin", 0.8, (0.7, 0.9)), ("random", None, None)]
-    written = texts(figures.intervals(rows, "AUROC", 0.5, "margin", ["random"]))
-    assert [name for name in written if name in ("margin", "random")] == ["margin", "random"]
-
-
 def test_bars_name_each_part_once_and_write_what_fits():
     rows = {"kept": {"queue": 0.1, "cheap": 5.0}, "all": {"cheap": 5.0, "full": -1.0}}
     written = texts(figures.bars(rows, [5.1, 4.0], {"cheap": "#123456"}, "ms"))
