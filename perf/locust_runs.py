@@ -12,21 +12,14 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .figures import PerfError
-from .load.objective import Slo
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCUSTFILE = ROOT / "perf/locustfile.py"
-USERS = {
-    ("grpc", "closed"): "GrpcUser",
-    ("http", "closed"): "HttpUser",
-    ("grpc", "open"): "GrpcOpenUser",
-    ("http", "open"): "HttpOpenUser",
-}
 LONGEST_EXTRA_S = 90.0  # to read the images, and to wait for the last answers
 _TOTAL = "Aggregated"  # Locust's name for the row over all names
 _ERROR = re.compile(r"/(?:ERROR|CRITICAL)/[^:]*: (.*)|: error: (.*)")
@@ -43,7 +36,6 @@ def run_locust(
     users: int,
     seconds: int,
     rate: float | None = None,
-    slo_p95_ms: float | None = None,
     on_second: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Run Locust and read its figures.
@@ -58,11 +50,10 @@ def run_locust(
         users: how many; of a shape, the most.
         seconds: how long.
         rate: requests per second of each open user.
-        slo_p95_ms: limit to judge the 95th percentile by. No request may fail, either.
         on_second: called about once a second, to show progress.
 
     Returns:
-        One entry of `locust` in summary.json. Failed requests and a missed limit are in it.
+        One entry of `locust` in summary.json. Failed requests are in it.
 
     Raises:
         PerfError: Locust failed, with its own line, or sent no request.
@@ -75,8 +66,7 @@ def run_locust(
     command += ["--users", str(users), "--spawn-rate", str(users), "--run-time", f"{seconds}s"]
     command += ["--csv", str(prefix), "--csv-full-history", "--html", f"{prefix}.html"]
     command += ["--rate", str(rate)] if rate is not None else []
-    command += ["--slo-p95-ms", str(slo_p95_ms)] if slo_p95_ms is not None else []
-    command.append(USERS[protocol, user])
+    command.append(f"{protocol.title()}{'Open' if user == 'open' else ''}User")
     log, stats = Path(f"{prefix}.log"), Path(f"{prefix}_stats.csv")
     stats.unlink(missing_ok=True)  # an earlier run's
     code = _call(command, log, seconds + LONGEST_EXTRA_S, on_second)
@@ -87,7 +77,7 @@ def run_locust(
     if code not in (0, 1) or not figures or not figures["requests"]:
         raise PerfError(f"Locust: {own_line(log.read_text(errors='replace'), code)}")
     entry = {"protocol": protocol, "user": user, "shape": shape, "users": users}
-    return entry | {"seconds": float(seconds)} | figures | {"slo": _slo(slo_p95_ms, figures)}
+    return entry | {"seconds": float(seconds)} | figures
 
 
 def _call(
@@ -137,7 +127,10 @@ def read_stats(path: Path) -> dict[str, Any]:
             "requests": requests,
             "failures": failures,
             "throughput_per_s": answered_share * float(total["Requests/s"]),
-            "latency_ms": {f"p{part}": _percentile(total, part) for part in (50, 95, 99)},
+            "latency_ms": {
+                f"p{part}": None if (text := total[f"{part}%"]) == "N/A" else float(text)
+                for part in (50, 95, 99)
+            },
             "paths": {
                 name: int(rows[name]["Request Count"]) if name in rows else 0
                 for name in ("low", "high")
@@ -145,20 +138,6 @@ def read_stats(path: Path) -> dict[str, Any]:
         }
     except (OSError, KeyError, TypeError, ValueError):
         raise PerfError(f"{path} holds no figures of a Locust run") from None
-
-
-def _percentile(row: Mapping[str, str], part: int) -> float | None:
-    text = row[f"{part}%"]
-    return None if text == "N/A" else float(text)
-
-
-def _slo(p95_ms: float | None, figures: Mapping[str, Any]) -> dict[str, Any] | None:
-    if p95_ms is None:
-        return None
-    missed = Slo(p95_ms).missed(
-        figures["requests"], figures["failures"], figures["latency_ms"]["p95"]
-    )
-    return {"p95_ms": p95_ms, "met": missed is None}
 
 
 def own_line(log: str, code: int) -> str:

@@ -26,8 +26,7 @@ from calibration.images import ImagesError
 from client import ClientError, GrpcClient, HttpClient
 
 from ..figures import PerfError
-from .hub import blocks_hub
-from .objective import Settings, Slo, arrivals, image_round
+from .objective import Settings, arrivals, blocks_hub, image_round
 
 CLIENTS = {"grpc": GrpcClient, "http": HttpClient}
 MAX_OUTSTANDING = 200  # of one open user: seconds of work for any server that keeps up
@@ -274,9 +273,8 @@ def finish(environment: Environment, **_: Any) -> None:
     if gave_up(environment):
         return
     settings, total = Settings.of(environment.parsed_options), environment.stats.total
-    slo = Slo(settings.slo_p95_ms, settings.slo_failures)
     p95_ms = total.get_response_time_percentile(0.95)
-    missed = slo.missed(total.num_requests, total.num_failures, p95_ms)
+    missed = settings.missed(total.num_requests, total.num_failures, p95_ms)
     if missed:
         logger.error("%s", missed)
         environment.process_exit_code = EXIT_MISSED

@@ -61,10 +61,8 @@ def rows(path):
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
 def test_four_users_have_four_requests_in_flight(server, folder, tmp_path, protocol):
     url = server.grpc_url if protocol == "grpc" else server.http_url
-    entry = run_locust(
-        url, str(folder), tmp_path, protocol=protocol, users=4, seconds=3, slo_p95_ms=60_000
-    )
-    assert entry["failures"] == 0 and entry["slo"] == {"p95_ms": 60_000, "met": True}
+    entry = run_locust(url, str(folder), tmp_path, protocol=protocol, users=4, seconds=3)
+    assert entry["failures"] == 0
     assert entry["requests"] > IMAGES
     assert entry["paths"]["low"] > 0 and entry["paths"]["high"] > 0
     assert sum(entry["paths"].values()) == entry["requests"]
@@ -83,7 +81,6 @@ def test_every_image_is_sent_equally_often(server, crops, folder, tmp_path):
     entry = run_locust(server.grpc_url, str(folder), tmp_path, protocol="grpc", users=2, seconds=2)
     rounds = entry["requests"] / IMAGES
     assert math.floor(rounds) * high <= entry["paths"]["high"] <= math.ceil(rounds) * high
-    assert entry["slo"] is None
 
 
 def test_without_gevent_the_run_ends_at_once_and_says_why(server, folder, tmp_path):

@@ -13,8 +13,14 @@ import pytest
 from scipy.stats import kstest
 
 from perf.figures import PerfError
-from perf.load.hub import blocks_hub, longest_pause_share
-from perf.load.objective import Settings, Slo, add_options, arrivals, image_round
+from perf.load.objective import (
+    Settings,
+    add_options,
+    arrivals,
+    blocks_hub,
+    image_round,
+    longest_pause_share,
+)
 from perf.locust_runs import _call, own_line, read_stats, run_locust
 from tests.unit.image_files import write_images
 
@@ -78,15 +84,21 @@ def test_locusts_own_line_is_found(log, line):
 @pytest.mark.parametrize(
     ("slo", "requests", "failures", "p95_ms", "words"),
     [
-        (Slo(100.0), 100, 0, 100.0, None),
-        (Slo(100.0), 100, 0, 101.0, "p95 is 101 ms, 100 ms allowed"),
-        (Slo(0.0), 100, 0, 9999.0, None),
-        (Slo(0.0), 100, 1, 10.0, "1 of 100 requests failed (1.00%), 0.00% allowed"),
-        (Slo(0.0, failures=0.01), 100, 1, 10.0, None),
-        (Slo(0.0, failures=0.01), 99, 1, 10.0, "1 of 99 requests failed"),
-        (Slo(5.0, failures=0.01), 10, 5, 10.0, "5 of 10 requests failed (50.00%), 1.00% allowed; "),
-        (Slo(0.0, failures=1.0), 10, 10, 10.0, None),
-        (Slo(0.0, failures=1.0), 0, 0, 0.0, "not a single request"),
+        (Settings(slo_p95_ms=100.0), 100, 0, 100.0, None),
+        (Settings(slo_p95_ms=100.0), 100, 0, 101.0, "p95 is 101 ms, 100 ms allowed"),
+        (Settings(), 100, 0, 9999.0, None),
+        (Settings(), 100, 1, 10.0, "1 of 100 requests failed (1.00%), 0.00% allowed"),
+        (Settings(slo_failures=0.01), 100, 1, 10.0, None),
+        (Settings(slo_failures=0.01), 99, 1, 10.0, "1 of 99 requests failed"),
+        (
+            Settings(slo_p95_ms=5.0, slo_failures=0.01),
+            10,
+            5,
+            10.0,
+            "5 of 10 requests failed (50.00%), 1.00% allowed; ",
+        ),
+        (Settings(slo_failures=1.0), 10, 10, 10.0, None),
+        (Settings(slo_failures=1.0), 0, 0, 0.0, "not a single request"),
     ],
 )
 def test_the_objective_is_judged_at_its_limits(slo, requests, failures, p95_ms, words):
