@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,13 +17,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .core import DEFAULT_TIMEOUT_S, BlockingCore
 from .errors import AccessDeniedError, ClientError, NotServedError
-from .files import UsageError, find_images, read_admin_key, read_labels
 from .grpc_clients import DEFAULT_GRPC_URL, GrpcClient
 from .http_client import DEFAULT_HTTP_URL, HttpClient
 from .messages import Task
 from .outcomes import Outcome, Shown, Summary, as_dict, ask, table
 from .retry import DEFAULT_RETRY, Retry
 from .tls import Tls
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+class UsageError(ValueError):
+    """The command line asks for what cannot be. The message is one line."""
 
 
 class Policy(str, Enum):
@@ -97,11 +103,13 @@ def infer(
     if threshold is not None and policy is not Policy.AUTO:
         raise UsageError(f"--threshold has no meaning with --policy {policy.value}")
     files = find_images(paths)
-    names = read_labels(labels) if labels else []
+    names = read_text(labels, "labels").splitlines() if labels else []
+    if labels and not names:
+        raise UsageError(f"{labels} holds no labels; it needs one class name per line")
     options: dict[str, Any] = {
         "retry": Retry(attempts=retries + 1),
         "tls": Tls(tls_ca, tls_cert, tls_key) if tls_ca or tls_cert or tls_key else None,
-        "admin_key": read_admin_key(admin_key_file) if admin_key_file else None,
+        "admin_key": read_text(admin_key_file, "the admin key").strip() if admin_key_file else None,
     }
     question = {"policy": policy.value, "threshold": threshold}
     with (
@@ -122,6 +130,38 @@ def infer(
         print(summary)
     if summary.errors or len(outcomes) < len(files):
         raise typer.Exit(1 if len(outcomes) == len(files) else 130)
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """The images that files, whatever their suffix, and folders, at every depth, stand for.
+
+    Returns:
+        Files in the order of `paths`, sorted within a folder, each once.
+
+    Raises:
+        UsageError: a path does not exist, or a folder holds no image.
+    """
+    found: dict[Path, None] = {}
+    for path in paths:
+        if not path.exists():
+            raise UsageError(f"{path} does not exist")
+        if not path.is_dir():
+            found[path] = None
+            continue
+        inside = [f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file()]
+        if not inside:
+            raise UsageError(f"{path} holds no image ({', '.join(SUFFIXES)})")
+        found.update(dict.fromkeys(sorted(inside)))
+    return list(found)
+
+
+def read_text(path: Path, what: str) -> str:
+    """A text file; UsageError where it cannot be read as UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UsageError(f"cannot read {what} from {path}: {reason}") from None
 
 
 def _look_at_server(client: BlockingCore, labels: list[str]) -> tuple[str, Task]:

@@ -21,7 +21,6 @@ from .messages import (
     TENSOR_ENSEMBLE,
     Prediction,
     Request,
-    Result,
     Task,
     as_batch,
     encode_images,
@@ -161,10 +160,7 @@ class ClientCore(ABC):
         """A model's name, versions, inputs and outputs (each with name, datatype and shape).
 
         Args:
-            model: the model's name; this client's ensemble if not given.
-
-        Raises:
-            ClientError: as in `infer`.
+            model: this client's ensemble if not given. Errors as `infer`.
         """
         found = await self._look_up("metadata", model or self.model)
         for side in ("inputs", "outputs"):  # gRPC's JSON leaves out empty lists, and quotes numbers
@@ -175,21 +171,13 @@ class ClientCore(ABC):
         return found
 
     async def _task(self) -> Task:
-        """What the served model's logits mean.
-
-        Raises:
-            ClientError: as in `infer`.
-        """
+        """What the served model's logits mean; errors as `infer`."""
         config = await self._look_up("config", self.router)
         given = config.get("parameters", {})
         return Task.of({name: value.get("string_value", "") for name, value in given.items()})
 
     async def _server_version(self) -> str:
-        """Triton's version.
-
-        Raises:
-            ClientError: as in `infer`.
-        """
+        """Triton's version; errors as `infer`."""
         return str((await self._look_up("server", ""))["version"])
 
     async def _run(self, request: Request, timeout_s: float | None) -> list[Prediction]:
@@ -233,8 +221,8 @@ class ClientCore(ABC):
             await self._sleep(pause_s)
 
     @abstractmethod
-    async def _send(self, request: Request, left_s: float | None) -> Result:
-        """Ask a model, and hold the answer against the request."""
+    async def _send(self, request: Request, left_s: float | None) -> Any:
+        """Ask a model, and hold the answer against the request; a result of tritonclient's."""
 
     @abstractmethod
     async def _describe(self, what: str, model: str, left_s: float | None) -> dict[str, Any]:

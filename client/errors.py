@@ -125,11 +125,7 @@ def named_request(message: str) -> str | None:
 
 
 def check_url(url: str) -> str:
-    """The address, if it is one.
-
-    Raises:
-        InvalidRequestError: it is not HOST:PORT.
-    """
+    """The address, or InvalidRequestError where it is not HOST:PORT."""
     if not _URL.fullmatch(url):
         raise InvalidRequestError(
             f"the server's address must be HOST:PORT without a scheme, such as 127.0.0.1:8001; "
@@ -139,25 +135,24 @@ def check_url(url: str) -> str:
 
 
 def no_server(url: str) -> UnavailableError:
-    """The error for an address where nothing listens."""
+    """Nothing listens there."""
     return UnavailableError(f"no server answers at {url}; start one with python -m server")
 
 
 def closed_client() -> ClientError:
-    """The error for a request through a client that was closed before."""
+    """A request through a client that was closed before."""
     return InvalidRequestError("this client is closed; make another one")
 
 
 def wrong_protocol(url: str) -> NotServedError:
-    """The error for an address that speaks the other protocol, or none of ours."""
+    """What listens there speaks the other protocol, or none of ours."""
     return NotServedError(
         f"what answers at {url} does not speak this protocol: gRPC and HTTP have ports of their "
         "own (8001 and 8000 by default), and a server may want TLS, or a client certificate with it"
     )
 
 
-def distrusted(url: str, reason: str) -> AccessDeniedError:
-    """The error for a TLS connection that one side gave up."""
+def _distrusted(url: str, reason: str) -> AccessDeniedError:
     known = _OPENSSL.search(reason)
     return AccessDeniedError(
         f"no TLS connection to {url}, check the certificates on both sides: "
@@ -165,8 +160,7 @@ def distrusted(url: str, reason: str) -> AccessDeniedError:
     )
 
 
-def timed_out(url: str, timeout_s: float | None) -> DeadlineError:
-    """The error for a request that was given up on; None where the caller set no time for it."""
+def _timed_out(url: str, timeout_s: float | None) -> DeadlineError:
     if timeout_s is None:
         return DeadlineError(
             f"the server at {url} accepts connections but does not answer; it hangs or is "
@@ -180,42 +174,26 @@ def timed_out(url: str, timeout_s: float | None) -> DeadlineError:
 def translate(
     error: InferenceServerException, url: str, timeout_s: float | None = None
 ) -> ClientError:
-    """Turn tritonclient's exception into ours.
-
-    Args:
-        error: what tritonclient raised.
-        url: the server, for the message.
-        timeout_s: what the caller allowed, in seconds, for the message.
-
-    Returns:
-        The matching error with a one-line message. tritonclient's own refusals, which carry no
-        status, are about the request.
-    """
+    """Ours for tritonclient's exception, with a one-line message; arguments as `server_errors`."""
     status, message = error.status(), error.message() or ""
-    if status is None:
+    if status is None:  # tritonclient's own refusal of a request
         return InvalidRequestError(one_line(message))
+    if status == "StatusCode.UNAVAILABLE":  # gRPC got no connection, or Triton says so
+        if _DISTRUST.search(message):
+            return _distrusted(url, message)
+        if _WRONG_PROTOCOL.search(message):
+            return wrong_protocol(url)
+        if _SILENT.search(message):
+            return _timed_out(url, None)
+        if _NO_SERVER.search(message):
+            return no_server(url)
     kind = _BY_STATUS.get(status, ServerError)
-    if status == "StatusCode.UNAVAILABLE":
-        lost = _without_connection(message, url)
-        if lost is not None:
-            return lost
     kind = next((kind for pattern, kind in _BY_TEXT if pattern.search(message)), kind)
     if kind is DeadlineError:
-        return timed_out(url, timeout_s)
+        return _timed_out(url, timeout_s)
     if kind is OverloadedError:
         return OverloadedError(f"the server at {url} is overloaded: {one_line(message)}")
     return kind(one_line(message))
-
-
-def _without_connection(message: str, url: str) -> ClientError | None:
-    """The error where gRPC got no connection; None where it had one."""
-    if _DISTRUST.search(message):
-        return distrusted(url, message)
-    if _WRONG_PROTOCOL.search(message):
-        return wrong_protocol(url)
-    if _SILENT.search(message):
-        return timed_out(url, None)
-    return no_server(url) if _NO_SERVER.search(message) else None
 
 
 @contextmanager
@@ -234,10 +212,10 @@ def server_errors(url: str, timeout_s: float | None = None) -> Iterator[None]:
     except InferenceServerException as error:
         raise translate(error, url, timeout_s) from None
     except TimeoutError:
-        raise timed_out(url, timeout_s) from None
+        raise _timed_out(url, timeout_s) from None
     except ConnectionRefusedError:
         raise no_server(url) from None
     except ssl.SSLError as error:
-        raise distrusted(url, str(error)) from None
+        raise _distrusted(url, str(error)) from None
     except OSError as error:  # a dropped connection, an unknown host name
         raise UnavailableError(f"the connection to {url} failed: {one_line(str(error))}") from None

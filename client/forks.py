@@ -72,30 +72,6 @@ def notice_fork() -> None:
             )
 
 
-def start_grpc() -> None:
-    """Say that a gRPC channel is about to be opened.
-
-    Raises:
-        ForkedError: gRPC cannot be used in this process.
-    """
-    check_grpc()
-    _grpc.used = True
-
-
-def check_grpc() -> None:
-    """Raise where gRPC would hang.
-
-    Raises:
-        ForkedError: gRPC cannot be used in this process.
-    """
-    notice_fork()
-    if _grpc.unusable is not None:
-        raise ForkedError(
-            f"gRPC cannot be used in this process, which was forked {_grpc.unusable}; start "
-            'processes with multiprocessing\'s "spawn" or "forkserver", or use HttpClient'
-        )
-
-
 @contextmanager
 def grpc_call(left_s: float | None) -> Iterator[float | None]:
     """Around a gRPC call, or what opens or closes a channel: no fork will interrupt it.
@@ -112,9 +88,15 @@ def grpc_call(left_s: float | None) -> Iterator[float | None]:
         ForkedError: gRPC cannot be used in this process.
         TimeoutError: nothing is left.
     """
-    check_grpc()
+    notice_fork()
     state = _grpc
+    if state.unusable is not None:
+        raise ForkedError(
+            f"gRPC cannot be used in this process, which was forked {state.unusable}; start "
+            'processes with multiprocessing\'s "spawn" or "forkserver", or use HttpClient'
+        )
     with state.changed:
+        state.used = True
         if state.forks:
             started = time.monotonic()
             if not state.changed.wait_for(lambda: not state.forks, left_s):
@@ -142,10 +124,6 @@ def _after_in_parent() -> None:
         _grpc.changed.notify_all()
 
 
-def _after_in_child() -> None:
-    _start_anew(_why_unusable(_grpc))
-
-
 def _start_anew(why_unusable: str | None) -> None:
     global _grpc, _process
     _grpc = _Grpc(_grpc.unusable or why_unusable)
@@ -169,5 +147,7 @@ def _why_unusable(parents: _Grpc) -> str | None:
 
 
 os.register_at_fork(
-    before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child
+    before=_before,
+    after_in_parent=_after_in_parent,
+    after_in_child=lambda: _start_anew(_why_unusable(_grpc)),
 )

@@ -20,8 +20,8 @@ from tritonclient.utils import InferenceServerException
 
 from .core import DEFAULT_TIMEOUT_S, BlockingCore, ClientCore
 from .errors import AnswerMismatchError, ClientError, RequestCancelledError, closed_client
-from .forks import forget_after_fork, grpc_call, notice_fork, start_grpc
-from .messages import Prediction, Request, Result, own_answer
+from .forks import forget_after_fork, grpc_call, notice_fork
+from .messages import Prediction, Request, own_answer
 from .stream import in_order
 
 DEFAULT_GRPC_URL = "127.0.0.1:8001"
@@ -74,12 +74,7 @@ class _Line:
 
 
 class _GrpcCore(ClientCore):
-    """What both clients are: one channel for all threads, and every question as a message.
-
-    Args:
-        url: HOST:PORT, without a scheme.
-        options: as in `ClientCore`.
-    """
+    """What both clients are: one channel for all threads, and every question as a message."""
 
     def __init__(self, url: str = DEFAULT_GRPC_URL, **options: Any) -> None:
         super().__init__(url, **options)
@@ -98,7 +93,6 @@ class _GrpcCore(ClientCore):
         self._lines = set()
 
     def _open(self) -> _Line:
-        start_grpc()
         is_local = self.url.rpartition(":")[0] in _LOOPBACK
         arguments = [*CHANNEL_ARGUMENTS, ("grpc.enable_http_proxy", 0 if is_local else 1)]
         if self._tls is None:
@@ -152,7 +146,7 @@ class _GrpcCore(ClientCore):
                 with grpc_call(None):
                     line.close()
 
-    async def _send(self, request: Request, left_s: float | None) -> Result:
+    async def _send(self, request: Request, left_s: float | None) -> Any:
         message = request.message(left_s)
         with (
             self._line_for_a_call(left_s) as (line, still_s),
@@ -160,8 +154,7 @@ class _GrpcCore(ClientCore):
         ):
             answer = await self._call(line.stub.ModelInfer, message, still_s)
             check(answer.id)
-        result: Result = InferResult(answer)
-        return result
+        return InferResult(answer)
 
     async def _describe(self, what: str, model: str, left_s: float | None) -> dict[str, Any]:
         method, question = {
@@ -176,12 +169,7 @@ class _GrpcCore(ClientCore):
 
     @abstractmethod
     async def _call(self, method: Any, message: Any, left_s: float | None) -> Any:
-        """What a method of the stub answers.
-
-        Raises:
-            InferenceServerException: nothing.
-            ValueError: nothing, since its channel was closed before.
-        """
+        """What a method of the stub answers; ValueError where its channel was closed before."""
 
 
 class GrpcClient(BlockingCore, _GrpcCore):
@@ -235,9 +223,6 @@ class AsyncGrpcClient(_GrpcCore):
     ) -> AsyncIterator[Prediction | ClientError]:
         """Ask about any number of encoded images, one image per request.
 
-        An image that gets no answer yields its error and the stream goes on: an image that
-        nobody can decode among a million is no reason to stop. Raise it where it is one.
-
         To leave before the end, use `async with contextlib.aclosing(client.stream(...))`: what
         is in flight is then cancelled on the spot, else once Python drops the generator.
 
@@ -250,7 +235,8 @@ class AsyncGrpcClient(_GrpcCore):
             timeout_s: as in `infer`, for each image from when its request is sent.
 
         Yields:
-            For every image, in their order, its prediction or the error that `infer` would raise.
+            For every image, in their order, its prediction or the error that `infer` would raise,
+            after which the stream goes on.
 
         Raises:
             InvalidRequestError: `concurrency` is less than 1.

@@ -15,24 +15,23 @@ import select
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
 from urllib.parse import quote
 
-import tritonclient.http as http_protocol
+from tritonclient.http import InferenceServerClient, InferResult
 from tritonclient.utils import InferenceServerException
 
 from .core import BlockingCore
 from .errors import InvalidRequestError, RequestCancelledError, closed_client, wrong_protocol
 from .forks import forget_after_fork, notice_fork
-from .messages import Request, Result, own_answer
+from .messages import Request, own_answer
 from .retry import Tries
 
 DEFAULT_HTTP_URL = "127.0.0.1:8000"
 ADMIN_HEADER = "admin-key"
 
-Found = TypeVar("Found")
 _PIECE_BYTES = 1 << 18  # of a body; in one piece 4 MB take twice as long on loopback
 LeftS = Callable[[], float | None]  # seconds until a deadline; raises TimeoutError after it
 
@@ -94,48 +93,43 @@ class HttpClient(BlockingCore):
             connection.forget()
         _forgotten.extend(inherited)
 
-    async def _send(self, request: Request, left_s: float | None) -> Result:
+    async def _send(self, request: Request, left_s: float | None) -> Any:
         asked = request.arguments(left_s)
-        body, json_bytes = http_protocol.InferenceServerClient.generate_request_body(**asked)
+        body, json_bytes = InferenceServerClient.generate_request_body(**asked)
         headers = {"Content-Type": "application/octet-stream"}
         if json_bytes is not None:
             headers["Inference-Header-Content-Length"] = str(json_bytes)
-
-        def read(answer: http.client.HTTPResponse, content: bytes) -> Result:
-            length = answer.headers.get("Inference-Header-Content-Length")
-            with own_answer(asked["request_id"], self.url) as check:
-                _refuse(answer.status, content)
-                result: Any = http_protocol.InferResult.from_response_body(
-                    content, header_length=None if length is None else int(length)
-                )
-                check(result.get_response().get("id"))
-            return cast(Result, result)
-
         version = "" if request.version is None else f"/versions/{request.version}"
         path = f"/v2/models/{quote(request.model, safe='')}{version}/infer"
-        return self._exchange("POST", path, body, headers, left_s, read)
+        with (
+            self._answer("POST", path, body, headers, left_s) as (answer, content),
+            own_answer(asked["request_id"], self.url) as check,
+        ):
+            _refuse(answer.status, content)
+            length = answer.headers.get("Inference-Header-Content-Length")
+            result = InferResult.from_response_body(content, header_length=length and int(length))
+            check(result.get_response().get("id"))
+        return result
 
     async def _describe(self, what: str, model: str, left_s: float | None) -> dict[str, Any]:
-        def read(answer: http.client.HTTPResponse, content: bytes) -> dict[str, Any]:
+        path = f"/v2/models/{quote(model, safe='')}" if model else "/v2"
+        path += "/config" if what == "config" else ""
+        with self._answer("GET", path, None, {}, left_s) as (answer, content):
             _refuse(answer.status, content)
             return dict(json.loads(content))
 
-        path = f"/v2/models/{quote(model, safe='')}" if model else "/v2"
-        path += "/config" if what == "config" else ""
-        return self._exchange("GET", path, None, {}, left_s, read)
-
-    def _exchange(
+    @contextmanager
+    def _answer(
         self,
         method: str,
         path: str,
         body: bytes | None,
         headers: Mapping[str, str],
         left_s: float | None,
-        read: Callable[[http.client.HTTPResponse, bytes], Found],
-    ) -> Found:
-        """Send one request and read its answer, in the time that is left.
+    ) -> Iterator[tuple[http.client.HTTPResponse, bytes]]:
+        """Around reading the answer to one request, which came in the time that is left.
 
-        What `read` raises closes the connection, but for a refusal: that was an answer.
+        What is raised inside closes the connection, but for a refusal: that was an answer.
         """
         notice_fork()
         left = Tries(None, left_s).left_s
@@ -151,7 +145,7 @@ class HttpClient(BlockingCore):
             if self._closed:  # where its end is the connection's, only a part may have come
                 raise ConnectionAbortedError
             try:
-                found = read(answer, content)
+                yield answer, content
             except InferenceServerException:
                 is_reusable = connection.sock is not None
                 raise
@@ -168,7 +162,6 @@ class HttpClient(BlockingCore):
             raise wrong_protocol(self.url) from None
         finally:
             self._give_back(connection, is_reusable)
-        return found
 
     def _borrow(self, left: LeftS) -> _Connection:
         def is_free() -> bool:

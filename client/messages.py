@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Real
-from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tritonclient import http as http_protocol
 from tritonclient.grpc import service_pb2
+from tritonclient.http import InferInput
 from tritonclient.utils import (
     InferenceServerException,
     np_to_triton_dtype,
@@ -49,13 +48,7 @@ class Prediction:
     degraded: bool
 
     def top(self, k: int = 5) -> list[tuple[int, float]]:
-        """The likeliest classes, of a model that answers one of them.
-
-        Args:
-            k: how many; fewer come back where the model has fewer classes.
-
-        Returns:
-            (class index, probability in 0..1), the likeliest first.
+        """The k likeliest classes and their probabilities in 0..1, the likeliest first.
 
         Raises:
             ValueError: the served model has no head, or one output.
@@ -63,10 +56,10 @@ class Prediction:
         logits = self._needed_logits()
         if len(logits) == 1:
             raise ValueError("the served model has one output, a value or a label: see `logits`")
-        exponentials = np.exp(logits.astype(np.float64) - logits.max())
-        probabilities = exponentials / exponentials.sum()
-        order = np.argsort(-probabilities, kind="stable")[:k]
-        return [(int(index), float(probabilities[index])) for index in order]
+        shares = np.exp(logits.astype(np.float64) - logits.max())
+        shares /= shares.sum()
+        order = np.argsort(-shares, kind="stable")[:k]
+        return [(int(index), float(shares[index])) for index in order]
 
     def label_set(self, threshold: float = LABEL_THRESHOLD) -> list[tuple[int, float]]:
         """The labels that belong to the image, of a model that answers independent ones.
@@ -83,15 +76,10 @@ class Prediction:
         logits = self._needed_logits()
         # In logits, as the calibration decides it: a probability's last bit could decide otherwise.
         cut = math.log(threshold / (1 - threshold))
-        found = self.probabilities()
-        return [(index, share) for index, share in found if float(logits[index]) >= cut]
+        return [(index, p) for index, p in self.probabilities() if float(logits[index]) >= cut]
 
     def probabilities(self) -> list[tuple[int, float]]:
-        """Each label's index and probability (sigmoid), the likeliest first.
-
-        Raises:
-            ValueError: the served model has no head.
-        """
+        """As `label_set`, of all labels."""
         logits = self._needed_logits()
         halves = np.tanh(logits.astype(np.float64) / 2)  # no overflow, whatever the logit
         order = np.argsort(-logits, kind="stable")
@@ -119,21 +107,14 @@ class Task:
     @classmethod
     def of(cls, parameters: Mapping[str, str]) -> Task:
         """What the router's configuration says; repositories of earlier releases say nothing."""
-        kind = parameters.get("task") or None
-        return cls(kind, float(parameters.get("label_threshold", LABEL_THRESHOLD)))
+        threshold = float(parameters.get("label_threshold", LABEL_THRESHOLD))
+        return cls(parameters.get("task") or None, threshold)
 
     def kind_of(self, prediction: Prediction) -> str | None:
         """The kind, guessed from an answer where nobody said it; None without logits."""
         if prediction.logits is None:
             return None
         return self.kind or ("value" if len(prediction.logits) == 1 else "classes")
-
-
-class Result(Protocol):
-    """What tritonclient's gRPC and HTTP results have in common."""
-
-    def as_numpy(self, name: str) -> Any:
-        """The output of this name, shape (N, ...); None if the server sent none."""
 
 
 def encode_images(images: Sequence[bytes]) -> NDArray[np.object_]:
@@ -162,24 +143,6 @@ def request_parameters(policy: str, threshold: float | None) -> dict[str, Any]:
         number = isinstance(threshold, Real) and not isinstance(threshold, bool)
         parameters["threshold"] = float(threshold) if number else threshold
     return parameters
-
-
-def build_input(protocol: ModuleType, name: str, rows: NDArray[Any]) -> Any:
-    """An `InferInput` of `tritonclient.grpc` or `tritonclient.http`, holding rows (N, ...).
-
-    Raises:
-        InvalidRequestError: Triton has no such dtype.
-    """
-    tensor = protocol.InferInput(name, list(rows.shape), _datatype(name, rows))
-    tensor.set_data_from_numpy(rows)
-    return tensor
-
-
-def _datatype(name: str, rows: NDArray[Any]) -> str:
-    datatype = np_to_triton_dtype(rows.dtype)
-    if datatype is None:
-        raise InvalidRequestError(f"{name} has dtype {rows.dtype}, which no Triton model takes")
-    return str(datatype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,9 +190,8 @@ class Request:
         """
         message = service_pb2.ModelInferRequest(id=_new_id(), model_name=self.model)
         message.model_version = "" if self.version is None else str(self.version)
-        datatype = _datatype(self.name, self.rows)
-        message.inputs.add(name=self.name, datatype=datatype, shape=self.rows.shape)
-        is_bytes = datatype == "BYTES"
+        message.inputs.add(name=self.name, datatype=self._datatype, shape=self.rows.shape)
+        is_bytes = self._datatype == "BYTES"
         content = serialize_byte_tensor(self.rows).item() if is_bytes else self.rows.tobytes()
         message.raw_input_contents.append(content)
         for name, value in self.parameters.items():
@@ -243,12 +205,22 @@ class Request:
 
     def arguments(self, left_s: float | None) -> dict[str, Any]:
         """One try, for `tritonclient.http`'s `generate_request_body`; as `message`."""
+        tensor = InferInput(self.name, list(self.rows.shape), self._datatype)
         return {
             "request_id": _new_id(),
-            "inputs": [build_input(http_protocol, self.name, self.rows)],
+            "inputs": [tensor.set_data_from_numpy(self.rows)],
             "parameters": self.parameters,
             "timeout": None if left_s is None else _microseconds(left_s),
         }
+
+    @property
+    def _datatype(self) -> str:
+        datatype = np_to_triton_dtype(self.rows.dtype)
+        if datatype is None:
+            raise InvalidRequestError(
+                f"{self.name} has dtype {self.rows.dtype}, which no Triton model takes"
+            )
+        return str(datatype)
 
 
 _PARAMETER_FIELDS = {
@@ -272,8 +244,7 @@ def _microseconds(left_s: float) -> int:
 def own_answer(asked: str, url: str) -> Iterator[Callable[[str | None], None]]:
     """Around reading the answer to request `asked`; yields what to call with the answer's id.
 
-    A refusal that is raised inside is held against the request too, where it names one, as Triton's
-    texts do; gRPC's and a proxy's own do not.
+    A refusal that is raised inside is held against the request too, where Triton's text names one.
 
     Raises:
         AnswerMismatchError: they differ. Whoever reads the connection has to give it up.
@@ -296,8 +267,8 @@ def own_answer(asked: str, url: str) -> Iterator[Callable[[str | None], None]]:
         raise
 
 
-def predictions(result: Result, count: int) -> list[Prediction]:
-    """Read the response to a question about `count` images, in their order.
+def predictions(result: Any, count: int) -> list[Prediction]:
+    """Read tritonclient's result of a question about `count` images, in their order.
 
     Raises:
         ServerError: an output is missing or has another number of rows.

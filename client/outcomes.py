@@ -21,13 +21,9 @@ from .messages import Prediction, Task
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one file: a prediction or an error.
+    """What became of one file: a prediction, or an error in one line; the other is None.
 
-    Attributes:
-        file: as found.
-        prediction: None where `error` is set.
-        error: one line, None where `prediction` is set.
-        latency_ms: from sending the bytes to having read the answer, with all tries.
+    `latency_ms` is from sending the bytes to having read the answer, with all tries.
     """
 
     file: Path
@@ -43,10 +39,10 @@ def ask(
     done: Callable[[], None],
     **options: Any,
 ) -> list[Outcome]:
-    """Ask about files, one image per request.
+    """Ask about files, one image per request, so many requests in flight.
 
     Args:
-        client: open, and left open.
+        client: left open.
         files: images.
         concurrency: requests in flight, at least 1.
         done: called after each file.
@@ -54,7 +50,7 @@ def ask(
 
     Returns:
         One outcome per file, in the order of `files`. A refused file does not stop the rest; Ctrl-C
-        does, and leaves out those that are not answered yet. It closes the client.
+        does, leaves out those that are not answered yet, and closes the client.
     """
 
     def ask_one(file: Path) -> Outcome:
@@ -83,17 +79,7 @@ def ask(
 
 @dataclass(frozen=True)
 class Summary:
-    """Figures over all files; None where no file was answered.
-
-    Attributes:
-        images: files asked about.
-        errors: files without an answer.
-        escalated: answers from the full rung.
-        escalation_rate: share of the answers, 0..1.
-        latency_ms_p50: median over the answers.
-        latency_ms_p95: 95th percentile over the answers.
-        images_per_s: answers per second of wall time.
-    """
+    """Figures over all files; those over the answers are None where no file was answered."""
 
     images: int
     errors: int
@@ -129,13 +115,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Shown:
-    """What is shown of an answer.
-
-    Attributes:
-        task: what the logits mean.
-        top: how many classes.
-        labels: the name of output i at position i; outputs beyond them have none.
-    """
+    """What is shown of an answer: `top` classes; `labels` names output i at position i."""
 
     task: Task = Task()
     top: int = 5
@@ -207,20 +187,16 @@ def table(outcomes: Sequence[Outcome], shown: Shown) -> Table:
 
 def as_dict(outcomes: Sequence[Outcome], summary: Summary, shown: Shown) -> dict[str, Any]:
     """The same as the table and the summary's line, ready for JSON."""
-    return {"images": [_as_dict(one, shown) for one in outcomes], "summary": asdict(summary)}
-
-
-def _as_dict(outcome: Outcome, shown: Shown) -> dict[str, Any]:
-    prediction = outcome.prediction
-    fields: dict[str, Any] = {"file": str(outcome.file), "error": outcome.error}
-    if prediction is None:
-        return fields
-    return {
-        **fields,
-        **shown.as_dict(prediction),
-        "embedding_norm": float(np.linalg.norm(prediction.embedding)),
-        "score": prediction.score if math.isfinite(prediction.score) else None,
-        "escalated": prediction.escalated,
-        "degraded": prediction.degraded,
-        "latency_ms": outcome.latency_ms,
-    }
+    images: list[dict[str, Any]] = []
+    for outcome in outcomes:
+        images.append({"file": str(outcome.file), "error": outcome.error})
+        if (prediction := outcome.prediction) is not None:
+            images[-1] |= {
+                **shown.as_dict(prediction),
+                "embedding_norm": float(np.linalg.norm(prediction.embedding)),
+                "score": prediction.score if math.isfinite(prediction.score) else None,
+                "escalated": prediction.escalated,
+                "degraded": prediction.degraded,
+                "latency_ms": outcome.latency_ms,
+            }
+    return {"images": images, "summary": asdict(summary)}

@@ -16,12 +16,10 @@ _DOUBLINGS = 32  # more would overflow a float long after `max_backoff_s` has cu
 class Retry:
     """How often a request is sent, and how long to wait in between.
 
-    Only what may go better later is sent again (`ClientError.retryable`), and only before the
-    request's deadline. Asking about an image changes nothing on the server, so asking twice is
-    safe. The waits are random ("full jitter"): clients that failed together come back apart.
-
-    The defaults bridge a full queue or a dropped connection, in 0.15 s at most. To sit out a
-    server's restart of some seconds, allow about ten attempts.
+    Only what may go better later is sent again (`ClientError.retryable`), before the request's
+    deadline; asking about an image twice changes nothing. The waits are random ("full jitter"), so
+    that clients that failed together come back apart. The defaults bridge a full queue or a dropped
+    connection, in 0.15 s at most; to sit out a server's restart, allow about ten attempts.
 
     Attributes:
         attempts: at most, the first included.
@@ -75,11 +73,7 @@ class Tries:
         self._deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
 
     def left_s(self) -> float | None:
-        """Seconds until the deadline; None where there is none.
-
-        Raises:
-            TimeoutError: it has passed.
-        """
+        """Seconds until the deadline, None where there is none; TimeoutError after it."""
         if self._deadline == math.inf:
             return None
         left = self._deadline - time.monotonic()
@@ -88,14 +82,7 @@ class Tries:
         return left
 
     def pause_s(self, error: ClientError) -> float | None:
-        """How long to wait before the next try.
-
-        Args:
-            error: how the last one failed.
-
-        Returns:
-            Seconds; None where there is no next try.
-        """
+        """Seconds to wait after this failure before the next try; None where there is none."""
         self._failures += 1
         if self._retry is None or not error.retryable or self._failures >= self._retry.attempts:
             return None

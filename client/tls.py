@@ -54,8 +54,12 @@ class Tls:
         Raises:
             InvalidRequestError: as `grpc_credentials`.
         """
-        for path in (self.ca, self.cert, self.key):
-            _check_readable(path)
+        try:
+            for path in (self.ca, self.cert, self.key):
+                if path is not None:
+                    path.read_bytes()
+        except OSError as error:
+            raise InvalidRequestError(f"cannot read {path} for TLS: {error.strerror}") from None
         try:
             context = ssl.create_default_context(cafile=self.ca)
         except ssl.SSLError:
@@ -71,11 +75,3 @@ class Tls:
                     f"without a passphrase{reason}"
                 ) from None
         return context
-
-
-def _check_readable(path: Path | None) -> None:
-    try:
-        if path is not None:
-            path.read_bytes()
-    except OSError as error:
-        raise InvalidRequestError(f"cannot read {path} for TLS: {error.strerror}") from None

@@ -22,7 +22,7 @@ from client import (
     InvalidRequestError,
     UnavailableError,
 )
-from client.messages import build_input, encode_images
+from client.messages import encode_images
 from tests.unit.client_servers import AwaitedClient
 
 MODELS = ("adaptive_tensor", "adaptive_vit", "preprocess", "router", "vit_high", "vit_low")
@@ -61,8 +61,9 @@ def test_every_model_answers_over_both_protocols(server, crops, images, model, p
     takes_bytes = model in ("adaptive_vit", "preprocess")
     name = "image_bytes" if takes_bytes else "image"
     rows = encode_images(crops[:2]) if takes_bytes else images[:2]
+    tensor = module.InferInput(name, list(rows.shape), "BYTES" if takes_bytes else "FP32")
     with module.InferenceServerClient(url) as connection:
-        result = connection.infer(model, [build_input(module, name, rows)])
+        result = connection.infer(model, [tensor.set_data_from_numpy(rows)])
     output = "image" if model == "preprocess" else "embedding"
     assert len(result.as_numpy(output)) == 2
 

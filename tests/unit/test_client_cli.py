@@ -16,7 +16,6 @@ from rich.console import Console
 
 import client.__main__ as command_line
 from client import AccessDeniedError, InvalidRequestError, NotServedError, Prediction, Task
-from client.files import UsageError, find_images, read_admin_key, read_labels
 from client.outcomes import Outcome, Shown, Summary, as_dict, ask, table
 from tests.unit.client_servers import grpc_server, http_server, image
 
@@ -53,24 +52,11 @@ def folder(tmp_path):
 
 
 def test_folders_are_searched_and_files_taken_as_they_are(folder):
-    names = [path.name for path in find_images([folder / "notes.txt", folder, folder / "a.png"])]
+    names = [
+        path.name
+        for path in command_line.find_images([folder / "notes.txt", folder, folder / "a.png"])
+    ]
     assert names == ["notes.txt", "a.png", "b.JPG", "c.webp"]  # a.png once
-
-
-def test_labels_need_a_text_file_with_lines(tmp_path):
-    path = tmp_path / "labels.txt"
-    path.write_text("cat\ndog\n")
-    assert read_labels(path) == ["cat", "dog"]
-    for content in (b"", b"\xff\xfe\x00"):
-        path.write_bytes(content)
-        with pytest.raises(UsageError, match=r"labels\.txt"):
-            read_labels(path)
-
-
-def test_an_admin_keys_file_may_end_in_a_line_break(tmp_path):
-    path = tmp_path / "key"
-    path.write_text("secret\n")
-    assert read_admin_key(path) == "secret"
 
 
 # --- many files --------------------------------------------------------------------------------
@@ -90,7 +76,7 @@ class FakeClient:
 
 @pytest.mark.parametrize("concurrency", [1, 2, 9])
 def test_a_refused_or_unreadable_file_does_not_stop_the_rest(concurrency, folder):
-    files = [*find_images([folder]), folder / "gone.jpg"]
+    files = [*command_line.find_images([folder]), folder / "gone.jpg"]
     ticks = []
     outcomes = ask(FakeClient(), files, concurrency, lambda: ticks.append(1), policy="low")
     assert [o.file for o in outcomes] == files
@@ -172,7 +158,7 @@ def test_labels_are_held_against_the_models_outputs(outputs, said):
     if said is None:
         assert command_line._look_at_server(Described(), ["ant", "bee"])[1] == Task("classes")
         return
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(command_line.UsageError, match=said):
         command_line._look_at_server(Described(), ["ant", "bee"])
 
 
@@ -295,7 +281,9 @@ def test_json_is_strict_json():
         (["a.png", "--threshold", "nan"], "--threshold"),
         (["a.png", "--threshold", "1", "--policy", "low"], "no meaning with --policy low"),
         (["a.png", "--concurrency", "0"], "--concurrency"),
-        (["a.png", "--labels", "none.txt"], "none.txt"),
+        (["a.png", "--labels", "none.txt"], "cannot read labels from none.txt: No such file"),
+        (["a.png", "--labels", "empty"], "empty holds no labels"),
+        (["a.png", "--labels", "bytes"], "cannot read labels from bytes: it is not UTF-8 text"),
         (["a.png", "--url", "http://127.0.0.1:1"], "HOST:PORT"),
         (["a.png", "--url", "127.0.0.1:1"], "no server answers at 127.0.0.1:1; start one with"),
         (["a.png", "--url", "127.0.0.1:1", "--protocol", "http"], "no server answers at"),
@@ -315,6 +303,8 @@ def test_misuse_is_one_line_and_exit_code_2(arguments, said, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     if "a.png" in arguments:
         (tmp_path / "a.png").write_bytes(b"x")
+        (tmp_path / "empty").touch()
+        (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
     monkeypatch.setattr(sys, "argv", ["client", "infer", *arguments])
     with pytest.raises(SystemExit) as left:
         command_line.main()

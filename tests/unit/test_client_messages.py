@@ -3,14 +3,12 @@
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc_protocol
-import tritonclient.http as http_protocol
 from tritonclient.grpc._utils import _get_inference_request
 
 from client import InvalidRequestError, Prediction, ServerError
 from client.messages import (
     Request,
     as_batch,
-    build_input,
     encode_images,
     predictions,
     request_parameters,
@@ -102,14 +100,6 @@ def test_images_become_one_bytes_element_each_whatever_they_end_in():
     assert encode_images([]).shape == (0, 1)
 
 
-@pytest.mark.parametrize("protocol", [grpc_protocol, http_protocol])
-def test_inputs_carry_shape_and_datatype_in_both_protocols(protocol):
-    bytes_input = build_input(protocol, "image_bytes", encode_images([b"x", b"yz"]))
-    assert (bytes_input.shape(), bytes_input.datatype()) == ([2, 1], "BYTES")
-    tensor_input = build_input(protocol, "image", np.zeros((2, 3, 4, 4), np.float32))
-    assert (tensor_input.shape(), tensor_input.datatype()) == ([2, 3, 4, 4], "FP32")
-
-
 def test_a_single_image_tensor_gets_a_batch_axis_and_keeps_its_dtype():
     assert as_batch(np.zeros((3, 8, 8), np.float64)).shape == (1, 3, 8, 8)
     assert as_batch(np.zeros((2, 3, 8, 8))).shape == (2, 3, 8, 8)
@@ -148,7 +138,7 @@ def test_a_message_is_what_tritonclient_would_send():
     asked = request(rows, 3, threshold=0.5, traced=True, number=7)
     message = asked.message(left_s=1.5)
     whole = {"model_name": "router", "model_version": "3", "request_id": message.id}
-    inputs = [build_input(grpc_protocol, "image", rows)]
+    inputs = [grpc_protocol.InferInput("image", [1, 3, 2, 2], "FP32").set_data_from_numpy(rows)]
     unset = {"outputs": None, "sequence_id": 0, "sequence_start": False, "sequence_end": False}
     assert message == _get_inference_request(
         **whole, inputs=inputs, priority=0, timeout=1_500_000, parameters=asked.parameters, **unset
@@ -157,6 +147,8 @@ def test_a_message_is_what_tritonclient_would_send():
     (tensor,), (content,) = (images.message(1).inputs, images.message(1).raw_input_contents)
     assert (tensor.datatype, list(tensor.shape)) == ("BYTES", [2, 1])
     assert content == b"\x02\0\0\0a\0" + b"\0\0\0\0"
+    (tensor,) = images.arguments(1)["inputs"]
+    assert (tensor.name(), tensor.datatype(), tensor.shape()) == ("image_bytes", "BYTES", [2, 1])
 
 
 def test_over_http_the_time_that_is_left_goes_along_too():
