@@ -9,14 +9,12 @@ from typing import Any
 from rich.console import Console
 
 from bundle.graphs import GraphSet
-from calibration.images import SampleImages, SourceImage
 from client import GrpcClient, HttpClient
-from imaging import Preprocessing, decode
 from perf.cascade import Measured, one_in_flight, saturated
 from perf.environment import environment
 from perf.figures import cheapest_rival
 from perf.harness import Answer, Asker, cut, is_a_loss
-from perf.images import Pool
+from perf.images import load_pool
 from perf.repository import with_alternatives
 from perf.run import model_section
 from perf.systems import ADAPTIVE, ESCALATION, HIGH, LOW, System, systems
@@ -51,11 +49,11 @@ def serve_and_measure(road: Road) -> dict[str, Any]:
     begin(len(road.steps) + 1, road.steps, "Serve, query and measure")
     graphs = GraphSet.load(road.folder / "onnx")
     calibration = Calibration.load(road.folder / "calibration.json")
-    crops, labels = list(SampleImages(TEST_CROPS, TEST_SEED)), graphs.labels or ()
-    preprocessing = Preprocessing.from_dict(graphs.preprocessing)
-    tensors = [preprocessing(decode(crop.data)) for crop in crops]
-    data, truth = [crop.data for crop in crops], [labels.index(crop.label) for crop in crops]
-    pool = Pool("crops", data, tensors, [crop.label for crop in crops], ())
+    pool, labels = (
+        load_pool(graphs, "sample", TEST_CROPS, TEST_SEED, bars.stage),
+        graphs.labels or (),
+    )
+    truth = [labels.index(label or "") for label in pool.labels]
     repository = road.folder / "model_repository"
     if road.plan is not None:
         repository = with_alternatives(repository, graphs, PLAN / "served")
@@ -67,7 +65,7 @@ def serve_and_measure(road: Road) -> dict[str, Any]:
         asker, rows = Asker(target, pool, True, target.meter()), range(len(pool))
         with bars.stage("one at a time", len(pool) * len(alone)) as bar:
             measured.append(one_in_flight(target, asker, alone, cut(rows, SHARES), bar))
-        query(target, crops, measured[0].paired.answers(ADAPTIVE))
+        query(target, pool.encoded, measured[0].paired.answers(ADAPTIVE))
         if road.plan is not None:
             busy = [system for system in every if system.name != NEVER]
             with bars.stage("saturated", TURNS * len(busy)) as bar:
@@ -76,7 +74,7 @@ def serve_and_measure(road: Road) -> dict[str, Any]:
         machine = environment(target.version, None)
     summary = summarise(graphs, calibration, every, measured, truth) | {"environment": machine}
     (OUT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    write_page(road, summary, measured[0].paired, calibration.threshold, data, labels)
+    write_page(road, summary, measured[0].paired, calibration.threshold, pool.encoded, labels)
     return summary
 
 
@@ -90,12 +88,12 @@ def asked(graphs: GraphSet, threshold: float | None) -> list[System]:
     return [s for s in every if s.is_static or s.name in (ADAPTIVE, NEVER)]
 
 
-def query(target: Target, crops: Sequence[SourceImage], answers: Sequence[Answer]) -> None:
+def query(target: Target, crops: Sequence[bytes], answers: Sequence[Answer]) -> None:
     """Ask for every crop by its bytes, one request each, over gRPC and over HTTP.
 
     Args:
         target: the server.
-        crops: N of them.
+        crops: N encoded ones.
         answers: the router's to their image tensors.
 
     Raises:
@@ -105,7 +103,7 @@ def query(target: Target, crops: Sequence[SourceImage], answers: Sequence[Answer
         name = type(client).__name__
         with client, bars.stage(f"image bytes, {name}", len(crops)) as bar:
             for crop, answer in zip(crops, answers, strict=True):
-                (found,) = client.infer([crop.data])
+                (found,) = client.infer([crop])
                 assert found.logits is not None and answer.logits is not None
                 same = found.logits.argmax() == answer.logits.argmax()
                 if not same or found.escalated != answer.escalated:
@@ -132,7 +130,7 @@ def summarise(
     summary: dict[str, Any] = {
         "model": model_section(graphs),
         "certificate": calibration.certificate,
-        "images": {"source": "crops", "pool": len(truth)},
+        "images": {"source": "sample crops", "pool": len(truth)},
         "disturbed": any(found.doubts for found in measured),
         "doubts": {found.load: list(found.doubts) for found in measured},
     }

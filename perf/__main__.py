@@ -88,18 +88,8 @@ def run(
 
     if http_url is not None and url is None:
         raise PerfError("--http-url belongs to --url")
-    options = Options(
-        images=images,
-        seed=seed,
-        suite=SUITES[suite.value],
-        sets=_set_names(sets),
-        onnx=onnx,
-        calibration=calibration,
-        repository=repository,
-        url=url,
-        http_url=http_url,
-        out=out,
-    )
+    how = (images, seed, SUITES[suite.value], _set_names(sets))
+    options = Options(*how, onnx, calibration, repository, url, http_url, out)
     record = measure(options, Console(stderr=True))
     _print_verdict(record.summary)
     print(f"took {record.summary['seconds']:.0f} s; open {record.report_path}")
@@ -216,9 +206,10 @@ def variants_command(
     from . import variants
     from .images import load_pool
 
-    pool = load_pool(GraphSet.load(onnx), images, limit)
+    bars = terminal.Bars(Console(stderr=True))
+    pool = load_pool(GraphSet.load(onnx), images, limit, stage=bars.stage)
     requests = rounds * len(pool) * len(repositories) * len(variants.SYSTEMS)
-    with terminal.Bars(Console(stderr=True)).stage("requests in turn", requests) as bar:
+    with bars.stage("requests in turn", requests) as bar:
         found = variants.measure(repositories, pool, rounds, bar.advance)
     rows = [
         (
@@ -257,8 +248,9 @@ def serving(
     rung_set, served = GraphSet.load(onnx), prices.Served(instances, threads, batch, turns)
     names = [name.strip() for name in graphs.split(",") if name.strip()]
     total = prices.steps(rung_set, names, served)
-    pool = load_pool(rung_set, images, limit)
-    with terminal.Bars(Console(stderr=True)).stage("graphs in turn", total) as bar:
+    bars = terminal.Bars(Console(stderr=True))
+    pool = load_pool(rung_set, images, limit, stage=bars.stage)
+    with bars.stage("graphs in turn", total) as bar:
         found = prices.price(rung_set, names, pool, served, bar.advance, bar.begin_again)
     if as_json:
         typer.echo(json.dumps({**asdict(served), "images": len(pool), "graphs": found}, indent=2))

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
+from rich.console import Console
 
 from bundle.graphs import GraphSet
 from calibration.images import ImageSource, SourceImage, open_images
 from client import GrpcClient
 from imaging import ImageError, Preprocessing, decode
+from report.terminal import Bar, Bars
 
 from .figures import PerfError
 from .systems import NEVER
 
 SCORED_TOGETHER = 8
 FEWEST = 4  # images of a set; fewer are no set
+QUIET = Bars(Console(quiet=True))
+
+Stage = Callable[[str, int], AbstractContextManager[Bar]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,29 +47,6 @@ class Pool:
 
     def __len__(self) -> int:
         return len(self.encoded)
-
-
-@dataclass(frozen=True)
-class ImageSets:
-    """Rows of a pool by set.
-
-    Attributes:
-        rows: `mixed`, and where the threshold parts the pool `easy` (all kept low) and `hard` (all
-            escalated).
-        escalation_rate: of each set at the calibrated threshold, 0..1.
-    """
-
-    rows: dict[str, list[int]]
-    escalation_rate: dict[str, float]
-
-
-def open_pool_source(spec: str, seed: int, limit: int) -> ImageSource:
-    """The source that `--images` names: `sample` or a folder.
-
-    Raises:
-        ImagesError: no such folder, or no image in it.
-    """
-    return open_images(f"sample:{seed}" if spec == "sample" else spec, limit)
 
 
 def readable(
@@ -91,15 +74,31 @@ def readable(
         raise PerfError(f"none of the {len(source)} images can be read; first: {unreadable[0]}")
 
 
-def read_pool(
-    source: ImageSource, preprocessing: Preprocessing, on_image: Callable[[], None] = lambda: None
+def load_pool(
+    graphs: GraphSet, spec: str, limit: int, seed: int = 0, stage: Stage = QUIET.stage
 ) -> Pool:
-    """Read and decode the images.
+    """Read and decode the images that `--images` names.
 
     Args:
-        source: the images.
-        preprocessing: to the tensors that the graphs take.
-        on_image: called after each image.
+        graphs: whose preprocessing makes tensors of them.
+        spec: `sample` or a folder.
+        limit: at most so many images.
+        seed: of sample crops.
+        stage: shows a bar, see `report.terminal.Bars.stage`.
+
+    Raises:
+        ImagesError: no such folder, or no image in it.
+        PerfError: not one image can be read.
+    """
+    source = open_images(f"sample:{seed}" if spec == "sample" else spec, limit)
+    with stage("read images", len(source)) as bar:
+        return read_pool(source, Preprocessing.from_dict(graphs.preprocessing), bar.advance)
+
+
+def read_pool(
+    source: ImageSource, preprocessing: Preprocessing, on_image: Callable[[], None]
+) -> Pool:
+    """Read and decode the images, calling `on_image` after each.
 
     Raises:
         PerfError: not one image can be read.
@@ -115,17 +114,6 @@ def read_pool(
     return Pool(source.title, encoded, tensors, labels, unreadable)
 
 
-def load_pool(rung_set: GraphSet, spec: str, limit: int, seed: int = 0) -> Pool:
-    """Read the images that `--images` names, without a bar.
-
-    Raises:
-        ImagesError: no such folder, or no image in it.
-        PerfError: not one image can be read.
-    """
-    source = open_pool_source(spec, seed, limit)
-    return read_pool(source, Preprocessing.from_dict(rung_set.preprocessing))
-
-
 def choose_sets(
     escalated: NDArray[np.bool_],
     mixed: int,
@@ -133,7 +121,7 @@ def choose_sets(
     size: int,
     names: Sequence[str],
     seed: int = 0,
-) -> ImageSets:
+) -> dict[str, list[int]]:
     """Choose the sets at random, the mixed one with about the pool's own escalation rate.
 
     Args:
@@ -145,6 +133,10 @@ def choose_sets(
         size: images of the easy and the hard set, at most.
         names: sets that are asked for, out of `easy`, `hard` and `mixed`.
         seed: of the choice.
+
+    Returns:
+        Rows of the pool by set: `mixed`, and of the others `easy`, all kept low, and `hard`, all
+        escalated.
 
     Raises:
         PerfError: too few images for a set that is asked for.
@@ -168,8 +160,7 @@ def choose_sets(
         rows[name] = side[:size].tolist()
     if len(rows["mixed"]) < FEWEST:
         raise PerfError(f"{len(escalated)} images are too few to measure, {FEWEST} are needed")
-    rates = {name: float(escalated[chosen].mean()) for name, chosen in rows.items()}
-    return ImageSets(rows, rates)
+    return rows
 
 
 def sent_under_load(rows: Sequence[int], escalated: NDArray[np.bool_], size: int) -> list[int]:

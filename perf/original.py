@@ -20,7 +20,6 @@ import onnxruntime as ort
 from rich.console import Console
 
 from bundle.graphs import GraphSet
-from imaging import Preprocessing
 from report.terminal import Bars, table
 from routing import RUNGS, Calibration
 
@@ -28,7 +27,7 @@ from .cascade import Measured, one_in_flight
 from .environment import environment
 from .figures import TOO_BUSY, PerfError, cascade_bound
 from .harness import Asker, cut
-from .images import Pool, open_pool_source, read_pool
+from .images import Pool, load_pool
 from .memory import CASCADES, PeakLoad, peak_memory, serving
 from .repository import assembled, undisturbed
 from .systems import ADAPTIVE, HIGH, LOW, System
@@ -84,9 +83,7 @@ def measure_original(build: Path, images: int, bars: Bars) -> dict[str, Any]:
     calibration.check_rungs(graphs.files)
     repository = assembled(build / "model_repository")
     forward_ms = measure_forward(graphs, bars)
-    with bars.stage("cut and decode images", images) as bar:
-        source = open_pool_source("sample", SEED, images)
-        pool = read_pool(source, Preprocessing.from_dict(graphs.preprocessing), bar.advance)
+    pool = load_pool(graphs, "sample", images, SEED, bars.stage)
     with tempfile.TemporaryDirectory(dir=build, prefix="original-") as folder:  # weights are links
         served = undisturbed(repository, Path(folder) / "model_repository")
         measured, version = measure_in_turn(served, pool, graphs.classes is not None, bars)

@@ -84,6 +84,7 @@ class Record:
     @contextlib.contextmanager
     def stage(self, title: str, total: int) -> Iterator[Bar]:
         """A bar for one stage; the summary is kept at its end."""
+        self.folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is said at once
         with self._bars.stage(title, total) as bar:
             yield bar
         self._keep()

@@ -24,7 +24,6 @@ from rich.console import Console
 
 from bundle.graphs import GraphSet
 from calibration.fidelity import Fidelity
-from imaging import Preprocessing
 from routing import Calibration, Overrides, escalation_mask
 from server import TritonServer
 
@@ -35,7 +34,7 @@ from .backend import measure_backend
 from .environment import environment
 from .figures import PerfError
 from .harness import Asker, cut, is_a_loss
-from .images import ImageSets, Pool, choose_sets, open_pool_source, read_pool, score_pool
+from .images import Pool, choose_sets, load_pool, score_pool
 from .images import sent_under_load as under_load
 from .loads import COMPARED, LoadRunner, Measured, closed_levels, most_in_flight, open_levels
 from .locust_runs import run_locust
@@ -89,7 +88,7 @@ class Bench:
         calibration: the artifact it decides with.
         pool: all images.
         escalated: which of them escalate at the calibrated threshold, BOOL (N,).
-        sets: rows of the pool.
+        sets: rows of the pool, see `choose_sets`.
         systems: what can be asked, by name.
     """
 
@@ -100,8 +99,12 @@ class Bench:
     calibration: Calibration
     pool: Pool
     escalated: NDArray[np.bool_]
-    sets: ImageSets
+    sets: Mapping[str, list[int]]
     systems: Mapping[str, System]
+
+    def rate(self, rows: Sequence[int]) -> float:
+        """Share of these images that escalate, 0..1."""
+        return float(self.escalated[np.asarray(rows)].mean())
 
     def asker(self, metered: bool) -> Asker:
         """Sends the pool's images, reading the CPU time of a server of ours if asked to."""
@@ -130,8 +133,6 @@ def measure(options: Options, console: Console) -> Record:
         )
     if options.url is None:
         assembled(options.repository)
-    source = open_pool_source(options.images, options.seed, options.suite.pool)
-    options.out.mkdir(parents=True, exist_ok=True)
     header = {
         "command": f"python -m perf {shlex.join(sys.argv[1:])}",
         "suite": options.suite.name,
@@ -140,8 +141,8 @@ def measure(options: Options, console: Console) -> Record:
         "fidelity": Fidelity.of(calibration).agreement(),
     }
     with Record(options.out, console, header) as record:
-        with record.stage("read images", len(source)) as bar:
-            pool = read_pool(source, Preprocessing.from_dict(graphs.preprocessing), bar.advance)
+        limit = options.suite.pool
+        pool = load_pool(graphs, options.images, limit, options.seed, record.stage)
         for line in pool.unreadable:
             record.note(f"left out {line}")
         with _target(options, graphs, record) as target:
@@ -229,11 +230,11 @@ def prepare_bench(
         "source": pool.title,
         "pool": len(pool),
         "sets": {
-            name: {"images": len(rows), "escalation_rate": sets.escalation_rate[name]}
-            for name, rows in sets.rows.items()
+            name: {"images": len(rows), "escalation_rate": float(escalated[rows].mean())}
+            for name, rows in sets.items()
         },
     }
-    threshold_30 = threshold_for(scores[np.asarray(sets.rows["mixed"])], 0.3)
+    threshold_30 = threshold_for(scores[np.asarray(sets["mixed"])], 0.3)
     found = systems(graphs, target.models, calibration.threshold, threshold_30)
     by_name = {system.name: system for system in found}
     return Bench(options, record, target, graphs, calibration, pool, escalated, sets, by_name)
@@ -245,14 +246,14 @@ def ask_in_turn(bench: Bench) -> dict[str, float]:
     Returns:
         The median cost of each system's request in milliseconds.
     """
-    rows, suite = bench.sets.rows["mixed"], bench.options.suite
+    rows, suite = bench.sets["mixed"], bench.options.suite
     asked = list(bench.systems.values())
     shares = cut(rows, min(suite.shares, len(rows))) * suite.repeats
     with bench.record.stage("systems in turn", sum(map(len, shares)) * len(asked)) as bar:
         measured = cascade.one_in_flight(bench.target, bench.asker(True), asked, shares, bar)
         _keep(bench, measured, asked, rows * suite.repeats)
     paired = measured.paired
-    expected, rate = bench.sets.escalation_rate["mixed"], paired.escalation_rate(ADAPTIVE)
+    expected, rate = bench.rate(bench.sets["mixed"]), paired.escalation_rate(ADAPTIVE)
     if abs(rate - expected) > 1.5 / len(rows):  # one image may lie on the threshold
         raise PerfError(
             f"{rate:.1%} of the mixed images escalated, {expected:.1%} do at the local artifact's "
@@ -268,7 +269,7 @@ def saturate(bench: Bench) -> None:
             "the server is not ours, so systems cannot be given the same cores: no figures"
         )
         return
-    rows, suite = bench.sets.rows["mixed"], bench.options.suite
+    rows, suite = bench.sets["mixed"], bench.options.suite
     names = (LOW, HIGH, ESCALATION, ADAPTIVE)
     asked = [system for name, system in bench.systems.items() if name in names]
     with bench.record.stage("saturated, in turn", suite.spans * len(asked)) as bar:
@@ -295,7 +296,7 @@ def _keep(
 
 def attribute_costs(bench: Bench) -> None:
     """Where an adaptive request spends its time."""
-    ensemble, rows = bench.systems.get(ENSEMBLE), bench.sets.rows
+    ensemble, rows = bench.systems.get(ENSEMBLE), bench.sets
     if ensemble is None:
         bench.record.note("the server has no adaptive_vit: where the time goes is not measured")
         return
@@ -307,7 +308,7 @@ def attribute_costs(bench: Bench) -> None:
             if sent:
                 asker = bench.asker(False)
                 found[name] = attribute(bench.target, asker, ensemble, sent, scoring, bar.advance)
-        rate = bench.sets.escalation_rate["mixed"]
+        rate = bench.rate(bench.sets["mixed"])
         found["all"] = together(found["kept"], found["escalated"], rate)
         bench.record.summary["attribution"] = found
 
@@ -327,11 +328,11 @@ def load_with_perf_analyzer(
     # The inputs hold the images as text, a hundred megabytes that nobody wants to keep.
     with tempfile.TemporaryDirectory(prefix="perf-inputs-") as scratch:
         inputs = {}
-        for name, rows in bench.sets.rows.items():
+        for name, rows in bench.sets.items():
             sent = under_load(rows, bench.escalated, suite.set_size)
             record.summary["images"]["sets"][name]["under_load"] = {
                 "images": len(sent),
-                "escalation_rate": float(bench.escalated[np.asarray(sent)].mean()),
+                "escalation_rate": bench.rate(sent),
             }
             tensors, encoded = Path(scratch) / name, Path(scratch) / f"{name}.bytes"
             inputs[name] = {
@@ -342,7 +343,7 @@ def load_with_perf_analyzer(
         has_http, is_local = target.http_url is not None, target.server is not None
         how = (folder, suite.pass_s, costs_ms)
         runner = LoadRunner(target, target.meter(), analyzer, inputs, *how)
-        levels = closed_levels(suite, asked, bench.sets.rows, has_http, is_local)
+        levels = closed_levels(suite, asked, bench.sets, has_http, is_local)
         closed = _run_levels(bench, runner, levels, "closed loop")
         for name, entry in most_in_flight(closed).items():
             if name in COMPARED and entry.instability():
@@ -372,7 +373,7 @@ def compare_with_onnxruntime(bench: Bench) -> None:
     if bench.target.server is None:
         record.note("the server is not ours: its backend is not compared with ONNX Runtime")
         return
-    images = np.stack([bench.pool.tensors[row] for row in bench.sets.rows["mixed"]])
+    images = np.stack([bench.pool.tensors[row] for row in bench.sets["mixed"]])
     file = bench.graphs.files["vit_high"]
     plan = list(zip((1, 8), suite.backend_rounds, suite.backend_pairs, strict=True))
     with record.stage("backend and ONNX Runtime", sum(r * p for _, r, p in plan)) as bar:
@@ -432,7 +433,7 @@ def measure_peaks(bench: Bench) -> None:
         ServerError: a server did not start.
     """
     options, suite = bench.options, bench.options.suite
-    rows = under_load(bench.sets.rows["mixed"], bench.escalated, suite.set_size)
+    rows = under_load(bench.sets["mixed"], bench.escalated, suite.set_size)
     load = PeakLoad(bench.pool, rows, suite.concurrency[-1])
     names = MEASURED if suite.every_system else COMPARED
     peaks: dict[str, list[MemoryUse]] = {name: [] for name in names if name in bench.systems}

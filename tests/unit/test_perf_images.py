@@ -1,5 +1,7 @@
 """The pool and its easy, hard and mixed sets."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -8,7 +10,7 @@ from imaging import Preprocessing, decode
 from perf.figures import PerfError
 from perf.images import (
     choose_sets,
-    open_pool_source,
+    load_pool,
     read_pool,
     sent_under_load,
     spread_evenly,
@@ -17,6 +19,7 @@ from tests.unit.image_files import MemorySource, write_images
 
 ALL = ("easy", "hard", "mixed")
 SMALL = Preprocessing(8, 8, None, "bilinear", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+GRAPHS = SimpleNamespace(preprocessing=SMALL.to_dict())
 
 
 def pool_of(easy, hard):
@@ -54,21 +57,21 @@ def test_unreadable_images_are_left_out_by_name_and_the_rest_stays_aligned():
 def test_a_name_that_is_no_text_stays_one_line():
     source = MemorySource(2, broken=[0])
     source.names = ("a\nb.png", "1.png")
-    pool = read_pool(source, SMALL)
+    pool = read_pool(source, SMALL, lambda: None)
     assert pool.unreadable[0].startswith("a\\nb.png: ")
 
 
 def test_a_pool_of_unreadable_images_is_refused_with_the_first_reason():
     with pytest.raises(PerfError, match=r"none of the 2 images can be read; first: 0\.png: "):
-        read_pool(MemorySource(2, broken=[0, 1]), SMALL)
+        read_pool(MemorySource(2, broken=[0, 1]), SMALL, lambda: None)
 
 
 def test_sample_is_opened_with_its_seed_and_anything_else_is_a_folder(tmp_path):
-    assert open_pool_source("sample", 21, 7).spec == "sample:21:7"
+    assert load_pool(GRAPHS, "sample", 2, 21).title == "sample crops, seed 21"
     write_images(tmp_path / "sample:3", *(f"{i}.png" for i in range(5)))
-    assert len(open_pool_source(str(tmp_path / "sample:3"), 21, 3)) == 3
+    assert len(load_pool(GRAPHS, str(tmp_path / "sample:3"), 3, 21)) == 3
     with pytest.raises(ImagesError, match="no such folder"):
-        open_pool_source(str(tmp_path / "nowhere"), 21, 3)
+        load_pool(GRAPHS, str(tmp_path / "nowhere"), 3)
 
 
 # --- sets --------------------------------------------------------------------------------------
@@ -77,14 +80,14 @@ def test_sample_is_opened_with_its_seed_and_anything_else_is_a_folder(tmp_path):
 def test_each_set_has_the_escalation_it_is_named_for():
     escalated = pool_of(easy=60, hard=20)
     sets = choose_sets(escalated, mixed=40, shares=5, size=12, names=ALL)
-    assert {name: len(rows) for name, rows in sets.rows.items()} == {
+    assert {name: len(rows) for name, rows in sets.items()} == {
         "mixed": 40,
         "easy": 12,
         "hard": 12,
     }
-    assert sets.escalation_rate == {"mixed": 0.25, "easy": 0.0, "hard": 1.0}
-    assert not escalated[sets.rows["easy"]].any() and escalated[sets.rows["hard"]].all()
-    for rows in sets.rows.values():
+    assert escalated[sets["mixed"]].mean() == 0.25
+    assert not escalated[sets["easy"]].any() and escalated[sets["hard"]].all()
+    for rows in sets.values():
         assert len(set(rows)) == len(rows)
 
 
@@ -93,18 +96,18 @@ def test_each_set_has_the_escalation_it_is_named_for():
 def test_the_mixed_set_has_the_pools_own_rate_to_the_image(easy, hard, mixed):
     sets = choose_sets(pool_of(easy, hard), mixed, shares=1, size=3, names=("mixed",))
     size = min(mixed, easy + hard)
-    assert len(set(sets.rows["mixed"])) == len(sets.rows["mixed"]) == size
+    assert len(set(sets["mixed"])) == len(sets["mixed"]) == size
     expected = size * hard / (easy + hard)
-    found = sets.escalation_rate["mixed"] * size
+    found = pool_of(easy, hard)[sets["mixed"]].sum()
     # At least one, where there is one: a set of none would never ask the full rung.
     assert abs(found - expected) <= 0.5 or (found, hard > 0) == (pytest.approx(1), True)
-    assert set(sets.rows) == {"mixed"}
+    assert set(sets) == {"mixed"}
 
 
 @pytest.mark.parametrize(("easy", "hard", "in_each"), [(90, 10, 1), (80, 20, 2), (97, 4, 1)])
 def test_every_share_of_the_mixed_set_has_equally_many_that_escalate(easy, hard, in_each):
     escalated = pool_of(easy, hard)
-    rows = choose_sets(escalated, mixed=40, shares=4, size=8, names=("mixed",)).rows["mixed"]
+    rows = choose_sets(escalated, mixed=40, shares=4, size=8, names=("mixed",))["mixed"]
     shares = np.array_split(np.asarray(rows), 4)
     assert [int(escalated[share].sum()) for share in shares] == [in_each] * 4
 
@@ -121,9 +124,9 @@ def test_under_load_a_set_is_as_hard_as_the_whole(easy, hard, sent):
 
 def test_the_choice_is_random_and_the_seed_repeats_it():
     escalated = pool_of(60, 20)
-    first = choose_sets(escalated, 40, 5, 12, ALL).rows
-    assert first == choose_sets(escalated, 40, 5, 12, ALL).rows
-    assert first != choose_sets(escalated, 40, 5, 12, ALL, seed=1).rows
+    first = choose_sets(escalated, 40, 5, 12, ALL)
+    assert first == choose_sets(escalated, 40, 5, 12, ALL)
+    assert first != choose_sets(escalated, 40, 5, 12, ALL, seed=1)
     assert sorted(first["easy"]) != list(range(12))  # not the first ones of the folder
 
 
@@ -139,11 +142,11 @@ def test_too_few_images_for_a_set_are_refused_unless_it_is_left_out(easy, hard, 
     with pytest.raises(PerfError, match=f"{said}.*give more images, or .* --sets"):
         choose_sets(pool_of(easy, hard), 40, 4, 12, ALL)
     kept = "easy" if hard < 4 else "hard"
-    assert set(choose_sets(pool_of(easy, hard), 40, 4, 12, ("mixed", kept)).rows) == {"mixed", kept}
+    assert set(choose_sets(pool_of(easy, hard), 40, 4, 12, ("mixed", kept))) == {"mixed", kept}
 
 
 def test_four_images_are_a_set_and_three_are_none():
-    assert len(choose_sets(pool_of(4, 4), 40, 4, 12, ALL).rows["hard"]) == 4
+    assert len(choose_sets(pool_of(4, 4), 40, 4, 12, ALL)["hard"]) == 4
     with pytest.raises(PerfError, match="3 images are too few to measure, 4 are needed"):
         choose_sets(pool_of(2, 1), 40, 1, 12, ("mixed",))
 

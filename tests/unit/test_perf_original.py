@@ -99,7 +99,7 @@ def test_what_is_measured_is_a_copy_whose_router_compares_nothing_at_its_start(
     calibration = SimpleNamespace(check_rungs=lambda files: None, threshold=1.0)
     monkeypatch.setattr(original.Calibration, "load", lambda file: calibration)
     monkeypatch.setattr(original, "measure_forward", lambda *arguments: {})
-    monkeypatch.setattr(original, "read_pool", lambda *arguments: [])
+    monkeypatch.setattr(original, "load_pool", lambda *arguments: [])
     monkeypatch.setattr(original, "environment", lambda *arguments: {})
     seen = []
 

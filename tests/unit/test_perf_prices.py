@@ -218,7 +218,7 @@ def test_the_less_disturbed_of_two_measurements_is_kept(servers, rung_set, pool)
 
 def test_no_ratio_of_a_disturbed_graph_is_printed(servers, rung_set, pool, monkeypatch):
     servers.works_harder = {"vit_low": 1.3}
-    monkeypatch.setattr("perf.images.load_pool", lambda *arguments: pool)
+    monkeypatch.setattr("perf.images.load_pool", lambda *arguments, **stage: pool)
     folder = str(rung_set.files["vit_low"].parent)
     arguments = ["serving", "--onnx", folder, "--batch", "2", "--turns", "1"]
     printed = CliRunner().invoke(app, arguments).stdout
