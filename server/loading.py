@@ -44,11 +44,7 @@ class RefusalError(StepError):
 
 
 class NoAnswerError(Exception):
-    """The server did not answer a question; `is_unknown`: for it has no such model."""
-
-    def __init__(self, reason: str, is_unknown: bool) -> None:
-        super().__init__(reason)
-        self.is_unknown = is_unknown
+    """The server does not say what it serves; why not, in one line."""
 
 
 class LoadingServer:
@@ -84,25 +80,6 @@ class LoadingServer:
         live, tensors = (self._named_by(ensemble) for ensemble in (ENTRY, TENSORS))
         return Versions(live, (), tensors=None if tensors == live else tensors)
 
-    def serves(self) -> Versions:
-        """What it serves.
-
-        Raises:
-            NoAnswerError: it does not say.
-        """
-        answering = self.answering()
-        index = self._ask(self._client.get_model_repository_index)
-        config = self._config(ROUTER)
-        if config is None:
-            return answering
-        ready = {int(m.version) for m in index.models if (m.name, m.state) == (ROUTER, "READY")}
-        return replace(
-            answering,
-            served=tuple(sorted(ready)),
-            shadow=int(config.parameters["shadow_version"].string_value or 0),
-            shadow_fraction=float(config.parameters["shadow_fraction"].string_value or 0.0),
-        )
-
     def look(self, patience_s: float, wanted: Versions | None = None) -> Versions | None:
         """What it serves, asked until it says so; None: it does not, see `silence`.
 
@@ -114,7 +91,7 @@ class LoadingServer:
         while True:
             seen = None
             try:
-                seen = self.serves()
+                seen = self._serves()
             except NoAnswerError as error:
                 self.silence = str(error)
             if (seen is not None and wanted in (None, seen)) or time.monotonic() >= deadline:
@@ -131,7 +108,7 @@ class LoadingServer:
         try:
             self._client.load_model(model, headers=self._headers, client_timeout=self._timeout_s)
         except InferenceServerException as error:
-            reason = first_line(error.message())
+            reason, what = first_line(error.message()), ""
             self.is_touched = was_touched
             if "restricted" in reason:
                 what = "wants the admin key for this; give --admin-key-file"
@@ -141,9 +118,10 @@ class LoadingServer:
             elif str(error.status()).removeprefix("StatusCode.") in _LOST:
                 self.is_touched = True
                 what = f"did not answer while it was to load {model}: {reason}"
-            else:
-                raise StepError(f"{model} was not loaded: {reason}") from error
-            raise StepError(f"the server at {self.url} {what}") from error
+            said = (
+                f"the server at {self.url} {what}" if what else f"{model} was not loaded: {reason}"
+            )
+            raise StepError(said) from error
 
     def wait_for_answers(self, version: int) -> None:
         """Wait until a router that refuses other answers than calibrated has found none to refuse.
@@ -159,10 +137,8 @@ class LoadingServer:
         try:
             config = self._config(ROUTER)
         except NoAnswerError as error:
-            self.silence = str(error)
-            raise self._does_not_say() from error
-        shape = [1, *config.input[0].dims] if config is not None else [1]
-        image = zeros_input(shape)
+            raise self._does_not_say(error) from error
+        image = zeros_input([1, *config.input[0].dims] if config is not None else [1])
 
         def ask() -> None:
             try:
@@ -197,17 +173,30 @@ class LoadingServer:
         """
         seen = self.look(_SHOW_S, versions)
         if seen is None:
-            raise self._does_not_say()
+            raise self._does_not_say(self.silence)
         if seen != versions:
             raise StepError(
                 f"the server at {self.url} loaded its models, but they are not those of this "
                 "repository; give the --repository that it serves"
             )
 
-    def _does_not_say(self) -> StepError:
+    def _does_not_say(self, why: object) -> StepError:
+        self.silence = str(why)
         return StepError(
-            f"the server at {self.url} was told to load, and does not say what it serves: "
-            f"{self.silence}"
+            f"the server at {self.url} was told to load, and does not say what it serves: {why}"
+        )
+
+    def _serves(self) -> Versions:
+        answering, config = self.answering(), self._config(ROUTER)
+        if config is None:
+            return answering
+        index = self._ask(self._client.get_model_repository_index)
+        ready = {int(m.version) for m in index.models if (m.name, m.state) == (ROUTER, "READY")}
+        return replace(
+            answering,
+            served=tuple(sorted(ready)),
+            shadow=int(config.parameters["shadow_version"].string_value or 0),
+            shadow_fraction=float(config.parameters["shadow_fraction"].string_value or 0.0),
         )
 
     def _named_by(self, ensemble: str) -> int:
@@ -217,20 +206,15 @@ class LoadingServer:
 
     def _config(self, model: str) -> Any:
         """A model's configuration, None where there is no such model."""
-        try:
-            return self._ask(self._client.get_model_config, model).config
-        except NoAnswerError as error:
-            if error.is_unknown:
-                return None
-            raise
+        answer = self._ask(self._client.get_model_config, model)
+        return None if answer is None else answer.config
 
     def _ask(self, call: Callable[..., Any], *arguments: str) -> Any:
+        """Ask about what may not be there: None then."""
+        options = {"headers": self._headers, "client_timeout": _QUESTION_TIMEOUT_S}
         try:
-            return call(
-                *arguments,
-                headers=self._headers,
-                client_timeout=_QUESTION_TIMEOUT_S,
-            )
+            return call(*arguments, **options)
         except InferenceServerException as error:
-            is_unknown = error.status() == "StatusCode.NOT_FOUND"
-            raise NoAnswerError(first_line(error.message()), is_unknown) from error
+            if error.status() == "StatusCode.NOT_FOUND":
+                return None
+            raise NoAnswerError(first_line(error.message())) from error

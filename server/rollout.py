@@ -107,8 +107,6 @@ class _Change:
     """From what disk and server say to what they are to say.
 
     Attributes:
-        repository: the repository.
-        server: the server.
         answering: what the server's ensembles named before.
         before: what the repository said before.
         wanted: what both are to say.
@@ -124,44 +122,25 @@ class _Change:
     goes_back: bool
 
     def make(self, target: Versions, answering: Versions) -> None:
-        """Take disk and server there, step by step.
-
-        Args:
-            target: what they are to say.
-            answering: what the server's ensembles name.
-
-        Raises:
-            StepError: the server refused, did not answer, or serves something else.
-            ManifestError, VersionError, OSError: the repository cannot be changed.
-        """
+        """Take disk and server to a target, step by step, from what the ensembles name."""
         ensembles = [ENTRY] if target.tensors == 0 else [ENTRY, TENSORS]
         way, order = target, [*ensembles, ROUTER]
         if answering.named and answering.named <= set(present(self.repository)):
             way, order = target.beside(answering.named), [ROUTER, *ensembles]
-        put(self.repository, way)
-        for model in order:
-            self._load(model, target.live)
-        self.server.wait_until(way)
+        self._step(way, order, target.live)
         if way != target:
-            put(self.repository, target)
-            self._load(ROUTER, target.live)
-            self.server.wait_until(target)
+            self._step(target, [ROUTER], target.live)
 
-    def _load(self, model: str, live: int) -> None:
-        """Load a model; where the router may refuse, wait until its version does not."""
-        self.server.load(model)
-        if refuses_other_answers(self.repository):
-            self.server.wait_for_answers(live)
+    def _step(self, versions: Versions, order: list[str], live: int) -> None:
+        put(self.repository, versions)
+        for model in order:
+            self.server.load(model)
+            if refuses_other_answers(self.repository):
+                self.server.wait_for_answers(live)
+        self.server.wait_until(versions)
 
     def settle(self, error: BaseException) -> None:
-        """After a failure: confirm what was wanted, or go back, and say where both stand.
-
-        Returns:
-            Where the server serves what was wanted all the same.
-
-        Raises:
-            ServerUsageError, RolloutError, RolloutInterruptedError: as `rollout`.
-        """
+        """After a failure: confirm what was wanted, or go back, and say where both stand."""
         try:
             self._settle(error)
         except KeyboardInterrupt:
@@ -175,23 +154,29 @@ class _Change:
 
     def _settle(self, error: BaseException) -> None:
         seen = self.server.look(_ASK_AGAIN_S) if self.server.is_touched else None
+        is_interrupted = isinstance(error, KeyboardInterrupt)
+        kind = RolloutInterruptedError if is_interrupted else RolloutError
         if seen == self.wanted == self._on_disk() and self._answers(error):
-            if isinstance(error, KeyboardInterrupt):
-                raise RolloutInterruptedError(
-                    f"interrupted; {seen.sentence}, as the repository says"
-                ) from error
+            if is_interrupted:
+                raise kind(f"interrupted; {seen.sentence}, as the repository says") from error
             return
         troubles = []
         if seen is not None and self.goes_back:
             trouble = _attempt(lambda: self.make(self.before, seen))
             troubles += [f"the way back failed: {trouble}"] if trouble else []
-        if self._on_disk() != self.before:  # there was no way back, or it ended early
+        if self._on_disk() != self.before:  # There was no way back, or it ended early.
             trouble = _attempt(lambda: put(self.repository, self.before))
             troubles += [f"the repository cannot be changed back: {trouble}"] if trouble else []
-        if isinstance(error, _DISK_ERRORS) and not self.server.is_touched and not troubles:
-            raise ServerUsageError(f"{self.repository} cannot be changed: {error}") from error
-        kind = RolloutInterruptedError if isinstance(error, KeyboardInterrupt) else RolloutError
-        raise kind(self._outcome(_what_failed(error), troubles)) from error
+        what = f"{type(error).__name__}: {first_line(str(error))}"
+        if isinstance(error, StepError):
+            what = str(error)
+        elif is_interrupted:
+            what = "interrupted"
+        elif isinstance(error, _DISK_ERRORS):
+            what = f"the repository cannot be changed: {error}"
+            if not self.server.is_touched and not troubles:
+                raise ServerUsageError(f"{self.repository} cannot be changed: {error}") from error
+        raise kind(self._outcome(what, troubles)) from error
 
     def _answers(self, error: BaseException) -> bool:
         """Whether the version that was wanted, and is loaded, does not refuse requests."""
@@ -245,16 +230,6 @@ class _Change:
 
 def _said(versions: Versions) -> str:
     return versions.sentence if versions.live else "nothing answers"
-
-
-def _what_failed(error: BaseException) -> str:
-    if isinstance(error, StepError):
-        return str(error)
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    if isinstance(error, _DISK_ERRORS):
-        return f"the repository cannot be changed: {error}"
-    return f"{type(error).__name__}: {first_line(str(error))}"
 
 
 def _attempt(step: Callable[[], None]) -> str:
