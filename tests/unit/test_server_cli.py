@@ -15,7 +15,10 @@ import server.__main__ as command_line
 from bundle.versions import Versions, put, switch
 from export.repository import assemble
 from export.versions import add_version
+from server.access import Access
+from server.errors import ServerUsageError
 from server.probe import Finding
+from server.rollout import RolloutError, RolloutInterruptedError
 from tests.unit.test_export_repository import write_inputs
 from tests.unit.test_export_versions import change_artifact
 
@@ -156,3 +159,62 @@ def test_a_signal_that_comes_while_a_destructor_runs_ends_it_too(monkeypatch: py
     monkeypatch.setattr(command_line, "_report", lambda *_: None)
     assert command_line.main(["--supervise"]) == 0
     assert looks == ["looked"] and not FakeServer.made[0].runs
+
+
+# --- python -m server rollout ------------------------------------------------------------------
+
+
+def instead(asked: list[object], error: BaseException | None = None) -> Any:
+    """Takes the place of the rollout."""
+
+    def rollout(repository: Path, access: Access, switch_to: int, timeout_s: float) -> Versions:
+        asked.append((repository, access.url, timeout_s, switch_to))
+        if error is not None:
+            raise error
+        return Versions(2, (1, 2))
+
+    return rollout
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (None, 0, "router/2 answers; router/1 can be pinned too\n"),
+        (RolloutError("router was not loaded"), 1, "error: router was not loaded\n"),
+        (ServerUsageError("no version 7"), 2, "error: no version 7\n"),
+        (KeyboardInterrupt(), 130, "interrupted before anything was changed\n"),
+        (RolloutInterruptedError("interrupted; router/1"), 130, "interrupted; router/1\n"),
+    ],
+)
+def test_a_rollouts_exit_code_tells_whose_move_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException | None,
+    code: int,
+    said: str,
+):
+    asked: list[object] = []
+    monkeypatch.setattr(command_line, "rollout", instead(asked, error))
+    options = "--repository r --to 1 --url host:9 --timeout-s 7"
+    assert command_line.main(["rollout", *options.split()]) == code
+    out, err = capsys.readouterr()
+    assert (out + err, bool(err)) == (said, error is not None)
+    assert asked == [(Path("r"), "host:9", 7.0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--tls-ca a --tls-cert b", "a client cert without a key; give both"),
+        ("--tls-cert b --tls-key c", "cannot read b for TLS: No such file"),
+        ("--tls-ca nowhere.crt", "cannot read nowhere.crt for TLS: No such file"),
+        ("--admin-key-file nowhere.key", "admin key file nowhere.key cannot be read"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["rollout", "check"])
+def test_a_bad_option_is_one_line(
+    capsys: pytest.CaptureFixture[str], verb: str, options: str, message: str
+):
+    assert command_line.main([verb, *options.split()]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and len(err.splitlines()) == 1
