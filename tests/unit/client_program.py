@@ -354,34 +354,6 @@ def event_loops(_, url):
     return {**seen.after(), "wrong": wrong}
 
 
-def web_server(kind, url):
-    """A thread per request of a web server, which shares one client."""
-    limit_descriptors()
-    seen = Descriptors()
-    client = KINDS[kind](url)
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):  # noqa: N802
-            (found,) = client.infer([image(int(self.path[1:]))], timeout_s=PATIENCE_S)
-            seen.look()
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps([found.score, 0]).encode())
-
-        def log_message(self, *_):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        serving = threading.Thread(target=server.serve_forever, args=(0.02,))
-        serving.start()
-        with ThreadPoolExecutor(8) as pool:
-            answers = list(pool.map(lambda n: _get(server.server_port, n)[0], range(300)))
-        server.shutdown()
-        serving.join()
-    client.close()
-    return {**seen.after(), "wrong": [(n, s) for n, s in enumerate(answers) if s != n]}
-
-
 def limit_descriptors():
     resource.setrlimit(resource.RLIMIT_NOFILE, (MOST_DESCRIPTORS, MOST_DESCRIPTORS))
 
@@ -405,7 +377,6 @@ SCENARIOS = {
     "threads": lambda kind, url: threads(kind, url, 1200, 4),
     "threads-at-once": lambda kind, url: threads(kind, url, 200, 200, HELD),
     "event-loops": event_loops,
-    "web-server": web_server,
 }
 
 if __name__ == "__main__":

@@ -2,20 +2,22 @@
 
 import asyncio
 import json
+import socket
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import grpc
 import numpy as np
+import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from client import AsyncGrpcClient
+from client import AsyncGrpcClient, ClientError, GrpcClient, HttpClient
 
 PAUSE_S = 1.0  # in the middle of an answer
 
@@ -44,12 +46,22 @@ class Asked:
     """One request as it arrived: an image is scored with its own number, see `image`."""
 
     peer: str
-    images: list
-    version: str
-    parameters: dict
     headers: dict
+    images: list = field(default_factory=list)
+    parameters: dict = field(default_factory=dict)
     left_s: float | None = None
-    id: str = ""
+    id: str = ""  # `answer` may change it
+
+    def outputs(self, port):
+        """Rows in the order of the images; the embeddings tell the client's port."""
+        numbers = [int.from_bytes(image, "big") for image in self.images] or [0]
+        rows = len(numbers)
+        return (
+            ("embedding", "FP32", np.full((rows, 4), port, np.float32)),
+            ("escalated", "BOOL", np.zeros((rows, 1), np.bool_)),
+            ("score", "FP32", np.array(numbers, np.float32).reshape(rows, 1)),
+            ("degraded", "BOOL", np.zeros((rows, 1), np.bool_)),
+        )
 
 
 def image(number):
@@ -68,16 +80,9 @@ class TritonService(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.asked = []
         self._lock = threading.Lock()
 
-    def _note(self, request, context, images=(), version="", parameters=None, asked_id=""):
-        asked = Asked(
-            context.peer(),
-            images,
-            version,
-            parameters or {},
-            dict(context.invocation_metadata()),
-            context.time_remaining(),
-            asked_id,
-        )
+    def _note(self, context, **fields):
+        headers, left_s = dict(context.invocation_metadata()), context.time_remaining()
+        asked = Asked(context.peer(), headers=headers, left_s=left_s, **fields)
         with self._lock:
             self.asked.append(asked)
             number = len(self.asked)
@@ -87,11 +92,11 @@ class TritonService(service_pb2_grpc.GRPCInferenceServiceServicer):
         return asked
 
     def ServerMetadata(self, request, context):  # noqa: N802 (the service's names)
-        self._note(request, context)
+        self._note(context)
         return service_pb2.ServerMetadataResponse(name="triton", version="2.51.0")
 
     def ModelMetadata(self, request, context):  # noqa: N802
-        self._note(request, context)
+        self._note(context)
         return service_pb2.ModelMetadataResponse(name=request.name, versions=["1"])
 
     def ModelConfig(self, request, context):  # noqa: N802
@@ -105,10 +110,11 @@ class TritonService(service_pb2_grpc.GRPCInferenceServiceServicer):
             for name, value in request.parameters.items()
         }
         images = encoded_images(request.inputs[0].datatype, request.raw_input_contents[0])
-        asked = self._note(request, context, images, request.model_version, parameters, request.id)
-        port = int(asked.peer.rpartition(":")[2])
-        answer = infer_response([int.from_bytes(i, "big") for i in images] or [0], port)
-        answer.id = asked.id  # `answer` may have changed it
+        asked = self._note(context, images=images, parameters=parameters, id=request.id)
+        answer = service_pb2.ModelInferResponse(model_name="adaptive_vit", id=asked.id)
+        for name, datatype, values in asked.outputs(int(asked.peer.rpartition(":")[2])):
+            answer.outputs.add(name=name, datatype=datatype, shape=values.shape)
+            answer.raw_output_contents.append(values.tobytes())
         return answer
 
 
@@ -120,21 +126,6 @@ def encoded_images(datatype, raw):
         images.append(raw[4 : 4 + size])
         raw = raw[4 + size :]
     return images
-
-
-def infer_response(numbers, port):
-    """Rows in the order of the numbers, each the score; the embeddings tell the client's port."""
-    rows = len(numbers)
-    answer = service_pb2.ModelInferResponse(model_name="adaptive_vit")
-    for name, datatype, values in (
-        ("embedding", "FP32", np.full((rows, 4), port, np.float32)),
-        ("escalated", "BOOL", np.zeros((rows, 1), np.bool_)),
-        ("score", "FP32", np.array(numbers, np.float32).reshape(rows, 1)),
-        ("degraded", "BOOL", np.zeros((rows, 1), np.bool_)),
-    ):
-        answer.outputs.add(name=name, datatype=datatype, shape=values.shape)
-        answer.raw_output_contents.append(values.tobytes())
-    return answer
 
 
 @contextmanager
@@ -176,10 +167,9 @@ def http_server(answer=lambda number, asked: None, *, context=None):
             head = json.loads(body[:length])
             found = Asked(
                 str(self.client_address),
-                encoded_images(head["inputs"][0]["datatype"], body[length:]),
-                "",
-                head["parameters"],
                 dict(self.headers),
+                encoded_images(head["inputs"][0]["datatype"], body[length:]),
+                head["parameters"],
                 id=head["id"],
             )
             asked.append(found)
@@ -190,9 +180,11 @@ def http_server(answer=lambda number, asked: None, *, context=None):
                 return
             self.halves = failure if failure in ("in halves", "in halves to the end") else None
             status, text = (None if self.halves else failure) or (200, None)
-            port = self.client_address[1]
-            numbers = [int.from_bytes(image, "big") for image in found.images] or [0]
-            self._send(status, {"error": text} if text else http_outputs(numbers, port, found.id))
+            parts = [
+                {"name": n, "datatype": d, "shape": list(v.shape), "data": v.ravel().tolist()}
+                for n, d, v in found.outputs(self.client_address[1])
+            ]
+            self._send(status, {"error": text} if text else {"id": found.id, "outputs": parts})
 
         halves = None
 
@@ -230,23 +222,6 @@ def http_server(answer=lambda number, asked: None, *, context=None):
         server.server_close()
 
 
-def http_outputs(numbers, port, asked_id):
-    """As `infer_response`."""
-    rows = len(numbers)
-    return {
-        "id": asked_id,
-        "outputs": [
-            {"name": name, "datatype": datatype, "shape": [rows, len(data) // rows], "data": data}
-            for name, datatype, data in (
-                ("embedding", "FP32", [port] * 4 * rows),
-                ("escalated", "BOOL", [False] * rows),
-                ("score", "FP32", numbers),
-                ("degraded", "BOOL", [False] * rows),
-            )
-        ],
-    }
-
-
 @dataclass(frozen=True)
 class Certificates:
     """PEM files in a folder: `NAME.pem` and `NAME.key`."""
@@ -280,6 +255,36 @@ class Certificates:
 
     def key(self, name):
         return self.folder / f"{name}.key"
+
+
+every = pytest.mark.parametrize("kind", [GrpcClient, AwaitedClient, HttpClient])
+both = pytest.mark.parametrize("kind", [GrpcClient, AwaitedClient])
+
+
+@contextmanager
+def served(kind, answer=lambda *_: None):
+    """What the server of that client's protocol was asked, and its address."""
+    with (http_server if kind is HttpClient else grpc_server)(answer) as (found, url):
+        yield getattr(found, "asked", found), url
+
+
+def told(client, *numbers, timeout_s=20.0):
+    """What `infer` gave about these images, as scores, or its error."""
+    try:
+        images = [image(number) for number in numbers]
+        return [answer.score for answer in client.infer(images, timeout_s=timeout_s)]
+    except ClientError as error:
+        assert "\n" not in str(error)
+        return error
+
+
+@contextmanager
+def listening(backlog=8):
+    """A socket that takes connections, and its HOST:PORT."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(backlog)
+        yield listener, f"127.0.0.1:{listener.getsockname()[1]}"
 
 
 def openssl(*arguments):

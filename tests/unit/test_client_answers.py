@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import grpc
 import numpy as np
@@ -17,7 +17,6 @@ import pytest
 from client import (
     AnswerMismatchError,
     AsyncGrpcClient,
-    ClientError,
     DeadlineError,
     GrpcClient,
     HttpClient,
@@ -30,37 +29,36 @@ from client import (
     UnavailableError,
 )
 from client.messages import predictions
-from tests.unit.client_servers import AwaitedClient, grpc_server, http_server, image
+from tests.unit.client_servers import (
+    AwaitedClient,
+    both,
+    every,
+    grpc_server,
+    http_server,
+    image,
+    listening,
+    served,
+    told,
+)
 
 FAST = Retry(attempts=3, first_backoff_s=0.001)
-every = pytest.mark.parametrize("kind", [GrpcClient, AwaitedClient, HttpClient])
-blocking = pytest.mark.parametrize("kind", [GrpcClient, HttpClient])
 
 
-@contextmanager
-def served(kind, answer=lambda *_: None):
-    """What the server of that protocol was asked, and its address."""
-    serve = http_server if kind is HttpClient else grpc_server
-    with serve(answer) as (found, url):
-        yield getattr(found, "asked", found), url
-
-
-def told(client, numbers):
-    """What `infer` gave or raised."""
-    try:
-        return client.infer([image(number) for number in numbers], timeout_s=20)
-    except ClientError as error:
-        return error
-
-
-def ask_all(kind, url, calls, **options):
-    """What `infer` gave or raised for each list of numbers, one client asking in turn."""
+def ask_all(kind, url, *calls, **options):
+    """What one client was told about each list of numbers in turn."""
     with kind(url, **options) as client:
-        return [told(client, numbers) for numbers in calls]
+        return [told(client, *numbers) for numbers in calls]
 
 
-def scores(predictions):
-    return [prediction.score for prediction in predictions]
+def failing(kind, code, status, text):
+    """What a server of the client's protocol fails with."""
+    return (status, text) if kind is HttpClient else (getattr(grpc.StatusCode, code), text)
+
+
+def connections(asked):
+    """Of three requests: the first two had one, which the third had no more."""
+    before, during, after = (request.peer for request in asked)
+    return before == during != after
 
 
 # --- whose answer ------------------------------------------------------------------------------
@@ -80,78 +78,63 @@ def answering_as(another, to=2):
 @pytest.mark.parametrize("another", ["somebody-elses", ""])
 def test_anothers_answer_is_an_error_and_ends_its_connection(kind, another):
     with served(kind, answering_as(another)) as (asked, url):
-        first, second, third = ask_all(kind, url, [[1], [2], [3]], retry=FAST)
+        first, second, third = ask_all(kind, url, [1], [2], [3], retry=FAST)
     said = "belongs to request somebody-elses" if another else "names no request"
-    assert type(second) is AnswerMismatchError and said in str(second) and "\n" not in str(second)
-    assert scores(first) + scores(third) == [1, 3]
-    before, during, after = (request.peer for request in asked)  # nor was it asked again
-    assert before == during != after
-
-
-@every
-def test_the_middle_of_a_batch_is_held_against_its_request_too(kind):
-    with served(kind, answering_as("x")) as (asked, url):
-        (found,) = ask_all(kind, url, [range(70)])
-    assert len(asked) == 2  # the third piece is not asked about any more
-    assert type(found) is AnswerMismatchError
+    assert type(second) is AnswerMismatchError and said in str(second)
+    assert (first, third) == ([1], [3])
+    assert connections(asked)  # nor was it asked again
 
 
 @every
 def test_a_refusal_that_names_another_request_is_an_error_too(kind):
     def answer(number, asked, *_):
         whose = "x" if number == 2 else asked.id
-        text = f"[request id: {whose}] no such image"
-        return (400, text) if kind is HttpClient else (grpc.StatusCode.INVALID_ARGUMENT, text)
+        return failing(kind, "INVALID_ARGUMENT", 400, f"[request id: {whose}] no such image")
 
     with served(kind, answer) as (asked, url):
-        first, second, third = ask_all(kind, url, [[1], [2], [3]])
-    assert [type(e) for e in (first, second, third)] == [
-        InvalidRequestError,
-        AnswerMismatchError,
-        InvalidRequestError,
-    ]
-    assert str(first) == "no such image"
-    before, during, after = (request.peer for request in asked)
-    assert before == during != after
+        found = ask_all(kind, url, [1], [2], [3])
+    kinds = [InvalidRequestError, AnswerMismatchError, InvalidRequestError]
+    assert [type(error) for error in found] == kinds and str(found[0]) == "no such image"
+    assert connections(asked)
+
+
+@every
+def test_a_batch_is_answered_in_its_order_and_each_part_held_against_its_request(kind):
+    numbers = [*range(500, 535), *range(100, 135)]
+    with served(kind) as (asked, url):
+        assert ask_all(kind, url, numbers) == [numbers]
+    assert [len(request.images) for request in asked if request.images] == [32, 32, 6]
+    with served(kind, answering_as("x")) as (asked, url):
+        (found,) = ask_all(kind, url, numbers)
+    assert len(asked) == 2  # the third piece is not asked about any more
+    assert type(found) is AnswerMismatchError
 
 
 @every
 def test_every_try_has_an_id_of_its_own(kind):
-    def answer(number, *_):
-        if number <= 2:
-            return (503, "away") if kind is HttpClient else (grpc.StatusCode.UNAVAILABLE, "away")
-        return None
-
-    with served(kind, answer) as (asked, url):
-        (found,) = ask_all(kind, url, [[7]], retry=FAST)
-    assert scores(found) == [7]
+    away = failing(kind, "UNAVAILABLE", 503, "away")
+    with served(kind, lambda number, *_: away if number <= 2 else None) as (asked, url):
+        assert ask_all(kind, url, [7], retry=FAST) == [[7]]
     ids = {request.id for request in asked}
     assert len(ids) == 3 and all(re.fullmatch("[0-9a-f]{32}", one) for one in ids)
 
 
-@every
-def test_a_batch_is_answered_in_its_order(kind):
-    numbers = [*range(500, 535), *range(100, 135)]
-    with served(kind) as (asked, url):
-        (found,) = ask_all(kind, url, [numbers])
-    assert scores(found) == numbers
-    assert [len(request.images) for request in asked if request.images] == [32, 32, 6]
-
-
-def test_a_stream_yields_an_error_for_anothers_answer_and_goes_on():
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_a_stream_loses_only_what_was_anothers_and_goes_on(concurrency):
     def answer(number, asked, *_):
-        if asked.images == [image(5)]:
+        time.sleep(0.01 * (number % 3))
+        if asked.images in ([image(5)], [image(8)]):
             asked.id = "x"
 
     async def main(url):
-        async with AsyncGrpcClient(url, retry=Retry(20, 0.001)) as client:
-            images = (image(number) for number in range(20))
-            return [found async for found in client.stream(images, concurrency=1)]
+        async with AsyncGrpcClient(url, retry=None) as client:
+            images = (image(number) for number in range(24))
+            return [found async for found in client.stream(images, concurrency=concurrency)]
 
     with grpc_server(answer) as (_, url):
         found = asyncio.run(main(url))
-    assert type(found.pop(5)) is AnswerMismatchError
-    assert scores(found) == [number for number in range(20) if number != 5]
+    assert [type(found.pop(n)) for n in (8, 5)] == [AnswerMismatchError] * 2
+    assert [one.score for one in found] == [n for n in range(24) if n not in (5, 8)]
 
 
 def all_three_at_once():
@@ -170,73 +153,41 @@ def all_three_at_once():
     return answer
 
 
-@pytest.mark.parametrize("kind", [GrpcClient, AsyncGrpcClient])
+@both
 def test_anothers_answer_ends_no_request_but_its_own(kind):
-    async def at_once(url):
-        async with AsyncGrpcClient(url, retry=None) as client:
-            found = await asyncio.gather(
-                *(client.infer([image(n)]) for n in (4, 5, 6)), return_exceptions=True
-            )
-            return [*found, await client.infer([image(9)])]
-
-    def in_threads(url):
-        with GrpcClient(url, retry=None) as client, ThreadPoolExecutor(3) as pool:
-            return [*pool.map(lambda n: told(client, [n]), (4, 5, 6)), told(client, [9])]
-
     with served(kind, all_three_at_once()) as (asked, url):
-        found = asyncio.run(at_once(url)) if kind is AsyncGrpcClient else in_threads(url)
-    assert type(found.pop(1)) is AnswerMismatchError
-    assert [scores(one) for one in found] == [[4], [6], [9]]
+        with kind(url, retry=None) as client, ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(lambda n: told(client, n), (4, 5, 6)))
+            assert told(client, 9) == [9]
+    assert type(found.pop(1)) is AnswerMismatchError and found == [[4], [6]]
     peers = [request.peer for request in asked]
     assert len(set(peers[:3])) == 1 and peers[3] not in peers[:3]
 
 
-def test_a_stream_of_several_at_once_loses_only_what_was_anothers():
-    def answer(number, asked, *_):
-        time.sleep(0.01 * (number % 3))
-        if asked.images in ([image(5)], [image(8)]):
-            asked.id = "x"
-
-    async def main(url):
-        async with AsyncGrpcClient(url, retry=None) as client:
-            images = (image(number) for number in range(24))
-            return [found async for found in client.stream(images, concurrency=4)]
-
-    with grpc_server(answer) as (_, url):
-        found = asyncio.run(main(url))
-    assert [type(found.pop(n)) for n in (8, 5)] == [AnswerMismatchError] * 2
-    assert scores(found) == [number for number in range(24) if number not in (5, 8)]
-
-
-@pytest.mark.parametrize("kind", [GrpcClient, AwaitedClient])
+@both
 def test_a_channel_that_was_given_up_is_closed_with_its_last_call_also_if_errors_are_kept(kind):
     with served(kind, answering_as("x")) as (_, url), kind(url, retry=None) as client:
         line = client.client if kind is AwaitedClient else client
-        client.infer([image(1)])
+        told(client, 1)
         first = line._line.channel
-        with pytest.raises(AnswerMismatchError) as kept:
-            client.infer([image(2)])
+        kept = told(client, 2)
         with pytest.raises(ValueError, match="closed channel"):
             first.unary_unary("/any")(b"")
-        client.infer([image(3)])
-        assert line._line.channel is not first and "belongs to" in str(kept.value)
+        told(client, 3)
+        assert line._line.channel is not first and "belongs to" in str(kept)
 
 
-@pytest.mark.parametrize("kind", ["sync", "asyncio"])
+@pytest.mark.parametrize("kind", [GrpcClient, AsyncGrpcClient])
 def test_who_lets_go_of_a_client_has_let_go_of_its_channel(kind):
     """Not when cycles are collected: one that lives on to the end of Python may hang it."""
-
-    async def make():
-        client = GrpcClient("127.0.0.1:9") if kind == "sync" else AsyncGrpcClient("127.0.0.1:9")
-        channel = weakref.ref(client._line)
-        gc.disable()
-        try:
-            del client
-            assert channel() is None
-        finally:
-            gc.enable()
-
-    asyncio.run(make())
+    client = kind("127.0.0.1:9")
+    channel = weakref.ref(client._line)
+    gc.disable()
+    try:
+        del client
+        assert channel() is None
+    finally:
+        gc.enable()
 
 
 def test_logits_of_another_number_of_rows_are_refused():
@@ -255,13 +206,13 @@ def test_logits_of_another_number_of_rows_are_refused():
 def test_a_closed_client_says_so(kind):
     with served(kind) as (_, url):
         client = kind(url)
-        client.infer([image(1)])
+        assert told(client, 1) == [1]
         client.close()
-        with pytest.raises(InvalidRequestError, match="client is closed"):
-            client.infer([image(1)])
+        found = told(client, 1)
+    assert type(found) is InvalidRequestError and "client is closed" in str(found)
 
 
-@blocking
+@every
 def test_closing_ends_the_requests_of_other_threads(kind):
     arrived, found = threading.Event(), []
 
@@ -271,8 +222,7 @@ def test_closing_ends_the_requests_of_other_threads(kind):
 
     with served(kind, answer) as (_, url):
         client = kind(url, **({"concurrency": 1} if kind is HttpClient else {}))
-
-        asking = threading.Thread(target=lambda: found.append(type(told(client, [1]))))
+        asking = threading.Thread(target=lambda: found.append(type(told(client, 1))))
         asking.start()
         assert arrived.wait(10)
         client.close()
@@ -317,20 +267,12 @@ def test_closing_an_asyncio_client_at_any_moment_is_one_of_our_errors(steps):
     assert type(found) is (InvalidRequestError if steps == 0 else RequestCancelledError)
 
 
-@contextmanager
-def listening(backlog=8):
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(backlog)
-        yield listener, f"127.0.0.1:{listener.getsockname()[1]}"
-
-
 @pytest.mark.parametrize("during", ["handshake", "body to the end"])
 def test_closing_ends_an_http_request_wherever_it_stands(during):
     found = []
     with listening() as (listener, url):
         client = HttpClient(url, tls=Tls() if during == "handshake" else None)
-        asking = threading.Thread(target=lambda: found.append(type(told(client, [1]))))
+        asking = threading.Thread(target=lambda: found.append(type(told(client, 1))))
         asking.start()
         peer, _ = listener.accept()
         with peer:
@@ -346,6 +288,14 @@ def test_closing_ends_an_http_request_wherever_it_stands(during):
 # --- HTTP: whole, in time, Triton's ------------------------------------------------------------
 
 
+def late(client, within_s):
+    """How long it took to be told that there is no answer in time."""
+    started = time.monotonic()
+    error = told(client, 2, timeout_s=within_s)
+    assert type(error) is DeadlineError and f"within {within_s} s" in str(error)
+    return time.monotonic() - started
+
+
 def test_who_waits_for_a_connection_does_so_within_the_deadline():
     arrived = threading.Event()
 
@@ -354,15 +304,12 @@ def test_who_waits_for_a_connection_does_so_within_the_deadline():
         time.sleep(0.6)
 
     with http_server(answer) as (asked, url), HttpClient(url, concurrency=1) as client:
-        holding = threading.Thread(target=client.infer, args=([image(1)],))
+        holding = threading.Thread(target=told, args=(client, 1))
         holding.start()
         assert arrived.wait(10)
-        started = time.monotonic()
-        with pytest.raises(DeadlineError, match="within 0.1 s"):
-            client.infer([image(2)], timeout_s=0.1)
-        assert time.monotonic() - started < 0.5
+        assert late(client, 0.1) < 0.5
         holding.join()
-        assert client.infer([image(3)], timeout_s=20)[0].score == 3
+        assert told(client, 3) == [3]
     assert [request.images for request in asked] == [[image(1)], [image(3)]]
 
 
@@ -374,10 +321,8 @@ def test_the_deadline_is_over_all_addresses_of_a_host(monkeypatch):
             waiting.connect_ex(listener.getsockname())
         found = socket.getaddrinfo(*listener.getsockname(), type=socket.SOCK_STREAM)
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found * 4)
-        started = time.monotonic()
-        with HttpClient(url) as client, pytest.raises(DeadlineError, match=r"within 0\.4 s"):
-            client.infer([image(1)], timeout_s=0.4)
-        assert 0.3 < time.monotonic() - started < 1.0
+        with HttpClient(url) as client:
+            assert 0.3 < late(client, 0.4) < 1.0
 
 
 def test_of_several_addresses_the_first_that_answers_is_asked(monkeypatch):
@@ -389,7 +334,7 @@ def test_of_several_addresses_the_first_that_answers_is_asked(monkeypatch):
         ]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
         with HttpClient(url, retry=None) as client:
-            assert client.infer([image(7)], timeout_s=20)[0].score == 7
+            assert told(client, 7) == [7]
     assert len(asked) == 1
 
 
@@ -398,36 +343,25 @@ def test_no_connections_are_refused():
         HttpClient("127.0.0.1:1", concurrency=0)
 
 
-@contextmanager
-def dripping(text):
-    """A server that answers a byte at a time, each well before a reader's patience ends."""
+@pytest.mark.parametrize("head", [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\n\r\n"])
+def test_an_answer_that_drips_ends_at_the_deadline(head):
+    """A byte at a time, each well before a reader's patience ends."""
     stop = threading.Event()
 
     def drip():
         peer, _ = listener.accept()
         with peer:
-            for byte in text:
+            for byte in head + b"a" * 1000:
                 if stop.wait(0.05):
                     return
                 peer.send(bytes([byte]))
 
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        thread = threading.Thread(target=drip)
-        thread.start()
-        yield f"127.0.0.1:{listener.getsockname()[1]}"
+    with listening() as (listener, url), HttpClient(url) as client:
+        dripping = threading.Thread(target=drip)
+        dripping.start()
+        assert 0.3 < late(client, 0.4) < 5
         stop.set()
-        thread.join()
-
-
-@pytest.mark.parametrize("head", [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\n\r\n"])
-def test_an_answer_that_drips_ends_at_the_deadline(head):
-    with dripping(head + b"a" * 1000) as url, HttpClient(url) as client:
-        started = time.monotonic()
-        with pytest.raises(DeadlineError, match=r"within 0\.4 s"):
-            client.infer([image(1)], timeout_s=0.4)
-        assert 0.3 < time.monotonic() - started < 5
+        dripping.join()
 
 
 @pytest.mark.parametrize(
@@ -443,15 +377,13 @@ def test_an_answer_that_drips_ends_at_the_deadline(head):
 )
 def test_what_is_no_answer_of_tritons_is_one_clear_error(answer, kind):
     with http_server(lambda *_: answer) as (_, url), HttpClient(url, retry=None) as client:
-        with pytest.raises(kind) as caught:
-            client.infer([image(1)], timeout_s=20)
-        assert type(caught.value) is kind and "\n" not in str(caught.value)
+        assert type(told(client, 1)) is kind
 
 
 def test_a_connection_that_was_closed_while_idle_is_not_used():
-    with http_server(lambda number, _: None) as (asked, url), HttpClient(url, retry=None) as client:
-        assert client.infer([image(1)])[0].score == 1
+    with http_server() as (asked, url), HttpClient(url, retry=None) as client:
+        assert told(client, 1) == [1]
         (idle,) = client._idle
         socket.socket.shutdown(idle._held, socket.SHUT_RDWR)  # as the other side would
-        assert client.infer([image(2)])[0].score == 2
+        assert told(client, 2) == [2]
     assert len({request.peer for request in asked}) == 2

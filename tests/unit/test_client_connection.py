@@ -1,12 +1,12 @@
 """Connections: reused, encrypted, with the key of restricted APIs."""
 
 import json
-import socket
 import ssl
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import grpc
 import pytest
@@ -23,7 +23,16 @@ from client import (
     UnavailableError,
 )
 from client.grpc_clients import CHANNEL_ARGUMENTS
-from tests.unit.client_servers import AwaitedClient, Certificates, grpc_server, http_server, image
+from tests.unit.client_servers import (
+    Certificates,
+    both,
+    every,
+    grpc_server,
+    http_server,
+    image,
+    listening,
+    served,
+)
 
 
 def score(kind, url, **options):
@@ -34,33 +43,25 @@ def score(kind, url, **options):
 # --- one connection ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [GrpcClient, AwaitedClient])
+@both
 def test_a_grpc_client_has_one_connection_for_all_threads_and_their_event_loops(kind):
-    with grpc_server() as (service, url), kind(url) as client, ThreadPoolExecutor(4) as pool:
+    with served(kind) as (asked, url), kind(url) as client, ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda number: client.infer([image(number)]), range(20)))
     assert [answer.score for (answer,) in found] == [*range(20)]
-    assert len(service.asked) == 20
-    assert len({asked.peer for asked in service.asked}) == 1
+    assert len(asked) == 20 and len({request.peer for request in asked}) == 1
 
 
-def test_two_grpc_clients_have_connections_of_their_own():
+@every
+def test_two_clients_have_connections_of_their_own_and_keep_them(kind):
     # gRPC would share them, across a fork too: what closes one would end the other's requests.
-    with grpc_server() as (service, url), GrpcClient(url) as one, GrpcClient(url) as other:
+    with served(kind) as (asked, url), kind(url) as one, kind(url) as other:
         for client in (one, other, one):
             client.infer([image(1)])
-    first, second, third = (asked.peer for asked in service.asked)
+    first, second, third = (request.peer for request in asked)
     assert first == third != second
 
 
-def test_an_http_client_keeps_its_connection():
-    with http_server() as (asked, url), HttpClient(url) as client:
-        for number in range(5):
-            client.infer([image(number)])
-    assert len(asked) == 5
-    assert len({request.peer for request in asked}) == 1
-
-
-@pytest.mark.parametrize("kind", [GrpcClient, AwaitedClient])
+@both
 def test_loopback_is_asked_without_a_proxy(kind, monkeypatch):
     for name in ("http_proxy", "https_proxy", "grpc_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
@@ -75,25 +76,16 @@ def test_keep_alive_stays_within_what_triton_permits_by_default():
     assert arguments["grpc.keepalive_permit_without_calls"] == 0
 
 
-# --- keys --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", [GrpcClient, AwaitedClient])
-def test_an_admin_key_goes_with_every_grpc_request(kind):
-    with grpc_server() as (service, url):
-        assert score(kind, url, admin_key="secret") == 7
-        assert score(kind, url) == 7
-        with GrpcClient(url, admin_key="secret") as client:
-            client.server_version()
-    keys = [asked.headers.get("triton-grpc-protocol-admin-key") for asked in service.asked]
-    assert keys == ["secret", None, "secret"]
-
-
-def test_an_admin_key_goes_with_every_http_request():
-    with http_server() as (asked, url):
-        score(HttpClient, url, admin_key="secret")
-        score(HttpClient, url)
-    assert [request.headers.get("admin-key") for request in asked] == ["secret", None]
+@every
+def test_an_admin_key_goes_with_every_request(kind):
+    header = "admin-key" if kind is HttpClient else "triton-grpc-protocol-admin-key"
+    with served(kind) as (asked, url):
+        assert score(kind, url, admin_key="secret") == score(kind, url) == 7
+        if kind is GrpcClient:
+            with kind(url, admin_key="secret") as client:
+                client.server_version()
+            assert asked.pop().headers[header] == "secret"
+    assert [request.headers.get(header) for request in asked] == ["secret", None]
 
 
 # --- TLS ---------------------------------------------------------------------------------------
@@ -115,7 +107,7 @@ def certificates(tmp_path_factory):
 
 def tls_of(certificates, ca="ours", client=None):
     if client is None:
-        return Tls(certificates.cert(ca))
+        return Tls(ca and certificates.cert(ca))
     return Tls(certificates.cert(ca), certificates.cert(client), certificates.key(client))
 
 
@@ -134,59 +126,54 @@ def http_over_tls(certificates, mutual):
     return http_server(context=context)
 
 
+@contextmanager
 def serve(kind, certificates, mutual=False):
-    return (http_over_tls if kind is HttpClient else grpc_over_tls)(certificates, mutual)
-
-
-every = pytest.mark.parametrize("kind", [GrpcClient, AwaitedClient, HttpClient])
+    over_tls = http_over_tls if kind is HttpClient else grpc_over_tls
+    with over_tls(certificates, mutual) as (found, url):
+        yield getattr(found, "asked", found), url
 
 
 @every
-def test_a_server_that_our_authority_signed_is_trusted(kind, certificates):
+def test_a_server_that_our_authority_signed_is_trusted_and_shown_our_certificate(
+    kind, certificates
+):
     with serve(kind, certificates) as (_, url):
         assert score(kind, url, tls=tls_of(certificates)) == 7
-
-
-@every
-@pytest.mark.parametrize("ca", ["others", None])
-def test_any_other_server_is_not(kind, ca, certificates):
-    tls = Tls() if ca is None else tls_of(certificates, ca)  # or the well-known authorities
-    with serve(kind, certificates) as (found, url):
-        with pytest.raises(AccessDeniedError, match="certificate verify failed") as caught:
-            score(kind, url, tls=tls)
-    assert "\n" not in str(caught.value) and url in str(caught.value)
-    assert not getattr(found, "asked", found)
-
-
-@every
-def test_mutual_tls_shows_our_certificate(kind, certificates):
     with serve(kind, certificates, mutual=True) as (_, url):
         assert score(kind, url, tls=tls_of(certificates, client="client")) == 7
 
 
-@every
-@pytest.mark.parametrize("client", [None, "stranger"])
-def test_mutual_tls_refuses_who_shows_none_of_ours(kind, client, certificates):
-    with serve(kind, certificates, mutual=True) as (found, url):
-        with pytest.raises((AccessDeniedError, NotServedError), match="certificate"):
-            score(kind, url, tls=tls_of(certificates, client=client))
-    assert not getattr(found, "asked", found)
+NOT_SHOWN = (AccessDeniedError, NotServedError)
 
 
 @every
-def test_a_plain_client_gets_nothing_from_a_server_with_tls(kind, certificates):
-    with serve(kind, certificates) as (found, url):
-        with pytest.raises(UnavailableError):
-            score(kind, url)
-    assert not getattr(found, "asked", found)
+@pytest.mark.parametrize(
+    ("mutual", "tls", "error", "said"),
+    [
+        (False, ("others",), AccessDeniedError, "certificate verify failed"),
+        (False, (None,), AccessDeniedError, "certificate verify failed"),  # the well-known ones
+        (False, None, UnavailableError, None),
+        (True, ("ours",), NOT_SHOWN, "certificate"),
+        (True, ("ours", "stranger"), NOT_SHOWN, "certificate"),
+    ],
+)
+def test_where_one_side_does_not_trust_the_other_nothing_is_asked(
+    kind, mutual, tls, error, said, certificates
+):
+    options = {} if tls is None else {"tls": tls_of(certificates, *tls)}
+    with serve(kind, certificates, mutual) as (asked, url):
+        with pytest.raises(error, match=said) as caught:
+            score(kind, url, **options)
+    assert "\n" not in str(caught.value) and (mutual or url in str(caught.value))
+    assert not asked
 
 
 @every
 def test_a_client_with_tls_asks_no_plain_server(kind, certificates):
-    with (http_server if kind is HttpClient else grpc_server)() as (found, url):
+    with served(kind) as (asked, url):
         with pytest.raises(AccessDeniedError, match="wrong version number"):
             score(kind, url, tls=tls_of(certificates), admin_key="secret")
-    assert not getattr(found, "asked", found)
+    assert not asked
 
 
 def test_the_command_line_takes_certificates_and_a_key_from_files(
@@ -230,12 +217,10 @@ def test_a_server_that_does_not_read_its_request_is_waited_for_until_the_deadlin
         peer, _ = listener.accept()
         peers.append(context.wrap_socket(peer, server_side=True) if encrypted else peer)
 
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
+    with listening() as (listener, url):
         accepting = threading.Thread(target=accept)
         accepting.start()
-        url, tls = f"127.0.0.1:{listener.getsockname()[1]}", tls_of(certificates)
+        tls = tls_of(certificates)
         with HttpClient(url, tls=tls if encrypted else None) as client:
             started = time.monotonic()
             with pytest.raises(DeadlineError, match=r"within 0\.5 s"):
@@ -245,17 +230,12 @@ def test_a_server_that_does_not_read_its_request_is_waited_for_until_the_deadlin
         peers[0].close()
 
 
-def test_half_a_pair_is_refused(certificates):
-    with pytest.raises(InvalidRequestError, match="a client cert without a key"):
-        Tls(cert=certificates.cert("client"))
-    with pytest.raises(InvalidRequestError, match="a client key without a cert"):
-        Tls(key=certificates.key("client"))
-
-
 @every
 @pytest.mark.parametrize(
     ("ca", "cert", "key", "said"),
     [
+        (None, "client.pem", None, "a client cert without a key"),
+        (None, None, "client.key", "a client key without a cert"),
         ("none.pem", None, None, r"cannot read .*none.pem for TLS: No such file"),
         ("ours.key", None, None, r"ours.key holds no certificate in PEM format"),
         ("ours.pem", "client.pem", "none.key", r"cannot read .*none.key for TLS: No such file"),

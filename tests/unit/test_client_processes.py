@@ -139,8 +139,3 @@ def test_two_hundred_threads_at_once_share_a_bounded_number(urls, kind):
 
 def test_event_loops_and_their_clients_leave_none(urls):
     assert_few(run("event-loops", "grpc", urls), 24)
-
-
-@both
-def test_a_web_server_with_a_thread_per_request_needs_few(urls, kind):
-    assert_few(run("web-server", kind, urls), 64)

@@ -67,23 +67,17 @@ class Counted:
 
 @pytest.mark.parametrize("as_async", [False, True])
 @pytest.mark.parametrize("concurrency", [1, 3, 100])
-def test_answers_come_in_the_order_of_the_items(as_async, concurrency):
+@pytest.mark.parametrize("count", [0, 20])
+def test_answers_come_in_the_order_of_the_items(as_async, concurrency, count):
     async def ask(item):
         await asyncio.sleep(0.002 * (item % 5))
         return item
 
     async def main():
-        items = Counted(20).later() if as_async else range(20)
+        items = Counted(count).later() if as_async else range(count)
         return [answer async for answer in in_order(items, ask, concurrency)]
 
-    assert run(main()) == list(range(20))
-
-
-def test_nothing_asked_is_nothing_answered():
-    async def main():
-        return [answer async for answer in in_order([], Questions(), 2)]
-
-    assert run(main()) == []
+    assert run(main()) == list(range(count))
 
 
 def test_no_more_questions_are_in_flight_than_allowed():
@@ -189,40 +183,33 @@ def test_no_concurrency_is_refused():
 # --- over gRPC ---------------------------------------------------------------------------------
 
 
-def test_a_stream_gives_predictions_and_the_error_of_one_image_in_order():
-    refused = (grpc.StatusCode.INVALID_ARGUMENT, "not an image")
-
-    def answer(number, asked, context):
-        return refused if asked.images == [image(3)] else None
+def streamed(answer, count, **options):
+    """What a stream of so many images gives, and what the server was asked."""
 
     async def main(url):
         async with AsyncGrpcClient(url) as client:
-            images = (image(number) for number in range(8))
-            return [found async for found in client.stream(images, concurrency=4, policy="high")]
+            images = (image(number) for number in range(count))
+            return [found async for found in client.stream(images, **options)]
 
     with grpc_server(answer) as (service, url):
-        found = run(main(url))
-    error = found.pop(3)
-    assert isinstance(error, InvalidRequestError) and str(error) == "not an image"
-    assert [answer.score for answer in found] == [0, 1, 2, 4, 5, 6, 7]
+        return run(main(url)), service.asked
+
+
+def test_a_stream_gives_predictions_and_the_error_of_one_image_in_order_and_tries_again():
+    failures = {3: (grpc.StatusCode.INVALID_ARGUMENT, "not an image")}
+    failures[5] = (grpc.StatusCode.UNAVAILABLE, "away")
+
+    def answer(number, asked, context):
+        return next((failures[n] for n in failures if asked.images == [image(n)]), None)
+
+    found, asked = streamed(answer, 8, concurrency=4, policy="high")
+    away, refused = found.pop(5), found.pop(3)
+    assert type(away) is UnavailableError
+    assert type(refused) is InvalidRequestError and str(refused) == "not an image"
+    assert [answer.score for answer in found] == [0, 1, 2, 4, 6, 7]
     assert all(isinstance(answer, Prediction) for answer in found)
-    assert all(len(asked.images) == 1 for asked in service.asked)
-    assert {asked.parameters["policy"] for asked in service.asked} == {"high"}
-
-
-def test_a_stream_tries_again_and_tells_what_stayed_away():
-    def answer(number, asked, context):
-        return (grpc.StatusCode.UNAVAILABLE, "away") if asked.images == [image(1)] else None
-
-    async def main(url):
-        async with AsyncGrpcClient(url) as client:
-            return [found async for found in client.stream([image(0), image(1), image(2)])]
-
-    with grpc_server(answer) as (service, url):
-        first, second, third = run(main(url))
-    assert (first.score, third.score) == (0, 2)
-    assert type(second) is UnavailableError
-    assert len(service.asked) == 2 + 3
+    assert len(asked) == 7 + 3 and all(len(request.images) == 1 for request in asked)
+    assert {request.parameters["policy"] for request in asked} == {"high"}
 
 
 def test_a_stream_keeps_to_its_concurrency_at_the_server():
@@ -237,13 +224,8 @@ def test_a_stream_keeps_to_its_concurrency_at_the_server():
         with lock:
             running -= 1
 
-    async def main(url):
-        async with AsyncGrpcClient(url) as client:
-            images = [image(number) for number in range(30)]
-            return [found.score async for found in client.stream(images, concurrency=5)]
-
-    with grpc_server(answer) as (_, url):
-        assert run(main(url)) == list(range(30))
+    found, _ = streamed(answer, 30, concurrency=5)
+    assert [one.score for one in found] == list(range(30))
     assert 2 <= most <= 5
 
 

@@ -1,7 +1,6 @@
 """The blocking clients' common part, over a transport that only remembers; silent servers."""
 
 import asyncio
-import socket
 import time
 
 import numpy as np
@@ -16,7 +15,7 @@ from client import (
     UnavailableError,
 )
 from client.core import BlockingCore, ClientCore
-from tests.unit.client_servers import AwaitedClient
+from tests.unit.client_servers import every, listening
 
 
 class FakeResult:
@@ -174,13 +173,11 @@ def test_a_dtype_that_triton_lacks_is_an_invalid_request():
 def silent_url(monkeypatch):
     """What a stopped server looks like: the kernel accepts connections, nobody answers."""
     monkeypatch.setattr(ClientCore, "_look_up_timeout_s", 0.3)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        yield f"127.0.0.1:{listener.getsockname()[1]}"
+    with listening() as (_, url):
+        yield url
 
 
-@pytest.mark.parametrize("kind", [GrpcClient, HttpClient, AwaitedClient])
+@every
 @pytest.mark.parametrize("method", ["server_version", "metadata"])
 def test_a_question_to_a_silent_server_ends_and_says_so(silent_url, kind, method):
     started = time.monotonic()
@@ -190,7 +187,7 @@ def test_a_question_to_a_silent_server_ends_and_says_so(silent_url, kind, method
     assert time.monotonic() - started < 5
 
 
-@pytest.mark.parametrize("kind", [GrpcClient, HttpClient, AwaitedClient])
+@every
 @pytest.mark.parametrize("images", [1, 2])  # two ask for the largest batch first
 def test_a_request_to_a_silent_server_ends_at_the_callers_deadline(silent_url, kind, images):
     started = time.monotonic()
