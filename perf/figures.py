@@ -72,11 +72,6 @@ class Spread:
         }
 
 
-def speedup(cost: float, cost_high: float) -> float:
-    """How many times as fast as static high."""
-    return cost_high / cost
-
-
 def cascade_bound(
     cost_low: float,
     cost_high: float,
@@ -97,18 +92,6 @@ def cascade_bound(
     """
     ratio = 1.0 if cost_escalated is None else cost_escalated / cost_high
     return 1.0 / (cost_low / cost_high + escalation_rate * ratio)
-
-
-def cascade_efficiency(
-    cost: float,
-    cost_low: float,
-    cost_high: float,
-    escalation_rate: float,
-    cost_escalated: float | None = None,
-) -> float:
-    """Measured speed-up / cascade bound; 1 is a router that costs nothing."""
-    bound = cascade_bound(cost_low, cost_high, escalation_rate, cost_escalated)
-    return speedup(cost, cost_high) / bound
 
 
 def doubts(

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from statistics import mean, median
 from typing import Any, Protocol
@@ -32,7 +33,6 @@ from .target import Target
 
 # Asked right after one another, in either order: their ratio is what the second one adds.
 PAIRS = {"adaptive-0": LOW, ENSEMBLE: ADAPTIVE}
-ATTEMPTS = 2  # at figures that can be true
 TIMEOUT_S = 120.0  # of a request
 
 
@@ -130,7 +130,7 @@ class Asker:
             found = [self._infer(system, tensor) for tensor in tensors]
         else:
             with ThreadPoolExecutor(load.in_flight) as threads:
-                found = list(threads.map(lambda tensor: self._infer(system, tensor), tensors))
+                found = list(threads.map(partial(self._infer, system), tensors))
         seconds = time.perf_counter() - start
         changes: dict[str, Any] = {}
         if self._meter is not None:
@@ -198,37 +198,29 @@ class Paired:
         """What a system answered, in the order of the shares."""
         return [answer for share in self.shares for answer in share[system]]
 
-    def costs_ms(self, system: str) -> list[float]:
-        """Mean latency of each share, milliseconds."""
-        return [mean(a.latency_ms for a in share[system]) for share in self.shares]
+    def cost(self, system: str) -> Spread:
+        """Mean latency in milliseconds, one value per share."""
+        return Spread.of([mean(a.latency_ms for a in share[system]) for share in self.shares])
 
-    def cpu_costs_ms(self, system: str) -> list[float] | None:
-        """Mean CPU time of the server of each share, milliseconds; None where not measured."""
+    def cpu_cost(self, system: str) -> Spread | None:
+        """Mean CPU time of the server in milliseconds; None where it was not measured."""
         taken = [[a.cpu_ms for a in share[system]] for share in self.shares]
         if any(cpu_ms is None for share in taken for cpu_ms in share):
             return None
-        return [mean(cpu_ms for cpu_ms in share if cpu_ms is not None) for share in taken]
-
-    def cpu_cost(self, system: str) -> Spread | None:
-        """Mean CPU time of the server, one value per share; None where it was not measured."""
-        costs = self.cpu_costs_ms(system)
-        return None if costs is None else Spread.of(costs)
-
-    def cost(self, system: str) -> Spread:
-        """Mean latency, one value per share."""
-        return Spread.of(self.costs_ms(system))
+        return Spread.of([mean(ms for ms in share if ms is not None) for share in taken])
 
     def cost_ratio(self, system: str, to: str = HIGH) -> Spread:
         """Mean latency / that of another system on the same share."""
-        both = zip(self.costs_ms(system), self.costs_ms(to), strict=True)
+        both = zip(self.cost(system).values, self.cost(to).values, strict=True)
         return Spread.of([cost / other for cost, other in both])
 
     def cpu_cost_ratio(self, system: str, to: str = HIGH) -> Spread | None:
         """The same of CPU time; None where that was not measured, or took none."""
-        costs, others = self.cpu_costs_ms(system), self.cpu_costs_ms(to)
-        if costs is None or others is None or min(*costs, *others) <= 0:
+        costs, others = self.cpu_cost(system), self.cpu_cost(to)
+        if costs is None or others is None or min(costs.min, others.min) <= 0:
             return None
-        return Spread.of([cost / other for cost, other in zip(costs, others, strict=True)])
+        both = zip(costs.values, others.values, strict=True)
+        return Spread.of([cost / other for cost, other in both])
 
     def disturbed(self, system: str, to: str, cpu_counts: bool) -> bool:
         """Whether clock and CPU time tell different stories of `cost_ratio`.
@@ -238,7 +230,7 @@ class Paired:
             to: the system it is held against.
             cpu_counts: see `doubts`.
         """
-        if not cpu_counts or self.cpu_costs_ms(system) is None:
+        if not cpu_counts or self.cpu_cost(system) is None:
             return False
         by_cpu = self.cpu_cost_ratio(system, to)
         if by_cpu is None:  # some images took none, less what idling takes
@@ -288,7 +280,7 @@ class Paired:
         # People divide the two medians that they are shown, which is another figure.
         efficiency = max(self.efficiency().median, speedup / self.bound().median)
         found = figures.doubts(speedup, efficiency, over_low, None if cpu is None else cpu.median)
-        if cpu_counts and cpu is None and self.cpu_costs_ms(ADAPTIVE) is not None:
+        if cpu_counts and cpu is None and self.cpu_cost(ADAPTIVE) is not None:
             found.append(
                 "some images took no CPU time, less what the server was seen to take while idle"
             )
@@ -296,22 +288,22 @@ class Paired:
 
     def bound(self) -> Spread:
         """The cascade bound at each share's own escalation rate."""
-        return Spread.of([figures.cascade_bound(*costs) for _, *costs in self._cascade])
+        low, high, escalated = (
+            self.cost(system).values
+            for system in (LOW, HIGH, ESCALATION if ESCALATION in self.shares[0] else HIGH)
+        )
+        bounds = []
+        for share, *costs in zip(self.shares, low, high, escalated, strict=True):
+            rate = mean(a.escalated for a in share[ADAPTIVE])
+            # Where nothing is certified no image is scored, and the cheap rung costs it nothing.
+            scored = mean(not np.isnan(a.score) for a in share[ADAPTIVE])
+            bounds.append(figures.cascade_bound(costs[0] * scored, costs[1], rate, costs[2]))
+        return Spread.of(bounds)
 
     def efficiency(self) -> Spread:
         """The cascade efficiency, one value per share."""
-        return Spread.of([figures.cascade_efficiency(*costs) for costs in self._cascade])
-
-    @property
-    def _cascade(self) -> list[tuple[float, float, float, float, float]]:
-        """Of each share: costs of adaptive, low and high, escalation, cost of an escalation."""
-        rates = [mean(a.escalated for a in share[ADAPTIVE]) for share in self.shares]
-        adaptive, low, high = (self.costs_ms(system) for system in (ADAPTIVE, LOW, HIGH))
-        # Where nothing is certified no image is scored, and the cheap rung is no part of its cost.
-        scored = [mean(not np.isnan(a.score) for a in share[ADAPTIVE]) for share in self.shares]
-        low = [cost * share for cost, share in zip(low, scored, strict=True)]
-        escalated = self.costs_ms(ESCALATION if ESCALATION in self.shares[0] else HIGH)
-        return list(zip(adaptive, low, high, rates, escalated, strict=True))
+        both = zip(self.speedup().values, self.bound().values, strict=True)
+        return Spread.of([speedup / bound for speedup, bound in both])
 
 
 def take_turns(
@@ -367,17 +359,13 @@ def believed(
         again: called with words for a bar before everything is measured once more.
 
     Returns:
-        The first measurement without doubts, else the last, and its doubts.
+        The first measurement where it has no doubts, else the second, and its doubts.
     """
     paired = measure()
-    doubts = paired.doubts(cpu_counts)
-    for _ in range(ATTEMPTS - 1):
-        if not doubts:
-            break
+    if paired.doubts(cpu_counts):
         again("disturbed, once more")
         paired = measure()
-        doubts = paired.doubts(cpu_counts)
-    return paired, doubts
+    return paired, paired.doubts(cpu_counts)
 
 
 def _order(names: list[str], rng: np.random.Generator) -> list[str]:
@@ -401,12 +389,11 @@ def is_a_loss(chosen_by: Mapping[str, Any]) -> Callable[[Answer, Answer], bool]:
         chosen_by: of the calibration.
     """
 
-    def lost(mine: Answer, full: Answer) -> bool:
-        return bool(fidelity_loss(chosen_by, _as_batch(mine), _as_batch(full))[0])
+    def lost(*answers: Answer) -> bool:
+        mine, full = (
+            RungOutputs(a.embedding[None], None, None if a.logits is None else a.logits[None])
+            for a in answers
+        )
+        return bool(fidelity_loss(chosen_by, mine, full)[0])
 
     return lost
-
-
-def _as_batch(answer: Answer) -> RungOutputs:
-    logits = answer.logits
-    return RungOutputs(answer.embedding[None], None, None if logits is None else logits[None])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,6 @@ BEGIN = "<!-- perf/results: begin, made by python -m perf table -->"
 END = "<!-- perf/results: end -->"
 _NONE = "–"
 
-Summary = Mapping[str, Any]
-
 
 def results_table(folder: Path) -> str:
     """A Markdown table with one row for each summary, in the order of the files' names.
@@ -28,12 +26,12 @@ def results_table(folder: Path) -> str:
         PerfError: a file is no summary, or there is none.
     """
     files = sorted(folder.glob("*.json"))
-    summaries = [load_summary(file) for file in files if "kind" not in read_json(file)]
-    if not summaries:
+    rows = [_row(load_summary(file)) for file in files if "kind" not in read_json(file)]
+    if not rows:
         raise PerfError(f"{folder}: no summary; copy a build/perf/summary.json there")
-    lines = [_line(list(_COLUMNS)), _line(["---"] * len(_COLUMNS))]
-    lines += [_line([show(summary) for show in _COLUMNS.values()]) for summary in summaries]
-    return "\n".join(lines)
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    cells = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
 def update_readme(readme: Path, folder: Path) -> bool:
@@ -53,76 +51,44 @@ def update_readme(readme: Path, folder: Path) -> bool:
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise PerfError(f"{readme}: needs the line {BEGIN} and after it {END}, once each")
     before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    updated = f"{before}{BEGIN}\n{results_table(folder)}\n{END}{after}"
-    if updated == text:
-        return False
+    updated = f"{before}{BEGIN}\n{results_table(folder)}\n{END}{rest.split(END)[1]}"
     readme.write_text(updated, encoding="utf-8")
-    return True
+    return updated != text
 
 
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def _median(summary: Summary, key: str) -> float | None:
-    spread = summary.get(key)
-    return None if spread is None else spread["median"]
-
-
-def _ratio(summary: Summary, key: str) -> str:
-    value = _median(summary, key)
-    return _NONE if value is None else f"{value:.2f}"
-
-
-def _device(summary: Summary) -> str:
+def _row(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Each column's text; of figures that cannot be true only that they cannot."""
+    model, answers = summary.get("model"), summary.get("answers") or {}
+    adaptive = answers.get("adaptive") or {}
     device = (summary.get("environment") or {}).get("device") or _NONE
-    return device if summary.get("complete") else f"{device} (cut short)"
+    rungs = ""
+    if model:
+        rungs = " / ".join(recipe_words(model[rung]) for rung in ("low", "high"))
+        rungs = rungs.replace(" px", "\N{NO-BREAK SPACE}px")  # no number without its unit
 
+    def percent(key: str) -> str:
+        return _NONE if adaptive.get(key) is None else f"{100 * adaptive[key]:.1f} %"
 
-def _model(summary: Summary) -> str:
-    model = summary.get("model")
-    if not model:
-        return _NONE
-    rungs = " / ".join(recipe_words(model[rung]) for rung in ("low", "high"))
-    rungs = rungs.replace(" px", "\N{NO-BREAK SPACE}px")  # a number is never parted from its unit
-    return f"{model['backbone']}, {rungs}"
-
-
-def _adaptive(key: str) -> Callable[[Summary], str]:
-    def show(summary: Summary) -> str:
-        value = ((summary.get("answers") or {}).get("adaptive") or {}).get(key)
-        return _NONE if value is None else f"{100 * value:.1f} %"
-
-    return show
-
-
-def _speedup(load: str) -> Callable[[Summary], str]:
-    """Speed-up, bound and efficiency under a load, `c1` or `saturated`, if they can be true."""
-
-    def show(summary: Summary) -> str:
-        speed, bound, efficiency = (
-            _ratio(summary, f"{name}_{load}") for name in ("speedup", "bound", "cascade_efficiency")
-        )
-        if speed == _NONE:
-            return _NONE
-        if doubts_of(summary, load):
+    def ratio(key: str, load: str | None = None) -> str:
+        if load is not None and doubts_of(summary, load):
             return "not believed"
+        return f"{spread['median']:.2f}" if (spread := summary.get(key)) else _NONE
+
+    def speedup(load: str) -> str:
+        names = ("speedup", "bound", "cascade_efficiency")
+        speed, bound, efficiency = (ratio(f"{name}_{load}", load) for name in names)
+        if speed in (_NONE, "not believed"):
+            return speed
         return f"{speed}× (bound {bound}×, efficiency {efficiency})"
 
-    return show
-
-
-_COLUMNS: Mapping[str, Callable[[Summary], str]] = {
-    "device": _device,
-    "model, rungs": _model,
-    "escalated": _adaptive("escalation_rate"),
-    "agreement": _adaptive("agreement_with_high"),
-    "speed-up, one request in flight": _speedup("c1"),
-    "speed-up, saturated": _speedup("saturated"),
-    "router overhead": lambda summary: (
-        "not believed" if doubts_of(summary, "c1") else _ratio(summary, "router_overhead_c1")
-    ),
-    "memory ratio": lambda summary: _ratio(summary, "peak_memory_ratio"),
-    "command": lambda summary: f"`{summary['command']}`",
-}
+    return {
+        "device": device if summary.get("complete") else f"{device} (cut short)",
+        "model, rungs": f"{model['backbone']}, {rungs}" if model else _NONE,
+        "escalated": percent("escalation_rate"),
+        "agreement": percent("agreement_with_high"),
+        "speed-up, one request in flight": speedup("c1"),
+        "speed-up, saturated": speedup("saturated"),
+        "router overhead": ratio("router_overhead_c1", "c1"),
+        "memory ratio": ratio("peak_memory_ratio"),
+        "command": f"`{summary['command']}`",
+    }

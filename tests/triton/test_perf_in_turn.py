@@ -59,7 +59,7 @@ def test_saturated_spans_answer_as_requests_do_and_the_cores_are_given_back(
     assert all(os.sched_getaffinity(pid) == cores for pid in [os.getpid(), *ids])
     alone = take_turns(asker, compared, [range(COUNT)], ONE_BY_ONE, lambda: None)
     for system in compared:
-        costs = [found.costs_ms(system.name), found.cpu_costs_ms(system.name)]
+        costs = [found.cost(system.name).values, found.cpu_cost(system.name).values]
         assert all(len(values) == 2 and min(values) > 0 for values in costs)
         together = [answer.escalated for answer in found.shares[0][system.name]]
         assert together == [answer.escalated for answer in alone.shares[0][system.name]]

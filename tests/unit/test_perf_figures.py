@@ -2,12 +2,8 @@
 
 import pytest
 
-from perf.figures import Spread, cascade_bound, cascade_efficiency, doubts, doubts_of, speedup
+from perf.figures import Spread, cascade_bound, doubts, doubts_of
 from tests.unit.perf_summary import sample_summary, spread
-
-
-def test_a_speedup_is_static_highs_cost_over_the_systems():
-    assert speedup(cost=25.0, cost_high=100.0) == 4.0
 
 
 @pytest.mark.parametrize(
@@ -25,18 +21,9 @@ def test_the_cascade_bound_is_what_the_two_rungs_one_after_the_other_allow(low, 
 
 def test_the_bound_is_the_speedup_of_a_router_that_costs_nothing():
     low, high, rate = 31.0, 104.0, 0.13
-    assert speedup(low + rate * high, high) == pytest.approx(cascade_bound(low, high, rate))
-    assert cascade_efficiency(low + rate * high, low, high, rate) == pytest.approx(1.0)
-
-
-def test_the_cascade_efficiency_is_the_speedup_over_the_bound():
-    # Bound 2, speed-up 100 / 62.5 = 1.6.
-    assert cascade_efficiency(62.5, 25.0, 100.0, 0.25) == pytest.approx(0.8)
-
-
-def test_under_load_the_cost_is_one_over_the_throughput():
-    # Images per second: low 40, high 10, adaptive 16, one in four escalated; 16 / 20 of the bound.
-    assert cascade_efficiency(1 / 16, 1 / 40, 1 / 10, 0.25) == pytest.approx(0.8)
+    assert high / (low + rate * high) == pytest.approx(cascade_bound(low, high, rate))
+    # Under load a cost is one over the throughput.
+    assert cascade_bound(1 / 40, 1 / 10, 0.25) == pytest.approx(2.0)
 
 
 def test_the_figures_of_the_script_this_began_with_lie_below_their_own_parts():
