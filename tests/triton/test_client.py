@@ -3,10 +3,8 @@
 import asyncio
 import io
 import json
-import multiprocessing
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -20,7 +18,6 @@ from client import (
     GrpcClient,
     HttpClient,
     InvalidRequestError,
-    UnavailableError,
 )
 from client.messages import encode_images
 from tests.unit.client_servers import AwaitedClient
@@ -132,32 +129,6 @@ def test_metadata_and_version(client):
     assert {tensor["name"] for tensor in found["outputs"]} == expected
 
 
-def test_one_http_client_serves_many_threads(server, crops):
-    with HttpClient(server.http_url) as client, ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda crop: client.infer([crop])[0], crops))
-        assert_equal(found[:4], [client.infer([crop])[0] for crop in crops[:4]])
-
-
-_forked = {}  # the clients that a pool's processes inherit
-
-
-def ask_in_child(protocol, crop):
-    (found,) = _forked[protocol].infer([crop])
-    return found
-
-
-@pytest.mark.parametrize("protocol", ["grpc", "http"])
-def test_processes_that_inherit_a_client_get_their_own_answers(server, crops, protocol):
-    with clients(server)[protocol] as client:
-        expected = [client.infer([crop])[0] for crop in crops]
-        _forked[protocol] = client
-        context = multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(4, mp_context=context) as pool:
-            found = list(pool.map(ask_in_child, [protocol] * len(crops), crops))
-        assert_equal(found, expected)
-        assert_equal([client.infer([crop])[0] for crop in crops[:4]], expected[:4])
-
-
 # --- refusals ----------------------------------------------------------------------------------
 
 
@@ -244,14 +215,6 @@ def test_a_deadline_is_kept_and_the_next_answer_is_its_own(client, crops):
     with pytest.raises(DeadlineError, match="within"):
         client.infer(crops[1:2], timeout_s=0.0005)
     assert_equal(client.infer(crops[:1]), expected)
-
-
-def test_a_model_that_is_not_served_is_named(server):
-    with (
-        GrpcClient(server.grpc_url, model="no_such_model") as client,
-        pytest.raises(UnavailableError, match="no_such_model"),
-    ):
-        client.infer([b"x"])
 
 
 # --- command line ------------------------------------------------------------------------------

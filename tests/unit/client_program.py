@@ -1,4 +1,4 @@
-"""A program that uses clients as users do: forks, pools, web servers, very many threads.
+"""A program that uses clients as users do: forks, pools, event loops, very many threads.
 
 `python -m tests.unit.client_program SCENARIO KIND URL` prints what it saw as one JSON object. It is
 a process of its own because forks, descriptors and gRPC's threads are properties of a process.
@@ -14,9 +14,7 @@ import sys
 import threading
 import time
 import traceback
-import urllib.request
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import grpc
 
@@ -84,7 +82,7 @@ def report(client, before, children):
 
 
 def fork(kind, url):
-    """Children that use the parent's client, and one of their own, while its threads ask."""
+    """Children that use the parent's client in threads, and one of their own, while it asks."""
     client = shared(kind, url)
     (wrong, count, ports), stop = ask(client, 0), threading.Event()
     parents = set(ports)
@@ -101,8 +99,9 @@ def fork(kind, url):
 
     def child(first):
         def call():
-            with KINDS[kind](url) as own:
-                return [ask(client, first), ask(own, first + 100)]
+            with KINDS[kind](url) as own, ThreadPoolExecutor(3) as pool:
+                asked = ((client, first), (client, first + 100), (own, first + 200))
+                return list(pool.map(lambda one: ask(*one), asked))
 
         return call
 
@@ -111,7 +110,7 @@ def fork(kind, url):
     stop.set()
     for thread in asking:
         thread.join()
-    children = [one for pair in answers for one in (pair if isinstance(pair, list) else [pair])]
+    children = [one for some in answers for one in (some if isinstance(some, list) else [some])]
     return report(client, (wrong, count, sorted(parents)), children)
 
 
@@ -122,45 +121,6 @@ def multiprocess(kind, url, method):
         jobs = [pool.submit(ask_as_worker, kind, url, 1000 * n) for n in range(1, 1 + 2 * WORKERS)]
         children = [job.result(timeout=3 * PATIENCE_S) for job in jobs]
     return report(shared(kind, url), before, children)
-
-
-def prefork(kind, url):
-    """A web server that makes its client, uses it, then forks workers that share a socket."""
-    client = shared(kind, url)
-    before = ask(client, 0)
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):  # noqa: N802
-            (found,) = client.infer([image(int(self.path[1:]))], timeout_s=PATIENCE_S)
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps([found.score, int(found.embedding[0])]).encode())
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    workers = []
-    for _ in range(WORKERS):
-        worker = os.fork()
-        if worker == 0:
-            server.serve_forever()
-        workers.append(worker)
-    try:
-        with ThreadPoolExecutor(8) as pool:
-            answers = list(pool.map(lambda n: _get(server.server_port, n), range(60)))
-    finally:
-        for worker in workers:
-            os.kill(worker, 9)
-            os.waitpid(worker, 0)
-    wrong = [(n, score) for n, (score, _) in enumerate(answers) if score != n]
-    return report(client, before, [(wrong, len(answers), sorted({port for _, port in answers}))])
-
-
-def _get(port, number):
-    url = f"http://127.0.0.1:{port}/{number}"
-    with urllib.request.urlopen(url, timeout=PATIENCE_S) as answer:
-        return json.load(answer)
 
 
 def in_flight(kind, url, wait_s):
@@ -363,7 +323,6 @@ SCENARIOS = {
     "pool-fork": lambda kind, url: multiprocess(kind, url, "fork"),
     "pool-spawn": lambda kind, url: multiprocess(kind, url, "spawn"),
     "pool-forkserver": lambda kind, url: multiprocess(kind, url, "forkserver"),
-    "prefork": prefork,
     "in-flight": lambda kind, url: in_flight(kind, url, 10.0),
     "in-flight-too-long": lambda kind, url: in_flight(kind, url, 0.1),
     "opening": lambda kind, url: opening(kind, url, "insecure_channel"),

@@ -172,73 +172,60 @@ OUTCOMES = [
 
 
 def test_the_table_shows_answers_scores_paths_and_errors():
-    text = rendered(OUTCOMES, top=2, labels=["ant", "bee"])
-    lines = text.splitlines()
-    easy = next(line for line in lines if "[red]easy.jpg" in line)  # not taken for markup
-    assert "bee 70.0%" in easy
-    assert "0.5" in easy and " no " in easy and "10.0" in easy
-    assert "class 2 20.0%" in text  # beyond the labels
-    assert "10.0%" not in text  # the third class was not asked for
-    assert " yes " in next(line for line in lines if "hard.jpg" in line)
-    assert "not an image" in next(line for line in lines if "text.jpg" in line)
+    degraded = Outcome(Path("down.jpg"), prediction(degraded=True), None, 1.0)
+    lines = rendered([*OUTCOMES, degraded], 2, ["ant", "bee"]).splitlines()
+    easy, hard, text, down = (
+        next(line for line in lines if file in line)
+        for file in ("[red]easy.jpg", "hard.jpg", "text.jpg", "down.jpg")  # not taken for markup
+    )
+    assert "bee 70.0%" in easy and "0.5" in easy and " no " in easy and "10.0" in easy
+    assert " yes " in hard and "not an image" in text and "full rung down" in down
 
 
-def test_without_a_head_the_embeddings_norm_is_shown():
-    text = rendered([Outcome(Path("x.jpg"), prediction(head=False), None, 1.0)])
-    assert "|embedding| 5.000" in text
+AB, LABELS, VALUE, CLASSES = ["ant", "bee"], Task("labels"), Task("value"), [-2.30, -0.357, -1.609]
 
 
-def answering(*logits):
-    embedding = np.array([3, 4], np.float32)
-    found = Prediction(embedding, np.array(logits, np.float32), False, 0.5, False)
-    return [Outcome(Path("x.jpg"), found, None, 1.0)]
+def label(index, name, probability):
+    return {"index": index, "label": name, "probability": pytest.approx(probability, abs=1e-4)}
 
 
-def test_independent_labels_are_shown_as_a_set_each_with_its_own_probability():
-    outcomes, labels = answering(2.0, -0.4, 0.0, 3.0), ["ant", "bee", "cow"]
-    text = rendered(outcomes, 1, labels, Task("labels"))
-    shares = [("label 3", "95.3%"), ("ant", "88.1%"), ("cow", "50.0%")]
-    assert [line.split("│")[2].strip() for line in text.splitlines() if "%" in line] == [
-        f"{name} {share}" for name, share in shares
-    ]  # all of the set, whatever --top says; more than 100 % together
-    assert "top" not in text and "answer" in text
-    strict = rendered(outcomes, 5, labels, Task("labels", 0.9))
-    assert "label 3 95.3%" in strict and "ant" not in strict
-    (image,) = as_json(outcomes, 1, labels, Task("labels", 0.9))
-    assert image["top"] is None
-    assert image["labels"] == [
-        {"index": 3, "label": None, "probability": pytest.approx(0.9526, abs=1e-4)}
-    ]
-
-
-def test_an_empty_set_of_labels_says_which_came_nearest():
-    outcomes = answering(-2.0, -0.4)
-    assert "no label (bee 40.1%)" in rendered(outcomes, 5, ["ant", "bee"], Task("labels"))
-    assert as_json(outcomes, task=Task("labels"))[0]["labels"] == []
-
-
-def test_one_label_is_no_class():
-    text = rendered(answering(0.4), task=Task("labels"))
-    assert "label 0 59.9%" in text and "100.0%" not in text
-
-
-@pytest.mark.parametrize("task", [Task("value"), Task()])
-def test_one_output_is_shown_as_its_value_also_where_the_server_says_nothing(task):
-    text = rendered(answering(-1.5), task=task)
-    assert "-1.5" in text and "class" not in text and "%" not in text
-    assert "age -1.5" in rendered(answering(-1.5), 5, ["age"], task)
-    (image,) = as_json(answering(-1.5), 5, ["age"], task)
-    assert (image["top"], image["values"]) == (None, [{"label": "age", "value": -1.5}])
-
-
-def test_several_values_are_each_named():
-    text = rendered(answering(0.25, 2e6), 1, ["age"], Task("value"))
-    assert "age 0.25" in text and "value 1 2e+06" in text
-
-
-def test_a_degraded_answer_is_told():
-    text = rendered([Outcome(Path("x.jpg"), prediction(degraded=True), None, 1.0)])
-    assert "full rung down" in text
+@pytest.mark.parametrize(
+    ("logits", "task", "top", "labels", "lines", "fields"),
+    [
+        (None, UNKNOWN, 5, (), ["|embedding| 5.000"], {"top": None}),
+        # What was asked for, also beyond the labels.
+        (CLASSES, UNKNOWN, 2, AB, ["bee 70.0%", "class 2 20.0%"], {}),
+        # All of the set, whatever --top says; more than 100 % together.
+        ([2, -0.4, 0, 3], LABELS, 1, AB, ["label 3 95.3%", "ant 88.1%", "label 2 50.0%"], {}),
+        (
+            *([2, -0.4, 0, 3], Task("labels", 0.9), 5, AB, ["label 3 95.3%"]),
+            {"top": None, "labels": [label(3, None, 0.9526)]},
+        ),
+        # An empty set says which came nearest.
+        ([-2, -0.4], LABELS, 5, AB, ["no label (bee 40.1%)"], {"top": None, "labels": []}),
+        ([0.4], LABELS, 5, (), ["label 0 59.9%"], {"labels": [label(0, None, 0.5987)]}),
+        *(
+            # One output is shown as its value also where the server says nothing.
+            (*([-1.5], task, 5, names, [line]), {"top": None, "values": [value]})
+            for task in (VALUE, UNKNOWN)
+            for names, line, value in (
+                ((), "-1.5", {"label": None, "value": -1.5}),
+                (["age"], "age -1.5", {"label": "age", "value": -1.5}),
+            )
+        ),
+        ([0.25, 2e6], VALUE, 1, ["age"], ["age 0.25", "value 1 2e+06"], {"top": None}),
+    ],
+)
+def test_an_answer_is_shown_as_its_task_says(logits, task, top, labels, lines, fields):
+    found = np.array(logits, np.float32) if logits else None
+    answer = Prediction(np.array([3, 4], np.float32), found, False, 0.5, False)
+    outcomes = [Outcome(Path("x.jpg"), answer, None, 1.0)]
+    text = rendered(outcomes, top, labels, task)
+    rows = [line.split("│")[2].strip() for line in text.splitlines() if line.startswith("│")]
+    assert rows == lines
+    assert ("top 2" in text) == (logits is CLASSES)
+    (image,) = as_json(outcomes, top, labels, task)
+    assert fields.items() <= image.items()
 
 
 def test_the_summary_counts_answers_only():
