@@ -26,6 +26,11 @@ OLD_REQUIREMENT = "tritonclient==2.50.0"
 LIBRARIES = {"libb64.so.0d": "libb64-*.so.0d", "libcudart.so.12": "libcudart-*.so.12*"}
 
 
+FOLDER = (
+    Path(sys.prefix) / "perf_analyzer"
+)  # inside the virtual environment, away from its packages
+
+
 class PerfAnalyzerError(PerfError):
     """perf_analyzer is missing or failed. The message is one line."""
 
@@ -60,11 +65,6 @@ class Analyzer:
                 for found in folder.glob(f"{wheel}-*.dist-info"):
                     return found.name.removesuffix(".dist-info").rpartition("-")[2]
         return ""
-
-
-def default_folder() -> Path:
-    """Where `install` puts it: inside the virtual environment, away from its packages."""
-    return Path(sys.prefix) / "perf_analyzer"
 
 
 def glibc_version() -> tuple[int, ...]:
@@ -102,22 +102,20 @@ def _why_not(analyzer: Analyzer) -> str | None:
     return lines[0] if lines else f"exit code {ran.returncode}"
 
 
-def find_analyzer(folder: Path | None = None) -> Analyzer:
+def find_analyzer(folder: Path = FOLDER) -> Analyzer:
     """The perf_analyzer to use: the one on PATH, else the installed one, whichever starts.
 
     Args:
-        folder: where it was installed; `default_folder()` if not given.
+        folder: where it was installed.
 
     Raises:
         PerfAnalyzerError: there is none, or none that starts.
     """
     on_path = shutil.which("perf_analyzer")
-    candidates = [
-        Analyzer(Path(on_path)) if on_path else None,
-        _in_folder(folder or default_folder()),
-    ]
     broken = []
-    for analyzer in filter(None, candidates):
+    for analyzer in (Analyzer(Path(on_path)) if on_path else None, _in_folder(folder)):
+        if analyzer is None:
+            continue
         reason = _why_not(analyzer)
         if reason is None:
             return analyzer
@@ -126,11 +124,11 @@ def find_analyzer(folder: Path | None = None) -> Analyzer:
     raise PerfAnalyzerError(f"{problem}; run python -m perf install")
 
 
-def install(folder: Path | None = None) -> Analyzer:
+def install(folder: Path = FOLDER) -> Analyzer:
     """Install perf_analyzer unless one that starts is there already.
 
     Args:
-        folder: where to; `default_folder()` if not given. Replaced as a whole.
+        folder: where to; replaced as a whole.
 
     Returns:
         A perf_analyzer that has been started once.
@@ -138,7 +136,6 @@ def install(folder: Path | None = None) -> Analyzer:
     Raises:
         PerfAnalyzerError: it could not be downloaded, or does not start here.
     """
-    folder = folder or default_folder()
     with suppress(PerfAnalyzerError):
         return find_analyzer(folder)
 
@@ -153,13 +150,9 @@ def install(folder: Path | None = None) -> Analyzer:
         _link_libraries(building / "lib")
     shutil.rmtree(folder, ignore_errors=True)
     building.rename(folder)
-
-    analyzer = _in_folder(folder)
-    if analyzer is None:
+    if _in_folder(folder) is None:
         raise PerfAnalyzerError("the wheel holds no perf_analyzer for this system")
-    if reason := _why_not(analyzer):
-        raise PerfAnalyzerError(f"perf_analyzer was installed but does not start: {reason}")
-    return analyzer
+    return find_analyzer(folder)
 
 
 def _pip_install(requirement: str, target: Path) -> None:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import mean, median
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from routing import SIGNALS, Calibration, RungOutputs, RungRecord, ScoreMap
+from routing import SIGNALS, Calibration, RungOutputs, ScoreMap, Signal
 
 from .harness import Asker
 from .server_times import Times, counted, ms
@@ -125,27 +124,47 @@ def scoring_ms(calibration: Calibration) -> float:
 
     The outputs are random: the cost of a signal depends on shapes, not on values.
     """
-    shape = (calibration.layers, calibration.embedding_dim, calibration.classes)
-    return _medians_ms([calibration], _outputs(1, *shape), SCORING_ROUNDS)[calibration.signal]
+    outputs = _outputs(1, calibration.layers, calibration.embedding_dim, calibration.classes)
+    return _medians_ms({"own": calibration.score}, outputs, SCORING_ROUNDS)["own"]
 
 
 def all_signals(batch: int, layers: int, dim: int, classes: int) -> dict[str, float]:
-    """Median time of one score in milliseconds per image, by signal; the signals take turns."""
-    rows = _outputs(batch, layers, dim, classes)
-    found = _medians_ms(list(_artifacts(layers, dim, classes)), rows, SIGNAL_ROUNDS)
+    """Median time of one score in milliseconds per image, by signal; the signals take turns.
+
+    Coefficients are random, too, each of the shape that it has for a model of so many layers.
+    """
+    rng = np.random.default_rng(0)
+    score_map = ScoreMap(1, tuple(np.linspace(-1, 1, 32)), tuple(np.linspace(0, 9, 32)))
+    lens = {
+        "lens_weights": rng.normal(size=(_LENS_DEPTH, dim, classes)),
+        "lens_bias": rng.normal(size=(_LENS_DEPTH, classes)),
+        "bias": np.zeros(1),
+    }
+    lengths = {
+        "cls_regression": 3 * layers + 1 + dim,
+        "layer_lens": 3 * _LENS_DEPTH,
+        "deferral": 4 + 3 * _LENS_DEPTH,
+    }
+
+    def scorer(signal: Signal) -> Callable[[RungOutputs], object]:
+        coefficients = {**lens, "weights": rng.normal(size=lengths.get(signal.name, 0))}
+        return lambda outputs: score_map(signal.compute(outputs, coefficients))
+
+    timed = {s.name: scorer(s) for s in SIGNALS.values() if s.applies_to("classes")}
+    found = _medians_ms(timed, _outputs(batch, layers, dim, classes), SIGNAL_ROUNDS)
     return {signal: ms / batch for signal, ms in found.items()}
 
 
 def _medians_ms(
-    calibrations: Sequence[Calibration], outputs: RungOutputs, rounds: int
+    scorers: Mapping[str, Callable[[RungOutputs], object]], outputs: RungOutputs, rounds: int
 ) -> dict[str, float]:
-    times: dict[str, list[float]] = {calibration.signal: [] for calibration in calibrations}
+    times: dict[str, list[float]] = {name: [] for name in scorers}
     for _ in range(rounds):
-        for calibration in calibrations:
+        for name, score in scorers.items():
             start = time.perf_counter()
-            calibration.score(outputs)
-            times[calibration.signal].append(time.perf_counter() - start)
-    return {signal: 1e3 * median(taken) for signal, taken in times.items()}
+            score(outputs)
+            times[name].append(time.perf_counter() - start)
+    return {name: 1e3 * median(taken) for name, taken in times.items()}
 
 
 def _outputs(batch: int, layers: int, dim: int, classes: int | None) -> RungOutputs:
@@ -156,39 +175,3 @@ def _outputs(batch: int, layers: int, dim: int, classes: int | None) -> RungOutp
         rng.standard_normal((batch, layers + 1, dim), dtype=np.float32),
         None if classes is None else rng.standard_normal((batch, classes), dtype=np.float32),
     )
-
-
-def _artifacts(layers: int, dim: int, classes: int) -> Iterator[Calibration]:
-    """One artifact for each signal, with coefficients of the right shapes."""
-    rng = np.random.default_rng(0)
-    lens = {
-        "lens_weights": rng.normal(size=(_LENS_DEPTH, dim, classes)).astype(np.float32),
-        "lens_bias": rng.normal(size=(_LENS_DEPTH, classes)).astype(np.float32),
-    }
-    lengths = {
-        "cls_regression": 3 * layers + 1 + dim,
-        "layer_lens": 3 * _LENS_DEPTH,
-        "deferral": 4 + 3 * _LENS_DEPTH,
-    }
-    for name, signal in SIGNALS.items():
-        if not signal.applies_to("classes"):
-            continue
-        coefficients: dict[str, NDArray[Any]]
-        coefficients = {key: lens[key] for key in signal.coefficients if key in lens}
-        if "weights" in signal.coefficients:
-            coefficients["weights"] = rng.normal(size=lengths[name])
-            coefficients["bias"] = np.zeros(1)
-        yield Calibration(
-            backbone="random",
-            rungs={rung: RungRecord(0, "", "") for rung in ("vit_low", "vit_high")},
-            image_shape=(3, 1, 1),
-            preprocessing_sha256="",
-            embedding_dim=dim,
-            layers=layers,
-            classes=classes,
-            signal=name,
-            coefficients=coefficients,
-            score_map=ScoreMap(1, tuple(np.linspace(-1, 1, 32)), tuple(np.linspace(0, 9, 32))),
-            threshold=1.0,
-            chosen_by={"threshold": 1.0},
-        )
