@@ -247,11 +247,9 @@ def serving(
 
     rung_set, served = GraphSet.load(onnx), prices.Served(instances, threads, batch, turns)
     names = [name.strip() for name in graphs.split(",") if name.strip()]
-    total = prices.steps(rung_set, names, served)
     bars = terminal.Bars(Console(stderr=True))
     pool = load_pool(rung_set, images, limit, stage=bars.stage)
-    with bars.stage("graphs in turn", total) as bar:
-        found = prices.price(rung_set, names, pool, served, bar.advance, bar.begin_again)
+    found = prices.price(rung_set, names, pool, served, bars)
     if as_json:
         typer.echo(json.dumps({**asdict(served), "images": len(pool), "graphs": found}, indent=2))
         return

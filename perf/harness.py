@@ -311,8 +311,9 @@ def take_turns(
     systems: Sequence[System],
     shares: Sequence[Sequence[int]],
     load: Load,
-    on_turn: Callable[[], None],
+    on_turn: Callable[[], None] = lambda: None,
     warm_up: int = 0,
+    on_share: Callable[[], None] = lambda: None,
 ) -> Paired:
     """Ask every system about every image.
 
@@ -325,6 +326,7 @@ def take_turns(
         load: how they are asked.
         on_turn: called each time that a system has been asked about a block.
         warm_up: images of the first share that each system is asked about before, for nothing.
+        on_share: called after each share.
     """
     rng = np.random.default_rng(0)
     by_name = {system.name: system for system in systems}
@@ -340,6 +342,7 @@ def take_turns(
                 answers[name] += asker.ask(by_name[name], share[start : start + size], load)
                 on_turn()
         measured.append(answers)
+        on_share()
     return Paired(measured)
 
 

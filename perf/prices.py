@@ -10,25 +10,22 @@ a turn.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from google.protobuf import text_format
-from tritonclient.grpc.model_config_pb2 import ModelConfig
-
+from bundle import config
 from bundle.graphs import GraphSet
+from report.terminal import Bar, Bars
 from server import TritonServer
 
-from .cpu import CpuMeter
 from .environment import Nvml
 from .figures import PerfError, Spread
-from .harness import ONE_BY_ONE, Asker, Asks, Load, Paired, take_turns
+from .harness import ONE_BY_ONE, Answer, Asker, Asks, Load, Paired, take_turns
 from .images import Pool
 from .systems import System
 from .target import Target
@@ -74,12 +71,7 @@ class Served:
 
 
 def price(
-    rung_set: GraphSet,
-    names: Sequence[str],
-    pool: Pool,
-    served: Served,
-    on_step: Callable[[], None],
-    again: Callable[[str], None],
+    graphs: GraphSet, names: Sequence[str], pool: Pool, served: Served, bars: Bars
 ) -> dict[str, Price]:
     """Serve the graphs group by group, and ask those of a group in turn.
 
@@ -87,12 +79,11 @@ def price(
     and the less disturbed of the two measurements is returned.
 
     Args:
-        rung_set: the exported rungs and alternatives.
+        graphs: the exported rungs and alternatives.
         names: of the graphs; none: all of them. The full model is measured whether named or not.
         pool: the images, at least a batch of them.
         served: how they are served and asked.
-        on_step: called `steps` times, and as often again after `again`.
-        again: called with words for a bar before everything is measured once more.
+        bars: show what goes on.
 
     Returns:
         The price of each graph; the full model's has values of every group.
@@ -102,16 +93,19 @@ def price(
         ServerError: the server does not start.
         ClientError: it does not answer.
     """
-    groups = groups_of(rung_set, names)
+    groups = groups_of(graphs, names)
     if len(pool) < served.batch:
         raise PerfError(
             f"{len(pool)} images do not fill a batch of {served.batch}; give more --images"
         )
-    found = _measure(rung_set, groups, pool, served, on_step)
-    if not disturbed(found):
-        return found
-    again(f"clock and CPU time of {', '.join(disturbed(found))} differ: priced once more")
-    second = _measure(rung_set, groups, pool, served, on_step)
+    with bars.stage("price the graphs as served", 2 * served.turns * len(groups)) as bar:
+        found = _measure(graphs, groups, pool, served, bar)
+        if not disturbed(found):
+            return found
+        again = f"clock and CPU time of {', '.join(disturbed(found))} differ: priced once more"
+        bars.say(again)
+        bar.begin_again(again)
+        second = _measure(graphs, groups, pool, served, bar)
     return min(second, found, key=lambda prices: len(disturbed(prices)))
 
 
@@ -120,23 +114,14 @@ def disturbed(prices: Mapping[str, Price]) -> list[str]:
     return [name for name, entry in prices.items() if entry["disturbed"]]
 
 
-def steps(rung_set: GraphSet, names: Sequence[str], served: Served) -> int:
-    """How often `price` calls `on_step`.
-
-    Raises:
-        PerfError: an unknown graph.
-    """
-    return 2 * served.turns * len(groups_of(rung_set, names))
-
-
-def groups_of(rung_set: GraphSet, names: Sequence[str]) -> list[list[str]]:
+def groups_of(graphs: GraphSet, names: Sequence[str]) -> list[list[str]]:
     """Which graphs are served together, the full model first in each group.
 
     Raises:
         PerfError: an unknown graph.
     """
-    full = rung_set.reference.name
-    known = [full, *(name for name in rung_set.graphs if name != full)]
+    full = graphs.reference.name
+    known = [full, *(name for name in graphs.graphs if name != full)]
     unknown = [name for name in names if name not in known]
     if unknown:
         raise PerfError(f"no graph {unknown[0]!r} was exported; there are {', '.join(known)}")
@@ -146,36 +131,33 @@ def groups_of(rung_set: GraphSet, names: Sequence[str]) -> list[list[str]]:
 
 
 def _measure(
-    rung_set: GraphSet,
-    groups: Sequence[Sequence[str]],
-    pool: Pool,
-    served: Served,
-    on_step: Callable[[], None],
+    graphs: GraphSet, groups: Sequence[Sequence[str]], pool: Pool, served: Served, bar: Bar
 ) -> dict[str, Price]:
-    alone: list[dict[str, Any]] = []  # of each turn of each group, answers by graph
-    saturated: list[dict[str, Any]] = []
+    alone: list[dict[str, list[Answer]]] = []  # of each turn of each group, answers by graph
+    saturated: list[dict[str, list[Answer]]] = []
+    full, head = graphs.reference.name, () if graphs.classes is None else ("logits",)
     for group in groups:
-        systems = [_system(rung_set, name) for name in group]
-        with _serving(rung_set, group, pool, served) as asker:
+        # Each is asked what the router asks it: the full model not for the tokens of its layers.
+        systems = [
+            System(name, name, name, outputs=("embedding", *layers, *head))
+            for name in group
+            for layers in [() if name == full else ("cls_layers",)]
+        ]
+        with _serving(graphs, group, pool, served) as asker:
             block = _warm_up(asker, systems, pool, served)
             lone = [row % len(pool) for row in range(LONE)]
-            for found, rows, load in (
-                (alone, lone, ONE_BY_ONE),
-                (saturated, block, served.load),
-            ):
-                asked = len(systems) * len(rows) // (load.block or 1)
-                on_turn = _every(asked, on_step)
-                found += take_turns(asker, systems, [rows] * served.turns, load, on_turn).shares
+            for found, rows, load in ((alone, lone, ONE_BY_ONE), (saturated, block, served.load)):
+                turns = [rows] * served.turns
+                found += take_turns(asker, systems, turns, load, on_share=bar.advance).shares
     names = dict.fromkeys(name for group in groups for name in group)
-    full = rung_set.reference.name
     return {name: _price(name, full, alone, saturated, served.batch) for name in names}
 
 
 def _price(
     name: str,
     full: str,
-    alone: Sequence[dict[str, Any]],
-    saturated: Sequence[dict[str, Any]],
+    alone: Sequence[dict[str, list[Answer]]],
+    saturated: Sequence[dict[str, list[Answer]]],
     batch: int,
 ) -> Price:
     latencies = [median(a.latency_ms for a in turn[name]) for turn in alone if name in turn]
@@ -190,13 +172,6 @@ def _price(
         "cpu_cost_ratio": None if cpu_ratio is None else cpu_ratio.to_dict(),
         "disturbed": paired.disturbed(name, full, cpu_counts=True),
     }
-
-
-def _system(rung_set: GraphSet, name: str) -> System:
-    """A graph, asked what the router asks it: the full model not for the tokens of its layers."""
-    layers = () if name == rung_set.reference.name else ("cls_layers",)
-    head = () if rung_set.classes is None else ("logits",)
-    return System(name, name, name, outputs=("embedding", *layers, *head))
 
 
 def _warm_up(asker: Asks, systems: Sequence[System], pool: Pool, served: Served) -> list[int]:
@@ -215,49 +190,31 @@ def _warm_up(asker: Asks, systems: Sequence[System], pool: Pool, served: Served)
     return [row % len(pool) for row in range(count * size)]
 
 
-def _every(count: int, call: Callable[[], None]) -> Callable[[], None]:
-    """Call once for every so many calls."""
-    calls = itertools.count(1)
-
-    def counted() -> None:
-        if next(calls) % count == 0:
-            call()
-
-    return counted
-
-
 @contextlib.contextmanager
-def _serving(
-    rung_set: GraphSet, names: Sequence[str], pool: Pool, served: Served
-) -> Iterator[Asks]:
+def _serving(graphs: GraphSet, names: Sequence[str], pool: Pool, served: Served) -> Iterator[Asks]:
     """Ask a server that has these graphs and nothing else."""
     with tempfile.TemporaryDirectory(prefix="perf-prices-") as folder:
-        lay_out(rung_set, names, served, Path(folder))
-        with (
-            TritonServer(
-                Path(folder), free_ports=True, timeout_s=_START_S, stop_patience_s=0
-            ) as server,
-            Target(server.grpc_url, None, server) as target,
-            Nvml() as nvml,
-        ):
-            meter = None if nvml.handles else CpuMeter(server.process_ids())
-            yield Asker(target, pool, rung_set.classes is not None, meter)
+        lay_out(graphs, names, served, Path(folder))
+        server = TritonServer(Path(folder), free_ports=True, timeout_s=_START_S, stop_patience_s=0)
+        with server, Target(server.grpc_url, None, server) as target, Nvml() as nvml:
+            meter = None if nvml.handles else target.meter()
+            yield Asker(target, pool, graphs.classes is not None, meter)
 
 
-def lay_out(rung_set: GraphSet, names: Sequence[str], served: Served, repository: Path) -> None:
+def lay_out(graphs: GraphSet, names: Sequence[str], served: Served, repository: Path) -> None:
     """Write a model repository of these graphs, configured as the full rung is.
 
     Args:
-        rung_set: the exported rungs and alternatives.
+        graphs: the exported rungs and alternatives.
         names: of the graphs.
         served: instances and threads.
         repository: an empty folder.
     """
-    config = text_format.Parse(_CONFIG.read_text(), ModelConfig())
-    config.instance_group[0].count = served.instances
-    config.parameters["intra_op_thread_count"].string_value = str(served.threads)
+    found = config.read(_CONFIG)
+    found.instance_group[0].count = served.instances
+    config.set_parameter(found, "intra_op_thread_count", str(served.threads))
     for name in names:
         version = repository / name / "1"
         version.mkdir(parents=True)
-        rung_set.graphs[name].place(version, "model")
-        (repository / name / "config.pbtxt").write_text(text_format.MessageToString(config))
+        graphs.graphs[name].place(version, "model")
+        (repository / name / "config.pbtxt").write_text(config.text(found))

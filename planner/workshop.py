@@ -99,17 +99,10 @@ def _align(graphs: GraphSet, name: str, alignment: Alignment) -> GraphSet:
 
 
 def _price(graphs: GraphSet, names: Sequence[str], request: Request, bars: Bars) -> Prices:
-    from perf.prices import Served, price, steps
+    from perf.prices import Served, price
 
-    served = Served(request.instances, request.threads)
-    with bars.stage("price the graphs as served", steps(graphs, names, served)) as bar:
-        pool = _pool(graphs, request.source)
-
-        def again(words: str) -> None:
-            bars.say(words)
-            bar.begin_again(words)
-
-        return price(graphs, names, pool, served, bar.advance, again)
+    pool = _pool(graphs, request.source)
+    return price(graphs, names, pool, Served(request.instances, request.threads), bars)
 
 
 def _pool(graphs: GraphSet, source: ImageSource) -> Pool:

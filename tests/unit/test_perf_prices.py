@@ -5,6 +5,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from perf.__main__ import app
 from perf.figures import PerfError
 from perf.harness import ONE_BY_ONE
 from perf.images import Pool
-from perf.prices import LONE, TOGETHER, Served, disturbed, groups_of, lay_out, price, steps
+from perf.prices import LONE, TOGETHER, Served, disturbed, groups_of, lay_out, price
 from tests.unit.onnx_files import SIZE
 from tests.unit.perf_measured import make_answer
 from tests.unit.perf_workplace import write_rungs
@@ -69,7 +70,11 @@ def servers(monkeypatch):
 
 
 def priced(rung_set, pool, names=(), served=SERVED, on_step=lambda: None, again=lambda words: None):
-    return price(rung_set, names, pool, served, on_step, again)
+    bar = SimpleNamespace(advance=on_step, begin_again=again)
+    stages = SimpleNamespace(
+        stage=lambda title, total: contextlib.nullcontext(bar), say=lambda words: None
+    )
+    return price(rung_set, names, pool, served, stages)
 
 
 # --- which graphs, and how they are laid out ---------------------------------------------------
@@ -141,7 +146,7 @@ def test_ratios_are_taken_within_a_turn(servers, rung_set, pool):
         servers.slower = 2.0**measured
 
     found = priced(rung_set, pool, on_step=slow_down_after_each_turn)
-    assert measured == steps(rung_set, [], SERVED) == 6
+    assert measured == 6  # three turns of lone requests and of batches
     assert found["vit_low"]["ms_per_image"]["values"] == pytest.approx([400, 800, 1600])
     assert found["vit_low"]["cost_ratio"]["values"] == pytest.approx([0.25] * 3)
 
