@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer import Option
 
 from bundle.versions import VersionError, Versions
 
@@ -30,7 +31,6 @@ from .security import Security, exposure_warning
 from .serving import Serving
 from .serving_tls import ServingTls
 from .supervise import (
-    DEFAULT_INTERVAL_S,
     DEFAULT_MAX_RESTARTS,
     DEFAULT_TIMEOUT_S,
     Rules,
@@ -38,33 +38,21 @@ from .supervise import (
 )
 
 _TAIL_LINES = 20
-
-_TIMEOUT_HELP = "Seconds without any answer that mean failure; more than the slowest batch takes."
-
-
-def _supervision(text: str, *names: str, **more: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel="Supervision", **more)
-
-
-def _security(text: str, *names: str) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel="Security")
-
-
-# The options of the commands that call a running server.
-Url = Annotated[str, typer.Option(help="HOST:PORT of its gRPC port.")]
-KeyFile = Annotated[
-    Path | None, typer.Option(help="The key file that the server was started with.")
-]
-TlsCa = Annotated[
-    Path | None,
-    typer.Option(help="Connect over TLS to a server whose certificate this one vouches for."),
-]
-TlsCert = Annotated[
-    Path | None, typer.Option(help="Certificate to show to a server that asks for one.")
-]
-TlsKey = Annotated[Path | None, typer.Option(help="Its private key.")]
 BUILT = Path("build/model_repository")
 LOCAL = "127.0.0.1:8001"
+_SUPERVISION: dict[str, Any] = {"rich_help_panel": "Supervision"}
+_SECURITY: dict[str, Any] = {"rich_help_panel": "Security"}
+_SILENCE = "Seconds without any answer that mean failure; more than the slowest batch takes."
+
+# The options of the commands that call a running server.
+Url = Annotated[str, Option(help="HOST:PORT of its gRPC port.")]
+KeyFile = Annotated[Path | None, Option(help="The key file that the server was started with.")]
+TlsCa = Annotated[
+    Path | None, Option(help="Connect over TLS to a server whose certificate this vouches for.")
+]
+TlsCert = Annotated[Path | None, Option(help="Certificate for a server that asks for one.")]
+TlsKey = Annotated[Path | None, Option(help="Its private key.")]
+KeyOfIt = Annotated[Path | None, Option(help="Its private key.", **_SECURITY)]
 
 app = typer.Typer(add_completion=False)
 progress = Console(stderr=True)
@@ -73,79 +61,88 @@ progress = Console(stderr=True)
 @app.callback(invoke_without_command=True)
 def serve(
     context: typer.Context,
-    repository: Annotated[
-        Path, typer.Option(help="Model repository to serve.", show_default=True)
-    ] = BUILT,
-    http_port: Annotated[int, typer.Option(help="HTTP port.")] = 8000,
-    grpc_port: Annotated[int, typer.Option(help="gRPC port.")] = 8001,
-    metrics_port: Annotated[int, typer.Option(help="Prometheus port.")] = 8002,
+    repository: Annotated[Path, Option(help="Model repository to serve.")] = BUILT,
+    http_port: Annotated[int, Option(help="HTTP port.")] = 8000,
+    grpc_port: Annotated[int, Option(help="gRPC port.")] = 8001,
+    metrics_port: Annotated[int, Option(help="Prometheus port.")] = 8002,
     free_ports: Annotated[
-        bool, typer.Option("--free-ports", help="Pick three free ports instead.")
+        bool, Option("--free-ports", help="Pick three free ports instead.")
     ] = False,
     host: Annotated[
-        str, typer.Option(help="Address to bind; the default is reachable from here only.")
+        str, Option(help="Address to bind; the default is reachable from here only.")
     ] = "127.0.0.1",
     timeout_s: Annotated[
         float,
-        typer.Option(
+        Option(
             "--timeout-s",
             help="Seconds until every model must be ready; as many more to compare answers, where "
             "the router refuses others than calibrated.",
         ),
     ] = 120.0,
     tritonserver: Annotated[
-        Path | None,
-        typer.Option(help="Binary to run. Default: from PATH, else from nvidia-pytriton."),
+        Path | None, Option(help="Binary to run. Default: from PATH, else from nvidia-pytriton.")
     ] = None,
     backend_directory: Annotated[
-        Path | None, typer.Option(help="Its backends, where they are not beside it.")
+        Path | None, Option(help="Its backends, where they are not beside it.")
     ] = None,
-    log: Annotated[Path | None, typer.Option(help="Keep Triton's log in this file.")] = None,
+    log: Annotated[Path | None, Option(help="Keep Triton's log in this file.")] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print where it serves as one line of JSON.")
+        bool, Option("--json", help="Print where it serves as one line of JSON.")
     ] = False,
     supervise: Annotated[
         bool,
-        _supervision("Look after it with canary images; restart it when it fails.", "--supervise"),
+        Option(
+            "--supervise",
+            help="Look after it with canary images; restart it when it fails.",
+            **_SUPERVISION,
+        ),
     ] = False,
     max_restarts: Annotated[
         int,
-        _supervision("Restarts without a healthy minute between them before it gives up.", min=0),
+        Option(
+            help="Restarts without a healthy minute between them before it gives up.",
+            min=0,
+            **_SUPERVISION,
+        ),
     ] = DEFAULT_MAX_RESTARTS,
-    canary_interval_s: Annotated[
-        float, _supervision("Seconds between canaries.", "--canary-interval-s", min=0.1)
-    ] = DEFAULT_INTERVAL_S,
     canary_timeout_s: Annotated[
-        float, _supervision(_TIMEOUT_HELP, "--canary-timeout-s", min=0.1)
+        float, Option("--canary-timeout-s", help=_SILENCE, min=0.1, **_SUPERVISION)
     ] = DEFAULT_TIMEOUT_S,
     production: Annotated[
         bool,
-        _security(
-            "Turn on every protection there is, and say what cannot be (SECURITY.md).",
+        Option(
             "--production",
+            help="Turn on every protection there is, and say what cannot be (SECURITY.md).",
+            **_SECURITY,
         ),
     ] = False,
     allow_reload: Annotated[
-        bool, _security("Models can be loaded and unloaded while it serves.", "--allow-reload")
+        bool,
+        Option("--allow-reload", help="Models can be loaded and unloaded meanwhile.", **_SECURITY),
     ] = False,
     admin_key_file: Annotated[
-        Path | None, _security("Administration APIs ask for the key in this file.")
+        Path | None, Option(help="Administration APIs ask for the key in this file.", **_SECURITY)
     ] = None,
-    tls_cert: Annotated[Path | None, _security("Certificate: serve gRPC over TLS.")] = None,
-    tls_key: Annotated[Path | None, _security("Its private key.")] = None,
+    tls_cert: Annotated[
+        Path | None, Option(help="Certificate: serve gRPC over TLS.", **_SECURITY)
+    ] = None,
+    tls_key: KeyOfIt = None,
     tls_client_ca: Annotated[
-        Path | None, _security("Clients must show a certificate of this authority.")
+        Path | None, Option(help="Clients must show a certificate of this authority.", **_SECURITY)
     ] = None,
     tls_own_cert: Annotated[
-        Path | None, _security("What our own checks show it. Default: --tls-cert.")
+        Path | None, Option(help="What our own checks show. Default: --tls-cert.", **_SECURITY)
     ] = None,
-    tls_own_key: Annotated[Path | None, _security("Its private key.")] = None,
+    tls_own_key: KeyOfIt = None,
     http_host: Annotated[
         str | None,
-        _security("Address for HTTP, which has no TLS. Default: --host; loopback in production."),
+        Option(
+            help="Address for HTTP, which has no TLS. Default: --host; loopback in production.",
+            **_SECURITY,
+        ),
     ] = None,
     metrics_host: Annotated[
-        str | None, _security("Address for the metrics. Default: likewise.")
+        str | None, Option(help="Address for the metrics. Default: likewise.", **_SECURITY)
     ] = None,
 ) -> None:
     """Serve a model repository on NVIDIA Triton until Ctrl-C.
@@ -162,9 +159,9 @@ def serve(
         http_host=http_host,
         metrics_host=metrics_host,
     )
-    # Not at a restart by the supervisor: one in the middle of a rollout back to a lower version
-    # finds both loaded. Where it is one of ours, it could answer requests that pin no version.
-    with suppress(VersionError):
+    # A version above the one that answers would answer requests that pin none. Not looked at before
+    # a restart by the supervisor: one in the middle of a rollout back finds both loaded.
+    with suppress(VersionError):  # None of ours.
         found = Versions.load(repository)
         if found.fault:
             raise ServerUsageError(
@@ -209,7 +206,6 @@ def serve(
         look_at,
         _event,
         rules=Rules(max_restarts),
-        interval_s=canary_interval_s,
         sleep=_sleep,
     )
     try:
@@ -235,30 +231,21 @@ def check_command(
     url: Url = LOCAL,
     repository: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="The repository that it serves: every model in it must be ready. Default: the "
             "models that the server has; with --answers build/model_repository."
         ),
     ] = None,
     answers: Annotated[
         bool,
-        typer.Option(
-            "--answers", help="Compare its answers with those of the calibration instead."
-        ),
+        Option("--answers", help="Compare its answers with those of the calibration instead."),
     ] = False,
-    timeout_s: Annotated[
-        float,
-        typer.Option(
-            "--timeout-s",
-            min=0.1,
-            help=_TIMEOUT_HELP,
-        ),
-    ] = DEFAULT_TIMEOUT_S,
+    timeout_s: Annotated[float, Option("--timeout-s", min=0.1, help=_SILENCE)] = DEFAULT_TIMEOUT_S,
     admin_key_file: KeyFile = None,
     tls_ca: TlsCa = None,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Look at a running server once: exit 0 if every model is ready and answers, else 1.
 
@@ -281,12 +268,10 @@ def check_command(
 
 @app.command("rollout")
 def rollout_command(
-    repository: Annotated[
-        Path, typer.Option(help="The repository that the server serves.")
-    ] = BUILT,
+    repository: Annotated[Path, Option(help="The repository that the server serves.")] = BUILT,
     to: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Let this version of the router answer, a former one too."),
+        Option(metavar="N", help="Let this version of the router answer, a former one too."),
     ] = None,
     url: Url = LOCAL,
     admin_key_file: KeyFile = None,
@@ -295,9 +280,7 @@ def rollout_command(
     tls_key: TlsKey = None,
     timeout_s: Annotated[
         float,
-        typer.Option(
-            "--timeout-s", min=1.0, help="Seconds to wait for models to load, and to compare."
-        ),
+        Option("--timeout-s", min=1.0, help="Seconds to wait for models to load, and to compare."),
     ] = 120.0,
 ) -> None:
     """Make a running server serve what its repository says now; with --to N, switch or roll back.

@@ -19,11 +19,7 @@ _SAFE = re.compile(r"[!-+\--9;<>-~]*")
 
 @dataclass(frozen=True)
 class AdminKey:
-    """What a request must carry to be let into an administration API.
-
-    Attributes:
-        value: the secret; `repr` leaves it out.
-    """
+    """What a request must carry to be let into an administration API; `repr` leaves it out."""
 
     value: str = field(repr=False)
 
@@ -34,6 +30,7 @@ class AdminKey:
         Raises:
             ServerUsageError: no such file, one that others can read, or no usable key in it.
         """
+        make = f"make one with {HOW_TO_MAKE}"
         try:
             with path.open(encoding="utf-8") as file:
                 # Of what is read, not of what may replace it.
@@ -41,31 +38,23 @@ class AdminKey:
                 value = file.read().rstrip("\r\n")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not a text file"
-            raise _refusal(path, f"cannot be read ({reason})") from error
-        if mode & 0o077:
             raise ServerUsageError(
-                f"the admin key file {path} can be read or written by others than its owner "
-                f"(mode {mode:04o}); chmod 600 {path}"
-            )
-        if not value:
-            raise _refusal(path, "is empty")
-        if not _SAFE.fullmatch(value):
-            raise _refusal(
-                path,
-                "must be one line of printable ASCII without blanks and without , : = "
-                "(tritonserver's separators)",
-            )
-        if len(value) < _SHORTEST:
-            raise _refusal(
-                path, f"has {len(value)} characters of {_SHORTEST} that withstand guessing"
-            )
+                f"the admin key file {path} cannot be read ({reason}); {make}"
+            ) from error
+        refused = "must be one line of printable ASCII without blanks and without , : ="
+        weak = f"has {len(value)} characters of {_SHORTEST} that withstand guessing"
+        shared = f"can be read or written by others than its owner (mode {mode:04o})"
+        for is_so, what in (
+            (mode & 0o077, f"{shared}; chmod 600 {path}"),
+            (not value, f"is empty; {make}"),
+            (not _SAFE.fullmatch(value), f"{refused} (tritonserver's separators); {make}"),
+            (len(value) < _SHORTEST, f"{weak}; {make}"),
+        ):
+            if is_so:
+                raise ServerUsageError(f"the admin key file {path} {what}")
         return cls(value)
 
     @property
     def grpc_headers(self) -> dict[str, str]:
         """The metadata that a gRPC call to a restricted API carries."""
         return {f"triton-grpc-protocol-{KEY_NAME}": self.value}
-
-
-def _refusal(path: Path, what: str) -> ServerUsageError:
-    return ServerUsageError(f"the admin key file {path} {what}; make one with {HOW_TO_MAKE}")

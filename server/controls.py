@@ -23,13 +23,7 @@ _HIDDEN = re.compile(r"\bhidepid=(?:1|2|4|noaccess|invisible|ptraceable)\b")
 
 @dataclass(frozen=True)
 class Control:
-    """One measure, and whether it is in force.
-
-    Attributes:
-        name: what it is about.
-        is_on: whether it is in force.
-        detail: how, or why not and what to do.
-    """
+    """One measure, whether it is in force, and how, or why not and what to do."""
 
     name: str
     is_on: bool
@@ -57,103 +51,76 @@ def controls(
     tls = security.tls
     assert tls is not None
     closed = [f"--{name}=false" for name in OTHER_FRONT_ENDS if name in known_options]
-    own_switch = f"--{CLIENT_SHARED_MEMORY}=false" if CLIENT_SHARED_MEMORY in known_options else ""
+    shut = CLIENT_SHARED_MEMORY in known_options and f"--{CLIENT_SHARED_MEMORY}=false"
     is_recent = tuple(int(part) for part in triton_version.split(".")[:2]) >= RECENT_TRITON
     writable = first_writable(repository)
-    # Name, whether it is on, what is said where it is, what where it is not.
-    rows = [
-        ("gRPC over TLS", True, "plain connections are refused", ""),
+    is_private = not tls.key.stat().st_mode & stat.S_IROTH
+    # Name, what is said where it is on (else nothing), and what where it is not.
+    rows: list[tuple[str, object, str]] = [
+        ("gRPC over TLS", "plain connections are refused", ""),
         (
             "client certificates",
-            tls.client_ca is not None,
-            f"issued by {tls.client_ca}",
+            tls.client_ca and f"issued by {tls.client_ca}",
             "every client that reaches gRPC may ask; --tls-client-ca",
         ),
         (
             "fixed models",
-            not security.allow_reload,
-            "none can be loaded or unloaded",
+            not security.allow_reload and "none can be loaded or unloaded",
             "--allow-reload: the admin key's holder runs code",
         ),
-        (
-            "restricted APIs",
-            True,
-            "model-repository, trace, logging, statistics: admin key only",
-            "",
-        ),
-        (
-            "shared memory",
-            True,
-            own_switch or "clients cannot register any (nobody has its key)",
-            "",
-        ),
-        ("other front ends", True, ", ".join(closed) or "not built in", ""),
-        ("strict start", True, "a model that does not load ends the server", ""),
-        ("quiet log", True, "no request content; tracing off", ""),
+        ("restricted APIs", "model-repository, trace, logging, statistics: admin key only", ""),
+        ("shared memory", shut or "clients cannot register any (nobody has its key)", ""),
+        ("other front ends", ", ".join(closed) or "not built in", ""),
+        ("strict start", "a model that does not load ends the server", ""),
+        ("quiet log", "no request content; tracing off", ""),
         *(
             (
                 f"{name} on loopback",
-                is_loopback(address),
-                address,
+                is_loopback(address) and address,
                 f"{address}: readable and open to who reaches it",
             )
             for name, address in (("HTTP", addresses.http), ("metrics", addresses.metrics))
         ),
-        (
-            "TLS for HTTP",
-            False,
-            "",
-            "Triton has none; put a proxy that has in front, on this machine",
-        ),
-        ("image limits", True, "preprocess: max_bytes, max_pixels of its config.pbtxt", ""),
+        ("TLS for HTTP", "", "Triton has none; put a proxy that has in front, on this machine"),
+        ("image limits", "preprocess: max_bytes, max_pixels of its config.pbtxt", ""),
         (
             "HTTP request size",
-            HTTP_MAX_INPUT in known_options,
-            f"--{HTTP_MAX_INPUT}, 64 MiB",
+            HTTP_MAX_INPUT in known_options and f"--{HTTP_MAX_INPUT}, 64 MiB",
             f"this Triton has no --{HTTP_MAX_INPUT}; limit it in the proxy",
         ),
         (
             "gRPC request size",
-            False,
             "",
             "Triton has no option and takes up to 2 GiB; limit it in a proxy",
         ),
         (
             "hidden admin key",
-            hides_arguments(mounts),
-            "/proc is mounted with hidepid",
+            hides_arguments(mounts) and "/proc is mounted with hidepid",
             "every local user can read it in tritonserver's arguments; mount /proc with hidepid=2",
         ),
         (
             "Triton's fixes",
-            is_recent,
-            f"Triton {triton_version}",
+            is_recent and f"Triton {triton_version}",
             f"Triton {triton_version} predates known security fixes; use {RECENT_IMAGE} or later",
         ),
         (
             "read-only repository",
-            writable is None,
-            "the server cannot change it",
+            writable is None and "the server cannot change it",
             f"the server could change {writable}; give it to another user or mount it read-only",
         ),
-        ("own user", os.geteuid() != 0, "not root", "runs as root; start it as another"),
+        ("own user", os.geteuid() != 0 and "not root", "runs as root; start it as another"),
         (
             "private TLS key",
-            not tls.key.stat().st_mode & stat.S_IROTH,
-            "not everyone's",
+            is_private and "not everyone's",
             f"every user can read {tls.key}; chmod 600 it",
         ),
     ]
-    found = [Control(name, is_on, how if is_on else why) for name, is_on, how, why in rows]
+    found = [Control(name, bool(on), str(on or off)) for name, on, off in rows]
     return sorted(found, key=lambda control: not control.is_on)
 
 
 def hides_arguments(mounts: Path) -> bool:
-    """Whether the kernel shows the arguments of a user's processes to that user and root alone.
-
-    Args:
-        mounts: the mounted file systems, such as `/proc/mounts`.
-    """
+    """Whether the kernel shows the arguments of a user's processes to that user and root alone."""
     fields = (line.split() for line in mounts.read_text().splitlines())
     options = [field[3] for field in fields if field[1:3] == ["/proc", "proc"]]
     return bool(options and _HIDDEN.search(options[-1]))  # The last mount covers those before.
@@ -161,7 +128,5 @@ def hides_arguments(mounts: Path) -> bool:
 
 def first_writable(repository: Path) -> Path | None:
     """The first folder or file of a repository that this process could change; None for none."""
-    for path in (repository, *sorted(repository.rglob("*"))):
-        if os.access(path, os.W_OK, effective_ids=True):
-            return path
-    return None
+    paths = (repository, *sorted(repository.rglob("*")))
+    return next((path for path in paths if os.access(path, os.W_OK, effective_ids=True)), None)

@@ -41,12 +41,7 @@ _EXIT_TIMEOUT_S = 10
 
 @dataclass(frozen=True)
 class Wheel:
-    """What the nvidia-pytriton wheel holds of Triton.
-
-    Attributes:
-        root: `pytriton/tritonserver`, with `bin`, `backends` and `python_backend_stubs`.
-        libraries: the shared libraries that the wheel bundles for them.
-    """
+    """What the nvidia-pytriton wheel holds of Triton, and the libraries that it bundles for it."""
 
     root: Path
     libraries: Path
@@ -85,10 +80,7 @@ class Installation:
     stub_python: str | None
 
     def environment(self, base: Mapping[str, str] | None = None) -> dict[str, str]:
-        """The environment variables that it and its Python models start with.
-
-        Args:
-            base: the environment to start from; this process's own if not given.
+        """The environment that it and its Python models start with, made of this process's own.
 
         Raises:
             ServerUsageError: this Python has no shared library for Triton's stub to load.
@@ -99,15 +91,12 @@ class Installation:
             # The stub takes its interpreter, hence its packages, from the first python on PATH.
             # Where it embeds another Python, as an image may, its own packages are the right ones.
             _prepend(environment, "PATH", [Path(sys.executable).parent])
-            libpython = _libpython_directory()
-            libraries += [libpython] if libpython is not None else []
+            libraries += _libpython_directory()
         _prepend(environment, "LD_LIBRARY_PATH", libraries)
         # Each Python model has a process of its own: numpy's thread pools, one per process and as
         # wide as the machine, would fight the rungs for its cores.
-        environment.setdefault("OMP_NUM_THREADS", "1")
-        environment.setdefault("OPENBLAS_NUM_THREADS", "1")
-        environment["PYTHONDONTWRITEBYTECODE"] = "1"
-        return environment
+        own = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        return {**own, **environment, "PYTHONDONTWRITEBYTECODE": "1"}
 
     def command(
         self,
@@ -119,15 +108,8 @@ class Installation:
     ) -> list[str]:
         """The command that it is started with; `extra_args` come last and so win.
 
-        Triton's own strictness stays on: a model that does not load ends the server. And it would
-        bind every address.
-
-        Args:
-            server_id: name that the server reports, and begins its shared-memory segments with.
-            repository: the model repository.
-            addresses: addresses to bind.
-            ports: the ports.
-            extra_args: more arguments.
+        Triton's own strictness stays on: a model that does not load ends the server. `server_id` is
+        the name that it reports, and begins its shared-memory segments with.
         """
         arguments = [f"--id={server_id}", f"--model-repository={repository}"]
         arguments += [f"--backend-directory={self.backends}"]
@@ -176,8 +158,7 @@ def find_installation(
         python_version: the Python to run models with if the python backend is the wheel's.
 
     Raises:
-        ServerUsageError: there is none, `explicit` or `backend_directory` is not usable, or there
-            is no python backend or no stub for this Python.
+        ServerUsageError: there is none, or it cannot be used.
     """
     if backend_directory is not None and not backend_directory.is_dir():
         raise ServerUsageError(
@@ -265,17 +246,17 @@ def _embedded_python(stub: Path) -> str | None:
     return match.group(1).decode() if match else None
 
 
-def _libpython_directory() -> Path | None:
-    """Directory of this Python's shared library; None where the system's loader finds it."""
+def _libpython_directory() -> list[Path]:
+    """Directory of this Python's shared library; empty where the system's loader finds it."""
     name = sysconfig.get_config_var("INSTSONAME") or ""
     if ".so" not in name:  # Debian builds python3 statically, with the library as a package.
         name = f"libpython{RUNNING_PYTHON}.so.1.0"
     # LIBDIR is wrong in relocated builds (uv, conda), where base_prefix is right.
     for directory in (sysconfig.get_config_var("LIBDIR"), f"{sys.base_prefix}/lib"):
         if directory and (Path(directory) / name).is_file():
-            return Path(directory)
+            return [Path(directory)]
     if ctypes.util.find_library(f"python{RUNNING_PYTHON}"):
-        return None
+        return []
     raise ServerUsageError(
         f"this Python has no {name}, which Triton's python backend loads; install the package "
         f"libpython{RUNNING_PYTHON}, or use a Python built with --enable-shared"

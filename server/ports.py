@@ -67,7 +67,7 @@ def check_ports(addresses: Addresses, ports: Ports) -> None:
     Raises:
         ServerUsageError: naming the port and what is wrong with it.
     """
-    named = {"HTTP": ports.http, "gRPC": ports.grpc, "metrics": ports.metrics}
+    named = dict(zip(("HTTP", "gRPC", "metrics"), ports.all, strict=True))
     hosts = (addresses.http, addresses.grpc, addresses.metrics)
     for name, port in named.items():
         if not 0 < port < 65536:
@@ -99,28 +99,24 @@ def pick_free_ports(host: str) -> Ports:
     """
     highest = max(_first_ephemeral_port() - 1, _LOWEST_PORT + 1000)
     with ExitStack() as held:
-        ports: list[int] = []
-        problem: OSError | None = None
+        ports: set[int] = set()  # Binding one again would work as long as nobody listens.
+        reason = "all taken"
         for _ in range(_ATTEMPTS):
             port = random.randint(_LOWEST_PORT, highest)
-            if port in ports:  # Binding it again works as long as nobody listens.
-                continue
             try:
-                held.enter_context(_bound(host, port))
+                if port not in ports:
+                    held.enter_context(_bound(host, port))
+                    ports.add(port)
             except OSError as error:
-                problem = error
-                continue
-            ports.append(port)
+                reason = str(error.strerror)
             if len(ports) == 3:
                 return Ports(*ports)
-    reason = problem.strerror if problem is not None else "all taken"
     raise ServerUsageError(f"no free port on {host} ({reason}); give --host an address of yours")
 
 
 def _bound(host: str, port: int) -> socket.socket:
-    family, kind, protocol, _, address = socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, kind, protocol, _, address = found[0]
     bound = socket.socket(family, kind, protocol)
     try:
         # As Triton binds: a closed connection in TIME_WAIT is no obstacle.

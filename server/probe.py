@@ -89,8 +89,7 @@ def look(
     warnings: list[str] = []  # A look that is void has told the memory, so what it said counts.
     for is_void in [True] * _VOID_LOOKS + [False]:
         with suppress(_StoodStillError):
-            one = _Look(server, memory, timeout_s, clock, sleep, is_void=is_void, warnings=warnings)
-            return one.take()
+            return _Look(server, memory, timeout_s, clock, sleep, is_void, warnings).take()
     raise AssertionError("the last look is never void")
 
 
@@ -111,59 +110,47 @@ class _Case:
     ask_again_at: float | None = None
 
 
+@dataclass
 class _Look:
     """One look; `is_void` makes it end with `_StoodStillError` where this process stood still."""
 
-    def __init__(
-        self,
-        server: Serving,
-        memory: Memory,
-        timeout_s: float,
-        clock: Callable[[], float],
-        sleep: Callable[[float], None],
-        is_void: bool,
-        warnings: list[str],
-    ) -> None:
-        self._server = server
-        self._memory = memory
-        self._timeout_s = timeout_s
-        self._clock = clock
-        self._sleep = sleep
-        self._is_void = is_void
-        self._warnings = warnings
-        self._latency_ms: float | None = None
+    server: Serving
+    memory: Memory
+    timeout_s: float
+    clock: Callable[[], float]
+    sleep: Callable[[float], None]
+    is_void: bool
+    warnings: list[str]
+    latency_ms: float | None = None
 
     def take(self) -> Finding:
-        ended = self._server.why_it_ended()
+        ended = self.server.why_it_ended()
         if ended:
             return Finding(ended)
-        states = self._server.states()
+        states = self.server.states()
         self._note_absent(states)
         failure = self._missing_instances(states) or self._unanswered()
-        if failure and self._was_changed():
-            failure = ""
-        return Finding(failure, tuple(self._warnings), self._latency_ms)
+        if failure:  # Unless an operator took a model out meanwhile, or put one back.
+            states = self.server.states()
+            if states is not None and _ready(states) != self.memory.known - self.memory.absent:
+                failure = ""
+        return Finding(failure, tuple(self.warnings), self.latency_ms)
 
     # --- models and their processes ---
 
     def _note_absent(self, states: dict[Key, str] | None) -> None:
         if states is None:
             return
-        memory, ready = self._memory, _ready(states)
+        memory, ready = self.memory, _ready(states)
         memory.known |= ready
         for model in sorted(memory.known - ready - memory.absent):
             said = ", ".join(state for (name, _), state in states.items() if name == model)
-            self._warnings.append(
+            self.warnings.append(
                 f"{model} is not served any more ({said or 'gone'}); watching the others"
             )
         for model in sorted(memory.absent & ready):
-            self._warnings.append(f"{model} is served again")
+            self.warnings.append(f"{model} is served again")
         memory.absent = memory.known - ready
-
-    def _was_changed(self) -> bool:
-        """Whether an operator took a model out, or put one back, since the look began."""
-        states = self._server.states()
-        return states is not None and _ready(states) != self._memory.known - self._memory.absent
 
     def _missing_instances(self, states: dict[Key, str] | None) -> str:
         """Compare the processes of each model with the instances it should have, twice.
@@ -174,7 +161,7 @@ class _Look:
         if not first:
             return ""
         self._pause(_CONFIRM_S)
-        for key, (alive, wanted) in self._too_few(self._server.states()).items():
+        for key, (alive, wanted) in self._too_few(self.server.states()).items():
             if key in first:
                 model, version = key
                 return (
@@ -185,14 +172,14 @@ class _Look:
 
     def _too_few(self, states: dict[Key, str] | None) -> dict[Key, tuple[int, int]]:
         """Processes alive and wanted, of the models that have too few."""
-        stubs = self._server.stubs()
+        stubs = self.server.stubs()
         if states is None or stubs is None:
             return {}
         alive = Counter((stub.model, stub.version) for stub in stubs)
-        self._memory.with_processes |= alive.keys()
+        self.memory.with_processes |= alive.keys()
         found = {}
-        for key in sorted(self._memory.with_processes):
-            wanted = self._server.instances(*key) if states.get(key) == READY else None
+        for key in sorted(self.memory.with_processes):
+            wanted = self.server.instances(*key) if states.get(key) == READY else None
             if wanted is not None and alive[key] < wanted:
                 found[key] = alive[key], wanted
         return found
@@ -201,16 +188,16 @@ class _Look:
 
     def _unanswered(self) -> str:
         """Send canaries, until everything has answered or something has failed to."""
-        present = self._memory.known - self._memory.absent
-        asked = [model for model in ASKED if model in present and ENTRY in self._memory.known]
-        self._started = counted_at = self._clock()
-        self._before = self._counts = self._server.answered()
+        present = self.memory.known - self.memory.absent
+        asked = [model for model in ASKED if model in present and ENTRY in self.memory.known]
+        self._started = counted_at = self.clock()
+        self._before = self._counts = self.server.answered()
         self._open = {
-            model: _Case(self._server.ask(model), self._clock(), self._server.cpu_s(model))
+            model: _Case(self.server.ask(model), self.clock(), self.server.cpu_s(model))
             for model in asked
         }
         while True:
-            now = self._clock()
+            now = self.clock()
             for model in list(self._open):
                 failure = self._judge(model, now)
                 if failure:
@@ -220,10 +207,10 @@ class _Look:
             if now - counted_at >= _COUNT_EVERY_S:
                 counted_at = now
                 self._count(now)
-            if now - self._started >= self._timeout_s:
+            if now - self._started >= self.timeout_s:
                 return self._overdue(now)
             self._pause(_POLL_S)
-            ended = self._server.why_it_ended()
+            ended = self.server.why_it_ended()
             if ended:
                 return ended
 
@@ -232,7 +219,7 @@ class _Look:
         case = self._open[model]
         if case.ask_again_at is not None:
             if now >= case.ask_again_at:
-                case.ask_again_at, case.canary = None, self._server.ask(model)
+                case.ask_again_at, case.canary = None, self.server.ask(model)
             return ""
         reply = case.canary.reply
         if reply is None:
@@ -246,14 +233,14 @@ class _Look:
             return f"{model} failed: {reply.error}"
         case.failed = case.failed or not reply.is_unavailable
         case.ask_again_at = now + _REPEAT_AFTER_S
-        if model == ENTRY and self._memory.absent:  # It cannot do without.
+        if model == ENTRY and self.memory.absent:  # It cannot do without.
             del self._open[model]
         return ""
 
     def _note_answer(self, model: str, case: _Case, now: float) -> None:
-        self._memory.answered_at[model] = now
-        if model == ENTRY and self._latency_ms is None:
-            self._latency_ms = case.canary.latency_ms
+        self.memory.answered_at[model] = now
+        if model == ENTRY and self.latency_ms is None:
+            self.latency_ms = case.canary.latency_ms
         if not case.failed:
             del self._open[model]
             return
@@ -261,13 +248,13 @@ class _Look:
         case.ask_again_at = now + _REPEAT_AFTER_S
         if case.good_repeats == _REPEATS:
             del self._open[model]
-            self._warnings.append(
+            self.warnings.append(
                 f"{model} failed one canary and answered the next {_REPEATS}: {case.last.error}"
             )
 
     def _count(self, now: float) -> None:
         """Clear the models that have answered others."""
-        counts = self._server.answered()
+        counts = self.server.answered()
         if counts is None:  # Busy; whether it is more than that, the look's end tells.
             return
         self._counts = counts
@@ -276,7 +263,7 @@ class _Look:
         for model, case in list(self._open.items()):
             steps = (ENTRY, ROUTER) if model == ENTRY else (model,)
             if not case.failed and any(self._answered_others(step) for step in steps):
-                self._memory.answered_at[model] = now
+                self.memory.answered_at[model] = now
                 del self._open[model]
 
     def _answered_others(self, model: str) -> bool:
@@ -290,19 +277,19 @@ class _Look:
         if self._counts is None:
             errors = [case.last.error for case in self._open.values() if case.last.error]
             return ": ".join(["the server does not answer on gRPC", *errors[-1:]])
-        cores = min(1.0, self._server.allowed_cores())
+        cores = min(1.0, self.server.allowed_cores())
         # In the order of `ASKED`, the parts first: where one is stuck, so is adaptive_vit.
         for model, case in self._open.items():
-            silent_s = now - self._memory.answered_at.setdefault(model, self._started)
+            silent_s = now - self.memory.answered_at.setdefault(model, self._started)
             because = f": {case.last.error}" if case.last.error else ""
             if not self._is_excused(model, case, now, cores):
                 return (
-                    f"{model} gave no answer within {self._timeout_s:g} s, nor to anybody else "
+                    f"{model} gave no answer within {self.timeout_s:g} s, nor to anybody else "
                     f"meanwhile{because}"
                 )
             # Comparing takes as long as the rungs take, and would begin anew with another start.
             has_time = is_comparing(case.last.error)
-            if not has_time and silent_s > _BUSY_TIMEOUTS * self._timeout_s / cores:
+            if not has_time and silent_s > _BUSY_TIMEOUTS * self.timeout_s / cores:
                 return f"{model} has answered nobody for {silent_s:.0f} s{because}"
         return ""
 
@@ -319,13 +306,13 @@ class _Look:
         )
 
     def _is_at_work(self, model: str, case: _Case, now: float, cores: float) -> bool:
-        taken_s = self._server.cpu_s(model) - case.cpu_before_s
+        taken_s = self.server.cpu_s(model) - case.cpu_before_s
         return taken_s > _BUSY_SHARE * cores * (now - case.asked_at)
 
     def _pause(self, seconds: float) -> None:
-        before = self._clock()
-        self._sleep(seconds)
-        if self._is_void and self._clock() - before > seconds + _STOOD_STILL_S:
+        before = self.clock()
+        self.sleep(seconds)
+        if self.is_void and self.clock() - before > seconds + _STOOD_STILL_S:
             raise _StoodStillError
 
 

@@ -114,8 +114,7 @@ class ProcessGroup:
         total = 0.0
         for process in self._without_guard():
             with suppress(psutil.Error):
-                times = process.cpu_times()
-                total += times.user + times.system
+                total += sum(process.cpu_times()[:2])
         return total
 
     def _without_guard(self) -> list[psutil.Process]:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 from tritonclient.utils import InferenceServerException
@@ -54,15 +54,8 @@ class Canary:
     latency_ms: float | None = None
 
 
-@dataclass(frozen=True)
-class Stub:
-    """The process of one model instance.
-
-    Attributes:
-        pid: its process id.
-        model: the model's name.
-        version: the model's version.
-    """
+class Stub(NamedTuple):
+    """The process of one model instance."""
 
     pid: int
     model: str
@@ -86,11 +79,11 @@ class Serving:
         Args:
             access: how to reach it.
             process_ids: ids of all its processes; None where they cannot be seen from here.
-            ended: why its process is gone; empty while it runs.
+            ended: why its process is gone; empty while it runs, or where that cannot be seen.
         """
         self._access = access
         self._process_ids = process_ids
-        self._ended = ended
+        self.why_it_ended = ended
 
     def __enter__(self) -> Serving:
         self._client = self._access.open()
@@ -99,15 +92,10 @@ class Serving:
     def __exit__(self, *error: object) -> None:
         self._client.close()  # Takes back the canaries that are not answered yet.
 
-    def why_it_ended(self) -> str:
-        """Why its process is gone; empty while it runs, or where that cannot be seen."""
-        return self._ended()
-
     def states(self) -> dict[Key, str] | None:
         """State by model and version, `READY` or a sentence; None if the server does not say."""
-        try:
-            index = self._ask(self._client.get_model_repository_index)
-        except InferenceServerException:
+        index = self._ask(self._client.get_model_repository_index)
+        if index is None:
             return None
         return {
             (model.name, model.version): f"{model.state} ({model.reason})"
@@ -124,15 +112,16 @@ class Serving:
 
     def instances(self, model: str, version: str) -> int | None:
         """Instances that a model runs by its configuration; None if the server does not say."""
-        config = self._config(model, version)
-        if config is None:
+        answer = self._ask(self._client.get_model_config, model, version)
+        if answer is None:
             return None
-        return sum(int(group.count) * max(1, len(group.gpus)) for group in config.instance_group)
+        groups = answer.config.instance_group
+        return sum(int(group.count) * max(1, len(group.gpus)) for group in groups)
 
     def is_python(self, model: str, version: str) -> bool:
         """Whether a model is one of the python backend's, and so has processes of its own."""
-        config = self._config(model, version)
-        return config is not None and config.backend == "python"
+        answer = self._ask(self._client.get_model_config, model, version)
+        return answer is not None and answer.config.backend == "python"
 
     def stubs(self) -> list[Stub] | None:
         """The processes of the model instances; None where they cannot be seen."""
@@ -144,8 +133,7 @@ class Serving:
         for stub in self.stubs() or ():
             if stub.model == model:
                 with suppress(psutil.Error):
-                    times = psutil.Process(stub.pid).cpu_times()
-                    total += times.user + times.system
+                    total += sum(psutil.Process(stub.pid).cpu_times()[:2])
         return total
 
     def allowed_cores(self) -> float:
@@ -160,7 +148,7 @@ class Serving:
         """
         counts: dict[str, int] = {}
         try:
-            for model in self._ask(self._client.get_inference_statistics).model_stats:
+            for model in self._call(self._client.get_inference_statistics).model_stats:
                 count = int(model.inference_stats.success.count)
                 counts[model.name] = counts.get(model.name, 0) + count
         except InferenceServerException as error:
@@ -180,7 +168,7 @@ class Serving:
             if model in (ENTRY, PREPROCESS):
                 tensor = image_input()
             else:
-                metadata = self._ask(self._client.get_model_metadata, model)
+                metadata = self._call(self._client.get_model_metadata, model)
                 tensor = zeros_input([1, *metadata.inputs[0].shape[1:]])
             started = time.monotonic()
             self._client.async_infer(model, [tensor], keep, request_id=PROBE_ID)
@@ -190,23 +178,19 @@ class Serving:
                 canary.reply = replace(canary.reply, is_unavailable=True)
         return canary
 
-    def _config(self, model: str, version: str) -> Any:
-        try:
-            return self._ask(self._client.get_model_config, model, version).config
-        except InferenceServerException:
-            return None
-
     def _ask(self, call: Callable[..., Any], *arguments: str) -> Any:
+        """The answer; None if the server does not say."""
+        with suppress(InferenceServerException):
+            return self._call(call, *arguments)
+        return None
+
+    def _call(self, call: Callable[..., Any], *arguments: str) -> Any:
         headers = dict(self._access.headers)
         return call(*arguments, headers=headers, client_timeout=_QUESTION_TIMEOUT_S)
 
 
 def find_stubs(process_ids: Iterable[int]) -> list[Stub]:
-    """Pick the model instances out of a server's processes, told by their arguments.
-
-    Args:
-        process_ids: the server's processes.
-    """
+    """Pick the model instances out of a server's processes, told by their arguments."""
     stubs = []
     for pid in process_ids:
         with suppress(psutil.Error):  # It has just ended.
@@ -220,16 +204,13 @@ def find_stubs(process_ids: Iterable[int]) -> list[Stub]:
 
 
 def local_processes(access: Access) -> Callable[[], list[int]] | None:
-    """How to find the processes of a server that listens on this machine.
+    """How to list the processes of a server that listens on this machine, and its children.
 
-    Returns:
-        Lists who listens on the port, and its children; None where nobody of this user does here.
+    None where nobody of this user listens here.
     """
-    if not access.is_here:
-        return None
-    port = int(access.url.rpartition(":")[2])
+    port = int(access.url.rpartition(":")[2]) if access.is_here else None
     with suppress(psutil.Error):
-        for connection in psutil.net_connections(kind="tcp"):
+        for connection in psutil.net_connections(kind="tcp") if port else ():
             is_listening = connection.status == psutil.CONN_LISTEN
             if is_listening and connection.laddr.port == port and connection.pid:
                 return partial(_family, connection.pid)
@@ -250,13 +231,11 @@ def allowed_cores(pid: int, cgroups: Path = _CGROUPS, proc: Path = _PROC) -> flo
     with suppress(OSError):
         for line in (proc / str(pid) / "cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
-            if controllers and "cpu" not in controllers.split(","):
-                continue
             root = cgroups / controllers
             folder = root / path.strip("/")
-            for each in (folder, *folder.parents):
-                if each.is_relative_to(root):
-                    found += _quota(each)
+            if not controllers or "cpu" in controllers.split(","):
+                for each in (folder, *folder.parents):
+                    found += _quota(each) if each.is_relative_to(root) else []
     return min(found)
 
 

@@ -51,10 +51,8 @@ class ServingTls:
             f"--grpc-server-key={self.key.absolute()}",
         ]
         if self.client_ca is not None:
-            arguments += [
-                "--grpc-use-ssl-mutual=true",
-                f"--grpc-root-cert={self.client_ca.absolute()}",
-            ]
+            arguments += ["--grpc-use-ssl-mutual=true"]
+            arguments += [f"--grpc-root-cert={self.client_ca.absolute()}"]
         return arguments
 
     @classmethod
@@ -71,8 +69,13 @@ class ServingTls:
         Raises:
             ServerUsageError: options that only make sense together.
         """
-        _require_both("--tls-cert", certificate, "--tls-key", key)
-        _require_both("--tls-own-cert", own_certificate, "--tls-own-key", own_key)
+        for flag, cert, secret in (
+            ("tls", certificate, key),
+            ("tls-own", own_certificate, own_key),
+        ):
+            if (cert is None) != (secret is None):
+                given, missing = ("cert", "key") if secret is None else ("key", "cert")
+                raise ServerUsageError(f"--{flag}-{given} needs --{flag}-{missing}")
         if own_certificate is not None and client_ca is None:
             raise ServerUsageError("--tls-own-cert is for --tls-client-ca; give both or neither")
         if certificate is not None and key is not None:
@@ -129,20 +132,20 @@ class ServingTls:
         to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
         asking = client.wrap_bio(to_client, to_server)
         answering = server.wrap_bio(to_server, to_client, server_side=True)
-        for _ in range(4):  # TLS 1.3 needs two turns, TLS 1.2 three.
-            _step(asking, f"the certificate {self.certificate} is not valid")
-            _step(
-                answering,
-                f"{self.client_ca} does not accept the certificate of our own checks, {chain}; "
-                "give --tls-own-cert and --tls-own-key",
-            )
+        problems = {
+            asking: f"the certificate {self.certificate} is not valid",
+            answering: f"{self.client_ca} does not accept the certificate of our own checks, "
+            f"{chain}; give --tls-own-cert and --tls-own-key",
+        }
+        for side in (asking, answering) * 4:  # TLS 1.3 needs two turns, TLS 1.2 three.
+            try:
+                side.do_handshake()
+            except ssl.SSLWantReadError:
+                pass
+            except ssl.SSLError as error:
+                reason = getattr(error, "verify_message", "") or error.reason or str(error)
+                raise ServerUsageError(f"{problems[side]} ({reason})") from error
         return dict(asking.getpeercert() or {})
-
-
-def _require_both(one: str, first: Path | None, other: str, second: Path | None) -> None:
-    if (first is None) != (second is None):
-        given, missing = (one, other) if second is None else (other, one)
-        raise ServerUsageError(f"{given} needs {missing}")
 
 
 def _load_pair(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
@@ -165,21 +168,12 @@ def _require_readable(path: Path) -> None:
         raise ServerUsageError(f"the TLS file {path} cannot be read ({error.strerror})") from error
 
 
-def _step(side: ssl.SSLObject, otherwise: str) -> None:
-    try:
-        side.do_handshake()
-    except ssl.SSLWantReadError:
-        return
-    except ssl.SSLError as error:
-        reason = getattr(error, "verify_message", "") or error.reason or str(error)
-        raise ServerUsageError(f"{otherwise} ({reason})") from error
-
-
 def _name_of(certificate: dict[str, Any]) -> str | None:
     """A name that the certificate is good for: of a host, else an address, else its common one."""
     names = list(certificate.get("subjectAltName", ()))
-    hosts = [value.replace("*", "check", 1) for kind, value in names if kind == "DNS"]
-    addresses = [value for kind, value in names if kind == "IP Address"]
-    subject = [entry for group in certificate.get("subject", ()) for entry in group]
-    common = [value for kind, value in subject if kind == "commonName"]
-    return next(iter([*hosts, *addresses, *common]), None)
+    names += [entry for group in certificate.get("subject", ()) for entry in group]
+    for wanted in ("DNS", "IP Address", "commonName"):
+        for kind, value in names:
+            if kind == wanted:
+                return str(value).replace("*", "check", 1)
+    return None

@@ -16,10 +16,10 @@ from .ports import Ports
 from .probe import Finding, Memory
 
 _POLL_S = 0.25
+_INTERVAL_S = 2.0  # Between the end of one look and the next.
 # A server that failed has little to finish: what still runs there gets a moment, no more.
 _STOP_PATIENCE_S = 1.0
 DEFAULT_MAX_RESTARTS = 5
-DEFAULT_INTERVAL_S = 2.0
 DEFAULT_TIMEOUT_S = 5.0
 
 
@@ -41,14 +41,9 @@ class Rules:
     healthy_s: float = 60.0
 
     def delay_s(self, restarts: int) -> float:
-        """Seconds to wait before the next restart.
-
-        Args:
-            restarts: restarts in a row before it.
-        """
-        if restarts == 0:
-            return 0.0
-        return min(self.longest_delay_s, self.first_delay_s * 2.0 ** (restarts - 1))
+        """Seconds to wait before the next restart, after so many in a row."""
+        delay_s = self.first_delay_s * 2.0 ** (restarts - 1)
+        return min(self.longest_delay_s, delay_s) if restarts else 0.0
 
 
 class Supervisor:
@@ -66,7 +61,6 @@ class Supervisor:
         say: Callable[[str], None],
         *,
         rules: Rules | None = None,
-        interval_s: float = DEFAULT_INTERVAL_S,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -79,7 +73,6 @@ class Supervisor:
             look: looks at a server once (`probe.look`).
             say: called with one line per event.
             rules: when to start again.
-            interval_s: seconds between the end of one look and the next.
             sleep: waits for so many seconds.
             clock: the time in seconds.
         """
@@ -88,7 +81,6 @@ class Supervisor:
         self._look = look
         self._say = say
         self._rules = rules or Rules()
-        self._interval_s = interval_s
         self._sleep = sleep
         self._clock = clock
         self._restarts = 0
@@ -117,7 +109,7 @@ class Supervisor:
                 self._say(warning)
             if finding.failure:
                 return finding.failure
-            next_at = self._clock() + self._interval_s
+            next_at = self._clock() + _INTERVAL_S
             # Sooner where a process has ended: the server's own, or one of a model.
             while self._clock() < next_at and process_ids <= set(self.server.process_ids()):
                 self._sleep(_POLL_S)
