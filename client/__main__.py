@@ -7,9 +7,8 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -20,7 +19,7 @@ from .errors import AccessDeniedError, ClientError, NotServedError
 from .grpc_clients import DEFAULT_GRPC_URL, GrpcClient
 from .http_client import DEFAULT_HTTP_URL, HttpClient
 from .messages import Task
-from .outcomes import Outcome, Shown, Summary, as_dict, ask, table
+from .outcomes import Shown, as_dict, ask, sentence, summarise, table
 from .retry import DEFAULT_RETRY, Retry
 from .tls import Tls
 
@@ -29,18 +28,6 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 class UsageError(ValueError):
     """The command line asks for what cannot be. The message is one line."""
-
-
-class Policy(str, Enum):
-    """Who decides which rung answers."""
-
-    AUTO, LOW, HIGH = "auto", "low", "high"
-
-
-class Protocol(str, Enum):
-    """What carries the questions."""
-
-    GRPC, HTTP = "grpc", "http"
 
 
 app = typer.Typer(
@@ -66,10 +53,11 @@ def infer(
         str | None,
         typer.Option(help=f"HOST:PORT. [default: {DEFAULT_GRPC_URL}, http: {DEFAULT_HTTP_URL}]"),
     ] = None,
-    protocol: Annotated[Protocol, typer.Option(help="What carries them.")] = Protocol.GRPC,
+    protocol: Annotated[Literal["grpc", "http"], typer.Option(help="What carries them.")] = "grpc",
     policy: Annotated[
-        Policy, typer.Option(help="auto: the score decides; low or high: always that rung.")
-    ] = Policy.AUTO,
+        Literal["auto", "low", "high"],
+        typer.Option(help="auto: the score decides; low or high: always that rung."),
+    ] = "auto",
     threshold: Annotated[
         float | None, typer.Option(help="Instead of the calibrated one, in oracle units.")
     ] = None,
@@ -100,8 +88,8 @@ def infer(
         raise UsageError("--threshold must be a number, in oracle units")
     if not 0 < timeout_s < math.inf:
         raise UsageError(f"--timeout-s must be a positive number of seconds; got {timeout_s:g}")
-    if threshold is not None and policy is not Policy.AUTO:
-        raise UsageError(f"--threshold has no meaning with --policy {policy.value}")
+    if threshold is not None and policy != "auto":
+        raise UsageError(f"--threshold has no meaning with --policy {policy}")
     files = find_images(paths)
     names = read_text(labels, "labels").splitlines() if labels else []
     if labels and not names:
@@ -111,24 +99,29 @@ def infer(
         "tls": Tls(tls_ca, tls_cert, tls_key) if tls_ca or tls_cert or tls_key else None,
         "admin_key": read_text(admin_key_file, "the admin key").strip() if admin_key_file else None,
     }
-    question = {"policy": policy.value, "threshold": threshold}
+    question = {"policy": policy, "threshold": threshold}
     with (
         GrpcClient(url or DEFAULT_GRPC_URL, **options)
-        if protocol is Protocol.GRPC
+        if protocol == "grpc"
         else HttpClient(url or DEFAULT_HTTP_URL, concurrency=concurrency, **options)
     ) as client:
         version, task = _look_at_server(client, names)
         started = time.perf_counter()
-        outcomes = _ask(client, files, concurrency, timeout_s=timeout_s, **question)
-    summary, shown = Summary.of(outcomes, time.perf_counter() - started), Shown(task, top, names)
+        columns = (TextColumn("infer"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            bar = progress.add_task("infer", total=len(files))
+            options = {"timeout_s": timeout_s, **question}
+            outcomes = ask(client, files, concurrency, lambda: progress.advance(bar), **options)
+    summary, shown = summarise(outcomes, time.perf_counter() - started), Shown(task, top, names)
     if as_json:
-        asked = {"url": client.url, "protocol": protocol.value, "triton_version": version}
+        asked = {"url": client.url, "protocol": protocol, "triton_version": version}
         found = {"task": task.kind, **question, "concurrency": concurrency}
-        print(json.dumps({**asked, **found, **as_dict(outcomes, summary, shown)}))
+        images = [as_dict(outcome, shown) for outcome in outcomes]
+        print(json.dumps({**asked, **found, "images": images, "summary": summary}))
     else:
         Console().print(table(outcomes, shown))
-        print(summary)
-    if summary.errors or len(outcomes) < len(files):
+        print(sentence(summary))
+    if summary["errors"] or len(outcomes) < len(files):
         raise typer.Exit(1 if len(outcomes) == len(files) else 130)
 
 
@@ -183,15 +176,6 @@ def _look_at_server(client: BlockingCore, labels: list[str]) -> tuple[str, Task]
     except (AccessDeniedError, NotServedError):
         # Who may ask about images need not see a configuration, and some gateways hide it.
         return version, Task()
-
-
-def _ask(
-    client: BlockingCore, files: list[Path], concurrency: int, **question: Any
-) -> list[Outcome]:
-    columns = (TextColumn("infer"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("infer", total=len(files))
-        return ask(client, files, concurrency, lambda: progress.advance(task), **question)
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any
 from weakref import WeakSet
 
 from .errors import ForkedError
@@ -28,13 +28,6 @@ FORK_WAIT_S = 10.0  # most that a fork waits for calls in flight
 
 # gRPC reads it once, when it is imported; unset, it supports forks.
 _SUPPORTED = os.environ.get("GRPC_ENABLE_FORK_SUPPORT", "1").lower() in ("1", "true", "yes", "on")
-
-
-class HoldsConnections(Protocol):
-    """What `forget_after_fork` takes."""
-
-    def forget(self) -> None:
-        """In a forked child: let go of every inherited connection, without a word to the server."""
 
 
 class _Grpc:
@@ -48,14 +41,17 @@ class _Grpc:
         self.unusable = unusable
 
 
-_holders: WeakSet[HoldsConnections] = WeakSet()
+_holders: WeakSet[Any] = WeakSet()
 _grpc = _Grpc()
 _process = os.getpid()  # that all this is about
 _noticing: dict[int, threading.Lock] = {}  # by process: an inherited one may be locked for ever
 
 
-def forget_after_fork(holder: HoldsConnections) -> None:
-    """Have `holder.forget()` called in every child that is forked off, for as long as it lives."""
+def forget_after_fork(holder: Any) -> None:
+    """Have `holder.forget()` called in every child that is forked off, for as long as it lives.
+
+    It is to let go of every inherited connection, without a word to the server.
+    """
     _holders.add(holder)
 
 

@@ -172,17 +172,11 @@ class HttpClient(BlockingCore):
                 raise TimeoutError
             if self._closed:
                 raise closed_client()
-            connection = self._idle_one() or _Connection(self.url, self._context)
+            while self._idle and self._idle[-1].is_stale():
+                self._idle.pop().let_go()
+            connection = self._idle.pop() if self._idle else _Connection(self.url, self._context)
             self._busy.add(connection)
         return connection
-
-    def _idle_one(self) -> _Connection | None:
-        while self._idle:
-            connection = self._idle.pop()
-            if not connection.is_stale():
-                return connection
-            connection.let_go()
-        return None
 
     def _give_back(self, connection: _Connection, reusable: bool) -> None:
         with self._changed:

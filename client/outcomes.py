@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,40 +77,37 @@ def ask(
     return [future.result() for future in futures]
 
 
-@dataclass(frozen=True)
-class Summary:
-    """Figures over all files; those over the answers are None where no file was answered."""
+def summarise(outcomes: Sequence[Outcome], wall_s: float) -> dict[str, Any]:
+    """Figures over one outcome per file; of the answers None where no file was answered.
 
-    images: int
-    errors: int
-    escalated: int
-    escalation_rate: float | None
-    latency_ms_p50: float | None
-    latency_ms_p95: float | None
-    images_per_s: float | None
+    Args:
+        outcomes: of all files.
+        wall_s: seconds from the first request to the last answer.
+    """
+    answers = [outcome.prediction for outcome in outcomes if outcome.prediction]
+    latencies = [outcome.latency_ms for outcome in outcomes if outcome.prediction]
+    escalated = sum(answer.escalated for answer in answers)
+    p50, p95 = map(float, np.percentile(latencies, [50, 95])) if answers else (None, None)
+    return {
+        "images": len(outcomes),
+        "errors": len(outcomes) - len(answers),
+        "escalated": escalated,
+        "escalation_rate": escalated / len(answers) if answers else None,
+        "latency_ms_p50": p50,
+        "latency_ms_p95": p95,
+        "images_per_s": len(answers) / wall_s if answers else None,
+    }
 
-    @classmethod
-    def of(cls, outcomes: Sequence[Outcome], wall_s: float) -> Summary:
-        """Figures over one outcome per file, `wall_s` from the first request to the last answer."""
-        answers = [outcome.prediction for outcome in outcomes if outcome.prediction]
-        latencies = [outcome.latency_ms for outcome in outcomes if outcome.prediction]
-        escalated = sum(answer.escalated for answer in answers)
-        errors = len(outcomes) - len(answers)
-        if not answers:
-            return cls(len(outcomes), errors, escalated, None, None, None, None)
-        p50, p95 = (float(latency) for latency in np.percentile(latencies, [50, 95]))
-        share, speed = escalated / len(answers), len(answers) / wall_s
-        return cls(len(outcomes), errors, escalated, share, p50, p95, speed)
 
-    def __str__(self) -> str:
-        line = f"{self.images} images, {self.errors} errors"
-        if self.escalation_rate is None:
-            return line
-        return (
-            f"{line}, {self.escalated} escalated ({self.escalation_rate:.1%}), "
-            f"latency p50 {self.latency_ms_p50:.1f} ms p95 {self.latency_ms_p95:.1f} ms, "
-            f"{self.images_per_s:.1f} images/s"
+def sentence(summary: Mapping[str, Any]) -> str:
+    """The figures in one line."""
+    line = "{images} images, {errors} errors"
+    if summary["escalation_rate"] is not None:
+        line += (
+            ", {escalated} escalated ({escalation_rate:.1%}), latency p50 {latency_ms_p50:.1f} ms "
+            "p95 {latency_ms_p95:.1f} ms, {images_per_s:.1f} images/s"
         )
+    return line.format(**summary)
 
 
 @dataclass(frozen=True)
@@ -185,18 +182,18 @@ def table(outcomes: Sequence[Outcome], shown: Shown) -> Table:
     return rows
 
 
-def as_dict(outcomes: Sequence[Outcome], summary: Summary, shown: Shown) -> dict[str, Any]:
-    """The same as the table and the summary's line, ready for JSON."""
-    images: list[dict[str, Any]] = []
-    for outcome in outcomes:
-        images.append({"file": str(outcome.file), "error": outcome.error})
-        if (prediction := outcome.prediction) is not None:
-            images[-1] |= {
-                **shown.as_dict(prediction),
-                "embedding_norm": float(np.linalg.norm(prediction.embedding)),
-                "score": prediction.score if math.isfinite(prediction.score) else None,
-                "escalated": prediction.escalated,
-                "degraded": prediction.degraded,
-                "latency_ms": outcome.latency_ms,
-            }
-    return {"images": images, "summary": asdict(summary)}
+def as_dict(outcome: Outcome, shown: Shown) -> dict[str, Any]:
+    """What the table says of a file, ready for JSON."""
+    fields: dict[str, Any] = {"file": str(outcome.file), "error": outcome.error}
+    prediction = outcome.prediction
+    if prediction is None:
+        return fields
+    return {
+        **fields,
+        **shown.as_dict(prediction),
+        "embedding_norm": float(np.linalg.norm(prediction.embedding)),
+        "score": prediction.score if math.isfinite(prediction.score) else None,
+        "escalated": prediction.escalated,
+        "degraded": prediction.degraded,
+        "latency_ms": outcome.latency_ms,
+    }

@@ -16,7 +16,7 @@ from rich.console import Console
 
 import client.__main__ as command_line
 from client import AccessDeniedError, InvalidRequestError, NotServedError, Prediction, Task
-from client.outcomes import Outcome, Shown, Summary, as_dict, ask, table
+from client.outcomes import Outcome, Shown, as_dict, ask, sentence, summarise, table
 from tests.unit.client_servers import grpc_server, http_server, image
 
 UNKNOWN = Task()
@@ -35,8 +35,8 @@ def rendered(outcomes, top=5, labels=(), task=UNKNOWN):
 
 def as_json(outcomes, top=5, labels=(), task=UNKNOWN):
     """What a reader of the strict JSON gets of each image."""
-    found = as_dict(outcomes, Summary.of(outcomes, 1.0), Shown(task, top, labels))
-    return json.loads(json.dumps(found, allow_nan=False))["images"]
+    found = [as_dict(outcome, Shown(task, top, labels)) for outcome in outcomes]
+    return json.loads(json.dumps(found, allow_nan=False))
 
 
 @pytest.fixture
@@ -229,21 +229,16 @@ def test_an_answer_is_shown_as_its_task_says(logits, task, top, labels, lines, f
 
 
 def test_the_summary_counts_answers_only():
-    summary = Summary.of(OUTCOMES, wall_s=4.0)
-    assert (summary.images, summary.errors, summary.escalated) == (3, 1, 1)
-    assert summary.escalation_rate == 0.5
-    assert summary.latency_ms_p50 == 20.0
-    assert summary.latency_ms_p95 == pytest.approx(29.0)
-    assert summary.images_per_s == 0.5
-    assert str(summary) == (
+    summary = summarise(OUTCOMES, wall_s=4.0)
+    assert summary == {
+        **{"images": 3, "errors": 1, "escalated": 1, "escalation_rate": 0.5},
+        **{"latency_ms_p50": 20.0, "latency_ms_p95": pytest.approx(29.0), "images_per_s": 0.5},
+    }
+    assert sentence(summary) == (
         "3 images, 1 errors, 1 escalated (50.0%), latency p50 20.0 ms p95 29.0 ms, 0.5 images/s"
     )
-
-
-def test_a_summary_of_nothing_but_errors_has_no_figures():
-    summary = Summary.of(OUTCOMES[2:], wall_s=1.0)
-    assert summary.escalation_rate is None
-    assert str(summary) == "1 images, 1 errors"
+    summary = summarise(OUTCOMES[2:], wall_s=1.0)
+    assert summary["escalation_rate"] is None and sentence(summary) == "1 images, 1 errors"
 
 
 def test_json_is_strict_json():
