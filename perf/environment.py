@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import onnxruntime
@@ -27,15 +27,15 @@ def environment(triton_version: str, perf_analyzer: str | None) -> dict[str, Any
         triton_version: as the server reports it.
         perf_analyzer: its version; None where it was not used.
     """
-    with Nvml() as nvml:
-        gpus = nvml.describe()
+    with gpus() as handles:
+        described = [_describe(handle) for handle in handles]
     cpu, cores = cpu_name(), len(os.sched_getaffinity(0))
     return {
-        "device": device_title(cpu, cores, [gpu["name"] for gpu in gpus]),
+        "device": device_title(cpu, cores, [gpu["name"] for gpu in described]),
         "cpu": cpu,
         "cores": cores,
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "gpus": gpus,
+        "gpus": described,
         "os": _os_name(),
         "python": platform.python_version(),
         "onnxruntime": onnxruntime.__version__,
@@ -59,16 +59,16 @@ def cpu_name(cpuinfo: Path = _CPUINFO) -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def device_title(cpu: str, cores: int, gpus: list[str]) -> str:
+def device_title(cpu: str, cores: int, gpu_names: Sequence[str]) -> str:
     """A row's name in a table: the GPUs where there are any, else the cores and their processor.
 
     Args:
         cpu: the processor's name.
         cores: how many of its cores this process may use.
-        gpus: names of the GPUs.
+        gpu_names: of the GPUs.
     """
-    if gpus:
-        return gpus[0] if len(gpus) == 1 else f"{len(gpus)} x {gpus[0]}"
+    if gpu_names:
+        return gpu_names[0] if len(gpu_names) == 1 else f"{len(gpu_names)} x {gpu_names[0]}"
     # "Intel(R) Xeon(R) CPU @ 2.80GHz" is an Intel Xeon: marks and the nominal clock say nothing.
     plain = re.sub(r"\((R|TM|C)\)|\b(CPU|Processor)\b|@.*", " ", cpu, flags=re.IGNORECASE)
     return f"{cores} core{'s' * (cores != 1)} of {' '.join(plain.split()) or cpu}"
@@ -82,68 +82,43 @@ def _os_name() -> str:
         return kernel
 
 
-class Nvml:
-    """NVML between `with` and its end.
-
-    Attributes:
-        handles: one per GPU of the machine; empty where NVML cannot be had.
-    """
-
-    def __init__(self) -> None:
-        self.handles: list[Any] = []
-        self._is_open = False
-
-    def __enter__(self) -> Nvml:
-        try:
-            pynvml.nvmlInit()
-            self._is_open = True
-            count = pynvml.nvmlDeviceGetCount()
-            self.handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
-        except pynvml.NVMLError:  # No driver, or one that does not answer.
-            self.handles = []
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._is_open:
-            pynvml.nvmlShutdown()
-
-    def used_mib(self) -> float | None:
-        """Memory in use on all GPUs together, by whomever; None without a GPU."""
-        if not self.handles:
-            return None
-        used = sum(pynvml.nvmlDeviceGetMemoryInfo(handle).used for handle in self.handles)
-        return float(used) / 2**20
-
-    def describe(self) -> list[dict[str, Any]]:
-        """Each GPU's name, driver, memory and clocks; None for what it does not tell."""
-        found = []
-        for handle in self.handles:
-
-            def clock(get: Callable[[Any, int], int], domain: int, handle: Any = handle) -> Any:
-                return _or_none(lambda: get(handle, domain))
-
-            now, most = pynvml.nvmlDeviceGetClockInfo, pynvml.nvmlDeviceGetMaxClockInfo
-            found.append(
-                {
-                    "name": pynvml.nvmlDeviceGetName(handle),
-                    "driver": pynvml.nvmlSystemGetDriverVersion(),
-                    "memory_mib": round(pynvml.nvmlDeviceGetMemoryInfo(handle).total / 2**20),
-                    "sm_clock_mhz": clock(now, pynvml.NVML_CLOCK_SM),
-                    "max_sm_clock_mhz": clock(most, pynvml.NVML_CLOCK_SM),
-                    "memory_clock_mhz": clock(now, pynvml.NVML_CLOCK_MEM),
-                    "max_memory_clock_mhz": clock(most, pynvml.NVML_CLOCK_MEM),
-                }
-            )
-        return found
-
-
-def _or_none(ask: Callable[[], Any]) -> Any:
+@contextlib.contextmanager
+def gpus() -> Iterator[list[Any]]:
+    """NVML's handles of the machine's GPUs while the block runs; none where NVML cannot be had."""
     try:
-        return ask()
-    except pynvml.NVMLError:  # A slice of a GPU (MIG) or a virtual one has no clocks of its own.
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:  # no driver, or one that does not answer
+        yield []
+        return
+    try:
+        yield [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def used_mib(handles: Sequence[Any]) -> float | None:
+    """Memory in use on all these GPUs together, by whomever; None without a GPU."""
+    if not handles:
         return None
+    return float(sum(pynvml.nvmlDeviceGetMemoryInfo(handle).used for handle in handles)) / 2**20
+
+
+def _describe(handle: Any) -> dict[str, Any]:
+    """A GPU's name, driver, memory and clocks; None for what it does not tell."""
+
+    def clock(get: Callable[[Any, int], int], domain: int) -> int | None:
+        try:
+            return get(handle, domain)
+        except pynvml.NVMLError:  # a slice of a GPU (MIG) or a virtual one has none of its own
+            return None
+
+    now, most = pynvml.nvmlDeviceGetClockInfo, pynvml.nvmlDeviceGetMaxClockInfo
+    return {
+        "name": pynvml.nvmlDeviceGetName(handle),
+        "driver": pynvml.nvmlSystemGetDriverVersion(),
+        "memory_mib": round(pynvml.nvmlDeviceGetMemoryInfo(handle).total / 2**20),
+        "sm_clock_mhz": clock(now, pynvml.NVML_CLOCK_SM),
+        "max_sm_clock_mhz": clock(most, pynvml.NVML_CLOCK_SM),
+        "memory_clock_mhz": clock(now, pynvml.NVML_CLOCK_MEM),
+        "max_memory_clock_mhz": clock(most, pynvml.NVML_CLOCK_MEM),
+    }

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from types import TracebackType
@@ -22,7 +23,7 @@ from bundle.graphs import GraphSet
 from routing import WEIGHTS
 from server import TritonServer
 
-from .environment import Nvml
+from .environment import gpus, used_mib
 from .figures import PerfError, Spread
 from .harness import Asker, Load
 from .images import Pool
@@ -219,11 +220,11 @@ def peak_memory(system: System, repository: Path, graphs: GraphSet, load: PeakLo
     # Weights that several graphs share are there once.
     shared = {g.file.with_name(WEIGHTS) for g in served if g.record.weights_sha256 is not None}
     weights = sum(file.stat().st_size for file in (*(g.file for g in served), *shared))
-    with Nvml() as nvml:
-        before_mib = nvml.used_mib()
+    with gpus() as handles:
+        before_mib = used_mib(handles)
         with (
             serving(repository, models) as server,
-            PeakMemory(server.process_ids, nvml.used_mib) as peak,
+            PeakMemory(server.process_ids, partial(used_mib, handles)) as peak,
             Target(server.grpc_url, None, server) as target,
         ):
             asker = Asker(target, load.pool, graphs.classes is not None)

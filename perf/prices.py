@@ -23,7 +23,7 @@ from bundle.graphs import GraphSet
 from report.terminal import Bar, Bars
 from server import TritonServer
 
-from .environment import Nvml
+from .environment import gpus
 from .figures import PerfError, Spread
 from .harness import ONE_BY_ONE, Answer, Asker, Asks, Load, Paired, take_turns
 from .images import Pool
@@ -196,8 +196,8 @@ def _serving(graphs: GraphSet, names: Sequence[str], pool: Pool, served: Served)
     with tempfile.TemporaryDirectory(prefix="perf-prices-") as folder:
         lay_out(graphs, names, served, Path(folder))
         server = TritonServer(Path(folder), free_ports=True, timeout_s=_START_S, stop_patience_s=0)
-        with server, Target(server.grpc_url, None, server) as target, Nvml() as nvml:
-            meter = None if nvml.handles else target.meter()
+        with server, Target(server.grpc_url, None, server) as target, gpus() as handles:
+            meter = None if handles else target.meter()
             yield Asker(target, pool, graphs.classes is not None, meter)
 
 

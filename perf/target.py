@@ -18,7 +18,7 @@ from routing import Calibration
 from server import TritonServer
 
 from .cpu import CpuMeter
-from .environment import Nvml
+from .environment import gpus
 from .figures import PerfError
 from .server_times import Times, server_times
 from .systems import NEVER
@@ -77,8 +77,8 @@ class Target:
 
     def cpu_threads(self) -> int | None:
         """CPU threads of a rung; None where the rungs run on a GPU or the server is remote."""
-        with Nvml() as nvml:
-            if self.server is None or nvml.handles:
+        with gpus() as handles:
+            if self.server is None or handles:
                 return None
         threads = []
         with server_errors(self.grpc_url):

@@ -70,15 +70,15 @@ class Variant:
         )
 
 
+@dataclass(frozen=True)
 class SideBySide:
     """Asks one of several servers, which the number in front of a system's name tells."""
 
-    def __init__(self, askers: Sequence[Asks]) -> None:
-        self._askers = askers
+    askers: Sequence[Asks]
 
     def ask(self, system: System, rows: Sequence[int], load: Load = ONE_BY_ONE) -> list[Answer]:
         """Ask the system's own server."""
-        return self._askers[int(system.name.split()[0])].ask(system, rows, load)
+        return self.askers[int(system.name.split()[0])].ask(system, rows, load)
 
 
 def measure(
@@ -90,18 +90,14 @@ def measure(
         repositories: assembled ones, of the same backbone.
         pool: the images.
         rounds: how often each image is sent.
-        on_turn: called after each request, `len(SYSTEMS)` for each repository and image of a round.
+        on_turn: called after each request.
 
     Raises:
         ServerError: a server does not start.
         ClientError: one does not answer.
     """
-    count = len(repositories)
-    systems = [
-        replace(system, name=f"{number} {system.name}")
-        for number in range(count)
-        for system in SYSTEMS
-    ]
+    numbers = range(len(repositories))
+    systems = [replace(s, name=f"{number} {s.name}") for number in numbers for s in SYSTEMS]
     rows = [*range(len(pool))] * rounds
     with _serving(repositories, pool) as askers:
         both = SideBySide(askers)
@@ -109,7 +105,7 @@ def measure(
     (share,) = found.shares
     return [
         Variant.of(Paired([{s.name: share[f"{number} {s.name}"] for s in SYSTEMS}]))
-        for number in range(count)
+        for number in numbers
     ]
 
 

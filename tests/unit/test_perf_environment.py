@@ -82,14 +82,14 @@ def test_gpus_are_described_and_a_missing_clock_is_none(monkeypatch):
 
 def test_device_memory_is_that_of_all_gpus(monkeypatch):
     monkeypatch.setattr(nvml, "pynvml", FakeNvml())
-    with nvml.Nvml() as found:
-        assert found.used_mib() == 4.0
+    with nvml.gpus() as handles:
+        assert nvml.used_mib(handles) == 4.0
 
 
 def test_without_a_driver_there_is_no_gpu_and_no_device_memory(monkeypatch):
     monkeypatch.setattr(nvml, "pynvml", NoNvml())
-    with nvml.Nvml() as found:
-        assert found.used_mib() is None
+    with nvml.gpus() as handles:
+        assert nvml.used_mib(handles) is None
     block = environment("2.51.0", None)
     cores = len(os.sched_getaffinity(0))
     assert block["gpus"] == [] and block["cores"] == cores
