@@ -76,7 +76,6 @@ class PeakMemory:
         pss_mib: largest sum over the processes at one moment.
         rss_mib: the same of RSS.
         gpu_mib: largest value of `gpu_mib` given to it; None where that is None.
-        cpu_share: CPU time that the watching took, of one core's.
     """
 
     def __init__(
@@ -92,7 +91,6 @@ class PeakMemory:
         """
         self.pss_mib = self.rss_mib = 0.0
         self.gpu_mib: float | None = None
-        self.cpu_share = 0.0
         self._processes = processes
         self._read_gpu_mib = gpu_mib
         self._seen: dict[int, tuple[int, int, int]] = {}  # size, PSS and RSS in bytes by process
@@ -120,21 +118,15 @@ class PeakMemory:
             )
 
     def _watch(self) -> None:
-        wall, cpu = time.perf_counter(), time.thread_time()
         while not self._ended.wait(INTERVAL_S):
-            self._sample()
-        self._refresh()  # Once more at the end, whatever the clock says.
-        self._note()
-        self.cpu_share = (time.thread_time() - cpu) / (time.perf_counter() - wall)
-
-    def _sample(self) -> None:
-        if time.monotonic() - self._refreshed >= REFRESH_S:
-            self._refresh()
-        else:
-            for pid, seen in list(self._seen.items()):
+            if time.monotonic() - self._refreshed >= REFRESH_S:
+                self._refresh()
+            for pid, (before, *_) in list(self._seen.items()):
                 size = _size(pid)
-                if size is None or abs(size - seen[0]) >= _MOVED_BYTES:
+                if size is None or abs(size - before) >= _MOVED_BYTES:
                     self._read(pid)
+            self._note()
+        self._refresh()  # once more at the end, whatever the clock says
         self._note()
 
     def _refresh(self) -> None:
@@ -184,22 +176,14 @@ CASCADES = {
 MEASURED = (LOW, HIGH, *CASCADES)
 
 
-@dataclass(frozen=True)
-class PeakLoad:
-    """What every system is sent while its memory is watched.
-
-    Attributes:
-        pool: the images.
-        rows: those that are sent, once each.
-        concurrency: requests in flight, so that batches form.
-    """
-
-    pool: Pool
-    rows: Sequence[int]
-    concurrency: int
-
-
-def peak_memory(system: System, repository: Path, graphs: GraphSet, load: PeakLoad) -> MemoryUse:
+def peak_memory(
+    system: System,
+    repository: Path,
+    graphs: GraphSet,
+    pool: Pool,
+    rows: Sequence[int],
+    in_flight: int,
+) -> MemoryUse:
     """Serve one system, send the load, and watch.
 
     What loading takes for a moment does not count, what it leaves behind does.
@@ -208,7 +192,9 @@ def peak_memory(system: System, repository: Path, graphs: GraphSet, load: PeakLo
         system: one of `MEASURED`.
         repository: the assembled repository with its alternatives.
         graphs: the rungs in it.
-        load: what to send.
+        pool: the images.
+        rows: those that are sent, once each.
+        in_flight: requests that are always unanswered, so that batches form.
 
     Raises:
         ServerError: the server did not start.
@@ -227,8 +213,8 @@ def peak_memory(system: System, repository: Path, graphs: GraphSet, load: PeakLo
             PeakMemory(server.process_ids, partial(used_mib, handles)) as peak,
             Target(server.grpc_url, None, server) as target,
         ):
-            asker = Asker(target, load.pool, graphs.classes is not None)
-            asker.ask(system, load.rows, Load(in_flight=load.concurrency))
+            asker = Asker(target, pool, graphs.classes is not None)
+            asker.ask(system, rows, Load(in_flight))
     gpu_mib = None if before_mib is None or peak.gpu_mib is None else peak.gpu_mib - before_mib
     return MemoryUse(peak.pss_mib, peak.rss_mib, gpu_mib, weights / 2**20)
 

@@ -28,7 +28,7 @@ from .environment import environment
 from .figures import TOO_BUSY, PerfError, cascade_bound
 from .harness import Asker, cut
 from .images import Pool, load_pool
-from .memory import CASCADES, PeakLoad, peak_memory, serving
+from .memory import CASCADES, peak_memory, serving
 from .repository import assembled, undisturbed
 from .systems import ADAPTIVE, HIGH, LOW, System
 from .target import Target
@@ -87,10 +87,10 @@ def measure_original(build: Path, images: int, bars: Bars) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=build, prefix="original-") as folder:  # weights are links
         served = undisturbed(repository, Path(folder) / "model_repository")
         measured, version = measure_in_turn(served, pool, graphs.classes is not None, bars)
-        load, memory = PeakLoad(pool, range(len(pool)), concurrency=1), {}
+        rows, memory = range(len(pool)), {}
         with bars.stage("peak memory", len(SYSTEMS)) as bar:
             for system in SYSTEMS:
-                memory[system.name] = asdict(peak_memory(system, served, graphs, load))
+                memory[system.name] = asdict(peak_memory(system, served, graphs, pool, rows, 1))
                 bar.advance()
     paired = measured.paired
     return {

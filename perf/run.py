@@ -37,7 +37,7 @@ from .images import Pool, choose_sets, load_pool, score_pool
 from .images import sent_under_load as under_load
 from .loads import COMPARED, LoadRunner, Measured, closed_levels, most_in_flight, open_levels
 from .locust_runs import run_locust
-from .memory import MEASURED, MemoryUse, PeakLoad, memory_figures, peak_memory
+from .memory import MEASURED, MemoryUse, memory_figures, peak_memory
 from .perf_analyzer import Level, write_inputs
 from .record import Record
 from .repository import assembled, with_alternatives
@@ -413,7 +413,7 @@ def measure_peaks(bench: Bench) -> None:
     """
     options, suite = bench.options, bench.options.suite
     rows = under_load(bench.sets["mixed"], bench.escalated, suite.set_size)
-    load = PeakLoad(bench.pool, rows, suite.concurrency[-1])
+    how = (bench.graphs, bench.pool, rows, suite.concurrency[-1])
     names = MEASURED if suite.every_system else COMPARED
     peaks: dict[str, list[MemoryUse]] = {name: [] for name in names if name in bench.systems}
     repository = options.out / "model_repository"
@@ -421,6 +421,6 @@ def measure_peaks(bench: Bench) -> None:
         for _ in range(suite.memory_turns):
             for name, found in peaks.items():
                 bar.describe(f"peak memory: {name}")
-                found.append(peak_memory(bench.systems[name], repository, bench.graphs, load))
+                found.append(peak_memory(bench.systems[name], repository, *how))
                 bar.advance()
             bench.record.summary |= memory_figures(peaks)

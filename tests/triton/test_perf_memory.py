@@ -6,7 +6,7 @@ from rich.console import Console
 from bundle.graphs import GraphSet
 from perf import original
 from perf.images import Pool
-from perf.memory import PeakLoad, peak_memory, serving
+from perf.memory import peak_memory, serving
 from perf.systems import ADAPTIVE, HIGH, LOW
 from perf.target import Target
 from report.terminal import Bars
@@ -23,8 +23,8 @@ def test_a_server_of_one_rung_serves_that_rung_only(build):
 
 def test_the_memory_of_a_rung_is_its_servers(build, crops, images):
     graphs, pool = GraphSet.load(build / "onnx"), Pool("", crops, list(images), [], ())
-    load = PeakLoad(pool, range(REQUESTS), concurrency=1)
-    use = peak_memory(original.SYSTEMS[0], build / "model_repository", graphs, load)
+    how = (build / "model_repository", graphs, pool, range(REQUESTS), 1)
+    use = peak_memory(original.SYSTEMS[0], *how)
     files = [graphs.files["vit_low"], build / "onnx/weights.bin"]
     assert use.weights_mib == pytest.approx(sum(file.stat().st_size for file in files) / 2**20)
     # The weights are in it, the tritonserver and the model's Python as well, and nothing huge.

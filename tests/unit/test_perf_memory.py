@@ -128,10 +128,9 @@ def test_a_process_that_does_not_move_is_read_once_a_second(holder, monkeypatch)
         return read_rollup(pid)
 
     monkeypatch.setattr(memory, "read_rollup", counted)
-    with PeakMemory(lambda: [holder.pid]) as peak:
+    with PeakMemory(lambda: [holder.pid]):
         time.sleep(0.8)
     assert len(reads) == 2  # at the beginning and at the end
-    assert peak.cpu_share < 0.5
 
 
 def test_what_cannot_be_read_is_said():
