@@ -102,18 +102,18 @@ def _why_not(analyzer: Analyzer) -> str | None:
     return lines[0] if lines else f"exit code {ran.returncode}"
 
 
-def find_analyzer(folder: Path = FOLDER) -> Analyzer:
+def find_analyzer(folder: Path | None = None) -> Analyzer:
     """The perf_analyzer to use: the one on PATH, else the installed one, whichever starts.
 
     Args:
-        folder: where it was installed.
+        folder: where it was installed; `FOLDER` if not given.
 
     Raises:
         PerfAnalyzerError: there is none, or none that starts.
     """
     on_path = shutil.which("perf_analyzer")
     broken = []
-    for analyzer in (Analyzer(Path(on_path)) if on_path else None, _in_folder(folder)):
+    for analyzer in (Analyzer(Path(on_path)) if on_path else None, _in_folder(folder or FOLDER)):
         if analyzer is None:
             continue
         reason = _why_not(analyzer)
@@ -124,11 +124,11 @@ def find_analyzer(folder: Path = FOLDER) -> Analyzer:
     raise PerfAnalyzerError(f"{problem}; run python -m perf install")
 
 
-def install(folder: Path = FOLDER) -> Analyzer:
+def install(folder: Path | None = None) -> Analyzer:
     """Install perf_analyzer unless one that starts is there already.
 
     Args:
-        folder: where to; replaced as a whole.
+        folder: where to; `FOLDER` if not given. Replaced as a whole.
 
     Returns:
         A perf_analyzer that has been started once.
@@ -136,6 +136,7 @@ def install(folder: Path = FOLDER) -> Analyzer:
     Raises:
         PerfAnalyzerError: it could not be downloaded, or does not start here.
     """
+    folder = folder or FOLDER
     with suppress(PerfAnalyzerError):
         return find_analyzer(folder)
 

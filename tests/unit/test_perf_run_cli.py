@@ -24,7 +24,7 @@ def workplace(tmp_path, monkeypatch):
     (programs / "perf_analyzer").write_text("#!/bin/sh\n")
     (programs / "perf_analyzer").chmod(0o755)
     monkeypatch.setenv("PATH", str(programs))
-    monkeypatch.setattr(installation, "default_folder", lambda: tmp_path / "nothing installed")
+    monkeypatch.setattr(installation, "FOLDER", tmp_path / "nothing installed")
     monkeypatch.setattr(perf_run, "TritonServer", no_server)
     folder = write_workplace(tmp_path / "user")
     monkeypatch.chdir(folder)
