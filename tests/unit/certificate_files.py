@@ -17,7 +17,8 @@ class Pair:
     key: Path
 
 
-def _openssl(*arguments: object) -> None:
+def openssl(*arguments: object) -> None:
+    """Run it."""
     done = subprocess.run(["openssl", *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -25,7 +26,7 @@ def _openssl(*arguments: object) -> None:
 def authority(folder: Path, name: str) -> Pair:
     """A certificate authority."""
     pair = Pair(folder / f"{name}.crt", folder / f"{name}.key")
-    _openssl(
+    openssl(
         *("req", "-x509", *_NEW_KEY, "-days", "2", "-subj", f"/CN={name}"),
         *("-keyout", pair.key, "-out", pair.certificate),
     )
@@ -37,8 +38,8 @@ def issued(folder: Path, issuer: Pair, name: str, names: str, days: int = 2) -> 
     pair, request = Pair(folder / f"{name}.crt", folder / f"{name}.key"), folder / f"{name}.csr"
     extensions = folder / f"{name}.ext"
     extensions.write_text(f"subjectAltName={names}\n")
-    _openssl("req", *_NEW_KEY, "-subj", f"/CN={name}", "-keyout", pair.key, "-out", request)
-    _openssl(
+    openssl("req", *_NEW_KEY, "-subj", f"/CN={name}", "-keyout", pair.key, "-out", request)
+    openssl(
         *("x509", "-req", "-in", request, "-CA", issuer.certificate, "-CAkey", issuer.key),
         *("-CAcreateserial", "-days", days, "-extfile", extensions, "-out", pair.certificate),
     )

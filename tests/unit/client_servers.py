@@ -3,7 +3,6 @@
 import asyncio
 import json
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -222,41 +221,6 @@ def http_server(answer=lambda number, asked: None, *, context=None):
         server.server_close()
 
 
-@dataclass(frozen=True)
-class Certificates:
-    """PEM files in a folder: `NAME.pem` and `NAME.key`."""
-
-    folder: object
-
-    def make(self, name, *, signed_by=None):
-        """A key and its certificate: for 127.0.0.1 if signed, an authority's own if not."""
-        key, request = self.key(name), self.folder / f"{name}.csr"
-        curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-        subject = ("-keyout", key, "-subj", f"/CN={name}")
-        if signed_by is None:
-            openssl("req", "-x509", *curve, *subject, "-out", self.cert(name), "-days", 2)
-            return
-        openssl("req", *curve, *subject, "-out", request)
-        extension = self.folder / f"{name}.ext"
-        extension.write_text("subjectAltName=IP:127.0.0.1\n")
-        openssl(
-            *("x509", "-req", "-in", request, "-out", self.cert(name), "-days", 2),
-            *("-CA", self.cert(signed_by), "-CAkey", self.key(signed_by), "-CAcreateserial"),
-            *("-extfile", extension),
-        )
-
-    def lock(self, name, locked):
-        """A copy of a key that wants a passphrase."""
-        source, copy = self.key(name), self.key(locked)
-        openssl("ec", "-in", source, "-out", copy, "-aes128", "-passout", "pass:secret")
-
-    def cert(self, name):
-        return self.folder / f"{name}.pem"
-
-    def key(self, name):
-        return self.folder / f"{name}.key"
-
-
 every = pytest.mark.parametrize("kind", [GrpcClient, AwaitedClient, HttpClient])
 both = pytest.mark.parametrize("kind", [GrpcClient, AwaitedClient])
 
@@ -285,13 +249,6 @@ def listening(backlog=8):
         listener.bind(("127.0.0.1", 0))
         listener.listen(backlog)
         yield listener, f"127.0.0.1:{listener.getsockname()[1]}"
-
-
-def openssl(*arguments):
-    done = subprocess.run(
-        ["openssl", *map(str, arguments)], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
 
 
 # Images that `python -m tests.unit.client_servers` takes longer for, in seconds.

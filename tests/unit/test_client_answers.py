@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import grpc
-import numpy as np
 import pytest
 
 from client import (
@@ -28,7 +27,6 @@ from client import (
     Tls,
     UnavailableError,
 )
-from client.messages import predictions
 from tests.unit.client_servers import (
     AwaitedClient,
     both,
@@ -188,15 +186,6 @@ def test_who_lets_go_of_a_client_has_let_go_of_its_channel(kind):
         assert channel() is None
     finally:
         gc.enable()
-
-
-def test_logits_of_another_number_of_rows_are_refused():
-    class Result:
-        def as_numpy(self, name):
-            return np.zeros((3 if name == "logits" else 2, 1), np.float32)
-
-    with pytest.raises(ServerError, match="'logits' has 3 rows for 2 images"):
-        predictions(Result(), 2)
 
 
 # --- closed clients ----------------------------------------------------------------------------

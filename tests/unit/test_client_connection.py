@@ -23,8 +23,8 @@ from client import (
     UnavailableError,
 )
 from client.grpc_clients import CHANNEL_ARGUMENTS
+from tests.unit.certificate_files import authority, issued, openssl
 from tests.unit.client_servers import (
-    Certificates,
     both,
     every,
     grpc_server,
@@ -93,35 +93,34 @@ def test_an_admin_key_goes_with_every_request(kind):
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory):
-    """`ours` signed `server` and `client`; `others` signed `stranger`."""
-    made = Certificates(tmp_path_factory.mktemp("certificates"))
-    for name, authority in (
-        *(("ours", None), ("others", None)),
-        *(("server", "ours"), ("client", "ours"), ("stranger", "others")),
-    ):
-        made.make(name, signed_by=authority)
+    """A folder where `ours` signed `server` and `client`, and `others` signed `stranger`."""
+    folder = tmp_path_factory.mktemp("certificates")
+    for signs, names in (("ours", ("server", "client")), ("others", ("stranger",))):
+        signer = authority(folder, signs)
+        for name in names:
+            issued(folder, signer, name, "IP:127.0.0.1")
     # OpenSSL would ask for its passphrase on the terminal.
-    made.lock("client", "locked")
-    return made
+    locked = ("-out", folder / "locked.key", "-aes128", "-passout", "pass:secret")
+    openssl("ec", "-in", folder / "client.key", *locked)
+    return folder
 
 
-def tls_of(certificates, ca="ours", client=None):
-    if client is None:
-        return Tls(ca and certificates.cert(ca))
-    return Tls(certificates.cert(ca), certificates.cert(client), certificates.key(client))
+def tls_of(folder, ca="ours", client=None):
+    pair = (folder / f"{client}.crt", folder / f"{client}.key") if client else ()
+    return Tls(ca and folder / f"{ca}.crt", *pair)
 
 
 def grpc_over_tls(certificates, mutual):
-    pair = (certificates.key("server").read_bytes(), certificates.cert("server").read_bytes())
-    roots = certificates.cert("ours").read_bytes() if mutual else None
-    return grpc_server(credentials=grpc.ssl_server_credentials([pair], roots, mutual))
+    pair = ((certificates / name).read_bytes() for name in ("server.key", "server.crt"))
+    roots = (certificates / "ours.crt").read_bytes() if mutual else None
+    return grpc_server(credentials=grpc.ssl_server_credentials([tuple(pair)], roots, mutual))
 
 
 def http_over_tls(certificates, mutual):
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(certificates.cert("server"), certificates.key("server"))
+    context.load_cert_chain(certificates / "server.crt", certificates / "server.key")
     if mutual:
-        context.load_verify_locations(certificates.cert("ours"))
+        context.load_verify_locations(certificates / "ours.crt")
         context.verify_mode = ssl.CERT_REQUIRED
     return http_server(context=context)
 
@@ -186,8 +185,8 @@ def test_the_command_line_takes_certificates_and_a_key_from_files(
         service.answer = lambda number, *_: away if number == 3 else None  # the first image
         arguments = [
             *("infer", tmp_path / "a.png", "--url", url, "--json", "--timeout-s", 9),
-            *("--tls-ca", certificates.cert("ours"), "--tls-cert", certificates.cert("client")),
-            *("--tls-key", certificates.key("client"), "--admin-key-file", tmp_path / "key"),
+            *("--tls-ca", certificates / "ours.crt", "--tls-cert", certificates / "client.crt"),
+            *("--tls-key", certificates / "client.key", "--admin-key-file", tmp_path / "key"),
         ]
         for retries, code in ((1, 0), (0, 1)):
             service.asked.clear()
@@ -210,7 +209,7 @@ def test_a_server_that_does_not_read_its_request_is_waited_for_until_the_deadlin
     encrypted, certificates
 ):
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(certificates.cert("server"), certificates.key("server"))
+    context.load_cert_chain(certificates / "server.crt", certificates / "server.key")
     peers = []
 
     def accept():
@@ -234,20 +233,20 @@ def test_a_server_that_does_not_read_its_request_is_waited_for_until_the_deadlin
 @pytest.mark.parametrize(
     ("ca", "cert", "key", "said"),
     [
-        (None, "client.pem", None, "a client cert without a key"),
+        (None, "client.crt", None, "a client cert without a key"),
         (None, None, "client.key", "a client key without a cert"),
-        ("none.pem", None, None, r"cannot read .*none.pem for TLS: No such file"),
+        ("none.crt", None, None, r"cannot read .*none.crt for TLS: No such file"),
         ("ours.key", None, None, r"ours.key holds no certificate in PEM format"),
-        ("ours.pem", "client.pem", "none.key", r"cannot read .*none.key for TLS: No such file"),
-        ("ours.pem", "client.pem", "server.key", r"a passphrase \(key values mismatch\)"),
-        ("ours.pem", "client.csr", "client.key", r"client.csr and .* in PEM format"),
-        ("ours.pem", "client.pem", "locked.key", r"locked.key must be .* without a passphrase"),
+        ("ours.crt", "client.crt", "none.key", r"cannot read .*none.key for TLS: No such file"),
+        ("ours.crt", "client.crt", "server.key", r"a passphrase \(key values mismatch\)"),
+        ("ours.crt", "client.csr", "client.key", r"client.csr and .* in PEM format"),
+        ("ours.crt", "client.crt", "locked.key", r"locked.key must be .* without a passphrase"),
     ],
 )
 def test_files_that_cannot_be_used_are_refused_before_connecting(
     kind, ca, cert, key, said, certificates
 ):
-    files = (None if name is None else certificates.folder / name for name in (ca, cert, key))
+    files = (None if name is None else certificates / name for name in (ca, cert, key))
     with pytest.raises(InvalidRequestError, match=said) as caught:
         kind("127.0.0.1:1", tls=Tls(*files))
     assert "\n" not in str(caught.value)

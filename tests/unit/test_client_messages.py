@@ -45,15 +45,9 @@ def test_each_image_gets_its_own_row_in_order():
     assert all(type(p.degraded) is bool and type(p.score) is float for p in found)
 
 
-def test_a_model_without_head_has_no_logits_and_no_classes():
-    (found,) = predictions(outputs(1, logits=None), 1)
-    assert found.logits is None
-    with pytest.raises(ValueError, match="no head"):
-        found.top(1)
-
-
 def answer(*logits):
-    (found,) = predictions(outputs(1, logits=np.array([logits], np.float32)), 1)
+    given = np.array([logits], np.float32) if logits else None
+    (found,) = predictions(outputs(1, logits=given), 1)
     return found
 
 
@@ -63,25 +57,32 @@ def test_labels_are_judged_each_by_itself():
     assert found.label_set(0.25) == [(2, 1.0), (0, 0.5), (3, pytest.approx(0.268941, abs=1e-5))]
     assert [index for index, _ in found.probabilities()] == [2, 0, 3, 1]
     assert found.probabilities()[-1] == (1, 0.0)
-    (headless,) = predictions(outputs(1, logits=None), 1)
-    with pytest.raises(ValueError, match="no head"):
-        headless.label_set()
 
 
-def test_one_output_is_no_class():
-    with pytest.raises(ValueError, match="one output, a value or a label"):
-        answer(3.0).top()
+def test_without_a_head_there_are_no_classes_or_labels_and_one_output_is_no_class():
+    assert answer().logits is None
+    for ask, said in (
+        (answer().top, "no head"),
+        (answer().label_set, "no head"),
+        (answer(3.0).top, "one output, a value or a label"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            ask()
 
 
-@pytest.mark.parametrize("name", ["embedding", "escalated", "score", "degraded"])
-def test_a_missing_output_is_named(name):
-    with pytest.raises(ServerError, match=name):
-        predictions(outputs(2, **{name: None}), 2)
-
-
-def test_an_answer_for_another_number_of_images_is_refused():
-    with pytest.raises(ServerError, match="2 rows for 3 images"):
-        predictions(outputs(2), 3)
+@pytest.mark.parametrize(
+    ("changes", "count", "said"),
+    [
+        *(({n: None}, 2, n) for n in ("embedding", "escalated", "score", "degraded")),
+        ({}, 3, "2 rows for 3 images"),
+        ({"logits": np.zeros((3, 1))}, 2, "'logits' has 3 rows for 2 images"),
+    ],
+)
+def test_an_answer_without_an_output_or_for_another_number_of_images_is_refused(
+    changes, count, said
+):
+    with pytest.raises(ServerError, match=said):
+        predictions(outputs(2, **changes), count)
 
 
 def test_top_gives_softmax_probabilities_likeliest_first():
@@ -151,21 +152,14 @@ def test_a_message_is_what_tritonclient_would_send():
     assert (tensor.name(), tensor.datatype(), tensor.shape()) == ("image_bytes", "BYTES", [2, 1])
 
 
-def test_over_http_the_time_that_is_left_goes_along_too():
-    arguments = request().arguments(left_s=1.5)
-    assert (arguments["timeout"], arguments["inputs"][0].name()) == (1_500_000, "image")
-    assert arguments["request_id"] != request().arguments(1.5)["request_id"]
-
-
-def test_without_version_or_deadline_none_is_sent():
-    message = request().message(left_s=None)
-    assert message.model_version == "" and "timeout" not in message.parameters
-    assert request().arguments(left_s=None)["timeout"] is None
-
-
-def test_a_deadline_that_is_all_but_over_is_not_sent_as_no_limit():
-    assert request().message(left_s=1e-9).parameters["timeout"].int64_param == 1
-    assert request().arguments(left_s=1e-9)["timeout"] == 1
+@pytest.mark.parametrize(("left_s", "told"), [(1.5, 1_500_000), (None, None), (1e-9, 1)])
+def test_the_server_is_told_the_time_that_is_left_and_no_version_of_its_own_accord(left_s, told):
+    """A deadline that is all but over is not sent as no limit."""
+    message, arguments = request().message(left_s), request().arguments(left_s)
+    assert message.model_version == "" and ("timeout" in message.parameters) == (told is not None)
+    assert arguments["timeout"] == (message.parameters["timeout"].int64_param or None) == told
+    assert arguments["inputs"][0].name() == "image"
+    assert arguments["request_id"] != request().arguments(left_s)["request_id"]
 
 
 def test_a_parameter_that_is_neither_text_nor_number_is_refused():
