@@ -192,12 +192,9 @@ class GraphSet:
         return {role: graph.record.fingerprint for role, graph in self.playing().items()}
 
     def learned(self, names: Iterable[str] | None = None) -> str:
-        """Prints of the images that graphs or their head have learned from.
+        """Prints of the images that graphs, by default those in a role, or their head learned from.
 
         Nothing may be certified on those images.
-
-        Args:
-            names: of the graphs; None: those that play a role.
         """
         prints = self.fitted_on
         for name in self.roles.values() if names is None else names:

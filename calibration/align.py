@@ -84,14 +84,8 @@ def fit_alignment(
 ) -> Aligned:
     """Fit on the images in `rows` and measure by cross-validation among them.
 
-    Args:
-        outputs: what a cheap graph that is not aligned answers.
-        rows: the images to learn from.
-        groups: the group of every image; cross-validation divides no group.
-        graph: the fingerprint and the recipe of the cheap graph.
-        fidelity: when an answer is acceptable.
-        head: makes logits of an embedding; None for a model without.
-        seed: draws the folds of cross-validation.
+    `groups` holds the group of every image, and cross-validation divides none; `graph` is the
+    fingerprint and the recipe of the cheap graph; `head` makes logits of its embedding.
     """
     sample = outputs.rows(rows)
     inputs = tokens(sample.low).astype(np.float64)

@@ -27,12 +27,9 @@ INTERVAL = 0.95
 
 
 def analyse(outputs: Outputs, fidelity: Fidelity, seed: int = 0) -> dict[str, Any]:
-    """Measure the change between the rungs, and what goes with it.
+    """Measure the change between the rungs over N images, and what goes with it.
 
-    Args:
-        outputs: what both rungs answer for N images, at least one.
-        fidelity: the loss to name first; the others that apply are measured beside it.
-        seed: draws the bootstrap's resamples.
+    `fidelity` is the loss to name first; the others that apply are measured beside it.
 
     Returns:
         JSON types. `l2` and `cosine`: mean and quantiles, by percent, of the distances and the

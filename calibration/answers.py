@@ -160,13 +160,9 @@ class AnswerCache:
         return [filling.lines[row] for row in wanted if row in filling.lines]
 
     def read(self, asked: Sequence[Wanted], rows: Sequence[int] | None = None) -> Answered:
-        """The images that all these graphs have answered, in the order of the rows.
+        """The images that graphs have answered, in the order of the rows; arguments as of `fill`.
 
         Images that cannot be read, or on which one of the graphs overflows, are left out.
-
-        Args:
-            asked: graphs that an earlier `fill` was asked for.
-            rows: the places of the images in the source; None: all N.
 
         Raises:
             MissingAnswersError: for some of the rows an answer is not there.

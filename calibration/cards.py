@@ -21,11 +21,8 @@ VALUES = 4  # of a value's numbers in a caption at most
 class Cards:
     """Makes the cards of collected images.
 
-    Args:
-        outputs: of N images.
-        source: where to read the images again; None where it is no longer there.
-        class_names: of the C classes, labels or values; without them they are numbered.
-        label_threshold: probability from which on a label is named.
+    Without a `source` the images are not shown; without `class_names` classes, labels and values
+    are numbered. A label is named from the probability `label_threshold` on.
     """
 
     def __init__(

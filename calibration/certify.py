@@ -144,10 +144,8 @@ def candidate_thresholds(scores: NDArray[np.floating[Any]]) -> FloatVector:
     """Thresholds worth trying, FP64, ascending: most escalation first.
 
     Midway between neighbouring scores, so that the last bit of a score decides nothing, and one
-    above the largest. None escalates every one of `scores`: always-high needs no test.
-
-    Args:
-        scores: the scores of M images that are NOT certified on, (M,), oracle units.
+    above the largest. None escalates every one of `scores`: always-high needs no test. The scores,
+    (M,), in oracle units, are of images that are NOT certified on.
     """
     distinct = np.unique(scores.astype(np.float64))
     spacing = max(float(np.ptp(distinct)), 1e-6) / len(distinct)
@@ -161,14 +159,8 @@ def one_per_group(groups: NDArray[Any], rows: Rows, seed: int) -> Rows:
     """Draw one image of each group, because images of one group are not independent.
 
     The certificate is then about an image drawn in the same way: a group, then one of its images.
-
-    Args:
-        groups: the group of each of N images.
-        rows: those to draw from.
-        seed: draws the image that stands for its group.
-
-    Returns:
-        One row of each group among `rows`, ascending.
+    `groups` holds the group of each of N images; returned is one row of each group among `rows`,
+    ascending.
     """
     shuffled = np.random.default_rng(seed).permutation(rows)
     _, first = np.unique(np.asarray(groups)[shuffled], return_index=True)
@@ -233,12 +225,8 @@ def statement(
 ) -> str:
     """What was proved, or that nothing was and why, in plain words.
 
-    Args:
-        verdict: what `certify` found.
-        goal: what was to be proved.
-        fidelity: when an image is lost.
-        grouped: whether the images stand for groups of several; see `one_per_group`.
-        reference: what answers are held against.
+    `grouped` says whether the images stand for groups of several, see `one_per_group`; `reference`
+    is what answers are held against.
     """
     risk, confidence = _percent(goal.max_risk), f"with confidence {_percent(goal.confidence)}"
     crc = goal.method == "crc"

@@ -155,11 +155,9 @@ def read_answers(
 
 
 def write_chunk(folder: Path, parts: Sequence[Arrays]) -> None:
-    """Write what was found of some rows into one file; nothing where nothing was.
+    """Write what was found of some rows into one file of a folder; nothing where nothing was.
 
-    Args:
-        folder: holds a source's pictures, or a graph's answers.
-        parts: arrays of one row for each image, as `picture_arrays` or `answer_arrays` give them.
+    Each part is as `picture_arrays` or `answer_arrays` gives it.
     """
     if not parts:
         return
@@ -172,11 +170,7 @@ def write_chunk(folder: Path, parts: Sequence[Arrays]) -> None:
 
 
 def picture_arrays(found: Mapping[int, DecodedImage | str]) -> Arrays:
-    """What `write_chunk` keeps of images.
-
-    Args:
-        found: for each row the image, or the line that says why it cannot be read.
-    """
+    """What is kept of images, given by row, or of the lines that say why one cannot be read."""
     images = {row: item for row, item in found.items() if isinstance(item, DecodedImage)}
     lines = {row: item for row, item in found.items() if isinstance(item, str)}
     kept = images.values()

@@ -83,12 +83,7 @@ class FitSample:
 
 
 def applicable(low: RungOutputs, task: str | None = None) -> list[str]:
-    """Names of the signals that these outputs suffice for, and that mean something for the task.
-
-    Args:
-        low: the cheap rung's outputs.
-        task: what the logits mean; None: no head, or `routing.default_task`.
-    """
+    """Names of the signals that these outputs suffice for, and that mean something for the task."""
     if low.logits is None:
         return [name for name, signal in SIGNALS.items() if not signal.needs_logits]
     task = task or default_task(low.logits.shape[1])
@@ -103,14 +98,10 @@ def signal_values(
 
 
 def fit_coefficients(sample: FitSample, seed: int) -> dict[str, Coefficients]:
-    """Fit every signal that applies.
+    """Fit every signal that applies on images of the fit split.
 
     A signal that learns the fidelity loss is left out where there is nothing to learn: no loss,
-    or nothing but losses, or too few of either for each fold to see one.
-
-    Args:
-        sample: the images of the fit split.
-        seed: draws the folds of cross-fitting.
+    or nothing but losses, or too few of either for each fold of cross-fitting to see one.
     """
     fitted: dict[str, Coefficients] = {
         "cls_regression": _fit_regression(
@@ -136,12 +127,8 @@ def out_of_fold(
 ) -> dict[str, FloatVector]:
     """Every signal's raw values on images that its coefficients were not fitted on, FP64 (n,).
 
-    A signal that some fold cannot fit is left out.
-
-    Args:
-        sample: the images of the fit split.
-        seed: draws the folds.
-        progress: called after each of at most `FOLDS` folds.
+    A signal that some fold cannot fit is left out. `progress` is called after each of at most
+    `FOLDS` folds.
     """
     folds = sample.folds(seed)
     values: dict[str, FloatVector] = {}

@@ -121,13 +121,10 @@ class Decisions:
 def risk_case(
     decisions: Decisions, interval: Sequence[float] | None, epsilon: float | None, grouped: bool
 ) -> str:
-    """How the risk measured on the test split stands to its limit.
+    """How the risk measured on the test split stands to its limit `epsilon`.
 
-    Args:
-        decisions: about the test split.
-        interval: 95 % interval of the risk.
-        epsilon: limit on the risk; None where none was asked for.
-        grouped: whether some group holds several images.
+    `interval` is the 95 % interval of that risk; `grouped` says whether some group holds several
+    images.
 
     Returns:
         `by_construction` where every image escalates and the full rung is the reference;

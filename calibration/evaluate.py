@@ -168,10 +168,6 @@ def _drift(p_value: float) -> str:
 def evaluate(calibration: Calibration, outputs: Outputs) -> Evaluation:
     """Test an artifact on images that its calibration has not seen.
 
-    Args:
-        calibration: the artifact that `fit` wrote.
-        outputs: what both rungs answer for the new images.
-
     Raises:
         EvaluateError: outputs of other ONNX files or another preprocessing, no image that the
             calibration has not seen, or an artifact without reference scores.
@@ -234,12 +230,7 @@ def _unseen(calibration: Calibration, outputs: Outputs) -> tuple[Outputs, int]:
 
 
 def check_artifact(calibration: Calibration, made: Made, truth_words: str | None = None) -> None:
-    """Refuse an artifact that outputs made so cannot be held against.
-
-    Args:
-        calibration: the artifact that `fit` wrote.
-        made: how the outputs are made.
-        truth_words: what their answers are held against; None: what `made` says.
+    """Refuse an artifact that outputs made so, and held against `truth_words`, say nothing of.
 
     Raises:
         EvaluateError: naming what differs, or an artifact of an earlier release.

@@ -61,12 +61,7 @@ def _midranks(weights: FloatMatrix, values: FloatVector) -> FloatMatrix:
 
 
 class Bootstrap:
-    """Resamples groups with replacement, the same ones for every figure (Efron 1979).
-
-    Args:
-        groups: (n,), of the images.
-        seed: draws the resamples.
-    """
+    """Resamples groups (n,) with replacement, the same ones for every figure (Efron 1979)."""
 
     def __init__(self, groups: NDArray[Any], seed: int) -> None:
         names, self._group = np.unique(groups, return_inverse=True)
@@ -76,10 +71,8 @@ class Bootstrap:
     def interval(self, figure: Callable[[FloatMatrix], FloatVector]) -> list[float] | None:
         """The central 95 % of a figure over the resamples.
 
-        None where it is undefined in all of them, or where the groups are too few to resample.
-
-        Args:
-            figure: a function of weights (R, n) to values (R,), NaN where it is undefined.
+        None where it is undefined in all of them, or where the groups are too few to resample. The
+        figure is a function of weights (R, n) to values (R,), NaN where it is undefined.
         """
         if self._groups < MIN_GROUPS:
             return None

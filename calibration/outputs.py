@@ -142,13 +142,7 @@ class Outputs:
 
     @classmethod
     def of(cls, answered: Answered, graphs: GraphSet, cache: AnswerCache) -> Outputs:
-        """What the graphs that play a role have answered.
-
-        Args:
-            answered: the answers of each graph of `asked(graphs)`.
-            graphs: say which graph plays which role.
-            cache: that the answers were read from.
-        """
+        """The outputs of what `wanted(graphs)` answered, read from a cache."""
         found = {role: answered.outputs[graph.name] for role, graph in graphs.playing().items()}
         source, made = cache.source, Made.by(graphs)
         return cls._of(answered, found, made, source.spec, source.title, cache.runtime)
@@ -242,10 +236,7 @@ def wanted(graphs: GraphSet) -> list[Wanted]:
 def collect(cache: AnswerCache, out: Path, progress: Progress = lambda count: None) -> list[str]:
     """Let the graphs that play a role answer for all images, and write `outputs.json`.
 
-    Args:
-        cache: holds the graphs and the images.
-        out: the file to write.
-        progress: see `AnswerCache.fill`, whose result and errors this has.
+    Progress, result and errors are those of `AnswerCache.fill`.
 
     Raises:
         OutputsError: the file cannot be written.
@@ -266,11 +257,8 @@ def refer(
 ) -> None:
     """Write `outputs.json` of answers that lie in a cache.
 
-    Args:
-        path: the file to write.
-        cache: filled with what the graphs that play a role answer.
-        graphs: say which of the cache's graphs plays which role.
-        rows: the places of the images in the source; None: all.
+    `graphs` say which graph plays which role; `rows` are the places of the images in the source,
+    None for all.
     """
     content = {
         "schema_version": SCHEMA_VERSION,

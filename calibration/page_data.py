@@ -48,12 +48,7 @@ def fit_data(
 ) -> dict[str, Any]:
     """What the page says of a fit: its certificate, what was measured, and its galleries.
 
-    Args:
-        calibration: the artifact.
-        record: of the same fit.
-        outputs: those that it was fitted on.
-        source: of the images in the galleries; None where it is no longer there.
-        class_names: of the model's classes; without them classes are numbered.
+    The record and the outputs are of that fit; `source` and `class_names` are as `Cards` has them.
     """
     found = calibration.metrics
     fidelity, reference = Fidelity.of(calibration), outputs.truth_words
@@ -96,11 +91,7 @@ def analysis_data(
 ) -> dict[str, Any]:
     """What the page says of the change between the rungs: `analyse`, and what it is drawn from.
 
-    Args:
-        outputs: of both rungs, for N images.
-        fidelity: the loss to name first.
-        source: of the images in the galleries; None where it is no longer there.
-        class_names: of the model's classes; without them classes are numbered.
+    `source` and `class_names` are as `Cards` has them.
 
     Raises:
         FidelityError: the fidelity loss does not apply.

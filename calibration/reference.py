@@ -33,17 +33,10 @@ def with_reference_answers(
     images: int = REFERENCE_IMAGES,
     say: Callable[[str], None] = lambda line: None,
 ) -> Fit:
-    """A fit whose artifact names reference answers.
+    """A fit whose artifact names reference answers for at most so many images.
 
-    Args:
-        fitted: what `fit` made of `outputs`.
-        outputs: their `source` is opened to read the images again.
-        rung_set: how images become tensors.
-        images: how many to take at most; 0: none.
-        say: called with a line where fewer can be had.
-
-    Returns:
-        `fitted` with `answers`; as it is where no image can be had.
+    The images are read again from the source of the outputs. Where fewer can be had, `say` is
+    called with a line that says so; where none can, the fit stays as it is.
     """
     if images == 0:
         return fitted

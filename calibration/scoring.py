@@ -59,11 +59,9 @@ def fit_score_map(raw: FloatVector, oracle: FloatVector, sign: int) -> ScoreMap:
 
 
 def score_spread(scores: NDArray[np.floating[Any]], oracle: FloatVector) -> dict[str, float]:
-    """How far images lie apart by their score and by what it predicts.
+    """How far n images lie apart by their score and by what it predicts, both in oracle units.
 
-    Args:
-        scores: the scores of n images that the score has not learned, oracle units.
-        oracle: the oracle of the same images.
+    The score has not learned them.
 
     Returns:
         `score` and `oracle`, the width of the middle 90 % of each, oracle units, and `tied`, the
@@ -80,11 +78,7 @@ def score_spread(scores: NDArray[np.floating[Any]], oracle: FloatVector) -> dict
 
 
 def flat_score(spread: Mapping[str, float]) -> str:
-    """A sentence where the score hardly tells images apart; else empty.
-
-    Args:
-        spread: what `score_spread` found.
-    """
+    """A sentence where the score hardly tells images apart, by its `score_spread`; else empty."""
     start = "The score hardly tells images apart"
     if spread["tied"] > 0.5:
         return f"{start}: {spread['tied']:.0%} of the test images share one value."

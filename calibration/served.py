@@ -151,12 +151,7 @@ class ServedRungs:
 
 
 def check_answers(served: ServedRungs, rung_set: GraphSet, image: NDArray[np.float32]) -> Answers:
-    """Ask the server and the local graphs about the same images; what the server answers.
-
-    Args:
-        served: the server.
-        rung_set: the local rungs.
-        image: FP32 (B, 3, H, W).
+    """What the server answers about images, FP32 (B, 3, H, W), once the local graphs agree.
 
     Raises:
         ServedError: it does not answer, or not as these rungs do: it serves other ones.
@@ -197,11 +192,7 @@ def remembered(file: Path, answers: Answers) -> Answers:
     """What the server answered an earlier run, where it still answers that; else what it does now.
 
     Rounding differs from call to call, so a hash of the answers themselves would tell servers
-    apart that are one. What is returned is in the file.
-
-    Args:
-        file: an `.npz`, of an earlier run or to be written.
-        answers: what the server answers now.
+    apart that are one. What is returned is in the file, an `.npz`.
     """
     try:
         arrays = load_npz(file)

@@ -30,12 +30,9 @@ _CURVES: dict[str, dict[str, Any]] = {
 def write_calibration(
     path: Path, fit: Mapping[str, Any] | None, analysis: Mapping[str, Any]
 ) -> None:
-    """Write the page.
+    """Write the page of what `fit_data` and `analysis_data` of `calibration.page_data` give.
 
-    Args:
-        path: file to write.
-        fit: what `calibration.page_data.fit_data` gives; None shows the analysis alone.
-        analysis: what `calibration.page_data.analysis_data` gives.
+    Without a fit it shows the analysis alone.
     """
     render(
         path,

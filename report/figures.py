@@ -305,13 +305,9 @@ def bars(
     colours: Mapping[str, str],
     label: str,
 ) -> str:
-    """Stacked bars, one above the other, with their totals.
+    """Stacked bars, one above the other: each named on the left, its total at its end.
 
-    Args:
-        rows: for each bar, named on the left, its parts by name.
-        totals: what stands at the end of each bar.
-        colours: of the parts.
-        label: of the axis.
+    Each bar's parts have names, which `colours` knows.
     """
     figure, axes = _figure(5.6, 0.8 + 0.75 * len(rows))
     longest = max(totals)

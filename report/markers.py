@@ -16,15 +16,10 @@ _STEPS = [(0.0, 0.0)] + [  # in points: upwards first, then around, then further
 
 
 def steps_aside(centres: NDArray[np.float64], sizes: Sequence[float]) -> list[tuple[float, float]]:
-    """How far each marker steps aside from its place; the first ones have the first choice.
+    """How far each of n markers steps aside from its place; the first ones have the first choice.
 
-    Args:
-        centres: the places of the n markers, in points, (n, 2).
-        sizes: their widths, in points, n of them.
-
-    Returns:
-        For each marker the step to the right and upwards, in points. Where no step of those tried
-        is free, it stays where it is.
+    Centres, (n, 2), widths and steps are in points; a step is to the right and upwards. Where no
+    step of those tried is free, a marker stays where it is.
     """
     taken: list[NDArray[np.float64]] = []
     steps = []

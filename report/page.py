@@ -30,12 +30,9 @@ _FILTERS = (
 
 
 def render(path: Path, template: str, **data: Any) -> None:
-    """Fill a template and write the page, creating its folder.
+    """Fill a template of the folder `templates` and write the page, creating its folder.
 
-    Args:
-        path: file to write.
-        template: its name in the folder `templates`.
-        data: what the template names; a name that it lacks is an error.
+    A name that the template uses and that is not given is an error.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),

@@ -44,12 +44,7 @@ _RUNGS = {
 
 
 def write_performance(path: Path, summary: Summary) -> None:
-    """Write the page.
-
-    Args:
-        path: file to write.
-        summary: of `perf.figures.conclude`. Any section may be missing or None.
-    """
+    """Write the page of what `perf.figures.conclude` gives; any section may be missing or None."""
     attribution = summary.get("attribution") or {}
     answers = summary.get("answers") or {}
     order = sorted(answers, key=system_order)

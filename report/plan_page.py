@@ -32,12 +32,10 @@ _LOOKS = {  # what a point is: its name in the legend, colour, marker and size
 
 
 def write_plan(path: Path, content: Content, threshold: str | None) -> None:
-    """Write the page.
+    """Write the page of a plan.json.
 
-    Args:
-        path: file to write.
-        content: of plan.json.
-        threshold: of the chosen cascade, with the digits that decide; None where none is chosen.
+    `threshold` is that of the chosen cascade, with the digits that decide; None where none is
+    chosen.
     """
     marks = graph_marks(content)
     aligned = {n: g["alignment"] for n, g in content["graphs"].items() if g["alignment"]}

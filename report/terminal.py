@@ -31,12 +31,8 @@ def table(
 ) -> Table:
     """A table whose text is shown as it is.
 
-    Args:
-        title: over the table.
-        headings: of the columns.
-        rows: text of each column.
-        bold: which rows stand out.
-        left: which columns are text; the others are numbers, and end at one place.
+    Rows in `bold` stand out. Columns in `left` are text; the others are numbers, and end at one
+    place.
     """
     shown = Table(title=Text(title))
     for column, heading in enumerate(headings):
@@ -73,10 +69,8 @@ class Bar:
 class Bars:
     """Where a long command tells what it does: lines, and a bar for each stage.
 
-    Bars need no beginning or end of their own: a stage shows its bar while it runs.
-
-    Args:
-        console: a quiet one silences everything.
+    Bars need no beginning or end of their own: a stage shows its bar while it runs. A quiet console
+    silences everything.
     """
 
     def __init__(self, console: Console) -> None:
@@ -105,9 +99,7 @@ class Bars:
 def run(app: Callable[..., object], errors: tuple[type[Exception], ...]) -> NoReturn:
     """Run a command line; a foreseeable error is one line on stderr and exit code 2.
 
-    Args:
-        app: of Typer.
-        errors: those whose text is meant for the user; an OSError is one, too.
+    Foreseeable are `errors`, whose text is meant for the user, and an OSError.
     """
     try:
         code = app(standalone_mode=False)

@@ -47,13 +47,10 @@ def ratio(value: float | None) -> str:
 
 
 def score_texts(scores: Sequence[float], threshold: float | None = None) -> list[str]:
-    """Scores with as many digits, the same number for all, as tell them apart, and four at least.
+    """Scores, in oracle units, with as many digits, the same number for all, as tell them apart.
 
-    A text of four digits may lie on the other side of the threshold than its score.
-
-    Args:
-        scores: n of them, in oracle units; equal ones get equal texts.
-        threshold: that the texts must be on the same side of as their scores.
+    Four digits at least, and so many that each text is on the same side of the threshold as its
+    score. Equal scores get equal texts.
     """
     numbers = [float(score) for score in scores]
     finite = sorted({number for number in numbers if math.isfinite(number)})
@@ -85,14 +82,9 @@ def interval(ends: tuple[float, float] | None, show: Callable[[float], str] = ra
 
 
 def recipe_words(recipe: str) -> str:
-    """How a graph makes itself cheap.
+    """How a graph makes itself cheap, such as `112 px, 9 blocks, int8, aligned`.
 
-    Args:
-        recipe: such as `px=112,depth=9,tome=4,int8=static,align`.
-
-    Returns:
-        Such as `112 px, 9 blocks, 4 tokens merged per block, int8, aligned`. A part that is not
-        known stays as it is.
+    A part that is not known stays as it is.
     """
     return ", ".join(map(_part_words, recipe.split(",")))
 

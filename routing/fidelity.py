@@ -16,15 +16,7 @@ LABEL_THRESHOLD = 0.5  # from this probability on a label belongs to the answer
 
 
 def cosine(low: FloatArray, other: FloatArray) -> NDArray[np.float64]:
-    """Cosine between two sets of embeddings.
-
-    Args:
-        low: (N, D).
-        other: (N, D).
-
-    Returns:
-        FP64 (N,).
-    """
+    """Cosine between two sets of embeddings (N, D), FP64 (N,)."""
     a, b = low.astype(np.float64), other.astype(np.float64)
     lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     return np.asarray((a * b).sum(axis=1) / np.maximum(lengths, np.finfo(np.float64).tiny))

@@ -178,10 +178,7 @@ class ServedAnswers:
 def ask(recorded: ReferenceAnswers, cascade: Cascade, batch: int = BATCH) -> ServedAnswers:
     """Have the reference images answered, and by the full rung those that were not all.
 
-    Args:
-        recorded: the images.
-        cascade: answers a batch of images, FP32 (b, 3, H, W); what it raises is passed on.
-        batch: images to ask about at once.
+    The cascade answers a batch of images, FP32 (b, 3, H, W); what it raises is passed on.
 
     Raises:
         AnswersError: an answer is marked degraded: the cascade does not do what was calibrated.
@@ -297,11 +294,6 @@ def compare(
     server where the share between the two is lost besides still keeps that promise, barely. What
     such a server shows on the reference images, but for the worst hundredth, may be lost beyond
     those that were in the calibration; where nothing is certified, none may.
-
-    Args:
-        calibration: the artifact.
-        recorded: its reference answers.
-        served: the answers now, to the same images.
     """
     decided = escalation_mask(recorded.scores, calibration.threshold, Overrides())
     before = _chosen(decided, recorded.low, recorded.high)
