@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -38,7 +38,7 @@ from .fit import (
 from .images import ImagesError, open_images, write_sample
 from .outputs import Made, Outputs, OutputsError, collect, wanted
 from .page_data import analysis_data, fit_data
-from .record import FitRecord, record_path
+from .record import Fit
 from .reference import REFERENCE_IMAGES, with_reference_answers
 from .splits import GROUPINGS, SplitError, group_keys, split_by_group
 from .tables import print_fit, print_growth
@@ -168,7 +168,10 @@ def fit_command(
     fitted.save(out)
     calibration = fitted.calibration
     if as_json:
-        print(json.dumps({"calibration": str(out), **_without_arrays(calibration)}))
+        content = calibration.to_dict()
+        for arrays in ("coefficients", "reference_scores", "score_map"):
+            del content[arrays]
+        print(json.dumps({"calibration": str(out), **content}))
     else:
         print_fit(calibration)
         print(f"wrote {out}")
@@ -297,22 +300,20 @@ def report_command(
     options = (tolerance, label_threshold) != (None, None) or relative
     if is_fitted and options and fidelity is None:
         raise FidelityError("--tolerance, --relative and --label-threshold go with --fidelity")
-    artifact = Calibration.load(calibration) if is_fitted else None
-    if artifact is None or fidelity is not None:
+    fitted = Fit.load(calibration, stored) if is_fitted else None
+    if fitted is None or fidelity is not None:
         loss = Fidelity.asked(stored.task, fidelity, tolerance, relative, label_threshold)
     else:
-        loss = Fidelity.of(artifact)
+        loss = Fidelity.of(fitted.calibration)
     with given.BARS.console.status("drawing"):
-        source, fit = None, None
+        source = None
         try:
             source = open_images(stored.source)
         except ImagesError as error:
             say(f"no pictures: {error}")
-        if artifact is not None:
-            record = FitRecord.load(record_path(calibration), stored, calibration)
-            fit = fit_data(artifact, record, stored, source, rung_set.labels)
+        shown = None if fitted is None else fit_data(fitted, stored, source, rung_set.labels)
         analysis = analysis_data(stored, loss, source, rung_set.labels)
-        write_calibration(out, fit, analysis)
+        write_calibration(out, shown, analysis)
     if as_json:
         print(json.dumps({"page": str(out), **analysis["found"]}))
     else:
@@ -354,12 +355,6 @@ def _tell_copies(hashes: Sequence[str], looks: Looks) -> None:
 
 def _say_loudly(line: str) -> None:
     given.BARS.console.print(line, style="bold red")
-
-
-def _without_arrays(calibration: Calibration) -> dict[str, Any]:
-    content = calibration.to_dict()
-    del content["coefficients"], content["reference_scores"], content["score_map"]
-    return content
 
 
 def main() -> None:

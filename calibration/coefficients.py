@@ -184,7 +184,8 @@ def _fit_lens(sample: FitSample, seed: int) -> tuple[Coefficients, NDArray[np.fl
     """
     low = sample.low
     assert low.cls_layers is not None and low.logits is not None
-    layers = range(low.cls_layers.shape[1] - 1 - _depth(low), low.cls_layers.shape[1] - 1)
+    last = low.cls_layers.shape[1] - 1
+    layers = range(last - min(LENS_DEPTH, last), last)
     tokens = [low.cls_layers[:, layer] for layer in layers]  # K of (n, D)
     logits = low.logits
     scalers = [StandardScaler().fit(token) for token in tokens]
@@ -211,8 +212,3 @@ def _fit_lens(sample: FitSample, seed: int) -> tuple[Coefficients, NDArray[np.fl
             low.rows(held_out), logarithms[held_out], lens["lens_weights"], lens["lens_bias"]
         )
     return fit(slice(None)), cross_fitted
-
-
-def _depth(low: RungOutputs) -> int:
-    assert low.cls_layers is not None
-    return min(LENS_DEPTH, low.cls_layers.shape[1] - 1)

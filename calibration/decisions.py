@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from routing import Calibration, Overrides, escalation_mask
+from routing import Overrides, escalation_mask
 
 from . import metrics
 from .fidelity import oracle_l2
 from .outputs import Outputs
-from .record import FitRecord
+from .record import Fit
 from .splits import Rows
 
 FloatVector = NDArray[np.float64]
@@ -25,7 +25,6 @@ class Decisions:
     """n images and what the artifact decides about them.
 
     Attributes:
-        signal: the chosen one.
         threshold: in oracle units; None: all escalate.
         scores: of the chosen signal, in oracle units, (n,).
         oracle: L2 distance between the rungs' embeddings, (n,).
@@ -46,21 +45,19 @@ class Decisions:
     high_loss: BoolVector | None = None
 
     @classmethod
-    def of(
-        cls, calibration: Calibration, record: FitRecord, outputs: Outputs, rows: Rows
-    ) -> Decisions:
-        """The images in `rows`."""
-        scores = record.scores[rows]
-        values = {name: values[rows] for name, values in record.values.items()}
+    def of(cls, fitted: Fit, outputs: Outputs, rows: Rows) -> Decisions:
+        """What a fit decides about the images in `rows` of its outputs."""
+        calibration, scores = fitted.calibration, fitted.scores[rows]
+        values = {name: values[rows] for name, values in fitted.values.items()}
         return cls(
             signal=calibration.signal,
             threshold=calibration.threshold,
             scores=scores.astype(np.float64),
             oracle=oracle_l2(outputs)[rows],
-            loss=record.loss[rows],
+            loss=fitted.loss[rows],
             escalated=escalation_mask(scores, calibration.threshold, Overrides()),
             values={**values, calibration.signal: scores.astype(np.float64)},
-            high_loss=None if record.high_loss is None else record.high_loss[rows],
+            high_loss=None if fitted.high_loss is None else fitted.high_loss[rows],
         )
 
     def __len__(self) -> int:

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.stats import betabinom, binom, binomtest, fisher_exact, ks_2samp
 
 from bundle.prints import among
@@ -37,25 +36,21 @@ class Evaluation:
     """What new images say about an artifact.
 
     Attributes:
-        source: where the images are from, in words.
         known: the number of images left out because the calibration has seen them.
         images: the number of independent images, one of each group; all that follows counts only
             these.
         errors: the number of images whose answer is not acceptable: they were kept low, or were
             escalated to a full rung that is not the reference.
-        risk: errors / images.
         risk_interval: the exact 95 % interval of the risk (Clopper and Pearson 1934).
-        escalation_rate: share of the images that escalate.
         reference_escalation_rate: share of the artifact's reference scores that would escalate.
         escalation_p: two-sided p-value of both rates coming from one population (Fisher 1922).
         score_distance: largest gap between the scores' distribution function and the reference's.
         score_p: p-value of this distance if both come from one population (Kolmogorov and
             Smirnov).
-        certificate: the artifact's certificate, or None.
         contradiction_p: how likely so many errors are if the certificate is right; None where
             nothing is certified.
-        figures: agreement and, where labels are known, accuracy.
-        intervals: the 95 % bootstrap interval of each figure.
+        figures: agreement and, where labels are known, accuracy; `intervals` has the 95 %
+            bootstrap interval of each.
         answer: what an error is, to be read after "an answer that".
         reference: what answers are held against, as `Outputs.truth_words`.
     """
@@ -189,6 +184,8 @@ def evaluate(calibration: Calibration, outputs: Outputs) -> Evaluation:
     errors, n = int(lost.sum()), len(rows)
     exact = binomtest(errors, n).proportion_ci(INTERVAL, "exact")
     distance = ks_2samp(scores[rows], reference)
+    both = (escalated, reference_escalated)
+    counts = [[int(which.sum()), int((~which).sum())] for which in both]
     held_out = HeldOut(
         outputs, rows, rows, groups, scores, threshold, loss, high_loss, seed, fidelity
     )
@@ -203,7 +200,7 @@ def evaluate(calibration: Calibration, outputs: Outputs) -> Evaluation:
         risk_interval=(float(exact.low), float(exact.high)),
         escalation_rate=float(escalated.mean()),
         reference_escalation_rate=float(reference_escalated.mean()),
-        escalation_p=_same_share_p(escalated, reference_escalated),
+        escalation_p=float(fisher_exact(counts).pvalue),
         score_distance=float(distance.statistic),
         score_p=float(distance.pvalue),
         certificate=calibration.certificate,
@@ -255,12 +252,6 @@ def check_artifact(calibration: Calibration, made: Made, truth_words: str | None
         )
     if not len(calibration.reference_scores):
         raise EvaluateError("the artifact has no reference scores; run calibration fit again")
-
-
-def _same_share_p(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
-    """Fisher's exact test that both are draws with one probability, two-sided."""
-    table = [[int(column.sum()), int((~column).sum())] for column in (first, second)]
-    return float(fisher_exact(table).pvalue)
 
 
 def contradiction_p_value(

@@ -7,25 +7,16 @@ two, which nothing was fitted on, are kept as reference for drift.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bundle.graphs import GraphSet
 from bundle.prints import among, encode, find_copies
-from routing import (
-    SIGNALS,
-    Calibration,
-    ReferenceAnswers,
-    answer_depends_on_batch,
-    answers_path,
-)
+from routing import SIGNALS, Calibration, answer_depends_on_batch
 from routing.provenance import RELEASE
 
 from . import certify, metrics
@@ -33,7 +24,7 @@ from .coefficients import FOLDS, FitSample, applicable, fit_coefficients, out_of
 from .fidelity import Fidelity, oracle_l2
 from .held_out import HeldOut
 from .outputs import Made, Outputs
-from .record import FitRecord, record_path
+from .record import Fit
 from .scoring import fit_score_map, learn_sign, score_spread, threshold_for_rate
 from .splits import CERTIFIED, UNCERTIFIED, Rows, group_keys, split_by_group
 
@@ -91,42 +82,6 @@ class Options:
     signal: str = AUTO
     group_by: str = "source"
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Fit:
-    """The artifact, and what every signal said of every image.
-
-    Attributes:
-        independent: one row of each group among the rows that nothing was fitted on.
-        answers: the reference answers that the artifact names, if it does.
-    """
-
-    calibration: Calibration
-    splits: Mapping[str, Rows]
-    values: Mapping[str, FloatVector]
-    scores: NDArray[np.float32]
-    loss: NDArray[np.bool_]
-    high_loss: NDArray[np.bool_] | None
-    independent: Rows
-    answers: ReferenceAnswers | None = None
-
-    def save(self, path: Path) -> None:
-        """Write the artifact, and beside it its record for the report and reference answers."""
-        self.calibration.save(path)
-        answers = answers_path(path)
-        answers.unlink(missing_ok=True)  # of an earlier fit
-        if self.answers is not None:
-            answers.write_bytes(self.answers.to_bytes())
-        FitRecord(
-            dict(self.splits),
-            dict(self.values),
-            self.scores,
-            self.loss,
-            self.calibration.data["fingerprint"],
-            hashlib.sha256(path.read_bytes()).hexdigest(),
-            self.high_loss,
-        ).save(record_path(path))
 
 
 def fit(
@@ -230,7 +185,7 @@ def fit(
         coefficients=coefficients[name],
         score_map=score_map,
         threshold=threshold,
-        chosen_by=_chosen_by(target, options),
+        chosen_by={**options.fidelity.to_dict(), **asdict(target), "signal": options.signal},
         certificate=certificate,
         metrics={
             **test.figures(),
@@ -363,10 +318,6 @@ def _choose(costs: Mapping[str, float], signal: str) -> str:
             "too few of either; use --signal auto"
         )
     return signal
-
-
-def _chosen_by(target: Target, options: Options) -> dict[str, Any]:
-    return {**options.fidelity.to_dict(), **asdict(target), "signal": options.signal}
 
 
 def _thinned(ascending: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -21,7 +21,7 @@ from .decisions import Decisions, curve_case, risk_case
 from .fidelity import Fidelity, oracle_cosine, oracle_l2
 from .images import ImageSource
 from .outputs import Outputs
-from .record import FitRecord
+from .record import Fit
 from .scoring import flat_score
 from .splits import Rows
 
@@ -40,25 +40,24 @@ _AGREES = {  # by what the model answers
 
 
 def fit_data(
-    calibration: Calibration,
-    record: FitRecord,
+    fitted: Fit,
     outputs: Outputs,
     source: ImageSource | None,
     class_names: tuple[str, ...] | None = None,
 ) -> dict[str, Any]:
     """What the page says of a fit: its certificate, what was measured, and its galleries.
 
-    The record and the outputs are of that fit; `source` and `class_names` are as `Cards` has them.
+    The outputs are those that it was fitted on; `source` and `class_names` are as `Cards` has them.
     """
-    found = calibration.metrics
+    calibration, found = fitted.calibration, fitted.calibration.metrics
     fidelity, reference = Fidelity.of(calibration), outputs.truth_words
-    test = Decisions.of(calibration, record, outputs, record.splits["test"])
+    test = Decisions.of(fitted, outputs, fitted.splits["test"])
     threshold = calibration.threshold
     return {
         "backbone": calibration.backbone,
         "source": calibration.data["source"],
         "reference": reference,
-        "kept_low": record.high_loss is None,
+        "kept_low": fitted.high_loss is None,
         "certificate": calibration.certificate,
         "chosen_by": _chosen_by(calibration),
         "threshold": None if threshold is None else threshold_text(threshold),
@@ -74,12 +73,11 @@ def fit_data(
         "scatter": {"score": test.scores, "oracle": test.oracle, "loss": test.loss},
         "threshold_at": threshold,
         "cells": _cells(
-            calibration,
-            record,
+            fitted,
             outputs,
             Cards(outputs, source, class_names, fidelity.label_threshold),
         ),
-        "provenance": _provenance(calibration, record, fidelity.words(reference)),
+        "provenance": _provenance(fitted, fidelity.words(reference)),
     }
 
 
@@ -203,15 +201,13 @@ def _curves(test: Decisions) -> list[dict[str, Any]]:
     return curves
 
 
-def _cells(
-    calibration: Calibration, record: FitRecord, outputs: Outputs, cards: Cards
-) -> dict[str, Any]:
+def _cells(fitted: Fit, outputs: Outputs, cards: Cards) -> dict[str, Any]:
     """The galleries: images by what was decided about them, and whether that was right."""
     splits = ["test"]
-    if len(record.splits["test"]) < MIN_ROWS and "certify" in record.splits:
+    if len(fitted.splits["test"]) < MIN_ROWS and "certify" in fitted.splits:
         splits = ["certify", "test"]
-    rows: Rows = np.sort(np.concatenate([record.splits[name] for name in splits]))
-    shown = Decisions.of(calibration, record, outputs, rows)
+    rows: Rows = np.sort(np.concatenate([fitted.splits[name] for name in splits]))
+    shown = Decisions.of(fitted, outputs, rows)
     cells = {}
     for name, members in shown.cells().items():
         drawn = members
@@ -226,11 +222,12 @@ def _cells(
                 for i, score in zip(drawn, scores, strict=True)
             ],
         }
-    test = len(record.splits["test"])
+    test = len(fitted.splits["test"])
     return {"splits": splits, "images": len(shown), "test": test, "cells": cells}
 
 
-def _provenance(calibration: Calibration, record: FitRecord, loss: str) -> list[tuple[str, str]]:
+def _provenance(fitted: Fit, loss: str) -> list[tuple[str, str]]:
+    calibration = fitted.calibration
     data = calibration.data
     splits = ", ".join(f"{name} {size:,}" for name, size in data["splits"].items())
     rungs = [
@@ -257,7 +254,7 @@ def _provenance(calibration: Calibration, record: FitRecord, loss: str) -> list[
             f"exported by {data.get('exported_by') or 'one that is not recorded'}, "
             f"fitted by {data.get('release') or 'one that is not recorded'}",
         ),
-        ("calibration.json, SHA-256", f"{record.artifact_sha256[:_HASH_DIGITS]}…"),
+        ("calibration.json, SHA-256", f"{fitted.artifact_sha256[:_HASH_DIGITS]}…"),
         *rungs,
         ("signal", f"{calibration.signal} (asked for: {asked})"),
         ("a loss", f"an answer that {loss}"),

@@ -1,29 +1,28 @@
-"""`calibration.fit.npz`, beside `calibration.json`: what every signal said of every image."""
+"""A fit: its artifact, and beside that `calibration.fit.npz`, what signals said of every image."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from routing import Calibration, ReferenceAnswers, answers_path
+
 from .chunks import NpzError, load_npz, save_npz
 from .outputs import Outputs, OutputsError
 from .splits import Rows
 
-
-def record_path(artifact: Path) -> Path:
-    """Where the record of an artifact lies."""
-    return artifact.with_suffix(".fit.npz")
+_ARRAYS = ("scores", "loss", "high_loss")
 
 
 @dataclass(frozen=True)
-class FitRecord:
-    """A fit, image by image.
+class Fit:
+    """The artifact, and what every signal said of every image.
 
     Attributes:
         splits: rows of each split.
@@ -31,60 +30,69 @@ class FitRecord:
             units, larger meaning more need to escalate; out-of-fold on the fit split.
         scores: FP32 (N,) of the chosen signal, in oracle units, as the router computes them.
         loss: the fidelity loss of the cheap answers, BOOL (N,).
-        high_loss: the fidelity loss of the full rung's answers; None: the full rung is the
-            reference.
-        fingerprint: `Outputs.fingerprint` of the outputs.
-        artifact_sha256: the hash of the calibration.json that the fit wrote.
+        high_loss: the fidelity loss of the full rung's answers, BOOL (N,); None: the full rung is
+            the reference.
+        independent: one row of each group among the rows that nothing was fitted on; none of a
+            fit that was read.
+        answers: the reference answers that the artifact names, if it does; likewise.
+        artifact_sha256: of the file that the artifact was read from; empty where it was not.
     """
 
-    splits: dict[str, Rows]
-    values: dict[str, NDArray[np.float64]]
+    calibration: Calibration
+    splits: Mapping[str, Rows]
+    values: Mapping[str, NDArray[np.float64]]
     scores: NDArray[np.float32]
     loss: NDArray[np.bool_]
-    fingerprint: str
-    artifact_sha256: str
     high_loss: NDArray[np.bool_] | None = None
+    independent: Rows = field(default_factory=lambda: np.zeros(0, np.intp))
+    answers: ReferenceAnswers | None = None
+    artifact_sha256: str = ""
 
     def save(self, path: Path) -> None:
-        """Write the `.npz`."""
-        arrays = {
-            "scores": self.scores,
-            "loss": self.loss,
-            "fingerprint": np.array(self.fingerprint),
-            "artifact_sha256": np.array(self.artifact_sha256),
-            **{f"split_{name}": rows for name, rows in self.splits.items()},
-            **{f"signal_{name}": values for name, values in self.values.items()},
-        }
-        if self.high_loss is not None:
-            arrays["high_loss"] = self.high_loss
-        save_npz(path, arrays)
+        """Write the artifact, and beside it what `load` reads and the reference answers."""
+        self.calibration.save(path)
+        answers = answers_path(path)
+        answers.unlink(missing_ok=True)  # of an earlier fit
+        if self.answers is not None:
+            answers.write_bytes(self.answers.to_bytes())
+        arrays = {name: getattr(self, name) for name in _ARRAYS if getattr(self, name) is not None}
+        arrays["fingerprint"] = np.array(self.calibration.data["fingerprint"])
+        arrays["artifact_sha256"] = np.array(_sha256(path))
+        arrays |= {f"split_{name}": rows for name, rows in self.splits.items()}
+        arrays |= {f"signal_{name}": values for name, values in self.values.items()}
+        save_npz(_beside(path), arrays)
 
     @classmethod
-    def load(cls, path: Path, outputs: Outputs, artifact: Path) -> FitRecord:
-        """Read the record that belongs to these outputs and this artifact.
+    def load(cls, path: Path, outputs: Outputs) -> Fit:
+        """Read an artifact and what was found when it was fitted on these outputs.
 
         Raises:
-            OutputsError: missing, unreadable, or of another fit.
+            CalibrationError: the artifact cannot be read.
+            OutputsError: the rest is missing, unreadable, or of another fit.
         """
+        calibration, beside = Calibration.load(path), _beside(path)
         try:
-            arrays = load_npz(path)
-            record = cls(
-                splits=_named(arrays, "split_"),
-                values=_named(arrays, "signal_"),
-                scores=arrays["scores"],
-                loss=arrays["loss"],
-                high_loss=arrays.get("high_loss"),
-                fingerprint=str(arrays["fingerprint"]),
-                artifact_sha256=str(arrays["artifact_sha256"]),
-            )
+            arrays = load_npz(beside)
+            of = str(arrays["fingerprint"]), str(arrays["artifact_sha256"])
+            splits, values = _named(arrays, "split_"), _named(arrays, "signal_")
+            scores, loss = arrays["scores"], arrays["loss"]
         except FileNotFoundError:
-            raise OutputsError(f"no {path}; run python -m calibration fit first") from None
+            raise OutputsError(f"no {beside}; run python -m calibration fit first") from None
         except (NpzError, KeyError) as error:
-            raise OutputsError(f"{path} is not readable ({error}); fit again") from None
-        artifact_sha256 = hashlib.sha256(artifact.read_bytes()).hexdigest()
-        if (record.fingerprint, record.artifact_sha256) != (outputs.fingerprint(), artifact_sha256):
-            raise OutputsError(f"{path} is of another fit than {artifact}; fit again")
-        return record
+            raise OutputsError(f"{beside} is not readable ({error}); fit again") from None
+        sha256 = _sha256(path)
+        if of != (outputs.fingerprint(), sha256):
+            raise OutputsError(f"{beside} is of another fit than {path}; fit again")
+        high_loss = arrays.get("high_loss")
+        return cls(calibration, splits, values, scores, loss, high_loss, artifact_sha256=sha256)
+
+
+def _beside(artifact: Path) -> Path:
+    return artifact.with_suffix(".fit.npz")
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _named(arrays: Mapping[str, NDArray[Any]], prefix: str) -> dict[str, NDArray[Any]]:

@@ -17,11 +17,10 @@ from bundle.graphs import GraphSet
 from imaging import Preprocessing
 from routing import ReferenceAnswers
 
-from .fit import Fit
 from .images import ImagesError, open_images
 from .outputs import Outputs
+from .record import Fit
 from .running import DecodedImage, decode_ahead
-from .splits import Rows
 
 REFERENCE_IMAGES = 32
 
@@ -40,16 +39,19 @@ def with_reference_answers(
     """
     if images == 0:
         return fitted
-    rows = _spread_over_scores(fitted, images)
+    # Rows that nothing was fitted on, one of each group, evenly over the ranks of the score.
+    unfitted = fitted.independent[np.argsort(fitted.scores[fitted.independent], kind="stable")]
+    places = np.linspace(0, len(unfitted) - 1, min(images, len(unfitted))).round().astype(int)
+    rows = unfitted[places]
     try:
         source = open_images(outputs.source)
     except ImagesError as error:
         say(f"no reference answers: {error}")
         return fitted
-    places = {name: index for index, name in enumerate(source.names)}
-    wanted = {outputs.names[row]: row for row in rows if outputs.names[row] in places}
+    where = {name: index for index, name in enumerate(source.names)}
+    wanted = {outputs.names[row]: row for row in rows if outputs.names[row] in where}
     preprocessing = Preprocessing.from_dict(rung_set.preprocessing)
-    batches = [[places[name] for name in wanted]]
+    batches = [[where[name] for name in wanted]]
     with closing(decode_ahead(source, batches, preprocessing)) as decoded:
         (found,) = decoded
     there = [item for item in found if isinstance(item, DecodedImage)]
@@ -69,10 +71,3 @@ def with_reference_answers(
     named = {"sha256": hashlib.sha256(answers.to_bytes()).hexdigest(), "images": len(answers)}
     calibration = replace(fitted.calibration, reference_answers=named)
     return replace(fitted, calibration=calibration, answers=answers)
-
-
-def _spread_over_scores(fitted: Fit, images: int) -> Rows:
-    """Rows that nothing was fitted on, one of each group, evenly over the ranks of the score."""
-    rows = fitted.independent[np.argsort(fitted.scores[fitted.independent], kind="stable")]
-    places = np.linspace(0, len(rows) - 1, min(images, len(rows))).round().astype(int)
-    return np.asarray(rows[places])

@@ -31,8 +31,9 @@ from numpy.typing import NDArray
 from calibration.certify import Goal
 from calibration.coefficients import FitSample, out_of_fold
 from calibration.fidelity import Fidelity
-from calibration.fit import Fit, cross_validated_costs
+from calibration.fit import cross_validated_costs
 from calibration.outputs import Outputs
+from calibration.record import Fit
 from calibration.scoring import learn_sign
 from calibration.splits import Rows
 

@@ -8,7 +8,7 @@ import numpy as np
 from calibration.decisions import Decisions
 from calibration.fidelity import Fidelity
 from calibration.page_data import analysis_data, fit_data
-from calibration.record import FitRecord
+from calibration.record import Fit
 from report.calibration_page import write_calibration
 from tests.unit.fakes import make_calibration
 from tests.unit.pages import FakeSource, Page, make_outputs
@@ -111,24 +111,27 @@ def make_fit(**changes):
             "splits": {name: len(rows) for name, rows in splits.items()},
         },
     )
-    record = FitRecord(
-        splits=splits,
-        values={name: scores.astype(np.float64) for name in names},
-        scores=scores,
-        loss=loss,
-        fingerprint=outputs.fingerprint(),
+    fit = Fit(
+        calibration,
+        splits,
+        {name: scores.astype(np.float64) for name in names},
+        scores,
+        loss,
+        high_loss,
         artifact_sha256=hashlib.sha256(b"artifact").hexdigest(),
-        high_loss=high_loss,
     )
-    source = changes.get("source", FakeSource(n))
-    return calibration, record, outputs, source, changes.get("class_names")
+    return fit, outputs, changes.get("source", FakeSource(n)), changes.get("class_names")
 
 
 def write(tmp_path, **changes):
     """The report of such a fit."""
-    calibration, record, outputs, source, names = make_fit(**changes)
-    fit = fit_data(calibration, record, outputs, source, names)
-    analysis = analysis_data(outputs, Fidelity.of(calibration), source, names)
     path = tmp_path / "new" / "report.html"
-    write_calibration(path, fit, analysis)
+    write_calibration(path, *data_of(**changes))
     return Page(path)
+
+
+def data_of(**changes):
+    """What that report is given."""
+    fit, outputs, source, names = given = make_fit(**changes)
+    analysis = analysis_data(outputs, Fidelity.of(fit.calibration), source, names)
+    return fit_data(*given), analysis

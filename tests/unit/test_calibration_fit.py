@@ -28,7 +28,7 @@ from calibration.fit import (
 )
 from calibration.held_out import HeldOut
 from calibration.outputs import OutputsError
-from calibration.record import FitRecord
+from calibration.record import Fit
 from calibration.scoring import flat_score, score_spread
 from calibration.splits import SplitError
 from calibration.tables import print_fit
@@ -253,18 +253,19 @@ def test_the_record_belongs_to_its_artifact_and_outputs(rung_set, tmp_path):
     artifact = tmp_path / "calibration.json"
     fitted = fit(outputs, rung_set, GOAL, TOP1)
     fitted.save(artifact)
-    record = FitRecord.load(tmp_path / "calibration.fit.npz", outputs, artifact)
+    record = Fit.load(artifact, outputs)
     np.testing.assert_array_equal(record.scores, fitted.scores)
     np.testing.assert_array_equal(record.loss, fitted.loss)
     assert set(record.values) == set(CLASS_SIGNALS) and set(record.splits) == set(fitted.splits)
     with pytest.raises(OutputsError, match="another fit"):
-        FitRecord.load(tmp_path / "calibration.fit.npz", make_outputs(rung_set, seed=1), artifact)
+        Fit.load(artifact, make_outputs(rung_set, seed=1))
     content = json.loads(artifact.read_text())
     artifact.write_text(json.dumps({**content, "threshold": 0.0}))
     with pytest.raises(OutputsError, match="another fit"):
-        FitRecord.load(tmp_path / "calibration.fit.npz", outputs, artifact)
+        Fit.load(artifact, outputs)
+    (tmp_path / "calibration.fit.npz").unlink()
     with pytest.raises(OutputsError, match="fit first"):
-        FitRecord.load(tmp_path / "none.npz", outputs, artifact)
+        Fit.load(artifact, outputs)
 
 
 def changed(outputs, **made):
@@ -409,7 +410,7 @@ def test_the_record_keeps_the_losses_of_the_full_rung(rung_set, tmp_path):
     outputs = with_losing_high(make_outputs(rungs), 0.1)
     fitted = fit(outputs, rungs, GOAL, TOP1)
     fitted.save(tmp_path / "c.json")
-    record = FitRecord.load(tmp_path / "c.fit.npz", outputs, tmp_path / "c.json")
+    record = Fit.load(tmp_path / "c.json", outputs)
     np.testing.assert_array_equal(record.high_loss, Fidelity("top1").high_loss(outputs))
 
 

@@ -8,10 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calibration.decisions import Decisions, curve_case, risk_case
-from calibration.page_data import fit_data
-from calibration.record import FitRecord
+from calibration.record import Fit
 from tests.unit.fakes import make_calibration
-from tests.unit.fitted import decide, make_fit, make_metrics
+from tests.unit.fitted import data_of, decide, make_metrics
 from tests.unit.pages import make_outputs
 
 FULL_LOSES = np.array([0, 0, 0, 1], np.bool_)
@@ -48,10 +47,9 @@ def test_ranking_by_the_scores_gives_the_risk_of_the_decision(data):
 def test_the_chosen_signal_is_ranked_by_the_scores_that_decide(tmp_path):
     outputs = make_outputs([1, 2, 3], [0, 0, 1])
     values = {"cls_path": np.array([9.0, 8, 7]), "margin": np.array([0.1, 0.2, 0.3])}
-    record = FitRecord(
-        {}, values, np.array([5, 6, 7], np.float32), np.array([0, 0, 1], bool), "", ""
-    )
-    decisions = Decisions.of(make_calibration(threshold=5.5), record, outputs, np.array([2, 0]))
+    scores, loss = np.array([5, 6, 7], np.float32), np.array([0, 0, 1], bool)
+    fitted = Fit(make_calibration(threshold=5.5), {}, values, scores, loss)
+    decisions = Decisions.of(fitted, outputs, np.array([2, 0]))
     assert decisions.values["cls_path"].tolist() == [7, 5]
     assert decisions.values["margin"].tolist() == [0.3, 0.1]
     assert decisions.escalated.tolist() == [True, False]
@@ -103,13 +101,9 @@ def test_escalating_every_image_to_a_full_rung_that_loses_is_not_called_riskless
     assert curve_case(decisions) == "all"
 
 
-def data_of(**changes):
-    return fit_data(*make_fit(**changes))
-
-
 def test_the_numbers_are_those_of_the_test_split():
     # Test rows 120..239; scores are rows, the oracle one more; escalated from 233 on.
-    test = data_of(loss=[1, 125, 126, 235], threshold=232.5)["test"]
+    test = data_of(loss=[1, 125, 126, 235], threshold=232.5)[0]["test"]
     counts = {"images": 120, "losses": 3, "lost": 2, "escalated": 7, "both": 1}
     assert {key: test[key] for key in counts} == counts
     assert test["base_risk"] == 3 / 120 and test["risk"] == 2 / 120
@@ -117,11 +111,11 @@ def test_the_numbers_are_those_of_the_test_split():
     assert test["oracle_risk"] == 2 / 120 and test["perfect_risk"] == 0
     assert test["median_with_loss"] == pytest.approx(127, rel=1e-5)
     assert test["median_without"] == pytest.approx(np.median([*range(121, 241)]), abs=1)
-    assert data_of(loss=[])["test"]["median_with_loss"] is None
+    assert data_of(loss=[])[0]["test"]["median_with_loss"] is None
 
 
 def test_curves_end_at_what_their_ranking_gives():
-    curves = data_of()["curves"]
+    curves = data_of()[0]["curves"]
     assert [curve["kind"] for curve in curves[-4:]] == ["chosen", "random", "oracle", "perfect"]
     for curve in curves:
         assert curve["rates"][0] == 0 and curve["rates"][-1] == 1
@@ -138,7 +132,7 @@ def test_curves_end_at_what_their_ranking_gives():
 )
 def test_a_signal_that_may_be_random_is_called_so_and_no_other(auroc, interval, words):
     names = ("cls_path", "cls_regression", "entropy", "margin")
-    warnings = data_of(metrics=make_metrics(names, auroc, interval))["warnings"]
+    warnings = data_of(metrics=make_metrics(names, auroc, interval))[0]["warnings"]
     assert (len(warnings) == 1 and words in warnings[0]) if words else not warnings
 
 
@@ -146,5 +140,5 @@ def test_signals_come_best_first_and_the_references_last():
     metrics = make_metrics(("cls_path", "margin", "entropy", "cls_regression"))
     for name, auroc in (("margin", 0.95), ("entropy", 0.6)):
         metrics["signals"][name]["auroc"] = auroc
-    names = list(data_of(metrics=metrics)["signals"])
+    names = list(data_of(metrics=metrics)[0]["signals"])
     assert names[0] == "margin" and names[-3:] == ["entropy", "random", "oracle"]

@@ -11,7 +11,7 @@ from bundle.recipe import Recipe
 from calibration.certify import Goal, allowed_errors, images_needed, one_per_group
 from calibration.fidelity import Fidelity, FidelityError
 from calibration.outputs import Outputs
-from calibration.record import FitRecord, record_path
+from calibration.record import Fit
 from planner import result
 from planner.checks import images_for
 from planner.request import PlanError
@@ -166,7 +166,7 @@ def test_what_is_written_belongs_together(planned):
     assert len(outputs) == len(planned.parts.rest)
     assert calibration == chosen.fit.calibration
     np.testing.assert_array_equal(calibration.score(outputs.low), chosen.fit.scores)
-    FitRecord.load(record_path(out / "calibration.json"), outputs, out / "calibration.json")
+    Fit.load(out / "calibration.json", outputs)
     assert graphs.reference.record.recipe == "px=8"
     assert calibration.metrics["escalation_rate"] == pytest.approx(
         escalation_mask(

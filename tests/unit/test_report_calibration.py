@@ -7,12 +7,11 @@ import jinja2
 import numpy as np
 import pytest
 
-from calibration.fidelity import Fidelity
-from calibration.page_data import MIN_ROWS, analysis_data, fit_data
+from calibration.page_data import MIN_ROWS
 from report import calibration_page
 from report.calibration_page import MAX_POINTS, thinned, write_calibration
 from report.page import GALLERY
-from tests.unit.fitted import CRC, HOPELESS, LTT, REFUSED, make_fit, make_metrics, write
+from tests.unit.fitted import CRC, HOPELESS, LTT, REFUSED, data_of, make_metrics, write
 from tests.unit.pages import FakeSource, Page, squeeze
 
 NAMES = ("cls_path", "cls_regression", "entropy", "margin")
@@ -21,8 +20,7 @@ NAMES = ("cls_path", "cls_regression", "entropy", "margin")
 @pytest.fixture(scope="module")
 def data():
     """What that page is given."""
-    calibration, _, outputs, source, names = fit = make_fit()
-    return fit_data(*fit), analysis_data(outputs, Fidelity.of(calibration), source, names)
+    return data_of()
 
 
 @pytest.fixture(scope="module")
