@@ -7,12 +7,13 @@ where one was not believed, the page says so.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import nan
 from pathlib import Path
 from typing import Any
 
 from .figures import GREY, INK, OTHERS, Axis, Rule, Series, bars, chart
+from .frontier import Look, frontier
 from .page import HIGH_COLOUR, LOW_COLOUR, render
 from .words import amount, count_of
 
@@ -29,17 +30,18 @@ _PARTS = {
     "queues": "#777777",
 }
 _GROUPS = {"kept": "kept low", "escalated": "escalated", "all": "all"}
-_FAMILIES = {  # the one part of a recipe by which systems differ that a line joins
-    "px": ("static, fewer pixels", "#777777", "8"),
-    "tome": ("static, merged tokens", OTHERS[0], "H"),
-    "depth": ("static, fewer blocks", OTHERS[6], "8"),
-    "other": ("static, other", OTHERS[7], "p"),
-}
-_RUNGS = {
-    "static-low": ("cheap rung", LOW_COLOUR, "s"),
-    "static-high": ("full rung", HIGH_COLOUR, "s"),
-    "static-escalation": ("full rung", "#c98b7a", "s"),
-    "ensemble": ("adaptive from image bytes", OTHERS[5], "D"),
+_RUNGS = ("static-low", "static-high", "static-escalation")
+_LOOKS = {  # of alternatives by the one part of a recipe in which they differ, then of systems
+    "px": Look("static, fewer pixels", "#777777", "8"),
+    "tome": Look("static, merged tokens", OTHERS[0], "H"),
+    "depth": Look("static, fewer blocks", OTHERS[6], "8"),
+    "other": Look("static, other", OTHERS[7], "p"),
+    "static-low": Look("cheap rung", LOW_COLOUR, "s", above=True),
+    "static-high": Look("full rung", HIGH_COLOUR, "s", above=True),
+    "static-escalation": Look("full rung", "#c98b7a", "s", above=True),
+    "ensemble": Look("adaptive from image bytes", OTHERS[5], "D", above=True),
+    "others": Look("", INK, "o", above=True),
+    "adaptive": Look("adaptive, as calibrated", HIGH_COLOUR, "o", 16, above=True),
 }
 
 
@@ -89,82 +91,64 @@ def load_words(entry: Entry) -> str:
 def _frontier(answers: Summary, order: Sequence[str]) -> str | None:
     """How often each system agrees, and what that costs; None where no such pair is believed."""
     shown = {
-        name: answers[name]
-        for name in order
+        name: _point(str(number), name, answers)
+        for number, name in enumerate(order, 1)
         if answers[name].get("agreement_with_high") is not None
         and "median" in (answers[name].get("cost_ratio") or {})
     }
     if not shown:
         return None
-    numbers = {name: str(number) for number, name in enumerate(order, 1)}
-
-    def series(names: Iterable[str], look: tuple[str, str, str], **more: Any) -> Series:
-        return _series([shown[name] for name in names], look, **more)
-
-    static = [name for name in shown if name.startswith("static-")]
-    family = {name: _family(shown[name], shown.get("static-high")) for name in static}
+    family = {
+        name: _family(answers[name], answers["static-high"] if "static-high" in shown else None)
+        for name in shown
+        if name.startswith("static-")
+    }
+    lines = []
+    for key in ("px", "tome", "depth"):
+        if any(family[name] == key and name not in _RUNGS for name in family):
+            joined = [shown[name] for name in family if family[name] in (key, "full")]
+            joined.sort(key=lambda point: point["cost"])
+            lines.append(("", _LOOKS[key].colour, joined))
     adaptive = [name for name in shown if name.startswith("adaptive")]
-    adaptive.sort(key=lambda name: shown[name].get("escalation_rate") or 0.0)
-    drawn = []
-    for key, (name, colour, marker) in _FAMILIES.items():
-        own = [n for n in family if family[n] == key and n not in _RUNGS]
-        if not own:
-            continue
-        marks = [numbers[n] for n in own]
-        drawn.append(series(own, (name, colour, marker), numbers=marks, size=13))
-        joined = [n for n in family if family[n] in (key, "full")]
-        joined.sort(key=lambda n: shown[n]["cost_ratio"]["median"])
-        if key != "other":
-            drawn.append(series(joined, ("", colour, ""), line="-"))
-    # A planned cascade may escalate to a cheaper graph: then the full model is no rung.
-    apart = {"static-high": "full model"} if "static-escalation" in shown else {}
-    for name, (title, colour, marker) in _RUNGS.items():
-        if name in shown:
-            look = (apart.get(name, title), colour, marker)
-            drawn.append(series([name], look, numbers=[numbers[name]], size=13, above=True))
-    drawn.append(series(adaptive, ("adaptive, by share escalated", INK, ""), line="-"))
-    others = [name for name in adaptive if name != "adaptive"]
-    marks = [numbers[n] for n in others]
-    drawn.append(series(others, ("", INK, "o"), numbers=marks, size=13, above=True))
-    if "adaptive" in shown:
-        look = ("adaptive, as calibrated", HIGH_COLOUR, "o")
-        drawn.append(series(["adaptive"], look, numbers=[numbers["adaptive"]], size=16, above=True))
-    lowest = min(answer["agreement_with_high"] for answer in shown.values())
-    most = max(answer["cost_ratio"]["max"] for answer in shown.values())
-    room = max(1 - lowest, 0.05)
-    return chart(
-        drawn,
+    adaptive.sort(key=lambda name: answers[name].get("escalation_rate") or 0.0)
+    by_share = [shown[name] for name in adaptive]
+    lines.append(("adaptive, by share escalated", INK, by_share))
+    looks = _LOOKS
+    if "static-escalation" in shown:  # then the full model is no rung of the planned cascade
+        looks = {**_LOOKS, "static-high": _LOOKS["static-high"]._replace(name="full model")}
+    most = max(point["spread"][1] for point in shown.values())
+    return frontier(
+        list(shown.values()),
+        looks,
+        lines,
         Axis("cost: time of a request / the full rung's", limits=(0, 1.1 * most)),
-        Axis(
-            "agreement with the full rung",
-            percent=True,
-            limits=(lowest - 0.15 * room, 1 + 0.1 * room),
-        ),
-        [Rule(1.0, colour=GREY, line=":")],
-        [(shown[n]["cost_ratio"]["median"], shown[n]["agreement_with_high"]) for n in adaptive],
+        "agreement with the full rung",
+        Rule(1.0, colour=GREY, line=":"),
+        by_share,
         "beaten by adaptive",
         size=(6.6, 4.4),
     )
 
 
-def _series(answers: Sequence[Entry], look: tuple[str, str, str], **more: Any) -> Series:
-    """Costs and agreements of some systems; the spread of the costs where there are markers."""
-    name, colour, marker = look
-    costs = [answer["cost_ratio"] for answer in answers]
-    spread = [(cost["min"], cost["max"]) for cost in costs] if marker else []
-    return Series(
-        name,
-        [cost["median"] for cost in costs],
-        [answer["agreement_with_high"] for answer in answers],
-        colour,
-        marker,
-        x_spread=spread,
-        **more,
-    )
+def _point(mark: str, name: str, answers: Summary) -> Entry:
+    """Where a system stands, as `frontier` draws it."""
+    answer, kind = answers[name], name
+    if name not in _LOOKS:
+        kind = "others" if name.startswith("adaptive") else ""
+        if name.startswith("static-"):
+            kind = _family(answer, answers.get("static-high"))
+    cost = answer["cost_ratio"]
+    return {
+        "mark": mark,
+        "kind": kind,
+        "cost": cost["median"],
+        "spread": (cost["min"], cost["max"]),
+        "acceptable": answer["agreement_with_high"],
+    }
 
 
 def _family(answer: Entry, full: Entry | None) -> str:
-    """A key of `_FAMILIES`, or `full` for what each of their lines ends at."""
+    """The one way in which a graph is cheaper, `other`, or `full`: where each line ends."""
     recipe = answer.get("recipe")
     if not recipe:
         return "other"
@@ -172,7 +156,7 @@ def _family(answer: Entry, full: Entry | None) -> str:
     ways = [part.partition("=")[0] for part in recipe.split(",") if part not in whole]
     if not ways:
         return "full"
-    return ways[0] if len(ways) == 1 and ways[0] in _FAMILIES else "other"
+    return ways[0] if len(ways) == 1 and ways[0] in ("px", "tome", "depth") else "other"
 
 
 def _time_bars(attribution: Summary) -> str | None:

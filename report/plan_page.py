@@ -12,22 +12,23 @@ from string import ascii_uppercase
 from typing import Any
 
 from .figures import INK, OTHERS, Axis, Rule, Series, chart
+from .frontier import Look, frontier
 from .page import HIGH_COLOUR, LOW_COLOUR, RED, render
 from .words import milliseconds, recipe_words, setting
 
 Content = Mapping[str, Any]
 _FAMILIES = ("px", "tome")  # graphs that are cheaper in this one way are joined by a line
 _ROLES = ("reference", "low", "high")  # the first one that a graph plays decides its looks
-_LOOKS = {  # what a point is: its name in the legend, colour, marker and size
-    "low": ("cheap candidate alone", LOW_COLOUR, "o", 12),
-    "high": ("full candidate alone", "#7a5230", "s", 12),
-    "reference": ("full model", INK, "s", 13),
-    "px": ("alternative, fewer pixels", "#777777", "8", 13),
-    "tome": ("alternative, merged tokens", OTHERS[0], "H", 13),
-    "other": ("alternative, other", OTHERS[7], "p", 14),
-    "refused": ("cascade, not certified", RED, "D", 12),
-    "certified": ("cascade, certified", HIGH_COLOUR, "D", 12),
-    "chosen": ("cascade, chosen", HIGH_COLOUR, "p", 18),
+_LOOKS = {
+    "low": Look("cheap candidate alone", LOW_COLOUR, "o", 12),
+    "high": Look("full candidate alone", "#7a5230", "s", 12),
+    "reference": Look("full model", INK, "s"),
+    "px": Look("alternative, fewer pixels", "#777777", "8"),
+    "tome": Look("alternative, merged tokens", OTHERS[0], "H"),
+    "other": Look("alternative, other", OTHERS[7], "p", 14),
+    "refused": Look("cascade, not certified", RED, "D", 12, above=True),
+    "certified": Look("cascade, certified", HIGH_COLOUR, "D", 12, above=True),
+    "chosen": Look("cascade, chosen", HIGH_COLOUR, "p", 18, above=True),
 }
 
 
@@ -146,46 +147,18 @@ def _parts(recipe: str) -> set[str]:
 def _frontier(content: Content) -> str:
     """Cost and agreement of every graph alone and of every tested cascade."""
     shown, limit = points(content), 1 - content["goal"]["max_risk"]
-    series = []
-    for family in _FAMILIES:
-        joined = [p for p in shown if p["family"] == family]
-        joined += [p for p in shown if p["kind"] == "reference" and joined]
-        costs, shares = [p["cost"] for p in joined], [p["acceptable"] for p in joined]
-        series.append(Series("", costs, shares, _LOOKS[family][1], line="-", width=1))
-    for kind, (name, colour, marker, size) in _LOOKS.items():
-        some = [p for p in shown if p["kind"] == kind]
-        if some:
-            series.append(
-                Series(
-                    name,
-                    [p["cost"] for p in some],
-                    [p["acceptable"] for p in some],
-                    colour,
-                    marker,
-                    size=size,
-                    x_spread=[p["spread"] for p in some],
-                    numbers=[p["mark"] for p in some],
-                    above=kind in ("refused", "certified", "chosen"),
-                )
-            )
-    lowest = min(limit, *(p["acceptable"] for p in shown))
-    room = max(1 - lowest, 0.02)
-    ends = [end for p in shown for end in p["spread"]]
-    return chart(
-        series,
-        Axis(
-            "cost of an image, of the full model's (logarithmic)",
-            percent=True,
-            log=True,
-            limits=(0.8 * min(ends), 1.2 * max(ends)),
-        ),
-        Axis(
-            "acceptable answers, of the test images",
-            percent=True,
-            limits=(lowest - 0.12 * room, 1 + 0.1 * room),
-        ),
-        [Rule(limit, f"risk limit ε = {setting(1 - limit)}", across=True, colour=RED)],
-        [(p["cost"], p["acceptable"]) for p in shown if p["kind"] == "chosen"],
+    full = [point for point in shown if point["kind"] == "reference"]
+    families = {name: [p for p in shown if p["family"] == name] for name in _FAMILIES}
+    ends = [end for point in shown for end in point["spread"]]
+    label = "cost of an image, of the full model's (logarithmic)"
+    return frontier(
+        shown,
+        _LOOKS,
+        [("", _LOOKS[name].colour, own + full) for name, own in families.items() if own],
+        Axis(label, percent=True, log=True, limits=(0.8 * min(ends), 1.2 * max(ends))),
+        "acceptable answers, of the test images",
+        Rule(limit, f"risk limit ε = {setting(1 - limit)}", across=True, colour=RED),
+        [point for point in shown if point["kind"] == "chosen"],
         "beaten by the chosen cascade",
         size=(8.8, 4.8),
     )

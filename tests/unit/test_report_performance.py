@@ -5,6 +5,7 @@ import jinja2
 import pytest
 
 from perf.figures import conclude
+from report import frontier as frontier_figure
 from report import performance_page
 from report.performance_page import system_order, write_performance
 from tests.unit.pages import Page, squeeze
@@ -373,7 +374,7 @@ def frontier(monkeypatch, summary):
     """The series that the frontier draws, and where its shade begins."""
     drawn = []
     monkeypatch.setattr(
-        performance_page, "chart", lambda series, *rest, **_: drawn.append((series, rest)) or ""
+        frontier_figure, "chart", lambda series, *rest, **_: drawn.append((series, rest)) or ""
     )
     answers = conclude(summary)["answers"]
     performance_page._frontier(answers, sorted(answers, key=system_order))

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from planner.result import outcome
-from report import plan_page
+from report import frontier, plan_page
 from report.page import RED
 from report.plan_page import cascade_marks, graph_marks, points, write_plan
 from tests.unit.pages import Page, squeeze
@@ -169,7 +169,8 @@ def crowded():
 def drawn(monkeypatch, content):
     """The series of the frontier, and of the growth of alignments, that a page draws."""
     charts = []
-    monkeypatch.setattr(plan_page, "chart", lambda series, *_, **__: charts.append(series) or "")
+    for page in (frontier, plan_page):
+        monkeypatch.setattr(page, "chart", lambda series, *_, **__: charts.append(series) or "")
     plan_page._frontier(content)
     aligned = {n: g["alignment"] for n, g in content["graphs"].items() if g["alignment"]}
     plan_page._growth(content, aligned)
@@ -178,12 +179,12 @@ def drawn(monkeypatch, content):
 
 def test_every_point_s_mark_is_in_its_marker_once(monkeypatch):
     content = crowded()
-    frontier, _ = drawn(monkeypatch, content)
-    marks = [mark for series in frontier for mark in series.numbers]
+    points_of, _ = drawn(monkeypatch, content)
+    marks = [mark for series in points_of for mark in series.numbers]
     assert sorted(marks) == sorted(point["mark"] for point in points(content)) and len(marks) == 19
-    looks = [(series.colour, series.marker) for series in frontier if series.name]
+    looks = [(series.colour, series.marker) for series in points_of if series.name]
     assert len(set(looks)) == len(looks)
-    lines = [series for series in frontier if series.line]
+    lines = [series for series in points_of if series.line]
     assert [len(series.x) for series in lines] == [5, 3]  # each ends at the full model
 
 
