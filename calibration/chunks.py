@@ -13,9 +13,9 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ from routing import RungOutputs
 from .running import DecodedImage
 
 Arrays = Mapping[str, NDArray[Any]]
+Some = TypeVar("Some", bound="Pictures")
 _OUTPUTS = ("embedding", "cls_layers", "logits")
 _TEXTS = ("names", "groups", "labels", "hashes")
 _PICTURES = ("rows", *_TEXTS, "looks")
@@ -41,18 +42,18 @@ class NpzError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Pictures:
-    """What n images are, without anybody's answers.
+    """What n images are.
 
     Attributes:
-        rows: the places of the images in their source, INT64 (n,).
-        names: the images' names, unique within the source.
+        places: of the images in their source, INT64 (n,).
+        names: of the images, unique within the source.
         groups: images of one group stay in one split.
         labels: class indices, or -1 where none is known, INT64 (n,).
         hashes: `imaging.pixels_sha256` of each image.
         looks: `bundle.prints.look_of` each image, UINT8 (n, 29).
     """
 
-    rows: NDArray[np.int64]
+    places: NDArray[np.int64]
     names: tuple[str, ...]
     groups: tuple[str, ...]
     labels: NDArray[np.int64]
@@ -63,13 +64,20 @@ class Pictures:
         """The number of images n."""
         return len(self.names)
 
-    def only(self, index: NDArray[np.intp]) -> Pictures:
+    def only(self: Some, index: NDArray[np.intp]) -> Some:
         """Some of the images, in the order of `index`."""
         names, groups, hashes = (
             tuple(texts[i] for i in index) for texts in (self.names, self.groups, self.hashes)
         )
-        labels, looks = self.labels[index], self.looks[index]
-        return Pictures(self.rows[index], names, groups, labels, hashes, looks)
+        return replace(
+            self,
+            places=self.places[index],
+            names=names,
+            groups=groups,
+            labels=self.labels[index],
+            hashes=hashes,
+            looks=self.looks[index],
+        )
 
 
 @dataclass(frozen=True, eq=False)

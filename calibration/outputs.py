@@ -18,13 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundle.graphs import HIGH, LOW, REFERENCE, GraphSet
-from bundle.prints import Looks
 from imaging import code_sha256
 from routing import Calibration, RungOutputs
 from routing.calibration import FULL_RUNG
 
 from .answers import AnswerCache, Progress, Wanted
-from .chunks import Answered, MissingAnswersError, read_answers
+from .chunks import Answered, MissingAnswersError, Pictures, read_answers
 
 SCHEMA_VERSION = 1
 FULL_MODEL = "full FP32 model"  # what answers are held against where it is not the full rung
@@ -88,18 +87,13 @@ class Made:
         return None
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """Both rungs' outputs for N images, in the order of their source.
+@dataclass(frozen=True, eq=False)
+class Outputs(Pictures):
+    """N images, in the order of their source, and what both rungs answer.
 
     Attributes:
         low: what the cheap rung answers.
         high: what the full rung answers, without `cls_layers`.
-        labels: class indices, or -1 where unknown, INT64 (N,).
-        names: the images' names, unique within the source.
-        groups: images of one group stay in one split.
-        hashes: `imaging.pixels_sha256` of each image.
-        looks: `bundle.prints.look_of` each image, UINT8 (N, 29).
         made: which graphs answered, and how their tensors were made.
         source: opens the images again, see `images.open_images`.
         title: the source in words, without paths.
@@ -110,11 +104,6 @@ class Outputs:
 
     low: RungOutputs
     high: RungOutputs
-    labels: NDArray[np.int64]
-    names: tuple[str, ...]
-    groups: tuple[str, ...]
-    hashes: tuple[str, ...]
-    looks: Looks
     made: Made
     source: str
     title: str
@@ -136,10 +125,6 @@ class Outputs:
         """What the other answers are held against, in words."""
         return FULL_RUNG if self.reference is None else FULL_MODEL
 
-    def __len__(self) -> int:
-        """The number of images N."""
-        return len(self.names)
-
     @classmethod
     def of(cls, answered: Answered, graphs: GraphSet, cache: AnswerCache) -> Outputs:
         """The outputs of what `wanted(graphs)` answered, read from a cache."""
@@ -157,15 +142,11 @@ class Outputs:
         title: str,
         runtime: Mapping[str, Any],
     ) -> Outputs:
-        pictures, high = answered.pictures, found[HIGH]
+        high = found[HIGH]
         return cls(
+            **vars(answered.pictures),
             low=found[LOW],
             high=RungOutputs(high.embedding, None, high.logits),
-            labels=pictures.labels,
-            names=pictures.names,
-            groups=pictures.groups,
-            hashes=pictures.hashes,
-            looks=pictures.looks,
             made=made,
             source=source,
             title=title,
@@ -176,15 +157,10 @@ class Outputs:
     def rows(self, index: NDArray[np.intp]) -> Outputs:
         """The outputs of some of the images."""
         return replace(
-            self,
+            self.only(index),
             low=self.low.rows(index),
             high=self.high.rows(index),
             reference=None if self.reference is None else self.reference.rows(index),
-            labels=self.labels[index],
-            names=tuple(self.names[i] for i in index),
-            groups=tuple(self.groups[i] for i in index),
-            hashes=tuple(self.hashes[i] for i in index),
-            looks=self.looks[index],
         )
 
     def fingerprint(self) -> str:

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from bundle.prints import find_copies, united
 
 from .chunks import Pictures
-from .outputs import Outputs
 
 Rows = NDArray[np.intp]
 
@@ -34,7 +33,7 @@ def check_grouping(grouping: str) -> None:
         raise SplitError(f"--group-by {grouping!r} is none of {', '.join(GROUPINGS)}")
 
 
-def group_keys(outputs: Outputs | Pictures, grouping: str) -> tuple[str, ...]:
+def group_keys(outputs: Pictures, grouping: str) -> tuple[str, ...]:
     """Each image's group; images that are the same picture are always of one.
 
     The same picture is the same pixels, or these re-encoded, resized or mirrored.

@@ -42,7 +42,7 @@ class Parts:
 
     def rows(self, positions: Rows) -> list[int]:
         """Places in the source of the images at these positions."""
-        return [int(row) for row in self.full.pictures.rows[positions]]
+        return [int(row) for row in self.full.pictures.places[positions]]
 
 
 def divide(request: Request, cache: AnswerCache, learned: str, aligns: bool, bars: Bars) -> Parts:

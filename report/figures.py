@@ -66,18 +66,13 @@ class Series:
 
     Attributes:
         name: in the legend; empty for none.
-        x: of the n points.
-        y: of the n points.
-        colour: of marker and line.
-        marker: of matplotlib's; empty for none.
-        line: of matplotlib's; empty leaves the points unjoined.
-        width: of the line.
+        x, y: of the n points.
+        marker, line: of matplotlib's; empty for none.
         size: of the markers, in points.
         x_spread: for each point the ends of a thin line through it.
         y_spread: the same, upright.
         numbers: for each point the text inside its marker.
         hollow: which markers are empty.
-        alpha: opacity.
         above: whether it is drawn over the others.
     """
 
@@ -105,7 +100,6 @@ class Rule:
         at: its place on the axis that it crosses.
         name: in the legend; empty for none.
         across: whether it runs from left to right.
-        colour: of the line.
         line: of matplotlib's.
     """
 

@@ -26,6 +26,7 @@ def outputs_of(low, high, **fields):
     names = fields.get("names") or tuple(f"{i}.png" for i in range(len(low)))
     task = None if low.logits is None else "classes"
     made_up = {
+        "places": np.arange(len(low)),
         "labels": np.full(len(low), -1),
         "groups": names,
         "hashes": tuple(map(sha256, names)),
@@ -34,7 +35,7 @@ def outputs_of(low, high, **fields):
         "source": "/nowhere",
         "title": "made up",
     }
-    return Outputs(low, high, **{**made_up, **fields, "names": names})
+    return Outputs(low=low, high=high, **{**made_up, **fields, "names": names})
 
 
 def make_outputs(rung_set, n=400, seed=0, head=True, group_size=2, unsure_below=1.0):

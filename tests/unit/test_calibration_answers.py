@@ -56,7 +56,7 @@ def test_answers_are_those_for_the_rows_asked_for_in_their_order(rung_set, answe
     answering.fill(source, what=what, rows=rows)
     assert sorted(source.read) == [3, 4, 17, 30]
     found = answering.read(source, what=what, rows=rows)
-    assert found.pictures.rows.tolist() == rows
+    assert found.pictures.places.tolist() == rows
     assert found.pictures.names == tuple(source.names[row] for row in rows)
     assert found.pictures.labels.tolist() == [3, 0, -1, 2]
     answering.fill(source, what=what)
