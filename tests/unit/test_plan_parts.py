@@ -55,7 +55,7 @@ def test_no_alignment_learns_from_what_the_export_has_learned_from(planned):
     graphs = GraphSet.load(planned.graphs.reference.file.parent)
     taught = graphs.learned(["px4_int8static", "int8static", "full"])
     assert among(ranges.hashes, ranges.looks, taught).all()
-    assert len(decode(taught)[0]) == len(ranges.rows)
+    assert len(decode(taught)[0]) == len(ranges.places)
     both = decode(graphs.learned([ALIGNED]))[0]
     assert both == decode(taught)[0] | decode(learned)[0]
 
