@@ -41,6 +41,11 @@ def tls(pair: Pair) -> ServingTls:
     return ServingTls(pair.certificate, pair.key)
 
 
+@pytest.fixture
+def production(tls: ServingTls) -> Security:
+    return Security(production=True, tls=tls, admin_key=AdminKey(KEY))
+
+
 def key_file(tmp_path: Path, text: str, mode: int = 0o600) -> Path:
     path = tmp_path / "admin.key"
     path.write_text(text)
@@ -64,16 +69,11 @@ def refusal(call, *arguments, **options) -> str:
 # --- the key -----------------------------------------------------------------------------------
 
 
-def test_the_key_is_the_files_only_line(tmp_path: Path):
+def test_the_key_is_the_files_only_line_and_shows_nowhere(tmp_path: Path, tls: ServingTls):
     key = AdminKey.read(key_file(tmp_path, f"{KEY}\n"))
     assert key.value == KEY
     assert key.grpc_headers == {"triton-grpc-protocol-admin-key": KEY}
-
-
-def test_no_secret_shows_when_the_options_are_printed(tmp_path: Path, tls: ServingTls):
-    key = AdminKey.read(key_file(tmp_path, KEY))
-    security = Security(production=True, tls=tls, admin_key=key)
-    assert KEY not in repr(security)
+    assert KEY not in repr(Security(production=True, tls=tls, admin_key=key))
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o660, 0o644])
@@ -83,72 +83,60 @@ def test_a_key_file_that_others_can_use_is_refused(tmp_path: Path, mode: int):
     assert f"{path} can be read or written by others" in message and "chmod 600" in message
 
 
+UNSAFE = "one line of printable ASCII without blanks and without , : ="
+
+
 @pytest.mark.parametrize(
-    "text",
+    ("content", "said"),
     [
-        *(f"{KEY}{sign}{KEY}" for sign in ",:= \t\n\r\v\0\x7f"),
-        f" {KEY}",
-        f"{KEY} ",
-        KEY + "é",
+        *((f"{KEY}{sign}{KEY}".encode(), UNSAFE) for sign in ",:= \t\n\r\v\0\x7f"),
+        *((text.encode(), UNSAFE) for text in (f" {KEY}", f"{KEY} ", KEY + "é")),
+        (b"", "is empty; make one with"),
+        (b"\n", "is empty; make one with"),
+        (b"letmein", "has 7 characters"),
+        (b"\xff\xfe\x00", "cannot be read (not a text file)"),
     ],
 )
-def test_a_key_that_would_break_tritonservers_option_is_refused(tmp_path: Path, text: str):
-    message = refusal(AdminKey.read, key_file(tmp_path, text))
-    assert "one line of printable ASCII without blanks and without , : =" in message
-    assert KEY not in message
-
-
-@pytest.mark.parametrize("text", ["", "\n"])
-def test_an_empty_key_file_is_refused(tmp_path: Path, text: str):
-    assert "is empty; make one with" in refusal(AdminKey.read, key_file(tmp_path, text))
-
-
-def test_a_key_that_can_be_guessed_is_refused(tmp_path: Path):
-    message = refusal(AdminKey.read, key_file(tmp_path, "letmein"))
-    assert "has 7 characters" in message and "letmein" not in message
+def test_a_key_that_cannot_be_used_is_refused_and_not_repeated(
+    tmp_path: Path, content: bytes, said: str
+):
+    path = key_file(tmp_path, "")
+    path.write_bytes(content)
+    message = refusal(AdminKey.read, path)
+    assert said in message and KEY not in message and "letmein" not in message
 
 
 def test_a_key_file_that_is_none_is_refused(tmp_path: Path):
     missing = refusal(AdminKey.read, tmp_path / "nowhere")
     assert "cannot be read (No such file or directory)" in missing
     assert "cannot be read (Is a directory)" in refusal(AdminKey.read, tmp_path)
-    binary = key_file(tmp_path, "")
-    binary.write_bytes(b"\xff\xfe\x00")
-    assert "cannot be read (not a text file)" in refusal(AdminKey.read, binary)
 
 
 # --- arguments ---------------------------------------------------------------------------------
 
 
-def test_without_options_only_the_models_are_fixed():
+def test_models_are_fixed_unless_they_can_be_loaded_and_a_key_restricts_both_protocols():
     assert Security().arguments() == ["--model-control-mode=none"]
-    assert Security().addresses("127.0.0.1") == Addresses()
-
-
-def test_allow_reload_loads_everything_under_explicit_control():
-    arguments = Security(allow_reload=True).arguments()
-    assert arguments == ["--model-control-mode=explicit", "--load-model=*"]
-
-
-def test_tls_files_are_absolute_because_the_server_starts_elsewhere(monkeypatch, tmp_path: Path):
-    monkeypatch.chdir(tmp_path)
-    arguments = ServingTls(Path("a.crt"), Path("a.key"), Path("ca.crt")).arguments()
-    assert arguments == [
-        "--grpc-use-ssl=true",
-        f"--grpc-server-cert={tmp_path}/a.crt",
-        f"--grpc-server-key={tmp_path}/a.key",
-        "--grpc-use-ssl-mutual=true",
-        f"--grpc-root-cert={tmp_path}/ca.crt",
-    ]
-    assert "--grpc-use-ssl-mutual=true" not in ServingTls(Path("a.crt"), Path("a.key")).arguments()
-
-
-def test_a_key_restricts_both_protocols_alike():
+    reload = ["--model-control-mode=explicit", "--load-model=*"]
+    assert Security(allow_reload=True).arguments() == reload
     setting = f"model-repository,trace,logging,shared-memory:admin-key={KEY}"
     assert Security(admin_key=AdminKey(KEY)).arguments()[1:] == [
         f"--grpc-restricted-protocol={setting}",
         f"--http-restricted-api={setting}",
     ]
+
+
+def test_tls_files_are_absolute_because_the_server_starts_elsewhere(monkeypatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    one_sided = ServingTls(Path("a.crt"), Path("a.key")).arguments()
+    assert one_sided == [
+        "--grpc-use-ssl=true",
+        f"--grpc-server-cert={tmp_path}/a.crt",
+        f"--grpc-server-key={tmp_path}/a.key",
+    ]
+    mutual = ["--grpc-use-ssl-mutual=true", f"--grpc-root-cert={tmp_path}/ca.crt"]
+    both = ServingTls(Path("a.crt"), Path("a.key"), Path("ca.crt")).arguments()
+    assert both == [*one_sided, *mutual]
 
 
 def test_production_shuts_shared_memory_with_a_key_that_nobody_has(tls: ServingTls):
@@ -184,26 +172,30 @@ def test_options_are_read_from_help(tmp_path: Path):
 # --- addresses ---------------------------------------------------------------------------------
 
 
-def test_in_production_http_and_metrics_stay_on_loopback_whatever_the_host(tls: ServingTls):
-    production = Security(production=True, tls=tls, admin_key=AdminKey(KEY))
+def test_in_production_http_and_metrics_stay_on_loopback_whatever_the_host(production: Security):
     assert production.addresses("0.0.0.0") == Addresses(grpc="0.0.0.0")
     assert production.addresses("::1") == Addresses("::1", "::1", "::1")
     told = dataclasses.replace(production, http_host="10.0.0.1", metrics_host="10.0.0.2")
     assert told.addresses("0.0.0.0") == Addresses("10.0.0.1", "0.0.0.0", "10.0.0.2")
+    assert Security().addresses("127.0.0.1") == Addresses()
     assert Security().addresses("0.0.0.0") == Addresses("0.0.0.0", "0.0.0.0", "0.0.0.0")
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
-def test_loopback_is_no_exposure(host: str):
-    assert exposure_warning(Security(), Security().addresses(host)) is None
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "some.host"])
-def test_other_addresses_are_warned_about_in_one_line(tls: ServingTls, host: str):
+@pytest.mark.parametrize(
+    ("host", "is_exposed"),
+    [
+        *((host, False) for host in ("127.0.0.1", "127.0.0.2", "::1", "localhost")),
+        *((host, True) for host in ("0.0.0.0", "::", "10.0.0.1", "some.host")),
+    ],
+)
+def test_other_addresses_than_loopback_are_warned_about_in_one_line(
+    production: Security, host: str, is_exposed: bool
+):
     warning = exposure_warning(Security(), Security().addresses(host))
-    assert warning is not None and warning.startswith(f"{host} can be reached from other machines")
-    assert "--production" in warning and "\n" not in warning
-    production = Security(production=True, tls=tls, admin_key=AdminKey(KEY))
+    assert (warning is not None) is is_exposed
+    if warning is not None:
+        assert warning.startswith(f"{host} can be reached from other machines")
+        assert "--production" in warning and "\n" not in warning
     assert exposure_warning(production, production.addresses(host)) is None
 
 
@@ -219,12 +211,21 @@ def test_models_cannot_be_made_loadable_by_everybody():
 # --- what is refused ---------------------------------------------------------------------------
 
 
-def test_production_needs_tls_and_a_key_and_says_how_to_get_them(tls: ServingTls):
+def test_production_needs_tls_and_a_key_and_the_ways_to_get_them_work(
+    tmp_path: Path, tls: ServingTls
+):
     message = refusal(Security, production=True, admin_key=AdminKey(KEY))
-    assert "gRPC over TLS only" in message and "openssl req -x509" in message
+    assert "gRPC over TLS only" in message
+    recipe = message.partition("made with: ")[2]
+    subprocess.run(recipe.split(), cwd=tmp_path, check=True, capture_output=True)
+    made = ServingTls(tmp_path / "tls.crt", tmp_path / "tls.key")
+    assert made.access(*CALLED).name == "localhost"
     message = refusal(Security, production=True, tls=tls, allow_reload=True)
-    assert "give --admin-key-file, made with: (umask 077; openssl rand" in message
-    Security(production=True, tls=tls, admin_key=AdminKey(KEY), allow_reload=True)
+    recipe = message.partition("give --admin-key-file, made with: ")[2]
+    subprocess.run(["sh", "-c", recipe], cwd=tmp_path, check=True)
+    key = AdminKey.read(tmp_path / "admin.key")
+    assert len(key.value) == 64
+    Security(production=True, tls=tls, admin_key=key, allow_reload=True)
 
 
 C, K, CA, OWN_C, OWN_K = (Path(f"{name}.pem") for name in "abcde")
@@ -250,84 +251,74 @@ def test_options_become_the_files_of_the_port():
     assert ServingTls.of_options(C, K, CA, OWN_C, OWN_K) == ServingTls(C, K, CA, OWN_C, OWN_K)
 
 
-def test_the_way_to_a_test_certificate_works(tmp_path: Path):
-    message = refusal(Security, production=True)
-    recipe = message.partition("made with: ")[2]
-    subprocess.run(recipe.split(), cwd=tmp_path, check=True, capture_output=True)
-    assert (
-        ServingTls(tmp_path / "tls.crt", tmp_path / "tls.key").access(*CALLED).name == "localhost"
-    )
-
-
-def test_the_way_to_a_key_works(tmp_path: Path, tls: ServingTls):
-    message = refusal(Security, production=True, tls=tls)
-    recipe = message.partition("made with: ")[2]
-    subprocess.run(["sh", "-c", recipe], cwd=tmp_path, check=True)
-    assert len(AdminKey.read(tmp_path / "admin.key").value) == 64
-
-
 # --- the files of TLS --------------------------------------------------------------------------
 
 
-def refused(tls: ServingTls) -> str:
-    """Why our own calls cannot be made with these files."""
-    return refusal(tls.access, *CALLED)
-
-
-def test_our_own_calls_ask_for_a_name_that_the_certificate_holds(
-    folder: Path, ca: Pair, tls: ServingTls
-):
-    assert tls.access(*CALLED).name == "vit.example.com"
-    wild = issued(folder, ca, "wild", "DNS:*.example.com")
-    assert ServingTls(wild.certificate, wild.key).access(*CALLED).name == "check.example.com"
-    address = issued(folder, ca, "address", "IP:10.0.0.1")
-    assert ServingTls(address.certificate, address.key).access(*CALLED).name == "10.0.0.1"
-
-
-def test_a_key_of_another_certificate_is_refused(pair: Pair, ca: Pair):
-    message = refused(ServingTls(pair.certificate, ca.key))
-    assert f"{ca.key} is not the private key of the certificate {pair.certificate}" in message
-
-
-def test_files_that_are_no_pem_or_not_there_are_refused(tmp_path: Path, pair: Pair):
-    text = tmp_path / "text"
-    text.write_text("no certificate")
-    assert "are not a PEM certificate" in refused(ServingTls(text, pair.key))
-    assert "are not a PEM certificate" in refused(ServingTls(pair.certificate, text))
-    missing = tmp_path / "nowhere"
-    for files in (
-        (missing, pair.key),
-        (pair.certificate, missing),
-        (*vars(pair).values(), missing),
+def test_our_own_calls_ask_for_a_name_that_the_certificate_holds(folder: Path, ca: Pair):
+    for number, (names, asked) in enumerate(
+        {
+            "DNS:vit.example.com,IP:10.0.0.1": "vit.example.com",
+            "DNS:*.example.com": "check.example.com",
+            "IP:10.0.0.1": "10.0.0.1",
+        }.items()
     ):
-        assert f"{missing} cannot be read (No such file" in refused(ServingTls(*files))
-    assert f"{text} is not a PEM certificate" == refused(
-        ServingTls(pair.certificate, pair.key, text)
-    )
+        made = issued(folder, ca, f"named-{number}", names)
+        assert ServingTls(made.certificate, made.key).access(*CALLED).name == asked
 
 
-def test_an_encrypted_key_is_refused_instead_of_asking_at_the_terminal(tmp_path: Path, pair: Pair):
-    locked = tmp_path / "locked.key"
-    encrypt = ["openssl", "pkcs8", "-topk8", "-passout", "pass:secret"]
-    subprocess.run([*encrypt, "-in", pair.key, "-out", locked], check=True)
-    assert "its unencrypted key" in refused(ServingTls(pair.certificate, locked))
-
-
-def test_a_certificate_out_of_date_is_refused(folder: Path, ca: Pair):
+@pytest.fixture(scope="module")
+def files(folder: Path, ca: Pair, pair: Pair) -> dict[str, Path]:
+    """The files of the table below, by name."""
+    (folder / "text").write_text("no certificate")
+    encrypt = ["openssl", "pkcs8", "-topk8", "-passout", "pass:secret", "-in", pair.key]
+    subprocess.run([*encrypt, "-out", folder / "locked"], check=True)
     old = issued(folder, ca, "old", "DNS:old.example.com", days=-1)
-    assert "is not valid (certificate has expired)" in refused(ServingTls(old.certificate, old.key))
-
-
-def test_a_client_authority_must_accept_our_own_certificate(folder: Path, ca: Pair, pair: Pair):
     other = authority(folder, "other")
     own = issued(folder, other, "own", "DNS:own")
-    message = refused(ServingTls(pair.certificate, pair.key, other.certificate))
-    assert f"{other.certificate} does not accept the certificate of our own checks" in message
+    return {
+        "crt": pair.certificate,
+        "key": pair.key,
+        "ca": ca.certificate,
+        "ca key": ca.key,
+        "other": other.certificate,
+        "own": own.certificate,
+        "own key": own.key,
+        "text": folder / "text",
+        "locked": folder / "locked",
+        "nowhere": folder / "nowhere",
+        "old": old.certificate,
+        "old key": old.key,
+    }
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("crt", "ca key"), "{ca key} is not the private key of the certificate {crt}"),
+        (("text", "key"), "are not a PEM certificate"),
+        (("crt", "text"), "are not a PEM certificate"),
+        (("crt", "key", "text"), "{text} is not a PEM certificate"),
+        (("nowhere", "key"), "{nowhere} cannot be read (No such file"),
+        (("crt", "nowhere"), "{nowhere} cannot be read (No such file"),
+        (("crt", "key", "nowhere"), "{nowhere} cannot be read (No such file"),
+        (("crt", "locked"), "its unencrypted key"),  # Instead of asking at the terminal.
+        (("old", "old key"), "is not valid (certificate has expired)"),
+    ],
+)
+def test_files_that_do_not_fit_each_other_are_refused(files: dict, names: tuple, said: str):
+    tls = ServingTls(*(files[name] for name in names))
+    assert said.format_map(files) in refusal(tls.access, *CALLED)
+
+
+def test_a_client_authority_must_accept_our_own_certificate(files: dict):
+    def tls(*names: str) -> ServingTls:
+        return ServingTls(*(files[name] for name in names))
+
+    message = refusal(tls("crt", "key", "other").access, *CALLED)
+    assert f"{files['other']} does not accept the certificate of our own checks" in message
     assert "--tls-own-cert" in message
-    ServingTls(pair.certificate, pair.key, other.certificate, own.certificate, own.key).access(
-        "127.0.0.1:1", {}
-    )
-    ServingTls(pair.certificate, pair.key, ca.certificate).access(*CALLED)
+    tls("crt", "key", "other", "own", "own key").access(*CALLED)
+    tls("crt", "key", "ca").access(*CALLED)
 
 
 # --- what --production prints ------------------------------------------------------------------
@@ -346,11 +337,6 @@ def states(security: Security, **changes: object) -> dict[str, bool]:
     )
     assert all(control.detail and "\n" not in control.detail for control in listed)
     return {control.name: control.is_on for control in listed}
-
-
-@pytest.fixture
-def production(tls: ServingTls) -> Security:
-    return Security(production=True, tls=tls, admin_key=AdminKey(KEY))
 
 
 @pytest.mark.parametrize(
