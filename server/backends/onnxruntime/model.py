@@ -28,7 +28,7 @@ class TritonPythonModel:
         """Fill in inputs, outputs and batching from the ONNX file, as the C++ backend does."""
         config = auto_complete_model_config.as_dict()
         onnx_config.refuse(config)
-        if not onnx_config.is_complete(config):
+        if not (config.get("input") and config.get("output")):
             ort = _import_onnxruntime()
             options = ort.SessionOptions()
             # Only names, types and shapes are read: optimising the graph would be wasted time.

@@ -14,12 +14,12 @@ way a python-based backend can import a neighbour; hence the telling name.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 FILENAME = "model.onnx"
-# Name and shape of each tensor of an ONNX file, batch dimension included; -1 is a dynamic one.
-FileTensors = Sequence[tuple[str, tuple[int, ...]]]
+# The dimensions of each tensor of an ONNX file, without the batch's; -1 is a dynamic one.
+FileTensors = dict[str, list[int]]
 # ONNX Runtime's name of a session option. With 1 a session on the CPU uses its weights as they lie
 # in the file, so that processes which map the same external weights share them. The C++ backend
 # passes over the key without a word (its issue 107 asks for it) and prepacks always.
@@ -77,56 +77,32 @@ def file_tensors(model: str, node_args: Iterable[Any]) -> FileTensors:
         node_args: objects with `name`, `type` and `shape`, as ONNX Runtime has them.
 
     Raises:
-        ConfigError: a tensor that is not FP32, or has no other dimension than the batch's.
+        ConfigError: a tensor that is not FP32, whose first dimension does not vary with the batch,
+            or that has no other.
     """
-    found = []
+    found = {}
     for node in node_args:
         # A dynamic dimension is a name or None; some exporters write a negative number.
-        shape = tuple(d if isinstance(d, int) and d >= 0 else -1 for d in node.shape or [])
-        if node.type != "tensor(float)" or len(shape) < 2:
+        shape = [d if isinstance(d, int) and d >= 0 else -1 for d in node.shape or []]
+        if node.type != "tensor(float)" or len(shape) < 2 or shape[0] != -1:
             raise ConfigError(
                 f"unable to load model '{model}': the stand-in onnxruntime backend takes FP32 "
-                f"tensors with a batch dimension and others, but '{node.name}' is {node.type} of "
-                f"shape {_shape(shape)}; run a tritonserver with the C++ onnxruntime backend"
+                f"tensors of shape [-1,...], a batch of any size, but '{node.name}' is {node.type} "
+                f"of shape {_shape(shape)}; run a tritonserver with the C++ onnxruntime backend"
             )
-        found.append((node.name, shape))
+        found[node.name] = shape[1:]
     return found
 
 
-def is_complete(config: dict[str, Any]) -> bool:
-    """Whether both inputs and outputs are written; then the C++ backend completes nothing."""
-    return bool(config.get("input")) and bool(config.get("output"))
-
-
 def complete(config: dict[str, Any], inputs: FileTensors, outputs: FileTensors) -> None:
-    """Fill in the inputs, outputs and dynamic batching that are left out, in place.
-
-    Args:
-        config: the model configuration.
-        inputs: the file's inputs.
-        outputs: the file's outputs.
-
-    Raises:
-        ConfigError: a tensor has no dynamic first dimension.
-    """
-    if is_complete(config):
-        return
-    for name, shape in (*inputs, *outputs):
-        if shape[0] != -1:
-            raise ConfigError(
-                f"autofill failed for model '{config['name']}': model does not support batching "
-                f"while non-zero max_batch_size is specified: tensor '{name}' has shape "
-                f"{_shape(shape)}, max_batch_size is {config['max_batch_size']}"
-            )
+    """Fill in the inputs, outputs and dynamic batching that are left out, in place."""
     if config["max_batch_size"] > 1 and "dynamic_batching" not in config:
         # Triton's core then adds the preferred size (max_batch_size) and the delay (0).
         config["dynamic_batching"] = {}
     for side, tensors in (("input", inputs), ("output", outputs)):
-        if not config.get(side):
-            config[side] = [
-                {"name": name, "data_type": "TYPE_FP32", "dims": list(shape[1:])}
-                for name, shape in tensors
-            ]
+        config[side] = config.get(side) or [
+            {"name": name, "data_type": "TYPE_FP32", "dims": dims} for name, dims in tensors.items()
+        ]
 
 
 def validate(config: dict[str, Any], inputs: FileTensors, outputs: FileTensors) -> None:
@@ -137,39 +113,15 @@ def validate(config: dict[str, Any], inputs: FileTensors, outputs: FileTensors) 
     Raises:
         ConfigError: naming the model, the tensor, and what each side says.
     """
-    model, written = config["name"], [io["name"] for io in config["input"]]
-    if len(written) != len(inputs):
-        raise ConfigError(
-            f"unable to load model '{model}', configuration expects {len(written)} inputs "
-            f"({', '.join(written)}), model provides {len(inputs)} "
-            f"({', '.join(name for name, _ in inputs)})"
-        )
-    for side, known in (("input", dict(inputs)), ("output", dict(outputs))):
-        for io in config[side]:
-            name = io["name"]
-            if name not in known:
+    for side, tensors in (("input", inputs), ("output", outputs)):
+        known = {name: f"TYPE_FP32 {_shape(dims)}" for name, dims in tensors.items()}
+        written = {io["name"]: f"{io['data_type']} {_shape(io['dims'])}" for io in config[side]}
+        for name in written | (known if side == "input" else {}):
+            says, has = written.get(name, "nothing"), known.get(name, "nothing")
+            if says != has:
                 raise ConfigError(
-                    f"unable to load model '{model}', unexpected inference {side} '{name}', "
-                    f"allowed {side}s are: {', '.join(sorted(known))}"
-                )
-            if io["data_type"] != "TYPE_FP32":
-                raise ConfigError(
-                    f"unable to load model '{model}', configuration expects datatype "
-                    f"{io['data_type']} for {side} '{name}', model provides TYPE_FP32"
-                )
-            if known[name][0] != -1:
-                raise ConfigError(
-                    f"model '{model}', tensor '{name}': the first dimension must be -1, but the "
-                    f"shape expected by the model is {_shape(known[name])} and max_batch_size is "
-                    f"{config['max_batch_size']}"
-                )
-            shape = (-1, *(int(d) for d in io["dims"]))
-            if shape != known[name]:
-                raise ConfigError(
-                    f"model '{model}', tensor '{name}': the model expects the shape "
-                    f"{_shape(known[name])} but the model configuration specifies {_shape(shape)} "
-                    "(an initial batch dimension because max_batch_size > 0, then the explicit "
-                    "dims)"
+                    f"unable to load model '{config['name']}': the configuration says {says} of "
+                    f"{side} '{name}', the file {has}; it has {', '.join(known)}"
                 )
 
 
@@ -218,5 +170,5 @@ def _bad_value(config: dict[str, Any], key: str, wanted: str, text: str) -> Conf
     )
 
 
-def _shape(dims: Iterable[int]) -> str:
+def _shape(dims: Iterable[object]) -> str:
     return f"[{','.join(map(str, dims))}]"
