@@ -91,17 +91,15 @@ def test_an_interruption_before_there_are_answers_leaves_what_was_there_alone(fo
     assert not record.has_figures
 
 
-def test_an_error_is_noted_and_goes_on_to_whoever_asked(folder, console):
-    with pytest.raises(PerfError, match="no image"), Record(folder, console, ANSWERED):
-        raise PerfError("no image")
-    assert read(folder)["notes"] == ["stopped before its end: no image"]
+@pytest.mark.parametrize(
+    ("error", "noted"),
+    [(PerfError("no image"), "no image"), (RuntimeError("first\n  second"), "first second")],
+)
+def test_an_error_is_one_note_and_goes_on_to_whoever_asked(folder, console, error, noted):
+    with pytest.raises(type(error)), Record(folder, console, ANSWERED):
+        raise error
+    assert read(folder)["notes"] == [f"stopped before its end: {noted}"]
     assert read(folder)["complete"] is False
-
-
-def test_an_error_of_several_lines_is_one_note(folder, console):
-    with pytest.raises(RuntimeError), Record(folder, console, ANSWERED):
-        raise RuntimeError("first\n  second")
-    assert read(folder)["notes"] == ["stopped before its end: first second"]
 
 
 def test_a_note_is_kept_and_said_at_once(folder, console):

@@ -31,47 +31,33 @@ def contents(folder):
     }
 
 
-def test_alternatives_are_served_as_the_full_rung_is(tmp_path, rung_set, repository):
-    folder = with_alternatives(repository, rung_set, tmp_path / "perf" / "model_repository")
-    laid_out = contents(folder)
-    for px in (5, 6):
-        assert laid_out[f"px{px}/config.pbtxt"] == laid_out["vit_high/config.pbtxt"]
-        weights = rung_set.graphs[f"px{px}"].file.read_bytes()
-        assert laid_out[f"px{px}/1/model.onnx"] == weights
-    assert b"vit_high" in laid_out["vit_high/config.pbtxt"]
-    models = {"vit_low", "vit_high", "router", "px5", "px6"}
-    assert {path.name for path in folder.iterdir()} == {*models, "MANIFEST.json"}
-
-
-def test_the_assembled_repository_is_copied_whole_and_stays_as_it_was(
-    tmp_path, rung_set, repository
-):
-    before = contents(repository)
-    folder = with_alternatives(repository, rung_set, tmp_path / "out")
-    assert contents(repository) == before
-    changed = {name for name in before if contents(folder)[name] != before[name]}
-    assert changed == {"router/config.pbtxt", "MANIFEST.json"}
-    manifest.verify(folder)  # the router checks it when it starts
-
-
 def router_parameter(repository, key):
     return config.parameter(config.read(repository / "router/config.pbtxt"), key)
 
 
-def test_requests_may_choose_any_threshold_in_the_copy_only(tmp_path, rung_set, repository):
-    folder = with_alternatives(repository, rung_set, tmp_path / "out")
-    assert router_parameter(repository, "client_parameters") == "careful"
-    assert router_parameter(folder, "client_parameters") == "any"
-    # Nor is anything measured while the router compares reference answers.
-    assert router_parameter(folder, "reference_check") == "off"
-
-
-def test_weights_are_second_names_of_the_same_files(tmp_path, rung_set, repository):
-    folder = with_alternatives(repository, rung_set, tmp_path / "out")
+def test_the_assembled_repository_is_copied_whole_with_every_alternative_beside_the_full_rung(
+    tmp_path, rung_set, repository
+):
+    before = contents(repository)
+    folder = with_alternatives(repository, rung_set, tmp_path / "perf" / "model_repository")
+    laid_out = contents(folder)
+    assert contents(repository) == before  # and stays as it was
+    changed = {name for name in before if laid_out[name] != before[name]}
+    assert changed == {"router/config.pbtxt", "MANIFEST.json"}
+    manifest.verify(folder)  # the router checks it when it starts
+    for px in (5, 6):
+        assert laid_out[f"px{px}/config.pbtxt"] == laid_out["vit_high/config.pbtxt"]
+        weights = rung_set.graphs[f"px{px}"].file
+        assert os.path.samefile(folder / f"px{px}/1/model.onnx", weights)  # a second name
+    models = {"vit_low", "vit_high", "router", "px5", "px6"}
+    assert {path.name for path in folder.iterdir()} == {*models, "MANIFEST.json"}
     assert os.path.samefile(folder / "vit_high/1/model.onnx", repository / "vit_high/1/model.onnx")
-    assert os.path.samefile(folder / "px5/1/model.onnx", rung_set.graphs["px5"].file)
     # A text that somebody may want to try something in is not.
     assert not os.path.samefile(folder / "px5/config.pbtxt", repository / "vit_high/config.pbtxt")
+    # Requests may choose any threshold in the copy only, and no router compares answers meanwhile.
+    assert router_parameter(repository, "client_parameters") == "careful"
+    assert router_parameter(folder, "client_parameters") == "any"
+    assert router_parameter(folder, "reference_check") == "off"
 
 
 def test_weights_that_graphs_share_are_served_beside_those_that_name_them(
@@ -113,16 +99,13 @@ def test_a_link_in_the_repository_is_followed(tmp_path, rung_set, repository):
     assert (folder / "vit_high/1/model.onnx").read_bytes() == content
 
 
-def test_what_lay_there_before_is_gone(tmp_path, rung_set, repository):
+def test_what_lay_there_before_is_gone_and_without_alternatives_it_has_the_assembled_models(
+    tmp_path, rung_set, repository
+):
     old = with_alternatives(repository, rung_set, tmp_path / "out") / "px5"
     (old / "left_over").write_text("of an earlier run")
-    with_alternatives(repository, write_rungs(tmp_path / "again", [6]), tmp_path / "out")
-    assert not old.exists()
-
-
-def test_without_alternatives_it_has_the_models_of_the_assembled_repository(tmp_path, repository):
     folder = with_alternatives(repository, write_rungs(tmp_path / "again"), tmp_path / "out")
-    assert contents(folder).keys() == contents(repository).keys()
+    assert not old.exists() and contents(folder).keys() == contents(repository).keys()
 
 
 @pytest.mark.parametrize("place", [".", "..", "vit_high"])
