@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -14,6 +14,7 @@ from .analyzer_install import Analyzer
 from .cpu import CpuMeter
 from .figures import Spread
 from .perf_analyzer import InputData, Level, Pass, run
+from .record import Record
 from .server_times import ms, since
 from .suites import Suite
 from .systems import ADAPTIVE, ENSEMBLE, HIGH, LOW, System
@@ -29,7 +30,7 @@ PASS_TIMEOUT_S = 300.0
 
 
 @dataclass
-class Measured:
+class Passes:
     """A level and its passes so far."""
 
     level: Level
@@ -117,30 +118,32 @@ class LoadRunner:
     costs_ms: Mapping[str, float]
 
     def measure(
-        self,
-        levels: Sequence[Level],
-        turns: int,
-        before_pass: Callable[[Level, int, Sequence[Measured]], None],
-        after_pass: Callable[[], None],
-    ) -> list[Measured]:
-        """Measure the levels, each once in every turn.
+        self, levels: Sequence[Level], turns: int, record: Record, title: str
+    ) -> list[Passes]:
+        """Measure the levels, each once in every turn, and add them to `systems` of the summary.
 
         Args:
             levels: what to measure.
             turns: how often.
-            before_pass: called with the level, the turn and what was measured so far.
-            after_pass: called after each pass.
+            record: keeps what was measured so far before each pass.
+            title: of the stage.
 
         Raises:
             PerfAnalyzerError: a pass failed.
         """
-        measured = [Measured(level) for level in levels]
-        for turn in range(turns):
-            shift = turn * len(levels) // max(1, turns)  # nobody is always first
-            for entry in measured[shift:] + measured[:shift]:
-                before_pass(entry.level, turn, measured)
-                entry.passes.append(self._pass(entry.level, turn))
-                after_pass()
+        before, measured = list(record.summary.get("systems", [])), [Passes(n) for n in levels]
+
+        def keep() -> None:
+            record.summary["systems"] = before + [p.to_dict() for p in measured if p.passes]
+
+        with record.stage(title, len(levels) * turns) as bar:
+            for turn in range(turns):
+                shift = turn * len(levels) // turns  # nobody is always first
+                for entry in measured[shift:] + measured[:shift]:
+                    bar.describe(f"{title}, turn {turn + 1}: {entry.level.slug}")
+                    entry.passes.append(self._pass(entry.level, turn))
+                    keep()
+                    bar.advance()
         return measured
 
     def _pass(self, level: Level, turn: int) -> Pass:
@@ -206,9 +209,7 @@ def closed_levels(
     return levels
 
 
-def open_levels(
-    suite: Suite, systems: Sequence[System], measured: Sequence[Measured]
-) -> list[Level]:
+def open_levels(suite: Suite, systems: Sequence[System], measured: Sequence[Passes]) -> list[Level]:
     """The open loops: Poisson arrivals at parts of what the closed loop reached at most."""
     by_name = {system.name: system for system in systems}
     capacity = {name: m.throughput.median for name, m in most_in_flight(measured).items()}
@@ -220,9 +221,9 @@ def open_levels(
     ]
 
 
-def most_in_flight(measured: Sequence[Measured]) -> dict[str, Measured]:
+def most_in_flight(measured: Sequence[Passes]) -> dict[str, Passes]:
     """Of each system the closed loop on mixed images over plain gRPC with most in flight."""
-    found: dict[str, Measured] = {}
+    found: dict[str, Passes] = {}
     for entry in measured:
         level = entry.level
         if (level.set_name, level.protocol, level.shared_memory) != ("mixed", "grpc", "none"):

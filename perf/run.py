@@ -35,10 +35,10 @@ from .figures import PerfError
 from .harness import Asker, cut, is_a_loss
 from .images import Pool, choose_sets, load_pool, score_pool
 from .images import sent_under_load as under_load
-from .loads import COMPARED, LoadRunner, Measured, closed_levels, most_in_flight, open_levels
+from .loads import COMPARED, LoadRunner, closed_levels, most_in_flight, open_levels
 from .locust_runs import run_locust
 from .memory import MEASURED, MemoryUse, memory_figures, peak_memory
-from .perf_analyzer import Level, write_inputs
+from .perf_analyzer import write_inputs
 from .record import Record
 from .repository import assembled, with_alternatives
 from .suites import Suite
@@ -342,27 +342,12 @@ def load_with_perf_analyzer(
         how = (folder, suite.pass_s, costs_ms)
         runner = LoadRunner(target, target.meter(), analyzer, inputs, *how)
         levels = closed_levels(suite, asked, bench.sets, has_http, is_local)
-        closed = _run_levels(bench, runner, levels, "closed loop")
+        closed = runner.measure(levels, suite.turns, record, "closed loop")
         for name, entry in most_in_flight(closed).items():
             if name in COMPARED and entry.instability():
                 record.note(f"under load, {name} did not stabilise: {entry.instability()}")
-        _run_levels(bench, runner, open_levels(suite, asked, closed), "open loop")
-
-
-def _run_levels(
-    bench: Bench, runner: LoadRunner, levels: Sequence[Level], title: str
-) -> list[Measured]:
-    summary, turns = bench.record.summary, bench.options.suite.turns
-    before = list(summary.get("systems", []))
-    with bench.record.stage(title, len(levels) * turns) as bar:
-
-        def before_pass(level: Level, turn: int, measured: Sequence[Measured]) -> None:
-            bar.describe(f"{title}, turn {turn + 1}: {level.slug}")
-            summary["systems"] = before + [entry.to_dict() for entry in measured if entry.passes]
-
-        measured = runner.measure(levels, turns, before_pass, bar.advance)
-        summary["systems"] = before + [entry.to_dict() for entry in measured]
-    return measured
+        levels = open_levels(suite, asked, closed)
+        runner.measure(levels, suite.turns, record, "open loop")
 
 
 def load_with_locust(bench: Bench) -> None:

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 
 from perf.harness import Answer
-from perf.loads import Measured
+from perf.loads import Passes
 from perf.perf_analyzer import Level, Pass
 from perf.systems import System
 
@@ -58,4 +58,4 @@ def make_measured(name, throughputs, concurrency=4, **changes):
     system = make_system(name)
     server = {system.model: make_times()}
     level = Level(system, concurrency=concurrency, **changes)
-    return Measured(level, [make_pass(value, server=server) for value in throughputs])
+    return Passes(level, [make_pass(value, server=server) for value in throughputs])

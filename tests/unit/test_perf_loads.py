@@ -1,14 +1,18 @@
 """Loads in turn: which there are, how much is sent, what is said of them and what is trusted."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from perf import loads
-from perf.loads import LoadRunner, Measured, closed_levels, most_in_flight, open_levels
+from perf.analyzer_install import PerfAnalyzerError
+from perf.loads import LoadRunner, Passes, closed_levels, most_in_flight, open_levels
 from perf.perf_analyzer import InputData, Level
+from perf.record import Record
 from perf.suites import FULL, QUICK, SUITES
 from tests.unit.perf_measured import make_measured, make_pass, make_system, make_times
 
@@ -34,6 +38,7 @@ class FakeServer:
         return {
             "router": make_times(3 * self.readings, infer=30 * self.readings),
             "vit_low": make_times(5 * self.readings, infer=20 * self.readings),
+            "adaptive_vit": make_times(self.readings),
             "idle": make_times(7),
         }
 
@@ -49,10 +54,12 @@ class FakeAnalyzer:
     """Stands in for `perf_analyzer.run`: logs what it is to send and where its report goes."""
 
     def __init__(self):
-        self.passes = []
+        self.passes, self.fails_at = [], None
 
     def __call__(self, level, url, inputs, rounds, analyzer, report, timeout_s):
         self.passes.append(SimpleNamespace(**{k: v for k, v in locals().items() if k != "self"}))
+        if len(self.passes) == self.fails_at:
+            raise PerfAnalyzerError("failed")
         return make_pass(100.0 + len(self.passes))
 
 
@@ -69,36 +76,41 @@ def runner(server=None, pass_s=2.0, **costs_ms):
     return LoadRunner(server, server.meter(), None, INPUTS, Path("raw"), pass_s, costs)
 
 
-def measure(levels, turns=1, **changes):
-    return runner(**changes).measure(levels, turns, lambda *_: None, lambda: None)
+@pytest.fixture
+def measure(tmp_path):
+    """Measures levels, and has the record they are kept in."""
+
+    def measure(levels, turns=1, **changes):
+        return runner(**changes).measure(levels, turns, measure.record, "loop")
+
+    measure.record = Record(tmp_path, Console(quiet=True), {"answers": {}, "systems": ["before"]})
+    return measure
 
 
 # --- taking turns ------------------------------------------------------------------------------
 
 
-def test_each_level_is_measured_once_per_turn_and_none_is_always_first(fake):
+def test_each_level_is_measured_once_per_turn_and_none_is_always_first(fake, measure):
     levels = [Level(ADAPTIVE, concurrency=c) for c in (1, 2, 4, 8)]
-    before, after = [], []
-    measured = runner().measure(
-        levels,
-        2,
-        lambda level, turn, so_far: before.append(
-            (level.concurrency, turn, sum(len(m.passes) for m in so_far))
-        ),
-        lambda: after.append(1),
-    )
+    found = measure(levels, turns=2)
     assert [sent.level.concurrency for sent in fake.passes] == [1, 2, 4, 8, 4, 8, 1, 2]
-    assert [(c, turn) for c, turn, _ in before] == [
-        *((c, 0) for c in (1, 2, 4, 8)),
-        *((c, 1) for c in (4, 8, 1, 2)),
-    ]
-    assert [done for _, _, done in before] == list(range(8)) and len(after) == 8
-    assert [entry.level for entry in measured] == levels
-    assert measured[0].throughput.values == (101.0, 107.0)
-    assert measured[2].throughput.values == (103.0, 105.0)
+    assert [entry.level for entry in found] == levels
+    assert found[0].throughput.values == (101.0, 107.0)
+    assert found[2].throughput.values == (103.0, 105.0)
+    kept = json.loads((measure.record.folder / "summary.json").read_text())["systems"]
+    assert kept == ["before", *(entry.to_dict() for entry in found)]
 
 
-def test_every_pass_keeps_its_report_under_a_name_of_its_own(fake):
+def test_what_was_measured_before_a_pass_that_fails_is_kept(fake, measure):
+    fake.passes += [None] * 2
+    fake.fails_at = 5
+    with pytest.raises(PerfAnalyzerError):
+        measure([Level(ADAPTIVE, concurrency=c) for c in (1, 2, 4)], turns=2)
+    before, *kept = measure.record.summary["systems"]
+    assert before == "before" and [entry["load"]["concurrency"] for entry in kept] == [1, 2]
+
+
+def test_every_pass_keeps_its_report_under_a_name_of_its_own(fake, measure):
     measure([Level(ADAPTIVE, concurrency=4), Level(ADAPTIVE, rate_per_s=2.5)], turns=2)
     assert sorted(sent.report.name for sent in fake.passes) == [
         "adaptive-mixed-c4-grpc-1.csv",
@@ -117,20 +129,22 @@ def test_every_pass_keeps_its_report_under_a_name_of_its_own(fake):
     ("cost_ms", "rounds"),
     [(25.0, 8), (24.0, 8), (200.0, 1), (1900.0, 1)],  # 2 s / cost, in rounds of 10 images
 )
-def test_a_closed_pass_lasts_about_as_long_as_asked_in_whole_rounds(fake, cost_ms, rounds):
+def test_a_closed_pass_lasts_about_as_long_as_asked_in_whole_rounds(fake, measure, cost_ms, rounds):
     measure([Level(ADAPTIVE, concurrency=4)], adaptive=cost_ms)
     (sent,) = fake.passes
     assert sent.rounds == rounds
 
 
 @pytest.mark.parametrize(("rate", "rounds"), [(2.5, 6), (60.0, 6), (61.0, 7), (333.0, 34)])
-def test_an_open_pass_has_enough_requests_for_its_rate_and_its_percentiles(fake, rate, rounds):
+def test_an_open_pass_has_enough_requests_for_its_rate_and_its_percentiles(
+    fake, measure, rate, rounds
+):
     measure([Level(ADAPTIVE, rate_per_s=rate)])
     (sent,) = fake.passes
     assert sent.rounds == rounds and sent.timeout_s > 10 * rounds / rate
 
 
-def test_a_pass_sends_its_set_in_the_form_the_system_takes(fake):
+def test_a_pass_sends_its_set_in_the_form_the_system_takes(fake, measure):
     never = make_system("adaptive-0", parameters={"threshold": 10})
     levels = [
         Level(never, "hard", 1),
@@ -145,15 +159,19 @@ def test_a_pass_sends_its_set_in_the_form_the_system_takes(fake):
     ]
 
 
-def test_the_servers_times_and_cpu_are_those_of_the_pass(fake):
+def test_the_servers_times_and_cpu_are_those_of_the_pass(fake, measure):
     (entry,) = measure([Level(ADAPTIVE, concurrency=1)], turns=2)
     for one in entry.passes:
-        assert set(one.server) == {"router", "vit_low"}  # the idle model had no request
+        assert set(one.server) == {
+            "router",
+            "vit_low",
+            "adaptive_vit",
+        }  # the idle model had no request
         assert (one.server["router"]["requests"], one.server["vit_low"]["requests"]) == (3, 5)
         assert one.server_cpu_ms == pytest.approx(4.0)  # 12 ms for 3 requests
 
 
-def test_a_server_that_is_not_ours_has_no_cpu_time(fake):
+def test_a_server_that_is_not_ours_has_no_cpu_time(fake, measure):
     (entry,) = measure([Level(ADAPTIVE, concurrency=1)], server=FakeServer(local=False))
     assert entry.passes[0].server_cpu_ms is None
     assert entry.to_dict()["server_cpu_ms"] is None
@@ -170,7 +188,7 @@ def test_a_level_is_an_entry_of_the_summary():
     busy = {**server, "vit_low": make_times(4, queue=8, input=16, infer=80, output=24)}
     level = Level(ADAPTIVE, "easy", 4, protocol="http")
     passes = [make_pass(20.0, 10.0, server, 5.0), make_pass(21.0, 12.0, busy, 7.0)]
-    entry = Measured(level, passes).to_dict()
+    entry = Passes(level, passes).to_dict()
     assert (entry["system"], entry["model"], entry["set"]) == ("adaptive", "router", "easy")
     assert entry["load"] == {
         "loop": "closed",
@@ -194,7 +212,7 @@ def test_a_model_that_some_passes_did_not_reach_shares_the_requests_of_all():
     without = {"router": make_times(4, infer=4)}
     with_high = {"router": make_times(4, infer=4), "vit_high": make_times(2, infer=20)}
     level = Level(ADAPTIVE, concurrency=1)
-    entry = Measured(level, [make_pass(server=without), make_pass(server=with_high)]).to_dict()
+    entry = Passes(level, [make_pass(server=without), make_pass(server=with_high)]).to_dict()
     assert entry["server_ms"]["vit_high"]["images_share"] == 0.25
     assert entry["server_ms"]["vit_high"]["infer"] == 10.0
 
@@ -202,12 +220,12 @@ def test_a_model_that_some_passes_did_not_reach_shares_the_requests_of_all():
 def test_a_call_of_a_rung_with_a_batch_counts_all_its_images():
     # The router answers 8 requests with 2 calls of 4 images each.
     server = {"router": make_times(8), "vit_low": make_times(2, batch=4)}
-    entry = Measured(Level(ADAPTIVE, concurrency=8), [make_pass(server=server)]).to_dict()
+    entry = Passes(Level(ADAPTIVE, concurrency=8), [make_pass(server=server)]).to_dict()
     assert entry["server_ms"]["vit_low"]["images_share"] == 1.0
 
 
 def test_an_open_level_says_its_rate():
-    load = Measured(Level(ADAPTIVE, rate_per_s=2.5), [make_pass()]).to_dict()["load"]
+    load = Passes(Level(ADAPTIVE, rate_per_s=2.5), [make_pass()]).to_dict()["load"]
     assert (load["loop"], load["concurrency"], load["rate_per_s"]) == ("open", None, 2.5)
 
 
@@ -238,7 +256,7 @@ def test_closed_passes_whose_throughput_differs_are_not_stable(throughputs, said
 def test_open_passes_must_agree_in_latency_and_be_sent_in_time(passes, said):
     # Their throughput is the rate, and says nothing.
     made = [make_pass(5.0 * (i + 1), p50, delayed=late) for i, (p50, late) in enumerate(passes)]
-    assert Measured(Level(ADAPTIVE, rate_per_s=2.5), made).instability() == said
+    assert Passes(Level(ADAPTIVE, rate_per_s=2.5), made).instability() == said
 
 
 # --- which loads there are ----------------------------------------------------------------------
@@ -294,13 +312,8 @@ def test_the_full_suite_draws_the_curves_and_measures_the_ends_of_all_others():
 
 
 @pytest.mark.parametrize("suite", SUITES.values(), ids=SUITES)
-def test_no_load_is_measured_twice(suite):
-    found = closed(suite)
-    assert len(set(found)) == len(found)
-
-
-@pytest.mark.parametrize("suite", SUITES.values(), ids=SUITES)
-def test_what_cannot_be_measured_is_left_out(suite):
+def test_no_load_is_measured_twice_and_what_cannot_be_measured_is_left_out(suite):
+    assert len(set(closed(suite))) == len(closed(suite))
     assert not any("http" in slug for slug in closed(suite, http=False))
     assert any("shm" in slug for slug in closed(suite, http=False))
     assert not any("shm" in slug for slug in closed(suite, shared_memory=False))
