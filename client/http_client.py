@@ -146,29 +146,34 @@ class HttpClient(BlockingCore):
                 raise ConnectionAbortedError
             try:
                 yield answer, content
+                is_reusable = connection.sock is not None
             except InferenceServerException:
                 is_reusable = connection.sock is not None
                 raise
             except (AttributeError, KeyError, TypeError, ValueError):  # no JSON, or not Triton's
                 raise wrong_protocol(self.url) from None
-            is_reusable = connection.sock is not None
         except (OSError, http.client.HTTPException) as error:
             if self._closed:
                 raise RequestCancelledError("the client was closed before the answer") from None
-            if isinstance(error, OSError):
-                raise
             if isinstance(error, http.client.IncompleteRead):
                 raise ConnectionResetError("closed before the answer") from None
-            raise wrong_protocol(self.url) from None
+            if isinstance(error, http.client.HTTPException) and not isinstance(error, OSError):
+                raise wrong_protocol(self.url) from None
+            raise
         finally:
-            self._give_back(connection, is_reusable)
+            with self._changed:
+                self._busy.discard(connection)
+                if is_reusable and not self._closed:
+                    self._idle.append(connection)
+                else:
+                    connection.let_go()
+                self._changed.notify()
 
     def _borrow(self, left: LeftS) -> _Connection:
-        def is_free() -> bool:
-            return self._closed or len(self._busy) < self._limit
-
         with self._changed:
-            if not self._changed.wait_for(is_free, left()):
+            if not self._changed.wait_for(
+                lambda: self._closed or len(self._busy) < self._limit, left()
+            ):
                 raise TimeoutError
             if self._closed:
                 raise closed_client()
@@ -177,15 +182,6 @@ class HttpClient(BlockingCore):
             connection = self._idle.pop() if self._idle else _Connection(self.url, self._context)
             self._busy.add(connection)
         return connection
-
-    def _give_back(self, connection: _Connection, reusable: bool) -> None:
-        with self._changed:
-            self._busy.discard(connection)
-            if reusable and not self._closed:
-                self._idle.append(connection)
-            else:
-                connection.let_go()
-            self._changed.notify()
 
 
 class _Connection(http.client.HTTPConnection):

@@ -1,6 +1,5 @@
 """The clients against a real server that has too much to do, other versions, keys."""
 
-import asyncio
 import io
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,12 +11,10 @@ from PIL import Image
 
 from client import (
     AccessDeniedError,
-    AsyncGrpcClient,
     ClientError,
     DeadlineError,
     GrpcClient,
     HttpClient,
-    InvalidRequestError,
     NotServedError,
     OverloadedError,
     Prediction,
@@ -142,26 +139,3 @@ def test_restricted_apis_want_the_key(narrow, kind, images):
             with pytest.raises(AccessDeniedError, match="restricted") as caught:
                 client.infer_tensor(images[:2])
             assert KEY not in str(caught.value)
-
-
-# --- streams -----------------------------------------------------------------------------------
-
-
-def test_a_stream_answers_in_order_and_goes_on_after_a_bad_image(server, crops):
-    async def ask():
-        async def images():
-            for index, crop in enumerate(crops):
-                yield b"not an image" if index == 5 else crop
-
-        async with AsyncGrpcClient(server.grpc_url) as client:
-            return [answer async for answer in client.stream(images(), concurrency=6)]
-
-    found = asyncio.run(ask())
-    assert isinstance(found[5], InvalidRequestError)
-    with GrpcClient(server.grpc_url) as client:
-        expected = client.infer(crops)
-    assert len(found) == len(expected) == len(crops)
-    for index, (one, other) in enumerate(zip(found, expected, strict=True)):
-        if index != 5:
-            np.testing.assert_allclose(one.embedding, other.embedding, rtol=1e-4, atol=1e-5)
-            assert one.escalated == other.escalated
