@@ -8,11 +8,8 @@ import pytest
 
 from client import (
     DeadlineError,
-    GrpcClient,
-    HttpClient,
     InvalidRequestError,
     Task,
-    UnavailableError,
 )
 from client.core import BlockingCore, ClientCore
 from tests.unit.client_servers import every, listening
@@ -57,31 +54,22 @@ class FakeClient(BlockingCore):
         }[what]
 
 
-def test_a_batch_over_the_maximum_is_split_and_answered_in_order():
-    client = FakeClient(max_batch=32)
-    found = client.infer([b"x"] * 70)
-    assert [shape for _, _, shape, _ in client.sent] == [[32, 1], [32, 1], [6, 1]]
-    assert len(found) == 70
-    client.infer([b"x"] * 2, timeout_s=3)
-    assert client.asked_for_maximum == ["adaptive_vit"]  # remembered
-
-
-def test_a_single_image_asks_nothing_first():
-    client = FakeClient()
-    client.infer([b"x"])
-    assert client.asked_for_maximum == []
-
-
-def test_a_model_that_does_not_batch_gets_one_image_at_a_time():
-    client = FakeClient(max_batch=0)
-    client.infer([b"x"] * 3)
-    assert [shape for _, _, shape, _ in client.sent] == [[1, 1]] * 3
-
-
-def test_no_images_are_no_request():
-    client = FakeClient()
-    assert client.infer([]) == []
-    assert client.sent == []
+@pytest.mark.parametrize(
+    ("max_batch", "images", "batches", "questions"),
+    [
+        (32, 70, [32, 32, 6], 1),
+        (32, 1, [1], 0),  # a single image always fits
+        (0, 3, [1, 1, 1], 1),  # a model that does not batch
+        (32, 0, [], 0),
+    ],
+)
+def test_images_are_sent_in_batches_that_the_model_takes(max_batch, images, batches, questions):
+    client = FakeClient(max_batch)
+    for _ in range(2):  # the maximum is remembered
+        client.sent.clear()
+        assert len(client.infer([b"x"] * images, timeout_s=3)) == images
+        assert [shape for _, _, shape, _ in client.sent] == [[batch, 1] for batch in batches]
+        assert client.asked_for_maximum == ["adaptive_vit"] * questions
 
 
 def test_options_reach_the_transport():
@@ -110,7 +98,7 @@ def test_a_timeout_that_is_none_is_refused(timeout_s):
     assert client.sent == []
 
 
-@pytest.mark.parametrize("kind", [GrpcClient, HttpClient])
+@every
 @pytest.mark.parametrize("key", ["", "two\nlines", "k\u00e9y", " padded"])
 def test_an_admin_key_that_fits_no_header_is_refused_without_showing_it(kind, key):
     with pytest.raises(InvalidRequestError, match="admin key must be one line") as caught:
@@ -152,13 +140,6 @@ def test_the_context_manager_closes():
     with FakeClient() as client:
         assert not client.closed
     assert client.closed
-
-
-@pytest.mark.parametrize("kind", [GrpcClient, HttpClient])
-def test_without_a_server_there_is_one_clear_error(kind):
-    with kind("127.0.0.1:1") as client, pytest.raises(UnavailableError) as caught:
-        client.infer([b"x"])
-    assert str(caught.value) == "no server answers at 127.0.0.1:1; start one with python -m server"
 
 
 def test_a_dtype_that_triton_lacks_is_an_invalid_request():
