@@ -211,7 +211,7 @@ def test_check_and_the_containers_health_check_tell_a_server_with_a_dead_model(
         url, http = server.grpc_url, server.http_url
         well = look(url, "--repository", repository)
         assert (well.returncode, well.stderr) == (0, "")
-        assert well.stdout.startswith("5 models ready, 6 processes alive, answered in ")
+        assert well.stdout.startswith("6 models ready, 6 processes alive, answered in ")
         assert healthcheck(http) == 0
         for pid in stubs(server.process_ids(), model):
             os.kill(pid, signal.SIGKILL)
