@@ -170,25 +170,17 @@ def evaluate(calibration: Calibration, outputs: Outputs) -> Evaluation:
     check_artifact(calibration, outputs.made, outputs.truth_words)
     outputs, known = _unseen(calibration, outputs)
     groups = np.array(group_keys(outputs, calibration.data["group_by"]))
-    seed = calibration.data["seed"]
+    seed, fidelity = calibration.data["seed"], Fidelity.of(calibration)
     rows = one_per_group(groups, np.arange(len(outputs)), seed)
-    fidelity = Fidelity.of(calibration)
-    loss, scores = fidelity.loss(outputs), calibration.score(outputs.low)
-    threshold, reference = calibration.threshold, calibration.reference_scores
-    escalated = escalation_mask(scores[rows], threshold, Overrides())
+    scores, threshold = calibration.score(outputs.low)[rows], calibration.threshold
+    outputs, reference = outputs.rows(rows), calibration.reference_scores
+    held_out = HeldOut(outputs, groups[rows], scores, threshold, fidelity, seed)
     reference_escalated = escalation_mask(reference, threshold, Overrides())
-    high_loss = fidelity.high_loss(outputs)
-    lost = ~escalated & loss[rows]
-    if high_loss is not None:
-        lost |= escalated & high_loss[rows]
-    errors, n = int(lost.sum()), len(rows)
+    errors, n = int(held_out.lost.sum()), len(rows)
     exact = binomtest(errors, n).proportion_ci(INTERVAL, "exact")
-    distance = ks_2samp(scores[rows], reference)
-    both = (escalated, reference_escalated)
+    distance = ks_2samp(scores, reference)
+    both = (held_out.escalated, reference_escalated)
     counts = [[int(which.sum()), int((~which).sum())] for which in both]
-    held_out = HeldOut(
-        outputs, rows, rows, groups, scores, threshold, loss, high_loss, seed, fidelity
-    )
     measured = held_out.figures()
     names = [name for name in measured if name.startswith(("agreement", "accuracy"))]
     return Evaluation(
@@ -198,7 +190,7 @@ def evaluate(calibration: Calibration, outputs: Outputs) -> Evaluation:
         errors=errors,
         risk=errors / n,
         risk_interval=(float(exact.low), float(exact.high)),
-        escalation_rate=float(escalated.mean()),
+        escalation_rate=float(held_out.escalated.mean()),
         reference_escalation_rate=float(reference_escalated.mean()),
         escalation_p=float(fisher_exact(counts).pvalue),
         score_distance=float(distance.statistic),

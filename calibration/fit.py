@@ -143,33 +143,35 @@ def fit(
     values = {key: signs[key] * raw[key] for key in unseen}
     for key, ranked in ranking.items():
         values[key][rows] = ranked
-    threshold, verdict = _threshold(
-        target,
-        score_map(unseen[name]),
-        scores[certify_rows],
-        loss[certify_rows],
-        None if high_loss is None else high_loss[certify_rows],
-    )
-    certificate = None
-    if isinstance(target, certify.Goal) and verdict is not None:
+    fit_scores, certificate, max_risk = score_map(unseen[name]), None, None
+    threshold: float | None
+    if isinstance(target, certify.Goal):
+        verdict = certify.certify(
+            scores[certify_rows],
+            loss[certify_rows],
+            certify.candidate_thresholds(fit_scores),
+            target,
+            None if high_loss is None else high_loss[certify_rows],
+        )
+        threshold, max_risk = verdict.threshold, target.max_risk
         grouped = len(certify_rows) < len(splits["certify"])
         certificate = certify.certificate(
             verdict, target, options.fidelity, name, grouped, outputs.truth_words
         )
+    elif isinstance(target, EscalationRate):
+        threshold = threshold_for_rate(fit_scores, target.escalation_rate)
+    else:
+        threshold = target.threshold
 
+    held_out = splits["test"]
     test = HeldOut(
-        outputs,
-        splits["test"],
-        independent["test"],
-        np.array(groups),
-        scores,
+        outputs.rows(held_out),
+        np.array(groups)[held_out],
+        scores[held_out],
         threshold,
-        loss,
-        high_loss,
-        options.seed,
         options.fidelity,
+        options.seed,
     )
-    max_risk = target.max_risk if isinstance(target, certify.Goal) else None
     unfitted = np.concatenate(list(independent.values()))
     copies = find_copies(outputs.hashes, outputs.looks)
     calibration = Calibration(
@@ -189,8 +191,15 @@ def fit(
         certificate=certificate,
         metrics={
             **test.figures(),
-            **test.signals(values, oracle, name, max_risk, costs),
-            "score_spread": score_spread(scores[splits["test"]], oracle[splits["test"]]),
+            **test.signals(
+                {key: ranked[held_out] for key, ranked in values.items()},
+                oracle[held_out],
+                name,
+                max_risk,
+                costs,
+                np.searchsorted(held_out, independent["test"]),
+            ),
+            "score_spread": score_spread(scores[held_out], oracle[held_out]),
         },
         data={
             "source": outputs.title,
@@ -211,25 +220,6 @@ def fit(
         task=rung_set.task,
     )
     return Fit(calibration, splits, values, scores, loss, high_loss, unfitted)
-
-
-def _threshold(
-    target: Target,
-    fit_scores: NDArray[np.float32],
-    certify_scores: NDArray[np.float32],
-    certify_loss: NDArray[np.bool_],
-    certify_high_loss: NDArray[np.bool_] | None,
-) -> tuple[float | None, certify.Verdict | None]:
-    """The threshold, and the verdict where one was asked for."""
-    if isinstance(target, certify.Goal):
-        candidates = certify.candidate_thresholds(fit_scores)
-        verdict = certify.certify(
-            certify_scores, certify_loss, candidates, target, certify_high_loss
-        )
-        return verdict.threshold, verdict
-    if isinstance(target, EscalationRate):
-        return threshold_for_rate(fit_scores, target.escalation_rate), None
-    return target.threshold, None
 
 
 def _check(outputs: Outputs, rung_set: GraphSet, options: Options) -> None:

@@ -21,55 +21,47 @@ FloatVector = NDArray[np.float64]
 
 
 class HeldOut:
-    """The test split, and what can be measured on it.
+    """n images that chose nothing, and what can be measured on them.
 
     Args:
-        outputs: what the rungs answer for all N images.
-        rows: the images of the test split.
-        independent: one of `rows` for each group.
-        groups: the group of each of N images; resampling never divides one.
-        scores: the score of each image, FP32 (N,), oracle units.
+        outputs: what the rungs answer for them.
+        groups: the group of each image, (n,); resampling never divides one.
+        scores: FP32 (n,), oracle units.
         threshold: above which an image escalates, oracle units; None: all escalate.
-        loss: fidelity loss of the cheap answers, BOOL (N,).
-        high_loss: fidelity loss of the full rung's answers; None: the full rung is the reference.
-        seed: draws the resamples.
         fidelity: when an answer is a loss.
+        seed: draws the resamples.
+
+    Attributes:
+        escalated: BOOL (n,).
+        lost: which images get an answer that is a loss, BOOL (n,): kept low, or escalated to a full
+            rung that is not the reference.
     """
 
     def __init__(
         self,
         outputs: Outputs,
-        rows: Rows,
-        independent: Rows,
         groups: NDArray[Any],
         scores: NDArray[np.float32],
         threshold: float | None,
-        loss: NDArray[np.bool_],
-        high_loss: NDArray[np.bool_] | None,
-        seed: int,
         fidelity: Fidelity,
+        seed: int,
     ) -> None:
-        self._outputs, self._rows = outputs, rows
-        self._independent = np.searchsorted(rows, independent)
-        self._escalated = escalation_mask(scores[rows], threshold, Overrides())
-        self._loss = loss[rows]
-        self._high_loss = None if high_loss is None else high_loss[rows]
-        self._bootstrap = metrics.Bootstrap(groups[rows], seed)
-        self._groups = groups[rows]
-        self._fidelity = fidelity
+        self._outputs, self._groups, self._fidelity = outputs, groups, fidelity
+        self._loss, self._high_loss = fidelity.loss(outputs), fidelity.high_loss(outputs)
+        self._bootstrap = metrics.Bootstrap(groups, seed)
+        self.escalated = escalation_mask(scores, threshold, Overrides())
+        self.lost = ~self.escalated & self._loss
+        if self._high_loss is not None:
+            self.lost |= self.escalated & self._high_loss
 
     def figures(self) -> dict[str, Any]:
         """Escalation, risk, agreement, and accuracy where labels are known."""
-        lost = ~self._escalated & self._loss
-        if self._high_loss is not None:
-            lost |= self._escalated & self._high_loss
-        columns = {"escalation_rate": self._escalated, "risk": lost}
-        known = np.ones(len(self._rows), dtype=np.bool_)
-        test = self._outputs.rows(self._rows)
+        columns = {"escalation_rate": self.escalated, "risk": self.lost}
+        test, known = self._outputs, np.ones(len(self._outputs), np.bool_)
         agrees = self._fidelity.agrees(test)
         if agrees is not None:
             columns["agreement_low"] = agrees[0]
-            columns["agreement_with_high"] = np.where(self._escalated, agrees[1], agrees[0])
+            columns["agreement_with_high"] = np.where(self.escalated, agrees[1], agrees[0])
         low, high = test.low.logits, test.high.logits
         if test.task == "classes" and low is not None and high is not None:
             low, high = low.argmax(axis=1), high.argmax(axis=1)
@@ -78,11 +70,8 @@ class HeldOut:
             if known.any():
                 columns["accuracy_low"] = low == truth
                 columns["accuracy_high"] = high == truth
-                columns["accuracy_adaptive"] = np.where(self._escalated, high, low) == truth
-        figures: dict[str, Any] = {
-            "images": len(self._rows),
-            "groups": len(np.unique(self._groups)),
-        }
+                columns["accuracy_adaptive"] = np.where(self.escalated, high, low) == truth
+        figures: dict[str, Any] = {"images": len(test), "groups": len(np.unique(self._groups))}
         intervals = {}
         for name, column in columns.items():
             rows = known if name.startswith("accuracy") else np.ones_like(known)
@@ -94,7 +83,7 @@ class HeldOut:
             ) -> FloatVector:
                 return metrics.mean(weights[:, rows], column[rows])
 
-            figures[name] = metrics.value(figure, len(self._rows))
+            figures[name] = metrics.value(figure, len(test))
             intervals[name] = self._bootstrap.interval(figure)
             if figures[name] in (0.0, 1.0):  # all images alike: resampling them shows no doubt
                 groups = len(np.unique(self._groups[rows]))
@@ -109,9 +98,9 @@ class HeldOut:
         chosen: str,
         max_risk: float | None,
         costs: Mapping[str, float],
+        independent: Rows,
     ) -> dict[str, Any]:
-        """Every signal beside random and the oracle."""
-        held_out = oracle[self._rows]
+        """Every signal beside random and the oracle; `independent` has one row of each group."""
         base = float(self._loss.mean())
         of_high = 0.0 if self._high_loss is None else float(self._high_loss.mean())
         table: dict[str, Any] = {
@@ -126,10 +115,9 @@ class HeldOut:
                 "cv_escalation": None,
             }
         }
-        for name, column in {**values, "oracle": oracle}.items():
-            ranked = column[self._rows]
+        for name, ranked in {**values, "oracle": oracle}.items():
             rank_loss = partial(metrics.auroc, values=ranked, loss=self._loss)
-            rank_oracle = partial(metrics.spearman, first=ranked, second=held_out)
+            rank_oracle = partial(metrics.spearman, first=ranked, second=oracle)
             table[name] = {
                 "auroc": metrics.value(rank_loss, len(ranked)),
                 "auroc_interval": self._bootstrap.interval(rank_loss),
@@ -142,26 +130,20 @@ class HeldOut:
                 ),
                 "cv_escalation": None if max_risk is None else _finite(costs.get(name)),
             }
+        # The bootstrap alone is too ready to say that losses rank higher than chance would have it
+        # where there are few of them, so the rank test on independent images must agree, at 2.5 %
+        # one-sided (Mann and Whitney 1947).
+        interval = table[chosen]["auroc_interval"]
+        ranked, lost = values[chosen][independent], self._loss[independent]
+        beats_chance = interval is not None and interval[0] > 0.5 and 0 < lost.sum() < len(lost)
+        if beats_chance:
+            test = mannwhitneyu(ranked[lost], ranked[~lost], alternative="greater")
+            beats_chance = bool(test.pvalue <= 0.025)
         return {
             "needed_for": max_risk,
             "signals": table,
-            "no_better_than_random": not self._beats_chance(values[chosen], table[chosen]),
+            "no_better_than_random": not beats_chance,
         }
-
-    def _beats_chance(self, values: FloatVector, figures: Mapping[str, Any]) -> bool:
-        """Whether losses rank higher than chance would have it, at 2.5 % one-sided.
-
-        The bootstrap alone is too ready to say so where there are few losses, so the rank test on
-        independent images must agree (Mann and Whitney 1947).
-        """
-        interval = figures["auroc_interval"]
-        ranked = values[self._rows][self._independent]
-        lost = self._loss[self._independent]
-        if interval is None or interval[0] <= 0.5 or lost.all() or not lost.any():
-            return False
-        return bool(
-            mannwhitneyu(ranked[lost], ranked[~lost], alternative="greater").pvalue <= 0.025
-        )
 
 
 def _finite(escalation: float | None) -> float | None:

@@ -275,11 +275,7 @@ class Comparison:
         content = asdict(self)
         content["score_change"] = _finite(self.score_change)
         content["rungs"] = {
-            name: {
-                "images": found.images,
-                "median": _finite(found.median),
-                "largest": _finite(found.largest),
-            }
+            name: {key: _finite(figure) for key, figure in asdict(found).items()}
             for name, found in self.rungs.items()
         }
         return {"outcome": self.outcome, "verdict": self.verdict, **content}

@@ -1,7 +1,6 @@
 """`python -m calibration` from a folder of unlabelled images to a certified artifact."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -10,8 +9,8 @@ from PIL import Image
 from bundle.alignment import Alignment
 from bundle.prints import decode as known
 from bundle.prints import encode
-from calibration.__main__ import main
 from calibration.outputs import Outputs
+from tests.unit.calibrating import run
 from tests.unit.onnx_files import write_rung_set
 
 
@@ -33,16 +32,6 @@ def write_images(folder, count, seed):
         image = Image.new("RGB", (10, 10), colour)
         image.putpixel((i % 10, i // 10 % 10), (255, 255, 255))
         image.save(folder / f"{i:03d}.png")
-
-
-def run(folder, *arguments):
-    """The exit code of `python -m calibration ...` in `folder`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", ["calibration", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-    return stop.value.code or 0
 
 
 def test_two_commands_from_a_folder_to_a_certified_artifact(workplace, capsys):

@@ -1,6 +1,5 @@
 """What a certificate counts is pictures, and none of those that something was fitted on."""
 
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +7,6 @@ import pytest
 from PIL import Image, ImageOps
 
 from bundle.graphs import GraphSet
-from calibration.__main__ import main
 from calibration.answers import AnswerCache
 from calibration.certify import Goal
 from calibration.evaluate import evaluate
@@ -19,6 +17,7 @@ from calibration.outputs import Outputs, OutputsError, collect
 from calibration.splits import group_keys
 from export.fit_images import FitImages
 from imaging import Preprocessing
+from tests.unit.calibrating import run
 from tests.unit.onnx_files import write_rung_set
 
 CROPS, TIMES, NEW = 40, 3, 20
@@ -84,7 +83,7 @@ def test_evaluate_leaves_out_what_the_calibration_has_seen_in_another_form(outpu
 
 
 def test_images_that_taught_a_graph_are_left_out_in_any_form_and_said(
-    outputs, folders, tmp_path, monkeypatch, capsys
+    outputs, folders, tmp_path, capsys
 ):
     rung_set = GraphSet.load(folders / "onnx")
     preprocessing = Preprocessing.from_dict(rung_set.preprocessing)
@@ -98,20 +97,14 @@ def test_images_that_taught_a_graph_are_left_out_in_any_form_and_said(
     assert NEW - 2 <= len(without_learned(outputs["forms"], taught)) <= NEW + 0.1 * CROPS
     with pytest.raises(FitError, match="used to fit a graph"):
         fit(outputs["forms"], taught, Goal(0.3, 0.9, "ltt"), Options(Fidelity("top1")))
-    run(monkeypatch, "fit", "--max-risk", 0.3, "--onnx", onnx, "--outputs", folders / "copied.json")
+    where = ("--onnx", onnx, "--outputs", folders / "copied.json")
+    assert run(tmp_path, "fit", "--max-risk", 0.3, *where) == 2
     last = " ".join(capsys.readouterr().err.splitlines()[-1].split())
     assert last.startswith("error: 0 images are too few to split")
     assert last.endswith(
         f"{TIMES * CROPS} images taught a graph or its head, in this or another form, "
         "and were left out"
     )
-
-
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["calibration", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code == 2
 
 
 def test_crops_drawn_from_the_sample_stream_are_independent(folders, tmp_path):

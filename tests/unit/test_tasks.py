@@ -4,7 +4,6 @@ Tiny models are exported, run and calibrated as a user's are, by the commands.
 """
 
 import json
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +11,6 @@ import pytest
 from PIL import Image
 
 from bundle.graphs import GraphSet
-from calibration.__main__ import main as calibrate
 from calibration.certify import Goal
 from calibration.evaluate import EvaluateError, evaluate
 from calibration.fidelity import Fidelity, FidelityError
@@ -29,6 +27,7 @@ from routing import (
     fidelity_loss,
 )
 from routing.policy import Overrides
+from tests.unit.calibrating import run
 from tests.unit.export_tiny import run_export, save_tiny
 
 pytestmark = pytest.mark.usefixtures("remembered_exports")
@@ -61,16 +60,6 @@ def images(tmp_path_factory):
         pixels = np.clip(smooth + noise, 0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{index:03d}.png")
     return folder
-
-
-def run(folder, *arguments):
-    """The exit code of `python -m calibration ...` in `folder`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", ["calibration", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            calibrate()
-    return stop.value.code or 0
 
 
 def workplace(folder, images, config, *options):
