@@ -67,8 +67,7 @@ def test_a_fork_waits_for_a_grpc_request_in_flight(urls):
 @pytest.mark.parametrize("scenario", ["opening", "closing"])
 def test_a_fork_waits_for_a_grpc_channel_that_just_opens_or_closes(urls, scenario):
     found = run(scenario, "grpc", urls)
-    assert 0.3 < found["waited_s"] < 5
-    assert found["child"][0] == []
+    assert found["waited"] and found["child"][0] == []
 
 
 def test_where_it_cannot_wait_for_it_the_child_says_so(urls):
