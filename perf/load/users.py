@@ -16,8 +16,7 @@ from typing import Any
 import gevent
 from gevent import GreenletExit
 from gevent.lock import BoundedSemaphore
-from gevent.pool import Group
-from gevent.queue import Queue
+from gevent.pool import Pool
 from locust import User, stats, task
 from locust.env import Environment
 from locust.runners import LocalRunner, Runner, WorkerRunner
@@ -146,16 +145,13 @@ class OpenUser(VitUser):
 
     Latency counts from the planned time, so that waiting for a slow server is in it. A request
     that is due while `MAX_OUTSTANDING` have no answer is not sent, and recorded as `not sent`.
-    Each request has a greenlet of its own while it is out, and with it a connection over HTTP.
     """
 
     abstract = True
 
     def __init__(self, environment: Environment) -> None:
         super().__init__(environment)
-        self._due: Queue[float | None] = Queue()
-        self._senders = Group()
-        self._idle = 0
+        self._senders = Pool(MAX_OUTSTANDING)
         self._planned: Iterator[float] = iter(())
         self._next = 0.0
 
@@ -175,29 +171,15 @@ class OpenUser(VitUser):
     def send_what_is_due(self) -> None:
         """Start every request whose time has come."""
         while self._next <= time.perf_counter():
-            self._start(self._next)
+            if self._senders.free_count():
+                self._senders.spawn(self.ask, self._next)
+            else:
+                said = f"{MAX_OUTSTANDING} requests of this user had no answer yet"
+                self._record("not sent", None, NotSentError(said))
             self._next = next(self._planned)
-
-    def _start(self, planned: float) -> None:
-        if self._idle:
-            self._idle -= 1
-        elif len(self._senders) < MAX_OUTSTANDING:
-            self._senders.spawn(self._send)
-        else:
-            error = NotSentError(f"{MAX_OUTSTANDING} requests of this user had no answer yet")
-            self._record("not sent", None, error)
-            return
-        self._due.put(planned)
-
-    def _send(self) -> None:
-        while (planned := self._due.get()) is not None:
-            self.ask(planned)
-            self._idle += 1
 
     def on_stop(self) -> None:
         """Wait for the answers that are due, then close."""
-        for _ in range(len(self._senders)):
-            self._due.put(None)
         try:
             self._senders.join(timeout=self.environment.stop_timeout)
         finally:
