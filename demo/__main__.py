@@ -62,7 +62,7 @@ def demo(
         raise DemoError(f"--risk {risk:g} is no share between 0 and 1, such as 0.02")
     started = time.monotonic()
     os.chdir(ROOT)
-    road = planned(MODELS[model], risk or MAX_RISK) if plan else resolutions(MODELS[model])
+    road = planned(model, risk or MAX_RISK) if plan else resolutions(model)
     prepare_road(road)
     if prepare:
         print(f"made {', '.join(str(step.makes) for step in road.steps)}")

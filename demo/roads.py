@@ -10,6 +10,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from .steps import CODE, OUT, DemoError, Step, StepError, code_hash, prepare
 
@@ -20,49 +21,33 @@ PLAN, PLAN_CACHES = OUT / "plan", OUT / "plan-cache"
 INSTANCES = "--instances 2"
 
 
-@dataclass(frozen=True)
-class Model:
-    """What the demo serves, and how it makes it cheap.
+class Model(NamedTuple):
+    """What the demo serves, and how it makes it cheap."""
 
-    Attributes:
-        name: as `export rungs --model`.
-        low_px: of the cheap rung of the two resolutions.
-        high_px: of the full rung.
-        beside: options for what a user could serve instead; `python -m perf` measures them beside
-            the router.
-        plan: options for the planner's cheap graphs, and for what it compares with.
-    """
-
-    name: str
-    low_px: int
+    low_px: int  # of the cheap rung of the two resolutions
     high_px: int
-    beside: str
-    plan: str
+    beside: str  # what a user could serve instead, for `python -m perf` to measure beside it
+    plan: str  # the planner's cheap graphs, and what it compares with
 
 
 MODELS = {
-    model.name: model
-    for model in (
-        Model(
-            "dinov2-small",
-            low_px=112,
-            high_px=224,
-            beside="--beside px=140 --beside px=168 --beside px=196 --beside tome=8",
-            plan="--candidates 'px=112,int8=static,align; px=84,int8=static,align; "
-            "px=70,int8=static,align; px=84,depth=8,int8=static,align' "
-            "--beside 'px=140; px=168; px=196; tome=8; tome=16'",
-        ),
-        # A toy whose weights are random: a minute instead of many, and nothing to learn from it
-        # but that every step works.
-        Model(
-            "static-vit",
-            low_px=32,
-            high_px=64,
-            beside="--beside px=48 --beside tome=8",
-            plan="--candidates 'px=48,int8=static,align; px=32,int8=static,align; "
-            "px=32,depth=8,int8=static,align' --beside 'px=48; tome=8'",
-        ),
-    )
+    "dinov2-small": Model(
+        low_px=112,
+        high_px=224,
+        beside="--beside px=140 --beside px=168 --beside px=196 --beside tome=8",
+        plan="--candidates 'px=112,int8=static,align; px=84,int8=static,align; "
+        "px=70,int8=static,align; px=84,depth=8,int8=static,align' "
+        "--beside 'px=140; px=168; px=196; tome=8; tome=16'",
+    ),
+    # A toy whose weights are random: a minute instead of many, and nothing to learn from it but
+    # that every step works.
+    "static-vit": Model(
+        low_px=32,
+        high_px=64,
+        beside="--beside px=48 --beside tome=8",
+        plan="--candidates 'px=48,int8=static,align; px=32,int8=static,align; "
+        "px=32,depth=8,int8=static,align' --beside 'px=48; tome=8'",
+    ),
 }
 
 
@@ -96,15 +81,16 @@ _HEAD = Step(
 )
 
 
-def resolutions(model: Model) -> Road:
-    """A model at two resolutions, the threshold certified for that pair."""
+def resolutions(name: str) -> Road:
+    """A model of `MODELS` at two resolutions, the threshold certified for that pair."""
+    model = MODELS[name]
     collected = OUT / "collected"
     steps = (
         _HEAD,
         Step(
             "Export the cheap and the full rung",
             OUT / "onnx",
-            f"export rungs --model {model.name} --low px={model.low_px} --high px={model.high_px} "
+            f"export rungs --model {name} --low px={model.low_px} --high px={model.high_px} "
             f"{model.beside} --head linear --images {OUT}/head --out {OUT}/onnx",
         ),
         Step(
@@ -123,17 +109,18 @@ def resolutions(model: Model) -> Road:
     return Road(OUT, (*steps, *_report_and_repository(OUT, collected / "outputs.json", "")))
 
 
-def planned(model: Model, max_risk: float) -> Road:
+def planned(name: str, max_risk: float) -> Road:
     """The cheapest certified cascade that the planner finds.
 
     Args:
-        model: to plan for.
+        name: of `MODELS`.
         max_risk: the largest share of answers that may differ from the full model's.
     """
+    model = MODELS[name]
     plan = Step(
         "Plan: export, run and price the candidates, certify and choose a cascade",
         PLAN,
-        f"planner plan --model {model.name} --px {model.high_px} --images sample --limit 2400 "
+        f"planner plan --model {name} --px {model.high_px} --images sample --limit 2400 "
         f"--seed 12 --head-images {OUT}/head --max-risk {max_risk} --confidence 0.9 "
         f"{model.plan} --highs 'fp32; int8=static' {INSTANCES} --out {PLAN} --cache {_cache()} "
         f"--answers {_cache()}/answers --require-certificate",

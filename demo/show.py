@@ -29,6 +29,8 @@ Summary = Mapping[str, Any]
 def print_summary(summary: Summary) -> None:
     """Print accuracy, latency and throughput, what they mean and, of a plan, its alternatives."""
     console, answers, plan = Console(), summary["answers"], summary.get("plan")
+    full = f"{_full(summary)} always"
+    names = {LOW: "cheap rung always", HIGH: full, ADAPTIVE: "adaptive"}
     rows = [
         (
             name,
@@ -37,7 +39,7 @@ def print_summary(summary: Summary) -> None:
             f"{1e3 / answers[key]['cost_ms']['median']:.1f}",
             f"{cpu} ms" if (cpu := _cpu_text(answers[key])) != "–" else cpu,
         )
-        for key, name in system_names(summary).items()
+        for key, name in names.items()
     ]
     low_px, high_px = (summary["model"][rung].removeprefix("px=") for rung in ("low", "high"))
     how = "planned" if plan else f"at {low_px}/{high_px} px"
@@ -54,15 +56,9 @@ def print_summary(summary: Summary) -> None:
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
 
-def full_name(summary: Summary) -> str:
+def _full(summary: Summary) -> str:
     """What answers are held against; what the router escalates to may be another graph."""
     return "full model" if "plan" in summary else "full rung"
-
-
-def system_names(summary: Summary) -> dict[str, str]:
-    """The rows of the table of one request in flight."""
-    full = f"{full_name(summary)} always"
-    return {LOW: "cheap rung always", HIGH: full, ADAPTIVE: "adaptive"}
 
 
 def _cpu_text(answer: Summary) -> str:
@@ -89,7 +85,7 @@ def served_rows(summary: Summary) -> list[dict[str, str]]:
 
 def sentences(summary: Summary) -> list[str]:
     """What the figures mean, one line each."""
-    full, certificate = full_name(summary), summary["certificate"]
+    full, certificate = _full(summary), summary["certificate"]
     adaptive = summary["answers"][ADAPTIVE]
     said = [
         speed_sentence(summary),
@@ -116,7 +112,7 @@ def speed_sentence(summary: Summary) -> str:
     if "cpu_speedup_c1" in summary:
         by_cpu = f", {summary['cpu_speedup_c1']['median']:.2f}x by CPU time"
     return (
-        f"{summary['speedup_c1']['median']:.2f}x as fast as the {full_name(summary)}{by_cpu} "
+        f"{summary['speedup_c1']['median']:.2f}x as fast as the {_full(summary)}{by_cpu} "
         f"(bound {summary['bound_c1']['median']:.2f}x, efficiency "
         f"{summary['cascade_efficiency_c1']['median']:.2f}); router overhead "
         f"{summary['router_overhead_c1']['median']:.2f}"

@@ -20,8 +20,6 @@ from report.terminal import Bar, Bars
 from .compare import NAME, SCHEMA_VERSION
 from .figures import conclude
 
-REPORT = "report.html"
-
 
 class Record:
     """Use as a context manager around all that is measured.
@@ -57,14 +55,9 @@ class Record:
         self._bars = Bars(console)
 
     @property
-    def summary_path(self) -> Path:
-        """Where the figures are."""
-        return self.folder / NAME
-
-    @property
     def report_path(self) -> Path:
         """Where the page is."""
-        return self.folder / REPORT
+        return self.folder / "report.html"
 
     @property
     def has_figures(self) -> bool:
@@ -95,7 +88,7 @@ class Record:
         # A report of that run beside a summary of this one would contradict it.
         self.report_path.unlink(missing_ok=True)
         self.summary["seconds"] = round(time.monotonic() - self._started, 1)
-        write(self.summary, self.summary_path)
+        write(self.summary, self.folder / NAME)
 
     def __enter__(self) -> Record:
         return self

@@ -61,7 +61,7 @@ def undisturbed(repository: Path, folder: Path) -> Path:
     """Lay out an assembled repository so that nothing but what is measured runs on its server.
 
     Its router compares no reference answers at its start, which would run beside the first pass,
-    and takes any threshold from requests.
+    and takes any threshold from requests: the measured rates of escalation are chosen that way.
 
     Args:
         repository: what `python -m export repository` wrote.
@@ -72,21 +72,13 @@ def undisturbed(repository: Path, folder: Path) -> Path:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(assembled(repository), folder, copy_function=_link)
-    _let_requests_choose(folder)
-    return folder
-
-
-def _let_requests_choose(repository: Path) -> None:
-    """Accept any threshold from requests: the measured rates of escalation are chosen that way.
-
-    And the router compares no reference answers at its start. The copy's file is replaced, so that
-    the original it may be linked to stays as it is.
-    """
+    # The copy's file is replaced, so that the original it may be linked to stays as it is.
     name = "router/config.pbtxt"
-    router = config.read(repository / name)
+    router = config.read(folder / name)
     config.set_parameter(router, "client_parameters", "any")
     config.set_parameter(router, "reference_check", "off")
-    manifest.update(repository, {name: config.text(router)})
+    manifest.update(folder, {name: config.text(router)})
+    return folder
 
 
 def _link(source: str, target: str) -> None:

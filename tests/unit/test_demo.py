@@ -11,7 +11,7 @@ from bundle import graphs as roles
 from bundle.graphs import Graph, GraphSet
 from calibration.images import SampleImages
 from demo import run, show
-from demo.roads import MODELS, planned, resolutions
+from demo.roads import planned, resolutions
 from perf.cascade import Measured
 from perf.harness import Paired
 from routing import RungRecord
@@ -264,7 +264,7 @@ def page(tmp_path, monkeypatch):
 
     def write(summary, measured=None, threshold=1.5):
         paired = (measured or alone()).paired
-        toy = MODELS["static-vit"]
+        toy = "static-vit"
         road = planned(toy, 0.05) if "plan" in summary else resolutions(toy)
         show.write_page(road, summary, paired, threshold, crops, LABELS)
         return (tmp_path / "index.html").read_text()

@@ -71,11 +71,6 @@ def test_a_static_system_is_sent_the_tensor_and_says_nothing_of_escalation(clien
     assert answer.escalated is False and np.isnan(answer.score)
 
 
-def test_the_latency_is_in_milliseconds():
-    answer = ask(FakeClient(takes_s=0.02), make_system("static-high"))
-    assert 20 <= answer.latency_ms < 2000
-
-
 def test_the_router_is_asked_for_its_decision_with_the_threshold_as_a_number(client):
     system = make_system("adaptive-30", parameters={"threshold": "0.25", "policy": "auto"})
     answer = ask(client, system)
@@ -117,7 +112,8 @@ def test_the_cpu_time_of_a_request_is_what_passed_meanwhile(client):
     target = SimpleNamespace(client=client, grpc_url="host:1")
     (answer,) = Asker(target, POOL, True, Meter()).ask(make_system("adaptive"), [0])
     assert answer.cpu_ms == 1000.0 and answer.latency_ms < 1000
-    assert ask(client, make_system("adaptive")).cpu_ms is None
+    slow = ask(FakeClient(takes_s=0.02), make_system("adaptive"))
+    assert slow.cpu_ms is None and 20 <= slow.latency_ms < 2000
 
 
 def test_requests_of_a_span_are_in_flight_together_and_share_its_time():

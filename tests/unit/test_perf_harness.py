@@ -152,12 +152,6 @@ CASE = paired(
 )
 
 
-def test_a_cost_is_the_mean_latency_of_each_share():
-    assert CASE.cost("adaptive").values == (40.0, 25.0)
-    assert CASE.cost_ratio("adaptive").values == (0.4, 0.625)  # of static high's
-    assert CASE.cost_ratio("adaptive", to="static-low").values == (2.0, 2.5)
-
-
 def test_the_router_overhead_is_the_median_of_ratios_side_by_side():
     case = paired(
         static_low=[answers(10, 100, 20), answers(10, 10, 10)],
@@ -167,15 +161,15 @@ def test_the_router_overhead_is_the_median_of_ratios_side_by_side():
     assert case.router_overhead().values == (1.1, 1.3)
 
 
-def test_speedup_bound_and_efficiency_take_each_shares_own_costs_and_rate():
+def test_costs_and_the_cascades_figures_take_each_shares_own_costs_and_rate():
+    assert CASE.cost("adaptive").values == (40.0, 25.0)
+    assert CASE.cost_ratio("adaptive").values == (0.4, 0.625)  # of static high's
+    assert CASE.cost_ratio("adaptive", to="static-low").values == (2.0, 2.5)
     assert CASE.speedup().values == (2.5, 1.6)
     assert CASE.bound().values == pytest.approx((1 / (0.2 + 0.5), 4.0))
     assert CASE.efficiency().values == pytest.approx((2.5 * 0.7, 0.4))
-
-
-def test_the_escalation_rate_counts_images_not_shares():
-    case = paired(adaptive=[answers(1, 1, 1, escalated=[0]), answers(1, escalated=[0])])
-    assert case.escalation_rate("adaptive") == 0.5
+    uneven = paired(adaptive=[answers(1, 1, 1, escalated=[0]), answers(1, escalated=[0])])
+    assert uneven.escalation_rate("adaptive") == 0.5  # of images, not of shares
 
 
 def test_where_nothing_is_certified_the_cheap_rung_is_no_part_of_the_bound():

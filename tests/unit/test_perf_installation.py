@@ -2,7 +2,6 @@
 
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -77,18 +76,15 @@ def test_installing_again_does_nothing(machine):
     assert len(pip.requirements) == 1
 
 
-def test_a_broken_installation_is_replaced(machine):
+def test_what_was_installed_and_does_not_start_is_told_and_replaced(machine):
     folder = machine(FakePip(program=FALSE), (2, 36))
     with pytest.raises(PerfAnalyzerError, match="does not start"):
         installation.install(folder)
-    folder = machine(FakePip(), (2, 36))
-    installation.install(folder)
-
-
-def test_a_wheel_without_the_program_is_told(machine):
     folder = machine(FakePip(place="bin/other"), (2, 39))  # PyPI's empty placeholder
     with pytest.raises(PerfAnalyzerError, match="no perf_analyzer for this system"):
         installation.install(folder)
+    folder = machine(FakePip(), (2, 36))
+    installation.install(folder)
 
 
 def test_a_missing_library_is_told_and_leaves_no_installation(machine):
@@ -122,26 +118,20 @@ def test_a_broken_one_on_path_is_passed_over_by_all(machine, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("program", "wheel", "version"),
+    ("program", "wheels", "version"),
     [
-        ("bin/perf_analyzer", "tritonclient-2.50.0", "2.50.0"),
-        ("perf_analyzer/bin/perf_analyzer", "perf_analyzer-2.60.0", "2.60.0"),
-        ("bin/perf_analyzer", "numpy-1.26.4", ""),
+        ("bin/perf_analyzer", ["tritonclient-2.50.0"], "2.50.0"),
+        ("perf_analyzer/bin/perf_analyzer", ["perf_analyzer-2.60.0"], "2.60.0"),
+        # Its own wheel is believed before a client beside it.
+        ("bin/perf_analyzer", ["tritonclient-2.50.0", "perf_analyzer-2.60.0"], "2.60.0"),
+        ("bin/perf_analyzer", ["numpy-1.26.4"], ""),
+        ("bin/perf_analyzer", [], ""),
     ],
 )
-def test_its_version_is_that_of_the_wheel_it_came_with(tmp_path, program, wheel, version):
-    (tmp_path / f"{wheel}.dist-info").mkdir()
-    assert Analyzer(tmp_path / program).version() == version
-
-
-def test_its_own_wheel_is_believed_before_a_client_beside_it(tmp_path):
-    for wheel in ("tritonclient-2.50.0", "perf_analyzer-2.60.0"):
+def test_its_version_is_that_of_the_wheel_it_came_with(tmp_path, program, wheels, version):
+    for wheel in wheels:
         (tmp_path / f"{wheel}.dist-info").mkdir()
-    assert Analyzer(tmp_path / "bin" / "perf_analyzer").version() == "2.60.0"
-
-
-def test_a_program_that_nobody_installed_has_no_version():
-    assert Analyzer(Path("/perf_analyzer")).version() == ""
+    assert Analyzer(tmp_path / program).version() == version
 
 
 # --- command line ------------------------------------------------------------------------------

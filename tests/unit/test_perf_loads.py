@@ -162,19 +162,11 @@ def test_a_pass_sends_its_set_in_the_form_the_system_takes(fake, measure):
 def test_the_servers_times_and_cpu_are_those_of_the_pass(fake, measure):
     (entry,) = measure([Level(ADAPTIVE, concurrency=1)], turns=2)
     for one in entry.passes:
-        assert set(one.server) == {
-            "router",
-            "vit_low",
-            "adaptive_vit",
-        }  # the idle model had no request
+        assert set(one.server) == {"router", "vit_low", "adaptive_vit"}  # idle had no request
         assert (one.server["router"]["requests"], one.server["vit_low"]["requests"]) == (3, 5)
         assert one.server_cpu_ms == pytest.approx(4.0)  # 12 ms for 3 requests
-
-
-def test_a_server_that_is_not_ours_has_no_cpu_time(fake, measure):
-    (entry,) = measure([Level(ADAPTIVE, concurrency=1)], server=FakeServer(local=False))
-    assert entry.passes[0].server_cpu_ms is None
-    assert entry.to_dict()["server_cpu_ms"] is None
+    (elsewhere,) = measure([Level(ADAPTIVE, concurrency=1)], server=FakeServer(local=False))
+    assert elsewhere.passes[0].server_cpu_ms is elsewhere.to_dict()["server_cpu_ms"] is None
 
 
 # --- what is said of it ------------------------------------------------------------------------
@@ -208,24 +200,16 @@ def test_a_level_is_an_entry_of_the_summary():
     assert entry["server_ms"]["router"]["images_share"] == 1.0
 
 
-def test_a_model_that_some_passes_did_not_reach_shares_the_requests_of_all():
-    without = {"router": make_times(4, infer=4)}
-    with_high = {"router": make_times(4, infer=4), "vit_high": make_times(2, infer=20)}
-    level = Level(ADAPTIVE, concurrency=1)
+def test_images_are_counted_over_all_passes_whatever_a_call_of_a_rung_holds():
+    # The router answers 8 requests with 2 calls of 4 images; one pass did not reach the full rung.
+    without = {"router": make_times(8), "vit_low": make_times(2, batch=4)}
+    with_high = {**without, "vit_high": make_times(2, infer=20)}
+    level = Level(ADAPTIVE, rate_per_s=2.5)
     entry = Passes(level, [make_pass(server=without), make_pass(server=with_high)]).to_dict()
-    assert entry["server_ms"]["vit_high"]["images_share"] == 0.25
-    assert entry["server_ms"]["vit_high"]["infer"] == 10.0
-
-
-def test_a_call_of_a_rung_with_a_batch_counts_all_its_images():
-    # The router answers 8 requests with 2 calls of 4 images each.
-    server = {"router": make_times(8), "vit_low": make_times(2, batch=4)}
-    entry = Passes(Level(ADAPTIVE, concurrency=8), [make_pass(server=server)]).to_dict()
     assert entry["server_ms"]["vit_low"]["images_share"] == 1.0
-
-
-def test_an_open_level_says_its_rate():
-    load = Passes(Level(ADAPTIVE, rate_per_s=2.5), [make_pass()]).to_dict()["load"]
+    assert entry["server_ms"]["vit_high"]["images_share"] == 0.125
+    assert entry["server_ms"]["vit_high"]["infer"] == 10.0
+    load = entry["load"]
     assert (load["loop"], load["concurrency"], load["rate_per_s"]) == ("open", None, 2.5)
 
 

@@ -57,15 +57,11 @@ def test_a_run_without_a_request_has_no_latency(tmp_path):
     assert figures["paths"] == {"low": 0, "high": 0}
 
 
-@pytest.mark.parametrize("text", ["", HEADER, HEADER + ",Aggregated,100\n"])
+@pytest.mark.parametrize("text", [None, "", HEADER, HEADER + ",Aggregated,100\n"])
 def test_a_file_that_locust_did_not_finish_is_an_error(tmp_path, text):
+    file = tmp_path / "absent.csv" if text is None else stats_file(tmp_path, text)
     with pytest.raises(PerfError, match="no figures of a Locust run"):
-        read_stats(stats_file(tmp_path, text))
-
-
-def test_a_missing_file_is_an_error(tmp_path):
-    with pytest.raises(PerfError, match="no figures"):
-        read_stats(tmp_path / "absent.csv")
+        read_stats(file)
 
 
 @pytest.mark.parametrize(
@@ -121,17 +117,18 @@ def test_arrivals_are_a_poisson_process_of_the_rate():
     assert abs(np.corrcoef(gaps[:-1], gaps[1:])[0, 1]) < 4 / len(gaps) ** 0.5
 
 
-def test_a_call_that_waits_in_gevent_leaves_the_others_running():
-    assert not blocks_hub(lambda: gevent.sleep(0.02))
-
-
-def test_a_call_that_waits_outside_of_it_is_found():
-    assert blocks_hub(lambda: time.sleep(0.02))
-
-
-def test_one_pause_of_the_machine_is_no_proof():
-    waits = iter([time.sleep, gevent.sleep, time.sleep, time.sleep, time.sleep])
-    assert not blocks_hub(lambda: next(waits)(0.02))
+@pytest.mark.parametrize(
+    ("waits", "blocks"),
+    [
+        ([gevent.sleep] * 5, False),
+        ([time.sleep] * 5, True),
+        # One pause of the machine is no proof.
+        ([time.sleep, gevent.sleep, time.sleep, time.sleep, time.sleep], False),
+    ],
+)
+def test_a_call_blocks_where_it_waits_outside_of_gevent(waits, blocks):
+    waiting = iter(waits)
+    assert blocks_hub(lambda: next(waiting)(0.02)) is blocks
 
 
 def test_the_share_is_of_the_longest_pause():
@@ -151,11 +148,9 @@ def options(*arguments):
 def test_the_options_are_what_the_settings_read():
     chosen = options("--images", "x", "--image-limit", "3", "--rate", "2", "--slo-p95-ms", "50")
     assert Settings.of(chosen) == Settings("x", 3, 2.0, 50.0, 0.0)
-
-
-def test_every_default_has_the_type_that_the_web_page_keeps():
-    defaults = Settings.of(options())
-    assert [type(value) for value in vars(defaults).values()] == [str, int, float, float, float]
+    # Each default has the type that the web page keeps.
+    kinds = [type(value) for value in vars(Settings.of(options())).values()]
+    assert kinds == [str, int, float, float, float]
 
 
 @pytest.mark.parametrize(
@@ -173,18 +168,13 @@ def test_an_option_that_makes_no_sense_is_named(arguments, named):
         Settings.of(options(*arguments))
 
 
-def test_images_are_sent_round_and_round(tmp_path):
+def test_images_are_sent_round_and_round_and_all_users_take_from_one_round(tmp_path):
     names = ("a.png", "b.png", "c.png")
     write_images(tmp_path, *names)
     files = [(tmp_path / name).read_bytes() for name in names]
-    images = image_round(str(tmp_path), 200)
     assert len(set(files)) == 3
-    assert [next(images) for _ in range(7)] == [*files, *files, files[0]]
-
-
-def test_all_users_take_from_one_round(tmp_path):
-    write_images(tmp_path, "a.png", "b.png")
-    assert next(image_round(str(tmp_path), 2)) != next(image_round(str(tmp_path), 2))
+    sent = [next(image_round(str(tmp_path), 200)) for _ in range(7)]
+    assert sent == [*files, *files, files[0]]
 
 
 def test_an_unreadable_image_is_left_out_and_logged(tmp_path, caplog):
