@@ -64,25 +64,19 @@ class ForkedError(ClientError):
     """gRPC cannot be used here: this process was forked when its parent could not let go of it."""
 
 
-# Keys are tritonclient's `status()`: a gRPC code or an HTTP status.
-_BY_STATUS: dict[str, type[ClientError]] = {
-    "StatusCode.INVALID_ARGUMENT": InvalidRequestError,
-    "StatusCode.OUT_OF_RANGE": InvalidRequestError,
-    "400": InvalidRequestError,
-    "413": InvalidRequestError,
-    "StatusCode.UNAVAILABLE": UnavailableError,
-    "503": UnavailableError,
-    "StatusCode.RESOURCE_EXHAUSTED": OverloadedError,
-    "429": OverloadedError,
-    "StatusCode.NOT_FOUND": NotServedError,
-    "404": NotServedError,
-    "StatusCode.UNAUTHENTICATED": AccessDeniedError,
-    "StatusCode.PERMISSION_DENIED": AccessDeniedError,
-    "401": AccessDeniedError,
-    "403": AccessDeniedError,
-    "StatusCode.CANCELLED": RequestCancelledError,
-    "StatusCode.DEADLINE_EXCEEDED": DeadlineError,
-    "504": DeadlineError,
+# gRPC's codes and HTTP's statuses; of any other the server has failed.
+_BY_STATUS = {
+    status: kind
+    for kind, statuses in {
+        InvalidRequestError: "INVALID_ARGUMENT OUT_OF_RANGE 400 413",
+        UnavailableError: "UNAVAILABLE 503",
+        OverloadedError: "RESOURCE_EXHAUSTED 429",
+        NotServedError: "NOT_FOUND 404",
+        AccessDeniedError: "UNAUTHENTICATED PERMISSION_DENIED 401 403",
+        RequestCancelledError: "CANCELLED",
+        DeadlineError: "DEADLINE_EXCEEDED 504",
+    }.items()
+    for status in statuses.split()
 }
 
 # What the status does not tell: Triton answers UNAVAILABLE to a call that wants a key, INTERNAL
@@ -187,7 +181,7 @@ def translate(
             return _timed_out(url, None)
         if _NO_SERVER.search(message):
             return no_server(url)
-    kind = _BY_STATUS.get(status, ServerError)
+    kind: type[ClientError] = _BY_STATUS.get(status.removeprefix("StatusCode."), ServerError)
     kind = next((kind for pattern, kind in _BY_TEXT if pattern.search(message)), kind)
     if kind is DeadlineError:
         return _timed_out(url, timeout_s)
