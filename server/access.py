@@ -24,14 +24,11 @@ from .admin_key import AdminKey
 from .errors import ServerUsageError
 from .ports import is_loopback
 
-ENTRY, TENSORS, PREPROCESS, ROUTER, LOW, HIGH = (
-    "adaptive_vit",
-    "adaptive_tensor",
-    "preprocess",
-    "router",
-    "vit_low",
-    "vit_high",
-)
+ENTRY, TENSORS = "adaptive_vit", "adaptive_tensor"
+PREPROCESS, ROUTER, LOW, HIGH = "preprocess", "router", "vit_low", "vit_high"
+# What a router says that shall refuse other answers than calibrated: as long as it does not know
+# yet whether it gives some, and once it knows that it does.
+STILL_COMPARING, OTHER_ANSWERS = COMPARING, VERDICTS[OTHER]
 # Triton's words, which its other statuses may wrap.
 QUEUE_FULL = re.compile(r"exceeds maximum queue size", re.IGNORECASE)
 # Each of the router's instances is a process and knows for itself; they take turns when idle.
@@ -70,15 +67,7 @@ class Access:
         certificate: Path | None = None,
         key: Path | None = None,
     ) -> Access:
-        """What the options of a command mean.
-
-        Args:
-            url: `host:port`.
-            key_file: the admin key that the server was started with.
-            ca: the authority of the server's certificate; with neither this nor a certificate of
-                our own the connection is in the clear.
-            certificate: what to show to a server that asks for a certificate.
-            key: its private key.
+        """What the options of a command mean; without files of TLS the connection is in the clear.
 
         Raises:
             ServerUsageError: a file is missing or not what it should be, or its partner is missing.
@@ -134,19 +123,6 @@ def zeros_input(shape: list[int]) -> triton.InferInput:
     return tensor
 
 
-def is_comparing(message: str) -> bool:
-    """Whether an error says that the router does not know yet whether it answers as calibrated.
-
-    A router that shall refuse other answers than calibrated answers no request before it knows.
-    """
-    return COMPARING in message
-
-
-def is_other(message: str) -> bool:
-    """Whether an error says that the router knows that it does not, and refuses for good."""
-    return VERDICTS[OTHER] in message
-
-
 def wait_out(ask: Callable[[], None], answers: int, timeout_s: float) -> None:
     """Ask until so many answers in a row do not say that the router is still comparing.
 
@@ -165,7 +141,7 @@ def wait_out(ask: Callable[[], None], answers: int, timeout_s: float) -> None:
             ask()
             in_a_row += 1
         except InferenceServerException as error:
-            if not is_comparing(error.message()) or time.monotonic() > deadline:
+            if STILL_COMPARING not in error.message() or time.monotonic() > deadline:
                 raise
             in_a_row = 0
             time.sleep(_POLL_S)

@@ -22,9 +22,19 @@ from routing import (
 from routing.outputs import FloatArray
 from routing.policy import Overrides
 from routing.provenance import processor, runtime_words
-from routing.reference import OTHER, VERDICTS, ask, compare
+from routing.reference import OTHER, ask, compare
 
-from .access import ENTRY, HIGH, LOW, PREPROCESS, ROUTER, WAY_OUT, Access, is_comparing, is_other
+from .access import (
+    ENTRY,
+    HIGH,
+    LOW,
+    OTHER_ANSWERS,
+    PREPROCESS,
+    ROUTER,
+    STILL_COMPARING,
+    WAY_OUT,
+    Access,
+)
 from .errors import ServerUsageError
 from .launcher import models_in
 from .probe import Finding, Memory, look
@@ -116,11 +126,11 @@ def check_answers(repository: Path, access: Access) -> Checked:
             served = ask(recorded, lambda image, how: _ask(client, version, image, how))
     except InferenceServerException as error:
         said = first_line(error.message())
-        if is_other(said):  # The router has compared by itself, and refuses requests for that.
-            said = said[said.index(VERDICTS[OTHER]) :]
+        if OTHER_ANSWERS in said:  # The router has compared by itself, and refuses for that.
+            said = said[said.index(OTHER_ANSWERS) :]
             refused = {"version": version, "outcome": OTHER, "refused": said}
             return False, refused, [f"router/{version} refuses every request: {said}; {WAY_OUT}"]
-        if is_comparing(said):
+        if STILL_COMPARING in said:
             raise ServerUsageError(f"router/{version} at {access.url}: {said}") from error
         raise ServerUsageError(
             f"no answer from router/{version} at {access.url} ({said}); give the --url of the "

@@ -11,9 +11,9 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import grpc
-import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
 from bundle import manifest
@@ -24,12 +24,12 @@ from . import triton_log
 from .access import (
     ANSWERS,
     ENTRY,
+    OTHER_ANSWERS,
     QUEUE_FULL,
+    STILL_COMPARING,
     WAY_OUT,
     Access,
     image_input,
-    is_comparing,
-    is_other,
     wait_out,
 )
 from .controls import Control, controls
@@ -185,17 +185,15 @@ class TritonServer:
 
     def wait(self) -> None:
         """Wait until the server ends by itself, and raise `ServerStartError` with the reason."""
-        what = f"tritonserver ended by itself (exit code {self._running.wait()})"
-        raise triton_log.start_error(what, self.log_path)
+        raise self._end()
 
     def why_it_ended(self) -> str:
         """Why the server has ended, in one line; empty while it runs."""
-        if not self.is_running():
-            try:
-                self.wait()
-            except ServerStartError as error:
-                return str(error)
-        return ""
+        return "" if self.is_running() else str(self._end())
+
+    def _end(self) -> ServerStartError:
+        what = f"tritonserver ended by itself (exit code {self._running.wait()})"
+        return triton_log.start_error(what, self.log_path)
 
     def start(self) -> None:
         """Start the server and wait until it serves.
@@ -206,10 +204,15 @@ class TritonServer:
             ServerUsageError: something to put right first: repository, ports, tritonserver, log.
             ServerStartError: the server ended, a model is not ready, or there was no answer.
         """
-        if self._process is not None:
-            raise RuntimeError("the server is already running")
         models = models_in(self.repository) if self._models is None else list(self._models)
-        _refuse_unlisted(self.repository)
+        if (self.repository / manifest.NAME).is_file():
+            # Its router compares files with their hashes, but Triton has loaded by then what is not
+            # listed. And Python takes bytecode for a listed source's whose time and size it names.
+            try:
+                manifest.refuse_unlisted(self.repository)
+                manifest.remove_unlisted_bytecode(self.repository)
+            except ManifestError as error:
+                raise ServerUsageError(f"{self.repository}: {error}") from error
         if not self._free_ports:
             check_ports(self.addresses, self.ports)
         self._access = self.security.access(self.grpc_url)
@@ -306,9 +309,10 @@ class TritonServer:
         waiting, told = list(models), (-1, -1)
         with self.access.open() as client:
             while True:
-                self.version = self._version(client)
-                if self.version:
-                    waiting = [model for model in waiting if not _is_ready(client, model)]
+                metadata = _answer(client.get_server_metadata)
+                if metadata is not None and metadata.name == self._server_id:
+                    self.version = str(metadata.version)
+                    waiting = [m for m in waiting if not _answer(client.is_model_ready, m)]
                     # Metrics come up last: gRPC answers for a moment even if their port is taken.
                     if not waiting and self._running.listens_on(self.ports.all):
                         return
@@ -354,20 +358,12 @@ class TritonServer:
                 wait_out(ask, answers, self._timeout_s)
         except InferenceServerException as error:
             reason = triton_log.first_line(error.message())
-            if is_comparing(reason):
+            if STILL_COMPARING in reason:
                 reason = f"{reason} (after {self._timeout_s:g} s; --timeout-s gives it longer)"
-            elif is_other(reason):
+            elif OTHER_ANSWERS in reason:
                 reason = f"{reason}; {WAY_OUT}"
             what = f"every model is ready, but the first request failed: {reason}"
             raise triton_log.start_error(what, self.log_path) from error
-
-    def _version(self, client: triton.InferenceServerClient) -> str:
-        """The version that our server reports; empty while nobody, or another, answers."""
-        try:
-            metadata = client.get_server_metadata(client_timeout=_CALL_TIMEOUT_S)
-        except (InferenceServerException, grpc.RpcError):  # Nobody listens yet.
-            return ""
-        return str(metadata.version) if metadata.name == self._server_id else ""
 
 
 def models_in(repository: Path) -> list[str]:
@@ -387,20 +383,6 @@ def models_in(repository: Path) -> list[str]:
     return names
 
 
-def _refuse_unlisted(repository: Path) -> None:
-    """Refuse a repository with more in it than was assembled; one without a manifest passes.
-
-    Its router compares every file with its hash, but Triton has loaded the rest by then. And Python
-    takes bytecode for that of a listed source whose time and size it names.
-    """
-    if (repository / manifest.NAME).is_file():
-        try:
-            manifest.refuse_unlisted(repository)
-            manifest.remove_unlisted_bytecode(repository)
-        except ManifestError as error:
-            raise ServerUsageError(f"{repository}: {error}") from error
-
-
 def _bytecode(repository: Path) -> set[Path]:
     return set(repository.rglob("__pycache__"))
 
@@ -411,8 +393,9 @@ def _remove_bytecode(repository: Path, but: set[Path]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _is_ready(client: triton.InferenceServerClient, model: str) -> bool:
+def _answer(call: Callable[..., Any], *arguments: str) -> Any:
+    """What the server answers; None while nobody listens yet."""
     try:
-        return bool(client.is_model_ready(model, client_timeout=_CALL_TIMEOUT_S))
+        return call(*arguments, client_timeout=_CALL_TIMEOUT_S)
     except (InferenceServerException, grpc.RpcError):
-        return False
+        return None

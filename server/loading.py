@@ -16,12 +16,12 @@ from routing import PROBE_ID
 from .access import (
     ANSWERS,
     ENTRY,
+    OTHER_ANSWERS,
     ROUTER,
+    STILL_COMPARING,
     TENSORS,
     WAY_OUT,
     Access,
-    is_comparing,
-    is_other,
     wait_out,
     zeros_input,
 )
@@ -150,7 +150,7 @@ class LoadingServer:
                     client_timeout=_QUESTION_TIMEOUT_S,
                 )
             except InferenceServerException as error:
-                if is_comparing(error.message()) or is_other(error.message()):
+                if STILL_COMPARING in error.message() or OTHER_ANSWERS in error.message():
                     raise
 
         try:
@@ -158,7 +158,7 @@ class LoadingServer:
         except InferenceServerException as error:
             why = (
                 f"refuses every request: {first_line(error.message())}; {WAY_OUT}"
-                if is_other(error.message())
+                if OTHER_ANSWERS in error.message()
                 else "is still comparing its answers with the calibration's after "
                 f"{self._timeout_s:g} s; give it longer with --timeout-s"
             )

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from .access import ENTRY, HIGH, LOW, PREPROCESS, QUEUE_FULL, ROUTER, is_comparing
+from .access import ENTRY, HIGH, LOW, PREPROCESS, QUEUE_FULL, ROUTER, STILL_COMPARING
 from .serving import READY, Canary, Key, Reply, Serving
 
 ASKED = (PREPROCESS, LOW, HIGH, ENTRY)
@@ -288,7 +288,7 @@ class _Look:
                     f"meanwhile{because}"
                 )
             # Comparing takes as long as the rungs take, and would begin anew with another start.
-            has_time = is_comparing(case.last.error)
+            has_time = STILL_COMPARING in case.last.error
             if not has_time and silent_s > _BUSY_TIMEOUTS * self.timeout_s / cores:
                 return f"{model} has answered nobody for {silent_s:.0f} s{because}"
         return ""
