@@ -61,14 +61,7 @@ def attribute(
 
 
 def parts(latency_ms: float, requests: int, times: Times, scoring_ms: float) -> dict[str, Any]:
-    """Take a mean latency apart.
-
-    Args:
-        latency_ms: mean of the client's.
-        requests: that were sent.
-        times: Triton's, by model, of these requests.
-        scoring_ms: of one image.
-    """
+    """Take the mean latency of so many requests apart, by Triton's times of them."""
     low, high, router, preprocess, ensemble = (
         times.get(model, Counter())
         for model in ("vit_low", "vit_high", "router", "preprocess", "adaptive_vit")

@@ -85,10 +85,7 @@ class Change:
 
 
 def load_summary(path: Path) -> dict[str, Any]:
-    """Read a summary.json.
-
-    Args:
-        path: the file, or a folder that holds one under that name.
+    """Read a summary.json, or the one in a folder.
 
     Raises:
         PerfError: it is missing, is no summary of ours, or has another schema version.
@@ -124,11 +121,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def figures(summary: Summary) -> Iterator[tuple[str, Figure]]:
-    """Every figure of a run that another run's may be compared with, by name.
-
-    Args:
-        summary: content of summary.json; any section may be missing or None.
-    """
+    """Every figure of a run that another run's may be compared with; any section may be missing."""
 
     def in_turn(values: Sequence[float], load: str | None) -> Figure:
         doubted = load is not None and doubts_of(summary, load)
@@ -172,12 +165,7 @@ def _differences(name: str, first: Any, second: Any) -> list[str]:
 
 
 def compare(before: Summary, after: Summary) -> list[Change]:
-    """Judge every figure that either run has.
-
-    Args:
-        before: content of the first run's summary.json.
-        after: of the second's.
-    """
+    """Judge every figure that either of two summaries has."""
     first, second = dict(figures(before)), dict(figures(after))
     names = dict.fromkeys((*first, *second))
     return [_judge(name, first.get(name), second.get(name)) for name in names]
@@ -204,12 +192,7 @@ def _judge(name: str, first: Figure | None, second: Figure | None) -> Change:
 
 
 def render(changes: Sequence[Change], notes: Iterable[str]) -> list[RenderableType]:
-    """What to print: a table of what was judged, and what could not be.
-
-    Args:
-        changes: of `compare`.
-        notes: of `warnings`.
-    """
+    """What to print of `compare` and `warnings`: what was judged, and what could not be."""
     lines: list[RenderableType] = [Text(f"note: {note}", style="yellow") for note in notes]
     count = Counter(change.verdict for change in changes)
     order = (CHANGED, DIFFERS, SAME, TOO_FEW)

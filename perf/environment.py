@@ -46,11 +46,7 @@ def environment(triton_version: str, perf_analyzer: str | None) -> dict[str, Any
 
 
 def cpu_name(cpuinfo: Path = _CPUINFO) -> str:
-    """The processor's own name, else that of its architecture.
-
-    Args:
-        cpuinfo: the kernel's description of the processors.
-    """
+    """The processor's own name, else that of its architecture."""
     try:
         lines = cpuinfo.read_text().splitlines()
     except OSError:
@@ -60,13 +56,7 @@ def cpu_name(cpuinfo: Path = _CPUINFO) -> str:
 
 
 def device_title(cpu: str, cores: int, gpu_names: Sequence[str]) -> str:
-    """A row's name in a table: the GPUs where there are any, else the cores and their processor.
-
-    Args:
-        cpu: the processor's name.
-        cores: how many of its cores this process may use.
-        gpu_names: of the GPUs.
-    """
+    """A row's name in a table: the GPUs where there are any, else the cores and their processor."""
     if gpu_names:
         return gpu_names[0] if len(gpu_names) == 1 else f"{len(gpu_names)} x {gpu_names[0]}"
     # "Intel(R) Xeon(R) CPU @ 2.80GHz" is an Intel Xeon: marks and the nominal clock say nothing.

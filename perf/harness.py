@@ -98,7 +98,7 @@ class Asker:
         target: the server.
         pool: the images.
         has_head: whether the model has logits.
-        meter: of the server's processes; None: no CPU time is measured.
+        meter: of the server's processes; None: no CPU time.
     """
 
     def __init__(
@@ -223,13 +223,7 @@ class Paired:
         return Spread.of([cost / other for cost, other in both])
 
     def disturbed(self, system: str, to: str, cpu_counts: bool) -> bool:
-        """Whether clock and CPU time tell different stories of `cost_ratio`.
-
-        Args:
-            system: whose cost.
-            to: the system it is held against.
-            cpu_counts: see `doubts`.
-        """
+        """Whether clock and CPU time, where it counts, tell different stories of a cost ratio."""
         if not cpu_counts or self.cpu_cost(system) is None:
             return False
         by_cpu = self.cpu_cost_ratio(system, to)
@@ -386,11 +380,7 @@ def _order(names: list[str], rng: np.random.Generator) -> list[str]:
 
 
 def is_a_loss(chosen_by: Mapping[str, Any]) -> Callable[[Answer, Answer], bool]:
-    """Whether an answer is not acceptable in place of another, by the loss of a calibration.
-
-    Args:
-        chosen_by: of the calibration.
-    """
+    """Whether an answer is not acceptable in place of another, by the loss of a calibration."""
 
     def lost(*answers: Answer) -> bool:
         mine, full = (

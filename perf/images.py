@@ -164,13 +164,7 @@ def choose_sets(
 
 
 def sent_under_load(rows: Sequence[int], escalated: NDArray[np.bool_], size: int) -> list[int]:
-    """Images of a set, as hard as the whole of it, at least one hard one where it has any.
-
-    Args:
-        rows: of the pool.
-        escalated: BOOL (N,), of the pool's images.
-        size: how many, at most.
-    """
+    """At most `size` images of a set, as hard as the whole of it, one hard one where it has any."""
     size = min(size, len(rows))
     hard = [row for row in rows if escalated[row]]
     easy = [row for row in rows if not escalated[row]]
@@ -189,12 +183,7 @@ def spread_evenly(many: Sequence[int], few: Sequence[int]) -> list[int]:
 
 
 def score_pool(grpc_url: str, pool: Pool, advance: Callable[[int], None]) -> NDArray[np.float32]:
-    """Scores in oracle units, FP32 (N,).
-
-    Args:
-        grpc_url: HOST:PORT of the server.
-        pool: N images.
-        advance: called with the number of images that were scored since it was called last.
+    """Scores of a pool's N images in oracle units, FP32 (N,); `advance` is told how many more.
 
     Raises:
         ClientError: the server did not answer as it should.

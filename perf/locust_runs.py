@@ -41,16 +41,16 @@ def run_locust(
     """Run Locust and read its figures.
 
     Args:
-        url: HOST:PORT of the protocol's endpoint.
+        url: HOST:PORT of the protocol's endpoint, which is `grpc` or `http`.
         images_spec: a folder, `sample` or `sample:SEED`.
         folder: where to leave Locust's CSV files, HTML page and log.
-        protocol: `grpc` or `http`.
-        user: `closed`, one request after the other, or `open`, a Poisson process.
-        shape: `ramp`, `spike`, or None for `users` from beginning to end.
+        protocol: of the requests.
+        user: `closed`, one request after the other, or `open`, a Poisson process of `rate` each.
+        shape: `ramp`, `spike`, or None for all users from beginning to end.
         users: how many; of a shape, the most.
         seconds: how long.
-        rate: requests per second of each open user.
-        on_second: called about once a second, to show progress.
+        rate: requests per second.
+        on_second: called about once a second.
 
     Returns:
         One entry of `locust` in summary.json. Failed requests are in it.

@@ -57,12 +57,7 @@ class MemoryUse:
 
 
 def serving(repository: Path, models: Sequence[str]) -> TritonServer:
-    """A server, on free ports and not started yet, of some of a repository's models.
-
-    Args:
-        repository: the model repository.
-        models: which of its models to serve.
-    """
+    """A server, on free ports and not started yet, of some of a repository's models."""
     explicit = ["--model-control-mode=explicit", *(f"--load-model={name}" for name in models)]
     return TritonServer(
         repository, free_ports=True, models=models, extra_args=explicit, stop_patience_s=0
@@ -83,12 +78,7 @@ class PeakMemory:
         processes: Callable[[], Collection[int]],
         gpu_mib: Callable[[], float | None] = lambda: None,
     ) -> None:
-        """Say what to watch; nothing is read yet.
-
-        Args:
-            processes: gives the ids of the processes, asked anew every second.
-            gpu_mib: gives the device memory in use.
-        """
+        """Say what to watch: ids of processes, asked for anew every second, and device memory."""
         self.pss_mib = self.rss_mib = 0.0
         self.gpu_mib: float | None = None
         self._processes = processes

@@ -152,13 +152,7 @@ def measure_in_turn(
 
 
 def run_original(build: Path, out: Path, images: int) -> None:
-    """Measure with bars on stderr, keep the result as JSON, show it on stdout.
-
-    Args:
-        build: as in `measure_original`.
-        out: file to write.
-        images: number of sample crops.
-    """
+    """Measure with bars on stderr, keep the result as JSON in `out`, show it on stdout."""
     result = measure_original(build, images, Bars(Console(stderr=True)))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n")

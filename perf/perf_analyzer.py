@@ -211,11 +211,7 @@ def _call(analyzer: Analyzer, arguments: list[str], timeout_s: float) -> str:
 
 
 def failure(output: str) -> str:
-    """The line in which perf_analyzer says why it failed.
-
-    Args:
-        output: its stdout and stderr.
-    """
+    """The line in which perf_analyzer says why it failed, of its stdout and stderr."""
     said, usage, _ = f"\n{output}".partition("\nUsage:")
     for pattern in _FAILURES:
         if found := pattern.search(said):

@@ -175,10 +175,9 @@ def _price(
 
 
 def _warm_up(asker: Asks, systems: Sequence[System], pool: Pool, served: Served) -> list[int]:
-    """Send every instance a few requests of either size.
+    """Send every instance a few requests of either size; rows of the pool that make a turn.
 
-    Returns:
-        Rows of the pool that make a turn: whole blocks, for about `SATURATED_S` of the full rung.
+    They are whole blocks, for about `SATURATED_S` of the full rung.
     """
     size = served.load.block or 1
     block = [row % len(pool) for row in range(size)]
@@ -202,14 +201,7 @@ def _serving(graphs: GraphSet, names: Sequence[str], pool: Pool, served: Served)
 
 
 def lay_out(graphs: GraphSet, names: Sequence[str], served: Served, repository: Path) -> None:
-    """Write a model repository of these graphs, configured as the full rung is.
-
-    Args:
-        graphs: the exported rungs and alternatives.
-        names: of the graphs.
-        served: instances and threads.
-        repository: an empty folder.
-    """
+    """Write a model repository of these graphs, configured as the full rung is."""
     found = config.read(_CONFIG)
     found.instance_group[0].count = served.instances
     config.set_parameter(found, "intra_op_thread_count", str(served.threads))

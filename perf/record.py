@@ -33,13 +33,7 @@ class Record:
     """
 
     def __init__(self, folder: Path, console: Console, header: dict[str, Any]) -> None:
-        """Begin.
-
-        Args:
-            folder: for summary.json and report.html.
-            console: for bars and notes.
-            header: what the summary says of the run itself.
-        """
+        """Begin, with what the summary says of the run itself."""
         self.folder = folder
         self._started = time.monotonic()
         self.summary: dict[str, Any] = {

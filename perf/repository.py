@@ -63,10 +63,6 @@ def undisturbed(repository: Path, folder: Path) -> Path:
     Its router compares no reference answers at its start, which would run beside the first pass,
     and takes any threshold from requests: the measured rates of escalation are chosen that way.
 
-    Args:
-        repository: what `python -m export repository` wrote.
-        folder: where to lay it out; absent.
-
     Raises:
         PerfError: the repository is not an assembled one.
     """
