@@ -4,19 +4,23 @@ Its figures hang together: the cheap rung takes 30 ms, the full one 105 ms, one 
 escalates, so the cascade bound is 1 / (30/105 + 0.125) = 2.43.
 """
 
-from statistics import median
+from perf.figures import Spread
 
-TITLES = {
-    "static-low": "cheap rung always (112 px)",
-    "static-140": "static 140 px",
-    "static-168": "static 168 px",
-    "static-high": "full rung always (224 px)",
-    "adaptive-0": "adaptive, never escalating",
-    "adaptive": "adaptive, calibrated threshold",
-    "adaptive-30": "adaptive, 30 % escalated",
-    "adaptive-100": "adaptive, always escalating",
-    "ensemble": "adaptive from image bytes, calibrated threshold",
+SYSTEMS = {  # title, agreement, escalation, cost in ms
+    "static-low": ("cheap rung always (112 px)", 0.875, None, 30.0),
+    "static-140": ("static 140 px", 0.925, None, 43.0),
+    "static-168": ("static 168 px", 0.975, None, 60.0),
+    "static-high": ("full rung always (224 px)", 1.0, None, 105.0),
+    "adaptive-0": ("adaptive, never escalating", 0.875, 0.0, 31.0),
+    "adaptive": ("adaptive, calibrated threshold", 0.95, 0.125, 44.9),
+    "adaptive-30": ("adaptive, 30 % escalated", 0.975, 0.3, 63.5),
+    "adaptive-100": ("adaptive, always escalating", 1.0, 1.0, 136.5),
+    "ensemble": ("adaptive from image bytes, calibrated threshold", 0.95, 0.125, 48.0),
 }
+PARTS = (
+    *("client and network", "ensemble", "preprocess", "cheap rung", "scoring"),
+    *("router, BLS hops, ensemble", "full rung", "queues"),
+)
 RECIPES = {f"static-{px}": f"px={px}" for px in (140, 168)}
 RECIPES |= {"static-low": "px=112", "static-high": "px=224"}
 STATEMENT = (
@@ -27,14 +31,7 @@ STATEMENT = (
 
 
 def spread(*values):
-    """As `Spread.to_dict` writes it."""
-    return {
-        "median": median(values),
-        "min": min(values),
-        "max": max(values),
-        "runs": len(values),
-        "values": list(values),
-    }
+    return Spread.of(values).to_dict()
 
 
 def around(value, runs=4, share=0.02):
@@ -43,9 +40,10 @@ def around(value, runs=4, share=0.02):
     return spread(*(value * (1 + share * step) for step in steps))
 
 
-def answer(name, agreement, escalation, cost_ms):
+def answer(name):
+    title, agreement, escalation, cost_ms = SYSTEMS[name]
     return {
-        "title": TITLES[name],
+        "title": title,
         "recipe": RECIPES.get(name),
         "agreement_with_high": agreement,
         "escalation_rate": escalation,
@@ -72,7 +70,7 @@ def measured(name, under, throughput, p50, images="mixed", runs=4, unstable=None
     times = {"vit_low": 28.4, "vit_high": 101.3}
     return {
         "system": name,
-        "title": TITLES[name],
+        "title": SYSTEMS[name][0],
         "model": rungs[0] if rungs else "adaptive_vit" if name == "ensemble" else "router",
         "set": images,
         "load": under,
@@ -81,50 +79,29 @@ def measured(name, under, throughput, p50, images="mixed", runs=4, unstable=None
         "unstable_reason": unstable,
         "throughput_per_s": around(throughput, runs),
         "latency_ms": {
-            "mean": around(p50 * 1.1, runs),
-            "p50": around(p50, runs),
-            "p95": around(p50 * 2, runs),
-            "p99": around(p50 * 2.5, runs),
+            name: around(p50 * factor, runs)
+            for name, factor in (("mean", 1.1), ("p50", 1), ("p95", 2), ("p99", 2.5))
         },
         "server_ms": {
-            rung: {
-                "images_share": shares[rung],
-                "queue": 0.21,
-                "input": 0.12,
-                "infer": times[rung],
-                "output": 0.05,
-            }
+            rung: {"images_share": shares[rung], "queue": 0.21, "input": 0.12, "output": 0.05}
+            | {"infer": times[rung]}
             for rung in rungs or ("vit_low", "vit_high")
         },
         "server_cpu_ms": around(p50 * 1.05, runs),
     }
 
 
-def parts(requests, **milliseconds):
-    names = {
-        "client": "client and network",
-        "ensemble": "ensemble",
-        "preprocess": "preprocess",
-        "cheap": "cheap rung",
-        "scoring": "scoring",
-        "hops": "router, BLS hops, ensemble",
-        "full": "full rung",
-        "queues": "queues",
-    }
+def parts(requests, *milliseconds):
     return {
         "requests": requests,
-        "total_ms": round(sum(milliseconds.values()), 6),
-        "parts": [{"name": names[key], "ms": value} for key, value in milliseconds.items()],
+        "total_ms": round(sum(milliseconds), 6),
+        "parts": [{"name": n, "ms": ms} for n, ms in zip(PARTS, milliseconds, strict=True)],
     }
 
 
 def memory(pss, weights):
-    return {
-        "peak_pss_mib": pss,
-        "peak_rss_mib": pss * 1.25,
-        "gpu_mib": None,
-        "weights_mib": weights,
-    }
+    sizes = {"peak_pss_mib": pss, "peak_rss_mib": pss * 1.25, "weights_mib": weights}
+    return {**sizes, "gpu_mib": None}
 
 
 def locust(protocol, user, shape):
@@ -199,52 +176,12 @@ def sample_summary():
         "bound_c1": spread(2.42, 2.43, 2.44, 2.45),
         "speedup_saturated": spread(2.21, 2.22, 2.24, 2.26),
         "bound_saturated": spread(2.36, 2.37, 2.39, 2.4),
-        "answers": {
-            "static-low": answer("static-low", 0.875, None, 30.0),
-            "static-140": answer("static-140", 0.925, None, 43.0),
-            "static-168": answer("static-168", 0.975, None, 60.0),
-            "static-high": answer("static-high", 1.0, None, 105.0),
-            "adaptive-0": answer("adaptive-0", 0.875, 0.0, 31.0),
-            "adaptive": answer("adaptive", 0.95, 0.125, 44.9),
-            "adaptive-30": answer("adaptive-30", 0.975, 0.3, 63.5),
-            "adaptive-100": answer("adaptive-100", 1.0, 1.0, 136.5),
-            "ensemble": answer("ensemble", 0.95, 0.125, 48.0),
-        },
+        "answers": {name: answer(name) for name in SYSTEMS},
         "systems": systems(),
         "attribution": {
-            "kept": parts(
-                35,
-                client=1.2,
-                ensemble=0.2,
-                preprocess=2.1,
-                cheap=28.6,
-                scoring=0.1,
-                hops=1.3,
-                full=0,
-                queues=0,
-            ),
-            "escalated": parts(
-                5,
-                client=1.3,
-                ensemble=0.2,
-                preprocess=2.2,
-                cheap=28.7,
-                scoring=0.1,
-                hops=2.0,
-                full=101.9,
-                queues=0.6,
-            ),
-            "all": parts(
-                40,
-                client=1.2,
-                ensemble=0.2,
-                preprocess=2.1,
-                cheap=28.6,
-                scoring=0.1,
-                hops=1.4,
-                full=12.7,
-                queues=0.1,
-            ),
+            "kept": parts(35, 1.2, 0.2, 2.1, 28.6, 0.1, 1.3, 0, 0),
+            "escalated": parts(5, 1.3, 0.2, 2.2, 28.7, 0.1, 2.0, 101.9, 0.6),
+            "all": parts(40, 1.2, 0.2, 2.1, 28.6, 0.1, 1.4, 12.7, 0.1),
         },
         "memory": {
             "static-low": memory(312.0, 84.2),
@@ -260,37 +197,17 @@ def sample_summary():
 
 
 def systems():
-    entries = []
-    costs = {
-        "static-low": 30.0,
-        "static-140": 43.0,
-        "static-168": 60.0,
-        "static-high": 105.0,
-        "adaptive-0": 31.0,
-        "adaptive": 36.0,
-        "adaptive-30": 41.0,
-        "adaptive-100": 138.0,
-        "ensemble": 39.0,
-    }
-    for name, cost in costs.items():
-        entries.append(measured(name, load(), 1000 / cost, cost))
+    costs = (30.0, 43.0, 60.0, 105.0, 31.0, 36.0, 41.0, 138.0, 39.0)
+    entries = [
+        measured(name, load(), 1000 / cost, cost) for name, cost in zip(SYSTEMS, costs, strict=True)
+    ]
     for name, cost in (("static-low", 30.0), ("static-high", 105.0), ("adaptive", 45.0)):
         for level, gain in ((2, 1.8), (4, 1.9), (8, 1.92)):
             throughput = 1000 * gain / cost
-            reason = (
-                "latencies still grew after 3 passes"
-                if (name, level)
-                == (
-                    "static-high",
-                    8,
-                )
-                else None
-            )
-            entries.append(
-                measured(
-                    name, load(level=level), throughput, 1000 * level / throughput, unstable=reason
-                )
-            )
+            is_last = (name, level) == ("static-high", 8)
+            reason = "latencies still grew after 3 passes" if is_last else None
+            p50 = 1000 * level / throughput
+            entries.append(measured(name, load(level=level), throughput, p50, unstable=reason))
         for share in (0.4, 0.7, 0.9):
             rate = round(share * 1900 / cost, 1)
             entries.append(measured(name, load("open", rate), rate, cost * (1 + share**4 * 4)))
