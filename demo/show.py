@@ -46,12 +46,11 @@ def print_summary(summary: Summary) -> None:
     title = f"{summary['images']['pool']} unseen crops, {summary['model']['backbone']} {how}"
     console.print(table(title, ("", "accuracy", "p50 latency", "images/s", "CPU/image"), rows))
     if plan:
-        served = served_rows(summary)
-        bold = [number for number, row in enumerate(served) if row["system"] == ADAPTIVE]
         headings = ("", "agrees with full", "images/s", "CPU ms/image", "speed-up")
+        served = served_rows(summary)
+        bold = [number for number, row in enumerate(served) if row[0] == ADAPTIVE]
         title = "the same crops, saturated, each on the same cores"
-        cells = [list(row.values())[1:] for row in served]
-        console.print(table(title, headings, cells, bold))
+        console.print(table(title, headings, [cells for _, *cells in served], bold))
     for sentence in sentences(summary):
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
@@ -65,22 +64,28 @@ def _cpu_text(answer: Summary) -> str:
     return "–" if answer["cpu_ms"] is None else f"{answer['cpu_ms']['median']:.1f}"
 
 
-def served_rows(summary: Summary) -> list[dict[str, str]]:
-    """Every system that a plan was measured beside, the fastest first."""
+def served_rows(summary: Summary) -> list[list[str]]:
+    """Every system that a plan was measured beside: its name and the cells of its row, in words.
+
+    The fastest stands first.
+    """
     answers, busy = summary["saturated"]["systems"], bool(summary["doubts"]["saturated"])
-    return [
-        {
-            "system": system,
-            "words": answer["title"],
-            "agreement": percent(answer["agreement_with_high"]),
-            "throughput": f"{1e3 / answer['cost_ms']['median']:.1f}",
-            "cpu": _cpu_text(answer),
-            "speedup": "–"
-            if busy or answer["disturbed"]
-            else times(1 / answer["cost_ratio"]["median"]),
-        }
-        for system, answer in sorted(answers.items(), key=lambda item: item[1]["cost_ms"]["median"])
-    ]
+    by_cost = sorted(answers, key=lambda system: float(answers[system]["cost_ms"]["median"]))
+    rows = []
+    for system in by_cost:
+        answer = answers[system]
+        speed = times(1 / answer["cost_ratio"]["median"])
+        rows.append(
+            [
+                system,
+                answer["title"],
+                percent(answer["agreement_with_high"]),
+                f"{1e3 / answer['cost_ms']['median']:.1f}",
+                _cpu_text(answer),
+                "–" if busy or answer["disturbed"] else speed,
+            ]
+        )
+    return rows
 
 
 def sentences(summary: Summary) -> list[str]:
@@ -88,7 +93,7 @@ def sentences(summary: Summary) -> list[str]:
     full, certificate = _full(summary), summary["certificate"]
     adaptive = summary["answers"][ADAPTIVE]
     said = [
-        speed_sentence(summary),
+        speed_sentence(summary, "c1"),
         f"{adaptive['escalation_rate']:.1%} escalated; {adaptive['agreement_with_high']:.1%} "
         f"answered as the {full}",
         f"certified before: risk at most {certificate['epsilon']:.0%} with confidence "
@@ -104,46 +109,39 @@ def sentences(summary: Summary) -> list[str]:
     return [chosen, *said, *plan_sentences(summary)]
 
 
-def speed_sentence(summary: Summary) -> str:
-    """How much faster the cascade is, or that the machine was too busy to say."""
-    if summary["doubts"]["c1"]:
-        return f"one request in flight, {TOO_BUSY}: {'; '.join(summary['doubts']['c1'])}"
-    by_cpu = ""
-    if "cpu_speedup_c1" in summary:
-        by_cpu = f", {summary['cpu_speedup_c1']['median']:.2f}x by CPU time"
-    return (
-        f"{summary['speedup_c1']['median']:.2f}x as fast as the {_full(summary)}{by_cpu} "
-        f"(bound {summary['bound_c1']['median']:.2f}x, efficiency "
-        f"{summary['cascade_efficiency_c1']['median']:.2f}); router overhead "
-        f"{summary['router_overhead_c1']['median']:.2f}"
+def speed_sentence(summary: Summary, load: str) -> str:
+    """How much faster the cascade is under a load, or that the machine was too busy to say."""
+    if summary["doubts"][load]:
+        words = {"c1": "one request in flight", "saturated": "saturated"}[load]
+        return f"{words}, {TOO_BUSY}: {'; '.join(summary['doubts'][load])}"
+
+    def figure(name: str) -> str:
+        return f"{summary[f'{name}_{load}']['median']:.2f}"
+
+    by_cpu = f", {figure('cpu_speedup')}x by CPU time" if f"cpu_speedup_{load}" in summary else ""
+    said = (
+        f"{figure('speedup')}x as fast as the {_full(summary)}{by_cpu} (bound {figure('bound')}x, "
+        f"efficiency {figure('cascade_efficiency')})"
     )
+    if load == "c1":
+        return f"{said}; router overhead {figure('router_overhead')}"
+    spread = summary["speedup_saturated"]
+    return f"saturated {said}; {spread['min']:.2f}x to {spread['max']:.2f}x over the turns"
 
 
 def plan_sentences(summary: Summary) -> list[str]:
     """How much faster the planned cascade is, saturated, and what it has to beat."""
-    plan, doubts = summary["plan"], summary["doubts"]["saturated"]
-    answers = summary["saturated"]["systems"]
-    if doubts:
-        speed = f"Saturated, {TOO_BUSY}: {'; '.join(doubts)}."
-    else:
-        own, by_cpu = summary["speedup_saturated"], ""
-        if "cpu_speedup_saturated" in summary:
-            by_cpu = f"; by CPU time {summary['cpu_speedup_saturated']['median']:.2f}"
-        speed = (
-            f"Saturated, on the same cores, the planned cascade answers {own['median']:.2f} times "
-            f"as many images as the full model ({own['min']:.2f} to {own['max']:.2f} over the "
-            f"turns{by_cpu})."
-        )
+    plan, answers = summary["plan"], summary["saturated"]["systems"]
 
     def agrees(entry: Summary, of_what: str) -> str:
         said = f"agrees on {percent(answers[entry['name']]['agreement_with_high'])}"
-        if doubts or entry["disturbed"]:
+        if summary["doubts"]["saturated"] or entry["disturbed"]:
             return said
         return f"{said} and costs {entry['cost_ratio']['median']:.2f} {of_what}"
 
     rival, low = plan["rival"], plan["cheap_rung"]
     return [
-        speed,
+        speed_sentence(summary, "saturated"),
         "Of the alternatives that agree with the full model at least as often as the cascade "
         f"({percent(answers[ADAPTIVE]['agreement_with_high'])}), the cheapest is "
         f"{answers[rival['name']]['title']}: it {agrees(rival, 'times as much')}. The cheap rung "
