@@ -82,9 +82,9 @@ class _GrpcCore(ClientCore):
         self._lock = threading.Lock()
         self._closed = False
         self._lines: set[_Line] = set()  # with those given up that calls are still in
-        with grpc_call(None):
+        with grpc_call(None):  # a child that is forked off forgets the line that was opened
             self._line: _Line | None = self._open()  # for new calls
-        forget_after_fork(self)
+            forget_after_fork(self)
 
     def forget(self) -> None:
         """In a forked child: open another channel at the next request."""
