@@ -18,6 +18,7 @@ from client import (
     GrpcClient,
     HttpClient,
     InvalidRequestError,
+    NotServedError,
 )
 from client.messages import encode_images
 from tests.unit.client_servers import AwaitedClient
@@ -77,7 +78,7 @@ def test_bytes_and_tensors_agree(client, crops, images):
     assert_equal(client.infer_tensor(images[0]), client.infer(crops[:1]))
 
 
-def test_tensors_get_the_routers_own_answers_bit_for_bit(client, images):
+def test_tensors_get_the_routers_own_answers_bit_for_bit_and_no_other_versions(client, images):
     for policy in ("auto", "high"):
         found = client.infer_tensor(images[:8], policy=policy)
         pinned = client.infer_tensor(images[:8], policy=policy, version=1)
@@ -86,6 +87,8 @@ def test_tensors_get_the_routers_own_answers_bit_for_bit(client, images):
             assert np.array_equal(one.logits, other.logits)
             assert (one.escalated, one.degraded) == (other.escalated, other.degraded)
             assert np.array_equal(one.score, other.score, equal_nan=True)
+    with pytest.raises(NotServedError, match="'router' version 9 is not found"):
+        client.infer_tensor(images[:1], version=9)
 
 
 def test_more_images_than_a_batch_holds(client, crops):

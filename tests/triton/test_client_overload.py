@@ -1,11 +1,10 @@
-"""The clients against a real server that has too much to do, other versions, keys."""
+"""The clients against a real server that has too much to do, and keys."""
 
 import io
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -15,7 +14,6 @@ from client import (
     DeadlineError,
     GrpcClient,
     HttpClient,
-    NotServedError,
     OverloadedError,
     Prediction,
     Retry,
@@ -111,19 +109,6 @@ def test_who_waits_too_long_gets_a_clear_error_and_is_answered_later(
         with busy(server, slow_image), pytest.raises((DeadlineError, OverloadedError)):
             client.infer(crops[:1], timeout_s=0.05)
         assert len(client.infer(crops[:1])) == 1
-
-
-# --- versions ----------------------------------------------------------------------------------
-
-
-@both
-def test_a_pinned_version_answers_and_another_is_not_served(server, kind, images):
-    with connect(kind, server) as client:
-        (pinned,) = client.infer_tensor(images[:1], version=1)
-        (chosen,) = client.infer_tensor(images[:1])
-        np.testing.assert_allclose(pinned.embedding, chosen.embedding, rtol=1e-4, atol=1e-5)
-        with pytest.raises(NotServedError, match="'router' version 9 is not found"):
-            client.infer_tensor(images[:1], version=9)
 
 
 # --- keys --------------------------------------------------------------------------------------
