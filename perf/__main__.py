@@ -59,10 +59,6 @@ def run(
     suite: Annotated[
         SuiteName, typer.Option(help="Minutes: quick 3, full 30, on two cores.")
     ] = SuiteName.QUICK,
-    seed: Annotated[int, typer.Option(min=0, help="Which sample crops.")] = 21,
-    sets: Annotated[
-        str, typer.Option(help="Sets of images, mixed always among them.")
-    ] = "easy,hard,mixed",
     onnx: Onnx = Path("build/onnx"),
     calibration: Annotated[
         Path, typer.Option(help="Artifact that `calibration fit` wrote.")
@@ -88,19 +84,11 @@ def run(
 
     if http_url is not None and url is None:
         raise PerfError("--http-url belongs to --url")
-    how = (images, seed, SUITES[suite.value], _set_names(sets))
-    options = Options(*how, onnx, calibration, repository, url, http_url, out)
+    how = (images, SUITES[suite.value], onnx, calibration, repository)
+    options = Options(*how, url, http_url, out)
     record = measure(options, Console(stderr=True))
     _print_verdict(record.summary)
     print(f"took {record.summary['seconds']:.0f} s; open {record.report_path}")
-
-
-def _set_names(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(","))
-    unknown = sorted(set(names) - {"easy", "hard", "mixed"})
-    if unknown or "mixed" not in names:
-        raise PerfError(f"--sets {text!r}: give mixed, and easy or hard beside it, with commas")
-    return names
 
 
 def _print_verdict(summary: dict[str, Any]) -> None:

@@ -115,12 +115,7 @@ def read_pool(
 
 
 def choose_sets(
-    escalated: NDArray[np.bool_],
-    mixed: int,
-    shares: int,
-    size: int,
-    names: Sequence[str],
-    seed: int = 0,
+    escalated: NDArray[np.bool_], mixed: int, shares: int, size: int, seed: int = 0
 ) -> dict[str, list[int]]:
     """Choose the sets at random, the mixed one with about the pool's own escalation rate.
 
@@ -131,15 +126,14 @@ def choose_sets(
             at least one where there are enough: shares of different rates have costs that do not
             compare.
         size: images of the easy and the hard set, at most.
-        names: sets that are asked for, out of `easy`, `hard` and `mixed`.
         seed: of the choice.
 
     Returns:
-        Rows of the pool by set: `mixed`, and of the others `easy`, all kept low, and `hard`, all
-        escalated.
+        Rows of the pool by set: `mixed` and, where there are `FEWEST` of them, `easy`, all kept
+        low, and `hard`, all escalated.
 
     Raises:
-        PerfError: too few images for a set that is asked for.
+        PerfError: too few images to measure.
     """
     rng = np.random.default_rng(seed)
     hard, easy = (rng.permutation(np.flatnonzero(side)) for side in (escalated, ~escalated))
@@ -149,15 +143,9 @@ def choose_sets(
     hard_share = min(per_share * shares, len(hard), mixed)
     easy_share = min(mixed - hard_share, len(easy))
     rows = {"mixed": spread_evenly(easy[:easy_share].tolist(), hard[:hard_share].tolist())}
-    for name, side, what in (("easy", easy, "stay cheap"), ("hard", hard, "escalate")):
-        if name not in names:
-            continue
-        if len(side) < FEWEST:
-            raise PerfError(
-                f"{len(side)} of {len(escalated)} images {what}, the {name} set needs {FEWEST}; "
-                "give more images, or leave the set out with --sets"
-            )
-        rows[name] = side[:size].tolist()
+    for name, side in (("easy", easy), ("hard", hard)):
+        if len(side) >= FEWEST:
+            rows[name] = side[:size].tolist()
     if len(rows["mixed"]) < FEWEST:
         raise PerfError(f"{len(escalated)} images are too few to measure, {FEWEST} are needed")
     return rows

@@ -17,7 +17,6 @@ from perf.images import (
 )
 from tests.unit.image_files import MemorySource, write_images
 
-ALL = ("easy", "hard", "mixed")
 SMALL = Preprocessing(8, 8, None, "bilinear", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 GRAPHS = SimpleNamespace(preprocessing=SMALL.to_dict())
 
@@ -79,7 +78,7 @@ def test_sample_is_opened_with_its_seed_and_anything_else_is_a_folder(tmp_path):
 
 def test_each_set_has_the_escalation_it_is_named_for():
     escalated = pool_of(easy=60, hard=20)
-    sets = choose_sets(escalated, mixed=40, shares=5, size=12, names=ALL)
+    sets = choose_sets(escalated, mixed=40, shares=5, size=12)
     assert {name: len(rows) for name, rows in sets.items()} == {
         "mixed": 40,
         "easy": 12,
@@ -94,20 +93,19 @@ def test_each_set_has_the_escalation_it_is_named_for():
 @pytest.mark.parametrize(("easy", "hard"), [(8, 8), (7, 9), (39, 1), (1, 39), (4, 0), (0, 5)])
 @pytest.mark.parametrize("mixed", [5, 6, 11, 1000])
 def test_the_mixed_set_has_the_pools_own_rate_to_the_image(easy, hard, mixed):
-    sets = choose_sets(pool_of(easy, hard), mixed, shares=1, size=3, names=("mixed",))
+    sets = choose_sets(pool_of(easy, hard), mixed, shares=1, size=3)
     size = min(mixed, easy + hard)
     assert len(set(sets["mixed"])) == len(sets["mixed"]) == size
     expected = size * hard / (easy + hard)
     found = pool_of(easy, hard)[sets["mixed"]].sum()
     # At least one, where there is one: a set of none would never ask the full rung.
     assert abs(found - expected) <= 0.5 or (found, hard > 0) == (pytest.approx(1), True)
-    assert set(sets) == {"mixed"}
 
 
 @pytest.mark.parametrize(("easy", "hard", "in_each"), [(90, 10, 1), (80, 20, 2), (97, 4, 1)])
 def test_every_share_of_the_mixed_set_has_equally_many_that_escalate(easy, hard, in_each):
     escalated = pool_of(easy, hard)
-    rows = choose_sets(escalated, mixed=40, shares=4, size=8, names=("mixed",))["mixed"]
+    rows = choose_sets(escalated, mixed=40, shares=4, size=8)["mixed"]
     shares = np.array_split(np.asarray(rows), 4)
     assert [int(escalated[share].sum()) for share in shares] == [in_each] * 4
 
@@ -124,31 +122,19 @@ def test_under_load_a_set_is_as_hard_as_the_whole(easy, hard, sent):
 
 def test_the_choice_is_random_and_the_seed_repeats_it():
     escalated = pool_of(60, 20)
-    first = choose_sets(escalated, 40, 5, 12, ALL)
-    assert first == choose_sets(escalated, 40, 5, 12, ALL)
-    assert first != choose_sets(escalated, 40, 5, 12, ALL, seed=1)
+    first = choose_sets(escalated, 40, 5, 12)
+    assert first == choose_sets(escalated, 40, 5, 12)
+    assert first != choose_sets(escalated, 40, 5, 12, seed=1)
     assert sorted(first["easy"]) != list(range(12))  # not the first ones of the folder
 
 
-@pytest.mark.parametrize(
-    ("easy", "hard", "said"),
-    [
-        (20, 3, "3 of 23 images escalate, the hard set needs 4"),
-        (3, 20, "3 of 23 images stay cheap, the easy set needs 4"),
-        (20, 0, "0 of 20 images escalate"),
-    ],
-)
-def test_too_few_images_for_a_set_are_refused_unless_it_is_left_out(easy, hard, said):
-    with pytest.raises(PerfError, match=f"{said}.*give more images, or .* --sets"):
-        choose_sets(pool_of(easy, hard), 40, 4, 12, ALL)
-    kept = "easy" if hard < 4 else "hard"
-    assert set(choose_sets(pool_of(easy, hard), 40, 4, 12, ("mixed", kept))) == {"mixed", kept}
-
-
 def test_four_images_are_a_set_and_three_are_none():
-    assert len(choose_sets(pool_of(4, 4), 40, 4, 12, ALL)["hard"]) == 4
+    assert set(choose_sets(pool_of(4, 4), 40, 4, 12)) == {"mixed", "easy", "hard"}
+    assert set(choose_sets(pool_of(20, 3), 40, 4, 12)) == {"mixed", "easy"}
+    assert set(choose_sets(pool_of(3, 20), 40, 4, 12)) == {"mixed", "hard"}
+    assert set(choose_sets(pool_of(20, 0), 40, 4, 12)) == {"mixed", "easy"}
     with pytest.raises(PerfError, match="3 images are too few to measure, 4 are needed"):
-        choose_sets(pool_of(2, 1), 40, 1, 12, ("mixed",))
+        choose_sets(pool_of(2, 1), 40, 1, 12)
 
 
 @pytest.mark.parametrize(("many", "few"), [(9, 3), (10, 3), (5, 1), (3, 3), (2, 7), (0, 4), (4, 0)])

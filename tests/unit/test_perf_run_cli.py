@@ -114,13 +114,8 @@ def test_a_perf_analyzer_that_does_not_start_says_why_itself(perf, workplace):
         ("--repository", "images", "run python -m export repository"),
         ("--images", "empty", "file below empty"),
         ("--images", "nowhere", "^no such folder: nowhere$"),
-        *(
-            ("--sets", sets, f"^--sets {sets!r}: give mixed")
-            for sets in ("easy,mixed,odd", "easy,hard", "", "mixed,,hard")
-        ),
         ("--http-url", "127.0.0.1:8000", "^--http-url belongs to --url$"),
         ("--suite", "long", "'quick', 'full'"),
-        ("--seed", "-1", "--seed"),
     ],
 )
 def test_what_is_missing_or_makes_no_sense_is_told(perf, workplace, option, value, said):
@@ -176,14 +171,13 @@ def test_images_that_cannot_be_read_are_told(perf, workplace):
     assert said.startswith("none of the 8 images can be read; first: 0.png: ")
 
 
-def test_too_few_images_for_a_set_are_told(perf, workplace, monkeypatch):
+def test_too_few_images_are_told(perf, workplace, monkeypatch):
     monkeypatch.setattr(perf_run, "Target", FakeTarget)
-    monkeypatch.setattr(perf_run, "score_pool", score_all(0.1))  # the threshold is 0.5
+    monkeypatch.setattr(perf_run, "score_pool", score_all(0.1))
+    for file in list((workplace / "images").iterdir())[3:]:
+        file.unlink()
     said = told(perf("--images", "images", "--url", "host:1"), workplace)
-    assert said.startswith("0 of 8 images escalate, the hard set needs 4; ")
-    monkeypatch.setattr(perf_run, "score_pool", score_all(0.9))
-    said = told(perf("--images", "images", "--url", "host:1"), workplace)
-    assert said.startswith("0 of 8 images stay cheap, the easy set needs 4; ")
+    assert said == "3 images are too few to measure, 4 are needed"
 
 
 @pytest.fixture
@@ -204,23 +198,22 @@ def interrupted(monkeypatch):
 
 
 def test_ctrl_c_ends_the_run_with_what_was_measured(perf, workplace, interrupted):
-    code, lines = perf("--images", "images", "--url", "host:1", "--sets", "mixed,easy")
+    code, lines = perf("--images", "images", "--url", "host:1")
     assert code == 130 and not any("Traceback" in line for line in lines)
     found = json.loads((workplace / "build/perf/summary.json").read_text())
     assert found["complete"] is False
     assert found["notes"][-1] == "stopped before its end: interrupted"
     assert "its memory and its CPU time are not measured" in found["notes"][0]
+    assert found["notes"][1].startswith("too few images escalate: the hard set is left out")
     assert found["images"]["sets"]["easy"] == {"images": 8, "escalation_rate": 0.0}
     assert found["environment"]["triton_version"] == "2.51.0"
 
 
 def test_the_summary_says_which_command_and_which_model_it_is_of(perf, workplace, interrupted):
-    code, _ = perf(
-        *("--images", "images", "--url", "host:1", "--sets", "mixed,easy", "--suite", "full")
-    )
+    code, _ = perf(*("--images", "images", "--url", "host:1", "--suite", "full"))
     assert code == 130
     found = json.loads((workplace / "build/perf/summary.json").read_text())
-    command = "python -m perf run --images images --url host:1 --sets mixed,easy --suite full"
+    command = "python -m perf run --images images --url host:1 --suite full"
     assert found["command"] == command
     assert (found["suite"], found["fidelity"]) == ("full", "names the same class")
     assert found["model"]["backbone"] == "tiny" and found["certificate"] is None
