@@ -17,7 +17,7 @@ from calibration.certify import (
     candidate_thresholds,
     one_per_group,
 )
-from calibration.fidelity import Fidelity, FidelityError, disagrees, oracle_cosine, oracle_l2
+from calibration.fidelity import Fidelity, oracle_cosine, oracle_l2
 from calibration.fit import (
     EscalationRate,
     FitError,
@@ -45,28 +45,6 @@ from tests.unit.pages import squeeze
 
 TOP1 = Options(Fidelity("top1"))
 GOAL = Goal(max_risk=0.1, confidence=0.9, method="ltt")
-
-
-def test_the_oracle_is_the_distance_of_the_embeddings(rung_set):
-    outputs = make_outputs(rung_set)
-    np.testing.assert_allclose(np.unique(oracle_l2(outputs).round(4)), [0.0, round(D**0.5, 4)])
-    low, high = outputs.low.embedding[0], outputs.high.embedding[0]
-    expected = low @ high / np.linalg.norm(low) / np.linalg.norm(high)
-    assert oracle_cosine(outputs)[0] == pytest.approx(expected, abs=1e-6)
-
-
-def test_the_fidelity_losses(rung_set, headless):
-    outputs = make_outputs(rung_set)
-    np.testing.assert_array_equal(Fidelity("top1").loss(outputs), disagrees(outputs))
-    for tolerance in (0.01, 0.5):
-        expected = oracle_cosine(outputs) < 1 - tolerance
-        np.testing.assert_array_equal(Fidelity("cosine", tolerance).loss(outputs), expected)
-    with pytest.raises(FidelityError, match="has none; use cosine"):
-        Fidelity("top1").loss(make_outputs(headless, head=False))
-    with pytest.raises(FidelityError, match="'top5' is none of top1, labels, value, cosine"):
-        Fidelity("top5")
-    with pytest.raises(FidelityError, match="--tolerance 0"):
-        Fidelity("cosine", 0)
 
 
 def test_a_certified_fit_keeps_its_splits_apart(rung_set):

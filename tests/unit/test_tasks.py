@@ -22,9 +22,7 @@ from routing import (
     RUNGS,
     Calibration,
     CalibrationError,
-    RungOutputs,
     escalation_mask,
-    fidelity_loss,
 )
 from routing.policy import Overrides
 from tests.unit.calibrating import run
@@ -257,39 +255,6 @@ def test_a_value_has_no_class_to_agree_on(value):
         fit(outputs, rung_set, EscalationRate(0.2), Options(Fidelity("top1")))
 
 
-# --- what is refused -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("task", "kind", "settings", "message"),
-    [
-        ("value", None, {}, "give --fidelity value --tolerance X"),
-        ("value", "value", {}, "--fidelity value needs --tolerance X"),
-        ("value", "top1", {}, "top1 means nothing for a model that answers a value"),
-        ("value", "labels", {}, "use value or cosine"),
-        ("labels", "top1", {}, "top1 means nothing for a model that answers independent labels"),
-        ("labels", "value", {"tolerance": 1}, "use labels or cosine"),
-        ("classes", "labels", {}, "labels means nothing for a model that answers one of several"),
-        ("classes", "value", {"tolerance": 1}, "use top1 or cosine"),
-        (None, "labels", {}, "labels needs a head, the model has none; use cosine"),
-        ("value", "value", {"tolerance": 0.0}, "--tolerance 0.0 is not a finite number above 0"),
-        ("value", "value", {"tolerance": float("inf")}, "--tolerance inf is not a finite number"),
-        ("classes", None, {"relative": True}, "--relative goes with --fidelity value"),
-        ("classes", None, {"label_threshold": 0.3}, "--label-threshold goes with"),
-        ("labels", None, {"label_threshold": 1.0}, "--label-threshold 1.0 is not between"),
-    ],
-)
-def test_a_loss_that_means_nothing_for_the_task_is_refused(task, kind, settings, message):
-    with pytest.raises(FidelityError, match=message.replace("(", r"\(")) as refused:
-        Fidelity.asked(task, kind, **settings)
-    assert "\n" not in str(refused.value)
-
-
-def test_each_task_has_its_default_loss():
-    found = {task: Fidelity.asked(task, None).kind for task in ("classes", "labels", None)}
-    assert found == {"classes": "top1", "labels": "labels", None: "cosine"}
-
-
 @pytest.mark.parametrize("command", ["report", "fit", "align"])
 def test_every_command_asks_which_difference_of_a_value_matters(value, command, capsys):
     if command == "report":  # it takes the loss of an artifact where there is one
@@ -317,45 +282,6 @@ def test_outputs_of_another_task_are_not_calibrated(labels):
     outputs, rung_set = loaded(labels)
     with pytest.raises(FitError, match="a model that answers classes and not labels; collect"):
         fit(answering("classes", outputs), rung_set, GOAL, Options(Fidelity("labels")))
-
-
-# --- the losses ------------------------------------------------------------------------------
-
-
-def answers(*logits):
-    rows = np.array(logits, np.float32)
-    return RungOutputs(np.ones((len(rows), 2), np.float32), None, rows)
-
-
-def test_a_set_of_labels_differs_where_any_label_crosses_the_threshold():
-    low = answers([0.1, -3.0], [0.0, -1.0], [2.0, 5.0], [np.nan, 1.0])
-    high = answers([9.0, -0.1], [-0.1, -1.0], [2.0, -5.0], [np.nan, 1.0])
-    chosen_by = {"fidelity": "labels", "label_threshold": 0.5}
-    assert fidelity_loss(chosen_by, low, high).tolist() == [False, True, True, True]
-    # At 0.95 (a logit of 2.94) the first image gains a label, and the second has none either way.
-    stricter = {**chosen_by, "label_threshold": 0.95}
-    assert fidelity_loss(stricter, low, high).tolist() == [True, False, True, True]
-
-
-def test_a_value_may_differ_by_the_tolerance_in_every_output():
-    low = answers([1.0, 10.0], [1.0, 10.0], [1.0, 10.0], [np.nan, 10.0])
-    high = answers([1.5, 10.0], [1.0, 11.0], [1.0, 10.5], [1.0, 10.0])
-    absolute = {"fidelity": "value", "tolerance": 0.5, "relative": False}
-    assert fidelity_loss(absolute, low, high).tolist() == [False, True, False, True]
-    relative = {"fidelity": "value", "tolerance": 0.125, "relative": True}
-    assert fidelity_loss(relative, low, high).tolist() == [True, False, False, True]
-
-
-def test_another_class_is_a_loss_and_so_is_none():
-    low = answers([2.0, 1.0], [2.0, 1.0], [np.nan, 1.0], [np.nan, 1.0], [np.inf, 1.0])
-    high = answers([3.0, 0.0], [1.0, 2.0], [np.nan, 1.0], [5.0, 1.0], [5.0, 1.0])
-    found = fidelity_loss({"fidelity": "top1"}, low, high)
-    assert found.tolist() == [False, True, True, True, False]
-
-
-def test_top1_of_one_output_is_no_loss_but_an_error():
-    with pytest.raises(ValueError, match="does not apply"):
-        fidelity_loss({"fidelity": "top1"}, answers([1.0]), answers([-1.0]))
 
 
 # --- pages -----------------------------------------------------------------------------------
