@@ -44,9 +44,7 @@ __all__ = [
 def write(repository: Path, live: int | None = None) -> None:
     """Write `MANIFEST.json` over everything below a freshly assembled repository.
 
-    Args:
-        repository: the folder.
-        live: the version of the router that answers.
+    `live` is the version of the router that answers.
     """
     files = {
         path.relative_to(repository).as_posix(): sha256_file(path)

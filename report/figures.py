@@ -261,14 +261,10 @@ def histogram(
     rules: Sequence[Rule] = (),
     size: tuple[float, float] = (5.6, 3.2),
 ) -> str:
-    """How often values occur, stacked.
+    """How often values occur, stacked: of those without a loss, then of those with one.
 
-    Args:
-        groups: values by name, at most two groups: those without a loss, then those with one.
-        label: of the values' axis.
-        things: what is counted.
-        rules: upright lines; one that is far from every value is left out.
-        size: width and height in inches, without the legend above.
+    `things` are what is counted. A rule that is far from every value is left out. The size is in
+    inches, without the legend above.
     """
     figure, axes = _figure(*size)
     values = np.concatenate([np.asarray(group, np.float64) for group in groups.values()])

@@ -95,15 +95,10 @@ class RiskTest:
 def compare_decisions(
     candidate: Calibration, low: RungOutputs, live: NDArray[np.bool_]
 ) -> dict[str, int]:
-    """Count how a candidate artifact decides beside the live one.
+    """Count how a candidate artifact decides beside the live one, about n images.
 
     Both belong to the same rungs, so what the cheap rung said of an image serves both and a shadow
-    costs no further call.
-
-    Args:
-        candidate: scores the same cheap answers.
-        low: the cheap rung's outputs for n images.
-        live: BOOL (n,), which of them the live artifact wants to escalate.
+    costs no further call. `live`, BOOL (n,), is what the live artifact wants to escalate.
 
     Returns:
         Images by outcome, one entry for each of `SHADOW_OUTCOMES`.

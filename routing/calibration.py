@@ -84,13 +84,9 @@ class RungRecord:
     def fault(self, file: Path, differs: str) -> str | None:
         """Which of an ONNX file and the weights beside it is not the recorded one, and why.
 
-        Args:
-            file: the ONNX file.
-            differs: what is said of a file that is another, after its name.
-
         Returns:
-            Words that begin with the name of the file that is missing, cut short or another; None:
-            both are the recorded ones.
+            Words that begin with the name of the file that is missing or cut short, or is another,
+            of which they say what `differs` does; None: both are the recorded ones.
         """
         fault = _fault(file, self.sha256, self.size_bytes, differs)
         if fault is None and self.weights_sha256 is not None:
@@ -253,10 +249,7 @@ class Calibration:
         return self.reference is None and named == FULL_RUNG
 
     def check_rungs(self, files: Mapping[str, Path]) -> None:
-        """Compare ONNX files with the hashes they had at calibration.
-
-        Args:
-            files: the file of each rung, by name, and of `REFERENCE_MODEL` where there is one.
+        """Compare ONNX files, by the names of their models, with their hashes at calibration.
 
         Raises:
             CalibrationError: a file, or the weights beside it, is missing or not the one that was

@@ -51,11 +51,7 @@ _OUTAGE = re.compile(
 
 
 def is_outage(message: str) -> bool:
-    """Whether a rung's error says that it cannot be had now, and not that it failed.
-
-    Args:
-        message: the error of a call of one model by another.
-    """
+    """Whether the error of a call of one model by another says that it cannot be had now."""
     return bool(_OUTAGE.search(message))
 
 

@@ -52,10 +52,7 @@ def path_features(outputs: RungOutputs) -> Features:
 
 
 def softmax_features(logarithms: Features) -> Features:
-    """Confidence of the final prediction.
-
-    Args:
-        logarithms: `log_softmax` of the logits, (B, C).
+    """Confidence of the final prediction, from `log_softmax` of the logits, (B, C).
 
     Returns:
         FP64 (B, 4): top-1 probability, top-1 minus top-2 probability, entropy in nats, and the

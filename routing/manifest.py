@@ -82,9 +82,7 @@ def listed(repository: Path) -> Mapping[str, str]:
 def verify(repository: Path, but: str = "") -> None:
     """Compare every listed file with its hash, and refuse whatever is not listed.
 
-    Args:
-        repository: the assembled repository.
-        but: a folder of it that does not matter.
+    What lies in the folder `but` does not matter.
 
     Raises:
         ManifestError: no readable manifest; a file that is missing or differs, or a file, a folder

@@ -16,10 +16,9 @@ TASKS = ("classes", "labels", "value")
 
 
 def default_task(count: int | None) -> str | None:
-    """The task of a head that does not say it: as `transformers` takes it, one output is a value.
+    """The task of a head of `count` outputs that does not say it; None: there is no head.
 
-    Args:
-        count: C, the number of outputs; None: no head.
+    It is as `transformers` takes it: one output is a value.
     """
     if count is None:
         return None

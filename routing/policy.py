@@ -78,11 +78,7 @@ _CAREFUL = "a request may only lower the threshold or send policy=high"
 def parse_overrides(
     parameters: Mapping[str, object], allowance: Allowance | None = None
 ) -> Overrides:
-    """Check a request's parameters.
-
-    Args:
-        parameters: as decoded from Triton's JSON: str, bool, int or float values.
-        allowance: how far they may go; anywhere if not given.
+    """Check a request's parameters, as decoded from Triton's JSON; without an allowance all may be.
 
     Raises:
         ValueError: an unknown parameter or policy, a threshold that is no number and no text of
@@ -191,15 +187,10 @@ class Relief:
     highest: float
 
     def threshold(self, calibrated: float, waiting: int) -> float:
-        """The threshold for a batch.
+        """The threshold for a batch in which so many images had to wait, oracle units.
 
-        Args:
-            calibrated: the certified threshold, oracle units.
-            waiting: images in the batch that had to wait.
-
-        Returns:
-            `calibrated` below `depth`; from there in equal steps up to `highest` at `full`. Never
-            below `calibrated`.
+        It is the calibrated one below `depth`, and from there rises in equal steps to `highest`
+        at `full`. It is never below the calibrated one.
         """
         if waiting < self.depth or self.highest <= calibrated:
             return calibrated

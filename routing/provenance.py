@@ -29,9 +29,7 @@ _CPUINFO = Path("/proc/cpuinfo")
 def processor(cpuinfo: Path = _CPUINFO) -> dict[str, Any]:
     """This machine's processor: `vendor`, `model` and those of `INT8_INSTRUCTIONS` that it has.
 
-    Args:
-        cpuinfo: the kernel's description of the processors; where there is none, `model` is what
-            Python knows and `int8` is None.
+    Where the kernel does not describe it, `model` is what Python knows and `int8` is None.
     """
     try:
         lines = cpuinfo.read_text().splitlines()
