@@ -30,7 +30,6 @@ _PARTS = {
     "queues": "#777777",
 }
 _GROUPS = {"kept": "kept low", "escalated": "escalated", "all": "all"}
-_RUNGS = ("static-low", "static-high", "static-escalation")
 _LOOKS = {  # of alternatives by the one part of a recipe in which they differ, then of systems
     "px": Look("static, fewer pixels", "#777777", "8"),
     "tome": Look("static, merged tokens", OTHERS[0], "H"),
@@ -98,15 +97,10 @@ def _frontier(answers: Summary, order: Sequence[str]) -> str | None:
     }
     if not shown:
         return None
-    family = {
-        name: _family(answers[name], answers["static-high"] if "static-high" in shown else None)
-        for name in shown
-        if name.startswith("static-")
-    }
     lines = []
     for key in ("px", "tome", "depth"):
-        if any(family[name] == key and name not in _RUNGS for name in family):
-            joined = [shown[name] for name in family if family[name] in (key, "full")]
+        if any(point["kind"] == key for point in shown.values()):
+            joined = [point for point in shown.values() if point["family"] in (key, "full")]
             joined.sort(key=lambda point: point["cost"])
             lines.append(("", _LOOKS[key].colour, joined))
     adaptive = [name for name in shown if name.startswith("adaptive")]
@@ -132,15 +126,14 @@ def _frontier(answers: Summary, order: Sequence[str]) -> str | None:
 
 def _point(mark: str, name: str, answers: Summary) -> Entry:
     """Where a system stands, as `frontier` draws it."""
-    answer, kind = answers[name], name
-    if name not in _LOOKS:
-        kind = "others" if name.startswith("adaptive") else ""
-        if name.startswith("static-"):
-            kind = _family(answer, answers.get("static-high"))
+    answer, family = answers[name], None
+    if name.startswith("static-"):
+        family = _family(answer, answers.get("static-high"))
     cost = answer["cost_ratio"]
     return {
         "mark": mark,
-        "kind": kind,
+        "kind": name if name in _LOOKS else family or "others",
+        "family": family,
         "cost": cost["median"],
         "spread": (cost["min"], cost["max"]),
         "acceptable": answer["agreement_with_high"],

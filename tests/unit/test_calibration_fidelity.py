@@ -1,11 +1,13 @@
 """When an answer is a loss, which losses a model's task has, and the oracle."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from calibration.fidelity import Fidelity, FidelityError, disagrees, oracle_cosine, oracle_l2
 from routing import RungOutputs, fidelity_loss
-from tests.unit.calibration_outputs import make_outputs
+from tests.unit.calibration_outputs import make_outputs, with_losing_high
 from tests.unit.onnx_files import D
 
 
@@ -29,6 +31,23 @@ def test_the_fidelity_losses(rung_set, headless):
         Fidelity("top5")
     with pytest.raises(FidelityError, match="--tolerance 0"):
         Fidelity("cosine", 0)
+
+
+def test_losses_are_about_the_reference_and_not_about_the_full_rung(rung_set):
+    plain = make_outputs(rung_set)
+    outputs = with_losing_high(plain, 0.2)
+    for fidelity in (Fidelity("top1"), Fidelity("cosine", 0.05)):
+        np.testing.assert_array_equal(fidelity.loss(outputs), fidelity.loss(plain))
+        assert fidelity.high_loss(plain) is None
+        lost = fidelity.high_loss(outputs)
+        truth = outputs.reference
+        expected = {
+            "top1": outputs.high.logits.argmax(1) != truth.logits.argmax(1),
+            "cosine": oracle_cosine(replace(outputs, low=outputs.high)) < 0.95,
+        }
+        np.testing.assert_array_equal(lost, expected[fidelity.kind])
+        assert 0.1 < lost.mean() < 0.3
+    np.testing.assert_array_equal(oracle_l2(outputs), oracle_l2(plain))
 
 
 @pytest.mark.parametrize(

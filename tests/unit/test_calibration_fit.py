@@ -1,5 +1,4 @@
 import json
-import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,7 +16,7 @@ from calibration.certify import (
     candidate_thresholds,
     one_per_group,
 )
-from calibration.fidelity import Fidelity, oracle_cosine, oracle_l2
+from calibration.fidelity import Fidelity, oracle_l2
 from calibration.fit import (
     EscalationRate,
     FitError,
@@ -30,9 +29,7 @@ from calibration.fit import (
 from calibration.held_out import HeldOut
 from calibration.outputs import OutputsError
 from calibration.record import Fit
-from calibration.scoring import flat_score, score_spread
 from calibration.splits import SplitError
-from calibration.tables import print_fit
 from routing import Calibration
 from tests.unit.calibration_outputs import (
     CLASS_SIGNALS,
@@ -40,8 +37,7 @@ from tests.unit.calibration_outputs import (
     with_losing_high,
     with_reference,
 )
-from tests.unit.onnx_files import D, write_rung_set
-from tests.unit.pages import squeeze
+from tests.unit.onnx_files import write_rung_set
 
 TOP1 = Options(Fidelity("top1"))
 GOAL = Goal(max_risk=0.1, confidence=0.9, method="ltt")
@@ -320,23 +316,6 @@ def test_labels_of_only_some_images_of_a_group_still_give_an_interval(rung_set):
     assert metrics_["intervals"]["accuracy_high"] == pytest.approx([0.025 ** (1 / 12), 1.0])
 
 
-def test_losses_are_about_the_reference_and_not_about_the_full_rung(rung_set):
-    plain = make_outputs(rung_set)
-    outputs = with_losing_high(plain, 0.2)
-    for fidelity in (Fidelity("top1"), Fidelity("cosine", 0.05)):
-        np.testing.assert_array_equal(fidelity.loss(outputs), fidelity.loss(plain))
-        assert fidelity.high_loss(plain) is None
-        lost = fidelity.high_loss(outputs)
-        truth = outputs.reference
-        expected = {
-            "top1": outputs.high.logits.argmax(1) != truth.logits.argmax(1),
-            "cosine": oracle_cosine(replace(outputs, low=outputs.high)) < 0.95,
-        }
-        np.testing.assert_array_equal(lost, expected[fidelity.kind])
-        assert 0.1 < lost.mean() < 0.3
-    np.testing.assert_array_equal(oracle_l2(outputs), oracle_l2(plain))
-
-
 def test_escalated_losses_count_in_the_certificate_and_in_every_figure(rung_set):
     rungs = with_reference(rung_set)
     outputs = with_losing_high(make_outputs(rungs, n=2000), 0.04)
@@ -423,42 +402,3 @@ def test_the_costs_of_signals_count_escalated_losses():
     rate = EscalationRate(0.5)
     assert cross_validated_costs(ranking, loss, None, rate, 0)["rising"] == 0
     assert cross_validated_costs(ranking, loss, high_loss, rate, 0)["rising"] == 0.25
-
-
-def unpredictable(rung_set, n=2000, seed=2):
-    """What the full rung changes has nothing to do with the cheap one's outputs."""
-    outputs, rng = make_outputs(rung_set, n=n, seed=seed), np.random.default_rng(seed)
-    embedding = outputs.low.embedding + rng.normal(size=(n, D)).astype(np.float32)
-    logits = rng.normal(size=outputs.high.logits.shape).astype(np.float32)
-    return replace(outputs, high=replace(outputs.high, embedding=embedding, logits=logits))
-
-
-def test_a_score_that_hardly_tells_images_apart_is_said(rung_set, capsys):
-    fitted = fit(unpredictable(rung_set), rung_set, GOAL, TOP1)
-    spread = fitted.calibration.metrics["score_spread"]
-    test = fitted.splits["test"]
-    assert spread["score"] == pytest.approx(np.ptp(np.quantile(fitted.scores[test], [0.05, 0.95])))
-    assert spread["score"] < 0.05 * spread["oracle"]
-    print_fit(fitted.calibration)
-    assert "The score hardly tells images apart: the middle 90 %" in squeeze(
-        capsys.readouterr().out
-    )
-
-
-def test_a_score_that_most_images_share_is_said():
-    oracle = np.linspace(0, 5, 100)
-    shared = np.where(np.arange(100) < 60, 1.0, oracle)
-    assert "60% of the test images share one value" in flat_score(score_spread(shared, oracle))
-    assert flat_score(score_spread(oracle, oracle)) == ""
-    assert flat_score(score_spread(oracle, np.zeros(100))) == ""  # nothing to tell apart
-
-
-def test_a_score_that_tells_them_apart_is_not_complained_of_and_its_threshold_is_printed(
-    rung_set, capsys
-):
-    fitted = fit(make_outputs(rung_set, n=600), rung_set, GOAL, TOP1)
-    print_fit(fitted.calibration)
-    out = squeeze(capsys.readouterr().out)
-    assert "hardly tells" not in out
-    (printed,) = re.findall(r"threshold (\S+): images with a larger score", out)
-    assert float(printed) == fitted.calibration.threshold

@@ -1,10 +1,27 @@
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibration.scoring import fit_score_map, learn_sign, threshold_for_rate
+from calibration.certify import Goal
+from calibration.fidelity import Fidelity
+from calibration.fit import Options, fit
+from calibration.scoring import (
+    fit_score_map,
+    flat_score,
+    learn_sign,
+    score_spread,
+    threshold_for_rate,
+)
+from calibration.tables import print_fit
+from tests.unit.calibration_outputs import make_outputs
+from tests.unit.onnx_files import D
+from tests.unit.pages import squeeze
 
+GOAL = Goal(max_risk=0.1, confidence=0.9, method="ltt")
 NO_LOSS = np.zeros(300, dtype=bool)
 
 
@@ -62,3 +79,42 @@ def test_an_oracle_that_says_nothing_still_leaves_the_order_in_fp32():
     assert len(np.unique(scores)) > 150
     assert np.all(np.diff(scores[np.argsort(raw)]) >= 0)
     np.testing.assert_allclose(scores, 50, rtol=1e-3)
+
+
+def unpredictable(rung_set, n=2000, seed=2):
+    """What the full rung changes has nothing to do with the cheap one's outputs."""
+    outputs, rng = make_outputs(rung_set, n=n, seed=seed), np.random.default_rng(seed)
+    embedding = outputs.low.embedding + rng.normal(size=(n, D)).astype(np.float32)
+    logits = rng.normal(size=outputs.high.logits.shape).astype(np.float32)
+    return replace(outputs, high=replace(outputs.high, embedding=embedding, logits=logits))
+
+
+def test_a_score_that_hardly_tells_images_apart_is_said(rung_set, capsys):
+    fitted = fit(unpredictable(rung_set), rung_set, GOAL, Options(Fidelity("top1")))
+    spread = fitted.calibration.metrics["score_spread"]
+    test = fitted.splits["test"]
+    assert spread["score"] == pytest.approx(np.ptp(np.quantile(fitted.scores[test], [0.05, 0.95])))
+    assert spread["score"] < 0.05 * spread["oracle"]
+    print_fit(fitted.calibration)
+    assert "The score hardly tells images apart: the middle 90 %" in squeeze(
+        capsys.readouterr().out
+    )
+
+
+def test_a_score_that_most_images_share_is_said():
+    oracle = np.linspace(0, 5, 100)
+    shared = np.where(np.arange(100) < 60, 1.0, oracle)
+    assert "60% of the test images share one value" in flat_score(score_spread(shared, oracle))
+    assert flat_score(score_spread(oracle, oracle)) == ""
+    assert flat_score(score_spread(oracle, np.zeros(100))) == ""  # nothing to tell apart
+
+
+def test_a_score_that_tells_them_apart_is_not_complained_of_and_its_threshold_is_printed(
+    rung_set, capsys
+):
+    fitted = fit(make_outputs(rung_set, n=600), rung_set, GOAL, Options(Fidelity("top1")))
+    print_fit(fitted.calibration)
+    out = squeeze(capsys.readouterr().out)
+    assert "hardly tells" not in out
+    (printed,) = re.findall(r"threshold (\S+): images with a larger score", out)
+    assert float(printed) == fitted.calibration.threshold
