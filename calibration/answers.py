@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,7 @@ class AnswerCache:
     def key(self, graph: Graph) -> str:
         """The name of the folder that holds a graph's answers; of a server's, after `fill`."""
         runtime: list[Any] = [local_runtime()]
-        if self._served is not None and self._model(graph) is not None:
+        if self._served is not None and self._where_served(graph) is not None:
             runtime = [self.runtime, self._served.url, self._server]
         return _hash(self.pictures_key, graph.record.fingerprint, BATCH, runtime)
 
@@ -145,19 +145,62 @@ class AnswerCache:
                 folder = item.graph.file.parent
                 raise GraphsError(f"{folder}: {fault}; run python -m export rungs again")
         self.folder.mkdir(parents=True, exist_ok=True)
-        server = None if self._served is None else _SameServer(self, self._served)
-        self._server = None if server is None else server.answers_sha256
-        filling = _Filling(self, asked, wanted)
-        try:
+        with self._one_server():
+            filling = _Filling(self, asked, wanted)
             filling.run(progress)
-        except BaseException:  # What was answered until then is kept, so it is looked at, too.
-            if server is not None:
-                with suppress(Exception):
-                    server.check()
-            raise
-        if server is not None:
-            server.check()
         return [filling.lines[row] for row in wanted if row in filling.lines]
+
+    @contextmanager
+    def _one_server(self) -> Iterator[None]:
+        """Make sure that one model answers throughout; what another may have answered goes.
+
+        Raises:
+            ServedError: the server serves other graphs, or at last answers otherwise.
+        """
+        probe = None if self._served is None else self._first_images()
+        if self._served is None or probe is None:
+            yield
+            return
+        asked = _hash(self._served.url, self.pictures_key, self.graphs.fingerprints())
+        answers = check_answers(self._served, self.graphs, probe)
+        before = remembered(self.folder / "served" / f"{asked}.npz", answers)
+        digest = hashlib.sha256()
+        for _, answer in sorted(before.items()):
+            for values in (answer.embedding, answer.logits):
+                digest.update(b"" if values is None else np.ascontiguousarray(values).tobytes())
+        self._server = digest.hexdigest()
+        try:
+            yield
+        except BaseException:  # What was answered until then is kept, so it is looked at, too.
+            with suppress(Exception):
+                self._check_server(self._served, probe, before)
+            raise
+        self._check_server(self._served, probe, before)
+
+    def _check_server(
+        self, served: ServedRungs, probe: NDArray[np.float32], before: Answers
+    ) -> None:
+        now = {name: graph(probe) for name, graph in served.graphs().items()}
+        if same_server(now, before):
+            return
+        for graph in (self.graphs.low, self.graphs.high):
+            for path, _ in chunks(self.folder / self.key(graph)):
+                path.unlink(missing_ok=True)
+        raise ServedError(
+            f"the server at {served.url} answers otherwise than when it was first asked: another "
+            "model was deployed meanwhile; collect again"
+        )
+
+    def _first_images(self) -> NDArray[np.float32] | None:
+        """The first images that can be read, FP32 (B, 3, H, W); None where none can."""
+        found: list[NDArray[np.float32]] = []
+        rows = ([row] for row in range(len(self.source)))
+        with closing(decode_ahead(self.source, rows, self.preprocessing)) as decoded:
+            for batch in decoded:
+                found += [item.tensor for item in batch if isinstance(item, DecodedImage)]
+                if len(found) == PROBES:
+                    break
+        return np.stack(found) if found else None
 
     def read(self, asked: Sequence[Wanted], rows: Sequence[int] | None = None) -> Answered:
         """The images that graphs have answered, in the order of the rows; arguments as of `fill`.
@@ -184,16 +227,16 @@ class AnswerCache:
 
     def open(self, item: Wanted) -> Run:
         """A graph as a function of `image`, FP32 (B, 3, H, W)."""
-        model = self._model(item.graph)
-        if self._served is not None and model is not None:
-            return self._served.graphs()[model]
+        if (served := self._where_served(item.graph)) is not None:
+            return served
         session = open_session(item.graph.file)
         return lambda image: run_session(session, image, item.layers)
 
-    def _model(self, graph: Graph) -> str | None:
-        """The model as which a server serves a graph; None where it serves it not."""
-        served = {LOW: self.graphs.low, HIGH: self.graphs.high}
-        return next((model for model, other in served.items() if other.name == graph.name), None)
+    def _where_served(self, graph: Graph) -> Run | None:
+        """A graph as the server answers for it; None where it runs here."""
+        rungs = {LOW: self.graphs.low, HIGH: self.graphs.high} if self._served else {}
+        models = [model for model, rung in rungs.items() if rung.name == graph.name]
+        return self._served.graphs()[models[0]] if self._served and models else None
 
 
 class _Filling:
@@ -296,62 +339,6 @@ class _Filling:
                 f"more than {MAX_UNREADABLE:.0%}; first: {first}; mend or remove them and run this "
                 "again"
             )
-
-
-class _SameServer:
-    """Makes sure that one model answers from the first image to the last.
-
-    What another may have answered is not kept.
-    """
-
-    def __init__(self, cache: AnswerCache, served: ServedRungs) -> None:
-        self._cache, self._served = cache, served
-        self._probe = self._first_images()
-        self._before: Answers = {}
-        if self._probe is None:
-            return
-        answers = check_answers(served, cache.graphs, self._probe)
-        asked = _hash(served.url, cache.pictures_key, cache.graphs.fingerprints())
-        self._before = remembered(cache.folder / "served" / f"{asked}.npz", answers)
-
-    @property
-    def answers_sha256(self) -> str:
-        """A hash that is the same for each run that one server answers."""
-        digest = hashlib.sha256()
-        for _, answer in sorted(self._before.items()):
-            for values in (answer.embedding, answer.logits):
-                digest.update(b"" if values is None else np.ascontiguousarray(values).tobytes())
-        return digest.hexdigest()
-
-    def check(self) -> None:
-        """Ask the server once more.
-
-        Raises:
-            ServedError: it answers otherwise.
-        """
-        if self._probe is None:
-            return
-        now = {name: graph(self._probe) for name, graph in self._served.graphs().items()}
-        if same_server(now, self._before):
-            return
-        for graph in (self._cache.graphs.low, self._cache.graphs.high):
-            for path, _ in chunks(self._cache.folder / self._cache.key(graph)):
-                path.unlink(missing_ok=True)
-        raise ServedError(
-            f"the server at {self._served.url} answers otherwise than when it was first asked: "
-            "another model was deployed meanwhile; collect again"
-        )
-
-    def _first_images(self) -> NDArray[np.float32] | None:
-        """The first images that can be read, FP32 (B, 3, H, W); None where none can."""
-        source, found = self._cache.source, list[NDArray[np.float32]]()
-        rows = ([row] for row in range(len(source)))
-        with closing(decode_ahead(source, rows, self._cache.preprocessing)) as decoded:
-            for batch in decoded:
-                found += [item.tensor for item in batch if isinstance(item, DecodedImage)]
-                if len(found) == PROBES:
-                    break
-        return np.stack(found) if found else None
 
 
 def _pieces(rows: Sequence[int], size: int) -> list[Sequence[int]]:
