@@ -59,7 +59,6 @@ class Goal:
     choices: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse what is no goal."""
         if not 0 < self.max_risk < 1:
             raise CertifyError(
                 f"--max-risk {self.max_risk} is a share of images: more than 0 and less than 1"

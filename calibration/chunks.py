@@ -61,7 +61,6 @@ class Pictures:
     looks: Looks
 
     def __len__(self) -> int:
-        """The number of images n."""
         return len(self.names)
 
     def only(self: Some, index: NDArray[np.intp]) -> Some:

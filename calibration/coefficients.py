@@ -62,7 +62,6 @@ class FitSample:
         return cls(low, oracle, loss, groups[rows], outputs.task, cut)
 
     def __len__(self) -> int:
-        """The number of images n."""
         return len(self.oracle)
 
     def rows(self, index: NDArray[np.intp]) -> FitSample:

@@ -61,7 +61,6 @@ class Decisions:
         )
 
     def __len__(self) -> int:
-        """The number of images n."""
         return len(self.scores)
 
     @property

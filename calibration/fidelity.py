@@ -56,7 +56,6 @@ class Fidelity:
     label_threshold: float = LABEL_THRESHOLD
 
     def __post_init__(self) -> None:
-        """Refuse an unknown kind, and settings that no answer or every answer meets."""
         if self.kind not in KINDS:
             raise FidelityError(f"--fidelity {self.kind!r} is none of {', '.join(KINDS)}")
         if self.kind == "value" and not (0 < self.tolerance and math.isfinite(self.tolerance)):

@@ -47,7 +47,6 @@ class EscalationRate:
     escalation_rate: float
 
     def __post_init__(self) -> None:
-        """Refuse a rate outside 0..1."""
         if not 0 <= self.escalation_rate <= 1:
             raise FitError(f"--escalation-rate {self.escalation_rate} is not between 0 and 1")
 
@@ -59,7 +58,6 @@ class Threshold:
     threshold: float
 
     def __post_init__(self) -> None:
-        """Refuse NaN and infinity."""
         if not np.isfinite(self.threshold):
             raise FitError(f"--threshold {self.threshold} is not a finite number")
 

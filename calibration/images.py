@@ -91,8 +91,10 @@ class ImageSource(Protocol):
     names: tuple[str, ...]
 
     def __len__(self) -> int:
-        """The number of images N."""
-        ...
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[SourceImage]:
+        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> SourceImage:
         """Image `index`.
@@ -132,7 +134,7 @@ def open_images(spec: str, limit: int | None = None) -> ImageSource:
     return SampleImages(min(count, limit or count), seed)
 
 
-class FolderImages:
+class FolderImages(ImageSource):
     """The image files below a folder, sorted by path; each file is a group of its own.
 
     Of a folder with more than `limit` files, the sorted list is cut into `limit` runs of equal
@@ -169,17 +171,7 @@ class FolderImages:
         self.names = tuple(names[row] for row in rows)
         self._labels = tuple(labels[row] for row in rows)
 
-    def __len__(self) -> int:
-        """The number of images N."""
-        return len(self.names)
-
     def __getitem__(self, index: int) -> SourceImage:
-        """Read file `index`.
-
-        Raises:
-            IndexError: there is no such image.
-            ImageError: the file is gone or cannot be read.
-        """
         name = self.names[index]
         try:
             data = (self._folder / name).read_bytes()
@@ -264,7 +256,7 @@ def _load(file: Path) -> Image.Image:
     return Image.open(file).convert("RGB")
 
 
-class SampleImages:
+class SampleImages(ImageSource):
     """The first `count` crops of a seed's stream, cut when they are asked for.
 
     Each crop is a group of its own: the crops are independent draws of one stream, and that
@@ -295,20 +287,7 @@ class SampleImages:
         rng = np.random.default_rng((self._seed, index))
         return rng, self._files[rng.integers(len(self._files))]
 
-    def __len__(self) -> int:
-        """The number of crops."""
-        return len(self.names)
-
-    def __iter__(self) -> Iterator[SourceImage]:
-        """All crops."""
-        return (self[index] for index in range(len(self)))
-
     def __getitem__(self, index: int) -> SourceImage:
-        """Cut crop `index` and encode it as JPEG.
-
-        Raises:
-            IndexError: there is no such crop.
-        """
         name = self.names[index]
         rng, file = self._draw(range(len(self))[index])
         image = _load(file)

@@ -41,7 +41,6 @@ class RungOutputs:
     logits: FloatArray | None
 
     def __len__(self) -> int:
-        """The number of images B."""
         return int(self.embedding.shape[0])
 
     def finite(self) -> NDArray[np.bool_]:

@@ -96,7 +96,6 @@ class ReferenceAnswers:
         return cls(pixels, levels, without_layers, high, truth, scores)
 
     def __len__(self) -> int:
-        """The number of images N."""
         return len(self.scores)
 
     def image(self, rows: slice) -> FloatArray:
