@@ -160,11 +160,12 @@ def test_a_server_of_other_rungs_is_refused(
     assert answer_files(tmp_path) == []
 
 
+@pytest.mark.parametrize("other", ["weights", "shape"])
 @pytest.mark.parametrize(
     ("stops", "error"), [(False, ServedError), (True, KeyboardInterrupt)], ids=["to the end", "^C"]
 )
 def test_a_model_deployed_while_a_server_is_asked_leaves_nothing_behind(
-    rung_set, serve, collected, tmp_path, monkeypatch, stops, error
+    rung_set, serve, collected, tmp_path, monkeypatch, stops, error, other
 ):
     """Nor where whoever waits stops before the server is asked whether it is the same."""
     monkeypatch.setattr(answers_module, "CHUNK", 16)
@@ -173,6 +174,8 @@ def test_a_model_deployed_while_a_server_is_asked_leaves_nothing_behind(
     def redeploy(count):
         kept.append(len(answer_files(tmp_path)))
         server.sessions = FakeTriton(other_rungs(tmp_path, (1, 7))).sessions
+        if other == "shape":
+            changed(server, logits=lambda values: values[:, :-1])
         if stops and len(kept) == 2:
             raise KeyboardInterrupt
 
