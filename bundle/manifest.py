@@ -13,32 +13,14 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from routing.manifest import (
-    BYTECODE,
-    NAME,
-    SCHEMA_VERSION,
-    Manifest,
-    ManifestError,
-    entries,
-    is_below,
-    listed,
-    refuse_unlisted,
-    sha256_file,
-    verify,
-)
-
-__all__ = [
-    "NAME",
-    "Manifest",
-    "ManifestError",
-    "listed",
-    "refuse_unlisted",
-    "remove_unlisted_bytecode",
-    "sha256_file",
-    "update",
-    "verify",
-    "write",
-]
+from routing.manifest import BYTECODE, SCHEMA_VERSION, entries, is_below
+from routing.manifest import NAME as NAME
+from routing.manifest import Manifest as Manifest
+from routing.manifest import ManifestError as ManifestError
+from routing.manifest import listed as listed
+from routing.manifest import refuse_unlisted as refuse_unlisted
+from routing.manifest import sha256_file as sha256_file
+from routing.manifest import verify as verify
 
 
 def write(repository: Path, live: int | None = None) -> None:

@@ -12,77 +12,38 @@ live traffic, and two artifacts' decisions on it; `reference` compares a server'
 calibration's. `manifest` reads and guards the files; `provenance` names the processor.
 """
 
-from .audit import RiskTest
-from .calibration import (
-    REFERENCE_MODEL,
-    RUNGS,
-    WEIGHTS,
-    Calibration,
-    CalibrationError,
-    RungRecord,
-    answer_depends_on_batch,
-)
-from .cascade import (
-    CascadeAnswer,
-    CascadeRequest,
-    Decision,
-    GoneError,
-    RequestError,
-    RungError,
-    is_outage,
-    run_cascade,
-)
-from .fidelity import fidelity_loss
-from .manifest import ManifestError
-from .outputs import TASKS, RungOutputs, default_task
-from .policy import (
-    PROBE_ID,
-    Allowance,
-    Overrides,
-    Policy,
-    Relief,
-    escalation_mask,
-    parse_overrides,
-    threshold_text,
-)
-from .reference import AnswersError, ReferenceAnswers, answers_path
-from .scoremap import ScoreMap
-from .signals import SIGNALS, Signal
-
-__all__ = [
-    "PROBE_ID",
-    "REFERENCE_MODEL",
-    "RUNGS",
-    "SIGNALS",
-    "TASKS",
-    "WEIGHTS",
-    "Allowance",
-    "AnswersError",
-    "Calibration",
-    "CalibrationError",
-    "CascadeAnswer",
-    "CascadeRequest",
-    "Decision",
-    "GoneError",
-    "ManifestError",
-    "Overrides",
-    "Policy",
-    "ReferenceAnswers",
-    "Relief",
-    "RequestError",
-    "RiskTest",
-    "RungError",
-    "RungOutputs",
-    "RungRecord",
-    "ScoreMap",
-    "Signal",
-    "answer_depends_on_batch",
-    "answers_path",
-    "default_task",
-    "escalation_mask",
-    "fidelity_loss",
-    "is_outage",
-    "parse_overrides",
-    "run_cascade",
-    "threshold_text",
-]
+from .audit import RiskTest as RiskTest
+from .calibration import REFERENCE_MODEL as REFERENCE_MODEL
+from .calibration import RUNGS as RUNGS
+from .calibration import WEIGHTS as WEIGHTS
+from .calibration import Calibration as Calibration
+from .calibration import CalibrationError as CalibrationError
+from .calibration import RungRecord as RungRecord
+from .calibration import answer_depends_on_batch as answer_depends_on_batch
+from .cascade import CascadeAnswer as CascadeAnswer
+from .cascade import CascadeRequest as CascadeRequest
+from .cascade import Decision as Decision
+from .cascade import GoneError as GoneError
+from .cascade import RequestError as RequestError
+from .cascade import RungError as RungError
+from .cascade import is_outage as is_outage
+from .cascade import run_cascade as run_cascade
+from .fidelity import fidelity_loss as fidelity_loss
+from .manifest import ManifestError as ManifestError
+from .outputs import TASKS as TASKS
+from .outputs import RungOutputs as RungOutputs
+from .outputs import default_task as default_task
+from .policy import PROBE_ID as PROBE_ID
+from .policy import Allowance as Allowance
+from .policy import Overrides as Overrides
+from .policy import Policy as Policy
+from .policy import Relief as Relief
+from .policy import escalation_mask as escalation_mask
+from .policy import parse_overrides as parse_overrides
+from .policy import threshold_text as threshold_text
+from .reference import AnswersError as AnswersError
+from .reference import ReferenceAnswers as ReferenceAnswers
+from .reference import answers_path as answers_path
+from .scoremap import ScoreMap as ScoreMap
+from .signals import SIGNALS as SIGNALS
+from .signals import Signal as Signal
