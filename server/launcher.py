@@ -204,6 +204,8 @@ class TritonServer:
             ServerUsageError: something to put right first: repository, ports, tritonserver, log.
             ServerStartError: the server ended, a model is not ready, or there was no answer.
         """
+        if self._process is not None:
+            raise RuntimeError("the server is already running")
         models = models_in(self.repository) if self._models is None else list(self._models)
         if (self.repository / manifest.NAME).is_file():
             # Its router compares files with their hashes, but Triton has loaded by then what is not

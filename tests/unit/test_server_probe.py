@@ -84,65 +84,44 @@ def test_a_process_that_ends_while_a_canary_is_out_is_seen_at_once(duty: Duty):
     assert duty.until(0.25) == "exit code 137"
 
 
-@pytest.mark.parametrize("silent", PARTS)
-def test_a_silent_part_is_a_failure_within_8_s(duty: Duty, silent: str):
-    duty.reply(None, of=("adaptive_vit", silent))
-    assert duty.until(8).startswith(f"{silent} gave no answer within 5 s")
+SILENT = "{} gave no answer within 5 s"
+LATE = Reply("vit_high failed: it has not answered an earlier call yet", is_unavailable=True)
+ENTRY = ("adaptive_vit",)
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_each_part_is_asked_directly(duty: Duty, part: str):
-    duty.reply(BROKEN, of=(part,))
-    assert duty.until(6) == f"{part} failed: {BROKEN.error}"
-
-
-def test_a_silent_router_is_a_failure_while_its_rungs_answer(duty: Duty):
-    duty.reply(None, of=("adaptive_vit",))
-    assert duty.until(8).startswith("adaptive_vit gave no answer within 5 s")
-
-
-@pytest.mark.parametrize("reply", [None, FULL])
-def test_overload_is_no_failure_while_the_models_answer_others(duty: Duty, reply: Reply | None):
-    duty.reply(reply)
-    duty.progress = dict.fromkeys(MODELS, 12)
-    assert duty.until(60) == ""
+@pytest.mark.parametrize(
+    ("replies", "of", "progress", "seconds", "failure"),
+    [
+        *(([None], (*ENTRY, part), (), 8, SILENT.format(part)) for part in PARTS),
+        # Each part is asked directly, and the router is one while its rungs answer.
+        *(([BROKEN], (part,), (), 6, f"{part} failed: {BROKEN.error}") for part in PARTS),
+        ([None], ENTRY, (), 8, SILENT.format("adaptive_vit")),
+        # Overload is no failure while the models answer others, but each must.
+        *(([reply], MODELS, MODELS, 60, "") for reply in (None, FULL)),
+        ([None], MODELS, (*ENTRY, "router", "preprocess", "vit_high"), 8, SILENT.format("vit_low")),
+        ([FULL], MODELS, (), 8, f"{SILENT.format('preprocess')}, nor to anybody else meanwhile: ["),
+        ([DEAD], ENTRY, (), 0.5, f"adaptive_vit failed: {DEAD.error}"),
+        # An error from every second request.
+        ([BROKEN, Reply(), BROKEN, Reply()], ENTRY, (), 2, f"adaptive_vit failed: {BROKEN.error}"),
+        # A router that declines while its rungs answer is left in peace for half a minute.
+        ([LATE], ENTRY, (), 25, ""),
+        ([LATE], ENTRY, (), 40, f"adaptive_vit has answered nobody for 35 s: {LATE.error}"),
+    ],
+)
+def test_what_does_not_answer_is_a_failure_in_time_unless_it_is_at_work(
+    duty: Duty, replies: list, of: tuple, progress: tuple, seconds: float, failure: str
+):
+    duty.reply(*replies, of=of)
+    duty.progress = dict.fromkeys(progress, 12)
+    found = duty.until(seconds)
+    assert found.startswith(failure) and bool(found) is bool(failure)
     assert duty.warnings == []
-
-
-def test_a_rung_that_is_silent_while_only_the_other_answers_is_a_failure(duty: Duty):
-    duty.reply(None)
-    duty.progress = {"adaptive_vit": 12, "router": 12, "preprocess": 12, "vit_high": 12}
-    assert duty.until(8).startswith("vit_low gave no answer")
 
 
 def test_the_canarys_own_answers_are_no_progress(duty: Duty):
     duty.reply(None, of=("adaptive_vit", "vit_low"))
     duty.clock.each = lambda seconds: duty.server.counts.update(vit_low=1)
     assert duty.until(7).startswith("vit_low gave no answer")
-
-
-def test_a_queue_that_stays_full_with_no_answer_to_anybody_is_a_failure(duty: Duty):
-    duty.reply(FULL)
-    assert "Exceeds maximum queue size" in duty.until(8)
-
-
-def test_a_router_that_declines_while_its_rungs_answer_is_left_in_peace_for_half_a_minute(
-    duty: Duty,
-):
-    late = Reply("vit_high failed: it has not answered an earlier call yet", is_unavailable=True)
-    duty.reply(late, of=("adaptive_vit",))
-    assert duty.until(25) == ""
-    assert "adaptive_vit has answered nobody for 3" in duty.until(15)
-
-
-def test_a_dead_instance_named_in_an_answer_is_a_failure_at_once(duty: Duty):
-    duty.reply(DEAD, of=("adaptive_vit",))
-    assert duty.until(0.5) == f"adaptive_vit failed: {DEAD.error}"
-
-
-def test_an_error_from_every_second_request_is_a_failure(duty: Duty):
-    duty.reply(BROKEN, Reply(), BROKEN, Reply(), of=("adaptive_vit",))
-    assert duty.until(2) == f"adaptive_vit failed: {BROKEN.error}"
 
 
 def test_a_single_error_is_a_warning(duty: Duty):

@@ -63,54 +63,51 @@ class Drill:
         return [seconds for seconds in self.clock.slept if seconds != 0.25]
 
 
-def test_the_first_restart_is_at_once_and_each_further_one_waits_twice_as_long():
-    drill = Drill(*[0.0] * 8, max_restarts=7)
-    drill.run_until_it_gives_up()
-    assert drill.delays == [0, 1, 2, 4, 8, 16, 30]
+NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
+BROKEN = ServerStartError("calibration.json is broken", log_tail="E1")
+STUCK = ServerError("processes of the server cannot be killed: 7")
 
 
-def test_it_gives_up_with_one_message_that_names_the_last_failure_and_leaves_nothing_running():
-    drill = Drill(
-        0.0, 0.0, ServerStartError("calibration.json is broken", log_tail="E1"), max_restarts=2
-    )
+@pytest.mark.parametrize(
+    ("servers", "options", "delays", "said"),
+    [
+        # At once, and each further one waits twice as long.
+        ([0.0] * 8, {"max_restarts": 7}, [0, 1, 2, 4, 8, 16, 30], "restart 7 of 7 in 30 s"),
+        ([0.0], {"max_restarts": 0}, [], "failure: it is down"),
+        ([1.0, 0.0], {"max_restarts": 1}, [0], "answering again after 0.0 s, process 1"),
+        # A healthy minute begins the count anew.
+        ([0.0, 0.0, 61.0, 0.0, 0.0], {"max_restarts": 2}, [0, 1, 0, 1], "restart 2 of 2 in 1 s"),
+        # What passes is a failed restart and no traceback.
+        *(
+            (
+                [0.0, trouble, 0.0],
+                {"max_restarts": 2},
+                [0, 1],
+                f"failure: restart 1 of 2 did not come up: {trouble}",
+            )
+            for trouble in (NO_SPACE, ServerError("x"), ServerUsageError("the port is taken"))
+        ),
+        (
+            [0.0, 0.0],
+            {"max_restarts": 1, "stop_error": STUCK},
+            [0],
+            f"not all of it could be stopped: {STUCK}",
+        ),
+    ],
+)
+def test_one_server_after_another_runs_on_the_ports_of_the_first_until_it_gives_up(
+    servers: list, options: dict, delays: list[float], said: str
+):
+    drill = Drill(*servers, **options)
     error = drill.run_until_it_gives_up()
-    assert "gave up after 2 restarts without 60 s of health" in str(error)
-    assert "restart 2 of 2 did not come up: calibration.json is broken" in str(error)
-    assert "\n" not in str(error) and error.log_tail == "E1"
-    assert drill.diary[-1] == "stop" and not drill.supervisor.server.runs
+    assert drill.delays == delays and said in drill.said
+    # The old one is stopped before the next starts, and nothing is left running.
+    assert drill.diary == ["start", "stop"] * len(servers) and not drill.supervisor.server.runs
+    assert drill.ports == [PORTS] * len(servers)
+    assert f"gave up after {options['max_restarts']} restarts without 60 s of health" in str(error)
 
 
-def test_no_restart_at_all_may_be_allowed():
-    drill = Drill(0.0, max_restarts=0)
-    drill.run_until_it_gives_up()
-    assert drill.diary == ["start", "stop"]
-
-
-def test_a_healthy_minute_begins_the_count_anew():
-    drill = Drill(0.0, 0.0, 61.0, 0.0, 0.0, max_restarts=2)
-    drill.run_until_it_gives_up()
-    assert drill.delays == [0, 1, 0, 1]
-
-
-def test_a_minute_of_failing_starts_is_no_healthy_minute():
-    drill = Drill(0.0, *[ServerStartError("not ready")] * 3, max_restarts=3)
-    drill.supervisor._sleep = lambda seconds: drill.clock.sleep(seconds + 100)
-    assert "after 3 restarts" in str(drill.run_until_it_gives_up())
-
-
-def test_the_old_server_is_stopped_before_the_next_starts():
-    drill = Drill(0.0, ServerUsageError("the port is taken"), 0.0, 5.0, max_restarts=3)
-    drill.run_until_it_gives_up()
-    assert drill.diary == ["start", "stop"] * 4
-
-
-def test_the_ports_of_the_first_server_stay():
-    drill = Drill(0.0, 0.0, 0.0, max_restarts=2)
-    drill.run_until_it_gives_up()
-    assert drill.ports == [PORTS] * 3
-
-
-def test_every_event_is_said():
+def test_every_event_is_said_in_its_order():
     drill = Drill(1.0, 0.0, max_restarts=1)
     drill.run_until_it_gives_up()
     assert drill.said[:4] == [
@@ -121,22 +118,16 @@ def test_every_event_is_said():
     ]
 
 
-@pytest.mark.parametrize(
-    "trouble", [OSError(errno.ENOSPC, "No space left on device"), ServerError("port taken")]
-)
-def test_what_passes_is_a_failed_restart_and_no_traceback(trouble: Exception):
-    drill = Drill(0.0, trouble, 0.0, max_restarts=2)
-    drill.run_until_it_gives_up()
-    assert f"failure: restart 1 of 2 did not come up: {trouble}" in drill.said
-    assert drill.said[-1].startswith("stopped") and drill.delays == [0, 1]
+def test_it_gives_up_with_one_message_that_names_the_last_failure():
+    error = Drill(0.0, 0.0, BROKEN, max_restarts=2).run_until_it_gives_up()
+    assert "restart 2 of 2 did not come up: calibration.json is broken" in str(error)
+    assert "\n" not in str(error) and error.log_tail == "E1"
 
 
-def test_a_server_that_would_not_stop_is_said_and_replaced_all_the_same():
-    stuck = ServerError("processes of the server cannot be killed: 7")
-    drill = Drill(0.0, 0.0, max_restarts=1, stop_error=stuck)
-    drill.run_until_it_gives_up()
-    assert f"not all of it could be stopped: {stuck}" in drill.said
-    assert drill.diary == ["start", "stop"] * 2
+def test_a_minute_of_failing_starts_is_no_healthy_minute():
+    drill = Drill(0.0, *[ServerStartError("not ready")] * 3, max_restarts=3)
+    drill.supervisor._sleep = lambda seconds: drill.clock.sleep(seconds + 100)
+    assert "after 3 restarts" in str(drill.run_until_it_gives_up())
 
 
 def test_it_looks_at_once_where_a_process_has_ended():
