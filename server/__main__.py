@@ -33,7 +33,6 @@ from .serving_tls import ServingTls
 from .supervise import (
     DEFAULT_MAX_RESTARTS,
     DEFAULT_TIMEOUT_S,
-    Rules,
     Supervisor,
 )
 
@@ -205,7 +204,7 @@ def serve(
         make_server,
         look_at,
         _event,
-        rules=Rules(max_restarts),
+        max_restarts=max_restarts,
         sleep=_sleep,
     )
     try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from .errors import ServerError, ServerStartError
 from .launcher import TritonServer
@@ -19,31 +18,12 @@ _POLL_S = 0.25
 _INTERVAL_S = 2.0  # Between the end of one look and the next.
 # A server that failed has little to finish: what still runs there gets a moment, no more.
 _STOP_PATIENCE_S = 1.0
+# The first restart follows at once, the second after so long, each further one after twice as long.
+_FIRST_DELAY_S = 1.0
+_LONGEST_DELAY_S = 30.0
+_HEALTHY_S = 60.0  # A server that answered for so long was healthy: the count begins anew.
 DEFAULT_MAX_RESTARTS = 5
 DEFAULT_TIMEOUT_S = 5.0
-
-
-@dataclass(frozen=True)
-class Rules:
-    """When to start again, and when not.
-
-    Attributes:
-        max_restarts: restarts without a healthy period between them before it gives up.
-        first_delay_s: seconds before the second restart in a row; the first follows at once.
-            Each further one waits twice as long.
-        longest_delay_s: limit of that.
-        healthy_s: a server that answered for so many seconds was healthy: the count begins anew.
-    """
-
-    max_restarts: int = DEFAULT_MAX_RESTARTS
-    first_delay_s: float = 1.0
-    longest_delay_s: float = 30.0
-    healthy_s: float = 60.0
-
-    def delay_s(self, restarts: int) -> float:
-        """Seconds to wait before the next restart, after so many in a row."""
-        delay_s = self.first_delay_s * 2.0 ** (restarts - 1)
-        return min(self.longest_delay_s, delay_s) if restarts else 0.0
 
 
 class Supervisor:
@@ -60,7 +40,7 @@ class Supervisor:
         look: Callable[[TritonServer, Memory], Finding],
         say: Callable[[str], None],
         *,
-        rules: Rules | None = None,
+        max_restarts: int = DEFAULT_MAX_RESTARTS,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -72,7 +52,7 @@ class Supervisor:
             make_server: makes another one, not started, on these ports.
             look: looks at a server once (`probe.look`).
             say: called with one line per event.
-            rules: when to start again.
+            max_restarts: restarts without a healthy period between them before it gives up.
             sleep: waits for so many seconds.
             clock: the time in seconds.
         """
@@ -80,7 +60,7 @@ class Supervisor:
         self._make_server = make_server
         self._look = look
         self._say = say
-        self._rules = rules or Rules()
+        self._max_restarts = max_restarts
         self._sleep = sleep
         self._clock = clock
         self._restarts = 0
@@ -121,7 +101,7 @@ class Supervisor:
             self._say(f"failure: {failure}")
             self._stop_failed()
             delay_s = self._next_delay(failed_at, failure, log_tail)
-            number = f"restart {self._restarts} of {self._rules.max_restarts}"
+            number = f"restart {self._restarts} of {self._max_restarts}"
             self._say(f"{number} {f'in {delay_s:g} s' if delay_s else 'now'}")
             self._sleep(delay_s)
             try:
@@ -148,15 +128,16 @@ class Supervisor:
     def _next_delay(self, failed_at: float, failure: str, log_tail: str) -> float:
         """Count one more restart and say how long to wait before it."""
         since = self._answering_since
-        if since is not None and failed_at - since >= self._rules.healthy_s:
+        if since is not None and failed_at - since >= _HEALTHY_S:
             self._restarts = 0
         self._answering_since = None
-        if self._restarts >= self._rules.max_restarts:
+        if self._restarts >= self._max_restarts:
             raise ServerStartError(
-                f"gave up after {self._restarts} restarts without {self._rules.healthy_s:g} s of "
+                f"gave up after {self._restarts} restarts without {_HEALTHY_S:g} s of "
                 f"health between them, and nothing runs now; the last failure: {failure}",
                 log_tail=log_tail,
             )
-        delay_s = self._rules.delay_s(self._restarts)
         self._restarts += 1
-        return delay_s
+        if self._restarts == 1:
+            return 0.0
+        return min(_LONGEST_DELAY_S, _FIRST_DELAY_S * 2.0 ** (self._restarts - 2))

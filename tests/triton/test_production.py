@@ -28,25 +28,21 @@ KEY = "a-key-that-nobody-guesses-4711"
 NAMES = "DNS:localhost,IP:127.0.0.1,IP:127.0.0.2"
 # What Triton might make of the value with a line break in it that stands for "nobody".
 NEARLY_SWITCHED_OFF = ("", "switched", "off", "switchedoff", "switched off", KEY)
-RIGHT = {"triton-grpc-protocol-admin-key": KEY}
-WRONG = [
-    None,
-    {"triton-grpc-protocol-admin-key": "wrong"},
-    {"triton-grpc-protocol-admin-key": KEY + "x"},
-    {"triton-grpc-protocol-admin-key": KEY[:-1]},
-    {"triton-grpc-protocol-admin-key": ""},
-    {"admin-key": KEY},
-    *({"triton-grpc-protocol-switched-off": value} for value in NEARLY_SWITCHED_OFF),
-]
-WRONG_HTTP = [
-    {},
-    {"admin-key": "wrong"},
-    {"admin-key": KEY + "x"},
-    {"admin-key": KEY[:-1]},
-    {"admin-key": ""},
-    {"triton-grpc-protocol-admin-key": KEY},
-    *({"switched-off": value} for value in NEARLY_SWITCHED_OFF),
-]
+GRPC, HTTP = "triton-grpc-protocol-", ""
+RIGHT = {f"{GRPC}admin-key": KEY}
+
+
+def wrong(protocol: str) -> list[dict[str, str]]:
+    """Headers of a protocol's requests that open nothing."""
+    other = HTTP if protocol else GRPC
+    return [
+        {},
+        *({f"{protocol}admin-key": value} for value in ("wrong", KEY + "x", KEY[:-1], "")),
+        {f"{other}admin-key": KEY},
+        *({f"{protocol}switched-off": value} for value in NEARLY_SWITCHED_OFF),
+    ]
+
+
 SHARED_MEMORY = {
     "register": lambda c, h: c.register_system_shared_memory("a", "/a", 64, headers=h),
     "unregister": lambda c, h: c.unregister_system_shared_memory("a", headers=h),
@@ -179,7 +175,7 @@ def test_grpc_administration_is_refused_without_the_right_key(
     keyed: TritonServer, ca: Pair, name: str
 ):
     with grpc_client(keyed, ca) as client:
-        for headers in WRONG:
+        for headers in wrong(GRPC):
             assert_restricted((ADMIN | SHARED_MEMORY)[name], client, headers)
         assert client.is_model_ready("vit_high")
 
@@ -188,7 +184,7 @@ def test_grpc_administration_is_refused_without_the_right_key(
 def test_http_administration_is_refused_without_the_right_key(
     keyed: TritonServer, method: str, path: str, body
 ):
-    for headers in WRONG_HTTP:
+    for headers in wrong(HTTP):
         for spelled in (path, f"{path}?x=1"):
             status, answer = http_call(keyed, method, spelled, body, headers)
             assert status == 403 and "restricted" in answer, (headers, spelled)
@@ -199,7 +195,7 @@ def test_http_administration_is_refused_without_the_right_key(
         assert status in (400, 404), (spelled, answer)
 
 
-def test_the_key_opens_the_administration_over_grpc(keyed: TritonServer, ca: Pair):
+def test_the_key_opens_the_administration_over_both_protocols(keyed: TritonServer, ca: Pair):
     region = SharedMemory(create=True, size=64)
     try:
         with grpc_client(keyed, ca) as client:
@@ -215,14 +211,10 @@ def test_the_key_opens_the_administration_over_grpc(keyed: TritonServer, ca: Pai
     finally:
         region.close()
         region.unlink()
-
-
-def test_the_key_opens_the_administration_over_http(keyed: TritonServer):
-    for method, path, body in HTTP_ADMIN[:4] + HTTP_ADMIN[6:7] + HTTP_SHARED_MEMORY[3:4]:
+    reading = [HTTP_ADMIN[2], HTTP_ADMIN[3], HTTP_ADMIN[6], HTTP_SHARED_MEMORY[3]]
+    for method, path, body in (("POST", UNLOAD, {}), ("POST", LOAD, {}), *reading):
         status, answer = http_call(keyed, method, path, body, {"admin-key": KEY})
         assert status == 200, (path, answer)
-        if path == UNLOAD:
-            assert http_call(keyed, "POST", LOAD, {}, {"admin-key": KEY})[0] == 200
 
 
 def test_everyday_calls_ask_for_no_key(keyed: TritonServer, ca: Pair, images):
@@ -310,10 +302,10 @@ def test_no_shared_memory_is_registered_in_production_not_even_with_the_key(
 ):
     with grpc_client(production, ca, person) as client:
         for call in SHARED_MEMORY.values():
-            for headers in (*WRONG, RIGHT):
+            for headers in (*wrong(GRPC), RIGHT):
                 assert_restricted(call, client, headers)
     for method, path, body in HTTP_SHARED_MEMORY:
-        for headers in (*WRONG_HTTP, {"admin-key": KEY}):
+        for headers in (*wrong(HTTP), {"admin-key": KEY}):
             assert http_call(production, method, path, body, headers)[0] == 403
 
 
@@ -396,16 +388,25 @@ def files(tmp_path: Path, pair: Pair) -> list[object]:
     return ["--production", *certificate, "--admin-key-file", key]
 
 
+@pytest.mark.parametrize("more", [["--json"], []], ids=["machines", "people"])
 def test_the_command_line_starts_in_production_and_says_what_it_turned_on(
-    tmp_path: Path, files: list[object]
+    tmp_path: Path, files: list[object], more: list[str]
 ):
     repository = add_model(tmp_path / "repository", "echo")
-    process = command("--repository", repository, "--free-ports", "--json", *files)
+    process = command("--repository", repository, "--free-ports", *more, *files)
     assert process.stdout is not None
+    said = [process.stdout.readline()]
     try:
-        facts = json.loads(process.stdout.readline())
-        states = {control["name"]: control["is_on"] for control in facts["controls"]}
-        assert states["gRPC over TLS"] and not states["client certificates"]
+        if more:
+            listed = {c["name"]: c["is_on"] for c in json.loads(said[0])["controls"]}
+        else:
+            while "Stop with Ctrl-C" not in said[-1]:
+                said.append(process.stdout.readline())
+                assert said[-1], said
+            rows = [line for line in said if line[:7] in ("  on   ", "  OFF  ")]
+            listed = {row[7:27].strip(): row[:7] == "  on   " for row in rows}
+        assert listed["gRPC over TLS"] and not listed["TLS for HTTP"]
+        assert not listed["client certificates"]
         tree = psutil.Process(process.pid).children(recursive=True)
         ours = [child.pid for child in tree if child.name() != "tritonserver"]
         assert len(ours) >= 2 and KEY not in arguments_of([process.pid, *ours])
@@ -414,22 +415,6 @@ def test_the_command_line_starts_in_production_and_says_what_it_turned_on(
         out, error = process.communicate(timeout=60)
     assert process.returncode == 0, error
     assert KEY not in out + error
-
-
-def test_people_get_the_list_as_a_table(tmp_path: Path, files: list[object]):
-    repository = add_model(tmp_path / "repository", "echo")
-    process = command("--repository", repository, "--free-ports", *files)
-    assert process.stdout is not None
-    said = []
-    try:
-        while not said or "Stop with Ctrl-C" not in said[-1]:
-            said.append(process.stdout.readline())
-            assert said[-1], said
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
-    assert any(line.startswith("  on   gRPC over TLS  ") for line in said)
-    assert any(line.startswith("  OFF  TLS for HTTP  ") for line in said)
 
 
 def test_production_without_its_files_is_one_line_and_exit_code_two(

@@ -9,7 +9,7 @@ import pytest
 from server.errors import ServerError, ServerStartError, ServerUsageError
 from server.ports import Ports
 from server.probe import Finding, Memory
-from server.supervise import Rules, Supervisor
+from server.supervise import Supervisor
 from tests.unit.server_fakes import FakeClock, FakeServer
 
 PORTS = Ports(5001, 5002, 5003)
@@ -37,7 +37,7 @@ class Drill:
             self._next,
             self._look,
             self.said.append,
-            rules=Rules(max_restarts),
+            max_restarts=max_restarts,
             sleep=self.clock.sleep,
             clock=self.clock,
         )
