@@ -38,10 +38,10 @@ def attribute(
 
     Args:
         target: the server, asked by nobody else.
-        asker: sends the requests.
+        asker: sends it the requests.
         ensemble: the system that takes bytes.
         rows: images that all take the same path.
-        scoring_ms: of one image, see `scoring_ms`.
+        scoring_ms: of one image.
         on_image: called after each image.
 
     Returns:

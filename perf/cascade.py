@@ -49,7 +49,7 @@ class Measured:
         """The sections of a summary: each system's answers and costs, and the cascade's figures.
 
         Args:
-            systems: what was asked.
+            systems: that were asked.
             disagrees: whether an answer is not acceptable in place of static high's.
             labels: class index of each answered image in the order of `paired`, or None.
         """

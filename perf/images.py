@@ -98,11 +98,7 @@ def load_pool(
 def read_pool(
     source: ImageSource, preprocessing: Preprocessing, on_image: Callable[[], None]
 ) -> Pool:
-    """Read and decode the images, calling `on_image` after each.
-
-    Raises:
-        PerfError: not one image can be read.
-    """
+    """Read and decode the images, calling `on_image` after each; see `load_pool`."""
     encoded, tensors, labels, unreadable = [], [], [], list[str]()
     for found in readable(source, unreadable):
         if found is not None:

@@ -122,12 +122,6 @@ class LoadRunner:
     ) -> list[Passes]:
         """Measure the levels, each once in every turn, and add them to `systems` of the summary.
 
-        Args:
-            levels: what to measure.
-            turns: how often.
-            record: keeps what was measured so far before each pass.
-            title: of the stage.
-
         Raises:
             PerfAnalyzerError: a pass failed.
         """
@@ -171,15 +165,7 @@ class LoadRunner:
 def closed_levels(
     suite: Suite, systems: Sequence[System], sets: Collection[str], http: bool, shared_memory: bool
 ) -> list[Level]:
-    """The closed loops: a number of requests always in flight.
-
-    Args:
-        suite: how much.
-        systems: everything that can be asked.
-        sets: names of the sets there are.
-        http: whether HTTP can be measured.
-        shared_memory: whether the server shares this machine's memory.
-    """
+    """The closed loops, a number of requests always in flight: over HTTP and shared memory, too."""
     by_name = {system.name: system for system in systems}
     adaptive = by_name[ADAPTIVE]
     ends = (suite.concurrency[0], suite.concurrency[-1])

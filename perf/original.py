@@ -114,10 +114,7 @@ def measure_original(build: Path, images: int, bars: Bars) -> dict[str, Any]:
 
 
 def measure_forward(graphs: GraphSet, bars: Bars) -> dict[str, float]:
-    """Median time in ms of one forward pass, on one thread: one random image, no server, no data.
-
-    The rungs take turns.
-    """
+    """Median ms of a forward pass of each rung in turn: one thread, one random image, no server."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     providers = ["CPUExecutionProvider"]

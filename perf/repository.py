@@ -28,15 +28,10 @@ def assembled(repository: Path) -> Path:
 
 
 def with_alternatives(repository: Path, rung_set: GraphSet, folder: Path) -> Path:
-    """Lay out an assembled repository with one more model for each static alternative.
+    """Lay out an assembled repository, and one more model for each static alternative, in a folder.
 
     An alternative is served as the full rung is: same configuration, warm-up and threads. Requests
-    may ask for any threshold there, whatever the repository allows.
-
-    Args:
-        repository: what `python -m export repository` wrote.
-        rung_set: the exported rungs and alternatives.
-        folder: where to lay it out; replaced if it exists.
+    may ask for any threshold there, whatever the repository allows. What is in the folder goes.
 
     Raises:
         PerfError: the repository is not an assembled one, or would be overwritten.

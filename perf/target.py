@@ -94,7 +94,7 @@ class Target:
         Args:
             graphs: the local rungs.
             calibration: the local artifact.
-            image: one image tensor, FP32 (3, H, W).
+            image: FP32 (3, H, W).
 
         Raises:
             PerfError: naming what is missing or differs.

@@ -88,8 +88,8 @@ def measure(
 
     Args:
         repositories: assembled ones, of the same backbone.
-        pool: the images.
-        rounds: how often each image is sent.
+        pool: the images, each of which is sent in every round.
+        rounds: how many.
         on_turn: called after each request.
 
     Raises:
