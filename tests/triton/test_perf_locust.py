@@ -110,7 +110,7 @@ def test_open_users_send_at_their_rate(server, folder, tmp_path, protocol):
 def wrapper(folder, lines):
     """A locustfile that is ours after `lines`."""
     path = folder / "wrapper.py"
-    path.write_text(f"from perf.locustfile import *\nfrom perf.load import users\n{lines}\n")
+    path.write_text(f"import perf.locustfile as users\nfrom perf.locustfile import *\n{lines}\n")
     return path
 
 
@@ -135,7 +135,7 @@ def test_refused_requests_are_failures_with_the_servers_words(server, folder, tm
     # After the image of the first user's check, nothing but garbage.
     files = wrapper(
         tmp_path,
-        "import functools, itertools\nfrom perf.load.objective import image_round\n"
+        "import functools, itertools\nfrom perf.locust_settings import image_round\n"
         "@functools.cache\ndef spoilt(*spec):\n"
         "    return itertools.chain([next(image_round(*spec))], itertools.repeat(b'no image'))\n"
         "users.image_round = spoilt",

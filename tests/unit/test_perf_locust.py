@@ -13,7 +13,8 @@ import pytest
 from scipy.stats import kstest
 
 from perf.figures import PerfError
-from perf.load.objective import (
+from perf.locust_runs import _call, own_line, read_stats, run_locust
+from perf.locust_settings import (
     Settings,
     add_options,
     arrivals,
@@ -21,7 +22,6 @@ from perf.load.objective import (
     image_round,
     longest_pause_share,
 )
-from perf.locust_runs import _call, own_line, read_stats, run_locust
 from tests.unit.image_files import write_images
 
 # As Locust 2.47 wrote it, without the columns that are not read.
@@ -67,7 +67,7 @@ def test_a_file_that_locust_did_not_finish_is_an_error(tmp_path, text):
 @pytest.mark.parametrize(
     ("log", "line"),
     [
-        ("[t] h/INFO/locust.main: Starting\n[t] h/ERROR/perf.load.users: no: way\n", "no: way"),
+        ("[t] h/INFO/locust.main: Starting\n[t] h/ERROR/perf.locustfile: no: way\n", "no: way"),
         ("locust: error: unrecognized arguments: --rat 3\n", "unrecognized arguments: --rat 3"),
         ("Traceback (most recent call last):\n  f()\nKeyError: 'x'\n\n", "KeyError: 'x'"),
         ("", "it ended with code -9 and said nothing"),

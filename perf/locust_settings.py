@@ -19,8 +19,8 @@ import gevent
 
 from calibration.images import open_images
 
-from ..figures import PerfError
-from ..images import readable
+from .figures import PerfError
+from .images import readable
 
 SAMPLE_SEED = 21  # crops that calibration's default seeds do not give
 _HELP = {

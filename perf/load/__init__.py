@@ -1,1 +1,0 @@
-"""The Locust load test in perf/locustfile.py: nothing but that may import `users`."""
