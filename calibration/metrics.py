@@ -7,6 +7,7 @@ Everything is computed from weights of the images, so that one vectorised formul
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,16 @@ class Bootstrap:
         self._groups = len(names)
         self._seed = seed
 
+    @cached_property
+    def _counts(self) -> list[NDArray[np.int16]]:
+        """How often each resample holds each group: drawing takes as long as a figure does."""
+        rng = np.random.default_rng(self._seed)
+        share = np.full(self._groups, 1 / self._groups)
+        return [
+            rng.multinomial(self._groups, share, size=_AT_ONCE).astype(np.int16)
+            for _ in range(RESAMPLES // _AT_ONCE)
+        ]
+
     def interval(self, figure: Callable[[FloatMatrix], FloatVector]) -> list[float] | None:
         """The central 95 % of a figure over the resamples.
 
@@ -76,12 +87,7 @@ class Bootstrap:
         """
         if self._groups < MIN_GROUPS:
             return None
-        rng = np.random.default_rng(self._seed)
-        share = np.full(self._groups, 1 / self._groups)
-        parts = []
-        for _ in range(RESAMPLES // _AT_ONCE):
-            counts = rng.multinomial(self._groups, share, size=_AT_ONCE)
-            parts.append(figure(counts[:, self._group].astype(np.float64)))
+        parts = [figure(counts[:, self._group].astype(np.float64)) for counts in self._counts]
         values = np.concatenate(parts)
         values = values[np.isfinite(values)]
         if not len(values):

@@ -77,30 +77,30 @@ def remembered_exports():
 def remembered_fits():
     """The signals of the same images, losses and seed are fitted once in a file.
 
-    Asked for in `pytestmark` where many tests fit the same, and not by tests of fitting itself.
+    Asked for in `pytestmark` where many tests fit the same. The fixture's value forgets them.
     """
     from calibration import fit
     from planner import select
 
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("fit_coefficients", "out_of_fold"):
-            remembering = _remembering(getattr(fit, name))
-            patch.setattr(fit, name, remembering)
-            if hasattr(select, name):
-                patch.setattr(select, name, remembering)
-        yield
-
-
-def _remembering(anew):
     known = {}
 
-    def fitted(sample, seed, *progress):
-        key = hashlib.sha256(pickle.dumps((sample, seed))).digest()
-        if key not in known:
-            known[key] = anew(sample, seed, *progress)
-        return copy.deepcopy(known[key])
+    def remembering(name):
+        anew = getattr(fit, name)
 
-    return fitted
+        def fitted(sample, seed, *progress):
+            key = hashlib.sha256(pickle.dumps((name, sample, seed))).digest()
+            if key not in known:
+                known[key] = anew(sample, seed, *progress)
+            return copy.deepcopy(known[key])
+
+        return fitted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit, "fit_coefficients", remembering("fit_coefficients"))
+        out_of_fold = remembering("out_of_fold")
+        for module in (fit, select):
+            patch.setattr(module, "out_of_fold", out_of_fold)
+        yield known.clear
 
 
 def _key(module, image_px, output_names, opset):

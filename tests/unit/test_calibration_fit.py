@@ -39,6 +39,8 @@ from tests.unit.calibration_outputs import (
 )
 from tests.unit.onnx_files import write_rung_set
 
+pytestmark = pytest.mark.usefixtures("remembered_fits")
+
 TOP1 = Options(Fidelity("top1"))
 GOAL = Goal(max_risk=0.1, confidence=0.9, method="ltt")
 
@@ -205,9 +207,10 @@ def test_a_given_threshold_is_kept(rung_set):
     assert calibration.chosen_by["threshold"] == 1.25
 
 
-def test_fit_is_reproducible_and_follows_its_seed(rung_set, tmp_path):
+def test_fit_is_reproducible_and_follows_its_seed(rung_set, tmp_path, remembered_fits):
     outputs = make_outputs(rung_set)
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        remembered_fits()
         fit(outputs, rung_set, GOAL, replace(TOP1, seed=seed)).save(tmp_path / name / "c.json")
     a, b, c = ((tmp_path / name / "c.json").read_bytes() for name in "abc")
     assert a == b != c
