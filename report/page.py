@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,13 @@ def render(path: Path, template: str, **data: Any) -> None:
 
     A name that the template uses and that is not given is an error.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page = _environment().get_template(template).render(data)
+    path.write_text(page.lstrip(), encoding="utf-8")
+
+
+@cache
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -42,9 +50,7 @@ def render(path: Path, template: str, **data: Any) -> None:
     )
     environment.filters.update({name.__name__: name for name in _FILTERS})
     environment.globals.update(low_colour=LOW_COLOUR, high_colour=HIGH_COLOUR, red=RED)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    page = environment.get_template(template).render(data)
-    path.write_text(page.lstrip(), encoding="utf-8")
+    return environment
 
 
 def thumbnail(image: Image.Image) -> str:

@@ -1,6 +1,6 @@
 """What takes seconds and comes out the same each time is remembered.
 
-Exports by torch are, under build/tests, and a file's fits of signals, while its tests run.
+Exports by torch are, under build/tests; fits of signals and figures, while a file's tests run.
 """
 
 import copy
@@ -83,24 +83,37 @@ def remembered_fits():
     from planner import select
 
     known = {}
-
-    def remembering(name):
-        anew = getattr(fit, name)
-
-        def fitted(sample, seed, *progress):
-            key = hashlib.sha256(pickle.dumps((name, sample, seed))).digest()
-            if key not in known:
-                known[key] = anew(sample, seed, *progress)
-            return copy.deepcopy(known[key])
-
-        return fitted
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fit, "fit_coefficients", remembering("fit_coefficients"))
-        out_of_fold = remembering("out_of_fold")
-        for module in (fit, select):
-            patch.setattr(module, "out_of_fold", out_of_fold)
+        for name in ("fit_coefficients", "out_of_fold"):
+            _remember(name, getattr(fit, name), known, (fit, select), patch)
         yield known.clear
+
+
+@pytest.fixture(scope="module")
+def remembered_figures():
+    """Equal figures on the pages of a file are drawn once; used as `remembered_fits` is."""
+    from report import calibration_page, figures, performance_page, plan_page
+
+    known, pages = {}, (calibration_page, performance_page, plan_page)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("bars", "chart", "histogram", "intervals"):
+            _remember(name, getattr(figures, name), known, pages, patch)
+        yield known.clear
+
+
+def _remember(name, anew, known, modules, patch):
+    """Let these modules, where they use the function, have equal results of equal arguments."""
+
+    def remembering(*arguments, **more):
+        told = [argument for argument in arguments if not callable(argument)]  # no bars
+        key = hashlib.sha256(pickle.dumps((name, told, more))).digest()
+        if key not in known:
+            known[key] = anew(*arguments, **more)
+        return copy.deepcopy(known[key])
+
+    for module in modules:
+        if hasattr(module, name):
+            patch.setattr(module, name, remembering)
 
 
 def _key(module, image_px, output_names, opset):

@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+from functools import cache
 from html.parser import HTMLParser
 
 import numpy as np
@@ -22,6 +23,12 @@ def jpeg(row):
     return buffer.getvalue()
 
 
+@cache
+def pixels_of(row):
+    """The hash of an image's pixels."""
+    return pixels_sha256(decode(jpeg(row)))
+
+
 def make_outputs(oracle, loss, head=True):
     """Image i is (oracle[i], 0, ...) apart from its full embedding; answers differ if loss[i]."""
     n = len(oracle)
@@ -38,7 +45,7 @@ def make_outputs(oracle, loss, head=True):
         RungOutputs(high, None, logits[np.zeros(n, int)] if head else None),
         names=tuple(f"folder/{row:05d}.jpg" for row in range(n)),
         groups=tuple(map(str, range(n))),
-        hashes=tuple(pixels_sha256(decode(jpeg(row))) for row in range(n)),
+        hashes=tuple(map(pixels_of, range(n))),
         made=Made({"vit_low": "0" * 64, "vit_high": "1" * 64}, "2" * 64, "3" * 64, task),
         title="made up images",
     )

@@ -13,6 +13,8 @@ from calibration.page_data import analysis_data
 from report.calibration_page import write_calibration
 from tests.unit.pages import FakeSource, Page, make_outputs, squeeze
 
+pytestmark = pytest.mark.usefixtures("remembered_figures")
+
 TOP1, COSINE = Fidelity("top1"), Fidelity("cosine", 0.3)
 
 

@@ -14,6 +14,8 @@ from report.page import GALLERY
 from tests.unit.fitted import CRC, HOPELESS, LTT, REFUSED, data_of, make_metrics, write
 from tests.unit.pages import FakeSource, Page, squeeze
 
+pytestmark = pytest.mark.usefixtures("remembered_figures")
+
 NAMES = ("cls_path", "cls_regression", "entropy", "margin")
 
 
@@ -171,8 +173,9 @@ def test_the_provenance_names_rungs_splits_and_seed(page):
     assert hashlib.sha256(b"artifact").hexdigest()[:12] in text
 
 
-def test_equal_input_gives_equal_bytes(tmp_path):
+def test_equal_input_gives_equal_bytes(tmp_path, remembered_figures):
     write(tmp_path / "a")
+    remembered_figures()
     write(tmp_path / "b")
     first, second = (tmp_path / side / "new" / "report.html" for side in "ab")
     assert first.read_bytes() == second.read_bytes()

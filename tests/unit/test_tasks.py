@@ -28,7 +28,7 @@ from routing.policy import Overrides
 from tests.unit.calibrating import run
 from tests.unit.export_tiny import run_export, save_tiny
 
-pytestmark = pytest.mark.usefixtures("remembered_exports")
+pytestmark = pytest.mark.usefixtures("remembered_exports", "remembered_figures")
 
 PROCESSOR = {
     "image_processor_type": "ViTImageProcessor",
