@@ -96,7 +96,7 @@ def remembered_figures():
 
     known, pages = {}, (calibration_page, performance_page, plan_page)
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("bars", "chart", "histogram", "intervals"):
+        for name in ("bars", "chart", "histogram"):
             _remember(name, getattr(figures, name), known, pages, patch)
         yield known.clear
 
