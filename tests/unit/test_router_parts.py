@@ -201,8 +201,16 @@ def test_images_that_waited(deployed, px, started_s, instances, sizes, now_s, wa
 
 
 @pytest.fixture
-def hold(deployed, monkeypatch):
-    monkeypatch.setattr(deployed("hold"), "_AFTERWARDS_S", 0.05)
+def clock(deployed, monkeypatch):
+    """What the hold takes for the time; it stands still."""
+    clock = SimpleNamespace(now_s=0.0)
+    time = SimpleNamespace(monotonic=lambda: clock.now_s)
+    monkeypatch.setattr(deployed("hold"), "time", time)
+    return clock
+
+
+@pytest.fixture
+def hold(deployed, clock):
     made = deployed("hold").Hold()
     yield made
     made.stop()
@@ -214,24 +222,24 @@ def in_thread(function):
     return thread
 
 
-def test_a_call_off_the_request_path_waits_for_a_request(hold):
+def test_a_call_off_the_request_path_waits_for_a_request(hold, clock):
     asked = []
     call = hold.keeping(asked.append)
     call("as it has just been loaded")
-    time.sleep(0.06)
+    clock.now_s += 1
     thread = in_thread(lambda: call("later"))
     time.sleep(0.1)
     assert len(asked) == 1
     with hold.answering():
         thread.join(10)
         assert len(asked) == 2
-        time.sleep(0.1)
+        clock.now_s += 1
     call("right after an answer")  # the time after it begins when it ends
     assert len(asked) == 3
 
 
-def test_unloading_ends_what_waits_without_a_call(hold, deployed):
-    time.sleep(0.06)
+def test_unloading_ends_what_waits_without_a_call(hold, clock, deployed):
+    clock.now_s += 1
     asked, failed = [], []
 
     def ask():
