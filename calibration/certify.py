@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -112,6 +113,7 @@ def binomial_p_value(errors: int, n: int, epsilon: float) -> float:
     return float(binom.cdf(errors, n, epsilon))
 
 
+@cache
 def allowed_errors(n: int, goal: Goal) -> int:
     """The most errors among n images that still certify a threshold; -1 where none do.
 

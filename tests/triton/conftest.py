@@ -17,6 +17,7 @@ from calibration.images import SampleImages
 from client import GrpcClient
 from imaging import Preprocessing, decode
 from routing import Calibration
+from tests.commands import said
 from tests.servers import grey_image, running
 from tests.shared_build import linked_copy, shared
 
@@ -65,15 +66,16 @@ def make_build(folder):
     onnx, outputs = folder / "onnx", folder / "outputs.json"
     artifact = folder / "calibration.json"
     run_command("export", "rungs", "--model", "static-vit", "--out", onnx)
-    run_command(
+    # The others here, as this process has imported what they need.
+    said(
         *("calibration", "collect", "--images", "sample", "--limit", 400),
         *("--onnx", onnx, "--out", outputs, "--answers", folder / "answers"),
     )
-    run_command(
+    said(
         *("calibration", "fit", "--escalation-rate", ESCALATION_RATE, "--onnx", onnx),
         *("--outputs", outputs, "--out", artifact),
     )
-    run_command(
+    said(
         *("export", "repository", "--onnx", onnx, "--calibration", artifact),
         *("--out", folder / "model_repository", "--client-parameters", "any"),
     )

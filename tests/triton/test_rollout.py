@@ -34,6 +34,7 @@ from tests.unit.client_servers import AwaitedClient
 from tests.unit.test_export_versions import as_an_earlier_release
 
 BATCH = 6
+PAUSE_S = 0.1  # of a client between two requests: a server with all to do loads at a crawl
 WAIT_S = 60.0
 
 
@@ -128,7 +129,7 @@ def question(server, artifacts, images, crops):
 
 
 class Traffic:
-    """Clients that hardly pause and never try again; `found` is what became of their requests."""
+    """Clients that pause little and never try again; `found` is what became of their requests."""
 
     def __init__(self, server, question, pins=True):
         grpc, http = server.grpc_url, server.http_url
@@ -159,7 +160,7 @@ class Traffic:
                 except Exception as error:
                     outcome = str(error)
                 self.found[kind, outcome] += 1
-                time.sleep(0.005)  # lets the commands have this process too
+                time.sleep(PAUSE_S)
 
     def goes_on(self):
         """Wait until clients have had a good many answers more."""
