@@ -2,11 +2,12 @@
 
 import numpy as np
 
-from calibration.answers import CHUNK, AnswerCache
+from calibration.answers import AnswerCache
 from calibration.outputs import wanted
 from tests.unit.image_files import MemorySource
 
-COUNT = 2 * CHUNK + 40  # three files of each graph, the last of them short
+CHUNK = 32  # images of a file, where tests need several of them
+COUNT = 2 * CHUNK + 20  # three files of each graph, the last of them short
 
 
 class StoppedError(Exception):

@@ -9,12 +9,13 @@ import pytest
 
 from bundle.graphs import GraphSet
 from calibration import answers as module
-from calibration.answers import BATCH, CHUNK
+from calibration.answers import BATCH
 from calibration.chunks import MissingAnswersError
 from calibration.images import ImagesError, open_images
 from calibration.outputs import wanted
 from calibration.running import run_session
 from tests.unit.answering import (
+    CHUNK,
     COUNT,
     StoppedError,
     assert_same,
@@ -25,7 +26,12 @@ from tests.unit.image_files import MemorySource, write_images
 from tests.unit.onnx_files import write_rung_set
 
 
-@pytest.mark.parametrize("stop_at", [10, CHUNK - 1, CHUNK, CHUNK + 100, 2 * CHUNK, COUNT])
+@pytest.fixture(autouse=True)
+def small_files(monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", CHUNK)
+
+
+@pytest.mark.parametrize("stop_at", [10, CHUNK - 1, CHUNK, CHUNK + 17, 2 * CHUNK, COUNT])
 def test_a_rerun_continues_after_the_last_whole_file(rung_set, answering, tmp_path, stop_at):
     with pytest.raises(StoppedError):
         answering.fill(MemorySource(COUNT), stop_after(stop_at))
@@ -114,11 +120,11 @@ def test_only_a_torn_file_is_made_again(rung_set, answering, tmp_path, damage):
 
 
 def test_a_few_unreadable_images_are_listed_in_order_and_skipped(answering):
-    source = MemorySource(COUNT, broken=[300, 7], gone=[8, COUNT - 1])
+    source = MemorySource(COUNT, broken=[60, 7], gone=[8, COUNT - 1])
     expected = [
         "7.png: not a JPEG, PNG or WEBP image",
         "8.png: cannot be read: No such file or directory",
-        "300.png: not a JPEG, PNG or WEBP image",
+        "60.png: not a JPEG, PNG or WEBP image",
         f"{COUNT - 1}.png: cannot be read: No such file or directory",
     ]
     assert answering.fill(source) == answering.fill(source) == expected
@@ -130,8 +136,8 @@ def test_a_few_unreadable_images_are_listed_in_order_and_skipped(answering):
 def test_unreadable_images_of_an_earlier_run_are_listed_too(answering):
     with pytest.raises(StoppedError):
         answering.fill(MemorySource(COUNT, broken=[7]), stop_after(CHUNK))
-    source = MemorySource(COUNT, broken=[7, 300])
-    assert [line.split(":")[0] for line in answering.fill(source)] == ["7.png", "300.png"]
+    source = MemorySource(COUNT, broken=[7, 60])
+    assert [line.split(":")[0] for line in answering.fill(source)] == ["7.png", "60.png"]
     assert len(answering.read(source).pictures) == COUNT - 2 and min(source.read) == CHUNK
 
 
@@ -147,14 +153,14 @@ def test_more_than_five_percent_unreadable_is_an_error(answering, count, broken,
 
 
 def test_a_hopeless_run_stops_early_and_keeps_its_answers(answering, tmp_path):
-    source = MemorySource(10 * CHUNK, broken=range(20, 20 + CHUNK))
-    with pytest.raises(ImagesError, match=f"236 of {10 * CHUNK} images"):
+    source = MemorySource(10 * CHUNK, broken=range(8, 8 + CHUNK))
+    with pytest.raises(ImagesError, match=f"{CHUNK - 8} of {10 * CHUNK} images"):
         answering.fill(source)
     assert len(source.read) <= CHUNK + 2 * BATCH and len(files_of(tmp_path)) == 3
 
 
 def test_after_too_many_unreadable_images_only_their_files_are_read_again(answering):
-    broken = range(CHUNK, CHUNK + 60)
+    broken = range(CHUNK, CHUNK + 20)
     with pytest.raises(ImagesError):
         answering.fill(MemorySource(COUNT, broken=broken))
     mended = MemorySource(COUNT)
