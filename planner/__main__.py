@@ -24,7 +24,6 @@ from perf.figures import PerfError
 from report.plan_page import cascade_marks, write_plan
 from report.terminal import Bars, run, table
 from routing import threshold_text
-from routing.fidelity import KINDS
 from server.errors import ServerError
 
 from . import result
@@ -84,16 +83,11 @@ def plan_command(
         float | None,
         typer.Option(help="Most for a lone image that runs through both graphs, without router."),
     ] = None,
-    fidelity: Annotated[
-        str | None,
-        typer.Option(metavar="|".join(KINDS), help="As `fit`, and so its default."),
-    ] = None,
-    tolerance: Annotated[float | None, typer.Option(help="As `fit`.")] = None,
-    relative: Annotated[bool, typer.Option("--relative", help="As `fit`.")] = False,
-    label_threshold: Annotated[float | None, typer.Option(help="As `fit`.")] = None,
-    group_by: Annotated[
-        str, typer.Option(metavar="|".join(GROUPINGS), help="As `fit`.")
-    ] = GROUPINGS[0],
+    fidelity: given.FidelityKind = None,
+    tolerance: given.Tolerance = None,
+    relative: given.Relative = False,
+    label_threshold: given.LabelThreshold = None,
+    group_by: given.GroupBy = GROUPINGS[0],
     limit: Annotated[
         int | None, typer.Option(min=1, help=f"At most this many images; `sample`: {SAMPLE_CROPS}.")
     ] = None,
