@@ -374,7 +374,7 @@ def models_in(repository: Path) -> list[str]:
     Raises:
         ServerUsageError: the repository does not exist or holds no model.
     """
-    names = sorted(path.name for path in repository.glob("*/"))
+    names = sorted(path.name for path in repository.glob("*") if path.is_dir())
     if not names:
         what = f"the model repository {repository} holds no model"
         if not repository.is_dir():
