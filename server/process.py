@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -103,18 +103,17 @@ class ProcessGroup:
 
     def memory_mib(self) -> float:
         """Proportional set size in MiB of all but the guard: shared pages count once in the sum."""
-        total = 0
-        for process in self._without_guard():
-            with suppress(psutil.Error):
-                total += process.memory_full_info().pss
-        return total / 2**20
+        return self._sum(lambda process: process.memory_full_info().pss) / 2**20
 
     def cpu_s(self) -> float:
         """CPU seconds that the processes alive now have taken, without the guard."""
+        return self._sum(lambda process: sum(process.cpu_times()[:2]))
+
+    def _sum(self, figure: Callable[[psutil.Process], float]) -> float:
         total = 0.0
         for process in self._without_guard():
             with suppress(psutil.Error):
-                total += sum(process.cpu_times()[:2])
+                total += figure(process)
         return total
 
     def _without_guard(self) -> list[psutil.Process]:

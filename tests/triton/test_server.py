@@ -23,7 +23,7 @@ from client import GrpcClient
 from server import ServerStartError, TritonServer, find_wheel
 from server.ports import pick_free_ports
 from server.shared_memory import SHM_DIRECTORY
-from tests.servers import ECHO_CONFIG, add_model, is_alive, running, wait_for
+from tests.servers import ECHO_CONFIG, add_model, is_alive, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -130,7 +130,13 @@ def test_an_ensemble_that_fails_its_first_request_fails_the_start(tmp_path: Path
 
 @pytest.mark.parametrize("kind", ["wrapper", "link"])
 def test_tritonserver_from_path(
-    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    repository: Path,
+    build: Path,
+    server: TritonServer,
+    crops: list[bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
 ):
     wheel = find_wheel()
     assert wheel is not None
@@ -141,37 +147,20 @@ def test_tritonserver_from_path(
     else:  # Without exec: the shell stays as the server's parent and passes no signal on.
         on_path.write_text(f'#!/bin/sh\n"{wheel.binary}" "$@"\nexit $?\n')
         on_path.chmod(0o755)
+        repository = build / "model_repository"
     monkeypatch.setenv("PATH", str(on_path.parent), prepend=os.pathsep)
-    with TritonServer(repository, free_ports=True) as server:
-        assert server.installation is not None
-        assert server.installation.binary == on_path
-        tree = psutil.Process(server.pid).children(recursive=True)
-        with triton.InferenceServerClient(server.grpc_url) as client:
-            assert client.is_model_ready("echo")
+    with TritonServer(repository, free_ports=True) as from_path:
+        assert from_path.installation is not None
+        assert from_path.installation.binary == on_path
+        tree = psutil.Process(from_path.pid).children(recursive=True)
+        if kind == "wrapper":
+            with GrpcClient(from_path.grpc_url) as client, GrpcClient(server.grpc_url) as other:
+                found, expected = client.infer(crops[:16]), other.infer(crops[:16])
+            assert [p.escalated for p in found] == [p.escalated for p in expected]
+            assert {p.escalated for p in found} == {True, False}
+            scores = [p.score for p in expected]
+            assert [p.score for p in found] == pytest.approx(scores, rel=1e-4)
     assert wait_for(lambda: not any(is_alive(process.pid) for process in tree), 5)
-
-
-def test_the_adaptive_repository_answers_on_a_tritonserver_from_path(
-    build: Path,
-    server: TritonServer,
-    crops: list[bytes],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-):
-    wheel = find_wheel()
-    assert wheel is not None
-    wrapper = tmp_path / "bin" / "tritonserver"
-    wrapper.parent.mkdir()
-    wrapper.write_text(f'#!/bin/sh\nexec "{wheel.binary}" "$@"\n')
-    wrapper.chmod(0o755)
-    monkeypatch.setenv("PATH", str(wrapper.parent), prepend=os.pathsep)
-    with running(build / "model_repository") as from_path:
-        assert from_path.installation.binary == wrapper
-        with GrpcClient(from_path.grpc_url) as client, GrpcClient(server.grpc_url) as other:
-            found, expected = client.infer(crops[:16]), other.infer(crops[:16])
-    assert [p.escalated for p in found] == [p.escalated for p in expected]
-    assert {p.escalated for p in found} == {True, False}
-    assert [p.score for p in found] == pytest.approx([p.score for p in expected], rel=1e-4)
 
 
 def command(*arguments: object, **options: object) -> subprocess.Popen[str]:

@@ -75,23 +75,53 @@ def test_python_versions_are_sorted_as_versions(wheel: Wheel):
     assert wheel.python_versions == ["3.9", "3.10", "3.11"]
 
 
-def test_path_comes_before_the_wheel(tmp_path: Path, find: Find):
-    binary = native(tmp_path, *PYTHON, ONNXRUNTIME)
-    assert find() == Installation(binary, tmp_path / "backends", (), "3.12")
+OWN, WHEELS, STAND_IN_S = b"native", b"wheel", (STAND_IN / "model.py").read_bytes()
+TENSORRT = "tensorrt/libtriton_tensorrt.so"
 
 
-def test_wheel_without_one_on_path(find: Find, wheel: Wheel, tmp_path: Path):
-    assert find() == Installation(wheel.binary, tmp_path / "out", (wheel.libraries,), "3.11")
-
-
-def test_a_link_to_the_wheels_binary_gets_the_wheels_libraries(
-    tmp_path: Path, wheel: Wheel, find: Find
+@pytest.mark.parametrize(
+    ("files", "has_wheel", "python", "onnxruntime", "stub_python"),
+    [
+        ((*PYTHON, ONNXRUNTIME), True, OWN, OWN, "3.12"),  # Before the wheel, and untouched.
+        ((*PYTHON, TENSORRT), False, OWN, STAND_IN_S, "3.12"),
+        ((ONNXRUNTIME, TENSORRT), True, WHEELS, OWN, "3.11"),
+        ((), True, WHEELS, STAND_IN_S, "3.11"),  # A wrapper without backends of its own.
+        ("link", True, WHEELS, STAND_IN_S, "3.11"),  # To the wheel's binary.
+        (None, True, WHEELS, STAND_IN_S, "3.11"),  # The wheel's alone.
+    ],
+)
+def test_a_server_gets_the_backends_that_it_has_not(
+    tmp_path: Path,
+    find: Find,
+    wheel: Wheel,
+    files: tuple[str, ...] | str | None,
+    has_wheel: bool,
+    python: bytes,
+    onnxruntime: bytes,
+    stub_python: str,
 ):
-    link = tmp_path / "bin" / "tritonserver"
-    link.parent.mkdir()
-    link.symlink_to(wheel.binary)
-    found = find()
-    assert (found.binary, found.libraries) == (link, (wheel.libraries,))
+    binary = wheel.binary
+    if files == "link":
+        (tmp_path / "bin").mkdir()
+        binary = tmp_path / "bin" / "tritonserver"
+        binary.symlink_to(wheel.binary)
+    elif files is not None:
+        binary = native(tmp_path, *files)
+    is_complete = (python, onnxruntime) == (OWN, OWN)
+    backends = tmp_path / ("backends" if is_complete else "out")
+    libraries = (wheel.libraries,) if python == WHEELS else ()
+    found = find() if has_wheel else find(wheel=None)
+    assert found == Installation(binary, backends, libraries, stub_python)
+    assert (tmp_path / "out").exists() is not is_complete
+    # Triton refuses a python-based backend whose library resolves to another directory.
+    library = backends / "python/libtriton_python.so"
+    assert library.resolve() == library and library.read_bytes() == python
+    assert is_complete or os.access(backends / PYTHON[1], os.X_OK)
+    assert not (backends / "python/__pycache__").exists()
+    file = "onnxruntime/model.py" if onnxruntime == STAND_IN_S else ONNXRUNTIME
+    assert (backends / file).read_bytes() == onnxruntime
+    if isinstance(files, tuple) and TENSORRT in files:
+        assert (backends / TENSORRT).read_bytes() == OWN
 
 
 def test_explicit_comes_first_and_takes_a_backend_directory(
@@ -123,51 +153,6 @@ def test_no_python_backend_anywhere_is_refused(tmp_path: Path, find: Find):
     native(tmp_path)
     with pytest.raises(ServerUsageError, match="no python backend.*--backend-directory"):
         find(wheel=None)
-
-
-# --- its backends ------------------------------------------------------------------------------
-
-
-def test_a_complete_server_runs_with_its_own_directory(tmp_path: Path, find: Find):
-    native(tmp_path, *PYTHON, ONNXRUNTIME)
-    assert find().backends == tmp_path / "backends"
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_wheel_gets_its_stub_and_the_stand_in(find: Find):
-    found = find()
-    python, onnxruntime = found.backends / "python", found.backends / "onnxruntime"
-    # Triton refuses a python-based backend whose library resolves to another directory.
-    assert (python / "libtriton_python.so").resolve() == python / "libtriton_python.so"
-    assert os.access(python / "triton_python_backend_stub", os.X_OK)
-    assert not (python / "__pycache__").exists()
-    assert (onnxruntime / "model.py").read_bytes() == (STAND_IN / "model.py").read_bytes()
-
-
-def test_no_stand_in_where_the_native_backend_exists(tmp_path: Path, find: Find, wheel: Wheel):
-    native(tmp_path, ONNXRUNTIME, "tensorrt/libtriton_tensorrt.so")
-    found = find()
-    assert (found.backends / ONNXRUNTIME).read_bytes() == b"native"
-    assert (found.backends / "tensorrt/libtriton_tensorrt.so").read_bytes() == b"native"
-    assert (found.backends / "python/libtriton_python.so").read_bytes() == b"wheel"
-    assert found.libraries == (wheel.libraries,)
-
-
-def test_a_native_python_backend_is_kept_beside_the_stand_in(tmp_path: Path, find: Find):
-    native(tmp_path, *PYTHON)
-    found = find(wheel=None)
-    assert (found.backends / "python/libtriton_python.so").read_bytes() == b"native"
-    assert (found.backends / "onnxruntime/model.py").is_file()
-    assert (found.stub_python, found.libraries) == ("3.12", ())
-
-
-def test_a_wrapper_without_backends_falls_back_to_the_wheel(
-    tmp_path: Path, find: Find, wheel: Wheel
-):
-    write(tmp_path / "bin" / "tritonserver", b"#!/bin/sh\n", 0o755)
-    found = find()
-    assert (found.backends / "python/libtriton_python.so").read_bytes() == b"wheel"
-    assert found.libraries == (wheel.libraries,)
 
 
 # --- its environment ---------------------------------------------------------------------------
