@@ -49,13 +49,14 @@ test: test-unit test-triton  ## unit tests, then tests against a real tritonserv
 # A file's fixtures are made once, by the process it goes to; tests/conftest.py has long files go first.
 SIDE_BY_SIDE := --dist loadfile --no-loadscope-reorder
 # One process a core, each with one thread.
-test-unit: $(INSTALLED)  ## five minutes on two cores
+test-unit: $(INSTALLED)  ## two minutes on two cores
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/unit -n auto $(SIDE_BY_SIDE)
 
-# What measures the machine itself has it alone; the others run two at a time, with servers of their own.
+# What measures the machine itself has it alone; the others, which
+# mostly wait for servers of their own, run three at a time.
 test-triton: $(INSTALLED)  ## against a real tritonserver
 	$(PY) -m pytest tests/triton -m alone
-	$(PY) -m pytest tests/triton -m "not alone" -n 2 $(SIDE_BY_SIDE)
+	$(PY) -m pytest tests/triton -m "not alone" -n 3 $(SIDE_BY_SIDE)
 
 test-faults: $(INSTALLED)  ## half an hour: kill, hang, starve and flood a server under load; a table of what happened
 	$(PY) -m pytest tests/faults --log-cli-level=INFO
