@@ -173,15 +173,12 @@ def serve(
     status = progress.status("preparing")
 
     def make_server(ports: Ports | None = None) -> TritonServer:
-        given = ports or Ports(http_port, grpc_port, metrics_port)
         if ports is not None and log is not None:
             with suppress(OSError):  # Why it failed stands in the log that the next one replaces.
                 log.replace(log.with_name(f"{log.name}.previous"))
         return TritonServer(
             repository,
-            http_port=given.http,
-            grpc_port=given.grpc,
-            metrics_port=given.metrics,
+            ports=ports or Ports(http_port, grpc_port, metrics_port),
             free_ports=free_ports and ports is None,
             host=host,
             timeout_s=timeout_s,
@@ -373,13 +370,10 @@ def main(arguments: list[str] | None = None) -> int:
     except typer.TyperException as error:
         message = error.format_message().rstrip(".")
         return _complain(f"{message}; see python -m server --help", error.exit_code)
-    except ServerUsageError as error:
-        return _complain(str(error), 2)
-    except ServerStartError as error:
-        print("\n".join(error.log_tail.splitlines()[-_TAIL_LINES:]), file=sys.stderr)
-        return _complain(str(error), 1)
-    except ServerError as error:  # A rollout that failed, or processes that cannot be killed.
-        return _complain(str(error), 1)
+    except ServerError as error:
+        if isinstance(error, ServerStartError):
+            print("\n".join(error.log_tail.splitlines()[-_TAIL_LINES:]), file=sys.stderr)
+        return _complain(str(error), 2 if isinstance(error, ServerUsageError) else 1)
 
 
 def _complain(message: str, code: int) -> int:

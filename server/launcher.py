@@ -65,9 +65,7 @@ class TritonServer:
         self,
         repository: Path | str,
         *,
-        http_port: int = 8000,
-        grpc_port: int = 8001,
-        metrics_port: int = 8002,
+        ports: Ports | None = None,
         free_ports: bool = False,
         host: str = "127.0.0.1",
         timeout_s: float = 120.0,
@@ -84,9 +82,7 @@ class TritonServer:
 
         Args:
             repository: the model repository.
-            http_port: HTTP port.
-            grpc_port: gRPC port.
-            metrics_port: Prometheus port.
+            ports: ports to listen on; Triton's own if not given.
             free_ports: pick three free ports instead of those.
             host: address to bind; `security` may bind HTTP and metrics elsewhere.
             timeout_s: seconds until every model must be ready; as many more to compare answers.
@@ -106,7 +102,7 @@ class TritonServer:
         self.repository = Path(repository).absolute()
         self.security = security or Security()
         self.addresses = self.security.addresses(host)
-        self.ports = Ports(http_port, grpc_port, metrics_port)
+        self.ports = ports or Ports()
         self.version = ""
         self.installation: Installation | None = None
         self._access = Access("")

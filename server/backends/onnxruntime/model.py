@@ -81,12 +81,10 @@ class TritonPythonModel:
         wanted = [set(request.requested_output_names()) for request in requests]
         names = [name for name in self._output_names if any(name in one for one in wanted)]
         counts = [len(feed[self._input_names[0]]) for feed in feeds]
-        outputs = self._session.run(
-            names,
-            feeds[0]
-            if len(feeds) == 1
-            else {name: np.concatenate([feed[name] for feed in feeds]) for name in feeds[0]},
-        )
+        together = feeds[0]
+        if len(feeds) > 1:
+            together = {name: np.concatenate([feed[name] for feed in feeds]) for name in feeds[0]}
+        outputs = self._session.run(names, together)
         for name, output in zip(names, outputs, strict=True):
             if len(output) != sum(counts):
                 raise ValueError(
@@ -132,22 +130,19 @@ def _open_session(config: dict[str, Any], kind: str, device: int) -> Any:
         if hasattr(ort, "preload_dlls"):  # CUDA and cuDNN out of their wheels, where installed.
             ort.preload_dlls()
         providers.insert(0, ("CUDAExecutionProvider", {"device_id": str(device)}))
-    session = _load(config["name"], options, providers)
+    model = config["name"]
+    session = _load(model, options, providers)
     if kind == "GPU" and "CUDAExecutionProvider" not in session.get_providers():
-        _allow_only_under_auto(config["name"], session.get_providers())
+        # ONNX Runtime itself only logs that CUDA cannot be had and goes on without: that would be a
+        # silent CPU model under KIND_GPU.
+        without = f"ONNX Runtime has no CUDA here (it has {', '.join(session.get_providers())})"
+        if onnx_config.names_gpu(_config_text()):
+            raise pb_utils.TritonModelException(
+                f"unavailable: model '{model}' asks for KIND_GPU, but {without}; "
+                "use KIND_CPU or KIND_AUTO"
+            )
+        pb_utils.Logger.log_warn(f"model '{model}' runs on the CPU under KIND_AUTO: {without}")
     return session
-
-
-def _allow_only_under_auto(model: str, providers: list[str]) -> None:
-    # ONNX Runtime itself only logs that CUDA cannot be had and goes on without: that would be a
-    # silent CPU model under KIND_GPU.
-    without = f"ONNX Runtime has no CUDA here (it has {', '.join(providers)})"
-    if onnx_config.names_gpu(_config_text()):
-        raise pb_utils.TritonModelException(
-            f"unavailable: model '{model}' asks for KIND_GPU, but {without}; "
-            "use KIND_CPU or KIND_AUTO"
-        )
-    pb_utils.Logger.log_warn(f"model '{model}' runs on the CPU under KIND_AUTO: {without}")
 
 
 def _load(model: str, options: Any, providers: list[Any]) -> Any:
