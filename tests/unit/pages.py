@@ -113,9 +113,20 @@ class Page(HTMLParser):
         for address in self.loaded:
             assert address.startswith("data:image/"), address[:80]
             if address.startswith("data:image/svg+xml;base64,"):
-                svg = base64.b64decode(address.partition(",")[2]).decode()
-                inner = re.findall(r'(?:href|src)="([^"]*)"|url\(([^)]*)\)', svg)
+                inner = re.findall(r'(?:href|src)="([^"]*)"|url\(([^)]*)\)', svg_of(address))
                 assert all((a or b).startswith("#") for a, b in inner)
+
+
+def svg_of(uri):
+    """An embedded figure."""
+    head, _, body = uri.partition(",")
+    assert head == "data:image/svg+xml;base64"
+    return base64.b64decode(body).decode()
+
+
+def drawn_words(uri):
+    """What is written in a figure, in the order it is drawn: matplotlib leaves it as comments."""
+    return [squeeze(word) for word in re.findall(r"<!-- (.*?) -->", svg_of(uri), re.S)]
 
 
 def squeeze(text):

@@ -1,6 +1,5 @@
 """Figures hold what they are given: every point, number and name, and nothing loaded."""
 
-import base64
 import re
 
 import numpy as np
@@ -11,19 +10,9 @@ from hypothesis import strategies as st
 from report import figures
 from report.figures import Axis, Rule, Series
 from report.markers import APART, steps_aside
+from tests.unit.pages import drawn_words, svg_of
 
 X, Y = Axis("cost", percent=True, log=True), Axis("agreement", percent=True)
-
-
-def svg_of(uri):
-    head, _, body = uri.partition(",")
-    assert head == "data:image/svg+xml;base64"
-    return base64.b64decode(body).decode()
-
-
-def texts(uri):
-    """What is written, in the order it is drawn: matplotlib leaves it as comments."""
-    return re.findall(r"<!-- (.*?) -->", svg_of(uri))
 
 
 def frontier(**changes):
@@ -33,7 +22,7 @@ def frontier(**changes):
 
 
 def test_a_chart_names_its_series_and_writes_a_number_into_each_marker():
-    written = texts(frontier())
+    written = drawn_words(frontier())
     for text in ("7", "19", "graphs", "a line", "limit", "cost", "agreement", "10 %", "50 %"):
         assert written.count(text.replace(" %", "\N{NO-BREAK SPACE}%")) + written.count(text), text
 
@@ -65,13 +54,15 @@ def test_spreads_are_lines_through_their_points():
 def test_a_rule_far_from_every_value_is_left_out():
     rules = [Rule(1.0, "near"), Rule(50.0, "far")]
     assert figures.near(rules, [0.0, 2.0]) == rules[:1]
-    written = texts(figures.histogram({"kept": [0.0, 2.0], "lost": []}, "score", "crops", rules))
+    written = drawn_words(
+        figures.histogram({"kept": [0.0, 2.0], "lost": []}, "score", "crops", rules)
+    )
     assert "near" in written and "far" not in written and "crops" in written
 
 
 def test_bars_name_each_part_once_and_write_what_fits():
     rows = {"kept": {"queue": 0.1, "cheap": 5.0}, "all": {"cheap": 5.0, "full": -1.0}}
-    written = texts(figures.bars(rows, [5.1, 4.0], {"cheap": "#123456"}, "ms"))
+    written = drawn_words(figures.bars(rows, [5.1, 4.0], {"cheap": "#123456"}, "ms"))
     assert [written.count(name) for name in ("queue", "cheap", "full")] == [1, 1, 1]
     assert written.count("5.00") == 2 and "0.10" not in written
     assert [text for text in written if text.strip() in ("5.10 ms", "4.00 ms")]

@@ -1,4 +1,3 @@
-import base64
 import re
 
 import jinja2
@@ -8,7 +7,7 @@ from perf.figures import conclude
 from report import frontier as frontier_figure
 from report import performance_page
 from report.performance_page import system_order, write_performance
-from tests.unit.pages import Page, squeeze
+from tests.unit.pages import Page, drawn_words
 from tests.unit.perf_summary import STATEMENT, around, load, measured, sample_summary, spread
 
 
@@ -26,15 +25,6 @@ def without_figures(**changes):
         if key not in ("answers", "attribution", "systems")
     }
     return kept | changes
-
-
-def figures(page):
-    """The embedded figures as SVG text, with the words drawn in them as comments."""
-    return [base64.b64decode(address.partition(",")[2]).decode() for address in page.loaded]
-
-
-def words_in(svg):
-    return [squeeze(word) for word in re.findall(r"<!-- (.*?) -->", svg, re.S)]
 
 
 LOOPS = ("closed", "open")
@@ -152,7 +142,7 @@ def test_the_certificate_is_told_from_none_and_from_a_refusal(tmp_path):
 
 
 def test_the_time_is_attributed_in_a_bar(page):
-    words = words_in(figures(page)[1])
+    words = drawn_words(page.loaded[1])
     assert {"kept low", "escalated", "router, BLS hops, ensemble", "33.5 ms", "137 ms"} <= set(
         words
     )
@@ -164,11 +154,11 @@ def test_runs_that_did_not_stabilise_are_marked_with_their_reason(page, tmp_path
     assert f"mixed images, 8 in flight, gRPC {reason} 120" in rows
     assert "8 in flight, gRPC (not stable)" in page.sections["The server's own times"]
     assert rows.count("not stable") == 1
-    assert "hollow: did not stabilise" in words_in(figures(page)[2])
+    assert "hollow: did not stabilise" in drawn_words(page.loaded[2])
     entries = [entry for entry in sample_summary()["systems"] if entry["stable"]][:3]
     stable = page_of(tmp_path, without_figures(systems=entries))
     assert "not stable" not in stable.text
-    assert "hollow: did not stabilise" not in words_in(figures(stable)[0])
+    assert "hollow: did not stabilise" not in drawn_words(stable.loaded[0])
 
 
 def test_the_curves_leave_out_what_does_not_compare(tmp_path):

@@ -1,6 +1,5 @@
 """The plan's page: it says what plan.json says, in every case that is a normal result."""
 
-import base64
 import re
 
 import pytest
@@ -42,10 +41,6 @@ def usual(tmp_path_factory):
 
 def nothing_chosen(**changes):
     return plan_content(chosen=None, best_alternative=None, **changes)
-
-
-def svg_of(uri):
-    return base64.b64decode(uri.partition(",")[2]).decode()
 
 
 def test_the_page_begins_with_the_certificate_and_what_is_served(usual):
