@@ -201,9 +201,7 @@ def align_command(
 
     The images it learns from are left out when the aligned rung is calibrated.
     """
-    stored, rung_set = Outputs.load(outputs), GraphSet.load(onnx)
-    _check_collected(stored, rung_set)
-    stored = _unlearned(stored, rung_set)
+    stored, rung_set = _collected(outputs, onnx)
     groups = group_keys(stored, group_by)
     rows = split_by_group(groups, {"align": share, "rest": 1 - share}, seed)["align"]
     rung = rung_set.rungs["vit_low"]
@@ -291,9 +289,7 @@ def report_command(
     the full rung changes the outcome. --fidelity and what goes with it say what the analysis calls
     a loss; by default it is that of the artifact.
     """
-    stored, rung_set = Outputs.load(outputs), GraphSet.load(onnx)
-    _check_collected(stored, rung_set)
-    stored = _unlearned(stored, rung_set)
+    stored, rung_set = _collected(outputs, onnx)
     if not len(stored):
         raise OutputsError("no image is left to show; collect others")
     is_fitted = calibration != given.ARTIFACT or calibration.exists()
@@ -320,10 +316,12 @@ def report_command(
         print(f"wrote {out}")
 
 
-def _check_collected(outputs: Outputs, rung_set: GraphSet) -> None:
-    difference = outputs.made.difference(Made.by(rung_set))
-    if difference is not None:
+def _collected(outputs: Path, onnx: Path) -> tuple[Outputs, GraphSet]:
+    """Outputs without the images that a graph has learned from, and the graphs they are of."""
+    stored, rung_set = Outputs.load(outputs), GraphSet.load(onnx)
+    if (difference := stored.made.difference(Made.by(rung_set))) is not None:
         raise OutputsError(f"the outputs are not of these graphs: {difference}; collect again")
+    return _unlearned(stored, rung_set), rung_set
 
 
 def _unlearned(outputs: Outputs, rung_set: GraphSet) -> Outputs:
