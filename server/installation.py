@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 import sysconfig
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,13 +79,13 @@ class Installation:
     libraries: tuple[Path, ...]
     stub_python: str | None
 
-    def environment(self, base: Mapping[str, str] | None = None) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
         """The environment that it and its Python models start with, made of this process's own.
 
         Raises:
             ServerUsageError: this Python has no shared library for Triton's stub to load.
         """
-        environment = dict(os.environ if base is None else base)
+        environment = dict(os.environ)
         libraries = list(self.libraries)
         if self.stub_python == RUNNING_PYTHON:
             # The stub takes its interpreter, hence its packages, from the first python on PATH.
@@ -144,8 +144,6 @@ def find_installation(
     backend_directory: Path | None = None,
     *,
     wheel: Wheel | None = None,
-    search_path: str | None = None,
-    python_version: str = RUNNING_PYTHON,
 ) -> Installation:
     """Find the server to run, and prepare its backends.
 
@@ -154,8 +152,6 @@ def find_installation(
         explicit: the binary to use, nothing else then.
         backend_directory: the server's backends, where they are not in their usual place.
         wheel: the wheel to fall back to, None where it is not installed.
-        search_path: directories to search instead of the environment's PATH.
-        python_version: the Python to run models with if the python backend is the wheel's.
 
     Raises:
         ServerUsageError: there is none, or it cannot be used.
@@ -164,7 +160,7 @@ def find_installation(
         raise ServerUsageError(
             f"no backend directory at {backend_directory}; give the one of your tritonserver"
         )
-    binary = _find_binary(explicit, wheel, search_path)
+    binary = _find_binary(explicit, wheel)
     beside = binary.resolve().parent.parent / "backends"
     candidates = [backend_directory] if backend_directory else [beside, IMAGE_BACKEND_DIRECTORY]
     # The server runs in a working directory of its own, where a relative path leads elsewhere.
@@ -185,7 +181,7 @@ def find_installation(
     if python is not None:
         stub = python / STUB_NAME
     else:
-        python, stub = _wheels_python(binary, wheel, python_version)
+        python, stub = _wheels_python(binary, wheel)
         libraries = (wheel.libraries,) if wheel is not None else ()
     # Copies, not links: Triton refuses a python-based backend whose libtriton_python.so resolves to
     # somewhere outside the backend directory.
@@ -199,14 +195,14 @@ def find_installation(
     return Installation(binary, destination, libraries, _embedded_python(stub))
 
 
-def _find_binary(explicit: Path | None, wheel: Wheel | None, search_path: str | None) -> Path:
+def _find_binary(explicit: Path | None, wheel: Wheel | None) -> Path:
     if explicit is not None:
         if not (explicit.is_file() and os.access(explicit, os.X_OK)):
             raise ServerUsageError(
                 f"{explicit} is not an executable file; give the path of a tritonserver binary"
             )
         return explicit.absolute()
-    on_path = shutil.which("tritonserver", path=search_path)
+    on_path = shutil.which("tritonserver")
     if on_path is not None:
         return Path(on_path).absolute()
     if wheel is None:
@@ -224,17 +220,17 @@ def _has(backends: Path | None, name: str, *files: str) -> Path | None:
     return backends / name
 
 
-def _wheels_python(binary: Path, wheel: Wheel | None, python_version: str) -> tuple[Path, Path]:
+def _wheels_python(binary: Path, wheel: Wheel | None) -> tuple[Path, Path]:
     """The wheel's python backend, and its stub."""
     if wheel is None:
         raise ServerUsageError(
             f"{binary} has no python backend beside it; give --backend-directory, or "
             f"{_INSTALL_WHEEL}"
         )
-    stub = wheel.stub(python_version)
+    stub = wheel.stub(RUNNING_PYTHON)
     if not stub.is_file():
         raise ServerUsageError(
-            f"nvidia-pytriton has no python backend for Python {python_version}, only for "
+            f"nvidia-pytriton has no python backend for Python {RUNNING_PYTHON}, only for "
             f"{', '.join(wheel.python_versions)}; make the virtual environment with one of those"
         )
     return wheel.root / "backends" / "python", stub

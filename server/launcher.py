@@ -117,7 +117,6 @@ class TritonServer:
         self._on_progress = on_progress or (lambda line: None)
         self._process: ProcessGroup | None = None
         self._work = Path()
-        self._lock: int | None = None
         self._undo = ExitStack()
         self._is_ready = False
         self._known_options: frozenset[str] = frozenset()
@@ -218,9 +217,8 @@ class TritonServer:
             triton_log.make_writable(self._log)
         remove_dead_segments()
         try:
-            self._lock = hold(self._server_id)
-            if self._lock is not None:
-                self._undo.callback(os.close, self._lock)
+            lock = hold(self._server_id)
+            self._undo.callback(os.close, lock)
             self._undo.callback(remove_segments, self._server_id)
             work = TemporaryDirectory(prefix="adaptive-vit-server-", ignore_cleanup_errors=True)
             self._work = Path(self._undo.enter_context(work))
@@ -228,7 +226,7 @@ class TritonServer:
             self.installation = find_installation(
                 self._work / "backends", self._explicit, self._backend_directory, wheel=find_wheel()
             )
-            self._start_on_free_ports(models, self.installation)
+            self._start_on_free_ports(models, self.installation, lock)
         except BaseException:
             self.stop()
             raise
@@ -262,7 +260,9 @@ class TritonServer:
             raise RuntimeError("the server is not running")
         return self._process
 
-    def _start_on_free_ports(self, models: Sequence[str], installation: Installation) -> None:
+    def _start_on_free_ports(
+        self, models: Sequence[str], installation: Installation, lock: int
+    ) -> None:
         environment = installation.environment()
         if self.security.production:
             self._known_options = known_options(installation.binary, environment)
@@ -279,7 +279,7 @@ class TritonServer:
                 environment,
                 cwd=self._work,
                 log=self.log_path,
-                keep_open=() if self._lock is None else (self._lock,),
+                keep_open=(lock,),
             )
             try:
                 self._wait_for_models(models)

@@ -16,7 +16,7 @@ SHM_DIRECTORY = Path("/dev/shm")
 SERVER_PREFIX = "triton_"
 
 
-def hold(server_id: str, directory: Path = SHM_DIRECTORY) -> int | None:
+def hold(server_id: str, directory: Path = SHM_DIRECTORY) -> int:
     """Make and lock the file that says that a server lives.
 
     Args:
@@ -24,18 +24,16 @@ def hold(server_id: str, directory: Path = SHM_DIRECTORY) -> int | None:
         directory: where segments are.
 
     Returns:
-        The file's descriptor, for the server to inherit and the caller to close; None where there
-        is no such directory.
+        The file's descriptor, for the server to inherit and the caller to close.
     """
     path = _lock(server_id, directory)
-    while directory.is_dir():
+    while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         with suppress(FileNotFoundError):
             if path.stat().st_ino == os.fstat(descriptor).st_ino:
                 return descriptor
         os.close(descriptor)  # Somebody who cleared away had it before it was locked.
-    return None
 
 
 def remove_segments(server_id: str, directory: Path = SHM_DIRECTORY) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from server import Installation, ServerUsageError, Wheel, find_wheel
+from server import Installation, ServerUsageError, Wheel, find_wheel, installation
 from server.installation import RUNNING_PYTHON, STAND_IN, find_installation
 from server.ports import Addresses, Ports
 
@@ -38,12 +38,13 @@ def wheel(tmp_path: Path) -> Wheel:
 
 
 @pytest.fixture
-def find(tmp_path: Path, wheel: Wheel) -> Find:
+def find(tmp_path: Path, wheel: Wheel, monkeypatch: pytest.MonkeyPatch) -> Find:
     """Searches only `tmp_path/bin`, and falls back to the wheel."""
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(installation, "RUNNING_PYTHON", "3.11")
 
     def find(*given: Path | None, **options: object) -> Installation:
-        usual = {"wheel": wheel, "search_path": str(tmp_path / "bin"), "python_version": "3.11"}
-        return find_installation(tmp_path / "out", *given, **{**usual, **options})
+        return find_installation(tmp_path / "out", *given, **{"wheel": wheel, **options})
 
     return find
 
@@ -141,10 +142,13 @@ def test_explicit_comes_first_and_takes_a_backend_directory(
         ((), {"wheel": None}, "no tritonserver found.*pip install.*pytriton"),
         ((Path("setup.py"),), {}, "not an executable file"),
         ((None, Path("nowhere")), {}, "no backend directory at nowhere"),
-        ((), {"python_version": "3.99"}, r"for Python 3\.99, only for 3\.11"),
+        ((), {}, r"for Python 3\.99, only for 3\.11"),
     ],
 )
-def test_what_cannot_be_used_is_refused(find: Find, given: tuple, options: dict, message: str):
+def test_what_cannot_be_used_is_refused(
+    monkeypatch: pytest.MonkeyPatch, find: Find, given: tuple, options: dict, message: str
+):
+    monkeypatch.setattr(installation, "RUNNING_PYTHON", "3.99")
     with pytest.raises(ServerUsageError, match=message):
         find(*given, **options)
 
@@ -158,11 +162,14 @@ def test_no_python_backend_anywhere_is_refused(tmp_path: Path, find: Find):
 # --- its environment ---------------------------------------------------------------------------
 
 
-def test_environment_puts_this_python_and_the_libraries_first(tmp_path: Path):
+def test_environment_puts_this_python_and_the_libraries_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     libraries = (tmp_path, tmp_path)
     found = Installation(tmp_path, tmp_path, libraries, RUNNING_PYTHON)
     base = {"PATH": "/bin", "LD_LIBRARY_PATH": "/mine", "OMP_NUM_THREADS": "7"}
-    environment = found.environment(base)
+    monkeypatch.setattr(os, "environ", base)
+    environment = found.environment()
     assert environment["PATH"] == f"{Path(sys.executable).parent}:/bin"
     parts = environment["LD_LIBRARY_PATH"].split(os.pathsep)
     assert parts[0] == str(tmp_path) and parts[-1] == "/mine"
@@ -172,8 +179,11 @@ def test_environment_puts_this_python_and_the_libraries_first(tmp_path: Path):
     assert base["PATH"] == "/bin"
 
 
-def test_a_server_with_another_python_keeps_its_own(tmp_path: Path):
-    environment = Installation(tmp_path, tmp_path, (), "3.99").environment({"PATH": "/bin"})
+def test_a_server_with_another_python_keeps_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(os, "environ", {"PATH": "/bin"})
+    environment = Installation(tmp_path, tmp_path, (), "3.99").environment()
     assert environment["PATH"] == "/bin"
     assert "LD_LIBRARY_PATH" not in environment
 
@@ -182,8 +192,8 @@ def test_a_server_with_another_python_keeps_its_own(tmp_path: Path):
 
 
 def command(**options: object) -> list[str]:
-    installation = Installation(Path("/opt/tritonserver"), Path("/backends"), (), None)
-    return installation.command(
+    found = Installation(Path("/opt/tritonserver"), Path("/backends"), (), None)
+    return found.command(
         "triton_1_ab",
         Path("/models"),
         options.pop("addresses", Addresses()),

@@ -53,8 +53,3 @@ def test_what_is_not_ours_is_never_touched(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     assert remove_dead_segments(tmp_path) == []
     assert names(tmp_path) == before | {".triton_3_x.lock"}
-
-
-def test_no_shared_memory_directory_is_fine(tmp_path: Path):
-    assert hold("triton_1_a", tmp_path / "none") is None
-    assert remove_dead_segments(tmp_path / "none") == []
