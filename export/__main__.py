@@ -1,53 +1,41 @@
-"""`python -m export rungs | align | choose | repository | versions`: from a model to Triton."""
+"""`python -m export rungs | align | repository | versions`: from a model to Triton."""
 
 from __future__ import annotations
 
 import json
-import sys
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from bundle.alignment import Alignment, AlignmentError
 from bundle.graphs import GraphsError, GraphSet
 from bundle.recipe import Recipe, RecipeError
 from bundle.versions import VersionError, Versions, switch
 from bundle.versions import drop as drop_version
-from export.errors import ExportError, UsageError, first_line
-from export.progress import Steps
-from export.repository import RepositoryError, assemble
-from export.settings import ClientParameters, OnHighFailure, ReferenceCheck, Settings
+from export.errors import ExportError, UsageError
+from export.repository import MAX_BATCH_SIZE, RepositoryError, RepositorySettings, assemble
+from export.request import DEFAULT_ATOL, DEFAULT_OPSET, DEFAULT_RTOL, GraphsRequest
 from export.versions import add_version
-from routing import (
-    WEIGHTS,
-    Calibration,
-    CalibrationError,
-    ManifestError,
-)
+from report.terminal import Bars, run, table
+from routing import WEIGHTS, Calibration, CalibrationError, ManifestError
 from routing.provenance import runtime_words
 from routing.reference import reference_words
 
 RECIPE = "RECIPE"
+ERRORS = (
+    AlignmentError,
+    CalibrationError,
+    ExportError,
+    GraphsError,
+    ManifestError,
+    RecipeError,
+    RepositoryError,
+    VersionError,
+)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-
-
-class Task(str, Enum):
-    """What a head can answer: `routing.TASKS`."""
-
-    CLASSES = "classes"
-    LABELS = "labels"
-    VALUE = "value"
-
-
-class Head(str, Enum):
-    """Heads that can be fitted here."""
-
-    LINEAR = "linear"
 
 
 @app.callback()
@@ -79,7 +67,8 @@ def rungs(
         typer.Option(metavar=RECIPE, help="A graph to measure beside the two; may be repeated."),
     ] = None,
     head: Annotated[
-        Head | None, typer.Option(help="Fit this head on --images and bake it into both rungs.")
+        Literal["linear"] | None,
+        typer.Option(help="Fit this head on --images and bake it into both rungs."),
     ] = None,
     images: Annotated[
         Path | None, typer.Option(help="Images to fit the head on, one folder per class.")
@@ -89,19 +78,16 @@ def rungs(
         typer.Option(help="Images that int8=static learns ranges from (default: --images)."),
     ] = None,
     task: Annotated[
-        Task | None,
+        Literal["classes", "labels", "value"] | None,
         typer.Option(
             help="What its own head answers (default: by its config's problem_type and the number "
             "of outputs): one class, independent labels by sigmoid, or a value."
         ),
     ] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Weights of static-vit: safetensors or a torch state dict.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Initial weights of static-vit.")] = 0,
-    opset: Annotated[int, typer.Option(help="ONNX opset, 18 to 21.")] = 20,
-    rtol: Annotated[float, typer.Option(help="Parity tolerance, relative.")] = 1e-4,
-    atol: Annotated[float, typer.Option(help="Parity tolerance, absolute.")] = 1e-4,
+    # 18 is the first whose Resize antialiases; older Triton images load none above 21.
+    opset: Annotated[int, typer.Option(min=18, max=21, help="ONNX opset.")] = DEFAULT_OPSET,
+    rtol: Annotated[float, typer.Option(min=0, help="Parity tolerance, relative.")] = DEFAULT_RTOL,
+    atol: Annotated[float, typer.Option(min=0, help="Parity tolerance, absolute.")] = DEFAULT_ATOL,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
 ) -> None:
     """Export the cheap and the full rung of a model to ONNX, checked against torch.
@@ -114,25 +100,25 @@ def rungs(
     if (head is None) != (images is None):
         raise UsageError("--head linear and --images DIR go together")
     recipes = [None if text is None else Recipe.parse(text) for text in (low, high)]
-    # torch and transformers take seconds to import; --help and the checks above do not need them.
-    from export.rungs import RungsRequest, export_rungs
-
-    request = RungsRequest(
-        model=model,
+    request = GraphsRequest(
         out=out,
         low=recipes[0],
         high=recipes[1],
         beside=tuple(Recipe.parse(text) for text in beside or ()),
-        probe_images=images,
+        head_images=images,
         fit_images=fit_images,
-        task=None if task is None else task.value,
-        checkpoint=checkpoint,
-        seed=seed,
+        task=task,
         opset=opset,
         rtol=rtol,
         atol=atol,
     )
-    graphs = export_rungs(request, Steps(Console(stderr=True)))
+    # torch and transformers take seconds to import; --help and the checks above do not need them.
+    from export.graphs import export_graphs
+    from export.pretrained import load_backbone
+
+    bars = Bars(Console(stderr=True))
+    bars.say(f"load {model}")
+    graphs = export_graphs(load_backbone(model), request, bars)
     if as_json:
         typer.echo(json.dumps(graphs.to_dict(), indent=2, ensure_ascii=False))
     else:
@@ -158,34 +144,37 @@ def repository(
         int, typer.Option(min=1, help="Requests that may wait in front of each model.")
     ] = 64,
     on_high_failure: Annotated[
-        OnHighFailure, typer.Option(help="Answer of an image whose full rung failed.")
-    ] = OnHighFailure.ERROR,
+        Literal["error", "low"], typer.Option(help="Answer of an image whose full rung failed.")
+    ] = "error",
     high_timeout_ms: Annotated[
         int, typer.Option(min=1, help="How long a call of the full rung may take.")
     ] = 10_000,
     client_parameters: Annotated[
-        ClientParameters,
+        Literal["careful", "any"],
         typer.Option(help="careful: a request may only lower the threshold or ask for high."),
-    ] = ClientParameters.CAREFUL,
+    ] = "careful",
     degrade_queue_depth: Annotated[
         int,
         typer.Option(
-            metavar="IMAGES", help="So many that had to wait raise the threshold; 0: never."
+            min=0,
+            max=MAX_BATCH_SIZE,
+            metavar="IMAGES",
+            help="So many that had to wait raise the threshold; 0: never.",
         ),
     ] = 0,
     degrade_threshold: Annotated[
         float | None, typer.Option(help="The highest it is raised to, oracle units.")
     ] = None,
     audit_fraction: Annotated[
-        float, typer.Option(help="Share of the images that the full rung checks.")
+        float, typer.Option(min=0, max=1, help="Share of the images that the full rung checks.")
     ] = 0.0,
     reference_check: Annotated[
-        ReferenceCheck,
+        Literal["off", "warn", "refuse"],
         typer.Option(
             help="Where the server answers otherwise than the calibration did: warn, or refuse "
             "requests."
         ),
-    ] = ReferenceCheck.WARN,
+    ] = "warn",
     add: Annotated[
         bool,
         typer.Option(
@@ -194,7 +183,9 @@ def repository(
     ] = False,
     shadow: Annotated[
         float | None,
-        typer.Option(help="With it: share of the live images that it scores and does not answer."),
+        typer.Option(
+            min=0, max=1, help="With it: share of live images that it scores and does not answer."
+        ),
     ] = None,
 ) -> None:
     """Assemble the model repository that Triton serves.
@@ -202,7 +193,7 @@ def repository(
     An assembled repository at --out is replaced, or gets another version of its router with
     --add-version; anything else there is left alone.
     """
-    settings = Settings(
+    settings = RepositorySettings(
         intra_op_threads=intra_op_threads,
         instances=instances,
         max_queue=max_queue,
@@ -215,7 +206,7 @@ def repository(
         reference_check=reference_check,
     )
     if add:
-        if settings != Settings():
+        if settings != RepositorySettings():
             raise UsageError("--add-version changes the artifact only; assemble for other settings")
         version = add_version(out, calibration, shadow or 0.0)
         rollout = f"python -m server rollout --repository {out}"
@@ -283,92 +274,34 @@ def align_command(
     typer.echo(f"wrote {name}_align in {onnx}, which is the cheap rung now")
 
 
-@app.command("choose")
-def choose_command(
-    onnx: Annotated[Path, typer.Option(help="Folder that `rungs` wrote.")],
-    low: Annotated[str, typer.Option(metavar="NAME", help="The graph that is the cheap rung.")],
-    high: Annotated[str, typer.Option(metavar="NAME", help="The graph that is the full rung.")],
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
-    beside: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME", help="A graph to lie beside them; may be repeated (default: all)."
-        ),
-    ] = None,
-) -> None:
-    """Let two graphs that were exported together be the rungs, in another folder."""
-    if out.resolve() == onnx.resolve():
-        raise UsageError(f"--out {out} holds the graphs to choose from; give another folder")
-    GraphSet.load(onnx).cast(low, high).place(out, beside)
-    typer.echo(f"wrote {out}")
-
-
-def _head_words(graphs: GraphSet) -> str:
-    count, task = graphs.classes, graphs.task
-    if task is None:
-        return "no head"
-    if task == "classes":
-        return f"{count} classes"
-    return f"{count} {task.removesuffix('s')}{'' if count == 1 else 's'}"
-
-
 def _print_summary(graphs: GraphSet, out: Path) -> None:
-    table = Table(title=f"{graphs.backbone}, {_head_words(graphs)}", caption=f"in {out}")
-    table.add_column("graph", no_wrap=True)  # its file is this and .onnx
-    table.add_column("recipe", overflow="fold")  # a cut one could not be asked for again
-    for heading in ("MiB", "difference to torch", "cosine to full"):
-        table.add_column(heading)
+    rows = []
     for name, graph in graphs.graphs.items():
         worst = max((check["max_abs_diff"] for check in graph.notes["checks"]), default=None)
-        table.add_row(
-            name,
-            graph.record.recipe,
-            f"{graph.file.stat().st_size / 2**20:.1f}",
-            "" if worst is None else f"{worst:.1e}",
-            f"{graph.notes['fidelity']['cosine_mean']:.4f}",
+        rows.append(
+            (
+                name,
+                graph.record.recipe,
+                f"{graph.file.stat().st_size / 2**20:.1f}",
+                "" if worst is None else f"{worst:.1e}",
+                f"{graph.notes['fidelity']['cosine_mean']:.4f}",
+            )
         )
     if (out / WEIGHTS).exists():
         size_mib = (out / WEIGHTS).stat().st_size / 2**20
-        table.add_row(WEIGHTS, "what they share", f"{size_mib:.1f}")
-    Console().print(table)
+        rows.append((WEIGHTS, "what they share", f"{size_mib:.1f}", "", ""))
+    headings = ("graph", "recipe", "MiB", "difference to torch", "cosine to full")
+    head = "no head" if graphs.task is None else f"{graphs.task} ({graphs.classes} outputs)"
+    title = f"{graphs.backbone}, {head}, in {out}"
+    shown = table(title, headings, rows, left=(0, 1))
+    shown.columns[0].no_wrap = True  # a file is named so
+    Console().print(shown)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; an error is one line.
-
-    Returns:
-        The exit code: 0, 1 where the export itself went wrong, 2 for bad usage, bad input files or
-        a path that cannot be used, 130 when interrupted.
-    """
-    try:
-        return app(args=arguments, prog_name="python -m export", standalone_mode=False) or 0
-    except typer.TyperException as error:
-        message = " ".join(error.format_message().split())
-        return _complain(message, 2) if message else 2  # without a verb the help was printed
-    except (
-        AlignmentError,
-        CalibrationError,
-        ManifestError,
-        RecipeError,
-        RepositoryError,
-        GraphsError,
-        UsageError,
-        VersionError,
-    ) as error:
-        return _complain(str(error), 2)
-    except ExportError as error:
-        return _complain(str(error), 1)
-    except OSError as error:
-        known = error.filename is not None and error.strerror is not None
-        return _complain(f"{error.filename}: {error.strerror}" if known else first_line(error), 2)
-    except (KeyboardInterrupt, typer.Abort):
-        return 130
-
-
-def _complain(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return code
+def main() -> None:
+    """Run the command line; a foreseeable error is one line and exit code 2."""
+    run(app, ERRORS)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -13,39 +13,25 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import (
+    DeiTForImageClassification,
+    PreTrainedModel,
+    ViTForImageClassification,
+)
 
 from bundle.recipe import Recipe
 from export.errors import UsageError
-from export.recipes.depth import check_depth, first_blocks
-from export.recipes.resize import bake_positions, downsample
+from export.recipes.smaller import bake_positions, downsample, first_blocks
 from export.recipes.token_merging import MergingVit
-from export.vit_families import base_model, has_own_head, head_reads_cls_alone
 from imaging import Preprocessing
 from routing import default_task
 
 # The attention matrix of 4,096 patches (64 x 64) takes 3 GB at batch 8 and 6 heads, the largest
 # batch of the parity check.
 MAX_PATCHES = 64 * 64
-
-
-@dataclass(frozen=True)
-class RungSpec:
-    """One graph: what it is called and how it is made from the full-resolution image.
-
-    Attributes:
-        name: model name on the server, and stem of the ONNX file.
-        recipe: how it makes itself cheap, its resolution written out.
-    """
-
-    name: str
-    recipe: Recipe
-
-    @property
-    def px(self) -> int:
-        """Side of the square image the transformer itself sees."""
-        assert self.recipe.px is not None
-        return self.recipe.px
+# Their head is one linear layer on the final CLS token. Dinov2ForImageClassification's also reads
+# the mean of the patch tokens, DeiTForImageClassificationWithTeacher is two heads on two tokens.
+_CLS_HEADS = (DeiTForImageClassification, ViTForImageClassification)
 
 
 @dataclass(frozen=True)
@@ -92,11 +78,16 @@ class Backbone:
         return int(self.model.config.num_hidden_layers)
 
     @property
+    def has_own_head(self) -> bool:
+        """Whether the model itself answers with logits."""
+        return self.model.base_model is not self.model
+
+    @property
     def classes(self) -> int | None:
         """C, or None without a head."""
         if self.probe is not None:
             return self.probe.out_features
-        return int(self.model.config.num_labels) if has_own_head(self.model) else None
+        return int(self.model.config.num_labels) if self.has_own_head else None
 
     @property
     def task(self) -> str | None:
@@ -130,7 +121,7 @@ class Backbone:
 
     def with_probe(self, probe: nn.Linear, labels: tuple[str, ...]) -> Backbone:
         """The same backbone under a fitted linear head, its own head dropped."""
-        return replace(self, model=base_model(self.model), probe=probe.eval(), labels=labels)
+        return replace(self, model=self.model.base_model, probe=probe.eval(), labels=labels)
 
     def check_px(self, px: int) -> None:
         """Refuse a resolution that the model cannot run at.
@@ -138,22 +129,22 @@ class Backbone:
         Raises:
             UsageError: not a multiple of the patch size, or too many patches.
         """
-        largest = int(MAX_PATCHES**0.5) * self.patch_size
+        patch = self.patch_size
+        largest = int(MAX_PATCHES**0.5) * patch
         if px > largest:
             raise UsageError(f"px={px} is too large; {largest} px is the most for this model")
-        below, above = nearest_multiples(px, self.patch_size)
-        if px not in (below, above):
-            choices = f"{below}" if below == above else f"{below} or {above}"
+        if px < patch or px % patch:
+            below = px // patch * patch
+            choices = f"{below} or {below + patch}" if below else f"{patch}"
             raise UsageError(
-                f"px={px} is no positive multiple of the patch size {self.patch_size}; "
-                f"use {choices}"
+                f"px={px} is no positive multiple of the patch size {patch}; use {choices}"
             )
 
     @property
     def aligns(self) -> bool:
         """Whether logits follow from the embedding alone, so that an alignment reaches them."""
-        own_head = self.probe is None and has_own_head(self.model)
-        return not own_head or head_reads_cls_alone(self.model)
+        reads_more = self.has_own_head and not isinstance(self.model, _CLS_HEADS)
+        return self.probe is not None or not reads_more
 
     def check(self, recipe: Recipe, image_px: int) -> None:
         """Refuse a recipe that the model cannot be run by, before anything is exported.
@@ -170,8 +161,11 @@ class Backbone:
         self.check_px(recipe.px)
         if recipe.px > image_px:
             raise UsageError(f"{recipe} looks at more than the full rung's {image_px} px")
-        if recipe.depth is not None:
-            check_depth(recipe.depth, self.layers)
+        if recipe.depth is not None and not 1 <= recipe.depth < self.layers:
+            raise UsageError(
+                f"depth={recipe.depth} must be between 1 and {self.layers - 1}; the model has "
+                f"{self.layers} blocks"
+            )
         if recipe.tome and recipe.px < 2 * self.patch_size:
             raise UsageError(f"tome={recipe.tome} has one patch at {recipe.px} px, none to merge")
         if recipe.align and not self.aligns:
@@ -184,13 +178,10 @@ class Backbone:
         """The module to export for a recipe's resolution, depth and merging of tokens.
 
         Args:
-            recipe: its resolution written out; precision and alignment are the graph's business.
-
-        Raises:
-            UsageError: the model cannot be run so.
+            recipe: one that `check` lets pass, its resolution written out; its precision and
+                alignment are the graph's business.
         """
         assert recipe.px is not None
-        self.check_px(recipe.px)
         model = bake_positions(self.model, recipe.px)
         if recipe.depth is not None:
             model = first_blocks(model, recipe.depth)
@@ -214,15 +205,16 @@ class Backbone:
             `embedding` (B, D), `cls_layers` (B, L+1, D) and, with a head, `logits` (B, C).
         """
         pixels = downsample(image, px)
-        options = _interpolate_option(self.model)
-        base = base_model(self.model)(pixels, output_hidden_states=True, **options)
+        dinov2 = self.model.config.model_type == "dinov2"  # interpolates without being told to
+        options = {} if dinov2 else {"interpolate_pos_encoding": True}
+        base = self.model.base_model(pixels, output_hidden_states=True, **options)
         outputs = {
             "embedding": base.last_hidden_state[:, 0],
             "cls_layers": torch.stack([hidden[:, 0] for hidden in base.hidden_states], dim=1),
         }
         if self.probe is not None:
             outputs["logits"] = self.probe(outputs["embedding"])
-        elif has_own_head(self.model):
+        elif self.has_own_head:
             outputs["logits"] = self.model(pixels, **options).logits
         return outputs
 
@@ -252,20 +244,9 @@ class RungModule(nn.Module):
         else:
             # Models with a head do not return the normalised tokens. LayerNorm works token by
             # token, so normalising the last block's CLS alone gives the same vector.
-            embedding = base_model(self.model).layernorm(cls_layers[:, -1])
+            embedding = self.model.base_model.layernorm(cls_layers[:, -1])
         if self.probe is not None:
             return embedding, cls_layers, self.probe(embedding)
         if "logits" in output:
             return embedding, cls_layers, output.logits
         return embedding, cls_layers
-
-
-def nearest_multiples(px: int, patch_size: int) -> tuple[int, int]:
-    """The multiples of the patch size on either side of px, both at least one patch."""
-    below = max(patch_size, px // patch_size * patch_size)
-    return below, below if px <= below else below + patch_size
-
-
-def _interpolate_option(model: PreTrainedModel) -> dict[str, bool]:
-    # DINOv2 always interpolates and takes no such argument.
-    return {} if model.config.model_type == "dinov2" else {"interpolate_pos_encoding": True}

@@ -8,7 +8,7 @@ class ExportError(Exception):
 
 
 class UsageError(ExportError):
-    """The request itself cannot be carried out (exit code 2)."""
+    """The request itself cannot be carried out."""
 
 
 def first_line(error: BaseException) -> str:

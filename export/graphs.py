@@ -1,9 +1,10 @@
-"""Write the graphs of several recipes, then hold each against what it should answer."""
+"""From a loaded model to checked ONNX graphs, their labels and their record."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,20 @@ import torch
 from numpy.typing import NDArray
 
 from bundle import manifest
-from bundle.graphs import Graph
+from bundle.graphs import HIGH, LOW, REFERENCE, Graph, GraphSet
+from bundle.placing import folder_beside
 from bundle.recipe import Recipe
 from export import onnx_graph, parity
-from export.backbones import Backbone, RungSpec
-from export.errors import ExportError
-from export.progress import Steps
+from export.backbones import Backbone
+from export.errors import ExportError, UsageError
+from export.probe import fit_probe
 from export.recipes.half import to_half
-from export.recipes.quantise import quantise_dynamic, quantise_static
+from export.recipes.quantise import quantise
+from export.request import GraphsRequest, LearnedImages
 from export.shared_weights import share_weights
+from report.terminal import Bar, Bars
 from routing import WEIGHTS, RungRecord
+from routing.provenance import RELEASE
 
 # Mean cosine between the embeddings of a graph in fewer bits and of the same graph in FP32: below
 # it something broke. DINOv2 ViT-S in int8 has 0.998, in fp16 0.99999.
@@ -34,203 +39,249 @@ FIDELITY_IMAGES = 16
 TOME_MAY_DIFFER = 0.125
 
 
-@dataclass(frozen=True, eq=False)
-class Material:
-    """What graphs are made from.
+def export_graphs(backbone: Backbone, request: GraphsRequest, bars: Bars) -> GraphSet:
+    """Export every graph, check it and write all together with their record.
 
-    Attributes:
-        backbone: the model.
-        image_px: H = W of the input `image`.
-        opset: 18 to 21.
-        fit_images: FP32 (n, 3, H, W) for `int8=static`, or None.
-        fit_prints: of those images, see `bundle.prints`.
-        rtol: parity tolerance, relative.
-        atol: parity tolerance, absolute.
-    """
-
-    backbone: Backbone
-    image_px: int
-    opset: int
-    fit_images: NDArray[np.float32] | None
-    fit_prints: str
-    rtol: float
-    atol: float
-
-
-def write_graphs(
-    folder: Path, specs: Sequence[RungSpec], full: str, material: Material, steps: Steps
-) -> tuple[list[Graph], int]:
-    """Write every graph, share their weights, check each; all are tried before a failure is raised.
+    Everything is written to a folder beside `out` and moved at the end, so a failure leaves the
+    previous files, or none.
 
     Args:
-        folder: where to.
-        specs: the graphs.
-        full: the name among them of the full model in FP32.
-        material: what they are made from.
-        steps: two for each graph.
+        backbone: the model.
+        request: what to export.
+        bars: where to show progress.
 
     Returns:
-        The graphs, and the highest IR version among them.
+        The graphs in `out`.
 
     Raises:
-        UsageError: a recipe that this model, or this request, does not allow.
-        ParityError: a graph does not answer as its recipe says.
+        UsageError: the request cannot be carried out with this model.
+        ParityError: a graph differs from the model.
+        ExportError: anything else that is not a defect of this code.
+        OSError: `out` cannot be written.
     """
-    graphs: list[Graph] = []
-    ir_version, bodies = 0, _Bodies(folder, material)
-    files = {spec.name: folder / f"{spec.name}.onnx" for spec in specs}
-    for spec in specs:
-        with steps.step(f"export {spec.name} ({spec.recipe})"):
-            model = _lowered(bodies.of(spec.recipe), spec.recipe, material)
+    for notice in backbone.notices:
+        bars.say(f"note: {notice}")
+    if request.head_images is None:
+        backbone = _with_task(backbone, request.task, bars)
+    low, high, *_ = recipes = _recipes(backbone, request)
+    px = high.px or 0
+    learned = _fit_images(request, recipes, backbone, px)
+    head_prints, head = "", {"kind": "own"} if backbone.classes else None
+    if request.head_images is not None:
+        probe = fit_probe(backbone, px, request.head_images, bars)
+        head_prints, head = probe.prints, probe.record
+        backbone = backbone.with_probe(probe.linear, probe.labels)
+    with folder_beside(request.out) as folder:
+        with bars.stage("export", 2 * len(recipes)) as bar:
+            exporter = _Exporter(folder, backbone, px, request, learned, bar)
+            graphs, ir_version = exporter.export(recipes)
+        made = GraphSet(
+            backbone=backbone.name,
+            image_shape=(3, px, px),
+            embedding_dim=backbone.embedding_dim,
+            layers=backbone.layers,
+            classes=backbone.classes,
+            labels=tuple(backbone.labels) if backbone.labels else None,
+            preprocessing=backbone.preprocessing(px).to_dict(),
+            graphs={graph.name: graph for graph in graphs},
+            roles={LOW: low.slug(px), HIGH: high.slug(px), REFERENCE: Recipe(px).slug(px)},
+            task=backbone.task,
+            fitted_on=head_prints,
+            release=RELEASE,
+            about={
+                "source": backbone.source,
+                "head": head,
+                "opset": request.opset,
+                "ir_version": ir_version,
+                "parity": {
+                    "rtol": request.rtol,
+                    "atol": request.atol,
+                    "batches": list(parity.BATCHES),
+                },
+            },
+        )
+        return made.place(request.out)
+
+
+def _with_task(backbone: Backbone, asked: str | None, bars: Bars) -> Backbone:
+    """The backbone with the task that the user gave, or a note where it had to be guessed."""
+    if asked is not None:
+        return backbone.answering(asked)
+    if backbone.task == "value" and backbone.own_task is None:
+        bars.say(
+            "note: one output and no problem_type in its config: taken as a value; if it is the "
+            "logit of a label, give --task labels"
+        )
+    return backbone
+
+
+def _recipes(backbone: Backbone, request: GraphsRequest) -> list[Recipe]:
+    """The cheap rung, the full rung, the reference if that is another, and the rest."""
+    low_px, high_px = backbone.default_px
+    high = (request.high or Recipe()).at(high_px)
+    px = high.px or 0
+    low, full = (request.low or Recipe(low_px)).at(px), Recipe(px)
+    recipes = [low, high, *([full] if high != full else [])]
+    recipes += [recipe.at(px) for recipe in request.beside]
+    for recipe in recipes:
+        backbone.check(recipe, px)
+    (recipe, count), *_ = Counter(recipes).most_common()
+    if count > 1:
+        raise UsageError(f"{recipe} is asked for {count} times; each graph needs another recipe")
+    return recipes
+
+
+def _fit_images(
+    request: GraphsRequest, recipes: list[Recipe], backbone: Backbone, px: int
+) -> LearnedImages | None:
+    images = request.fit_images or request.head_images
+    if all(recipe.precision != "int8=static" for recipe in recipes):
+        return None
+    if not isinstance(images, Path):
+        return images
+    return LearnedImages.read(images, backbone.preprocessing(px))
+
+
+class _Exporter:
+    """Writes the graphs of several recipes, then holds each against what it should answer."""
+
+    def __init__(
+        self,
+        folder: Path,
+        backbone: Backbone,
+        px: int,
+        request: GraphsRequest,
+        learned: LearnedImages | None,
+        bar: Bar,
+    ) -> None:
+        self._folder, self._backbone, self._px = folder, backbone, px
+        self._request, self._learned, self._bar = request, learned, bar
+        # The FP32 graphs, one for each resolution, depth and merging, whatever the precision.
+        self._bodies: dict[Recipe, Path] = {}
+        self._images = (
+            parity.sample_images(FIDELITY_IMAGES, px, seed=1)
+            if learned is None
+            else learned.tensors[:FIDELITY_IMAGES]
+        )
+
+    def export(self, recipes: list[Recipe]) -> tuple[list[Graph], int]:
+        """Every graph, and the highest IR version; all are tried before a failure is raised.
+
+        Raises:
+            ParityError: graphs do not answer as their recipes say.
+        """
+        files = {recipe: self._folder / f"{recipe.slug(self._px)}.onnx" for recipe in recipes}
+        ir_version = 0
+        for recipe, file in files.items():
+            self._bar.describe(f"export {file.stem} ({recipe})")
+            model = self._model(recipe)
             onnx_graph.check_versions(model)
-            files[spec.name].write_bytes(model.SerializeToString(deterministic=True))
-        ir_version = max(ir_version, model.ir_version)
-    refers = share_weights(list(files.values()), folder / WEIGHTS)
-    weights = manifest.sha256_file(folder / WEIGHTS) if any(refers.values()) else None
-    failures: list[parity.Failure] = []
-    probe = _Fidelity(files[full], material)
-    for spec in specs:
-        file = files[spec.name]
-        record = _record(spec, file, weights if refers[file] else None, material.backbone)
-        truth = "torch" if spec.recipe.precision == "fp32" else "the same graph in FP32"
-        try:
-            with steps.step(f"compare {spec.name} with {truth}"):
-                checks = [check.to_dict() for check in _check(spec, file, bodies, material)]
-                notes = {"checks": checks, "fidelity": probe.of(file)}
-        except parity.ParityError as error:
-            failures += error.failures
-            continue
-        learned = material.fit_prints if spec.recipe.precision == "int8=static" else ""
-        graphs.append(Graph(spec.name, record, file, learned, notes))
-    bodies.remove()
-    if failures:
-        raise parity.ParityError(failures)
-    return graphs, ir_version
-
-
-class _Bodies:
-    """The FP32 graphs, one for each resolution, depth and merging, whatever the precision."""
-
-    def __init__(self, folder: Path, material: Material) -> None:
-        self._folder, self._material = folder, material
-        self._files: dict[Recipe, Path] = {}
-
-    def of(self, recipe: Recipe) -> onnx.ModelProto:
-        """The graph of a recipe in FP32, without its alignment."""
-        return onnx.load(self.file(recipe))
-
-    def file(self, recipe: Recipe) -> Path:
-        """Where that graph lies until `remove`."""
-        key = Recipe(recipe.px, recipe.depth, recipe.tome)
-        if key not in self._files:
-            file = self._folder / f".body-{key.slug(0)}.onnx"
-            material = self._material
-            names = list(material.backbone.output_shapes(key))
-            module = material.backbone.rung(key)
-            onnx_graph.export_onnx(module, material.image_px, names, file, material.opset)
-            self._files[key] = file
-        return self._files[key]
-
-    def remove(self) -> None:
-        """Delete the graphs."""
-        for file in self._files.values():
+            file.write_bytes(model.SerializeToString(deterministic=True))
+            ir_version = max(ir_version, model.ir_version)
+            self._bar.advance()
+        refers = share_weights(list(files.values()), self._folder / WEIGHTS)
+        weights = manifest.sha256_file(self._folder / WEIGHTS) if any(refers.values()) else None
+        full = _embeddings(files[Recipe(self._px)], self._images)
+        graphs: list[Graph] = []
+        failures: list[parity.Failure] = []
+        for recipe, file in files.items():
+            self._bar.describe(f"check {file.stem}")
+            try:
+                checks = [asdict(check) for check in self._check(recipe, file)]
+            except parity.ParityError as error:
+                failures += error.failures
+                continue
+            notes = {"checks": checks, "fidelity": self._fidelity(file, full)}
+            record = self._record(recipe, file, weights if refers[file] else None)
+            learned = self._learned if recipe.precision == "int8=static" else None
+            prints = "" if learned is None else learned.prints
+            graphs.append(Graph(file.stem, record, file, prints, notes))
+            self._bar.advance()
+        for file in self._bodies.values():
             file.unlink()
+        if failures:
+            raise parity.ParityError(failures)
+        return graphs, ir_version
 
+    def _body(self, recipe: Recipe) -> Path:
+        """The graph of a recipe in FP32 and without its alignment."""
+        key = Recipe(recipe.px, recipe.depth, recipe.tome)
+        if key not in self._bodies:
+            file = self._folder / f".body-{key.slug(0)}.onnx"
+            module, names = self._backbone.rung(key), list(self._backbone.output_shapes(key))
+            onnx_graph.export_onnx(module, self._px, names, file, self._request.opset)
+            self._bodies[key] = file
+        return self._bodies[key]
 
-def _lowered(model: onnx.ModelProto, recipe: Recipe, material: Material) -> onnx.ModelProto:
-    """Apply what changes the graph: its precision."""
-    if recipe.precision == "fp16":
-        model = to_half(model)
-    elif recipe.precision == "int8":
-        model = quantise_dynamic(model)
-    elif recipe.precision == "int8=static":
-        assert material.fit_images is not None  # `export_rungs` has refused
-        model = quantise_static(model, material.fit_images)
-    return model
+    def _model(self, recipe: Recipe) -> onnx.ModelProto:
+        model = onnx.load(self._body(recipe))
+        if recipe.precision == "fp16":
+            return to_half(model)
+        if recipe.precision == "int8":
+            return quantise(model)
+        if recipe.precision == "int8=static":
+            assert self._learned is not None  # `GraphsRequest` has refused
+            return quantise(model, self._learned.tensors)
+        return model
 
-
-def _record(
-    spec: RungSpec, file: Path, weights_sha256: str | None, backbone: Backbone
-) -> RungRecord:
-    weights = file.with_name(WEIGHTS)
-    return RungRecord(
-        px=spec.px,
-        recipe=str(spec.recipe),
-        sha256=manifest.sha256_file(file),
-        weights_sha256=weights_sha256,
-        layers=backbone.layers if spec.recipe.depth is None else spec.recipe.depth,
-        size_bytes=file.stat().st_size,
-        weights_size_bytes=None if weights_sha256 is None else weights.stat().st_size,
-    )
-
-
-def _check(spec: RungSpec, file: Path, bodies: _Bodies, material: Material) -> list[parity.Check]:
-    """Parity with torch in FP32; in fewer bits, the structure and a cosine."""
-    recipe, backbone = spec.recipe, material.backbone
-    shapes = backbone.output_shapes(recipe)
-    if recipe.precision == "fp32":
-        return parity.check_parity(
-            spec.name,
-            file,
-            material.image_px,
-            shapes,
-            _truth(recipe, backbone),
-            material.rtol,
-            material.atol,
-            may_differ=TOME_MAY_DIFFER if recipe.tome else 0.0,
+    def _record(self, recipe: Recipe, file: Path, weights_sha256: str | None) -> RungRecord:
+        weights = self._folder / WEIGHTS
+        return RungRecord(
+            px=recipe.px or 0,
+            recipe=str(recipe),
+            sha256=manifest.sha256_file(file),
+            weights_sha256=weights_sha256,
+            layers=self._backbone.layers if recipe.depth is None else recipe.depth,
+            size_bytes=file.stat().st_size,
+            weights_size_bytes=None if weights_sha256 is None else weights.stat().st_size,
         )
-    model = onnx.load(file, load_external_data=False)
-    failures = parity.structure_failures(spec.name, model, material.image_px, shapes)
-    if failures:
-        raise parity.ParityError(failures)
-    images = _images(material)
-    mean = float(
-        _cosines(_embeddings(file, images), _embeddings(bodies.file(recipe), images)).mean()
-    )
-    if not mean >= LEAST_COSINE[recipe.precision]:
-        reason = (
-            f"{recipe.precision} has a mean cosine of {mean:.3f} to FP32, at least "
-            f"{LEAST_COSINE[recipe.precision]} is expected; leave it out of the recipe"
-        )
-        raise parity.ParityError([parity.Failure(spec.name, "embedding", reason)])
-    return []
 
+    def _check(self, recipe: Recipe, file: Path) -> list[parity.Check]:
+        """Parity with torch in FP32; in fewer bits, the structure and a cosine."""
+        shapes, request = self._backbone.output_shapes(recipe), self._request
+        if recipe.precision == "fp32":
+            may_differ = TOME_MAY_DIFFER if recipe.tome else 0.0
+            return parity.check_parity(
+                *(file.stem, file, self._px, shapes, self._truth(recipe)),
+                *(request.rtol, request.atol),
+                may_differ=may_differ,
+            )
+        model = onnx.load(file, load_external_data=False)
+        failures = parity.structure_failures(file.stem, model, self._px, shapes)
+        if failures:
+            raise parity.ParityError(failures)
+        truth = _embeddings(self._body(recipe), self._images)
+        mean = float(_cosines(_embeddings(file, self._images), truth).mean())
+        if not mean >= LEAST_COSINE[recipe.precision]:
+            reason = (
+                f"{recipe.precision} has a mean cosine of {mean:.3f} to FP32, at least "
+                f"{LEAST_COSINE[recipe.precision]} is expected; leave it out of the recipe"
+            )
+            raise parity.ParityError([parity.Failure(file.stem, "embedding", reason)])
+        return []
 
-def _truth(recipe: Recipe, backbone: Backbone) -> parity.Reference:
-    """What a graph in FP32 must answer: the library itself where it can run the recipe."""
-    if recipe == Recipe(recipe.px):
-        return lambda image: backbone.reference(image, recipe.px or 0)
-    module, names = backbone.rung(recipe).eval(), list(backbone.output_shapes(recipe))
+    def _truth(self, recipe: Recipe) -> parity.Reference:
+        """What a graph in FP32 must answer: the library itself where it can run the recipe."""
+        backbone = self._backbone
+        if recipe == Recipe(recipe.px):
+            return lambda image: backbone.reference(image, recipe.px or 0)
+        module, names = backbone.rung(recipe).eval(), list(backbone.output_shapes(recipe))
 
-    @torch.inference_mode()
-    def truth(image: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        return dict(zip(names, module(image), strict=True))
+        @torch.inference_mode()
+        def truth(image: torch.Tensor) -> Mapping[str, torch.Tensor]:
+            return dict(zip(names, module(image), strict=True))
 
-    return truth
+        return truth
 
-
-class _Fidelity:
-    """How near a graph's answers are to the full model's: reported, never asserted."""
-
-    def __init__(self, full: Path, material: Material) -> None:
-        self._images = _images(material)
-        self._kind = "synthetic" if material.fit_images is None else "fit"
-        self._full = _embeddings(full, self._images)
-
-    def of(self, file: Path) -> dict[str, Any]:
-        """Mean and least cosine between embeddings."""
-        cosines = _cosines(_embeddings(file, self._images), self._full)
+    def _fidelity(self, file: Path, full: NDArray[np.float64]) -> dict[str, Any]:
+        """How near a graph's answers are to the full model's: reported, never asserted."""
+        cosines = _cosines(_embeddings(file, self._images), full)
+        kind = "synthetic" if self._learned is None else "fit"
         return {
-            "images": f"{len(self._images)} {self._kind}",
+            "images": f"{len(self._images)} {kind}",
             "cosine_mean": float(cosines.mean()),
             "cosine_min": float(cosines.min()),
         }
-
-
-def _images(material: Material) -> NDArray[np.float32]:
-    if material.fit_images is not None:
-        return material.fit_images[:FIDELITY_IMAGES]
-    return parity.sample_images(FIDELITY_IMAGES, material.image_px, seed=1)
 
 
 def _embeddings(file: Path, images: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -8,32 +8,19 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import onnx
 import torch
 from torch import nn
 
-from export.errors import ExportError, UsageError, first_line
+from export.errors import ExportError, first_line
 
 INPUT_NAME = "image"
 BATCH_AXIS = "batch"
-DEFAULT_OPSET = 20  # the first with Gelu as one node, which int8 rungs gain a tenth from
-MIN_OPSET = 18  # the first whose Resize antialiases
 MAX_OPSET = 21  # older Triton images load no newer one
 MAX_IR_VERSION = 10
 # Only a bound for the exporter's shape reasoning; the graph itself accepts any batch.
 MAX_TRACED_BATCH = 1024
-
-
-def check_opset(opset: int) -> None:
-    """Refuse an opset outside the supported range.
-
-    Raises:
-        UsageError: below 18 or above 21.
-    """
-    if not MIN_OPSET <= opset <= MAX_OPSET:
-        raise UsageError(f"--opset {opset} is not supported; use {MIN_OPSET} to {MAX_OPSET}")
 
 
 def export_onnx(
@@ -82,16 +69,13 @@ def export_onnx(
 
 def strip_provenance(model: onnx.ModelProto) -> None:
     """Remove source paths, stack traces and comments, which differ from machine to machine."""
-    model.doc_string = ""
-    del model.metadata_props[:]
-    for holder in (model.graph, *model.functions):
-        _strip(holder)
-        for node in holder.node:
-            _strip(node)
-            # Subgraphs of If, Loop and Scan would need the same; a ViT has none.
     graph = model.graph
-    for item in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
-        _strip(item)
+    tensors = (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
+    # Subgraphs of If, Loop and Scan would need the same; a ViT has none.
+    nodes = [node for holder in (graph, *model.functions) for node in holder.node]
+    for item in (model, graph, *model.functions, *nodes, *tensors):
+        item.doc_string = ""
+        del item.metadata_props[:]
 
 
 def check_versions(model: onnx.ModelProto) -> None:
@@ -109,11 +93,6 @@ def check_versions(model: onnx.ModelProto) -> None:
             + (f" and domains {', '.join(foreign)}" if foreign else "")
             + f"; the ceiling is opset {MAX_OPSET}, IR version {MAX_IR_VERSION}, no custom domain"
         )
-
-
-def _strip(item: Any) -> None:
-    item.doc_string = ""
-    del item.metadata_props[:]
 
 
 @contextlib.contextmanager

@@ -19,8 +19,6 @@ import onnx
 from onnx import numpy_helper
 from onnx.external_data_helper import set_external_data
 
-from export.errors import UsageError
-
 # A mapping starts at a page; weights that start at one as well are mapped without a remainder.
 ALIGNMENT = 4096
 # Smaller tensors are shapes and scalars, which ONNX Runtime reads while it optimises the graph.
@@ -46,22 +44,16 @@ def share_weights(
     self-contained and there is no store.
 
     Args:
-        files: ONNX files, rewritten in place.
-        store: file for the shared tensors, in the folder of the graphs.
+        files: ONNX files in one folder, rewritten in place.
+        store: file for the shared tensors, in the same folder.
         at_least_bytes: smaller tensors stay in their graphs.
 
     Returns:
         For each file whether it refers to the store.
 
     Raises:
-        UsageError: a file lies outside of the store's folder.
         OSError: a file cannot be read or written.
     """
-    for file in files:
-        if file.resolve().parent != store.resolve().parent:
-            raise UsageError(
-                f"{file} must lie beside {store}; external weights cannot be elsewhere"
-            )
     shared = _shared_keys(files, at_least_bytes)
     with tempfile.TemporaryDirectory(dir=store.parent, prefix=".") as name:
         folder = Path(name)
@@ -128,8 +120,6 @@ def _large_tensors(
 ) -> Iterator[tuple[onnx.TensorProto, bytes, bytes]]:
     """Each initializer of at least a size, with its key and its bytes."""
     for tensor in model.graph.initializer:
-        if tensor.data_type == onnx.TensorProto.STRING:
-            continue
         content = tensor.raw_data or numpy_helper.from_array(numpy_helper.to_array(tensor)).raw_data
         if len(content) >= at_least_bytes:
             kind = f"{tensor.data_type} {list(tensor.dims)}".encode()

@@ -17,15 +17,15 @@ from bundle import manifest
 from bundle.placing import folder_beside
 from bundle.versions import Versions, present
 from export.repository import (
+    NO_BYTECODE,
     ROOT,
     RepositoryError,
     answer_parameters,
+    check_fraction,
     check_imaging,
     checked_answers,
     complete_router,
-    place_answers,
 )
-from export.settings import check_fraction
 from routing import REFERENCE_MODEL, RUNGS, Calibration
 
 
@@ -52,7 +52,12 @@ def add_version(repository: Path, calibration_file: Path, shadow_fraction: float
     check_fraction("--shadow", shadow_fraction)
     versions = present(repository)
     version = max(versions) + 1
-    _check_is_free(repository, version)
+    place = repository / f"router/{version}"
+    if place.exists():
+        raise RepositoryError(
+            f"{place} is not listed in {manifest.NAME}, as an interrupted command leaves it; "
+            "remove it and try again"
+        )
     manifest.verify(repository)
     calibration = Calibration.load(calibration_file)
     names = [*RUNGS, *[REFERENCE_MODEL] * (repository / REFERENCE_MODEL).is_dir()]
@@ -63,20 +68,16 @@ def add_version(repository: Path, calibration_file: Path, shadow_fraction: float
     after = Versions.load(repository)
     if shadow_fraction > 0:
         after = replace(after, shadow=version, shadow_fraction=shadow_fraction)
-    name = f"router/{version}"
     with folder_beside(repository) as beside:
         fresh = beside / "version"
-        ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
-        shutil.copytree(ROOT / "model_repository/router/1", fresh, ignore=ignore)
-        complete_router(fresh, calibration)
-        place_answers(answers, fresh)
+        shutil.copytree(ROOT / "model_repository/router/1", fresh, ignore=NO_BYTECODE)
+        complete_router(fresh, calibration, answers)
         try:
-            manifest.update(
-                repository, after.configs(repository), added=(name, fresh), live=after.live
-            )
+            added = (f"router/{version}", fresh)
+            manifest.update(repository, after.configs(repository), added=added, live=after.live)
         except BaseException:
             if version not in present(repository):
-                shutil.rmtree(repository / name, ignore_errors=True)
+                shutil.rmtree(place, ignore_errors=True)
             raise
     return version
 
@@ -97,12 +98,3 @@ def _check_is_new(repository: Path, calibration: Calibration, versions: list[int
                 f"({answer_parameters(calibration)}, not {answer_parameters(there)}); assemble a "
                 "new repository"
             )
-
-
-def _check_is_free(repository: Path, version: int) -> None:
-    place = repository / f"router/{version}"
-    if place.exists():
-        raise RepositoryError(
-            f"{place} is not listed in {manifest.NAME}, as an interrupted command leaves it; "
-            "remove it and try again"
-        )

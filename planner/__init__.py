@@ -1,6 +1,6 @@
 """The planner: which cheap and which full rung, by which signal, are cheapest with a certificate.
 
-`candidates` (what may be combined) -> `checks` (can the model, are the images enough?) -> `graphs`
+`request` (what may be combined) -> `checks` (can the model, are the images enough?) -> `graphs`
 (exported and aligned, by a `workshop`) -> `parts` (which image plays which part, what graphs answer
 for it) -> `select` (shortlist on the fit split, certify, choose) -> `plan` (the road through all of
 them) -> `result` (plan.json).

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from bundle.recipe import RecipeError
 from calibration import options as given
@@ -27,10 +26,9 @@ from routing import threshold_text
 from server.errors import ServerError
 
 from . import result
-from .candidates import recipes
 from .graphs import without_help
 from .plan import Planned, choose_rungs, make_plan
-from .request import PlanError, Request
+from .request import PlanError, Request, recipes
 from .workshop import WORKSHOP
 
 SAMPLE_CROPS = 2400
@@ -98,9 +96,7 @@ def plan_command(
     cache: Annotated[Path, typer.Option(help="Where graphs are kept for the next plan.")] = Path(
         "build/plan-cache"
     ),
-    answers: Annotated[
-        Path, typer.Option(help="Where their answers are kept, as those of `collect`.")
-    ] = Path("build/answers"),
+    answers: given.AnswersFolder = given.ANSWERS,
     reference_images: Annotated[int, typer.Option(min=0, help="As `fit`.")] = REFERENCE_IMAGES,
     require_certificate: Annotated[
         bool, typer.Option("--require-certificate", help="Exit 1 where nothing is chosen.")
@@ -113,9 +109,6 @@ def plan_command(
     `python -m export repository`. A RECIPE is a list of px=N, depth=N, tome=N, int8=static, fp16
     and align.
     """
-    # Unnamed, the loss is what the model's task says; what no such loss takes is refused here.
-    threshold = None if fidelity is None else label_threshold
-    asked = Fidelity.given(fidelity or "cosine", tolerance, relative, threshold)
     request = Request(
         model=model,
         source=given.source(images, limit, seed, SAMPLE_CROPS),
@@ -125,10 +118,7 @@ def plan_command(
         px=px,
         head_images=head_images,
         goal=Goal(max_risk, confidence, "ltt"),
-        fidelity=None if fidelity is None else asked,
-        tolerance=tolerance,
-        relative=relative,
-        label_threshold=label_threshold,
+        fidelity=lambda task: Fidelity.asked(task, fidelity, tolerance, relative, label_threshold),
         group_by=group_by,
         latency_budget_ms=latency_budget_ms,
         instances=instances,
@@ -144,7 +134,9 @@ def plan_command(
     content = result.to_dict(planned, _notes(planned))
     if planned.chosen is not None:
         choose_rungs(planned, bars)
-    path = result.write(content, out)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "plan.json"
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
     chosen = content["chosen"]
     shown = None if chosen is None else threshold_text(chosen["threshold"])
     write_plan(out / "plan.html", content, shown)
@@ -158,14 +150,9 @@ def plan_command(
 
 
 def _notes(planned: Planned) -> list[str]:
-    notes = [
-        *planned.notes,
-        *(
-            without_help(planned.graphs.graphs[name].record.recipe)
-            for name, aligned in planned.aligned.items()
-            if not aligned.helps
-        ),
-    ]
+    recipes = {name: graph.record.recipe for name, graph in planned.graphs.graphs.items()}
+    unhelped = [name for name, aligned in planned.aligned.items() if not aligned.helps]
+    notes = [*planned.notes, *(without_help(recipes[name]) for name in unhelped)]
     if planned.chosen is not None:
         spread = planned.chosen.fit.calibration.metrics["score_spread"]
         return [*notes, flat] if (flat := flat_score(spread)) else notes
@@ -175,17 +162,11 @@ def _notes(planned: Planned) -> list[str]:
 
 
 def _print(content: dict[str, Any], request: Request) -> None:
-    """The cascades that were tested, then everything about the chosen one."""
-    if content["tested"]:
-        console.print(_table(content))
-    said = (*_recipes(content), *content["doubts"], *content["notes"])
-    for line in (*said, *_chosen(content, request)):
-        console.print(line, soft_wrap=True)  # a recipe or command that is broken cannot be pasted
+    """The cascades that were tested, then everything about the chosen one.
 
-
-def _table(content: dict[str, Any]) -> Table:
-    """A letter for each cascade, as on the page: a column of recipes would be cut."""
-    rows = []
+    A letter stands for each cascade, as on the page: a column of recipes would be cut.
+    """
+    rows, lines = [], []
     for mark, entry in zip(cascade_marks(content).values(), content["tested"], strict=True):
         figures, certificate = entry["certify"], entry["certificate"]
         lost = f"{certificate['errors']} lost of {certificate['allowed']} allowed"
@@ -199,26 +180,32 @@ def _table(content: dict[str, Any]) -> Table:
                 lost if entry["certified"] else "no",
             )
         )
-    headings = ("", "signal", "escalated", "ms/image", "speed-up", "certified")
-    title = "cascades that were tested; costs without the router"
-    return table(title, headings, rows, left=(0, 1, 5))
-
-
-def _recipes(content: dict[str, Any]) -> list[str]:
-    """What each letter stands for."""
-    marks = cascade_marks(content).values()
-    return [
-        f"{mark}: {entry['low_recipe']}, then {entry['high_recipe']}"
-        for mark, entry in zip(marks, content["tested"], strict=True)
-    ]
+        lines.append(f"{mark}: {entry['low_recipe']}, then {entry['high_recipe']}")
+    if rows:
+        headings = ("", "signal", "escalated", "ms/image", "speed-up", "certified")
+        title = "cascades that were tested; costs without the router"
+        console.print(table(title, headings, rows, left=(0, 1, 5)))
+    lines += [*content["doubts"], *content["notes"]]
+    lines += _chosen(content, request) or [content["outcome"]["sentence"]]
+    for line in lines:
+        console.print(line, soft_wrap=True)  # a recipe or command that is broken cannot be pasted
 
 
 def _chosen(content: dict[str, Any], request: Request) -> list[str]:
-    """What is to be served, what it promises, what it is worth, and how to go on."""
+    """What is to be served, what it promises, what it is worth, and how to go on; perhaps empty."""
     chosen, best = content["chosen"], content["best_alternative"]
     if chosen is None:
-        return [content["outcome"]["sentence"]]
-    test = chosen["test"]
+        return []
+    test, ratio = chosen["test"], best["cost_ratio_to_plan"]
+    cost, worth = "not believed, see above", ""
+    if test["speedup"] is not None:
+        cost = (
+            f"{test['ms_per_image']:.2f} ms per image without the router, {test['speedup']:.2f} "
+            "times less than the full model"
+        )
+        worth = f": it costs {ratio:.2f} times as much as the cascade"
+        if ratio < 1:
+            worth = f": it WINS: it costs {ratio:.2f} of the cascade, though nothing is certified"
     command = [
         *("python", "-m", "export", "repository", "--onnx", request.out / "onnx"),
         *("--calibration", request.out / "calibration.json", "--instances", request.instances),
@@ -235,30 +222,12 @@ def _chosen(content: dict[str, Any], request: Request) -> list[str]:
         "the full graph",
         f"  escalated:   {test['escalation_rate']:.1%} of {content['images']['test']} test images, "
         f"{chosen['certify']['escalation_rate']:.1%} of the certify split",
-        f"  cost:        {_cost(test)}; {test['acceptable']:.1%} of the answers are acceptable",
+        f"  cost:        {cost}; {test['acceptable']:.1%} of the answers are acceptable",
         f"  against:     {best['recipe']}, the best single graph that agrees as often "
-        f"({best['agreement']:.1%}){_worth(best['cost_ratio_to_plan'])}",
+        f"({best['agreement']:.1%}){worth}",
         f"  certificate: {chosen['certificate']['statement']}",
         f"next: {shlex.join(map(str, command))}",
     ]
-
-
-def _cost(test: dict[str, Any]) -> str:
-    if test["speedup"] is None:
-        return "not believed, see above"
-    return (
-        f"{test['ms_per_image']:.2f} ms per image without the router, {test['speedup']:.2f} times "
-        "less than the full model"
-    )
-
-
-def _worth(ratio: float | None) -> str:
-    """What the best single graph costs; nothing where that is not believed."""
-    if ratio is None:
-        return ""
-    if ratio >= 1:
-        return f": it costs {ratio:.2f} times as much as the cascade"
-    return f": it WINS: it costs {ratio:.2f} of the cascade, though nothing is certified of it"
 
 
 def main() -> None:

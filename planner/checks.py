@@ -5,7 +5,7 @@ An export of several graphs takes minutes; whatever would fail after it is looke
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,17 +18,14 @@ from calibration.align import ALIGN_SHARE
 from calibration.certify import Goal, allowed_errors, goal_words, images_needed, too_few
 from calibration.splits import CERTIFIED, MIN_GROUPS, SplitError, split_by_group
 from export.errors import UsageError
+from export.request import spread
 from report.terminal import Bars
 
-from .candidates import default_candidates, without_align
-from .graphs import fit_image_rows
-from .request import PlanError, Request
+from .request import PlanError, Recipes, Request, default_candidates
 from .select import MOST
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the workshop brings it
     from export.backbones import Backbone
-
-Recipes = tuple[Recipe, ...]
 
 
 @dataclass(frozen=True)
@@ -64,21 +61,8 @@ class Asked:
     @property
     def exported(self) -> Recipes:
         """The graphs to export besides `full`, without alignments, each once."""
-        found = map(without_align, (*self.lows, *self.highs, *self.beside))
+        found = (replace(r, align=False) for r in (*self.lows, *self.highs, *self.beside))
         return tuple(recipe for recipe in dict.fromkeys(found) if recipe != self.full)
-
-
-def check_folders(request: Request) -> None:
-    """Make the folders of what is kept for the next plan, and leave `out` to the end.
-
-    Raises:
-        PlanError: `out` is a file.
-        OSError: another folder cannot be made.
-    """
-    if request.out.exists() and not request.out.is_dir():
-        raise PlanError(f"--out {request.out} is a file; give a folder")
-    for folder in (request.cache, request.answers):
-        folder.mkdir(parents=True, exist_ok=True)
 
 
 def check_recipes(request: Request, backbone: Backbone, bars: Bars) -> Asked:
@@ -92,8 +76,14 @@ def check_recipes(request: Request, backbone: Backbone, bars: Bars) -> Asked:
     Raises:
         PlanError: naming every recipe that the model cannot be exported by, with the reason.
     """
-    reaches = request.head_images is not None or backbone.aligns
     px = request.px or backbone.default_px[1]
+    try:
+        backbone.check_px(px)
+    except UsageError as error:
+        raise PlanError(f"--px {px}: {error}") from None
+    # A head that is fitted here reads the CLS token alone, whatever the model's own reads.
+    fits_head = request.head_images is not None
+    reaches = fits_head or backbone.aligns
     lows, notes = request.candidates, list[str]()
     if lows is None:
         lows = default_candidates(backbone.patch_size, px, reaches)
@@ -102,44 +92,28 @@ def check_recipes(request: Request, backbone: Backbone, bars: Bars) -> Asked:
                 "the default candidates are tried without align: it does not reach this model's "
                 "head, which reads more than the CLS token"
             )
-    named = {"--candidates": lows, "--highs": request.highs, "--beside": request.beside}
+            bars.say(notes[0])
     if not lows or not request.highs:
         raise PlanError("a cascade needs a cheap and a full graph; give --candidates and --highs")
-    _check_with_model(named, request, backbone, px)
-    at_px = {option: tuple(r.at(px) for r in recipes) for option, recipes in named.items()}
-    for option, found in at_px.items():
-        for index, recipe in enumerate(found):
-            if recipe in found[:index]:
-                raise PlanError(f"{named[option][index]} is named more than once; once is enough")
-    full = Recipe(px)
-    if full in map(without_align, at_px["--candidates"]):
-        raise PlanError("--candidates names the full model itself; a cheap graph must be cheaper")
-    for note in notes:
-        bars.say(note)
-    task = "classes" if request.head_images else backbone.task
-    lows, highs, beside = at_px.values()
-    return Asked(full, lows, highs, beside, notes, task)
-
-
-def _check_with_model(
-    named: Mapping[str, Recipes], request: Request, backbone: Backbone, px: int
-) -> None:
-    """Refuse what the model cannot be exported by, all at once."""
-    try:
-        backbone.check_px(px)
-    except UsageError as error:
-        raise PlanError(f"--px {px}: {error}") from None
-    problems = []
-    for option, recipes in named.items():
-        for recipe in recipes:
-            # A head that is fitted here reads the CLS token alone, whatever the model's own reads.
-            checked = without_align(recipe) if request.head_images else recipe
+    at_px: list[Recipes] = []
+    problems: list[str] = []
+    options = ("--candidates", "--highs", "--beside")
+    for option, recipes in zip(options, (lows, request.highs, request.beside), strict=True):
+        at_px.append(tuple(recipe.at(px) for recipe in recipes))
+        for index, recipe in enumerate(recipes):
             try:
-                backbone.check(checked, px)
+                backbone.check(replace(recipe, align=recipe.align and not fits_head), px)
             except UsageError as error:
                 problems.append(f"{option} {recipe}: {error}")
+            if at_px[-1][index] in at_px[-1][:index]:
+                problems.append(f"{recipe} is named more than once; once is enough")
+    full = Recipe(px)
+    if any(replace(recipe, align=False) == full for recipe in at_px[0]):
+        problems.append("--candidates names the full model itself; a cheap graph must be cheaper")
     if problems:
         raise PlanError("; ".join(problems))
+    lows, highs, beside = at_px
+    return Asked(full, lows, highs, beside, notes, "classes" if fits_head else backbone.task)
 
 
 def check_images(request: Request, asked: Asked, bars: Bars) -> list[str]:
@@ -164,7 +138,7 @@ def check_images(request: Request, asked: Asked, bars: Bars) -> list[str]:
         groups = tuple(name.rpartition("/")[0] for name in names)
     learned = _teach_the_head(request)
     if asked.quantises:
-        learned[fit_image_rows(len(groups))] = True
+        learned[spread(len(groups))] = True
     try:
         found = certify_groups(groups, learned, asked.aligns, request.seed)
     except SplitError as error:
@@ -185,16 +159,10 @@ def check_images(request: Request, asked: Asked, bars: Bars) -> list[str]:
 
 
 def check_certify_images(found: int, groups: Sequence[str], request: Request, asked: Asked) -> None:
-    """Refuse a certify split that is too small to certify anything.
-
-    Args:
-        found: independent images of the certify split.
-        groups: of all images.
-        request: of the plan.
-        asked: graphs to be combined.
+    """Refuse a certify split of `found` independent images, of the images of all these groups.
 
     Raises:
-        PlanError: how many images there are and how many are needed.
+        PlanError: where nothing can be certified: how many images there are, how many are needed.
     """
     if found < images_needed(request.goal):
         raise PlanError(
@@ -260,7 +228,7 @@ def images_for(goal: Goal, aligns: bool, quantises: bool) -> int:
     def suffice(count: int) -> bool:
         learned = np.zeros(count, np.bool_)
         if quantises:
-            learned[fit_image_rows(count)] = True
+            learned[spread(count)] = True
         names = tuple(f"{row:09d}" for row in range(count))
         try:
             return certify_groups(names, learned, aligns, 0) >= images_needed(goal)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bundle.graphs import SCHEMA_VERSION, GraphsError, GraphSet
 from bundle.head import LinearHead
@@ -22,17 +21,16 @@ from calibration.fidelity import Fidelity
 from calibration.images import ImageSource
 from calibration.outputs import Outputs
 from calibration.splits import group_keys
-from export.fit_images import FitImages
+from export.request import MOST, GraphsRequest, LearnedImages, spread
 from imaging import ImageError, Preprocessing, code_sha256
 from report.terminal import Bars
 
 from .request import PlanError, Request
-from .workshop import Exports, Workshop
+from .workshop import Workshop
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from export.backbones import Backbone
 
-FIT_IMAGES = 64  # ranges settle after some tens of images, and each costs a run of the model
 _LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime-gpu")
 
 
@@ -69,8 +67,13 @@ def exported(
     images = None
     if any(recipe.precision == "int8=static" for recipe in recipes):
         images = _fit_images(request.source, backbone.preprocessing(full.px or 0))
-    made = Exports(full, recipes, images, request.head_images, folder)
-    return workshop.export(backbone, made, bars)
+    low, *beside = recipes
+    asked = GraphsRequest(
+        *(folder, low, full, tuple(beside)),
+        head_images=request.head_images,
+        fit_images=images,
+    )
+    return workshop.export(backbone, asked, bars)
 
 
 def aligned_graph(
@@ -98,13 +101,10 @@ def aligned_graph(
         help on images that it has not learned, the name is that of the graph without.
 
     Raises:
-        PlanError: a head that an alignment does not reach.
         ExportError: the aligned graph cannot be made.
     """
     graph = graphs.graphs[name]
-    head = LinearHead.read(graph.file) if graphs.classes is not None else None
-    if graphs.classes is not None and head is None:
-        raise PlanError(f"{graph.recipe}: the head reads more than the CLS token; leave align out")
+    head = LinearHead.read(graph.file)  # `Backbone.check` has refused one that is not linear
     found = fit_alignment(
         outputs,
         np.arange(len(outputs)),
@@ -133,19 +133,14 @@ def without_help(recipe: str) -> str:
     )
 
 
-def fit_image_rows(count: int) -> NDArray[np.intp]:
-    """Which of `count` images teach `int8=static` its ranges: evenly spread ones."""
-    return np.unique(np.linspace(0, count - 1, FIT_IMAGES).round().astype(np.intp))
-
-
-def _fit_images(source: ImageSource, preprocessing: Preprocessing) -> FitImages:
+def _fit_images(source: ImageSource, preprocessing: Preprocessing) -> LearnedImages:
     files = []
-    for row in fit_image_rows(len(source)):
+    for row in spread(len(source)):
         with contextlib.suppress(ImageError):  # such an image is left out of everything
             files.append(source[int(row)].data)
-    images = FitImages.of(files, preprocessing)
+    images = LearnedImages.of(files, preprocessing)
     if images is None:
-        raise PlanError(f"not one of {FIT_IMAGES} images to learn the ranges of int8 can be read")
+        raise PlanError(f"not one of {MOST} images to learn the ranges of int8 can be read")
     return images
 
 

@@ -7,13 +7,14 @@ the align images, graphs to compare with the test images only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from bundle.graphs import GraphSet
+from bundle.recipe import Recipe
 from calibration.align import Aligned
-from calibration.answers import AnswerCache, Wanted
-from calibration.certify import one_per_group
+from calibration.answers import AnswerCache
+from calibration.certify import Goal, one_per_group
 from calibration.fidelity import Fidelity
 from calibration.fit import Options, fit
 from calibration.outputs import Outputs, refer
@@ -23,9 +24,8 @@ from report.terminal import Bars
 from routing import Overrides, escalation_mask
 
 from . import checks
-from .candidates import without_align
 from .graphs import aligned_graph, exported
-from .parts import Parts, agreements, answers, divide, give_back, outputs_to_align_on
+from .parts import Parts
 from .request import PlanError, Request
 from .select import MOST, Candidate, Pair, Tested, cascade_ms, choose, predict, shortlist
 from .workshop import Prices, Workshop
@@ -41,8 +41,7 @@ class Planned:
         lows: names of the cheap candidates.
         highs: names of the full candidates.
         beside: names of the graphs to compare with.
-        cache: of what graphs answer.
-        parts: of the images.
+        parts: of the images, and the cache of what graphs answer for them.
         fidelity: when an answer is a loss.
         aligned: what each alignment is worth, by the name of the graph that is aligned, or, where
             it does not help, of the graph without it that takes its place.
@@ -60,7 +59,6 @@ class Planned:
     lows: Sequence[str]
     highs: Sequence[str]
     beside: Sequence[str]
-    cache: AnswerCache
     parts: Parts
     fidelity: Fidelity
     aligned: Mapping[str, Aligned]
@@ -96,27 +94,33 @@ def make_plan(request: Request, workshop: Workshop, bars: Bars) -> Planned:
         ExportError: a graph cannot be made.
         ImagesError, SplitError, FidelityError, FitError, CertifyError: as `fit`.
         PerfError, ServerError, ClientError: the graphs cannot be priced.
+        OSError: a folder cannot be made.
     """
     check_grouping(request.group_by)
-    checks.check_folders(request)
+    if request.out.exists() and not request.out.is_dir():
+        raise PlanError(f"--out {request.out} is a file; give a folder")
+    for folder in (request.cache, request.answers):
+        folder.mkdir(parents=True, exist_ok=True)
     bars.say(f"load {request.model}")
     backbone = workshop.load(request.model)
     asked = checks.check_recipes(request, backbone, bars)
-    fidelity = _fidelity(request, asked.task)
+    fidelity = request.fidelity(asked.task)
     notes = [*asked.notes, *checks.check_images(request, asked, bars)]
     graphs = exported(request, asked.full, asked.exported, backbone, workshop, bars)
     del backbone  # its memory is free again before anything is priced
 
-    bases = [recipe.slug(graphs.reference.record.px) for recipe in (asked.full, *asked.exported)]
-    learned = graphs.learned(bases)
+    def named(recipes: Iterable[Recipe]) -> list[str]:
+        return [recipe.slug(asked.full.px or 0) for recipe in recipes]
+
+    full, highs, beside = graphs.reference.name, named(asked.highs), named(asked.beside)
     cache = AnswerCache(request.answers, request.source, graphs)
-    parts = _divide(request, asked, cache, learned, bars)
+    parts = _divide(request, asked, cache, graphs.learned([full, *named(asked.exported)]), bars)
     lows: list[str] = []
     aligned: dict[str, Aligned] = {}
     for recipe in asked.lows:
-        name = without_align(recipe).slug(graphs.reference.record.px)
+        (name,) = named([replace(recipe, align=False)])
         if recipe.align:
-            outputs = outputs_to_align_on(name, graphs, learned, cache, parts, bars)
+            outputs = parts.outputs_to_align_on(name, graphs, bars)
             graphs, name, worth = aligned_graph(
                 graphs, name, outputs, fidelity, request, workshop, bars
             )
@@ -124,19 +128,15 @@ def make_plan(request: Request, workshop: Workshop, bars: Bars) -> Planned:
         lows.append(name)
     lows = list(dict.fromkeys(lows))
     if aligned and not any(worth.helps for worth in aligned.values()):
-        parts = give_back(parts, request, learned)
-    highs, beside = (
-        [recipe.slug(graphs.reference.record.px) for recipe in recipes]
-        for recipes in (asked.highs, asked.beside)
-    )
+        parts = parts.give_back()
 
-    pairs = _pairs(lows, highs, graphs, cache, parts, bars)
-    names = list(dict.fromkeys([*lows, *highs, *beside, graphs.reference.name]))
-    agreement = agreements(names, graphs, cache, parts, fidelity, bars)
+    pairs = parts.outputs_of_pairs(lows, highs, graphs, bars)
+    names = list(dict.fromkeys([*lows, *highs, *beside, full]))
+    agreement = parts.agreements(names, graphs, fidelity, bars)
     prices = workshop.price(graphs, names, request, bars)
 
-    ms = costs_ms(prices, graphs.reference.name)
-    certify_images = _certify_images(parts, request)
+    ms = costs_ms(prices, full)
+    certify_images = _certify_images(parts)
     most = checks.choices_for(certify_images, request.goal, MOST)
     with bars.stage("predict on the fit split", len(lows)) as bar:
         candidates = predict(
@@ -151,11 +151,16 @@ def make_plan(request: Request, workshop: Workshop, bars: Bars) -> Planned:
             bar.advance,
         )
     listed = shortlist(candidates, lambda pair: _within_budget(pair, prices, request), most)
-    tested = _test(listed, pairs, graphs, ms, fidelity, request, parts, bars)
+    goal = replace(request.goal, choices=max(1, len(listed)))  # each its share of δ
+    with bars.stage("certify the shortlist", len(listed)) as bar:
+        tested = []
+        for candidate in listed:
+            tested.append(_test(candidate, pairs, graphs, ms, goal, fidelity, parts))
+            bar.advance()
     best = choose(tested)
-    chosen = best if best is not None and best.ms_per_image < ms[graphs.reference.name] else None
+    chosen = best if best is not None and best.ms_per_image < ms[full] else None
     return Planned(
-        request, graphs, lows, highs, beside, cache, parts, fidelity, aligned, prices, agreement,
+        request, graphs, lows, highs, beside, parts, fidelity, aligned, prices, agreement,
         candidates, tested, chosen, pairs, notes,
     )  # fmt: skip
 
@@ -199,15 +204,7 @@ def choose_rungs(planned: Planned, bars: Bars) -> None:
     fitted = with_reference_answers(chosen.fit, outputs, graphs, request.reference_images, bars.say)
     fitted.save(request.out / "calibration.json")
     rows = planned.parts.rows(planned.parts.rest)
-    refer(request.out / "outputs.json", planned.cache, graphs, rows)
-
-
-def _fidelity(request: Request, task: str | None) -> Fidelity:
-    """When an answer is a loss, refused before anything is exported if it means nothing."""
-    if request.fidelity is not None:
-        request.fidelity.check(task)
-        return request.fidelity
-    return Fidelity.asked(task, None, request.tolerance, request.relative, request.label_threshold)
+    refer(request.out / "outputs.json", planned.parts.cache, graphs, rows)
 
 
 def _divide(
@@ -215,40 +212,17 @@ def _divide(
 ) -> Parts:
     """The parts; images that cannot be read, or that are one group, are known only now."""
     try:
-        parts = divide(request, cache, learned, asked.aligns, bars)
+        parts = Parts.divide(request, cache, learned, asked.aligns, bars)
     except SplitError as error:
         raise PlanError(f"{error}; {checks.needed(request, asked)}") from None
     groups = group_keys(parts.full.pictures, request.group_by)
-    checks.check_certify_images(_certify_images(parts, request), groups, request, asked)
+    checks.check_certify_images(_certify_images(parts), groups, request, asked)
     return parts
 
 
-def _certify_images(parts: Parts, request: Request) -> int:
+def _certify_images(parts: Parts) -> int:
     """Independent images of the certify split."""
-    return len(one_per_group(parts.groups, parts.splits["certify"], request.seed))
-
-
-def _pairs(
-    lows: Sequence[str],
-    highs: Sequence[str],
-    graphs: GraphSet,
-    cache: AnswerCache,
-    parts: Parts,
-    bars: Bars,
-) -> dict[Pair, Outputs]:
-    """What every two graphs, and the full model where it is neither, answer for the rest."""
-    asked = [Wanted(graphs.graphs[name], True) for name in lows]
-    asked += [
-        Wanted(graphs.graphs[name])
-        for name in dict.fromkeys([*highs, graphs.reference.name])
-        if name not in lows
-    ]
-    found = answers(asked, cache, parts.rows(parts.rest), bars)
-    return {
-        (low, high): Outputs.of(found, graphs.cast(low, high), cache)
-        for low in lows
-        for high in highs
-    }
+    return len(one_per_group(parts.groups, parts.splits["certify"], parts.request.seed))
 
 
 def _within_budget(pair: Pair, prices: Prices, request: Request) -> bool:
@@ -257,29 +231,20 @@ def _within_budget(pair: Pair, prices: Prices, request: Request) -> bool:
 
 
 def _test(
-    listed: Sequence[Candidate],
+    candidate: Candidate,
     pairs: Mapping[Pair, Outputs],
     graphs: GraphSet,
     ms: Mapping[str, float],
+    goal: Goal,
     fidelity: Fidelity,
-    request: Request,
     parts: Parts,
-    bars: Bars,
-) -> list[Tested]:
-    """Certify each cascade of the shortlist with its share of δ."""
-    goal = replace(request.goal, choices=max(1, len(listed)))
-    tested = []
-    with bars.stage("certify the shortlist", len(listed)) as bar:
-        for candidate in listed:
-            low, high = candidate.low, candidate.high
-            options = Options(fidelity, candidate.signal, request.group_by, request.seed)
-            found = fit(
-                pairs[low, high], graphs.cast(low, high), goal, options, splits=parts.splits
-            )
-            threshold = found.calibration.threshold
-            scores = found.scores[parts.splits["certify"]]
-            escalation = float(escalation_mask(scores, threshold, Overrides()).mean())
-            cost = cascade_ms(ms[low], ms[high], escalation)
-            tested.append(Tested(candidate, found, threshold is not None, escalation, cost))
-            bar.advance()
-    return tested
+) -> Tested:
+    """Certify a cascade of the shortlist."""
+    low, high = candidate.low, candidate.high
+    options = Options(fidelity, candidate.signal, parts.request.group_by, parts.request.seed)
+    found = fit(pairs[low, high], graphs.cast(low, high), goal, options, splits=parts.splits)
+    threshold = found.calibration.threshold
+    scores = found.scores[parts.splits["certify"]]
+    escalation = float(escalation_mask(scores, threshold, Overrides()).mean())
+    cost = cascade_ms(ms[low], ms[high], escalation)
+    return Tested(candidate, found, threshold is not None, escalation, cost)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bundle.recipe import Recipe
+from bundle.recipe import Recipe, RecipeError
 from calibration.certify import Goal
 from calibration.fidelity import Fidelity
 from calibration.images import ImageSource
 from calibration.reference import REFERENCE_IMAGES
+from routing import answer_depends_on_batch
+
+Recipes = tuple[Recipe, ...]
+SHARES_OF_PX = (0.5, 0.4375, 0.375)
 
 
 class PlanError(ValueError):
@@ -23,17 +28,14 @@ class Request:
     Attributes:
         model: as `export rungs --model`.
         source: the images.
-        candidates: recipes of cheap graphs; None: those of `candidates.default_candidates`.
+        candidates: recipes of cheap graphs; None: `default_candidates`.
         highs: recipes of full graphs.
         beside: recipes of graphs to compare with.
         px: the full resolution; None: the model's own.
         head_images: one folder per class, to fit a linear head on; None: the model's own head.
         goal: what to certify.
-        fidelity: when an answer is a loss; None: what the model's task has by itself, with the
-            three settings below.
-        tolerance: as `fidelity.Fidelity.asked`.
-        relative: as `fidelity.Fidelity.asked`.
-        label_threshold: as `fidelity.Fidelity.asked`.
+        fidelity: when an answer is a loss, by the model's task; a FidelityError where it means
+            nothing for that.
         group_by: see `splits.group_keys`.
         latency_budget_ms: the most that an image may take that runs through both graphs, one
             request in flight, without the router; None: anything.
@@ -48,14 +50,13 @@ class Request:
 
     model: str
     source: ImageSource
-    candidates: tuple[Recipe, ...] | None
-    highs: tuple[Recipe, ...]
-    beside: tuple[Recipe, ...]
+    candidates: Recipes | None
+    highs: Recipes
+    beside: Recipes
     px: int | None
     head_images: Path | None
     goal: Goal
-    fidelity: Fidelity | None
-    tolerance: float | None
+    fidelity: Callable[[str | None], Fidelity]
     group_by: str
     latency_budget_ms: float | None
     instances: int
@@ -64,6 +65,50 @@ class Request:
     cache: Path
     answers: Path
     out: Path
-    relative: bool = False
-    label_threshold: float | None = None
     reference_images: int = REFERENCE_IMAGES
+
+
+def recipes(option: str, text: str) -> Recipes:
+    """Read recipes with semicolons between them.
+
+    Args:
+        option: that holds them, for messages.
+        text: what the user wrote.
+
+    Raises:
+        PlanError: no recipe, one that no certificate can be about, or one that is aligned and
+            not a cheap graph's.
+    """
+    found: list[Recipe] = []
+    for part in filter(None, map(str.strip, text.split(";"))):
+        try:
+            recipe = Recipe.parse(part)
+        except RecipeError as error:
+            raise PlanError(f"{option} {part}: {error}") from None
+        if (reason := answer_depends_on_batch(str(recipe))) is not None:
+            raise PlanError(
+                f"{recipe}: {reason}, so nothing about it can be certified; use int8=static"
+            )
+        if recipe.align and option != "--candidates":
+            raise PlanError(
+                f"{option} {recipe}: only cheap graphs, those of --candidates, are aligned; leave "
+                "align out"
+            )
+        found.append(recipe)
+    return tuple(found)
+
+
+def default_candidates(patch_size: int, px: int, aligns: bool) -> Recipes:
+    """Cheap graphs worth trying where the user names none: fewer pixels, int8, aligned.
+
+    Args:
+        patch_size: of the model, in pixels.
+        px: its full resolution.
+        aligns: whether an alignment reaches its head; else they are not aligned.
+    """
+    sizes = (max(1, round(share * px / patch_size)) * patch_size for share in SHARES_OF_PX)
+    return tuple(
+        Recipe(size, precision="int8=static", align=aligns)
+        for size in dict.fromkeys(sizes)
+        if size < px
+    )

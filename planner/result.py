@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from calibration.certify import images_needed
@@ -16,7 +15,6 @@ from .plan import Planned
 from .select import Tested, cascade_ms
 
 SCHEMA_VERSION = 2  # 1 had costs by batch and an early decision, and no outcome
-NAME = "plan.json"
 _PRICED = ("latency_ms", "cost_ratio", "cpu_cost_ratio", "disturbed")
 PROCEDURE = (
     "The shortlist was made on the fit split; each of its cascades was tested on the certify split "
@@ -61,10 +59,14 @@ def to_dict(planned: Planned, notes: list[str]) -> dict[str, Any]:
         "disturbed": bool(planned.doubted),
         "doubts": _doubts(planned),
         "graphs": {name: _graph(planned, name) for name in planned.prices},
-        "candidates": [asdict(c) | _finite(c.escalation) for c in planned.candidates],
+        "candidates": [
+            # Where no escalation is enough, JSON has no infinity to say so.
+            {k: None if v == math.inf else v for k, v in asdict(candidate).items()}
+            for candidate in planned.candidates
+        ],
         "tested": [_tested(planned, entry) for entry in planned.tested],
         "chosen": None if planned.chosen is None else _tested(planned, planned.chosen),
-        "best_alternative": best_alternative(planned),
+        "best_alternative": _best_alternative(planned),
         "notes": notes,
     }
     return content | {"outcome": outcome(content)}
@@ -123,15 +125,7 @@ def outcome(content: Mapping[str, Any]) -> dict[str, str]:
     return {"case": case, "sentence": sentence}
 
 
-def write(content: Mapping[str, Any], folder: Path) -> Path:
-    """Write plan.json below a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / NAME
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    return path
-
-
-def best_alternative(planned: Planned) -> dict[str, Any] | None:
+def _best_alternative(planned: Planned) -> dict[str, Any] | None:
     """The cheapest single graph that agrees with the reference at least as often as the cascade.
 
     Among the full graphs, those to compare with and the full model itself; cheap graphs are parts
@@ -188,42 +182,32 @@ def _graph(planned: Planned, name: str) -> dict[str, Any]:
 def _tested(planned: Planned, entry: Tested) -> dict[str, Any]:
     """A shortlisted cascade: predicted, certified, and measured on the test split."""
     candidate, calibration = entry.candidate, entry.fit.calibration
-    metrics, ms = calibration.metrics, planned.ms
-    cost = cascade_ms(ms[candidate.low], ms[candidate.high], metrics["escalation_rate"])
+    rate, risk = (calibration.metrics[key] for key in ("escalation_rate", "risk"))
+    ms, graphs = planned.ms, planned.graphs.graphs
+
+    def costs(escalation: float, ms_per_image: float) -> dict[str, Any]:
+        return {
+            "escalation_rate": escalation,
+            "ms_per_image": ms_per_image,
+            "speedup": _believed(planned, ms[planned.full] / ms_per_image),
+        }
+
+    test_ms = cascade_ms(ms[candidate.low], ms[candidate.high], rate)
     return {
         "low": candidate.low,
         "high": candidate.high,
-        "low_recipe": planned.graphs.graphs[candidate.low].record.recipe,
-        "high_recipe": planned.graphs.graphs[candidate.high].record.recipe,
+        "low_recipe": graphs[candidate.low].record.recipe,
+        "high_recipe": graphs[candidate.high].record.recipe,
         "signal": candidate.signal,
         "threshold": calibration.threshold,
         "certified": entry.certified,
         "certificate": dict(calibration.certificate or {}),
-        "predicted": {
-            "escalation_rate": candidate.escalation,
-            "ms_per_image": candidate.ms_per_image,
-            "speedup": _believed(planned, ms[planned.full] / candidate.ms_per_image),
-        },
-        "certify": {
-            "escalation_rate": entry.escalation,
-            "ms_per_image": entry.ms_per_image,
-            "speedup": _believed(planned, ms[planned.full] / entry.ms_per_image),
-        },
-        "test": {
-            "escalation_rate": metrics["escalation_rate"],
-            "risk": metrics["risk"],
-            "acceptable": 1 - metrics["risk"],
-            "ms_per_image": cost,
-            "speedup": _believed(planned, ms[planned.full] / cost),
-        },
+        "predicted": costs(candidate.escalation, candidate.ms_per_image),
+        "certify": costs(entry.escalation, entry.ms_per_image),
+        "test": costs(rate, test_ms) | {"risk": risk, "acceptable": 1 - risk},
     }
 
 
 def _believed(planned: Planned, ratio: float) -> float | None:
     """A ratio of costs; None where the costs cannot be believed."""
     return None if planned.doubted else ratio
-
-
-def _finite(escalation: float) -> dict[str, Any]:
-    """Where no escalation is enough, JSON has no infinity to say so."""
-    return {} if escalation < float("inf") else {"escalation": None, "ms_per_image": None}

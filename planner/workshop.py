@@ -9,16 +9,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from bundle.alignment import Alignment
 from bundle.graphs import GraphSet
-from bundle.recipe import Recipe
 from calibration.images import ImageSource
-from export.fit_images import FitImages
+from export.request import GraphsRequest, spread
 from imaging import ImageError, Preprocessing, decode
 from perf.images import Pool
 from report.terminal import Bars
@@ -30,25 +26,6 @@ if TYPE_CHECKING:
 
 PRICED_IMAGES = 32
 Prices = Mapping[str, Mapping[str, Any]]  # by the graph's name, as `perf.prices.price` returns them
-
-
-@dataclass(frozen=True)
-class Exports:
-    """Graphs to be exported together.
-
-    Attributes:
-        full: the full model in FP32, its resolution that of the input.
-        recipes: of the other graphs, at least one, without alignments.
-        fit_images: what `int8=static` learns its ranges from; None: no graph does.
-        head_images: one folder per class, to fit a linear head on; None: the model's own head.
-        out: folder to write.
-    """
-
-    full: Recipe
-    recipes: Sequence[Recipe]
-    fit_images: FitImages | None
-    head_images: Path | None
-    out: Path
 
 
 @dataclass(frozen=True)
@@ -64,32 +41,21 @@ class Workshop:
     """
 
     load: Callable[[str], Backbone]
-    export: Callable[[Backbone, Exports, Bars], GraphSet]
+    export: Callable[[Backbone, GraphsRequest, Bars], GraphSet]
     align: Callable[[GraphSet, str, Alignment], GraphSet]
     price: Callable[[GraphSet, Sequence[str], Request, Bars], Prices]
 
 
 def _load(model: str) -> Backbone:
-    from export.rungs import load_backbone
+    from export.pretrained import load_backbone
 
     return load_backbone(model)
 
 
-def _export(backbone: Backbone, exports: Exports, bars: Bars) -> GraphSet:
-    from export.progress import Steps
-    from export.rungs import RungsRequest, export_rungs
+def _export(backbone: Backbone, request: GraphsRequest, bars: Bars) -> GraphSet:
+    from export.graphs import export_graphs
 
-    low, *beside = exports.recipes
-    request = RungsRequest(
-        model=backbone.name,
-        out=exports.out,
-        low=low,
-        high=exports.full,
-        beside=tuple(beside),
-        probe_images=exports.head_images,
-        fit_images=exports.fit_images,
-    )
-    return export_rungs(request, Steps(bars.console), backbone)
+    return export_graphs(backbone, request, bars)
 
 
 def _align(graphs: GraphSet, name: str, alignment: Alignment) -> GraphSet:
@@ -109,7 +75,7 @@ def _pool(graphs: GraphSet, source: ImageSource) -> Pool:
     """Some images of the source, evenly spread, as they are sent."""
     preprocessing = Preprocessing.from_dict(graphs.preprocessing)
     encoded, tensors = [], []
-    for row in np.unique(np.linspace(0, len(source) - 1, PRICED_IMAGES).round().astype(int)):
+    for row in spread(len(source), PRICED_IMAGES):
         with contextlib.suppress(ImageError):  # there are others
             data = source[int(row)].data
             tensors.append(preprocessing(decode(data)))

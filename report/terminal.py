@@ -104,7 +104,9 @@ def run(app: Callable[..., object], errors: tuple[type[Exception], ...]) -> NoRe
     try:
         code = app(standalone_mode=False)
     except typer.TyperException as error:
-        message = f"{error.format_message()} (--help tells more)"
+        if not (words := error.format_message()):  # without a verb, the help was printed
+            sys.exit(2)
+        message = f"{words} (--help tells more)"
     except errors as error:
         message = str(error)
     except OSError as error:

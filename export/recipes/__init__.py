@@ -1,6 +1,6 @@
-"""Recipes: the ways in which a graph of the model makes itself cheap, each in a module of its own.
+"""Recipes: the ways in which a graph of the model makes itself cheap.
 
-`recipe` reads and writes their text, such as `px=112,int8=static,align`. `resize`, `depth` and
-`token_merging` change the torch model before it is exported; `quantise`, `half` and `align` change
-the exported graph.
+`bundle.recipe` reads and writes their text, such as `px=112,int8=static,align`. `smaller` and
+`token_merging` change the torch model before it is exported; `quantise` and `half` change the
+exported graph, and so does `export.align`.
 """

@@ -19,9 +19,7 @@ from transformers import (
 )
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Layer
 
-from export.errors import UsageError
-from export.recipes.resize import downsample
-from export.vit_families import base_model, blocks, has_own_head
+from export.recipes.smaller import blocks, downsample
 
 
 class MergingVit(nn.Module):
@@ -37,19 +35,14 @@ class MergingVit(nn.Module):
         px: the resolution that the transformer sees.
         r: pairs that each block merges, at most half of the tokens that may be merged.
         probe: a linear head on the embedding, in place of the model's own.
-
-    Raises:
-        UsageError: r is negative.
     """
 
     def __init__(self, model: PreTrainedModel, px: int, r: int, probe: nn.Linear | None) -> None:
         super().__init__()
-        if r < 0:
-            raise UsageError(f"tome={r} must be at least 0; 8 is a good start for 256 patches")
         self.model = model
         self.px = px
         self.probe = probe
-        self.special = 1 + hasattr(base_model(model).embeddings, "distillation_token")
+        self.special = 1 + hasattr(model.base_model.embeddings, "distillation_token")
         self.blocks = nn.ModuleList(
             _MergingBlock(block, r, self.special) for block in blocks(model)
         )
@@ -63,7 +56,7 @@ class MergingVit(nn.Module):
         Returns:
             embedding (B, D), cls_layers (B, L+1, D)[, logits (B, C)].
         """
-        base = base_model(self.model)
+        base = self.model.base_model
         hidden = base.embeddings(downsample(image, self.px))  # (B, N, D)
         sizes = torch.ones_like(hidden[..., :1])  # (B, N, 1), patches that a token stands for
         cls_layers = [hidden[:, 0]]
@@ -78,7 +71,7 @@ class MergingVit(nn.Module):
         cls, model = tokens[:, 0], self.model
         if self.probe is not None:
             return [self.probe(cls)]
-        if not has_own_head(model):
+        if model.base_model is model:
             return []
         if isinstance(model, DeiTForImageClassificationWithTeacher):
             distilled = model.distillation_classifier(tokens[:, 1])

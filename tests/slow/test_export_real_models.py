@@ -8,11 +8,10 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from typer.testing import CliRunner
 
 from calibration.images import SampleImages
-from export.__main__ import app
 from imaging import Preprocessing, decode
+from tests.commands import said
 from tests.unit.quantised_files import ask, cosines
 
 
@@ -21,9 +20,7 @@ from tests.unit.quantised_files import ask, cosines
     [("static-vit", 32, 64, 192, 200), ("dinov2-small", 112, 224, 384, None)],
 )
 def test_named_backbones(model, low_px, high_px, width, classes, tmp_path):
-    result = CliRunner().invoke(app, ["rungs", "--model", model, "--out", str(tmp_path), "--json"])
-    assert result.exit_code == 0, result.output
-    record = json.loads(result.stdout)
+    record = json.loads(said("export", "rungs", "--model", model, "--out", tmp_path, "--json"))
     assert record["image"]["shape"] == [3, high_px, high_px]
     assert (record["embedding_dim"], record["layers"], record["classes"]) == (width, 12, classes)
     assert [graph["px"] for graph in record["graphs"].values()] == [low_px, high_px]
@@ -50,9 +47,7 @@ def test_recipes_of_dinov2_hold_their_stated_fidelity(tmp_path):
         (photographs / f"{index:02}.jpg").write_bytes(crop.data)
     options = ["--low", "px=112,int8=static", "--beside", "px=112", "--beside", "tome=8"]
     options += ["--model", "dinov2-small", "--fit-images", str(photographs), "--out", str(out)]
-    result = CliRunner().invoke(app, ["rungs", *options, "--json"])
-    assert result.exit_code == 0, result.output
-    record = json.loads(result.stdout)
+    record = json.loads(said("export", "rungs", *options, "--json"))
     preprocessing = Preprocessing.from_dict(record["preprocessing"])
     images = np.stack([preprocessing(decode(crop.data)) for crop in SampleImages(16, seed=6)])
     answers = {

@@ -18,8 +18,7 @@ from client import (
     Prediction,
     Retry,
 )
-from export.repository import assemble
-from export.settings import ReferenceCheck, Settings
+from export.repository import RepositorySettings, assemble
 from tests.servers import running
 
 KEY = "not much of a secret"
@@ -30,7 +29,7 @@ PATIENT = Retry(attempts=500, first_backoff_s=0.05, max_backoff_s=0.2)
 def narrow(build, rung_set, tmp_path_factory):
     """The session's models behind queues of one request; sizes of batches only with a key."""
     # The reference answers' images would fill a queue of one.
-    settings = Settings(max_queue=1, reference_check=ReferenceCheck.OFF)
+    settings = RepositorySettings(max_queue=1, reference_check="off")
     folder = tmp_path_factory.mktemp("narrow") / "repository"
     repository = assemble(rung_set, build / "calibration.json", folder, settings)
     restricted = [

@@ -9,8 +9,7 @@ import pytest
 import tritonclient.grpc as triton
 
 from client import GrpcClient, UnavailableError
-from export.repository import assemble
-from export.settings import ClientParameters, OnHighFailure, Settings
+from export.repository import RepositorySettings, assemble
 from tests.servers import running
 from tests.triton.test_keystone import statistics
 
@@ -25,7 +24,7 @@ def always_high(build, rung_set, tmp_path_factory):
     artifact["threshold"] = None
     artifact["reference_answers"] = None  # they stay beside the artifact that was fitted
     (folder / "calibration.json").write_text(json.dumps(artifact))
-    settings = Settings(client_parameters=ClientParameters.ANY)
+    settings = RepositorySettings(client_parameters="any")
     repository = assemble(rung_set, folder / "calibration.json", folder / "repository", settings)
     with running(repository, extra_args=MODEL_CONTROL) as server:
         yield server
@@ -35,7 +34,7 @@ def always_high(build, rung_set, tmp_path_factory):
 def degrading(build, rung_set, tmp_path_factory):
     """The session's repository with `on_high_failure` set to `low`."""
     folder = tmp_path_factory.mktemp("degrading")
-    settings = Settings(on_high_failure=OnHighFailure.LOW, client_parameters=ClientParameters.ANY)
+    settings = RepositorySettings(on_high_failure="low", client_parameters="any")
     repository = assemble(rung_set, build / "calibration.json", folder / "repository", settings)
     with running(repository, extra_args=MODEL_CONTROL) as server:
         yield server

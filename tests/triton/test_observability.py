@@ -10,8 +10,7 @@ import pytest
 
 from calibration.images import SampleImages
 from client import GrpcClient
-from export.repository import assemble
-from export.settings import Settings
+from export.repository import RepositorySettings, assemble
 from export.versions import add_version
 from tests.commands import said
 from tests.servers import running
@@ -33,7 +32,7 @@ def watched(build, rung_set, tmp_path_factory):
         *("--require-certificate", "--onnx", build / "onnx", "--outputs", build / "outputs.json"),
         *("--out", folder / "calibration.json"),
     )
-    settings = Settings(audit_fraction=1.0)
+    settings = RepositorySettings(audit_fraction=1.0)
     repository = assemble(rung_set, folder / "calibration.json", folder / "repository", settings)
     add_version(repository, build / "calibration.json", shadow_fraction=1.0)
     with running(repository, log=folder / "triton.log") as server:

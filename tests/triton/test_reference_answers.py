@@ -9,8 +9,7 @@ from bundle.versions import Versions
 from calibration.fit import EscalationRate
 from calibration.outputs import Outputs
 from client import GrpcClient
-from export.repository import assemble
-from export.settings import ReferenceCheck, Settings
+from export.repository import RepositorySettings, assemble
 from export.versions import add_version
 from server import Security, ServerStartError, TritonServer
 from tests.commands import run, said
@@ -67,7 +66,7 @@ def test_other_answers_under_the_same_hashes_are_told(foreign, tmp_path):
 
 def test_a_router_that_shall_refuse_other_answers_does_not_start(foreign, tmp_path):
     rung_set, artifact = foreign
-    settings = Settings(reference_check=ReferenceCheck.REFUSE)
+    settings = RepositorySettings(reference_check="refuse")
     repository = assemble(rung_set, artifact, tmp_path / "repository", settings)
     with pytest.raises(ServerStartError, match=OTHER), TritonServer(repository, free_ports=True):
         pass
@@ -78,7 +77,7 @@ def test_a_rollout_to_a_version_that_would_refuse_everything_is_taken_back(forei
     _, outputs = collected(tmp_path, answering=(5, 6), served=(5, 6))  # as they are served
     for name, rate in (("first", 0.3), ("second", 0.6)):
         fitted(rung_set, outputs, EscalationRate(rate)).save(tmp_path / f"{name}.json")
-    settings = Settings(reference_check=ReferenceCheck.REFUSE)
+    settings = RepositorySettings(reference_check="refuse")
     repository = assemble(rung_set, tmp_path / "first.json", tmp_path / "repository", settings)
     add_version(repository, tmp_path / "second.json")
     add_version(repository, artifact)

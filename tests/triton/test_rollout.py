@@ -17,8 +17,7 @@ from tritonclient.utils import InferenceServerException
 from bundle import manifest
 from bundle.versions import Versions, put
 from client import ClientError, GrpcClient, HttpClient, NotServedError
-from export.repository import assemble
-from export.settings import Settings
+from export.repository import RepositorySettings, assemble
 from perf.attribution import attribute
 from perf.harness import Asker
 from perf.images import Pool
@@ -323,7 +322,7 @@ def test_a_careful_repository_serves_what_answers_and_nothing_else(
 ):
     # Its own calls of the rungs, for the audit and the reference answers, are under way meanwhile.
     repository = assemble(
-        rung_set, artifacts[0], tmp_path / "repository", Settings(audit_fraction=1.0)
+        rung_set, artifacts[0], tmp_path / "repository", RepositorySettings(audit_fraction=1.0)
     )
     with serving(repository) as server, Traffic(server, question, pins=False) as traffic:
         add_version(repository, artifacts[1])

@@ -25,8 +25,7 @@ from calibration.fit import Options, fit
 from calibration.outputs import Made, Outputs
 from calibration.reference import REFERENCE_IMAGES, with_reference_answers
 from client import GrpcClient, HttpClient, InvalidRequestError, UnavailableError
-from export.repository import assemble
-from export.settings import ClientParameters, OnHighFailure, ReferenceCheck, Settings
+from export.repository import RepositorySettings, assemble
 from routing import RungOutputs
 from tests.commands import said
 from tests.servers import FLUSHED_S, bucket, growth, metrics, running, series, stubs, wait_for
@@ -47,7 +46,9 @@ def log(tmp_path_factory):
 def operated(build, rung_set, tmp_path_factory):
     """Relief under pressure and a short queue."""
     folder = tmp_path_factory.mktemp("operated")
-    settings = Settings(max_queue=4, degrade_queue_depth=RELIEF_DEPTH, degrade_threshold=1e6)
+    settings = RepositorySettings(
+        max_queue=4, degrade_queue_depth=RELIEF_DEPTH, degrade_threshold=1e6
+    )
     repository = assemble(rung_set, build / "calibration.json", folder / "repository", settings)
     with running(repository) as server:
         yield server
@@ -69,7 +70,7 @@ def planned(build, log, tmp_path_factory):
     found = fit(outputs, pair, Goal(0.15, 0.9, "ltt"), options)
     found = with_reference_answers(found, outputs, pair, REFERENCE_IMAGES, print)
     found.save(folder / "calibration.json")
-    settings = Settings(audit_fraction=1.0)
+    settings = RepositorySettings(audit_fraction=1.0)
     repository = assemble(pair, folder / "calibration.json", folder / "repository", settings)
     with running(repository, log=log) as server:
         yield server
@@ -79,7 +80,7 @@ def planned(build, log, tmp_path_factory):
 def hasty(build, rung_set, tmp_path_factory):
     """A short budget of the full rung, which the check of the reference answers keeps to."""
     folder = tmp_path_factory.mktemp("hasty")
-    settings = Settings(high_timeout_ms=HIGH_TIMEOUT_MS)
+    settings = RepositorySettings(high_timeout_ms=HIGH_TIMEOUT_MS)
     repository = assemble(rung_set, build / "calibration.json", folder / "repository", settings)
     with running(repository) as server:
         yield server
@@ -89,11 +90,11 @@ def hasty(build, rung_set, tmp_path_factory):
 def falling_back(build, rung_set, tmp_path_factory):
     """`on_high_failure=low` with a short budget."""
     folder = tmp_path_factory.mktemp("falling_back")
-    settings = Settings(
-        on_high_failure=OnHighFailure.LOW,
+    settings = RepositorySettings(
+        on_high_failure="low",
         high_timeout_ms=HIGH_TIMEOUT_MS,
-        client_parameters=ClientParameters.ANY,
-        reference_check=ReferenceCheck.OFF,  # nothing but the tests' requests reaches a rung
+        client_parameters="any",
+        reference_check="off",  # nothing but the tests' requests reaches a rung
     )
     repository = assemble(rung_set, build / "calibration.json", folder / "repository", settings)
     with running(repository) as server:

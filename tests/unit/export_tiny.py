@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import transformers
 from rich.console import Console
 
-from export.__main__ import main
-from export.progress import Steps
+from report.terminal import Bars
+from tests import commands
 
-QUIET = Steps(Console(quiet=True))
+QUIET = Bars(Console(quiet=True))
 PATCH = 4
 PX = 16
 WIDTH = 16
@@ -36,20 +33,9 @@ _CONFIGS = {
 }
 
 
-class Ran(NamedTuple):
-    """What a command did."""
-
-    exit_code: int
-    stdout: str
-    stderr: str
-
-
-def run_export(*arguments: object) -> Ran:
+def run_export(*arguments: object) -> commands.Ran:
     """`python -m export ...`, here."""
-    stdout, stderr = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-        exit_code = main([str(argument) for argument in arguments])
-    return Ran(exit_code, stdout.getvalue(), stderr.getvalue())
+    return commands.run("export", *arguments)
 
 
 def save_tiny(

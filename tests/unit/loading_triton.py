@@ -9,8 +9,7 @@ from tritonclient.utils import InferenceServerException
 
 from bundle import manifest
 from bundle.versions import Versions
-from export.repository import assemble
-from export.settings import ClientParameters, Settings
+from export.repository import RepositorySettings, assemble
 from export.versions import add_version
 from server.rollout import RolloutError, rollout
 from tests.unit.test_export_repository import write_inputs
@@ -158,7 +157,7 @@ def assembled_twice(folder):
     """Repositories `careful` and `any`: a version that answers and a shadow beside it."""
     inputs = write_inputs(folder)
     second = change_artifact(folder, "second", threshold=0.75)
-    for kind in (ClientParameters.CAREFUL, ClientParameters.ANY):
-        out = assemble(*inputs, folder / kind.value, Settings(client_parameters=kind))
+    for kind in ("careful", "any"):
+        out = assemble(*inputs, folder / kind.value, RepositorySettings(client_parameters=kind))
         add_version(out, second, shadow_fraction=0.1)
     return folder

@@ -20,13 +20,13 @@ from bundle import manifest
 from bundle.graphs import HIGH, LOW, REFERENCE, Graph, GraphSet
 from bundle.recipe import Recipe
 from calibration.certify import Goal
+from calibration.fidelity import Fidelity
 from calibration.images import SourceImage
 from export.align import align
 from export.backbones import Backbone
 from imaging import ImageError, Preprocessing
-from planner.candidates import recipes
 from planner.plan import choose_rungs, make_plan
-from planner.request import Request
+from planner.request import Request, recipes
 from report.terminal import Bars
 from routing import RungRecord
 from tests.unit.plan_content import spread
@@ -182,12 +182,12 @@ class FakeWorkshop:
         self.used["load"] += 1
         return tiny_backbone(self._model, self._task)
 
-    def export(self, backbone, exports, bars):
+    def export(self, backbone, asked, bars):
         self.used["export"] += 1
-        self.exports.append(exports)
-        learned = "" if exports.fit_images is None else exports.fit_images.prints
-        texts, task = map(str, exports.recipes), self._task or "classes"
-        return write_shelf(exports.out, texts, learned, self._head, task)
+        self.exports.append(asked)
+        learned = "" if asked.fit_images is None else asked.fit_images.prints
+        texts, task = map(str, (asked.low, *asked.beside)), self._task or "classes"
+        return write_shelf(asked.out, texts, learned, self._head, task)
 
     def align(self, graphs, name, alignment):
         self.used["align"] += 1
@@ -223,7 +223,7 @@ def make_request(folder, **changes):
         "head_images": None,
         "goal": Goal(0.2, 0.9, "ltt"),
         "fidelity": None,
-        "tolerance": 0.1,
+        "settings": {"tolerance": 0.1},
         "group_by": "source",
         "latency_budget_ms": None,
         "instances": 2,
@@ -234,6 +234,8 @@ def make_request(folder, **changes):
         "out": folder / "out",
     }
     fields |= changes
+    kind, settings = fields["fidelity"], fields.pop("settings")
+    fields["fidelity"] = lambda task: Fidelity.asked(task, kind, **settings)
     for option in ("candidates", "highs", "beside"):
         if isinstance(fields[option], str):
             fields[option] = recipes(f"--{option}", fields[option])

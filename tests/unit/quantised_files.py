@@ -23,7 +23,7 @@ def export_static_vit(folder: Path, px: int) -> Path:
     recipe = Recipe(px, depth=4)
     names = list(backbone.output_shapes(recipe))
     module = backbone.rung(recipe)
-    onnx_graph.export_onnx(module, FULL_PX, names, file, onnx_graph.DEFAULT_OPSET)
+    onnx_graph.export_onnx(module, FULL_PX, names, file, 20)
     return file
 
 

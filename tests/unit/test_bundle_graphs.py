@@ -5,14 +5,12 @@ import json
 import os
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from bundle import manifest, placing
 from bundle.graphs import HIGH, LOW, REFERENCE, Graph, GraphsError, GraphSet
 from bundle.recipe import Recipe
 from routing import WEIGHTS, RungRecord
-from tests.unit.export_tiny import run_export
 from tests.unit.onnx_files import graph_at, write_rung, write_rung_set
 
 
@@ -204,21 +202,3 @@ def test_preprocessing_has_one_hash_however_it_is_laid_out(graphs):
     assert replace(graphs, preprocessing=turned).preprocessing_sha256() == (
         graphs.preprocessing_sha256()
     )
-
-
-def test_export_choose_lets_two_graphs_be_the_rungs_in_another_folder(graphs, tmp_path):
-    onnx, out = folder_of(graphs), tmp_path / "chosen"
-    choose = ("choose", "--onnx", onnx, "--high", "full")
-    done = run_export(*choose, "--low", "px6", "--out", out, "--beside", "px4")
-    assert (done.exit_code, done.stderr) == (0, "")
-    chosen = GraphSet.load(out)
-    assert list(chosen.graphs) == ["px4", "full", "px6"] and chosen.low.name == "px6"
-    for arguments, message in (
-        (("--low", "x", "--out", out), "error: no graph 'x' was exported; there are px4, "),
-        (("--low", "px6", "--out", out, "--beside", "x"), "error: no graph 'x' was exported"),
-        (("--low", "px6", "--out", onnx / "../onnx"), "error: --out "),
-    ):
-        done = run_export(*choose, *arguments)
-        assert done.exit_code == 2 and done.stderr.startswith(message)
-        assert len(done.stderr.splitlines()) == 1
-    assert np.all([graph.fault() is None for graph in chosen.graphs.values()])

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bundle.head import LinearHead
 from export.recipes.half import to_half
-from export.recipes.quantise import quantise_dynamic
+from export.recipes.quantise import quantise
 from export.shared_weights import share_weights
 from tests.unit.onnx_files import CLASSES, D, write_rung
 from tests.unit.quantised_files import ask
@@ -104,7 +104,7 @@ def test_a_linear_head_answers_as_the_graph(name, tmp_path):
 
 @pytest.mark.parametrize("name", HEADS)
 def test_the_head_of_an_int8_graph(name, tmp_path):
-    check(quantise_dynamic(HEADS[name]), tmp_path / "a.onnx", 1e-5)
+    check(quantise(HEADS[name]), tmp_path / "a.onnx", 1e-5)
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -118,7 +118,7 @@ def test_a_head_whose_weights_lie_beside_the_graph_and_in_folders_that_link_them
         onnx.save(HEADS["gemm"], file)
     before = LinearHead.read(files[0])
     assert all(share_weights(files, tmp_path / "weights.bin", at_least_bytes=1).values())
-    os.link(tmp_path / "weights.bin", tmp_path / "chosen.bin")  # as `export choose` does
+    os.link(tmp_path / "weights.bin", tmp_path / "chosen.bin")  # as `GraphSet.place` does
     after = LinearHead.read(files[0])
     np.testing.assert_array_equal(before.weights, after.weights)
     np.testing.assert_array_equal(before.bias, after.bias)

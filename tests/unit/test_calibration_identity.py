@@ -15,7 +15,7 @@ from calibration.fit import FitError, Options, fit, without_learned
 from calibration.images import open_images, write_sample
 from calibration.outputs import Outputs, OutputsError, collect
 from calibration.splits import group_keys
-from export.fit_images import FitImages
+from export.request import LearnedImages
 from imaging import Preprocessing
 from tests.unit.calibrating import run
 from tests.unit.onnx_files import write_rung_set
@@ -87,7 +87,7 @@ def test_images_that_taught_a_graph_are_left_out_in_any_form_and_said(
 ):
     rung_set = GraphSet.load(folders / "onnx")
     preprocessing = Preprocessing.from_dict(rung_set.preprocessing)
-    learned = FitImages.read(folders / "crops", preprocessing).prints
+    learned = LearnedImages.read(folders / "crops", preprocessing).prints
     onnx = tmp_path / "onnx"
     write_rung_set(onnx, seeds=(1, 2))
     taught = GraphSet.load(onnx)

@@ -21,12 +21,13 @@ from bundle.recipe import Recipe
 from export import onnx_graph
 from export.align import align, bake_alignment
 from export.errors import UsageError
+from export.graphs import export_graphs
 from export.onnx_graph import check_versions
 from export.parity import sample_images, structure_failures
 from export.pretrained import pretrained
 from export.recipes.half import to_half
-from export.recipes.quantise import quantise_dynamic, quantise_static
-from export.rungs import RungsRequest, export_rungs
+from export.recipes.quantise import quantise
+from export.request import GraphsRequest
 from export.shared_weights import share_weights
 from routing import RungOutputs
 from tests.unit.export_tiny import LAYERS, PX, QUIET, WIDTH, run_export, save_tiny
@@ -38,8 +39,8 @@ pytestmark = pytest.mark.usefixtures("remembered_exports")
 IMAGES = sample_images(8, PX, seed=8)
 KINDS = {
     "fp32": lambda model: model,
-    "int8=static": lambda model: quantise_static(model, sample_images(8, PX, seed=9)),
-    "int8": quantise_dynamic,
+    "int8=static": lambda model: quantise(model, sample_images(8, PX, seed=9)),
+    "int8": quantise,
     "fp16": to_half,
 }
 TOLERANCE = {"fp16": 2e-2}  # its head computes in FP16
@@ -155,7 +156,7 @@ def test_a_head_without_a_bias(graph):
 @pytest.mark.parametrize(
     "class_name", ["Dinov2ForImageClassification", "DeiTForImageClassificationWithTeacher"]
 )
-@pytest.mark.parametrize("change", [lambda model: model, quantise_dynamic], ids=["fp32", "int8"])
+@pytest.mark.parametrize("change", [lambda model: model, quantise], ids=["fp32", "int8"])
 def test_a_head_that_reads_more_than_the_cls_token_is_refused(class_name, change, tmp_path):
     model = change(export(tmp_path, class_name))
     with pytest.raises(UsageError, match="align needs a linear head on the CLS token") as caught:
@@ -164,7 +165,7 @@ def test_a_head_that_reads_more_than_the_cls_token_is_refused(class_name, change
 
 
 def test_an_aligned_graph_still_answers_image_by_image(graph):
-    model = bake_alignment(quantise_static(graph, IMAGES), alignment())
+    model = bake_alignment(quantise(graph, IMAGES), alignment())
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     session = ort.InferenceSession(
@@ -187,13 +188,12 @@ INT8 = "px8_int8static"
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported")
     model = save_tiny(folder / "tiny", "ViTForImageClassification")
-    request = RungsRequest(
-        str(model),
+    request = GraphsRequest(
         folder / "onnx",
         beside=(Recipe(12), Recipe(8, precision="int8=static")),
         fit_images=write_images(folder / "images", "a.png"),
     )
-    export_rungs(request, QUIET)
+    export_graphs(pretrained(str(model)), request, QUIET)
     return folder / "onnx"
 
 
@@ -276,7 +276,7 @@ def test_the_command_makes_the_aligned_graph_the_cheap_rung(graphs, tmp_path):
     fitted(graphs, "px8").save(file)
     command = ("align", "--onnx", folder, "--alignment", file)
     done = run_export(*command)
-    assert (done.exit_code, done.stderr) == (0, "") and "wrote px8_align in" in done.stdout
+    assert (done.code, done.err) == (0, "") and "wrote px8_align in" in done.out
     made = GraphSet.load(folder)
     assert (made.low.name, made.high.name, made.learned()) == ("px8_align", "full", LEARNED)
     assert list(made.beside) == ["px8", "px12", INT8]
@@ -286,5 +286,5 @@ def test_the_command_makes_the_aligned_graph_the_cheap_rung(graphs, tmp_path):
         (("align", "--onnx", tmp_path, "--alignment", file), "error: no graphs.json in "),
     ):
         done = run_export(*arguments)
-        assert done.exit_code == 2 and done.stderr.startswith(message)
-        assert len(done.stderr.splitlines()) == 1
+        assert done.code == 2 and done.err.startswith(message)
+        assert len(done.err.splitlines()) == 1

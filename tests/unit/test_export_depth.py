@@ -10,9 +10,7 @@ from export.backbones import RungModule
 from export.errors import UsageError
 from export.parity import sample_images
 from export.pretrained import pretrained
-from export.recipes.depth import first_blocks
-from export.recipes.resize import downsample
-from export.vit_families import base_model, blocks
+from export.recipes.smaller import blocks, downsample, first_blocks
 from tests.unit.export_tiny import LAYERS, PX, WIDTH, save_tiny
 
 CLASSES = (
@@ -37,7 +35,7 @@ def test_a_shallow_model_ends_where_the_library_is_after_so_many_blocks(backbone
     options = (
         {} if backbone.model.config.model_type == "dinov2" else {"interpolate_pos_encoding": True}
     )
-    base = base_model(backbone.model)
+    base = backbone.model.base_model
     hidden = base(downsample(IMAGES, 8), output_hidden_states=True, **options).hidden_states
     embedding, cls_layers, *_ = backbone.rung(Recipe(8, DEPTH))(IMAGES)
     assert len(hidden) == LAYERS + 1 and cls_layers.shape == (3, DEPTH + 1, WIDTH)
@@ -54,8 +52,8 @@ def test_the_head_is_the_full_models_on_what_there_is_after_so_many_blocks(backb
         assert len(backbone.rung(Recipe(PX, DEPTH))(IMAGES)) == 2
         return
     model = backbone.model
-    tokens = base_model(model)(IMAGES, output_hidden_states=True).hidden_states[DEPTH]
-    tokens = base_model(model).layernorm(tokens)
+    tokens = model.base_model(IMAGES, output_hidden_states=True).hidden_states[DEPTH]
+    tokens = model.base_model.layernorm(tokens)
     if hasattr(model, "distillation_classifier"):
         logits = model.cls_classifier(tokens[:, 0]) + model.distillation_classifier(tokens[:, 1])
         logits = logits / 2
@@ -80,4 +78,4 @@ def test_the_given_model_keeps_all_its_blocks(backbone):
 @pytest.mark.parametrize("depth", [-1, 0, LAYERS, LAYERS + 1])
 def test_a_depth_that_is_none_or_all_is_refused(backbone, depth):
     with pytest.raises(UsageError, match=f"depth={depth} must be between 1 and 1; the model has 2"):
-        first_blocks(backbone.model, depth)
+        backbone.check(Recipe(depth=depth), PX)

@@ -10,36 +10,28 @@ from bundle.prints import encode
 from calibration.images import FolderImages
 from calibration.running import decode_ahead
 from export.errors import UsageError
-from export.fit_images import MOST, FitImages
+from export.request import MOST, LearnedImages
 from imaging import Preprocessing, decode, pixels_sha256
 from tests.unit.image_files import write_images
 
 PREPROCESSING = Preprocessing(8, 8, None, "bilinear", (0.5,) * 3, (0.25,) * 3)
 
 
-def test_all_images_of_a_small_folder_and_the_folders_in_it(tmp_path):
+def test_images_of_a_folder_and_those_in_it_are_remembered_as_calibration_knows_them(tmp_path):
     write_images(tmp_path, "a.png", "cats/b.png", "dogs/c.jpg")
-    found = FitImages.read(tmp_path, PREPROCESSING)
-    files = [tmp_path / name for name in ("a.png", "cats/b.png", "dogs/c.jpg")]
-    expected = [PREPROCESSING(decode(file.read_bytes())) for file in files]
+    (tmp_path / "notes.txt").write_text("not an image")  # is passed over
+    found = LearnedImages.read(tmp_path, PREPROCESSING)
+    (images,) = decode_ahead(FolderImages(tmp_path), [range(3)], PREPROCESSING)
     assert found.tensors.dtype == np.float32
-    np.testing.assert_array_equal(found.tensors, expected)
-
-
-def test_images_are_remembered_as_calibration_knows_them(tmp_path):
-    write_images(tmp_path, "a.png", "b.png")
-    prints = FitImages.read(tmp_path, PREPROCESSING).prints
-    write_images(tmp_path / "seen", "1.png", "2.png", "3.png")  # the first two are those
-    source = FolderImages(tmp_path / "seen")
-    (images,) = decode_ahead(source, [range(3)], PREPROCESSING)
+    np.testing.assert_array_equal(found.tensors, [image.tensor for image in images])
     hashes, looks = [image.sha256 for image in images], np.stack([image.look for image in images])
-    assert prints == encode(hashes[:2], looks[:2])
+    assert found.prints == encode(hashes, looks)
 
 
 def test_a_large_folder_gives_some_from_its_first_to_its_last(tmp_path):
     names = [f"{index:03}.png" for index in range(3 * MOST)]
     write_images(tmp_path, *names)
-    found = FitImages.read(tmp_path, PREPROCESSING)
+    found = LearnedImages.read(tmp_path, PREPROCESSING)
     assert len(found.tensors) == MOST
     taken, _ = known(found.prints)
     hashes = [pixels_sha256(decode((tmp_path / name).read_bytes())) for name in names]
@@ -47,14 +39,6 @@ def test_a_large_folder_gives_some_from_its_first_to_its_last(tmp_path):
     assert len(taken) == len(indices) == MOST
     assert (indices[0], indices[-1]) == (0, len(names) - 1)
     assert max(np.diff(indices)) <= 4
-
-
-def test_what_is_no_image_is_passed_over(tmp_path):
-    write_images(tmp_path, "a.png", "b.png")
-    (tmp_path / "notes.txt").write_text("not an image")
-    found = FitImages.read(tmp_path, PREPROCESSING)
-    assert len(found.tensors) == 2
-    assert len(known(found.prints)[0]) == 2
 
 
 @pytest.mark.parametrize(
@@ -72,5 +56,5 @@ def test_a_folder_without_images_is_refused_in_one_line(tmp_path, files, message
     for name in files or ():
         (folder / name).write_text("text")
     with pytest.raises(UsageError, match=f"--fit-images .*images: {message}") as caught:
-        FitImages.read(folder, PREPROCESSING)
+        LearnedImages.read(folder, PREPROCESSING)
     assert "\n" not in str(caught.value)

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 import pytest
 from PIL import Image
+from rich.console import Console
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -15,10 +17,12 @@ from bundle.prints import among, no_looks
 from calibration.images import FolderImages
 from calibration.running import decode_ahead
 from export.errors import UsageError
+from export.graphs import export_graphs
 from export.pretrained import pretrained
-from export.probe import LabelledImages, fit_linear, fit_probe
-from export.rungs import RungsRequest, export_rungs
+from export.probe import fit_linear, fit_probe
+from export.request import GraphsRequest
 from imaging import Preprocessing
+from report.terminal import Bars
 from tests.unit.export_tiny import PX, QUIET, save_tiny
 
 pytestmark = pytest.mark.usefixtures("remembered_exports")
@@ -67,7 +71,7 @@ def test_both_rungs_carry_the_probe(model, tmp_path):
     (root / ".cache").mkdir()
     (root / "red" / ".DS_Store").write_bytes(b"x")
     out = tmp_path / "onnx"
-    graphs = export_rungs(RungsRequest(str(model), out, probe_images=root), QUIET)
+    graphs = export_graphs(pretrained(str(model)), GraphsRequest(out, head_images=root), QUIET)
     assert graphs.classes == 3
     assert (out / "labels.txt").read_text().splitlines() == sorted(COLOURS)
     head = graphs.about["head"]
@@ -83,7 +87,7 @@ def test_both_rungs_carry_the_probe(model, tmp_path):
     assert among(["0" * 64] * 24, looks, GraphSet.load(out).learned()).all()
 
     backbone = pretrained(str(model))
-    probe = fit_probe(backbone, PX, LabelledImages.scan(root), QUIET)
+    probe = fit_probe(backbone, PX, root, QUIET)
     weight, bias = probe.linear.weight.detach().numpy(), probe.linear.bias.detach().numpy()
     image = np.random.default_rng(1).normal(size=(4, 3, PX, PX)).astype(np.float32)
     for name in ("px8", "full"):
@@ -95,7 +99,7 @@ def test_both_rungs_carry_the_probe(model, tmp_path):
 def test_a_probe_takes_the_place_of_the_models_own_head(tmp_path):
     backbone = pretrained(str(save_tiny(tmp_path / "model", "ViTForImageClassification")))
     root = write_images(tmp_path / "images", colours=dict(list(COLOURS.items())[:2]))
-    probe = fit_probe(backbone, PX, LabelledImages.scan(root), QUIET)
+    probe = fit_probe(backbone, PX, root, QUIET)
     replaced = backbone.with_probe(probe.linear, probe.labels)
     assert (backbone.classes, replaced.classes) == (3, 2)
     assert replaced.labels == ("blue", "green")
@@ -105,10 +109,12 @@ def test_a_probe_takes_the_place_of_the_models_own_head(tmp_path):
 def test_unreadable_files_are_skipped_and_listed(model, tmp_path):
     root = write_images(tmp_path / "images")
     (root / "blue" / "0.png").write_bytes(b"not an image")
-    probe = fit_probe(pretrained(str(model)), PX, LabelledImages.scan(root), QUIET)
+    said = io.StringIO()
+    bars = Bars(Console(file=said, width=200))
+    probe = fit_probe(pretrained(str(model)), PX, root, bars)
+    assert "skipped blue/0.png: not a JPEG, PNG or WEBP image" in said.getvalue()
     assert probe.record["skipped"] == ["blue/0.png"]
     assert probe.record["images"] == 23
-    assert probe.skipped[0][1] == "not a JPEG, PNG or WEBP image"
 
 
 def test_too_many_unreadable_files(model, tmp_path):
@@ -116,7 +122,7 @@ def test_too_many_unreadable_files(model, tmp_path):
     for index in range(2):
         (root / "blue" / f"{index}.png").write_bytes(b"")
     with pytest.raises(UsageError, match="2 of 24 files cannot be read.*blue/0.png: .*empty"):
-        fit_probe(pretrained(str(model)), PX, LabelledImages.scan(root), QUIET)
+        fit_probe(pretrained(str(model)), PX, root, QUIET)
 
 
 def test_a_class_that_lost_all_its_images(model, tmp_path):
@@ -124,18 +130,17 @@ def test_a_class_that_lost_all_its_images(model, tmp_path):
     (root / "white").mkdir()
     (root / "white" / "0.png").write_bytes(b"")
     with pytest.raises(UsageError, match="no readable image of class white"):
-        fit_probe(pretrained(str(model)), PX, LabelledImages.scan(root), QUIET)
+        fit_probe(pretrained(str(model)), PX, root, QUIET)
 
 
-def test_fewer_than_two_classes(tmp_path):
-    root = write_images(tmp_path, colours={"red": COLOURS["red"]})
-    with pytest.raises(UsageError, match="has 1 class folders; .* at least two"):
-        LabelledImages.scan(root)
-    with pytest.raises(UsageError, match="has 0 class folders"):
-        LabelledImages.scan(root / "red")
-
-
-def test_an_empty_class(tmp_path):
-    (write_images(tmp_path) / "white").mkdir()
-    with pytest.raises(UsageError, match="class folder white is empty"):
-        LabelledImages.scan(tmp_path)
+def test_a_folder_without_classes_is_refused(model, tmp_path):
+    one = write_images(tmp_path / "one", colours={"red": COLOURS["red"]})
+    empty = write_images(tmp_path / "empty")
+    (empty / "white").mkdir()
+    for root, message in (
+        (one, "has 1 class folders; .* at least two"),
+        (one / "red", "has 0 class folders"),
+        (empty, "class folder white is empty"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            fit_probe(pretrained(str(model)), PX, root, QUIET)

@@ -1,3 +1,5 @@
+"""What is assembled of graphs and an artifact, and what is refused instead."""
+
 import json
 import math
 import os
@@ -16,8 +18,7 @@ from calibration.certify import Goal
 from calibration.fidelity import Fidelity
 from calibration.fit import Options, fit
 from export.errors import UsageError
-from export.repository import RepositoryError, assemble
-from export.settings import MAX_BATCH_SIZE, Settings
+from export.repository import MAX_BATCH_SIZE, RepositoryError, RepositorySettings, assemble
 from export.shared_weights import share_weights
 from export.versions import add_version
 from imaging import code_sha256
@@ -34,18 +35,18 @@ def write_inputs(folder, classes=CLASSES, shared=(), **changes):
     onnx = write_rung_set(folder / "onnx", classes)
     if shared:
         put_weights_beside(onnx, shared)
-    rung_set = GraphSet.load(onnx)
+    graphs = GraphSet.load(onnx)
     calibration = make_calibration(
-        rungs=rung_set.rungs,
+        rungs=graphs.rungs,
         image_shape=(3, SIZE, SIZE),
-        preprocessing_sha256=rung_set.preprocessing_sha256(),
+        preprocessing_sha256=graphs.preprocessing_sha256(),
         embedding_dim=D,
         layers=LAYERS,
         classes=classes,
         **changes,
     )
     calibration.save(folder / "calibration.json")
-    return rung_set, folder / "calibration.json"
+    return graphs, folder / "calibration.json"
 
 
 def put_weights_beside(folder, names):
@@ -72,60 +73,6 @@ def contents(folder):
     }
 
 
-def test_assembling_twice_gives_identical_bytes(tmp_path):
-    rung_set, artifact = write_inputs(tmp_path)
-    first = contents(assemble(rung_set, artifact, tmp_path / "one"))
-    second = contents(assemble(rung_set, artifact, tmp_path / "two"))
-    again = contents(assemble(rung_set, artifact, tmp_path / "one"))
-    assert first == second == again
-    assert sorted(tmp_path.glob(".*")) == []  # no left-over temporary folder
-
-
-def test_everything_a_server_needs_is_there_and_listed(tmp_path):
-    rung_set, artifact = write_inputs(tmp_path)
-    out = assemble(rung_set, artifact, tmp_path / "repository")
-    files = contents(out)
-    assert Calibration.load(out / "router/1/calibration.json") == Calibration.load(artifact)
-    for name in ("vit_low", "vit_high"):
-        assert files[f"{name}/1/model.onnx"] == rung_set.files[name].read_bytes()
-        warm_up = read_configs(out)[name].model_warmup
-        assert [sample.batch_size for sample in warm_up] == [1, 8]
-        assert all(list(sample.inputs["image"].dims) == [3, 8, 8] for sample in warm_up)
-    assert set(json.loads(files["MANIFEST.json"])["files"]) == set(files) - {"MANIFEST.json"}
-    manifest.verify(out)
-    # Triton wants a version directory of the ensemble too, and copying may lose an empty one.
-    kept = [name for name in sorted(files) if ".gitkeep" in name]
-    assert kept == ["adaptive_tensor/1/.gitkeep", "adaptive_vit/1/.gitkeep"]
-    assert list(read_configs(out)["adaptive_tensor"].input[0].dims) == [3, 8, 8]
-    # Any folder in the root that is no model makes Triton exit.
-    assert {p.name for p in out.iterdir() if p.is_dir()} == {
-        p.name for p in Path("model_repository").iterdir()
-    }
-    for package, place in (("routing", "router/1"), ("imaging", "preprocess/1")):
-        for source in Path(package).glob("*.py"):
-            assert files[f"{place}/{package}/{source.name}"] == source.read_bytes()
-
-
-def test_threads_are_set_on_both_rungs(tmp_path):
-    rung_set, artifact = write_inputs(tmp_path)
-    out = assemble(rung_set, artifact, tmp_path / "repository", Settings(intra_op_threads=6))
-    for name in ("vit_low", "vit_high"):
-        parameters = read_configs(out)[name].parameters
-        assert parameters["intra_op_thread_count"].string_value == "6"
-        assert parameters["inter_op_thread_count"].string_value == "1"
-
-
-def test_instances_are_set_on_both_rungs_and_nowhere_else(tmp_path):
-    rung_set, artifact = write_inputs(tmp_path)
-    one = contents(assemble(rung_set, artifact, tmp_path / "one"))
-    three = contents(assemble(rung_set, artifact, tmp_path / "three", Settings(instances=3)))
-    changed = {name for name in one if one[name] != three[name]} - {manifest.NAME}
-    assert changed == {"vit_low/config.pbtxt", "vit_high/config.pbtxt"}
-    for name in ("vit_low", "vit_high"):
-        assert read_configs(tmp_path / "one")[name].instance_group[0].count == 1
-        assert read_configs(tmp_path / "three")[name].instance_group[0].count == 3
-
-
 def read_configs(repository):
     return {
         path.parent.name: text_format.Parse(path.read_text(), ModelConfig())
@@ -138,13 +85,72 @@ def router_parameters(repository):
     return {name: value.string_value for name, value in found.items()}
 
 
-def test_the_defaults_are_what_stands_in_git(tmp_path):
-    rung_set, artifact = write_inputs(tmp_path)
-    out = assemble(rung_set, artifact, tmp_path / "repository")
+def run_repository(folder, out, *more):
+    options = ("--onnx", folder / "onnx", "--calibration", folder / "calibration.json")
+    return run_export("repository", *options, "--out", out, *more)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Graphs and an artifact that nobody changes."""
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def repository(inputs, tmp_path_factory):
+    """Assembled of them, with the settings of git."""
+    return assemble(*inputs, tmp_path_factory.mktemp("assembled") / "repository")
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "repository"
+
+
+def test_assembling_twice_gives_identical_bytes(inputs, repository, tmp_path, out):
+    first, again = contents(assemble(*inputs, out)), contents(assemble(*inputs, out))
+    assert first == again == contents(repository)
+    assert list(tmp_path.iterdir()) == [out]  # no left-over temporary folder
+
+
+def test_everything_a_server_needs_is_there_and_listed(inputs, repository):
+    graphs, artifact = inputs
+    files, configs = contents(repository), read_configs(repository)
+    assert Calibration.load(repository / "router/1/calibration.json") == Calibration.load(artifact)
+    for name in ("vit_low", "vit_high"):
+        assert files[f"{name}/1/model.onnx"] == graphs.files[name].read_bytes()
+        warm_up = configs[name].model_warmup
+        assert [sample.batch_size for sample in warm_up] == [1, 8]
+        assert all(list(sample.inputs["image"].dims) == [3, 8, 8] for sample in warm_up)
+    assert set(json.loads(files["MANIFEST.json"])["files"]) == set(files) - {"MANIFEST.json"}
+    manifest.verify(repository)
+    # Triton wants a version directory of the ensemble too, and copying may lose an empty one.
+    kept = [name for name in sorted(files) if ".gitkeep" in name]
+    assert kept == ["adaptive_tensor/1/.gitkeep", "adaptive_vit/1/.gitkeep"]
+    assert list(configs["adaptive_tensor"].input[0].dims) == [3, 8, 8]
+    # Any folder in the root that is no model makes Triton exit.
+    assert {p.name for p in repository.iterdir() if p.is_dir()} == {
+        p.name for p in Path("model_repository").iterdir()
+    }
+    for package, place in (("routing", "router/1"), ("imaging", "preprocess/1")):
+        for source in Path(package).glob("*.py"):
+            assert files[f"{place}/{package}/{source.name}"] == source.read_bytes()
+    deployed = code_sha256(repository / "preprocess/1/imaging")
+    assert deployed == Calibration.load(artifact).imaging_sha256 == code_sha256()
+    # Only the first version of the router is served.
+    assert list(configs["router"].version_policy.specific.versions) == [1]
+    for ensemble in ("adaptive_vit", "adaptive_tensor"):
+        assert configs[ensemble].ensemble_scheduling.step[-1].model_version == 1
+
+
+def test_the_defaults_are_what_stands_in_git(repository):
+    ours, theirs = read_configs(repository), read_configs(Path("model_repository"))
     for name in ("router", "preprocess", "adaptive_vit"):
-        assert read_configs(out)[name] == read_configs(Path("model_repository"))[name]
-        assert (out / name / "config.pbtxt").read_text().startswith("# Written by python -m export")
-    assert router_parameters(out) == {
+        assert ours[name] == theirs[name]
+        text = (repository / name / "config.pbtxt").read_text()
+        assert text.startswith("# Written by python -m export")
+    assert {config.max_batch_size for config in theirs.values()} == {MAX_BATCH_SIZE}
+    assert router_parameters(repository) == {
         "on_high_failure": "error",
         "high_timeout_ms": "10000",
         "client_parameters": "careful",
@@ -159,9 +165,8 @@ def test_the_defaults_are_what_stands_in_git(tmp_path):
     }
 
 
-def test_every_option_reaches_the_router(tmp_path):
-    write_inputs(tmp_path)
-    options = {
+def test_every_option_reaches_its_model_and_no_other(inputs, repository, out):
+    router = {
         "--on-high-failure": "low",
         "--high-timeout-ms": "750",
         "--client-parameters": "any",
@@ -170,44 +175,25 @@ def test_every_option_reaches_the_router(tmp_path):
         "--audit-fraction": "0.05",
         "--reference-check": "off",
     }
-    flat = [word for pair in options.items() for word in pair]
-    result = run_repository(tmp_path, tmp_path / "repository", *flat)
-    assert (result.exit_code, result.stderr) == (0, "")
-    found = router_parameters(tmp_path / "repository")
-    assert {f"--{name.replace('_', '-')}": value for name, value in found.items()} == {
-        **options,
+    served = {"--intra-op-threads": 6, "--instances": 3, "--max-queue": 7}
+    flat = [word for pair in (*router.items(), *served.items()) for word in pair]
+    result = run_repository(inputs[1].parent, out, *flat)
+    assert (result.code, result.err) == (0, "")
+    manifest.verify(out)
+    assert {f"--{k.replace('_', '-')}": v for k, v in router_parameters(out).items()} == {
+        **router,
         "--shadow-version": "0",
         "--shadow-fraction": "0",
         "--task": "classes",
         "--label-threshold": "0.5",
     }
-
-
-def test_clients_are_told_what_the_answers_mean(tmp_path):
-    rung_set, artifact = write_inputs(tmp_path)
-    labels = replace(
-        Calibration.load(artifact),
-        task="labels",
-        chosen_by={"fidelity": "labels", "tolerance": None, "label_threshold": 0.3},
-    )
-    labels.save(artifact)
-    with pytest.raises(RepositoryError, match=r"answers labels, and graphs\.json says classes"):
-        assemble(rung_set, artifact, tmp_path / "repository")
-    out = assemble(replace(rung_set, task="labels"), artifact, tmp_path / "repository")
-    found = router_parameters(out)
-    assert (found["task"], found["label_threshold"]) == ("labels", "0.3")
-    again = tmp_path / "again.json"
-    replace(labels, chosen_by={**labels.chosen_by, "label_threshold": 0.4}).save(again)
-    with pytest.raises(RepositoryError, match="assemble a new repository"):
-        add_version(out, again)
-    replace(labels, threshold=9.0).save(again)
-    assert add_version(out, again) == 2
-
-
-def test_the_queue_of_every_model_is_bounded(tmp_path):
-    rung_set, artifact = write_inputs(tmp_path)
-    out = assemble(rung_set, artifact, tmp_path / "repository", Settings(max_queue=7))
     configs = read_configs(out)
+    for name in ("vit_low", "vit_high"):
+        config = configs[name]
+        assert config.instance_group[0].count == 3
+        assert config.parameters["intra_op_thread_count"].string_value == "6"
+        assert config.parameters["inter_op_thread_count"].string_value == "1"
+        assert read_configs(repository)[name].instance_group[0].count == 1
     for ensemble in ("adaptive_vit", "adaptive_tensor"):
         assert not configs.pop(ensemble).HasField("dynamic_batching")
     assert len(configs) == 4
@@ -220,38 +206,35 @@ def test_the_queue_of_every_model_is_bounded(tmp_path):
         # Without one Triton takes no request's own timeout, which may only be shorter.
         assert policy.default_timeout_microseconds > 0
     assert list(configs["preprocess"].dynamic_batching.preferred_batch_size) == [1]
+    for name in ("preprocess", "router"):  # threads and instances are those of the rungs
+        assert configs[name].instance_group == read_configs(repository)[name].instance_group
 
 
-def test_only_the_first_version_of_the_router_is_served(tmp_path):
-    rung_set, artifact = write_inputs(tmp_path)
-    configs = read_configs(assemble(rung_set, artifact, tmp_path / "repository"))
-    assert list(configs["router"].version_policy.specific.versions) == [1]
-    for ensemble in ("adaptive_vit", "adaptive_tensor"):
-        assert configs[ensemble].ensemble_scheduling.step[-1].model_version == 1
-
-
-def test_the_largest_batch_is_that_of_the_models(tmp_path):
-    assert {c.max_batch_size for c in read_configs(Path("model_repository")).values()} == {
-        MAX_BATCH_SIZE
-    }
+def test_clients_are_told_what_the_answers_mean(inputs, tmp_path, out):
+    graphs, artifact = inputs
+    chosen_by = {"fidelity": "labels", "tolerance": None, "label_threshold": 0.3}
+    labels = replace(Calibration.load(artifact), task="labels", chosen_by=chosen_by)
+    labels.save(tmp_path / "labels.json")
+    with pytest.raises(RepositoryError, match=r"answers labels, and graphs\.json says classes"):
+        assemble(graphs, tmp_path / "labels.json", out)
+    assemble(replace(graphs, task="labels"), tmp_path / "labels.json", out)
+    found = router_parameters(out)
+    assert (found["task"], found["label_threshold"]) == ("labels", "0.3")
+    again = tmp_path / "again.json"
+    replace(labels, chosen_by={**chosen_by, "label_threshold": 0.4}).save(again)
+    with pytest.raises(RepositoryError, match="assemble a new repository"):
+        add_version(out, again)
+    replace(labels, threshold=9.0).save(again)
+    assert add_version(out, again) == 2
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"instances": 0}, "--instances 0 must be 1 or more"),
-        ({"intra_op_threads": 0}, "--intra-op-threads 0 must be 1 or more"),
-        ({"max_queue": 0}, "--max-queue 0 must be 1 or more"),
-        ({"high_timeout_ms": -1}, "--high-timeout-ms -1 must be 1 or more"),
         ({"audit_fraction": 1.5}, "--audit-fraction 1.5 must be between 0 and 1"),
         ({"audit_fraction": math.nan}, "--audit-fraction nan must be between 0 and 1"),
         ({"degrade_queue_depth": 8}, "--degrade-queue-depth and --degrade-threshold go together"),
         ({"degrade_threshold": 0.9}, "--degrade-queue-depth and --degrade-threshold go together"),
-        (
-            {"degrade_queue_depth": 33, "degrade_threshold": 0.9},
-            r"--degrade-queue-depth 33 must be 1 to 32 \(the largest batch\)",
-        ),
-        ({"degrade_queue_depth": -1}, "--degrade-queue-depth -1 must be 1 to 32"),
         (
             {"degrade_queue_depth": 8, "degrade_threshold": 0.5},
             "--degrade-threshold 0.5 must be finite and above the calibrated threshold 0.5",
@@ -262,19 +245,16 @@ def test_the_largest_batch_is_that_of_the_models(tmp_path):
         ),
     ],
 )
-def test_a_setting_that_makes_no_sense_is_refused(tmp_path, options, message):
-    rung_set, artifact = write_inputs(tmp_path)
+def test_a_setting_that_makes_no_sense_is_refused(inputs, out, options, message):
     with pytest.raises(UsageError, match=message) as refusal:
-        assemble(rung_set, artifact, tmp_path / "repository", Settings(**options))
-    assert "\n" not in str(refusal.value)
-    assert not (tmp_path / "repository").exists()
+        assemble(*inputs, out, RepositorySettings(**options))
+    assert "\n" not in str(refusal.value) and not out.exists()
 
 
-def test_what_always_escalates_cannot_be_degraded(tmp_path):
-    rung_set, artifact = write_inputs(tmp_path, threshold=None)
-    settings = Settings(degrade_queue_depth=8, degrade_threshold=0.9)
+def test_what_always_escalates_cannot_be_degraded(tmp_path, out):
+    settings = RepositorySettings(degrade_queue_depth=8, degrade_threshold=0.9)
     with pytest.raises(UsageError, match="this one always escalates"):
-        assemble(rung_set, artifact, tmp_path / "repository", settings)
+        assemble(*write_inputs(tmp_path, threshold=None), out, settings)
 
 
 @pytest.mark.parametrize(
@@ -282,16 +262,93 @@ def test_what_always_escalates_cannot_be_degraded(tmp_path):
     [
         ("--on-high-failure", "panic"),
         ("--client-parameters", "none"),
+        ("--instances", "0"),
+        ("--intra-op-threads", "0"),
+        ("--max-queue", "0"),
         ("--max-queue", "many"),
+        ("--high-timeout-ms", "-1"),
+        ("--degrade-queue-depth", "33"),
+        ("--degrade-queue-depth", "-1"),
         ("--audit-fraction", "2"),
         ("--shadow", "0.1"),
     ],
 )
-def test_a_bad_option_is_one_line(tmp_path, options):
+def test_a_bad_option_is_one_line(inputs, out, options):
+    result = run_repository(inputs[1].parent, out, *options)
+    assert (result.code, result.out) == (2, "")
+    assert options[0] in result.err and len(result.err.splitlines()) == 1
+
+
+def change_preprocessing(folder, **fields):
+    """Edit graphs.json by hand."""
+    path = folder / "onnx/graphs.json"
+    content = json.loads(path.read_text())
+    content["preprocessing"].update(fields)
+    path.write_text(json.dumps(content, indent=3, sort_keys=True))
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda f: (f / "onnx/vit_high.onnx").unlink(), "no ONNX file at"),
+        (lambda f: (f / "onnx/graphs.json").unlink(), "export rungs first"),
+        (lambda f: (f / "calibration.json").unlink(), "calibration fit first"),
+        (lambda f: (f / "onnx/vit_low.onnx").write_bytes(b"x"), "not the file that was calibrated"),
+        (lambda f: write_rung_set(f / "onnx", seeds=(8, 9)), "not the file that was calibrated"),
+        (lambda f: change_preprocessing(f, resample="lanczos"), "is not the one that was"),
+        (lambda f: change_preprocessing(f, mean=[0.5, 0.5, 0.4]), "is not the one that was"),
+        (lambda f: change_preprocessing(f, resample="magic"), "graphs.json cannot be carried out"),
+        (lambda f: change_preprocessing(f, contrast=2), "graphs.json cannot be carried out"),
+        (lambda f: change_preprocessing(f, std=None), "graphs.json cannot be carried out"),
+        (lambda f: write_inputs(f, imaging_sha256="e" * 64), "imaging is not the code that"),
+        (lambda f: write_inputs(f, imaging_sha256=""), "imaging is not the code that"),
+        (lambda f: put_a_foreign_file(f), "no assembled repository"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused_in_one_line(tmp_path, out, break_it, message):
     write_inputs(tmp_path)
-    result = run_repository(tmp_path, tmp_path / "repository", *options)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert options[0] in result.stderr and len(result.stderr.splitlines()) == 1
+    break_it(tmp_path)
+    before = contents(tmp_path)
+    result = run_repository(tmp_path, out)
+    assert (result.code, result.out) == (2, "")
+    assert message in result.err and len(result.err.strip().splitlines()) == 1
+    assert result.err.startswith("error: ") and contents(tmp_path) == before
+
+
+def put_a_foreign_file(folder):
+    (folder / "repository").mkdir()
+    (folder / "repository/thesis.txt").write_text("precious")
+
+
+def test_a_preprocessing_that_is_laid_out_otherwise_is_the_same(tmp_path, out):
+    _, artifact = write_inputs(tmp_path)
+    change_preprocessing(tmp_path, mean=[0.5, 0.5, 0.5])
+    assemble(GraphSet.load(tmp_path / "onnx"), artifact, out)
+
+
+def test_a_failed_assembly_keeps_the_old_repository(inputs, tmp_path, out):
+    before = contents(assemble(*inputs, out))
+    (tmp_path / "calibration.json").write_text("{")
+    with pytest.raises(CalibrationError):
+        assemble(inputs[0], tmp_path / "calibration.json", out)
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("below", ["repository", "deeper/repository"])
+def test_out_below_a_file_is_one_line(inputs, below):
+    result = run_repository(inputs[1].parent, inputs[1] / below)
+    assert result.code == 2 and len(result.err.splitlines()) == 1
+    assert result.err.startswith(f"error: {inputs[1]}")
+    assert result.err.endswith(": Not a directory\n")
+
+
+def test_a_headless_ensemble_has_no_logits(tmp_path, out):
+    assemble(*write_inputs(tmp_path, classes=None), out)
+    config = read_configs(out)["adaptive_vit"]
+    kept = {"embedding", "escalated", "score", "degraded"}
+    assert {output.name for output in config.output} == kept
+    assert set(config.ensemble_scheduling.step[1].output_map) == kept
+    assert not (out / "labels.txt").exists()
 
 
 # --- the full model, for the audit of a cascade whose full rung is cheaper ------------------------
@@ -301,24 +358,24 @@ def test_a_bad_option_is_one_line(tmp_path, options):
 def cheaper(tmp_path_factory):
     """Rungs beside the full model, and what `fit` certifies about it."""
     folder = tmp_path_factory.mktemp("cheaper")
-    rung_set = with_reference(GraphSet.load(write_rung_set(folder / "onnx")))
-    outputs = with_losing_high(make_outputs(rung_set, 800), share=0.02)
-    fitted = fit(outputs, rung_set, Goal(0.1, 0.9, "ltt"), Options(Fidelity("top1")))
+    graphs = with_reference(GraphSet.load(write_rung_set(folder / "onnx")))
+    outputs = with_losing_high(make_outputs(graphs, 800), share=0.02)
+    fitted = fit(outputs, graphs, Goal(0.1, 0.9, "ltt"), Options(Fidelity("top1")))
     assert fitted.calibration.certificate["certified"]
     fitted.save(folder / "calibration.json")
-    return rung_set, folder / "calibration.json"
+    return graphs, folder / "calibration.json"
 
 
-AUDITED = Settings(audit_fraction=0.1, instances=2, intra_op_threads=3)
+AUDITED = RepositorySettings(audit_fraction=0.1, instances=2, intra_op_threads=3)
 
 
 def test_an_audit_of_a_cascade_with_a_cheaper_full_rung_gets_the_full_model(cheaper, tmp_path):
-    rung_set, artifact = cheaper
-    out = assemble(rung_set, artifact, tmp_path / "repository", AUDITED)
+    graphs, artifact = cheaper
+    out = assemble(graphs, artifact, tmp_path / "repository", AUDITED)
     manifest.verify(out)
     placed_file = f"{REFERENCE_MODEL}/1/model.onnx"
-    assert (out / placed_file).read_bytes() == rung_set.reference.file.read_bytes()
-    assert manifest.listed(out)[placed_file] == rung_set.reference.record.sha256
+    assert (out / placed_file).read_bytes() == graphs.reference.file.read_bytes()
+    assert manifest.listed(out)[placed_file] == graphs.reference.record.sha256
     high, reference = (read_configs(out)[name] for name in ("vit_high", REFERENCE_MODEL))
     assert [sample.batch_size for sample in reference.model_warmup] == [1]
     assert (high.instance_group[0].count, reference.instance_group[0].count) == (2, 1)
@@ -333,26 +390,26 @@ def test_without_an_audit_the_full_model_stays_away(cheaper, tmp_path):
 
 
 def test_the_full_model_must_be_the_one_that_was_certified_about(cheaper, tmp_path):
-    rung_set, artifact = cheaper
-    without = replace(rung_set, roles={**rung_set.roles, REFERENCE: rung_set.high.name})
+    graphs, artifact = cheaper
+    without = replace(graphs, roles={**graphs.roles, REFERENCE: graphs.high.name})
     with pytest.raises(RepositoryError, match="names no reference"):
         assemble(without, artifact, tmp_path / "repository", AUDITED)
-    other = rung_set.adding(replace(rung_set.reference, file=rung_set.low.file))
+    other = graphs.adding(replace(graphs.reference, file=graphs.low.file))
     with pytest.raises(CalibrationError, match="vit_reference: .* not the file"):
         assemble(other, artifact, tmp_path / "repository", AUDITED)
     earlier = tmp_path / "earlier.json"
     replace(Calibration.load(artifact), reference=None).save(earlier)
     with pytest.raises(RepositoryError, match="earlier release.* fit again"):
-        assemble(rung_set, earlier, tmp_path / "repository", AUDITED)
-    assemble(rung_set, earlier, tmp_path / "repository")  # which audits nothing
+        assemble(graphs, earlier, tmp_path / "repository", AUDITED)
+    assemble(graphs, earlier, tmp_path / "repository")  # which audits nothing
 
 
 def test_a_version_certified_about_another_full_model_is_refused(cheaper, tmp_path):
-    rung_set, artifact = cheaper
-    out = assemble(rung_set, artifact, tmp_path / "repository", AUDITED)
+    graphs, artifact = cheaper
+    out = assemble(graphs, artifact, tmp_path / "repository", AUDITED)
     live = Calibration.load(artifact)
     other = tmp_path / "other.json"
-    replace(live, threshold=0.1, reference=rung_set.rungs["vit_low"]).save(other)
+    replace(live, threshold=0.1, reference=graphs.rungs["vit_low"]).save(other)
     with pytest.raises(CalibrationError, match="vit_reference: .* not the file"):
         add_version(out, other)
     replace(live, threshold=0.1).save(other)
@@ -360,8 +417,8 @@ def test_a_version_certified_about_another_full_model_is_refused(cheaper, tmp_pa
 
 
 def test_shared_weights_lie_once_under_a_name_in_each_version_directory(tmp_path):
-    rung_set, artifact = write_inputs(tmp_path, shared=("vit_low", "vit_high"))
-    out = assemble(rung_set, artifact, tmp_path / "repository")
+    graphs, artifact = write_inputs(tmp_path, shared=("vit_low", "vit_high"))
+    out = assemble(graphs, artifact, tmp_path / "repository")
     low, high = placed(out)
     assert os.path.samefile(low, high) and low.stat().st_nlink == 2
     # Not the export's own, which a later export replaces or a user edits.
@@ -370,28 +427,28 @@ def test_shared_weights_lie_once_under_a_name_in_each_version_directory(tmp_path
     listed = json.loads((out / manifest.NAME).read_text())["files"]
     assert {f"vit_low/1/{WEIGHTS}", f"vit_high/1/{WEIGHTS}"} <= set(listed)
     manifest.verify(out)
-    files = {name: out / name / "1/model.onnx" for name in rung_set.rungs}
+    files = {name: out / name / "1/model.onnx" for name in graphs.rungs}
     Calibration.load(out / "router/1/calibration.json").check_rungs(files)
 
 
 def test_weights_lie_beside_the_rung_alone_that_reads_them(tmp_path):
-    rung_set, artifact = write_inputs(tmp_path, shared=("vit_high",))
-    low, high = placed(assemble(rung_set, artifact, tmp_path / "repository"))
+    graphs, artifact = write_inputs(tmp_path, shared=("vit_high",))
+    low, high = placed(assemble(graphs, artifact, tmp_path / "repository"))
     assert high.is_file() and not low.exists()
 
 
 def test_a_copy_without_hard_links_is_the_same_repository(tmp_path):
-    rung_set, artifact = write_inputs(tmp_path, shared=("vit_low", "vit_high"))
-    out = assemble(rung_set, artifact, tmp_path / "repository")
+    graphs, artifact = write_inputs(tmp_path, shared=("vit_low", "vit_high"))
+    out = assemble(graphs, artifact, tmp_path / "repository")
     copy = shutil.copytree(out, tmp_path / "copy")
     low, high = placed(copy)
     assert not os.path.samefile(low, high)
     manifest.verify(copy)
-    files = {name: copy / name / "1/model.onnx" for name in rung_set.rungs}
+    files = {name: copy / name / "1/model.onnx" for name in graphs.rungs}
     Calibration.load(copy / "router/1/calibration.json").check_rungs(files)
     image = np.random.default_rng(0).normal(size=(2, 3, SIZE, SIZE)).astype(np.float32)
     for name, file in files.items():
-        for output, value in ask(rung_set.files[name], image).items():
+        for output, value in ask(graphs.files[name], image).items():
             np.testing.assert_array_equal(ask(file, image)[output], value)
 
 
@@ -399,140 +456,23 @@ def test_where_no_second_name_can_be_given_weights_are_copied(tmp_path, monkeypa
     def refuse(source, target):
         raise OSError("no links here")
 
-    rung_set, artifact = write_inputs(tmp_path, shared=("vit_low", "vit_high"))
+    graphs, artifact = write_inputs(tmp_path, shared=("vit_low", "vit_high"))
     monkeypatch.setattr(placing.os, "link", refuse)
-    out = assemble(rung_set, artifact, tmp_path / "repository")
+    out = assemble(graphs, artifact, tmp_path / "repository")
     low, high = placed(out)
     assert not os.path.samefile(low, high) and low.read_bytes() == high.read_bytes()
     manifest.verify(out)
 
 
 def test_altered_or_missing_weights_are_refused(tmp_path):
-    rung_set, artifact = write_inputs(tmp_path, shared=("vit_low", "vit_high"))
+    graphs, artifact = write_inputs(tmp_path, shared=("vit_low", "vit_high"))
     weights = tmp_path / "onnx" / WEIGHTS
     intact = weights.read_bytes()
     weights.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
     with pytest.raises(CalibrationError, match=r"vit_low: weights\.bin is not the file that was"):
-        assemble(rung_set, artifact, tmp_path / "repository")
+        assemble(graphs, artifact, tmp_path / "repository")
     weights.unlink()
     with pytest.raises(CalibrationError, match=r"vit_low: weights\.bin is missing"):
-        assemble(rung_set, artifact, tmp_path / "repository")
+        assemble(graphs, artifact, tmp_path / "repository")
     weights.write_bytes(intact)
-    assemble(rung_set, artifact, tmp_path / "repository")
-
-
-def test_a_headless_ensemble_has_no_logits(tmp_path):
-    rung_set, artifact = write_inputs(tmp_path, classes=None)
-    out = assemble(rung_set, artifact, tmp_path / "repository")
-    kept = {"embedding", "escalated", "score", "degraded"}
-    for ensemble in ("adaptive_vit", "adaptive_tensor"):
-        config = read_configs(out)[ensemble]
-        assert {output.name for output in config.output} == kept
-        assert set(config.ensemble_scheduling.step[-1].output_map) == kept
-    assert not (out / "labels.txt").exists()
-
-
-def test_other_onnx_files_than_the_calibrated_are_refused(tmp_path):
-    _, artifact = write_inputs(tmp_path)
-    others = GraphSet.load(write_rung_set(tmp_path / "others", seeds=(8, 9)))
-    with pytest.raises(CalibrationError, match="vit_low.* is not the file that was calibrated"):
-        assemble(others, artifact, tmp_path / "repository")
-    assert not (tmp_path / "repository").exists()
-
-
-def change_preprocessing(folder, **fields):
-    """Edit graphs.json by hand."""
-    path = folder / "onnx/graphs.json"
-    content = json.loads(path.read_text())
-    content["preprocessing"].update(fields)
-    path.write_text(json.dumps(content, indent=3, sort_keys=True))
-
-
-def test_another_preprocessing_than_the_calibrated_is_refused(tmp_path):
-    _, artifact = write_inputs(tmp_path)
-    change_preprocessing(tmp_path, mean=[0.5, 0.5, 0.4])
-    with pytest.raises(RepositoryError, match="preprocessing in graphs.json is not the one that"):
-        assemble(GraphSet.load(tmp_path / "onnx"), artifact, tmp_path / "repository")
-    assert not (tmp_path / "repository").exists()
-    change_preprocessing(tmp_path, mean=[0.5, 0.5, 0.5])  # laid out otherwise, but the same
-    assemble(GraphSet.load(tmp_path / "onnx"), artifact, tmp_path / "repository")
-
-
-@pytest.mark.parametrize("other", ["e" * 64, ""])
-def test_another_decoder_than_the_calibrated_is_refused(tmp_path, other):
-    """An artifact of an earlier release does not say which it was."""
-    rung_set, artifact = write_inputs(tmp_path, imaging_sha256=other)
-    with pytest.raises(RepositoryError, match="imaging is not the code that decoded") as error:
-        assemble(rung_set, artifact, tmp_path / "repository")
-    assert "\n" not in str(error.value) and not (tmp_path / "repository").exists()
-
-
-def test_the_decoder_that_is_deployed_is_the_one_calibrated(tmp_path):
-    rung_set, artifact = write_inputs(tmp_path)
-    repository = assemble(rung_set, artifact, tmp_path / "repository")
-    deployed = code_sha256(repository / "preprocess/1/imaging")
-    assert deployed == Calibration.load(artifact).imaging_sha256 == code_sha256()
-
-
-def test_a_foreign_folder_is_left_alone(tmp_path):
-    rung_set, artifact = write_inputs(tmp_path)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/thesis.txt").write_text("precious")
-    with pytest.raises(RepositoryError, match="no assembled repository"):
-        assemble(rung_set, artifact, tmp_path / "mine")
-    assert (tmp_path / "mine/thesis.txt").read_text() == "precious"
-
-
-def test_a_failed_assembly_keeps_the_old_repository(tmp_path):
-    rung_set, artifact = write_inputs(tmp_path)
-    out = assemble(rung_set, artifact, tmp_path / "repository")
-    before = contents(out)
-    artifact.write_text("{")
-    with pytest.raises(CalibrationError):
-        assemble(rung_set, artifact, out)
-    assert contents(out) == before
-
-
-@pytest.mark.parametrize(
-    ("break_it", "message"),
-    [
-        (lambda f: (f / "onnx/vit_high.onnx").unlink(), "no ONNX file at"),
-        (lambda f: (f / "onnx/graphs.json").unlink(), "export rungs first"),
-        (lambda f: (f / "calibration.json").unlink(), "calibration fit first"),
-        (lambda f: (f / "onnx/vit_low.onnx").write_bytes(b"x"), "not the file that was calibrated"),
-        (lambda f: change_preprocessing(f, resample="lanczos"), "is not the one that was"),
-        (lambda f: change_preprocessing(f, resample="magic"), "graphs.json cannot be carried out"),
-        (lambda f: change_preprocessing(f, contrast=2), "graphs.json cannot be carried out"),
-        (lambda f: change_preprocessing(f, std=None), "graphs.json cannot be carried out"),
-    ],
-)
-def test_the_command_says_in_one_line_what_is_missing(tmp_path, break_it, message):
-    write_inputs(tmp_path)
-    break_it(tmp_path)
-    result = run_repository(tmp_path, tmp_path / "repository")
-    assert result.exit_code == 2
-    assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1
-    assert result.stderr.startswith("error: ") and result.stdout == ""
-
-
-@pytest.mark.parametrize("below", ["repository", "deeper/repository"])
-def test_out_below_a_file_is_one_line(tmp_path, below):
-    write_inputs(tmp_path)
-    result = run_repository(tmp_path, tmp_path / "calibration.json" / below)
-    assert result.exit_code == 2
-    assert result.stderr.startswith(f"error: {tmp_path / 'calibration.json'}")
-    assert result.stderr.endswith(": Not a directory\n")
-    assert len(result.stderr.splitlines()) == 1
-
-
-def test_the_command_assembles(tmp_path):
-    write_inputs(tmp_path)
-    result = run_repository(tmp_path, tmp_path / "repository", "--instances", 2)
-    assert (result.exit_code, result.stderr) == (0, "")
-    manifest.verify(tmp_path / "repository")
-    assert read_configs(tmp_path / "repository")["vit_low"].instance_group[0].count == 2
-
-
-def run_repository(folder, out, *more):
-    options = ("--onnx", folder / "onnx", "--calibration", folder / "calibration.json")
-    return run_export("repository", *options, "--out", out, *more)
+    assemble(graphs, artifact, tmp_path / "repository")

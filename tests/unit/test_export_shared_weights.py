@@ -11,7 +11,6 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import uses_external_data
 
-from export.errors import UsageError
 from export.shared_weights import ALIGNMENT, share_weights
 from tests.unit.quantised_files import ask
 
@@ -136,8 +135,3 @@ def test_weights_in_typed_fields_are_shared_too(tmp_path):
     assert all(share_weights(files, tmp_path / "weights.bin").values())
     assert files[0].stat().st_size < 1000
     np.testing.assert_array_equal(ask(files[0], IMAGES)["embedding"], before)
-
-
-def test_a_store_elsewhere_is_refused(chains, tmp_path):
-    with pytest.raises(UsageError, match="must lie beside .*elsewhere/weights.bin"):
-        share_weights(chains, tmp_path / "elsewhere" / "weights.bin")

@@ -13,13 +13,11 @@ from transformers import PreTrainedModel
 
 from export import onnx_graph
 from export.backbones import RungModule
-from export.errors import UsageError
 from export.onnx_graph import check_versions
 from export.parity import sample_images
 from export.pretrained import pretrained
-from export.recipes.resize import bake_positions
+from export.recipes.smaller import bake_positions, blocks
 from export.recipes.token_merging import MergingVit, match, merge
-from export.vit_families import base_model, blocks
 from tests.unit.export_tiny import LAYERS, PATCH, PX, WIDTH, save_tiny
 
 pytestmark = pytest.mark.usefixtures("remembered_exports")
@@ -177,7 +175,7 @@ def test_identical_patches_merge_without_a_trace(class_name, tmp_path):
     model = tiny(class_name, tmp_path)
     special = special_tokens(model)
     with torch.no_grad():
-        base_model(model).embeddings.position_embeddings[:, special:] = 0
+        model.base_model.embeddings.position_embeddings[:, special:] = 0
     dark, bright = -torch.ones(3, PATCH, PATCH), torch.linspace(0, 2, 48).view(3, PATCH, PATCH)
     image = dark.repeat(1, PX // PATCH, PX // PATCH)
     image[:, :PATCH] = bright.repeat(1, 1, PX // PATCH)
@@ -202,11 +200,6 @@ def test_a_single_patch_is_the_plain_model(tmp_path, images):
     model = bake_positions(tiny("Dinov2ForImageClassification", tmp_path), PATCH)
     patch = images[:, :, :PATCH, :PATCH]
     torch.testing.assert_close(run_merging(model, R, patch)[1], run(model, patch)[1])
-
-
-def test_a_negative_number_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="tome=-1 must be at least 0"):
-        MergingVit(tiny("ViTModel", tmp_path), PX, -1, None)
 
 
 def test_the_given_model_stays_as_it_was(tmp_path, images):

@@ -21,7 +21,7 @@ ARROWS = {
     "routing": set(),
     "imaging": set(),
     "bundle": {"routing"},
-    "export": {"routing", "imaging", "bundle"},
+    "export": {"bundle", "imaging", "report", "routing"},
     "calibration": {"bundle", "client", "imaging", "report", "routing"},
     "server": {"bundle", "client", "routing"},
     "client": set(),

@@ -1,4 +1,4 @@
-"""What a plan refuses before it exports anything: recipes the model has not, too few images."""
+"""Recipes as a user writes them, and what a plan refuses before it exports anything."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ from rich.console import Console
 
 from bundle.recipe import Recipe
 from calibration.certify import Goal, images_needed
-from calibration.fidelity import Fidelity, FidelityError
+from calibration.fidelity import FidelityError
 from calibration.images import open_images
 from planner.checks import (
     Asked,
@@ -17,7 +17,7 @@ from planner.checks import (
     images_for,
 )
 from planner.plan import make_plan
-from planner.request import PlanError
+from planner.request import PlanError, default_candidates, recipes
 from report.terminal import Bars
 from tests.unit.image_files import write_images
 from tests.unit.plan_workplace import (
@@ -95,6 +95,9 @@ def test_a_head_that_is_fitted_here_is_reached_whatever_the_model_has(tmp_path, 
     ("changes", "message"),
     [
         ({"candidates": "px=4,depth=3"}, "px=4,depth=3: depth=3 must be between 1 and 2; the"),
+        # Every recipe that is wrong is named at once.
+        ({"candidates": "depth=7", "beside": "px=99"}, "--candidates depth=7"),
+        ({"candidates": "depth=7", "beside": "px=99"}, "--beside px=99"),
         ({"candidates": "px=9"}, "--candidates px=9: px=9 looks at more than the full rung's 8"),
         ({"candidates": "px=0"}, "--candidates px=0: px=0 is no positive multiple"),
         ({"candidates": "px=1,tome=4"}, "px=1,tome=4: tome=4 has one patch at 1 px"),
@@ -106,6 +109,10 @@ def test_a_head_that_is_fitted_here_is_reached_whatever_the_model_has(tmp_path, 
         ({"candidates": "px=4", "px": None, "highs": "px=8; fp32"}, "fp32 is named more than once"),
         ({"candidates": f"px={SIZE}", "px": None}, "--candidates names the full model itself"),
         ({"candidates": "tome=0"}, "--candidates names the full model itself"),
+        ({"candidates": "px=4; px=8,align"}, "--candidates names the full model itself"),
+        ({"candidates": "; "}, "give --candidates and --highs"),
+        ({"highs": ""}, "give --candidates and --highs"),
+        ({"beside": "px=6; px=6"}, "px=6 is named more than once"),
     ],
     ids=str,
 )
@@ -113,13 +120,8 @@ def test_what_the_model_cannot_do_is_refused_before_the_first_export(refuse, cha
     assert message in refuse(**changes)
 
 
-def test_every_recipe_that_is_wrong_is_named_at_once(refuse):
-    message = refuse(candidates="px=4; depth=7", highs="fp32; depth=8", beside="px=99")
-    assert all(text in message for text in ("--candidates depth=7", "--highs depth=8", "px=99"))
-
-
 def test_a_fidelity_that_needs_a_head_is_refused_for_a_model_without(refuse):
-    message = refuse("ViTModel", fidelity=Fidelity("top1"))
+    message = refuse("ViTModel", fidelity="top1")
     assert message == "--fidelity top1 needs a head, the model has none; use cosine"
 
 
@@ -229,3 +231,56 @@ def test_images_that_turn_out_too_few_are_no_result(tmp_path):
         make_plan(request, workshop, QUIET)
     assert not workshop.used["price"]
     assert not (tmp_path / "out").exists()
+
+
+SMALL = Recipe(112, precision="int8=static", align=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("px=112,int8=static,align", [SMALL]),
+        ("align, int8=static ,px=0112", [SMALL]),
+        (" px=112 , align ;px=98; ", [Recipe(112, align=True), Recipe(98)]),
+        ("fp32; int8=static", [Recipe(), Recipe(precision="int8=static")]),
+        ("px=112; px=112,align", [Recipe(112), Recipe(112, align=True)]),
+        ("", []),
+        (" ; ", []),
+    ],
+)
+def test_recipes_are_read_whatever_their_spaces_and_order(text, expected):
+    assert recipes("--candidates", text) == tuple(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("px=112,int8", "px=112,int8: with dynamic int8 .* use int8=static"),
+        (
+            "px=4; int8=static,align",
+            "--highs int8=static,align: only cheap graphs, those of --cand",
+        ),
+        ("px=4; speed=9", "--highs speed=9: recipe .*'speed=9' is unknown"),
+        ("px=four", "--highs px=four: 'px=four' in a recipe must be a whole number"),
+    ],
+)
+def test_recipes_that_cannot_be_planned_are_one_line(text, message):
+    with pytest.raises(PlanError, match=message) as error:
+        recipes("--highs", text)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("aligns", [True, False])
+@pytest.mark.parametrize(
+    ("patch_size", "px", "sizes"),
+    [
+        (14, 224, [112, 98, 84]),
+        (16, 224, [112, 96, 80]),
+        (8, 64, [32, 24]),
+        (4, 8, [4]),
+        (8, 8, []),
+    ],
+)
+def test_default_candidates_are_smaller_and_hold_whole_patches(patch_size, px, sizes, aligns):
+    found = default_candidates(patch_size, px, aligns)
+    assert found == tuple(Recipe(size, precision="int8=static", align=aligns) for size in sizes)

@@ -14,10 +14,13 @@ from bundle.recipe import Recipe
 from calibration.align import fit_alignment
 from calibration.fidelity import Fidelity
 from calibration.outputs import Made
+from export.request import MOST, spread
 from imaging import decode, pixels_sha256
+from perf import prices
 from planner import graphs as module
-from planner.graphs import FIT_IMAGES, aligned_graph, exported, fit_image_rows
+from planner.graphs import aligned_graph, exported
 from planner.request import PlanError
+from planner.workshop import PRICED_IMAGES, WORKSHOP
 from report.terminal import Bars
 from routing import RungOutputs
 from tests.unit.calibration_outputs import outputs_of
@@ -58,8 +61,8 @@ def export(tmp_path, workshop):
 def test_the_full_model_and_every_recipe_are_exported_at_once(tmp_path, workshop, export):
     head = tmp_path / "head"
     folder = export(head_images=head)
-    (exports,) = workshop.exports
-    assert (exports.full, exports.recipes, exports.head_images) == (FULL, RECIPES, head)
+    (asked,) = workshop.exports
+    assert (asked.high, (asked.low, *asked.beside), asked.head_images) == (FULL, RECIPES, head)
     assert folder.parent == tmp_path / "cache"
     assert set(GraphSet.load(folder).graphs) == {"px4_int8static", "int8static", "px6", "full"}
 
@@ -68,10 +71,10 @@ def test_the_full_model_and_every_recipe_are_exported_at_once(tmp_path, workshop
 def test_ranges_are_learned_from_readable_images_spread_over_the_source(workshop, export, gone):
     source = TwoColours(700, gone)
     export(source=source)
-    rows = fit_image_rows(700)
-    assert len(rows) == FIT_IMAGES and (rows[0], rows[-1]) == (0, 699) and max(np.diff(rows)) <= 12
+    rows = spread(700)
+    assert len(rows) == MOST and (rows[0], rows[-1]) == (0, 699) and max(np.diff(rows)) <= 12
     (exports,) = workshop.exports
-    assert len(exports.fit_images.tensors) == FIT_IMAGES - len(gone)
+    assert len(exports.fit_images.tensors) == MOST - len(gone)
     whole = TwoColours(700)
     taught = [decode(whole[int(row)].data) for row in rows if row not in gone]
     hashes, looks = map(pixels_sha256, taught), np.stack([look_of(image) for image in taught])
@@ -239,3 +242,23 @@ def test_a_model_without_a_head_is_aligned_all_the_same(tmp_path, align):
     assert outputs.low.logits is None
     _, name, aligned = align(graphs, outputs, Fidelity("cosine"))
     assert name == "px6_align" and aligned.helps
+
+
+def test_graphs_are_priced_as_they_will_be_served_on_images_from_all_of_the_source(
+    tmp_path, monkeypatch
+):
+    asked = []
+
+    def price(graphs, names, pool, served, bars):
+        asked.append((list(names), len(pool), served))
+        assert bars is QUIET
+        return {name: {} for name in names}
+
+    monkeypatch.setattr(prices, "price", price)
+    graphs = write_shelf(tmp_path / "graphs", ["px=4"])
+    source = TwoColours(700, gone=[0])
+    request = make_request(tmp_path, source=source, instances=3, threads=2)
+    found = WORKSHOP.price(graphs, ["px4", "full"], request, QUIET)
+    assert set(found) == {"px4", "full"}
+    assert asked == [(["px4", "full"], PRICED_IMAGES - 1, prices.Served(3, 2))]
+    assert (source.read[0], source.read[-1], len(source.read)) == (0, 699, PRICED_IMAGES)

@@ -8,8 +8,8 @@ from bundle.prints import among, decode
 from calibration.align import ALIGN_SHARE
 from calibration.fit import without_learned
 from calibration.splits import CERTIFIED, group_keys, split_by_group
+from export.request import spread
 from planner import result
-from planner.graphs import fit_image_rows
 from tests.unit.plan_workplace import FakeWorkshop, make_request, plan
 
 pytestmark = pytest.mark.usefixtures("remembered_fits")
@@ -47,7 +47,7 @@ def test_no_image_that_a_graph_has_learned_from_is_among_the_rest(planned):
 
 
 def test_no_alignment_learns_from_what_the_export_has_learned_from(planned):
-    ranges = planned.parts.full.pictures.only(fit_image_rows(IMAGES))
+    ranges = planned.parts.full.pictures.only(spread(IMAGES))
     learned = planned.aligned[ALIGNED].alignment.image_prints
     assert not among(ranges.hashes, ranges.looks, learned).any()
     assert ALIGN_SHARE / 2 * IMAGES < len(decode(learned)[0]) < ALIGN_SHARE * IMAGES

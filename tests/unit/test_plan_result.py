@@ -14,9 +14,9 @@ from calibration.outputs import Outputs
 from calibration.record import Fit
 from planner import result
 from planner.checks import images_for
-from planner.request import PlanError
 from planner.select import cascade_ms
 from routing import Calibration, Overrides, escalation_mask
+from tests.unit.plan_content import STATEMENT, cascade, plan_content
 from tests.unit.plan_workplace import (
     CHEAP_MS,
     MS,
@@ -51,8 +51,10 @@ def content(made):
     return made[2]
 
 
-def test_graphs_have_their_roles_costs_and_what_their_answers_are_worth(content):
-    graphs = content["graphs"]
+def test_graphs_have_their_roles_costs_and_what_their_answers_are_worth(made, content):
+    graphs, workshop = content["graphs"], made[1]
+    assert workshop.used == {"load": 1, "export": 1, "align": 1, "price": 1}
+    assert workshop.priced == [sorted(graphs)]  # together
     assert {name: graph["roles"] for name, graph in graphs.items()} == {
         ALIGNED: ["low"],
         "px4": ["low"],
@@ -147,13 +149,12 @@ def test_no_ratio_of_costs_that_stay_disturbed_is_told(tmp_path, content):
     assert Calibration.load(planned.request.out / "calibration.json").certificate["certified"]
 
 
-def test_plan_json_is_json_without_paths(content, tmp_path, planned):
-    path = result.write(content, tmp_path / "new")
-    assert path.name == "plan.json"
-    assert json.loads(path.read_text()) == json.loads(json.dumps(content, allow_nan=False))
-    assert str(planned.request.cache) not in path.read_text()
+def test_plan_json_is_json_without_paths(content, planned):
+    text = json.dumps(content, allow_nan=False)
+    assert str(planned.request.cache) not in text
     assert content["notes"] == ["a note"] and content["goal"]["max_risk"] == 0.2
     assert content["served"] == {"instances": 2, "threads": 1, "batch": 8}
+    assert content["goal"]["certify_images_needed"] == images_needed(GOAL) == 11
 
 
 def test_what_is_written_belongs_together(planned):
@@ -168,25 +169,15 @@ def test_what_is_written_belongs_together(planned):
     np.testing.assert_array_equal(calibration.score(outputs.low), chosen.fit.scores)
     Fit.load(out / "calibration.json", outputs)
     assert graphs.reference.record.recipe == "px=8"
+    assert set(graphs.graphs) == {chosen.candidate.low, "full", "int8static", "px6"}
+    assert (graphs.low.name, graphs.high.name, graphs.reference.name) == (
+        *(chosen.candidate.low, chosen.candidate.high, "full"),
+    )
     assert calibration.metrics["escalation_rate"] == pytest.approx(
         escalation_mask(
             chosen.fit.scores[planned.parts.splits["test"]], calibration.threshold, Overrides()
         ).mean()
     )
-
-
-def test_graphs_to_compare_with_lie_beside_the_chosen_ones(planned):
-    graphs = GraphSet.load(planned.request.out / "onnx")
-    assert set(graphs.graphs) == {planned.chosen.candidate.low, "full", "int8static", "px6"}
-    assert graphs.low.name == planned.chosen.candidate.low
-    assert graphs.high.name == planned.chosen.candidate.high
-    assert graphs.reference.name == "full"
-
-
-def test_everything_is_made_once_and_priced_together(made):
-    _, workshop, _ = made
-    assert workshop.used == {"load": 1, "export": 1, "align": 1, "price": 1}
-    assert workshop.priced == [sorted([ALIGNED, "px4", "px6", "int8static", "full"])]
 
 
 def test_another_risk_needs_no_graph_and_no_answer_again(tmp_path):
@@ -218,10 +209,6 @@ def test_few_images_test_no_more_cascades_than_could_pass(tmp_path):
     assert len(planned.notes) == 1 and "only just enough" in planned.notes[0]
 
 
-def test_plan_json_says_how_many_images_were_needed(content):
-    assert content["goal"]["certify_images_needed"] == images_needed(GOAL) == 11
-
-
 def test_cheap_graphs_that_cost_more_than_the_full_model_are_not_chosen(tmp_path):
     dear = {"full": 5.0, "int8static": 5.0}
     planned = plan(make_request(tmp_path), FakeWorkshop(ms=dear))
@@ -249,23 +236,25 @@ def test_a_latency_budget_leaves_out_pairs_that_take_too_long(tmp_path):
 
 
 def test_without_a_head_cosines_are_held_against_the_tolerance(tmp_path):
-    request = make_request(tmp_path, tolerance=0.02, beside="")
+    request = make_request(tmp_path, settings={"tolerance": 0.02}, beside="")
     planned = plan(request, FakeWorkshop(head=False))
     content = result.to_dict(planned, [])
     assert (content["goal"]["fidelity"], content["goal"]["tolerance"]) == ("cosine", 0.02)
-    looser = plan(replace(request, tolerance=0.5), FakeWorkshop(head=False))
+    looser = plan(
+        make_request(tmp_path, settings={"tolerance": 0.5}, beside=""), FakeWorkshop(head=False)
+    )
     assert looser.agreement["px4"] > planned.agreement["px4"] + 0.05
 
 
 def test_a_fidelity_that_is_named_is_kept(tmp_path):
-    request = make_request(tmp_path, fidelity=Fidelity("cosine", 0.3))
+    request = make_request(tmp_path, fidelity="cosine", settings={"tolerance": 0.3})
     content = result.to_dict(plan(request, FakeWorkshop()), [])
     assert (content["goal"]["fidelity"], content["goal"]["tolerance"]) == ("cosine", 0.3)
     assert content["tested"][0]["certificate"]["tolerance"] == 0.3
 
 
 def test_independent_labels_are_planned_for_by_their_sets(tmp_path):
-    request = make_request(tmp_path, tolerance=None, label_threshold=0.6)
+    request = make_request(tmp_path, settings={"label_threshold": 0.6})
     planned = plan(request, FakeWorkshop(task="labels"))
     goal = result.to_dict(planned, [])["goal"]
     assert (goal["fidelity"], goal["label_threshold"]) == ("labels", 0.6)
@@ -282,7 +271,8 @@ def test_what_may_differ_of_a_value_is_asked_before_anything_is_exported(tmp_pat
         plan(make_request(tmp_path), workshop)
     assert not workshop.used["export"]
     planned = plan(
-        make_request(tmp_path, fidelity=Fidelity("value", 0.3)), FakeWorkshop(task="value")
+        make_request(tmp_path, fidelity="value", settings={"tolerance": 0.3}),
+        FakeWorkshop(task="value"),
     )
     goal = result.to_dict(planned, [])["goal"]
     assert (goal["fidelity"], goal["tolerance"], goal["relative"]) == ("value", 0.3, False)
@@ -292,25 +282,36 @@ def test_what_may_differ_of_a_value_is_asked_before_anything_is_exported(tmp_pat
 def test_where_no_candidates_are_named_those_of_the_model_are_tried(tmp_path):
     workshop = FakeWorkshop()
     plan(make_request(tmp_path, candidates=None, highs="fp32", beside=""), workshop)
-    (exports,) = workshop.exports
-    assert exports.recipes[0] == Recipe(4, precision="int8=static")
-    assert Recipe(3, precision="int8=static") in exports.recipes
+    (asked,) = workshop.exports
+    assert asked.low == Recipe(4, precision="int8=static")
+    assert Recipe(3, precision="int8=static") in asked.beside
+
+
+# --- what became of a plan: every way in which nothing is chosen has its sentence --------------
+
+DEAR = cascade("static_tome8", escalation=0.3)
+REFUSED = cascade("static_112_int8static_align", certified=False)
+
+
+def nothing(tested, never=False, **changes):
+    content = plan_content(chosen=None, best_alternative=None, tested=tested, **changes)
+    content["goal"]["latency_budget_ms"] = 60.0
+    if never:
+        content["candidates"] = [c for c in content["candidates"] if c["escalation"] is None]
+    return content
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("content", "case", "words"),
     [
-        ({"candidates": "; "}, "give --candidates and --highs"),
-        ({"highs": ""}, "give --candidates and --highs"),
-        ({"candidates": "fp32"}, "--candidates names the full model itself"),
-        ({"candidates": "px=4; px=8,align"}, "--candidates names the full model itself"),
-        ({"candidates": "px=4,int8"}, "use int8=static"),
-        ({"beside": "px=6; px=6"}, "px=6 is named more than once"),
+        (plan_content(), "chosen", STATEMENT),
+        (nothing([DEAR], disturbed=True), "doubted", "by CPU time none of them costs less"),
+        (nothing([DEAR, REFUSED]), "dearer", "Cascade A is the cheapest that was certified"),
+        (nothing([REFUSED]), "nothing_certified", "(1) could be certified for a risk of at most"),
+        (nothing([]), "over_budget", "takes longer than the latency budget of 60.0"),
+        (nothing([], never=True), "never", "no share of escalated images brought any cascade"),
     ],
 )
-def test_what_cannot_be_planned_is_refused_before_anything_runs(tmp_path, changes, message):
-    workshop, source = FakeWorkshop(), TwoColours(IMAGES)
-    with pytest.raises(PlanError, match=message) as error:
-        plan(make_request(tmp_path, source=source, **changes), workshop)
-    assert "\n" not in str(error.value)
-    assert set(workshop.used) <= {"load"} and source.read == []
+def test_each_case_has_its_sentence(content, case, words):
+    found = result.outcome(content)
+    assert found["case"] == case and words in found["sentence"]

@@ -14,8 +14,7 @@ from calibration.images import open_images
 from calibration.outputs import Made
 from calibration.running import open_session, run_session
 from export.errors import UsageError
-from export.repository import RepositoryError, assemble
-from export.settings import ReferenceCheck, Settings
+from export.repository import RepositoryError, RepositorySettings, assemble
 from export.versions import add_version
 from imaging import Preprocessing, decode
 from routing import (
@@ -362,7 +361,7 @@ def test_an_artifact_without_the_answers_that_it_names_is_refused(made, tmp_path
 
 def test_refusing_needs_something_to_compare_with(made, tmp_path):
     rung_set, outputs, fit = made
-    refuse = Settings(reference_check=ReferenceCheck.REFUSE)
+    refuse = RepositorySettings(reference_check="refuse")
     fitted(rung_set, outputs, images=0).save(tmp_path / "none.json")
     with pytest.raises(UsageError, match=f"--reference-check refuse: {NONE_STORED}"):
         assemble(rung_set, tmp_path / "none.json", tmp_path / "repository", refuse)

@@ -17,8 +17,7 @@ from bundle.versions import Versions, put
 from calibration.certify import Goal
 from calibration.fidelity import Fidelity
 from calibration.fit import Options, fit
-from export.repository import assemble
-from export.settings import Settings
+from export.repository import RepositorySettings, assemble
 from routing import PROBE_ID
 from tests.unit.calibration_outputs import make_outputs, with_losing_high, with_reference
 from tests.unit.fakes import make_calibration
@@ -58,7 +57,7 @@ def start(backend, certified, tmp_path, monkeypatch):
     started = []
 
     def make(**settings):
-        repository = assemble(*certified, tmp_path / "repository", Settings(**settings))
+        repository = assemble(*certified, tmp_path / "repository", RepositorySettings(**settings))
         backend.get_model_dir = lambda: str(repository / "router/1")
         # Imported from a copy: the repository itself stays as it was assembled.
         shutil.copytree(repository / "router/1", tmp_path / "executed_router")

@@ -12,8 +12,7 @@ import server.loading as server_loading
 from bundle import manifest
 from bundle.versions import Versions
 from calibration.fit import EscalationRate
-from export.repository import assemble
-from export.settings import ReferenceCheck, Settings
+from export.repository import RepositorySettings, assemble
 from export.versions import add_version
 from routing.reference import COMPARING, OTHER, VERDICTS
 from server.access import ANSWERS
@@ -55,7 +54,7 @@ def assembled_to_refuse(tmp_path_factory):
     rung_set, outputs = collected(folder)
     for rate in (0.3, 0.6):
         fitted(rung_set, outputs, EscalationRate(rate)).save(folder / f"{rate}.json")
-    settings = Settings(reference_check=ReferenceCheck.REFUSE)
+    settings = RepositorySettings(reference_check="refuse")
     out = assemble(rung_set, folder / "0.3.json", folder / "repository", settings)
     add_version(out, folder / "0.6.json", shadow_fraction=0.1)
     return out

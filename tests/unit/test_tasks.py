@@ -17,7 +17,7 @@ from calibration.fidelity import Fidelity, FidelityError
 from calibration.fit import EscalationRate, FitError, Options, Threshold, fit
 from calibration.outputs import Made, Outputs
 from export.errors import UsageError
-from export.rungs import load_backbone
+from export.pretrained import load_backbone
 from routing import (
     RUNGS,
     Calibration,
@@ -64,7 +64,7 @@ def workplace(folder, images, config, *options):
     """A user's folder with exported rungs and what `collect` stores of the images."""
     model = save_tiny(folder / "model", "ViTForImageClassification", PROCESSOR, **config)
     done = run_export("rungs", "--model", model, "--out", folder / "build/onnx", *options)
-    assert done.exit_code == 0, done.stderr
+    assert done.code == 0, done.err
     assert run(folder, "collect", "--images", images) == 0
     return folder
 
@@ -130,7 +130,7 @@ def test_a_task_can_be_given_where_the_config_does_not_say_it(tmp_path):
         (("--task", "labels", "--head", "linear", "--images", tmp_path), "--head linear answers"),
     ):
         done = run_export("rungs", "--model", model, "--out", tmp_path / "onnx", *options)
-        assert done.exit_code == 2 and said in " ".join(done.stderr.split())
+        assert done.code == 2 and said in " ".join(done.err.split())
 
 
 def test_one_output_that_is_said_to_name_a_class_is_refused_before_anything_is_exported(tmp_path):
@@ -139,8 +139,8 @@ def test_one_output_that_is_said_to_name_a_class_is_refused_before_anything_is_e
     config["problem_type"] = "single_label_classification"  # transformers would not write it
     (model / "config.json").write_text(json.dumps(config))
     done = run_export("rungs", "--out", tmp_path / "onnx", "--model", model)
-    assert done.exit_code == 2
-    assert "requires `num_labels > 1`" in " ".join(done.stderr.split())
+    assert done.code == 2
+    assert "requires `num_labels > 1`" in " ".join(done.err.split())
     assert not (tmp_path / "onnx").exists()
 
 

@@ -1,7 +1,10 @@
-"""`px=N`: the transformer sees a smaller image, shrunk inside the graph.
+"""`px=N` and `depth=K`: the transformer sees a smaller image, or runs its first blocks only.
 
-Positions are interpolated as in Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", section
-3.2.
+Positions of a smaller image are interpolated as in Dosovitskiy et al. 2021, "An Image is Worth
+16x16 Words", section 3.2. The first K blocks are an early exit whose place is fixed, as the
+internal classifiers of Kaya et al. 2019, "Shallow-Deep Networks"; the final normalisation and the
+head are the full model's. `align` then fits the map from this depth to what they expect (Belrose et
+al. 2023, "the tuned lens"), without which an early exit is rarely worth anything.
 """
 
 from __future__ import annotations
@@ -11,8 +14,6 @@ import copy
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-
-from export.vit_families import base_model
 
 
 def downsample(image: torch.Tensor, px: int) -> torch.Tensor:
@@ -39,7 +40,7 @@ def bake_positions(model: PreTrainedModel, px: int) -> PreTrainedModel:
         px: the resolution, a multiple of the patch size.
     """
     baked = copy.deepcopy(model)
-    embeddings = base_model(baked).embeddings
+    embeddings = baked.base_model.embeddings
     table = embeddings.position_embeddings  # (1, S + N, D), S special tokens: CLS (and DeiT's)
     special = table.shape[1] - embeddings.patch_embeddings.num_patches
     patches = (px // int(model.config.patch_size)) ** 2
@@ -49,3 +50,22 @@ def bake_positions(model: PreTrainedModel, px: int) -> PreTrainedModel:
     embeddings.position_embeddings = nn.Parameter(fitted.clone(), requires_grad=False)
     embeddings.image_size = (px, px)  # ViT and DeiT compare the input with it
     return baked.eval()
+
+
+def blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The transformer blocks of a ViT, DeiT or DINOv2, first to last."""
+    base = model.base_model
+    layers: nn.ModuleList = base.encoder.layer if hasattr(base, "encoder") else base.layers
+    return layers
+
+
+def first_blocks(model: PreTrainedModel, depth: int) -> PreTrainedModel:
+    """A copy of the model that stops after its first `depth` blocks."""
+    shallow = copy.deepcopy(model)
+    kept, base = blocks(shallow)[:depth], shallow.base_model
+    if hasattr(base, "encoder"):
+        base.encoder.layer = kept
+    else:
+        base.layers = kept
+    shallow.config.num_hidden_layers = depth
+    return shallow

@@ -1,0 +1,134 @@
+"""What is asked for of an export, and the images that a head or the ranges of int8 learn from.
+
+Needs no torch, which takes seconds to import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bundle.prints import Looks, encode, look_of
+from bundle.recipe import Recipe
+from export.errors import UsageError
+from imaging import ImageError, Preprocessing, decode, pixels_sha256
+
+DEFAULT_OPSET = 20  # the first with Gelu as one node, which int8 rungs gain a tenth from
+# Parity with torch: FP32 rounding through a dozen blocks, summed in another order, is about 3e-5 at
+# worst on outputs near 20 (static-vit), 1.5e-5 for DINOv2 ViT-S.
+DEFAULT_RTOL = 1e-4
+DEFAULT_ATOL = 1e-4
+MOST = 64  # ranges settle after some tens of images, and each costs a run of the model
+
+
+@dataclass(frozen=True, eq=False)
+class LearnedImages:
+    """Images as the model sees them.
+
+    Attributes:
+        tensors: FP32 (n, 3, H, W), n at least 1.
+        prints: of these images, `bundle.prints.encode`, so that calibration leaves them out.
+    """
+
+    tensors: NDArray[np.float32]
+    prints: str
+
+    @classmethod
+    def read(cls, folder: Path, preprocessing: Preprocessing) -> LearnedImages:
+        """Read at most `MOST` images, evenly spread over a folder and the folders in it.
+
+        Raises:
+            UsageError: no such folder, or none of its files is an image.
+        """
+        if not folder.is_dir():
+            raise UsageError(f"--fit-images {folder}: no such directory")
+        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        chosen = [files[row] for row in spread(len(files))] if files else []
+        found = cls.of((file.read_bytes() for file in chosen), preprocessing)
+        if found is None:
+            raise UsageError(f"--fit-images {folder}: no image there can be read")
+        return found
+
+    @classmethod
+    def of(cls, images: Iterable[bytes], preprocessing: Preprocessing) -> LearnedImages | None:
+        """Decode images, those that are none left out; None where not one is an image."""
+        found = []
+        for data in images:
+            with contextlib.suppress(ImageError):
+                found.append(see(data, preprocessing))
+        if not found:
+            return None
+        tensors, hashes, looks = zip(*found, strict=True)
+        return cls(np.stack(tensors), encode(hashes, np.stack(looks)))
+
+
+def spread(count: int, most: int = MOST) -> NDArray[np.intp]:
+    """Which of `count` images to take where at most so many are wanted: evenly spread ones."""
+    return np.unique(np.linspace(0, count - 1, most).round().astype(np.intp))
+
+
+def see(data: bytes, preprocessing: Preprocessing) -> tuple[NDArray[np.float32], str, Looks]:
+    """The tensor of an encoded image, and the hash of its pixels and its look.
+
+    Raises:
+        ImageError: it cannot be read, or not be preprocessed.
+    """
+    image = decode(data)
+    return preprocessing(image), pixels_sha256(image), look_of(image)
+
+
+@dataclass(frozen=True)
+class GraphsRequest:
+    """Graphs to be exported together; None where the backbone's own default applies.
+
+    Attributes:
+        out: directory to write to.
+        low: recipe of the cheap rung.
+        high: recipe of the full rung; its resolution is that of `image`.
+        beside: recipes of graphs to compare with, exported too.
+        head_images: one folder per class, to fit a linear head on.
+        fit_images: what `int8=static` learns from; the head's images by default.
+        task: what the model's own head answers, see `routing.TASKS`.
+        opset: ONNX opset, 18 to 21.
+        rtol: parity tolerance, relative.
+        atol: parity tolerance, absolute.
+
+    Raises:
+        UsageError: something that is refused whatever the model.
+    """
+
+    out: Path
+    low: Recipe | None = None
+    high: Recipe | None = None
+    beside: tuple[Recipe, ...] = ()
+    head_images: Path | None = None
+    fit_images: Path | LearnedImages | None = None
+    task: str | None = None
+    opset: int = DEFAULT_OPSET
+    rtol: float = DEFAULT_RTOL
+    atol: float = DEFAULT_ATOL
+
+    def __post_init__(self) -> None:
+        """Refuse before a model is loaded."""
+        if self.task is not None and self.head_images is not None:
+            raise UsageError("--task is about the model's own head; --head linear answers classes")
+        if self.out.exists() and not self.out.is_dir():
+            raise UsageError(f"--out {self.out} is a file; give a directory")
+        for recipe in (self.low, self.high, *self.beside):
+            if recipe is None:
+                continue
+            if recipe.precision == "int8=static" and not (self.fit_images or self.head_images):
+                raise UsageError(
+                    f"recipe {recipe}: int8=static learns ranges from images; give --fit-images DIR"
+                )
+            if recipe.align:
+                raise UsageError(
+                    f"recipe {recipe}: align is fitted on what the graph answers; export without "
+                    "it, then python -m calibration collect, python -m calibration align and "
+                    "python -m export align"
+                )
