@@ -23,7 +23,7 @@ from client import GrpcClient
 from server import ServerStartError, TritonServer, find_wheel
 from server.ports import pick_free_ports
 from server.shared_memory import SHM_DIRECTORY
-from tests.servers import ECHO_CONFIG, add_model, is_alive, wait_for
+from tests.servers import ECHO_CONFIG, add_model, is_alive, running, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -321,9 +321,9 @@ def test_no_tritonserver_is_one_line_that_says_what_to_install(repository: Path,
 
 
 def test_servers_live_side_by_side(repository: Path, others: set[str]):
-    with TritonServer(repository, free_ports=True) as first:
+    with running(repository) as first:
         threads = threading.active_count()
-        with TritonServer(repository, free_ports=True) as second:
+        with running(repository) as second:
             assert not set(first.ports.all) & set(second.ports.all)
             assert len(segments(os.getpid()) - others) == 2
         assert threading.active_count() <= threads
