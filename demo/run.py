@@ -16,8 +16,7 @@ from perf.figures import cheapest_rival
 from perf.harness import Answer, Asker, cut, is_a_loss
 from perf.images import load_pool
 from perf.repository import with_alternatives
-from perf.run import model_section
-from perf.systems import ADAPTIVE, ESCALATION, HIGH, LOW, System, systems
+from perf.systems import ADAPTIVE, ESCALATION, HIGH, LOW, System, model_section, systems
 from perf.target import Target
 from report.terminal import Bars
 from routing import Calibration

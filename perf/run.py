@@ -42,7 +42,17 @@ from .perf_analyzer import write_inputs
 from .record import Record
 from .repository import assembled, with_alternatives
 from .suites import Suite
-from .systems import ADAPTIVE, ENSEMBLE, ESCALATION, HIGH, LOW, System, systems, threshold_for
+from .systems import (
+    ADAPTIVE,
+    ENSEMBLE,
+    ESCALATION,
+    HIGH,
+    LOW,
+    System,
+    model_section,
+    systems,
+    threshold_for,
+)
 from .target import Target
 
 SEED = 21  # of sample crops; those of calibration's default seeds are others
@@ -164,20 +174,6 @@ def _describe(options: Options, record: Record, target: Target, analyzer: Analyz
     if options.url is not None:
         found["device"] += " (the client's; the server is elsewhere)"
     record.summary["environment"] = found
-
-
-def model_section(graphs: GraphSet) -> dict[str, Any]:
-    """What is served; `reference` where the full rung is not the full model."""
-    reference = graphs.reference_record
-    return {
-        **({} if reference is None else {"reference": reference.recipe}),
-        "backbone": graphs.backbone,
-        "image_shape": list(graphs.image_shape),
-        "low": graphs.low.record.recipe,
-        "high": graphs.high.record.recipe,
-        "embedding_dim": graphs.embedding_dim,
-        "classes": graphs.classes,
-    }
 
 
 @contextlib.contextmanager

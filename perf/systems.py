@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,6 +92,20 @@ def systems(
         title = f"adaptive from image bytes, {calibrated}"
         found.append(System(ENSEMBLE, title, "adaptive_vit", takes_bytes=True))
     return found
+
+
+def model_section(graphs: GraphSet) -> dict[str, Any]:
+    """What is served; `reference` where the full rung is not the full model."""
+    reference = graphs.reference_record
+    return {
+        **({} if reference is None else {"reference": reference.recipe}),
+        "backbone": graphs.backbone,
+        "image_shape": list(graphs.image_shape),
+        "low": graphs.low.record.recipe,
+        "high": graphs.high.record.recipe,
+        "embedding_dim": graphs.embedding_dim,
+        "classes": graphs.classes,
+    }
 
 
 def graphs_by_model(graphs: GraphSet) -> dict[str, Graph]:

@@ -11,7 +11,7 @@ from perf.cascade import Measured
 from perf.harness import Paired, is_a_loss
 from perf.memory import MemoryUse, memory_figures
 from perf.record import write
-from perf.run import model_section
+from perf.systems import model_section
 from tests.unit.fakes import make_calibration
 from tests.unit.onnx_files import CLASSES, SIZE, D, write_rung_set
 from tests.unit.perf_measured import make_answer, make_system
