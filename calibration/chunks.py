@@ -118,13 +118,12 @@ def read_answers(
     """
     places = {row: place for place, row in enumerate(rows)}
     known, sound = np.zeros(len(rows), np.bool_), np.zeros(len(rows), np.bool_)
-    texts = {name: [""] * len(rows) for name in _TEXTS}
+    texts = {name: np.full(len(rows), "", np.object_) for name in _TEXTS}
     looks = no_looks(len(rows))
     for _, arrays in chunks(folder / pictures):
         inside, at = _places(arrays["rows"], places)
         for name in _TEXTS:
-            for place, text in zip(at.tolist(), arrays[name][inside].tolist(), strict=True):
-                texts[name][place] = text
+            texts[name][at] = arrays[name][inside]
         looks[at] = arrays["looks"][inside]
         known[at] = sound[at] = True
         known[_places(arrays["unreadable_rows"], places)[1]] = True

@@ -33,9 +33,7 @@ class DecodedImage:
     """An image as the graphs take it.
 
     Attributes:
-        name: the image's name, unique within its source.
-        group: images of one group stay in one split.
-        label: the class name, or None.
+        name, group, label: as of the `SourceImage`.
         sha256: `imaging.pixels_sha256` of the decoded pixels.
         look: the UINT8 vector by which `bundle.prints` finds the image again re-encoded, resized
             or mirrored; an independent draw has an empty one.
