@@ -77,10 +77,6 @@ class RungRecord:
             return self.sha256
         return hashlib.sha256((self.sha256 + self.weights_sha256).encode()).hexdigest()
 
-    def is_file(self, file: Path) -> bool:
-        """Whether an ONNX file, and the weights beside it, are the recorded ones."""
-        return self.fault(file, "differs") is None
-
     def fault(self, file: Path, differs: str) -> str | None:
         """Which of an ONNX file and the weights beside it is not the recorded one, and why.
 
