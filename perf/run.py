@@ -1,7 +1,7 @@
 """`python -m perf run`: measure the deployed cascade beside what a user would run instead.
 
 images ─► pool, scored by the router ─► easy, hard and mixed sets
-server ─► systems in turn ─► saturated ─► where the time goes ─► loads ─► Locust ─► memory
+server ─► systems in turn ─► saturated ─► where the time goes ─► loads ─► ONNX Runtime ─► ...
 └────────► summary.json, report.html
 
 Each stage measures one thing and adds it to the summary.
@@ -30,6 +30,7 @@ from server import TritonServer
 from . import cascade
 from .analyzer_install import Analyzer, find_analyzer
 from .attribution import attribute, scoring_ms, together
+from .backend import measure_backend
 from .environment import environment
 from .figures import PerfError
 from .harness import Asker, cut, is_a_loss
@@ -163,6 +164,7 @@ def measure(options: Options, console: Console) -> Record:
             saturate(bench)
             attribute_costs(bench)
             load_with_perf_analyzer(bench, analyzer, costs)
+            compare_with_onnxruntime(bench)
             load_with_locust(bench)
         if options.url is None:
             measure_peaks(bench)
@@ -345,6 +347,25 @@ def load_with_perf_analyzer(
                 record.note(f"under load, {name} did not stabilise: {entry.instability()}")
         levels = open_levels(suite, asked, closed)
         runner.measure(levels, suite.turns, record, "open loop")
+
+
+def compare_with_onnxruntime(bench: Bench) -> None:
+    """The served full rung beside ONNX Runtime without a server, at batch 1 and 8."""
+    record, suite = bench.record, bench.options.suite
+    if bench.target.server is None:
+        record.note("the server is not ours: its backend is not compared with ONNX Runtime")
+        return
+    images = np.stack([bench.pool.tensors[row] for row in bench.sets["mixed"]])
+    file = bench.graphs.files["vit_high"]
+    plan = list(zip((1, 8), suite.backend_rounds, suite.backend_pairs, strict=True))
+    with record.stage("backend and ONNX Runtime", sum(r * p for _, r, p in plan)) as bar:
+        for batch, rounds, pairs in plan:
+            if batch > len(images):
+                record.note(f"{len(images)} images do not fill a batch of {batch}: not compared")
+                continue
+            how = (batch, rounds, pairs, bar.advance)
+            ratios = measure_backend(bench.target, file, images, *how)
+            record.summary[f"standin_over_ort_b{batch}"] = ratios.to_dict()
 
 
 def load_with_locust(bench: Bench) -> None:

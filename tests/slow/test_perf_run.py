@@ -18,6 +18,8 @@ FIGURES = (
     "cascade_efficiency_c1",
     "cascade_efficiency_saturated",
     "ensemble_over_router",
+    "standin_over_ort_b1",
+    "standin_over_ort_b8",
     "peak_memory_ratio",
 )
 STATICS = {"static-40", "static-48", "static-56"}

@@ -171,6 +171,8 @@ def sample_summary():
         "cascade_efficiency_c1": spread(0.952, 0.958, 0.962, 0.97),
         "cascade_efficiency_saturated": spread(0.93, 0.934, 0.94, 0.951),
         "ensemble_over_router": spread(1.06, 1.07, 1.071, 1.08),
+        "standin_over_ort_b1": spread(1.012, 1.015, 1.02, 1.024),
+        "standin_over_ort_b8": spread(1.004, 1.006, 1.01, 1.011),
         "peak_memory_ratio": spread(1.04, 1.05, 1.05, 1.06),
         "speedup_c1": spread(2.31, 2.33, 2.35, 2.38),
         "bound_c1": spread(2.42, 2.43, 2.44, 2.45),

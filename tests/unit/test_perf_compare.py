@@ -92,7 +92,7 @@ def test_only_what_took_turns_is_compared():
     [
         ("c1", "router_overhead_c1", "speedup_saturated"),
         ("c1", "cost / static high's, adaptive", "peak_memory_ratio"),
-        ("c1", "ensemble_over_router", "bound_saturated"),
+        ("c1", "ensemble_over_router", "standin_over_ort_b1"),
         ("saturated", "speedup_saturated", "speedup_c1"),
     ],
 )

@@ -106,6 +106,10 @@ SHOWN = {
         f"4 closed-loop http {LOCUST}",
         "4 open-loop grpc spike",
     ],
+    "Stand-in backend against ONNX Runtime": [
+        "batch 1 1.018 1.012 to 1.024 4",
+        "batch 8 1.008 1.004 to 1.011 4",
+    ],
     "Run": ["command python -m perf run --images sample --suite quick", "took 171 s"],
     "Images": ["sample crops, seed 21; pool of 200", "set mixed 40 images, 12.5 % escalated"],
     "Notes": ["CPU time of the server could not be read for 1 run."],
@@ -274,6 +278,13 @@ def test_a_section_that_is_missing_says_not_measured(tmp_path, keys):
     silent = {name for name, text in page.sections.items() if text.startswith("Not measured.")}
     assert silent == {heading for key in keys for heading in SECTIONS[key]}
     assert page_of(tmp_path, null).sections == page.sections
+
+
+def test_the_standin_section_says_not_measured(tmp_path):
+    summary = without_figures()
+    del summary["standin_over_ort_b1"], summary["standin_over_ort_b8"]
+    section = page_of(tmp_path, summary).sections["Stand-in backend against ONNX Runtime"]
+    assert section == "Not measured."
 
 
 def test_a_summary_with_nothing_measured_makes_a_page_without_figures(tmp_path):
