@@ -39,8 +39,7 @@ def serve_and_measure(road: Road) -> dict[str, Any]:
     """Do it, and write summary.json and index.html.
 
     Returns:
-        The content of summary.json: a summary as `python -m perf run` writes it and, of a plan, the
-        entry `plan`.
+        The content of summary.json, see `summarise`.
 
     Raises:
         DemoError: the server's answers are not the same over every protocol.
@@ -71,7 +70,8 @@ def serve_and_measure(road: Road) -> dict[str, Any]:
                 spans = cut(rows, TURNS)
                 measured.append(saturated(target, asker, busy, spans, IN_FLIGHT, bar))
         machine = environment(target.version, None)
-    summary = summarise(graphs, calibration, every, measured, truth) | {"environment": machine}
+    summary = summarise(graphs, calibration, every, measured, truth)
+    summary |= {"triton_version": machine.get("triton_version"), "environment": machine}
     (OUT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     write_page(road, summary, measured[0].paired, calibration.threshold, pool.encoded, labels)
     return summary
@@ -117,7 +117,7 @@ def summarise(
     measured: Sequence[Measured],
     truth: Sequence[int],
 ) -> dict[str, Any]:
-    """The figures of summary.json, under the keys of `python -m perf run`.
+    """The content of summary.json: a summary as `python -m perf run` writes it, and `headline`.
 
     Args:
         graphs: what was served.
@@ -129,40 +129,80 @@ def summarise(
     summary: dict[str, Any] = {
         "model": model_section(graphs),
         "certificate": calibration.certificate,
-        "images": {"source": "sample crops", "pool": len(truth)},
+        "images": len(truth),
         "disturbed": any(found.doubts for found in measured),
         "doubts": {found.load: list(found.doubts) for found in measured},
     }
     for found in measured:
         here = [system for system in every if system.name in found.paired.shares[0]]
         summary |= found.sections(here, is_a_loss(calibration.chosen_by), truth)
+    summary |= headline(graphs, summary)
     if len(measured) > 1:
-        summary["plan"] = plan_section(graphs, measured[1], summary["saturated"]["systems"])
+        summary["plan"] = plan_section(graphs, calibration, measured[1], summary)
     return summary
 
 
-def plan_section(
-    graphs: GraphSet, measured: Measured, answers: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
-    """What was planned, and its costs beside the cascade's: of its cheapest rival, of its own rung.
+def headline(graphs: GraphSet, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures that summary.json holds at its top, each a number or a number by system.
 
-    The cheap rung is part of the cascade, and alone not certified, so it is no rival. The full
-    model is one, so there always is one.
+    They are of one request in flight, medians over the shares of the crops.
 
     Args:
         graphs: what was served.
-        measured: every system, saturated.
-        answers: of `Measured.sections`.
+        summary: the sections of `Measured.sections`.
     """
+    systems_by_name = {"low": LOW, "high": HIGH, "adaptive": ADAPTIVE}
+    answers = {name: summary["answers"][system] for name, system in systems_by_name.items()}
+    adaptive = answers["adaptive"]
+    cpu_speedup = summary.get("cpu_speedup_c1")
+    return {
+        "backbone": graphs.backbone,
+        "low_px": graphs.low.record.px,
+        "high_px": graphs.reference.record.px,
+        "escalation_rate": adaptive["escalation_rate"],
+        "agreement_with_high": adaptive["agreement_with_high"],
+        "realised_risk": 1 - adaptive["agreement_with_high"],
+        "accuracy": {name: answer["accuracy"] for name, answer in answers.items()},
+        "latency_ms_p50": {name: answer["p50_ms"] for name, answer in answers.items()},
+        "throughput_per_s": {
+            name: 1e3 / answer["cost_ms"]["median"] for name, answer in answers.items()
+        },
+        "speedup_vs_high": summary["speedup_c1"]["median"],
+        "cpu_speedup_vs_high": None if cpu_speedup is None else cpu_speedup["median"],
+        "cascade_bound": summary["bound_c1"]["median"],
+        "cascade_efficiency": summary["cascade_efficiency_c1"]["median"],
+        "router_overhead": summary["router_overhead_c1"]["median"],
+        "protocols": ["grpc", "http"],
+    }
+
+
+def plan_section(
+    graphs: GraphSet, calibration: Calibration, measured: Measured, summary: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What was planned, and its costs beside the cascade's: of its best alternative, of its rung.
+
+    The cheap rung is part of the cascade, and alone not certified, so it is no alternative. The
+    full model is one, so there always is one.
+
+    Args:
+        graphs: what was served.
+        calibration: that the router decides by.
+        measured: every system, saturated.
+        summary: the sections of `Measured.sections`.
+    """
+    answers = summary["saturated"]["systems"]
     agreement = {name: answer["agreement_with_high"] for name, answer in answers.items()}
     costs = {name: answer["cost_ms"] for name, answer in answers.items()}
     best = cheapest_rival(agreement, costs, set(answers) - {ADAPTIVE, LOW})
     assert best is not None
 
     def beside_cascade(name: str) -> dict[str, Any]:
+        ratio = measured.paired.cost_ratio(name, to=ADAPTIVE)
         return {
             "name": name,
-            "cost_ratio": measured.paired.cost_ratio(name, to=ADAPTIVE).to_dict(),
+            "agreement": agreement[name],
+            "cost_ratio_to_plan": ratio.median,
+            "cost_ratio": ratio.to_dict(),
             "disturbed": measured.paired.disturbed(name, ADAPTIVE, measured.cpu_counts),
         }
 
@@ -170,6 +210,10 @@ def plan_section(
         "low": graphs.low.record.recipe,
         "high": graphs.high.record.recipe,
         "reference": graphs.reference.record.recipe,
-        "rival": beside_cascade(best[0]),
+        "signal": (calibration.certificate or {})["signal"],
+        "speedup_vs_high": summary["speedup_saturated"]["median"],
+        "agreement_with_high": agreement[ADAPTIVE],
+        "disturbed": bool(measured.doubts),
+        "best_alternative": beside_cascade(best[0]),
         "cheap_rung": beside_cascade(LOW),
     }

@@ -43,7 +43,7 @@ def print_summary(summary: Summary) -> None:
     ]
     low_px, high_px = (summary["model"][rung].removeprefix("px=") for rung in ("low", "high"))
     how = "planned" if plan else f"at {low_px}/{high_px} px"
-    title = f"{summary['images']['pool']} unseen crops, {summary['model']['backbone']} {how}"
+    title = f"{summary['images']} unseen crops, {summary['model']['backbone']} {how}"
     console.print(table(title, ("", "accuracy", "p50 latency", "images/s", "CPU/image"), rows))
     if plan:
         headings = ("", "agrees with full", "images/s", "CPU ms/image", "speed-up")
@@ -139,7 +139,7 @@ def plan_sentences(summary: Summary) -> list[str]:
             return said
         return f"{said} and costs {entry['cost_ratio']['median']:.2f} {of_what}"
 
-    rival, low = plan["rival"], plan["cheap_rung"]
+    rival, low = plan["best_alternative"], plan["cheap_rung"]
     return [
         speed_sentence(summary, "saturated"),
         "Of the alternatives that agree with the full model at least as often as the cascade "

@@ -144,6 +144,26 @@ def test_the_figures_of_the_cascade_by_hand():
     assert summary["model"]["backbone"] == "tiny" and "plan" not in summary
 
 
+def test_the_top_of_the_summary_holds_each_figure_by_its_name():
+    top = {
+        **{"backbone": "tiny", "low_px": 112, "high_px": 224, "images": 4},
+        **{"escalation_rate": 0.25, "agreement_with_high": 0.75, "realised_risk": 0.25},
+        "accuracy": {"low": 0.5, "high": 0.75, "adaptive": 0.5},
+        "latency_ms_p50": {"low": 25.0, "high": 100.0, "adaptive": 55.0},
+        "throughput_per_s": pytest.approx({"low": 40.0, "high": 10.0, "adaptive": 1000 / 55}),
+        **{"speedup_vs_high": pytest.approx(100 / 55), "cascade_bound": pytest.approx(2.0)},
+        "cascade_efficiency": pytest.approx(50 / 55),
+        **{"router_overhead": pytest.approx(1.1), "protocols": ["grpc", "http"]},
+    }
+    summary = summary_of(alone())
+    assert {name: summary[name] for name in top} == top
+    plan = plan_summary()["plan"]
+    best = plan["best_alternative"]
+    assert (plan["signal"], plan["agreement_with_high"]) == ("margin", 0.75)
+    assert plan["speedup_vs_high"] == pytest.approx(6.0)
+    assert best["cost_ratio_to_plan"] == best["cost_ratio"]["median"]
+
+
 def test_the_bound_of_a_plan_counts_what_an_escalation_really_costs():
     # 25 ms for each image and 50 ms for a quarter of them, against 100 ms.
     assert plan_summary()["bound_c1"]["median"] == pytest.approx(100 / (25 + 0.25 * 50))
@@ -177,7 +197,7 @@ def test_agreement_is_with_the_full_model_not_with_the_full_rung():
 )
 def test_the_rival_is_the_cheapest_that_agrees_as_often(changes, rival, costs):
     summary = plan_summary({**CLASSES, **changes})
-    found = summary["plan"]["rival"]
+    found = summary["plan"]["best_alternative"]
     assert (found["name"], found["disturbed"]) == (rival, False)
     assert found["cost_ratio"]["values"] == pytest.approx(costs)
     title = summary["saturated"]["systems"][rival]["title"]
@@ -229,13 +249,13 @@ def test_a_graph_whose_own_clock_was_disturbed_gets_no_ratio():
         ]
     one = alone({**ALONE, "static-escalation": 50.0})
     summary = summary_of(one, whole, graphs=PLANNED)
-    assert not summary["disturbed"] and summary["plan"]["rival"]["disturbed"]
+    assert not summary["disturbed"] and summary["plan"]["best_alternative"]["disturbed"]
     assert [row[0] for row in show.served_rows(summary) if row[-1] == "–"] == ["static-tome8"]
     _, best = show.plan_sentences(summary)
     assert "times as much" not in best and "of the cascade" in best
     # Where CPU time says nothing, nothing is held against it.
     on_gpu = summary_of(one, replace(whole, cpu_counts=False), graphs=PLANNED)
-    assert not on_gpu["plan"]["rival"]["disturbed"]
+    assert not on_gpu["plan"]["best_alternative"]["disturbed"]
     assert "times as much" in show.plan_sentences(on_gpu)[1]
     assert "–" not in [row[-1] for row in show.served_rows(on_gpu)]
 
