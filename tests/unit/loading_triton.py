@@ -1,12 +1,18 @@
 """A stand-in of a server that loads models: it loads what a repository's files say."""
 
 from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
 from tritonclient.grpc.service_pb2 import ModelConfigResponse, RepositoryIndexResponse
 from tritonclient.utils import InferenceServerException
 
+import bundle.config
+import server.access
+import server.loading
 from bundle import manifest
 from bundle.versions import Versions
 from export.repository import RepositorySettings, assemble
@@ -161,3 +167,23 @@ def assembled_twice(folder):
         out = assemble(*inputs, folder / kind.value, RepositorySettings(client_parameters=kind))
         add_version(out, second, shadow_fraction=0.1)
     return folder
+
+
+def without_pauses(monkeypatch):
+    """Rollouts that wait for nobody, and parse each text of a configuration once."""
+    monkeypatch.setattr(server.loading, "_POLL_S", 0.001)
+    monkeypatch.setattr(server.access, "_POLL_S", 0.001)
+
+    def parse(text, message):
+        message.CopyFrom(_parsed(text))
+        return message
+
+    monkeypatch.setattr(bundle.config.text_format, "Parse", parse)
+
+
+_PARSE = text_format.Parse
+
+
+@cache
+def _parsed(text):
+    return _PARSE(text, ModelConfig())

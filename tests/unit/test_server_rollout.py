@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 from tritonclient.grpc.service_pb2 import ModelConfigResponse
 
-import server.loading as server_loading
 from bundle import manifest
 from bundle.versions import Versions, drop, put, switch
 from export.repository import assemble
@@ -28,6 +27,7 @@ from tests.unit.loading_triton import (
     lost,
     refusal,
     roll,
+    without_pauses,
 )
 from tests.unit.test_export_repository import contents, write_inputs
 from tests.unit.test_export_versions import as_an_earlier_release, flip_a_bit
@@ -51,7 +51,7 @@ def permissive(assembled, tmp_path):
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(server_loading, "_POLL_S", 0.001)
+    without_pauses(monkeypatch)
 
 
 # --- loaded --------------------------------------------------------------------------------------

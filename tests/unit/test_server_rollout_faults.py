@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-import server.access as server_access
-import server.loading as server_loading
 from bundle import manifest
 from bundle.versions import Versions
 from calibration.fit import EscalationRate
@@ -32,6 +30,7 @@ from tests.unit.loading_triton import (
     lost,
     refusal,
     roll,
+    without_pauses,
 )
 from tests.unit.reference_files import collected, fitted
 from tests.unit.test_export_repository import contents
@@ -67,8 +66,7 @@ def refusing(assembled_to_refuse, tmp_path):
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(server_loading, "_POLL_S", 0.001)
-    monkeypatch.setattr(server_access, "_POLL_S", 0.001)
+    without_pauses(monkeypatch)
 
 
 # --- failures at every step ----------------------------------------------------------------------
