@@ -164,7 +164,7 @@ def assembled_twice(folder):
     inputs = write_inputs(folder)
     second = change_artifact(folder, "second", threshold=0.75)
     for kind in ("careful", "any"):
-        out = assemble(*inputs, folder / kind.value, RepositorySettings(client_parameters=kind))
+        out = assemble(*inputs, folder / kind, RepositorySettings(client_parameters=kind))
         add_version(out, second, shadow_fraction=0.1)
     return folder
 
