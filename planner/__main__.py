@@ -29,7 +29,7 @@ from . import result
 from .graphs import without_help
 from .plan import Planned, choose_rungs, make_plan
 from .request import PlanError, Request, recipes
-from .workshop import WORKSHOP
+from .workshop import Workshop
 
 SAMPLE_CROPS = 2400
 
@@ -130,7 +130,7 @@ def plan_command(
         reference_images=reference_images,
     )
     bars = Bars(Console(stderr=True))
-    planned = make_plan(request, WORKSHOP, bars)
+    planned = make_plan(request, Workshop(), bars)
     content = result.to_dict(planned, _notes(planned))
     if planned.chosen is not None:
         choose_rungs(planned, bars)

@@ -68,11 +68,6 @@ class Asked:
 def check_recipes(request: Request, backbone: Backbone, bars: Bars) -> Asked:
     """Hold every recipe against the model; nothing is exported.
 
-    Args:
-        request: of the plan.
-        backbone: the model.
-        bars: where to say what was left out.
-
     Raises:
         PlanError: naming every recipe that the model cannot be exported by, with the reason.
     """
@@ -121,13 +116,8 @@ def check_images(request: Request, asked: Asked, bars: Bars) -> list[str]:
 
     The splits are made of the images' names alone, as if every image could be read.
 
-    Args:
-        request: of the plan.
-        asked: graphs to be combined.
-        bars: where to warn.
-
     Returns:
-        Warnings, one line each: of a plan that can only just pass.
+        Warnings, one line each, that were said too: of a plan that can only just pass.
 
     Raises:
         PlanError: how many images there are and how many are needed.

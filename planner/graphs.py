@@ -42,15 +42,7 @@ def exported(
     workshop: Workshop,
     bars: Bars,
 ) -> GraphSet:
-    """Export the full model and every recipe, unless an earlier plan did.
-
-    Args:
-        request: of the plan.
-        full: the full model in FP32.
-        recipes: of all other graphs without alignments, no two alike.
-        backbone: the loaded model.
-        workshop: that exports them.
-        bars: where to show progress.
+    """Export the full model and every other recipe, unless an earlier plan did.
 
     Returns:
         The graphs, and aligned ones of earlier plans beside them.
@@ -85,16 +77,10 @@ def aligned_graph(
     workshop: Workshop,
     bars: Bars,
 ) -> tuple[GraphSet, str, Aligned]:
-    """Align a graph where that helps.
+    """Align the graph of that name where it helps, by what it answers for images to learn from.
 
-    Args:
-        graphs: of the plan.
-        name: of the graph without alignment.
-        outputs: of this graph, for images to learn from.
-        fidelity: when an answer is acceptable.
-        request: of the plan; cross-validation divides no group.
-        workshop: that bakes the alignment in, unless an earlier plan did so with the same images.
-        bars: where to say so.
+    Cross-validation divides no group. An alignment that an earlier plan baked in, learned from the
+    same images, is not baked anew.
 
     Returns:
         The graphs, the aligned graph's name, and what the alignment is worth; where it does not

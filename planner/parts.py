@@ -149,11 +149,7 @@ class Parts:
     ) -> dict[str, float]:
         """Share of test images without a loss if a graph alone answers, by its name.
 
-        Args:
-            names: of the graphs, the full model among them.
-            graphs: of the plan.
-            fidelity: when an answer is a loss.
-            bars: where to show progress.
+        The full model must be among the names.
         """
         asked = [Wanted(graphs.graphs[name]) for name in names]
         found = self._answers(asked, self.rows(self.rest[self.splits["test"]]), bars)

@@ -171,11 +171,7 @@ def costs_ms(prices: Prices, full: str) -> dict[str, float]:
     Of the full model the median; of every other graph its ratio to the full model, taken turn by
     turn in one run, times that: two servers minutes apart differ by more than many graphs do. Where
     the clock was disturbed, the ratio is of CPU time, which other work on the machine disturbs
-    less; it orders the cascades, and nobody is told it as a figure.
-
-    Args:
-        prices: of all graphs.
-        full: name of the full model.
+    less; it orders the cascades, and is told as no figure.
     """
     full_ms = float(prices[full]["ms_per_image"]["median"])
     ratio, by_cpu = "cost_ratio", [price["cpu_cost_ratio"] for price in prices.values()]

@@ -7,8 +7,7 @@ is refused at once.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from bundle.alignment import Alignment
@@ -28,47 +27,33 @@ PRICED_IMAGES = 32
 Prices = Mapping[str, Mapping[str, Any]]  # by the graph's name, as `perf.prices.price` returns them
 
 
-@dataclass(frozen=True)
 class Workshop:
-    """What the planner has others do; tests hand in another.
+    """What the planner has others do; tests hand in another."""
 
-    Attributes:
-        load: a model by its name, folder or hub id.
-        export: graphs of a loaded model, each checked against it.
-        align: bakes an alignment into a graph of that name; the aligned one lies beside it.
-        price: what graphs of these names cost as Triton serves them on this machine, measured
-            twice where the machine was busy.
-    """
+    def load(self, model: str) -> Backbone:
+        """A model by its name, folder or hub id."""
+        from export.pretrained import load_backbone
 
-    load: Callable[[str], Backbone]
-    export: Callable[[Backbone, GraphsRequest, Bars], GraphSet]
-    align: Callable[[GraphSet, str, Alignment], GraphSet]
-    price: Callable[[GraphSet, Sequence[str], Request, Bars], Prices]
+        return load_backbone(model)
 
+    def export(self, backbone: Backbone, request: GraphsRequest, bars: Bars) -> GraphSet:
+        """Graphs of a loaded model, each checked against it."""
+        from export.graphs import export_graphs
 
-def _load(model: str) -> Backbone:
-    from export.pretrained import load_backbone
+        return export_graphs(backbone, request, bars)
 
-    return load_backbone(model)
+    def align(self, graphs: GraphSet, name: str, alignment: Alignment) -> GraphSet:
+        """Bake an alignment into the graph of that name; the aligned one lies beside it."""
+        from export.align import align
 
+        return align(graphs, name, alignment)
 
-def _export(backbone: Backbone, request: GraphsRequest, bars: Bars) -> GraphSet:
-    from export.graphs import export_graphs
+    def price(self, graphs: GraphSet, names: Sequence[str], request: Request, bars: Bars) -> Prices:
+        """What these graphs cost as Triton serves them here, twice where the machine was busy."""
+        from perf.prices import Served, price
 
-    return export_graphs(backbone, request, bars)
-
-
-def _align(graphs: GraphSet, name: str, alignment: Alignment) -> GraphSet:
-    from export.align import align
-
-    return align(graphs, name, alignment)
-
-
-def _price(graphs: GraphSet, names: Sequence[str], request: Request, bars: Bars) -> Prices:
-    from perf.prices import Served, price
-
-    pool = _pool(graphs, request.source)
-    return price(graphs, names, pool, Served(request.instances, request.threads), bars)
+        pool = _pool(graphs, request.source)
+        return price(graphs, names, pool, Served(request.instances, request.threads), bars)
 
 
 def _pool(graphs: GraphSet, source: ImageSource) -> Pool:
@@ -81,6 +66,3 @@ def _pool(graphs: GraphSet, source: ImageSource) -> Pool:
             tensors.append(preprocessing(decode(data)))
             encoded.append(data)
     return Pool(source.title, encoded, tensors, [None] * len(encoded), [])
-
-
-WORKSHOP = Workshop(_load, _export, _align, _price)

@@ -103,27 +103,27 @@ def test_the_page_is_whole(out, content):
 
 
 def test_plan_artifact_graphs_and_outputs_belong_together(out, content):
-    rung_set, calibration = GraphSet.load(out / "onnx"), Calibration.load(out / "calibration.json")
-    calibration.check_rungs({name: rung_set.files[name] for name in ("vit_low", "vit_high")})
-    assert rung_set.rungs["vit_low"].recipe == content["chosen"]["low_recipe"]
-    assert rung_set.rungs["vit_high"].recipe == content["chosen"]["high_recipe"]
+    graphs, calibration = GraphSet.load(out / "onnx"), Calibration.load(out / "calibration.json")
+    calibration.check_rungs({name: graphs.files[name] for name in ("vit_low", "vit_high")})
+    assert graphs.rungs["vit_low"].recipe == content["chosen"]["low_recipe"]
+    assert graphs.rungs["vit_high"].recipe == content["chosen"]["high_recipe"]
     assert calibration.threshold == content["chosen"]["threshold"]
     assert calibration.certificate == content["chosen"]["certificate"]
-    assert Outputs.load(out / "outputs.json").made == Made.by(rung_set)
+    assert Outputs.load(out / "outputs.json").made == Made.by(graphs)
 
 
 def test_the_threshold_holds_for_what_the_chosen_graphs_answer_now(out, content):
     """Not for the stored outputs: the chosen files are run again."""
-    rung_set, calibration = GraphSet.load(out / "onnx"), Calibration.load(out / "calibration.json")
+    graphs, calibration = GraphSet.load(out / "onnx"), Calibration.load(out / "calibration.json")
     stored = Outputs.load(out / "outputs.json")
     source = open_images(f"sample:{SEED}", IMAGES)
-    preprocessing = Preprocessing.from_dict(rung_set.preprocessing)
+    preprocessing = Preprocessing.from_dict(graphs.preprocessing)
     tensors = {}
     for index in range(len(source)):
         image = source[index]
         tensors[image.name] = preprocessing(decode(image.data))
     image = np.stack([tensors[name] for name in stored.names])
-    low = run_session(open_session(rung_set.files["vit_low"]), image, layers=True)
+    low = run_session(open_session(graphs.files["vit_low"]), image, layers=True)
     np.testing.assert_allclose(low.embedding, stored.low.embedding, rtol=1e-3, atol=1e-3)
     scores = calibration.score(low)
     escalated = escalation_mask(scores, calibration.threshold, Overrides())

@@ -133,7 +133,7 @@ def test_weights_beside_the_graph_stay_there(graph, tmp_path):
         np.testing.assert_array_equal(value, expected[name])
 
 
-def test_a_graph_without_a_head_and_one_that_reads_fewer_layers(tmp_path):
+def test_a_graph_without_a_head_or_without_a_bias_and_one_that_reads_fewer_layers(graph, tmp_path):
     model = export(tmp_path, "Dinov2Model")
     fitted = alignment(layers=1)
     before, after = ask(model, IMAGES), ask(bake_alignment(model, fitted), IMAGES)
@@ -141,14 +141,11 @@ def test_a_graph_without_a_head_and_one_that_reads_fewer_layers(tmp_path):
     expected = np.concatenate([before["embedding"], layer], axis=1) @ fitted.weights + fitted.bias
     np.testing.assert_allclose(after["embedding"], expected, rtol=1e-5, atol=1e-5)
     assert set(after) == {"embedding", "cls_layers"}
-
-
-def test_a_head_without_a_bias(graph):
-    model = onnx.ModelProto()
-    model.CopyFrom(graph)
-    (head,) = (node for node in model.graph.node if "logits" in node.output)
+    unbiased = onnx.ModelProto()
+    unbiased.CopyFrom(graph)
+    (head,) = (node for node in unbiased.graph.node if "logits" in node.output)
     del head.input[2:]
-    after = ask(bake_alignment(model, alignment()), IMAGES)
+    after = ask(bake_alignment(unbiased, alignment()), IMAGES)
     expected = after["embedding"] @ head_of(graph)[0]
     np.testing.assert_allclose(after["logits"], expected, rtol=1e-5, atol=1e-5)
 
@@ -224,18 +221,15 @@ def test_the_aligned_graph_stands_beside_its_graph(graphs):
     expected = alignment().embedding(RungOutputs(before["embedding"], before["cls_layers"], None))
     answered = ask(aligned.file, IMAGES)["embedding"]
     np.testing.assert_allclose(answered, expected, rtol=1e-5, atol=1e-5)
+    # The images that it has learned from join those of its graph.
+    ranges = graphs.graphs[INT8].fitted_on
+    assert len(base64.b64decode(ranges)) == 37  # what int8=static learned from
+    assert aligned.fitted_on == joined(ranges, LEARNED)
+    assert (made.graphs[INT8].fitted_on, made.learned()) == (ranges, "")
     # Everything else lies as it did, with no temporary file among it.
     found = hashes(folder)
     assert {name: found[name] for name in others} == others
     assert set(found) == {*others, "graphs.json", aligned.file.name}
-
-
-def test_the_images_it_learned_from_join_those_of_its_graph(graphs):
-    ranges = graphs.graphs[INT8].fitted_on
-    assert len(base64.b64decode(ranges)) == 37  # what int8=static learned from
-    made = align(graphs, INT8, fitted(graphs, INT8))
-    assert made.graphs[f"{INT8}_align"].fitted_on == joined(ranges, LEARNED)
-    assert (made.graphs[INT8].fitted_on, made.learned()) == (ranges, "")
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def run(tmp_path, monkeypatch, capsys):
     for index in range(len(source)):
         (tmp_path / "images" / source.names[index]).write_bytes(source[index].data)
     workshop = FakeWorkshop()
-    monkeypatch.setattr("planner.__main__.WORKSHOP", workshop)
+    monkeypatch.setattr("planner.__main__.Workshop", lambda: workshop)
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):

@@ -20,7 +20,7 @@ from perf import prices
 from planner import graphs as module
 from planner.graphs import aligned_graph, exported
 from planner.request import PlanError
-from planner.workshop import PRICED_IMAGES, WORKSHOP
+from planner.workshop import PRICED_IMAGES, Workshop
 from report.terminal import Bars
 from routing import RungOutputs
 from tests.unit.calibration_outputs import outputs_of
@@ -258,7 +258,7 @@ def test_graphs_are_priced_as_they_will_be_served_on_images_from_all_of_the_sour
     graphs = write_shelf(tmp_path / "graphs", ["px=4"])
     source = TwoColours(700, gone=[0])
     request = make_request(tmp_path, source=source, instances=3, threads=2)
-    found = WORKSHOP.price(graphs, ["px4", "full"], request, QUIET)
+    found = Workshop().price(graphs, ["px4", "full"], request, QUIET)
     assert set(found) == {"px4", "full"}
     assert asked == [(["px4", "full"], PRICED_IMAGES - 1, prices.Served(3, 2))]
     assert (source.read[0], source.read[-1], len(source.read)) == (0, 699, PRICED_IMAGES)

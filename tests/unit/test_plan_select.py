@@ -27,7 +27,7 @@ COSTS = {"small": 5.0, "smaller": 4.0, "full": 50.0, "half": 30.0}
 
 
 @pytest.fixture(scope="module")
-def rung_set(tmp_path_factory):
+def graphs(tmp_path_factory):
     return GraphSet.load(write_rung_set(tmp_path_factory.mktemp("rungs") / "onnx"))
 
 
@@ -66,12 +66,12 @@ def everything(pair):
     return True
 
 
-def test_every_cascade_is_predicted_the_cheapest_first(rung_set):
-    outputs = make_outputs(rung_set, n=400)
+def test_every_cascade_is_predicted_the_cheapest_first(graphs):
+    outputs = make_outputs(graphs, n=400)
     pairs = {
         ("small", "full"): outputs,
         ("small", "half"): with_worse_high(outputs, every=100),
-        ("smaller", "full"): make_outputs(rung_set, n=400, unsure_below=2.0),
+        ("smaller", "full"): make_outputs(graphs, n=400, unsure_below=2.0),
     }
     found = predicted(pairs)
     assert sorted(names(found)) == sorted(
@@ -83,8 +83,8 @@ def test_every_cascade_is_predicted_the_cheapest_first(rung_set):
         assert c.ms_per_image == cascade_ms(COSTS[c.low], COSTS[c.high], c.escalation)
 
 
-def test_a_prediction_is_the_escalation_that_leaves_as_many_losses_as_the_test_allows(rung_set):
-    outputs = make_outputs(rung_set, n=400)
+def test_a_prediction_is_the_escalation_that_leaves_as_many_losses_as_the_test_allows(graphs):
+    outputs = make_outputs(graphs, n=400)
     loss = TOP1.loss(outputs)[ROWS]
     left = int(allowed_errors(CERTIFY_IMAGES, GOAL) / CERTIFY_IMAGES * len(ROWS))
     found = {c.signal: c for c in predicted({("small", "full"): outputs})}
@@ -99,14 +99,14 @@ def test_a_prediction_is_the_escalation_that_leaves_as_many_losses_as_the_test_a
     assert alone["margin"].escalation < found["margin"].escalation  # a choice has its price
 
 
-def test_a_headless_model_is_predicted_by_the_signals_of_its_cls_token(rung_set):
-    outputs = make_outputs(rung_set, head=False)
+def test_a_headless_model_is_predicted_by_the_signals_of_its_cls_token(graphs):
+    outputs = make_outputs(graphs, head=False)
     found = predicted({("small", "full"): outputs}, fidelity=Fidelity("cosine"))
     assert {c.signal for c in found} == {"cls_path", "cls_regression"}
 
 
-def test_losses_of_the_full_graph_cost_escalation_and_too_many_cannot_be_mended(rung_set):
-    outputs = make_outputs(rung_set, n=400)
+def test_losses_of_the_full_graph_cost_escalation_and_too_many_cannot_be_mended(graphs):
+    outputs = make_outputs(graphs, n=400)
     pairs = {
         ("small", "full"): outputs,
         ("small", "half"): with_worse_high(outputs, every=100),
@@ -120,8 +120,8 @@ def test_losses_of_the_full_graph_cost_escalation_and_too_many_cannot_be_mended(
     assert found[-len(bad) :] == bad  # though its graph is the cheapest of all
 
 
-def test_a_prediction_looks_at_the_fit_split_only(rung_set):
-    outputs, others = make_outputs(rung_set, n=400), make_outputs(rung_set, n=400, seed=5)
+def test_a_prediction_looks_at_the_fit_split_only(graphs):
+    outputs, others = make_outputs(graphs, n=400), make_outputs(graphs, n=400, seed=5)
 
     def mixed(ours, theirs):
         return np.concatenate([ours[ROWS], theirs[len(ROWS) :]])
@@ -143,8 +143,8 @@ def test_a_prediction_looks_at_the_fit_split_only(rung_set):
     assert predicted({("small", "full"): spoilt}) == predicted({("small", "full"): outputs})
 
 
-def test_progress_is_told_once_for_each_cheap_graph(rung_set):
-    outputs = make_outputs(rung_set)
+def test_progress_is_told_once_for_each_cheap_graph(graphs):
+    outputs = make_outputs(graphs)
     pairs = {(low, high): outputs for low in ("small", "smaller") for high in ("full", "half")}
     steps = []
     predicted(pairs, progress=lambda: steps.append(1))

@@ -170,10 +170,10 @@ def certified_errors(fitted, loss):
 
 @pytest.mark.parametrize("threshold", [0.5, 0.7])
 def test_the_certified_loss_of_labels_is_another_set(labels, threshold):
-    outputs, rung_set = loaded(labels)
-    fidelity = Fidelity.asked(rung_set.task, None, label_threshold=threshold)
+    outputs, graphs = loaded(labels)
+    fidelity = Fidelity.asked(graphs.task, None, label_threshold=threshold)
     assert fidelity.kind == "labels"
-    fitted = fit(outputs, rung_set, GOAL, Options(fidelity))
+    fitted = fit(outputs, graphs, GOAL, Options(fidelity))
     expected = sets_differ(outputs.low, outputs.high, threshold)
     first = outputs.low.logits.argmax(axis=1) != outputs.high.logits.argmax(axis=1)
     np.testing.assert_array_equal(fitted.loss, expected)
@@ -190,23 +190,23 @@ def test_the_certified_loss_of_labels_is_another_set(labels, threshold):
 
 
 def test_labels_use_signals_that_mean_something_for_them(labels):
-    outputs, rung_set = loaded(labels)
-    fitted = fit(outputs, rung_set, GOAL, Options(Fidelity("labels")))
+    outputs, graphs = loaded(labels)
+    fitted = fit(outputs, graphs, GOAL, Options(Fidelity("labels")))
     assert set(fitted.values) == {"label_margin", "cls_path", "cls_regression"}
     nearest = np.abs(outputs.low.logits.astype(np.float64)).min(axis=1)
     test = fitted.splits["test"]  # on the fit split they are out of fold
     np.testing.assert_allclose(fitted.values["label_margin"][test], -nearest[test])
     assert fitted.calibration.metrics["signals"]["label_margin"]["auroc"] > 0.6
     with pytest.raises(FitError, match="margin means nothing for a model that answers labels"):
-        fit(outputs, rung_set, GOAL, Options(Fidelity("labels"), signal="margin"))
+        fit(outputs, graphs, GOAL, Options(Fidelity("labels"), signal="margin"))
 
 
 def test_an_artifact_of_labels_scores_and_is_evaluated_after_a_round_trip(labels, tmp_path):
-    outputs, rung_set = loaded(labels)
+    outputs, graphs = loaded(labels)
     half = len(outputs) // 2
     known, new = outputs.rows(np.arange(half)), outputs.rows(np.arange(half, len(outputs)))
     options = Options(Fidelity("labels", label_threshold=0.4), signal="label_margin")
-    fitted = fit(known, rung_set, EscalationRate(0.3), options)
+    fitted = fit(known, graphs, EscalationRate(0.3), options)
     fitted.save(tmp_path / "calibration.json")
     calibration = Calibration.load(tmp_path / "calibration.json")
     assert calibration.task == "labels" and Fidelity.of(calibration) == options.fidelity
@@ -224,9 +224,9 @@ def test_an_artifact_of_labels_scores_and_is_evaluated_after_a_round_trip(labels
 
 @pytest.mark.parametrize("relative", [False, True])
 def test_the_risk_of_one_output_is_that_of_its_value(value, relative):
-    outputs, rung_set = loaded(value)
-    fidelity = Fidelity.asked(rung_set.task, "value", TOLERANCE, relative)
-    fitted = fit(outputs, rung_set, GOAL, Options(fidelity))
+    outputs, graphs = loaded(value)
+    fidelity = Fidelity.asked(graphs.task, "value", TOLERANCE, relative)
+    fitted = fit(outputs, graphs, GOAL, Options(fidelity))
     low, high = outputs.low.logits[:, 0], outputs.high.logits[:, 0]
     allowed = TOLERANCE * np.abs(high) if relative else TOLERANCE
     expected = np.abs(low - high) > allowed
@@ -248,11 +248,11 @@ def test_the_risk_of_one_output_is_that_of_its_value(value, relative):
 
 
 def test_a_value_has_no_class_to_agree_on(value):
-    outputs, rung_set = loaded(value)
-    fitted = fit(outputs, rung_set, EscalationRate(0.2), Options(Fidelity("cosine")))
+    outputs, graphs = loaded(value)
+    fitted = fit(outputs, graphs, EscalationRate(0.2), Options(Fidelity("cosine")))
     assert not any(name.startswith(("agree", "accuracy")) for name in fitted.calibration.metrics)
     with pytest.raises(FidelityError, match="top1 means nothing for a model that answers a value"):
-        fit(outputs, rung_set, EscalationRate(0.2), Options(Fidelity("top1")))
+        fit(outputs, graphs, EscalationRate(0.2), Options(Fidelity("top1")))
 
 
 @pytest.mark.parametrize("command", ["report", "fit", "align"])
@@ -268,8 +268,8 @@ def test_every_command_asks_which_difference_of_a_value_matters(value, command, 
 
 
 def test_an_artifact_of_an_earlier_release_that_compared_one_output_is_refused(value):
-    outputs, rung_set = loaded(value)
-    calibration = fit(outputs, rung_set, Threshold(1.0), Options(Fidelity("cosine"))).calibration
+    outputs, graphs = loaded(value)
+    calibration = fit(outputs, graphs, Threshold(1.0), Options(Fidelity("cosine"))).calibration
     content = calibration.to_dict()
     del content["task"]
     assert Calibration.from_dict(content) == calibration
@@ -279,9 +279,9 @@ def test_an_artifact_of_an_earlier_release_that_compared_one_output_is_refused(v
 
 
 def test_outputs_of_another_task_are_not_calibrated(labels):
-    outputs, rung_set = loaded(labels)
+    outputs, graphs = loaded(labels)
     with pytest.raises(FitError, match="a model that answers classes and not labels; collect"):
-        fit(answering("classes", outputs), rung_set, GOAL, Options(Fidelity("labels")))
+        fit(answering("classes", outputs), graphs, GOAL, Options(Fidelity("labels")))
 
 
 # --- pages -----------------------------------------------------------------------------------
@@ -339,9 +339,9 @@ def test_nothing_is_certified_about_a_graph_whose_answers_depend_on_the_batch(dy
 
 @pytest.mark.parametrize("name", [*RUNGS, "reference"])
 def test_any_graph_of_dynamic_int8_is_refused_by_name(value, dynamic, name):
-    outputs, rung_set = loaded(value)
+    outputs, graphs = loaded(value)
     graph = replace(loaded(dynamic)[1].low, name="dynamic")
-    mixed = rung_set.adding(graph)
+    mixed = graphs.adding(graph)
     mixed = replace(mixed, roles={**mixed.roles, name: "dynamic"})
     same = replace(outputs, made=Made.by(mixed))
     with pytest.raises(FitError, match=f"{name} is px=8,int8: with dynamic int8"):
@@ -349,8 +349,8 @@ def test_any_graph_of_dynamic_int8_is_refused_by_name(value, dynamic, name):
 
 
 def test_a_certificate_of_an_earlier_release_about_dynamic_int8_is_refused(labels):
-    outputs, rung_set = loaded(labels)
-    content = fit(outputs, rung_set, GOAL, Options(Fidelity("labels"))).calibration.to_dict()
+    outputs, graphs = loaded(labels)
+    content = fit(outputs, graphs, GOAL, Options(Fidelity("labels"))).calibration.to_dict()
     Calibration.from_dict(content)
     content["rungs"]["vit_high"]["recipe"] += ",int8"
     with pytest.raises(CalibrationError, match="vit_high is px=16,int8, and with dynamic int8"):
