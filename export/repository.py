@@ -68,7 +68,7 @@ class RepositorySettings:
             threshold rises, at most `MAX_BATCH_SIZE`; 0: never.
         degrade_threshold: where it arrives when a full batch has waited; oracle units, above the
             calibrated one.
-        audit_fraction: share of the images that the full rung checks.
+        audit_fraction: share of the images that the full rung checks, 0..1.
         reference_check: what becomes of reference answers that the server does not give.
     """
 
@@ -89,7 +89,6 @@ class RepositorySettings:
         Raises:
             UsageError: naming the option.
         """
-        check_fraction("--audit-fraction", self.audit_fraction)
         if self.reference_check == "refuse" and calibration.reference_answers is None:
             raise UsageError(f"--reference-check refuse: {NONE_STORED}; fit again")
         raised, threshold = self.degrade_threshold, calibration.threshold
@@ -128,12 +127,6 @@ class RepositorySettings:
                 "reference_check": self.reference_check,
             }.items():
                 config.set_parameter(message, key, value)
-
-
-def check_fraction(option: str, value: float) -> None:
-    """Refuse with a `UsageError` what is no share."""
-    if not 0.0 <= value <= 1.0:  # NaN is neither
-        raise UsageError(f"{option} {value:g} must be between 0 and 1")
 
 
 def assemble(

@@ -21,7 +21,6 @@ from export.repository import (
     ROOT,
     RepositoryError,
     answer_parameters,
-    check_fraction,
     check_imaging,
     checked_answers,
     complete_router,
@@ -35,13 +34,12 @@ def add_version(repository: Path, calibration_file: Path, shadow_fraction: float
     Args:
         repository: an assembled repository.
         calibration_file: an artifact made with its rungs.
-        shadow_fraction: share of the live images that it scores without answering them.
+        shadow_fraction: share of the live images that it scores without answering them, 0..1.
 
     Returns:
         The number of the version.
 
     Raises:
-        UsageError: `shadow_fraction` is no share.
         RepositoryError: the artifact has another preprocessing or task, was calibrated with other
             code of `imaging/` than the repository's, is that of a version already, or lacks the
             reference answers that it names.
@@ -49,7 +47,6 @@ def add_version(repository: Path, calibration_file: Path, shadow_fraction: float
         ManifestError: the repository is not as it was assembled.
         OSError: a file cannot be read or written; the repository is as before.
     """
-    check_fraction("--shadow", shadow_fraction)
     versions = present(repository)
     version = max(versions) + 1
     place = repository / f"router/{version}"
