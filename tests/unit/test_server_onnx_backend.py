@@ -1,6 +1,7 @@
 """The stand-in onnxruntime backend on a machine whose GPU ONNX Runtime cannot use, with fakes."""
 
 import importlib
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,70 +79,67 @@ def backend(triton: FakeTriton, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mod
         del sys.modules[name]
 
 
-def initialize(
-    backend: ModuleType,
-    monkeypatch: pytest.MonkeyPatch,
-    folder: Path,
-    written: str | None,
-    has: list[str],
-    parameters: str = "{}",
-) -> FakeOnnxRuntime:
+TENSOR = {"name": "x", "data_type": "TYPE_FP32", "dims": [3]}
+
+
+@pytest.fixture
+def initialize(backend: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Start an instance that Triton has put on GPU 0, as it does with AUTO where there is one."""
-    onnxruntime = FakeOnnxRuntime(has)
-    monkeypatch.setitem(sys.modules, "onnxruntime", onnxruntime)
-    if written is not None:
-        text = f'name: "m"\ninstance_group [ {{ count: 1 kind: {written} }} ]\n'
-        (folder / "config.pbtxt").write_text(text)
-    tensor = '[{"name": "x", "data_type": "TYPE_FP32", "dims": [3]}]'
-    backend.TritonPythonModel().initialize(
-        {
-            "model_config": '{"name": "m", "max_batch_size": 8, "instance_group": [{"kind": '
-            f'"KIND_GPU"}}], "input": {tensor}, "output": {tensor}, "parameters": {parameters}}}',
-            "model_instance_kind": "GPU",
-            "model_instance_device_id": "0",
+
+    def initialize(written: str | None, has: list[str], **parameters: str) -> FakeOnnxRuntime:
+        onnxruntime = FakeOnnxRuntime(has)
+        monkeypatch.setitem(sys.modules, "onnxruntime", onnxruntime)
+        if written is not None:
+            text = f'name: "m"\ninstance_group [ {{ count: 1 kind: {written} }} ]\n'
+            (folder / "config.pbtxt").write_text(text)
+        config = {
+            "name": "m",
+            "max_batch_size": 8,
+            "instance_group": [{"kind": "KIND_GPU"}],
+            "input": [TENSOR],
+            "output": [TENSOR],
+            "parameters": {key: {"string_value": value} for key, value in parameters.items()},
         }
-    )
-    return onnxruntime
+        instance = {"model_instance_kind": "GPU", "model_instance_device_id": "0"}
+        backend.TritonPythonModel().initialize({"model_config": json.dumps(config), **instance})
+        return onnxruntime
+
+    return initialize
 
 
 @pytest.mark.parametrize("written", ["KIND_AUTO", None])
-def test_auto_without_cuda_is_the_cpu_and_one_warning(
-    backend, triton, folder, monkeypatch, written: str | None
-):
-    onnxruntime = initialize(backend, monkeypatch, folder, written, [CPU])
-    assert onnxruntime.asked == [CUDA, CPU]
+def test_auto_without_cuda_is_the_cpu_and_one_warning(initialize, triton, written: str | None):
+    assert initialize(written, [CPU]).asked == [CUDA, CPU]
     (warning,) = triton.warnings
     assert "model 'm' runs on the CPU under KIND_AUTO" in warning and CPU in warning
 
 
-def test_a_gpu_asked_for_by_name_is_not_replaced(backend, triton, folder, monkeypatch):
+def test_a_gpu_asked_for_by_name_is_not_replaced(initialize, triton):
     with pytest.raises(triton.TritonModelException, match="asks for KIND_GPU.*use KIND_CPU or"):
-        initialize(backend, monkeypatch, folder, "KIND_GPU", [CPU])
+        initialize("KIND_GPU", [CPU])
 
 
 @pytest.mark.parametrize("written", ["KIND_AUTO", "KIND_GPU"])
-def test_with_cuda_both_are_the_gpu_and_nothing_is_said(
-    backend, triton, folder, monkeypatch, written: str
-):
-    onnxruntime = initialize(backend, monkeypatch, folder, written, [CUDA, CPU])
-    assert onnxruntime.asked[0] == CUDA
+def test_with_cuda_both_are_the_gpu_and_nothing_is_said(initialize, triton, written: str):
+    assert initialize(written, [CUDA, CPU]).asked[0] == CUDA
     assert triton.warnings == []
 
 
 @pytest.mark.parametrize(
-    ("value", "entries"), [("0", {}), ("1", {"session.disable_prepacking": "1"})]
+    ("parameters", "entries", "arena", "pattern"),
+    [
+        ({"session.disable_prepacking": "0"}, {}, True, True),
+        ({"session.disable_prepacking": "1"}, {"session.disable_prepacking": "1"}, True, True),
+        ({"enable_mem_arena": "0"}, {}, False, True),
+        ({"enable_mem_pattern": "0"}, {}, True, False),
+    ],
 )
-def test_a_session_prepacks_unless_its_config_says_no(
-    backend, triton, folder, monkeypatch, value: str, entries: dict[str, str]
+def test_a_session_is_opened_as_its_config_says(
+    initialize, parameters: dict, entries: dict, arena: bool, pattern: bool
 ):
-    written = f'{{"session.disable_prepacking": {{"string_value": "{value}"}}}}'
-    onnxruntime = initialize(backend, monkeypatch, folder, "KIND_GPU", [CUDA, CPU], written)
-    assert onnxruntime.entries == entries
-
-
-@pytest.mark.parametrize("off", ["enable_mem_arena", "enable_mem_pattern"])
-def test_a_session_keeps_memory_as_its_config_says(backend, triton, folder, monkeypatch, off: str):
-    written = f'{{"{off}": {{"string_value": "0"}}}}'
-    options = initialize(backend, monkeypatch, folder, "KIND_GPU", [CUDA], written).options
-    assert options.enable_cpu_mem_arena is (off != "enable_mem_arena")
-    assert options.enable_mem_pattern is (off != "enable_mem_pattern")
+    found = initialize("KIND_GPU", [CUDA, CPU], **parameters)
+    assert found.entries == entries
+    assert (found.options.enable_cpu_mem_arena, found.options.enable_mem_pattern) == (
+        arena,
+        pattern,
+    )
