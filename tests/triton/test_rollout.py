@@ -275,12 +275,11 @@ def test_no_request_fails_while_a_version_comes_answers_and_goes_back(
 
 
 def test_a_candidate_loaded_by_hand_answers_nobody_who_did_not_pin_it(
-    reloadable, artifacts, question
+    repository, artifacts, question
 ):
     """Triton gives it the requests to `router` that pin no version, and no client sends any."""
-    server, repository = reloadable
     add_version(repository, artifacts[1], "--shadow", "0.5")
-    try:
+    with serving(repository) as server:
         put(repository, replace(Versions.load(repository), served=(1, 2)))
         load_by_hand(server, "router")
         assert unpinned(server, question.images[0]) == (2, [1, 2])
@@ -294,11 +293,8 @@ def test_a_candidate_loaded_by_hand_answers_nobody_who_did_not_pin_it(
             assert question.version_of(client.infer(question.crops)) == 1
             assert question.version_of(client.infer_tensor(question.images, version=2)) == 2
             client.close()
-    finally:
         rollout(server, repository)
-        drop(repository, 2)
-        rollout(server, repository)
-    assert unpinned(server, question.images[0]) == (1, [1])
+        assert unpinned(server, question.images[0]) == (1, [1])
 
 
 def test_a_repository_of_an_earlier_release_is_served_and_switched(repository, artifacts, question):
