@@ -155,7 +155,9 @@ def measure(options: Options, console: Console) -> Record:
             record.note(f"left out {line}")
         with _target(options, graphs, record) as target:
             _describe(options, record, target, analyzer)
-            if options.url is not None:
+            if options.url is None:
+                target.check_models()
+            else:
                 target.check(graphs, calibration, pool.tensors[0])
             bench = prepare_bench(options, record, target, graphs, calibration, pool)
             costs = ask_in_turn(bench)

@@ -23,7 +23,7 @@ from .figures import PerfError
 from .server_times import Times, server_times
 from .systems import NEVER
 
-NEEDED = ("vit_low", "vit_high", "router")
+NEEDED = ("vit_low", "vit_high", "router", "adaptive_tensor")
 SAME_SCORE = 0.05  # relative: another device or precision changes a score a little
 
 
@@ -88,6 +88,19 @@ class Target:
         cores = len(os.sched_getaffinity(0))
         return max(threads) if min(threads) > 0 else cores  # 0 is ONNX Runtime's own: all cores
 
+    def check_models(self) -> None:
+        """Refuse a server without a model that is asked, as of an earlier release's repository.
+
+        Raises:
+            PerfError: naming what is missing.
+        """
+        missing = [model for model in NEEDED if model not in self.models]
+        if missing:
+            raise PerfError(
+                f"{self.grpc_url} does not serve {', '.join(missing)}; serve a repository that "
+                "`python -m export repository` writes now"
+            )
+
     def check(self, graphs: GraphSet, calibration: Calibration, image: NDArray[np.float32]) -> None:
         """Refuse a server whose models are not those of the local files.
 
@@ -101,12 +114,7 @@ class Target:
             ServedError: its rungs answer otherwise than the local ones.
             ClientError: the router does not answer.
         """
-        missing = [model for model in NEEDED if model not in self.models]
-        if missing:
-            raise PerfError(
-                f"{self.grpc_url} does not serve {', '.join(missing)}; serve the repository that "
-                "`python -m export repository` wrote"
-            )
+        self.check_models()
         batch = image[np.newaxis]
         with ServedRungs(self.grpc_url, graphs) as served:
             check_answers(served, graphs, batch)

@@ -12,7 +12,13 @@ from perf.figures import PerfError
 from perf.target import Target
 from tests.unit.perf_workplace import calibration_of, write_rungs
 
-ALL = {"vit_low": "READY", "vit_high": "READY", "router": "READY", "px6": "UNAVAILABLE"}
+ALL = {
+    "vit_low": "READY",
+    "vit_high": "READY",
+    "router": "READY",
+    "adaptive_tensor": "READY",
+    "px6": "UNAVAILABLE",
+}
 
 
 class FakeServer:
@@ -80,7 +86,12 @@ def test_what_the_server_says_of_itself_is_kept(connect):
     server = FakeServer()
     with connect(server) as target:
         assert target.version == "2.51.0"
-        assert target.models == {"vit_low", "vit_high", "router"}  # what is not ready is not there
+        assert target.models == {
+            "vit_low",
+            "vit_high",
+            "router",
+            "adaptive_tensor",
+        }  # what is not ready is not there
         assert target.meter() is None
         assert target.url("grpc") == "host:1"
     assert server.closed
@@ -106,10 +117,10 @@ def test_a_server_of_the_local_files_passes(connect, local, image):
     assert server.checked == [(server, local, (1, 3, 8, 8))]
 
 
-@pytest.mark.parametrize("missing", ["vit_low", "vit_high", "router"])
+@pytest.mark.parametrize("missing", ["vit_low", "vit_high", "router", "adaptive_tensor"])
 def test_a_missing_model_is_named(connect, local, image, missing):
     server = FakeServer({**ALL, missing: "LOADING"})
-    with pytest.raises(PerfError, match=f"does not serve {missing}; serve the repository"):
+    with pytest.raises(PerfError, match=f"does not serve {missing}; serve a repository"):
         connect(server).check(local, calibration_of(local), image)
 
 
