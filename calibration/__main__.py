@@ -77,17 +77,17 @@ def collect_command(
     tls_key: given.TlsKey = None,
 ) -> None:
     """Run both rungs over images with ONNX Runtime, or on a server, and store outputs; resumes."""
-    rung_set = GraphSet.load(onnx)
+    graph_set = GraphSet.load(onnx)
     try:
-        with given.served(url, rung_set, tls_ca, tls_cert, tls_key) as served:
-            cache = AnswerCache(answers, given.source(images, limit, seed), rung_set, served)
+        with given.served(url, graph_set, tls_ca, tls_cert, tls_key) as served:
+            cache = AnswerCache(answers, given.source(images, limit, seed), graph_set, served)
             _fill(cache, lambda progress: collect(cache, out, progress))
     except KeyboardInterrupt:
         say("stopped; the same command continues where this one was")
         raise
     pictures = cache.pictures()
     _tell_copies(pictures.hashes, pictures.looks)
-    learned = int(among(pictures.hashes, pictures.looks, rung_set.learned()).sum())
+    learned = int(among(pictures.hashes, pictures.looks, graph_set.learned()).sum())
     if learned:
         say(f"{_learned(learned)}; fit leaves them out")
     print(f"wrote {out}")
@@ -148,23 +148,23 @@ def fit_command(
     (target,) = targets
     if require_certificate and not isinstance(target, Goal):
         raise FitError("--require-certificate needs --max-risk")
-    rung_set = GraphSet.load(onnx)
-    loss = Fidelity.asked(rung_set.task, fidelity, tolerance, relative, label_threshold)
+    graph_set = GraphSet.load(onnx)
+    loss = Fidelity.asked(graph_set.task, fidelity, tolerance, relative, label_threshold)
     options = Options(loss, signal, group_by, seed)
-    if not isinstance(target, Goal) and (reason := depends_on_batch(rung_set)) is not None:
+    if not isinstance(target, Goal) and (reason := depends_on_batch(graph_set)) is not None:
         given.BARS.console.print(f"warning: {reason}", style="yellow", highlight=False)
     collected = Outputs.load(outputs)
-    stored = _unlearned(collected, rung_set)
+    stored = _unlearned(collected, graph_set)
     left_out = len(collected) - len(stored)
     _tell_copies(stored.hashes, stored.looks)
     try:
         with given.BARS.stage("fit", STEPS) as bar:
-            fitted = fit(stored, rung_set, target, options, bar.advance)
+            fitted = fit(stored, graph_set, target, options, bar.advance)
     except (FitError, SplitError) as error:
         if not left_out:
             raise
         raise FitError(f"{error}; {_learned(left_out)}, and were left out") from None
-    fitted = with_reference_answers(fitted, stored, rung_set, reference_images, say)
+    fitted = with_reference_answers(fitted, stored, graph_set, reference_images, say)
     fitted.save(out)
     calibration = fitted.calibration
     if as_json:
@@ -201,12 +201,12 @@ def align_command(
 
     The images it learns from are left out when the aligned rung is calibrated.
     """
-    stored, rung_set = _collected(outputs, onnx)
+    stored, graph_set = _collected(outputs, onnx)
     groups = group_keys(stored, group_by)
     rows = split_by_group(groups, {"align": share, "rest": 1 - share}, seed)["align"]
-    rung = rung_set.rungs["vit_low"]
-    head = LinearHead.read(rung_set.files["vit_low"]) if rung_set.classes else None
-    if rung_set.classes and head is None:
+    rung = graph_set.rungs["vit_low"]
+    head = LinearHead.read(graph_set.files["vit_low"]) if graph_set.classes else None
+    if graph_set.classes and head is None:
         raise FitError("the head reads more than the CLS token; align would not reach it")
     with given.BARS.console.status("aligning"):
         aligned = fit_alignment(
@@ -214,7 +214,7 @@ def align_command(
             rows,
             np.array(groups),
             (rung.fingerprint, rung.recipe),
-            Fidelity.asked(rung_set.task, fidelity, tolerance, relative, label_threshold),
+            Fidelity.asked(graph_set.task, fidelity, tolerance, relative, label_threshold),
             head,
             seed,
         )
@@ -254,14 +254,14 @@ def evaluate_command(
     as_json: given.Json = False,
 ) -> None:
     """Hold an artifact against new images; exit 1 where they contradict its certificate."""
-    artifact, rung_set = Calibration.load(calibration), GraphSet.load(onnx)
-    check_artifact(artifact, Made.by(rung_set))  # before images are run through them
-    graphs, source = wanted(rung_set), given.source(images, limit, seed)
-    with given.served(url, rung_set, tls_ca, tls_cert, tls_key) as served:
-        cache = AnswerCache(answers, source, rung_set, served)
+    artifact, graph_set = Calibration.load(calibration), GraphSet.load(onnx)
+    check_artifact(artifact, Made.by(graph_set))  # before images are run through them
+    graphs, source = wanted(graph_set), given.source(images, limit, seed)
+    with given.served(url, graph_set, tls_ca, tls_cert, tls_key) as served:
+        cache = AnswerCache(answers, source, graph_set, served)
         _fill(cache, lambda progress: cache.fill(graphs, progress=progress))
-    outputs = Outputs.of(cache.read(graphs), rung_set, cache)
-    evaluation = evaluate(artifact, _unlearned(outputs, rung_set))
+    outputs = Outputs.of(cache.read(graphs), graph_set, cache)
+    evaluation = evaluate(artifact, _unlearned(outputs, graph_set))
     if as_json:
         print(json.dumps({"images": source.title, **evaluation.to_dict()}))
     else:
@@ -289,7 +289,7 @@ def report_command(
     the full rung changes the outcome. --fidelity and what goes with it say what the analysis calls
     a loss; by default it is that of the artifact.
     """
-    stored, rung_set = _collected(outputs, onnx)
+    stored, graph_set = _collected(outputs, onnx)
     if not len(stored):
         raise OutputsError("no image is left to show; collect others")
     is_fitted = calibration != given.ARTIFACT or calibration.exists()
@@ -307,8 +307,8 @@ def report_command(
             source = open_images(stored.source)
         except ImagesError as error:
             say(f"no pictures: {error}")
-        shown = None if fitted is None else fit_data(fitted, stored, source, rung_set.labels)
-        analysis = analysis_data(stored, loss, source, rung_set.labels)
+        shown = None if fitted is None else fit_data(fitted, stored, source, graph_set.labels)
+        analysis = analysis_data(stored, loss, source, graph_set.labels)
         write_calibration(out, shown, analysis)
     if as_json:
         print(json.dumps({"page": str(out), **analysis["found"]}))
@@ -318,15 +318,15 @@ def report_command(
 
 def _collected(outputs: Path, onnx: Path) -> tuple[Outputs, GraphSet]:
     """Outputs without the images that a graph has learned from, and the graphs they are of."""
-    stored, rung_set = Outputs.load(outputs), GraphSet.load(onnx)
-    if (difference := stored.made.difference(Made.by(rung_set))) is not None:
+    stored, graph_set = Outputs.load(outputs), GraphSet.load(onnx)
+    if (difference := stored.made.difference(Made.by(graph_set))) is not None:
         raise OutputsError(f"the outputs are not of these graphs: {difference}; collect again")
-    return _unlearned(stored, rung_set), rung_set
+    return _unlearned(stored, graph_set), graph_set
 
 
-def _unlearned(outputs: Outputs, rung_set: GraphSet) -> Outputs:
+def _unlearned(outputs: Outputs, graph_set: GraphSet) -> Outputs:
     """Without the images that a graph has learned from, and saying so."""
-    kept = without_learned(outputs, rung_set)
+    kept = without_learned(outputs, graph_set)
     if len(kept) < len(outputs):
         say(f"{_learned(len(outputs) - len(kept))}; they are left out")
     return kept

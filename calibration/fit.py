@@ -84,7 +84,7 @@ class Options:
 
 def fit(
     outputs: Outputs,
-    rung_set: GraphSet,
+    graph_set: GraphSet,
     target: Target,
     options: Options,
     progress: Callable[[], None] = lambda: None,
@@ -94,7 +94,7 @@ def fit(
 
     Args:
         outputs: what `collect` found, after `without_learned`.
-        rung_set: the graphs that made them.
+        graph_set: the graphs that made them.
         target: how to choose the threshold.
         options: everything else.
         progress: called after each of at most `STEPS` steps of about equal length.
@@ -107,8 +107,8 @@ def fit(
         SplitError: the images cannot be split.
         FidelityError: the fidelity loss does not apply.
     """
-    _check(outputs, rung_set, options)
-    reason = depends_on_batch(rung_set)
+    _check(outputs, graph_set, options)
+    reason = depends_on_batch(graph_set)
     if isinstance(target, certify.Goal) and reason is not None:
         raise FitError(f"{reason}; give --escalation-rate or --threshold to go without")
     groups = group_keys(outputs, options.group_by)
@@ -173,14 +173,14 @@ def fit(
     unfitted = np.concatenate(list(independent.values()))
     copies = find_copies(outputs.hashes, outputs.looks)
     calibration = Calibration(
-        backbone=rung_set.backbone,
-        rungs=rung_set.rungs,
-        image_shape=rung_set.image_shape,
-        preprocessing_sha256=rung_set.preprocessing_sha256(),
+        backbone=graph_set.backbone,
+        rungs=graph_set.rungs,
+        image_shape=graph_set.image_shape,
+        preprocessing_sha256=graph_set.preprocessing_sha256(),
         imaging_sha256=outputs.made.imaging_sha256,
-        embedding_dim=rung_set.embedding_dim,
-        layers=rung_set.low_layers,
-        classes=rung_set.classes,
+        embedding_dim=graph_set.embedding_dim,
+        layers=graph_set.low_layers,
+        classes=graph_set.classes,
         signal=name,
         coefficients=coefficients[name],
         score_map=score_map,
@@ -208,23 +208,23 @@ def fit(
             "splits": {split: len(index) for split, index in splits.items()},
             "runtime": dict(outputs.runtime),
             "release": RELEASE,
-            "exported_by": rung_set.release,
+            "exported_by": graph_set.release,
             "same_pixels": copies.same_pixels,
             "look_alike": copies.look_alike,
             "image_prints": encode(outputs.hashes, outputs.looks),
         },
         reference_scores=_thinned(np.sort(scores[unfitted])),
-        reference=rung_set.reference_record,
-        task=rung_set.task,
+        reference=graph_set.reference_record,
+        task=graph_set.task,
     )
     return Fit(calibration, splits, values, scores, loss, high_loss, unfitted)
 
 
-def _check(outputs: Outputs, rung_set: GraphSet, options: Options) -> None:
-    difference = outputs.made.difference(Made.by(rung_set))
+def _check(outputs: Outputs, graph_set: GraphSet, options: Options) -> None:
+    difference = outputs.made.difference(Made.by(graph_set))
     if difference is not None:
         raise FitError(f"the outputs are not of these graphs: {difference}; collect again")
-    if len(without_learned(outputs, rung_set)) < len(outputs):
+    if len(without_learned(outputs, graph_set)) < len(outputs):
         raise FitError("some of the images were used to fit a graph; leave them out")
     if len(outputs) < MIN_IMAGES:
         raise FitError(f"{len(outputs)} images are too few to split; collect {MIN_IMAGES} or more")
@@ -236,7 +236,7 @@ def _check(outputs: Outputs, rung_set: GraphSet, options: Options) -> None:
     if options.signal not in applicable(outputs.low, outputs.task):
         if outputs.task is None:
             raise FitError(
-                f"--signal {options.signal} needs logits and {rung_set.backbone} has no head"
+                f"--signal {options.signal} needs logits and {graph_set.backbone} has no head"
             )
         known = ", ".join((AUTO, *applicable(outputs.low, outputs.task)))
         raise FitError(
@@ -245,9 +245,9 @@ def _check(outputs: Outputs, rung_set: GraphSet, options: Options) -> None:
         )
 
 
-def depends_on_batch(rung_set: GraphSet) -> str | None:
+def depends_on_batch(graph_set: GraphSet) -> str | None:
     """Why nothing can be certified with these graphs, and the way out; None where it can."""
-    for name, graph in rung_set.playing().items():
+    for name, graph in graph_set.playing().items():
         if (reason := answer_depends_on_batch(graph.record.recipe)) is not None:
             return (
                 f"{name} is {graph.record.recipe}: {reason}, so nothing can be certified about it; "
@@ -256,14 +256,14 @@ def depends_on_batch(rung_set: GraphSet) -> str | None:
     return None
 
 
-def without_learned(outputs: Outputs, rung_set: GraphSet) -> Outputs:
+def without_learned(outputs: Outputs, graph_set: GraphSet) -> Outputs:
     """The outputs without those of images that something in a graph has learned from.
 
     `int8=static` learns ranges, `align` a map, and `--head linear` a head. On those images, in
     whatever form, a graph answers better than on any other, so nothing is fitted, certified or
     measured on them.
     """
-    return outputs.rows(np.flatnonzero(~among(outputs.hashes, outputs.looks, rung_set.learned())))
+    return outputs.rows(np.flatnonzero(~among(outputs.hashes, outputs.looks, graph_set.learned())))
 
 
 def cross_validated_costs(

@@ -117,7 +117,11 @@ def source(images: str, limit: int | None, seed: int, crops: int = SAMPLE_CROPS)
 
 @contextmanager
 def served(
-    url: str | None, rung_set: GraphSet, ca: Path | None, certificate: Path | None, key: Path | None
+    url: str | None,
+    graph_set: GraphSet,
+    ca: Path | None,
+    certificate: Path | None,
+    key: Path | None,
 ) -> Iterator[ServedRungs | None]:
     """The server at `--url`, until the context ends; None without `--url`.
 
@@ -134,8 +138,8 @@ def served(
             raise ServedError("--tls-ca is for a server; give its --url")
         yield None
         return
-    with ServedRungs(url, rung_set, secrets) as asked:
-        if rung_set.reference_record is not None:
+    with ServedRungs(url, graph_set, secrets) as asked:
+        if graph_set.reference_record is not None:
             BARS.say(
                 "the reference is another graph than the full rung, is not served, and runs here"
             )

@@ -28,7 +28,7 @@ REFERENCE_IMAGES = 32
 def with_reference_answers(
     fitted: Fit,
     outputs: Outputs,
-    rung_set: GraphSet,
+    graph_set: GraphSet,
     images: int = REFERENCE_IMAGES,
     say: Callable[[str], None] = lambda line: None,
 ) -> Fit:
@@ -50,7 +50,7 @@ def with_reference_answers(
         return fitted
     where = {name: index for index, name in enumerate(source.names)}
     wanted = {outputs.names[row]: row for row in rows if outputs.names[row] in where}
-    preprocessing = Preprocessing.from_dict(rung_set.preprocessing)
+    preprocessing = Preprocessing.from_dict(graph_set.preprocessing)
     batches = [[where[name] for name in wanted]]
     with closing(decode_ahead(source, batches, preprocessing)) as decoded:
         (found,) = decoded

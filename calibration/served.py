@@ -50,7 +50,7 @@ class ServedRungs:
 
     Args:
         url: HOST:PORT of its gRPC port.
-        rung_set: what it serves, which `check_answers` makes sure of.
+        graph_set: what it serves, which `check_answers` makes sure of.
         credentials: for TLS; None connects in the clear.
 
     Attributes:
@@ -62,11 +62,11 @@ class ServedRungs:
     """
 
     def __init__(
-        self, url: str, rung_set: GraphSet, credentials: grpc.ChannelCredentials | None = None
+        self, url: str, graph_set: GraphSet, credentials: grpc.ChannelCredentials | None = None
     ) -> None:
         self.url = url
         self._client = triton.InferenceServerClient(url, creds=credentials)
-        head = [] if rung_set.classes is None else ["logits"]
+        head = [] if graph_set.classes is None else ["logits"]
         self._outputs = {
             "vit_low": ["embedding", "cls_layers", *head],
             "vit_high": ["embedding", *head],
@@ -124,7 +124,7 @@ class ServedRungs:
         raise AssertionError("a call that is out of tries raises")
 
 
-def check_answers(served: ServedRungs, rung_set: GraphSet, image: NDArray[np.float32]) -> Answers:
+def check_answers(served: ServedRungs, graph_set: GraphSet, image: NDArray[np.float32]) -> Answers:
     """What the server answers about images, FP32 (B, 3, H, W), once the local graphs agree.
 
     Raises:
@@ -132,8 +132,8 @@ def check_answers(served: ServedRungs, rung_set: GraphSet, image: NDArray[np.flo
     """
     answers = {name: graph(image) for name, graph in served.graphs().items()}
     for name, answer in answers.items():
-        local = run_session(open_session(rung_set.files[name]), image, layers=name == LOW)
-        is_int8 = "int8" in rung_set.rungs[name].recipe
+        local = run_session(open_session(graph_set.files[name]), image, layers=name == LOW)
+        is_int8 = "int8" in graph_set.rungs[name].recipe
         how, found = "in another shape", float("inf")
         if _shapes(answer) == _shapes(local):
             found = apart(answer, local)

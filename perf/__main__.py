@@ -233,11 +233,11 @@ def serving(
     from . import prices
     from .images import load_pool
 
-    rung_set, served = GraphSet.load(onnx), prices.Served(instances, threads, batch, turns)
+    graph_set, served = GraphSet.load(onnx), prices.Served(instances, threads, batch, turns)
     names = [name.strip() for name in graphs.split(",") if name.strip()]
     bars = terminal.Bars(Console(stderr=True))
-    pool = load_pool(rung_set, images, limit, stage=bars.stage)
-    found = prices.price(rung_set, names, pool, served, bars)
+    pool = load_pool(graph_set, images, limit, stage=bars.stage)
+    found = prices.price(graph_set, names, pool, served, bars)
     if as_json:
         typer.echo(json.dumps({**asdict(served), "images": len(pool), "graphs": found}, indent=2))
         return

@@ -27,7 +27,7 @@ def assembled(repository: Path) -> Path:
     return repository
 
 
-def with_alternatives(repository: Path, rung_set: GraphSet, folder: Path) -> Path:
+def with_alternatives(repository: Path, graph_set: GraphSet, folder: Path) -> Path:
     """Lay out an assembled repository, and one more model for each static alternative, in a folder.
 
     An alternative is served as the full rung is: same configuration, warm-up and threads. Requests
@@ -43,7 +43,7 @@ def with_alternatives(repository: Path, rung_set: GraphSet, folder: Path) -> Pat
         raise PerfError(f"{folder} is not of an earlier run; give another --out")
     shutil.rmtree(folder, ignore_errors=True)
     undisturbed(repository, folder)
-    for model, graph in rung_set.beside.items():
+    for model, graph in graph_set.beside.items():
         version = folder / model / "1"
         version.mkdir(parents=True)
         graph.place(version, "model")

@@ -51,18 +51,18 @@ class System:
 
 
 def systems(
-    rung_set: GraphSet, served: Collection[str], threshold: float | None, threshold_30: float
+    graph_set: GraphSet, served: Collection[str], threshold: float | None, threshold_30: float
 ) -> list[System]:
     """What can be measured on a server, the cheap rung first.
 
     Args:
-        rung_set: the exported rungs, and the alternatives exported beside them.
+        graph_set: the exported rungs, and the alternatives exported beside them.
         served: names of the models that the server has.
         threshold: the calibrated one; None: every image escalates.
         threshold_30: the one above which 30 % of the mixed set's scores lie.
     """
-    reference = rung_set.reference
-    low, high = (rung_set.rungs[name].recipe for name in ("vit_low", "vit_high"))
+    reference = graph_set.reference
+    low, high = (graph_set.rungs[name].recipe for name in ("vit_low", "vit_high"))
 
     def static(name: str, title: str, model: str, recipe: str) -> System:
         return System(name, title.format(recipe_words(recipe)), model, recipe=recipe)
@@ -70,10 +70,10 @@ def systems(
     found = [static(LOW, "cheap rung always ({})", "vit_low", low)]
     found += [
         static(_name(model), "static {}", model, graph.record.recipe)
-        for model, graph in rung_set.beside.items()
+        for model, graph in graph_set.beside.items()
         if model in served and model != reference.name
     ]
-    if rung_set.reference_record is not None and reference.name in served:
+    if graph_set.reference_record is not None and reference.name in served:
         full = reference.record.recipe
         found.append(static(ESCALATION, "escalation rung always ({})", "vit_high", high))
         found.append(static(HIGH, "full model always ({})", reference.name, full))

@@ -10,7 +10,7 @@ from tests.commands import said
 from tests.faults import results
 from tests.faults.processes import ROOT
 from tests.faults.truth import work_out
-from tests.triton.conftest import build, crops, rung_set  # noqa: F401
+from tests.triton.conftest import build, crops, graph_set  # noqa: F401
 
 RESULTS = ROOT / "build/faults/results.json"
 _ROWS = pytest.StashKey[list]()
@@ -23,8 +23,8 @@ def pytest_configure(config):
 
 
 @pytest.fixture(scope="session")
-def truth(build, rung_set, crops):  # noqa: F811
-    return work_out(rung_set, build / "calibration.json", crops)
+def truth(build, graph_set, crops):  # noqa: F811
+    return work_out(graph_set, build / "calibration.json", crops)
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ from tests.faults.load import Load, counts, usual_workers
 from tests.faults.malformed import as_grpc, drafts
 from tests.faults.processes import segment_bytes
 from tests.faults.truth import work_out
-from tests.triton.conftest import build, crops, rung_set  # noqa: F401
+from tests.triton.conftest import build, crops, graph_set  # noqa: F401
 
 MINUTES = float(os.environ.get("SOAK_MINUTES", "20"))
 SAMPLE_EVERY_S = 2.0
@@ -32,8 +32,8 @@ MOST_DRIFT = 0.01  # from the end of the first quarter to the end
 
 
 @pytest.fixture(scope="module")
-def truth(build, rung_set, crops):  # noqa: F811
-    return work_out(rung_set, build / "calibration.json", crops)
+def truth(build, graph_set, crops):  # noqa: F811
+    return work_out(graph_set, build / "calibration.json", crops)
 
 
 @pytest.fixture(scope="module")

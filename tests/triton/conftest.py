@@ -88,7 +88,7 @@ def build(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def rung_set(build):
+def graph_set(build):
     return GraphSet.load(build / "onnx")
 
 
@@ -111,9 +111,9 @@ def crops():
 
 
 @pytest.fixture(scope="session")
-def images(crops, rung_set):
+def images(crops, graph_set):
     """The crops as the `image` tensor, FP32 (48, 3, 64, 64)."""
-    preprocessing = Preprocessing.from_dict(rung_set.preprocessing)
+    preprocessing = Preprocessing.from_dict(graph_set.preprocessing)
     return np.stack([preprocessing(decode(data)) for data in crops])
 
 

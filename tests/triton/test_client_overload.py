@@ -26,12 +26,12 @@ PATIENT = Retry(attempts=500, first_backoff_s=0.05, max_backoff_s=0.2)
 
 
 @pytest.fixture(scope="module")
-def narrow(build, rung_set, tmp_path_factory):
+def narrow(build, graph_set, tmp_path_factory):
     """The session's models behind queues of one request; sizes of batches only with a key."""
     # The reference answers' images would fill a queue of one.
     settings = RepositorySettings(max_queue=1, reference_check="off")
     folder = tmp_path_factory.mktemp("narrow") / "repository"
-    repository = assemble(rung_set, build / "calibration.json", folder, settings)
+    repository = assemble(graph_set, build / "calibration.json", folder, settings)
     restricted = [
         f"--grpc-restricted-protocol=model-config:admin-key={KEY}",
         f"--http-restricted-api=model-config:admin-key={KEY}",

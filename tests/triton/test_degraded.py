@@ -17,7 +17,7 @@ MODEL_CONTROL = ["--model-control-mode=explicit", "--load-model=*"]  # lets a te
 
 
 @pytest.fixture(scope="module")
-def always_high(build, rung_set, tmp_path_factory):
+def always_high(build, graph_set, tmp_path_factory):
     """The session's rungs behind an artifact for which no threshold was found."""
     folder = tmp_path_factory.mktemp("always_high")
     artifact = json.loads((build / "calibration.json").read_text())
@@ -25,17 +25,17 @@ def always_high(build, rung_set, tmp_path_factory):
     artifact["reference_answers"] = None  # they stay beside the artifact that was fitted
     (folder / "calibration.json").write_text(json.dumps(artifact))
     settings = RepositorySettings(client_parameters="any")
-    repository = assemble(rung_set, folder / "calibration.json", folder / "repository", settings)
+    repository = assemble(graph_set, folder / "calibration.json", folder / "repository", settings)
     with running(repository, extra_args=MODEL_CONTROL) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def degrading(build, rung_set, tmp_path_factory):
+def degrading(build, graph_set, tmp_path_factory):
     """The session's repository with `on_high_failure` set to `low`."""
     folder = tmp_path_factory.mktemp("degrading")
     settings = RepositorySettings(on_high_failure="low", client_parameters="any")
-    repository = assemble(rung_set, build / "calibration.json", folder / "repository", settings)
+    repository = assemble(graph_set, build / "calibration.json", folder / "repository", settings)
     with running(repository, extra_args=MODEL_CONTROL) as server:
         yield server
 

@@ -21,10 +21,10 @@ RTOL = 1e-4
 
 
 @pytest.fixture(scope="module")
-def offline(rung_set, calibration, images):
+def offline(graph_set, calibration, images):
     """Offline scores, decisions and answers, computed in one batch."""
-    low = run_session(open_session(rung_set.files["vit_low"]), images, layers=True)
-    high = run_session(open_session(rung_set.files["vit_high"]), images, layers=False)
+    low = run_session(open_session(graph_set.files["vit_low"]), images, layers=True)
+    high = run_session(open_session(graph_set.files["vit_high"]), images, layers=False)
     score = calibration.score(low)
     escalated = escalation_mask(score, calibration.threshold, Overrides())
     embedding = np.where(escalated[:, None], high.embedding, low.embedding)

@@ -24,7 +24,7 @@ CONTRADICTED = "AdaptiveVitCertificateContradicted"
 
 
 @pytest.fixture(scope="module")
-def watched(build, rung_set, tmp_path_factory):
+def watched(build, graph_set, tmp_path_factory):
     """A server with all there is to watch: a certificate, an audit of every image, a shadow."""
     folder = tmp_path_factory.mktemp("watched")
     said(
@@ -33,7 +33,7 @@ def watched(build, rung_set, tmp_path_factory):
         *("--out", folder / "calibration.json"),
     )
     settings = RepositorySettings(audit_fraction=1.0)
-    repository = assemble(rung_set, folder / "calibration.json", folder / "repository", settings)
+    repository = assemble(graph_set, folder / "calibration.json", folder / "repository", settings)
     add_version(repository, build / "calibration.json", shadow_fraction=1.0)
     with running(repository, log=folder / "triton.log") as server:
         yield server

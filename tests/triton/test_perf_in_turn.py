@@ -15,8 +15,8 @@ COUNT = 12
 
 
 @pytest.fixture(scope="module")
-def pool(rung_set):
-    return load_pool(rung_set, "sample", COUNT)
+def pool(graph_set):
+    return load_pool(graph_set, "sample", COUNT)
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +26,8 @@ def target(server):
 
 
 @pytest.fixture(scope="module")
-def compared(rung_set, calibration, target):
-    every = systems(rung_set, target.models, calibration.threshold, 0.0)
+def compared(graph_set, calibration, target):
+    every = systems(graph_set, target.models, calibration.threshold, 0.0)
     names = ("static-low", "static-high", "adaptive-0", "adaptive")
     return [system for system in every if system.name in names]
 

@@ -32,9 +32,9 @@ def foreign(tmp_path_factory):
     Every hash fits, as it does where another runtime computes otherwise from the same files.
     """
     folder = tmp_path_factory.mktemp("foreign")
-    rung_set, outputs = collected(folder, answering=(1, 2), served=(5, 6))
-    fitted(rung_set, outputs).save(folder / "calibration.json")
-    return rung_set, folder / "calibration.json"
+    graph_set, outputs = collected(folder, answering=(1, 2), served=(5, 6))
+    fitted(graph_set, outputs).save(folder / "calibration.json")
+    return graph_set, folder / "calibration.json"
 
 
 def test_a_server_that_answers_as_calibrated_passes(build, server):
@@ -52,8 +52,8 @@ def test_a_server_that_answers_as_calibrated_passes(build, server):
 
 
 def test_other_answers_under_the_same_hashes_are_told(foreign, tmp_path):
-    rung_set, artifact = foreign
-    repository = assemble(rung_set, artifact, tmp_path / "repository")
+    graph_set, artifact = foreign
+    repository = assemble(graph_set, artifact, tmp_path / "repository")
     with running(repository) as server:
         assert reference_outcome(server) == "other"
         assert f"router: {OTHER}: of 32" in server.log_path.read_text()
@@ -65,20 +65,20 @@ def test_other_answers_under_the_same_hashes_are_told(foreign, tmp_path):
 
 
 def test_a_router_that_shall_refuse_other_answers_does_not_start(foreign, tmp_path):
-    rung_set, artifact = foreign
+    graph_set, artifact = foreign
     settings = RepositorySettings(reference_check="refuse")
-    repository = assemble(rung_set, artifact, tmp_path / "repository", settings)
+    repository = assemble(graph_set, artifact, tmp_path / "repository", settings)
     with pytest.raises(ServerStartError, match=OTHER), TritonServer(repository, free_ports=True):
         pass
 
 
 def test_a_rollout_to_a_version_that_would_refuse_everything_is_taken_back(foreign, tmp_path):
-    rung_set, artifact = foreign
+    graph_set, artifact = foreign
     _, outputs = collected(tmp_path, answering=(5, 6), served=(5, 6))  # as they are served
     for name, rate in (("first", 0.3), ("second", 0.6)):
-        fitted(rung_set, outputs, EscalationRate(rate)).save(tmp_path / f"{name}.json")
+        fitted(graph_set, outputs, EscalationRate(rate)).save(tmp_path / f"{name}.json")
     settings = RepositorySettings(reference_check="refuse")
-    repository = assemble(rung_set, tmp_path / "first.json", tmp_path / "repository", settings)
+    repository = assemble(graph_set, tmp_path / "first.json", tmp_path / "repository", settings)
     add_version(repository, tmp_path / "second.json")
     add_version(repository, artifact)
     picture = (tmp_path / "images" / "000.png").read_bytes()

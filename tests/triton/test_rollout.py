@@ -314,11 +314,11 @@ def test_a_repository_of_an_earlier_release_is_served_and_switched(repository, a
 
 
 def test_a_careful_repository_serves_what_answers_and_nothing_else(
-    rung_set, artifacts, question, tmp_path
+    graph_set, artifacts, question, tmp_path
 ):
     # Its own calls of the rungs, for the audit and the reference answers, are under way meanwhile.
     repository = assemble(
-        rung_set, artifacts[0], tmp_path / "repository", RepositorySettings(audit_fraction=1.0)
+        graph_set, artifacts[0], tmp_path / "repository", RepositorySettings(audit_fraction=1.0)
     )
     with serving(repository) as server, Traffic(server, question, pins=False) as traffic:
         add_version(repository, artifacts[1])

@@ -43,13 +43,13 @@ def log(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def operated(build, rung_set, tmp_path_factory):
+def operated(build, graph_set, tmp_path_factory):
     """Relief under pressure and a short queue."""
     folder = tmp_path_factory.mktemp("operated")
     settings = RepositorySettings(
         max_queue=4, degrade_queue_depth=RELIEF_DEPTH, degrade_threshold=1e6
     )
-    repository = assemble(rung_set, build / "calibration.json", folder / "repository", settings)
+    repository = assemble(graph_set, build / "calibration.json", folder / "repository", settings)
     with running(repository) as server:
         yield server
 
@@ -77,17 +77,17 @@ def planned(build, log, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def hasty(build, rung_set, tmp_path_factory):
+def hasty(build, graph_set, tmp_path_factory):
     """A short budget of the full rung, which the check of the reference answers keeps to."""
     folder = tmp_path_factory.mktemp("hasty")
     settings = RepositorySettings(high_timeout_ms=HIGH_TIMEOUT_MS)
-    repository = assemble(rung_set, build / "calibration.json", folder / "repository", settings)
+    repository = assemble(graph_set, build / "calibration.json", folder / "repository", settings)
     with running(repository) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def falling_back(build, rung_set, tmp_path_factory):
+def falling_back(build, graph_set, tmp_path_factory):
     """`on_high_failure=low` with a short budget."""
     folder = tmp_path_factory.mktemp("falling_back")
     settings = RepositorySettings(
@@ -96,7 +96,7 @@ def falling_back(build, rung_set, tmp_path_factory):
         client_parameters="any",
         reference_check="off",  # nothing but the tests' requests reaches a rung
     )
-    repository = assemble(rung_set, build / "calibration.json", folder / "repository", settings)
+    repository = assemble(graph_set, build / "calibration.json", folder / "repository", settings)
     with running(repository) as server:
         yield server
 

@@ -32,9 +32,9 @@ def make_artifacts(folder):
         # The same logits stand for independent labels where a signal is about those.
         task = signal.task or "classes"
         made_by = replace(stored.made, task=task)
-        outputs, rung_set = replace(stored, made=made_by), replace(rungs, task=task)
+        outputs, graph_set = replace(stored, made=made_by), replace(rungs, task=task)
         options = Options(Fidelity.asked(task, None), signal=name)
-        found = fit(outputs, rung_set, EscalationRate(ESCALATION_RATE), options)
+        found = fit(outputs, graph_set, EscalationRate(ESCALATION_RATE), options)
         found.calibration.save(folder / f"{name}.json")
 
 

@@ -55,8 +55,8 @@ def assert_same(one, other):
 class Answering:
     """Fills and reads a cache for some rungs, or for what else is asked."""
 
-    def __init__(self, rung_set, folder):
-        self.folder, self.graphs = folder, rung_set
+    def __init__(self, graph_set, folder):
+        self.folder, self.graphs = folder, graph_set
 
     def _cache(self, source, graphs, what):
         graphs = graphs or self.graphs

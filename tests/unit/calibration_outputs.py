@@ -38,7 +38,7 @@ def outputs_of(low, high, **fields):
     return Outputs(low=low, high=high, **{**made_up, **fields, "names": names})
 
 
-def make_outputs(rung_set, n=400, seed=0, head=True, group_size=2, unsure_below=1.0):
+def make_outputs(graph_set, n=400, seed=0, head=True, group_size=2, unsure_below=1.0):
     """Images whose low and high answers disagree where the low margin is small.
 
     There the embeddings differ too, by 1 in every dimension; elsewhere they are equal.
@@ -60,16 +60,16 @@ def make_outputs(rung_set, n=400, seed=0, head=True, group_size=2, unsure_below=
         names=tuple(f"{i // group_size}/{i}.png" for i in range(n)),
         groups=tuple(str(i // group_size) for i in range(n)),
         hashes=tuple(sha256(f"{seed}-{i}") for i in range(n)),
-        made=Made.by(rung_set),
+        made=Made.by(graph_set),
     )
 
 
-def with_reference(rung_set, seed=5):
+def with_reference(graph_set, seed=5):
     """The same rungs, with a third graph as the full model that losses are about."""
-    file = rung_set.files["vit_high"].with_name("reference.onnx")
-    write_rung(file, seed, rung_set.classes)
+    file = graph_set.files["vit_high"].with_name("reference.onnx")
+    write_rung(file, seed, graph_set.classes)
     record = RungRecord(SIZE, f"px={SIZE}", manifest.sha256_file(file))
-    more = rung_set.adding(Graph("reference", record, file))
+    more = graph_set.adding(Graph("reference", record, file))
     return replace(more, roles={**more.roles, REFERENCE: "reference"})
 
 

@@ -17,7 +17,7 @@ KEPT = 200  # graphs, the newest; all unit tests together ask for some thirty
 
 
 @pytest.fixture
-def rung_set(tmp_path):
+def graph_set(tmp_path):
     """Two tiny rungs with a head of four classes."""
     return _rungs(tmp_path / "onnx")
 
@@ -30,17 +30,17 @@ def headless(tmp_path):
 
 def _rungs(folder, **options):
     from bundle.graphs import GraphSet
-    from tests.unit.onnx_files import write_rung_set
+    from tests.unit.onnx_files import write_graph_set
 
-    return GraphSet.load(write_rung_set(folder, **options))
+    return GraphSet.load(write_graph_set(folder, **options))
 
 
 @pytest.fixture
-def answering(rung_set, tmp_path):
+def answering(graph_set, tmp_path):
     """A cache of answers below `tmp_path`, by default of these rungs."""
     from tests.unit.answering import Answering
 
-    return Answering(rung_set, tmp_path)
+    return Answering(graph_set, tmp_path)
 
 
 @pytest.fixture(scope="module")

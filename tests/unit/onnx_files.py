@@ -50,7 +50,7 @@ def graph_at(file, px):
     return Graph(file.stem, RungRecord(px, f"px={px}", manifest.sha256_file(file)), file)
 
 
-def write_rung_set(folder, classes=CLASSES, seeds=(1, 2)):
+def write_graph_set(folder, classes=CLASSES, seeds=(1, 2)):
     """Write both rungs and graphs.json as `export rungs` does."""
     folder.mkdir(parents=True, exist_ok=True)
     graphs = {}

@@ -8,14 +8,14 @@ from bundle import manifest
 from bundle.graphs import GraphSet
 from tests.unit.fakes import make_calibration
 from tests.unit.image_files import write_images
-from tests.unit.onnx_files import CLASSES, LAYERS, D, graph_at, write_rung, write_rung_set
+from tests.unit.onnx_files import CLASSES, LAYERS, D, graph_at, write_graph_set, write_rung
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def write_rungs(folder, alternatives=(), seeds=(1, 2)):
     """Rungs of 4 and 8 px, and static ones of the resolutions given."""
-    graphs = GraphSet.load(write_rung_set(folder, seeds=seeds))
+    graphs = GraphSet.load(write_graph_set(folder, seeds=seeds))
     for px in alternatives:
         file = folder / f"px{px}.onnx"
         write_rung(file, seed=px)
@@ -24,13 +24,13 @@ def write_rungs(folder, alternatives=(), seeds=(1, 2)):
     return GraphSet.load(folder)
 
 
-def calibration_of(rung_set, **changes):
+def calibration_of(graph_set, **changes):
     """An artifact of these rungs."""
     fields = {
-        "backbone": rung_set.backbone,
-        "rungs": rung_set.rungs,
-        "image_shape": rung_set.image_shape,
-        "preprocessing_sha256": rung_set.preprocessing_sha256(),
+        "backbone": graph_set.backbone,
+        "rungs": graph_set.rungs,
+        "image_shape": graph_set.image_shape,
+        "preprocessing_sha256": graph_set.preprocessing_sha256(),
         "embedding_dim": D,
         "layers": LAYERS,
         "classes": CLASSES,
@@ -39,9 +39,9 @@ def calibration_of(rung_set, **changes):
     return replace(make_calibration(), **{**fields, **changes})
 
 
-def write_repository(folder, rung_set):
+def write_repository(folder, graph_set):
     """Laid out as `export repository` does, as far as measuring looks at it."""
-    for name, file in rung_set.files.items():
+    for name, file in graph_set.files.items():
         version = folder / name / "1"
         version.mkdir(parents=True)
         (version / "model.onnx").write_bytes(file.read_bytes())
@@ -54,8 +54,8 @@ def write_repository(folder, rung_set):
 
 def write_workplace(folder, image_count=8):
     """`build/` and `images/` where the defaults of the command line look for them."""
-    rung_set = write_rungs(folder / "build/onnx")
-    calibration_of(rung_set).save(folder / "build/calibration/calibration.json")
-    write_repository(folder / "build/model_repository", rung_set)
+    graph_set = write_rungs(folder / "build/onnx")
+    calibration_of(graph_set).save(folder / "build/calibration/calibration.json")
+    write_repository(folder / "build/model_repository", graph_set)
     write_images(folder / "images", *(f"{i}.png" for i in range(image_count)))
     return folder

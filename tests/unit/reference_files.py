@@ -12,7 +12,7 @@ from calibration.fit import EscalationRate, Options, fit
 from calibration.images import open_images
 from calibration.outputs import Made, Outputs, collect
 from calibration.reference import REFERENCE_IMAGES, with_reference_answers
-from tests.unit.onnx_files import write_rung_set
+from tests.unit.onnx_files import write_graph_set
 
 IMAGES = 200
 SEEDS = (1, 2)
@@ -40,7 +40,7 @@ def collected(folder, answering=SEEDS, served=SEEDS):
     if not (folder / "images").exists():
         write_pictures(folder / "images")
     rungs = {
-        seeds: GraphSet.load(write_rung_set(folder / "onnx{}-{}".format(*seeds), seeds=seeds))
+        seeds: GraphSet.load(write_graph_set(folder / "onnx{}-{}".format(*seeds), seeds=seeds))
         for seeds in {answering, served}
     }
     source = open_images(str(folder / "images"))
@@ -49,8 +49,8 @@ def collected(folder, answering=SEEDS, served=SEEDS):
     return rungs[served], replace(outputs, made=Made.by(rungs[served]))
 
 
-def fitted(rung_set, outputs, target=None, images=REFERENCE_IMAGES, say=lambda line: None):
+def fitted(graph_set, outputs, target=None, images=REFERENCE_IMAGES, say=lambda line: None):
     """`python -m calibration fit`, to be saved."""
     target = target or EscalationRate(0.3)
-    found = fit(outputs, rung_set, target, Options(Fidelity("top1")))
-    return with_reference_answers(found, outputs, rung_set, images, say)
+    found = fit(outputs, graph_set, target, Options(Fidelity("top1")))
+    return with_reference_answers(found, outputs, graph_set, images, say)

@@ -11,7 +11,7 @@ from bundle import manifest, placing
 from bundle.graphs import HIGH, LOW, REFERENCE, Graph, GraphsError, GraphSet
 from bundle.recipe import Recipe
 from routing import WEIGHTS, RungRecord
-from tests.unit.onnx_files import graph_at, write_rung, write_rung_set
+from tests.unit.onnx_files import graph_at, write_graph_set, write_rung
 
 
 def prints(*first):
@@ -22,7 +22,7 @@ def prints(*first):
 @pytest.fixture
 def graphs(tmp_path):
     """A cheap graph, an int8 one, the full model that is neither, and one beside them."""
-    folder = write_rung_set(tmp_path / "onnx")
+    folder = write_graph_set(tmp_path / "onnx")
     (folder / WEIGHTS).write_bytes(b"what graphs share")
     found = GraphSet.load(folder)
     made = {}

@@ -20,20 +20,20 @@ from routing import RungOutputs
 from tests.unit.answering import COUNT, assert_same
 from tests.unit.calibration_outputs import with_reference
 from tests.unit.image_files import MemorySource, write_images
-from tests.unit.onnx_files import write_rung_set
+from tests.unit.onnx_files import write_graph_set
 
 
-def test_outputs_are_those_of_the_sessions_image_by_image(rung_set, tmp_path):
+def test_outputs_are_those_of_the_sessions_image_by_image(graph_set, tmp_path):
     source, done, out = MemorySource(20), [], tmp_path / "made" / "outputs.json"
-    cache = AnswerCache(tmp_path / "answers", source, rung_set)
+    cache = AnswerCache(tmp_path / "answers", source, graph_set)
     assert collect(cache, out, done.append) == []
     outputs = Outputs.load(out)
     assert done == [16, 4] and len(outputs) == 20
     images = [source[index] for index in range(20)]
-    preprocessing = Preprocessing.from_dict(rung_set.preprocessing)
+    preprocessing = Preprocessing.from_dict(graph_set.preprocessing)
     image = np.stack([preprocessing(decode(item.data)) for item in images])
     for name, rung in (("vit_low", outputs.low), ("vit_high", outputs.high)):
-        session = ort.InferenceSession(str(rung_set.files[name]))
+        session = ort.InferenceSession(str(graph_set.files[name]))
         embedding, layers, logits = session.run(None, {"image": image})
         np.testing.assert_allclose(rung.embedding, embedding, rtol=1e-5)
         np.testing.assert_allclose(rung.logits, logits, rtol=1e-5, atol=1e-5)
@@ -46,13 +46,13 @@ def test_outputs_are_those_of_the_sessions_image_by_image(rung_set, tmp_path):
     # The model knows four classes, the source five.
     np.testing.assert_array_equal(outputs.labels, np.array([0, 1, 2, 3, -1] * 4))
     assert (outputs.source, outputs.title) == (source.spec, source.title)
-    assert outputs.made.graphs == rung_set.fingerprints()
+    assert outputs.made.graphs == graph_set.fingerprints()
     assert [file.name for file in out.parent.iterdir()] == ["outputs.json"]
 
 
-def test_answers_are_those_for_the_rows_asked_for_in_their_order(rung_set, answering):
+def test_answers_are_those_for_the_rows_asked_for_in_their_order(graph_set, answering):
     source, rows = MemorySource(40), [3, 30, 4, 17]
-    what = [Wanted(rung_set.low, True)]
+    what = [Wanted(graph_set.low, True)]
     answering.fill(source, what=what, rows=rows)
     assert sorted(source.read) == [3, 4, 17, 30]
     found = answering.read(source, what=what, rows=rows)
@@ -67,7 +67,7 @@ def test_answers_are_those_for_the_rows_asked_for_in_their_order(rung_set, answe
         answering.read(source)  # nobody asked the full rung
 
 
-def test_rows_in_two_portions_are_those_of_all_at_once(rung_set, answering, tmp_path):
+def test_rows_in_two_portions_are_those_of_all_at_once(graph_set, answering, tmp_path):
     source = MemorySource(4 * BATCH)
     for rows in (range(2 * BATCH), range(4 * BATCH)):
         answering.fill(source, rows=rows)
@@ -75,13 +75,13 @@ def test_rows_in_two_portions_are_those_of_all_at_once(rung_set, answering, tmp_
     assert_same(answering.read(source), answering.at_once(4 * BATCH))
 
 
-def test_images_are_decoded_once_for_two_graphs_and_again_for_a_third(rung_set, answering):
+def test_images_are_decoded_once_for_two_graphs_and_again_for_a_third(graph_set, answering):
     source = MemorySource(20)
     answering.fill(source)
     assert len(source.read) == 20
     answering.fill(source)
     assert len(source.read) == 20  # nothing runs a second time
-    three = with_reference(rung_set)
+    three = with_reference(graph_set)
     answering.fill(source, graphs=three)
     assert len(source.read) == 40
     assert answering.read(source, graphs=three).outputs.keys() == {
@@ -91,31 +91,32 @@ def test_images_are_decoded_once_for_two_graphs_and_again_for_a_third(rung_set, 
     }
 
 
-def test_a_graph_asked_for_later_runs_alone(rung_set, answering, monkeypatch):
+def test_a_graph_asked_for_later_runs_alone(graph_set, answering, monkeypatch):
     answering.fill(MemorySource(20))
     opened = []
     original = module.open_session
     monkeypatch.setattr(
         module, "open_session", lambda file: opened.append(file.name) or original(file)
     )
-    answering.fill(MemorySource(20), graphs=with_reference(rung_set))
+    answering.fill(MemorySource(20), graphs=with_reference(graph_set))
     assert opened == ["reference.onnx"]
 
 
-def test_answers_with_layers_serve_whoever_wants_none_and_not_the_other_way(rung_set, answering):
+def test_answers_with_layers_serve_whoever_wants_none_and_not_the_other_way(graph_set, answering):
     source = MemorySource(4)
-    answering.fill(source, what=[Wanted(rung_set.low, False)])
+    answering.fill(source, what=[Wanted(graph_set.low, False)])
     with pytest.raises(MissingAnswersError):
-        answering.read(source, what=[Wanted(rung_set.low, True)])
-    answering.fill(source, what=[Wanted(rung_set.low, True)])
+        answering.read(source, what=[Wanted(graph_set.low, True)])
+    answering.fill(source, what=[Wanted(graph_set.low, True)])
     assert len(source.read) == 8
-    answering.fill(source, what=[Wanted(rung_set.low, False)])
+    answering.fill(source, what=[Wanted(graph_set.low, False)])
     assert len(source.read) == 8
-    assert answering.read(source, what=[Wanted(rung_set.low)]).outputs["vit_low"].cls_layers is None
+    found = answering.read(source, what=[Wanted(graph_set.low)])
+    assert found.outputs["vit_low"].cls_layers is None
 
 
 def test_one_graph_under_two_names_runs_once_and_keeps_its_layers(tmp_path, answering):
-    twins = GraphSet.load(write_rung_set(tmp_path / "twins", seeds=(1, 1)))
+    twins = GraphSet.load(write_graph_set(tmp_path / "twins", seeds=(1, 1)))
     source = MemorySource(20)
     answering.fill(source, graphs=twins)
     outputs = answering.read(source, graphs=twins).outputs
@@ -124,25 +125,25 @@ def test_one_graph_under_two_names_runs_once_and_keeps_its_layers(tmp_path, answ
 
 
 def test_a_headless_model_has_no_logits(tmp_path, answering):
-    graphs = GraphSet.load(write_rung_set(tmp_path / "headless", classes=None))
+    graphs = GraphSet.load(write_graph_set(tmp_path / "headless", classes=None))
     answering.fill(MemorySource(3), graphs=graphs)
     found = answering.read(MemorySource(3), graphs=graphs)
     assert all(outputs.logits is None for outputs in found.outputs.values())
     assert found.pictures.labels.tolist() == [-1, -1, -1]
 
 
-def test_labels_follow_the_names_of_the_set(rung_set, answering):
+def test_labels_follow_the_names_of_the_set(graph_set, answering):
     source = MemorySource(20)
     answering.fill(source)
-    turned = replace(rung_set, labels=rung_set.labels[::-1])
+    turned = replace(graph_set, labels=graph_set.labels[::-1])
     answering.fill(source, graphs=turned)
     assert len(source.read) == 20
     assert answering.read(source, graphs=turned).pictures.labels.tolist() == [3, 2, 1, 0, -1] * 4
 
 
-def test_the_code_that_decodes_is_on_record(rung_set, tmp_path, monkeypatch):
+def test_the_code_that_decodes_is_on_record(graph_set, tmp_path, monkeypatch):
     monkeypatch.setattr("calibration.outputs.code_sha256", lambda: "e" * 64)
-    cache = AnswerCache(tmp_path / "answers", MemorySource(BATCH), rung_set)
+    cache = AnswerCache(tmp_path / "answers", MemorySource(BATCH), graph_set)
     collect(cache, tmp_path / "outputs.json")
     assert Outputs.load(tmp_path / "outputs.json").made.imaging_sha256 == "e" * 64
 
@@ -152,10 +153,10 @@ def test_no_image_is_an_error(answering):
         answering.fill(MemorySource(0))
 
 
-def test_a_name_that_is_not_unicode_survives(rung_set, tmp_path):
+def test_a_name_that_is_not_unicode_survives(graph_set, tmp_path):
     name = os.fsdecode(b"caf\xe9.png")
     source = open_images(str(write_images(tmp_path / "images", name)))
-    collect(AnswerCache(tmp_path / "answers", source, rung_set), tmp_path / "outputs.json")
+    collect(AnswerCache(tmp_path / "answers", source, graph_set), tmp_path / "outputs.json")
     assert Outputs.load(tmp_path / "outputs.json").names == (name,)
 
 
@@ -213,32 +214,32 @@ def test_memory_does_not_grow_with_the_number_of_images(answering, monkeypatch):
     assert peaks[8][-1] < peaks[2][-1] + file_bytes / 2
 
 
-def test_an_onnx_file_that_is_not_the_exported_one_is_refused(rung_set, answering):
-    three = with_reference(rung_set)
+def test_an_onnx_file_that_is_not_the_exported_one_is_refused(graph_set, answering):
+    three = with_reference(graph_set)
     for name in ("vit_high", "reference"):
         file = three.graphs[name].file
         content = file.read_bytes()
-        file.write_bytes(rung_set.low.file.read_bytes())
+        file.write_bytes(graph_set.low.file.read_bytes())
         with pytest.raises(GraphsError, match=rf"{name}\.onnx differs from its SHA-256"):
             answering.fill(MemorySource(3), graphs=three)
         file.write_bytes(content)
 
 
-def test_a_place_that_cannot_be_written_is_known_at_once(rung_set, tmp_path):
+def test_a_place_that_cannot_be_written_is_known_at_once(graph_set, tmp_path):
     source = MemorySource(3)
-    cache = AnswerCache(tmp_path / "answers", source, rung_set)
+    cache = AnswerCache(tmp_path / "answers", source, graph_set)
     with pytest.raises(OutputsError, match="is a folder"):
         collect(cache, tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputsError, match="cannot write"):
         collect(cache, tmp_path / "file" / "outputs.json")
     with pytest.raises(OSError, match="file/answers"):
-        AnswerCache(tmp_path / "file/answers", source, rung_set).fill(wanted(rung_set))
+        AnswerCache(tmp_path / "file/answers", source, graph_set).fill(wanted(graph_set))
     assert source.read == []
 
 
-def test_a_reference_is_run_as_a_third_graph(rung_set, tmp_path):
-    three, source = with_reference(rung_set), MemorySource(BATCH + 4)
+def test_a_reference_is_run_as_a_third_graph(graph_set, tmp_path):
+    three, source = with_reference(graph_set), MemorySource(BATCH + 4)
     assert collect(AnswerCache(tmp_path / "answers", source, three), tmp_path / "o.json") == []
     outputs = Outputs.load(tmp_path / "o.json")
     preprocessing = Preprocessing.from_dict(three.preprocessing)

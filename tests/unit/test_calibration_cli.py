@@ -11,14 +11,14 @@ from bundle.prints import decode as known
 from bundle.prints import encode
 from calibration.outputs import Outputs
 from tests.unit.calibrating import run
-from tests.unit.onnx_files import write_rung_set
+from tests.unit.onnx_files import write_graph_set
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     """A folder with rungs, 400 unlabelled images, and what `collect` stores of them."""
     folder = tmp_path_factory.mktemp("user")
-    write_rung_set(folder / "build/onnx", seeds=(1, 1))
+    write_graph_set(folder / "build/onnx", seeds=(1, 1))
     write_images(folder / "images", 400, seed=0)
     run(folder, "collect", "--images", "images")
     return folder
@@ -72,7 +72,7 @@ def test_evaluate_exits_1_where_new_images_contradict_the_certificate(workplace,
     assert run(workplace, "evaluate", "--images", "later") == 0
     assert "Certificate not contradicted" in capsys.readouterr().out
     forged = json.loads((workplace / "build/calibration/calibration.json").read_text())
-    write_rung_set(workplace / "other/onnx", seeds=(1, 7))  # a full rung that differs a lot
+    write_graph_set(workplace / "other/onnx", seeds=(1, 7))  # a full rung that differs a lot
     rungs = json.loads((workplace / "other/onnx/graphs.json").read_text())["graphs"]
     for name, rung in rungs.items():
         forged["rungs"][name]["sha256"] = rung["sha256"]
@@ -84,7 +84,7 @@ def test_evaluate_exits_1_where_new_images_contradict_the_certificate(workplace,
 
 def test_an_aligned_rung_is_calibrated_without_the_images_it_has_learned_from(tmp_path, capsys):
     """collect, align, `export align`, collect, fit: each command as it is printed."""
-    write_rung_set(tmp_path / "build/onnx", seeds=(1, 2))
+    write_graph_set(tmp_path / "build/onnx", seeds=(1, 2))
     write_images(tmp_path / "images", 400, seed=0)
     assert run(tmp_path, "collect", "--images", "images") == 0
     capsys.readouterr()
@@ -112,7 +112,7 @@ def test_an_aligned_rung_is_calibrated_without_the_images_it_has_learned_from(tm
 
 
 def test_a_report_before_a_fit_leaves_out_what_taught_a_graph_and_refuses_others(tmp_path, capsys):
-    write_rung_set(tmp_path / "build/onnx", seeds=(1, 2))
+    write_graph_set(tmp_path / "build/onnx", seeds=(1, 2))
     write_images(tmp_path / "images", 60, seed=0)
     assert run(tmp_path, "collect", "--images", "images") == 0
     outputs = Outputs.load(tmp_path / "build/calibration/outputs.json")
@@ -131,7 +131,7 @@ def test_a_report_before_a_fit_leaves_out_what_taught_a_graph_and_refuses_others
     taught(60)
     assert run(tmp_path, "report") == 2
     assert "no image is left to show" in capsys.readouterr().err
-    write_rung_set(tmp_path / "build/onnx", seeds=(1, 3))
+    write_graph_set(tmp_path / "build/onnx", seeds=(1, 3))
     assert run(tmp_path, "report") == 2
     assert "not of these graphs: another vit_high; collect again" in capsys.readouterr().err
 
@@ -209,7 +209,7 @@ def test_an_alignment_that_does_not_help_is_said_loudly(workplace, capsys):
 def test_misuse_is_one_line_and_exit_code_2(workplace, capsys, arguments, message):
     (workplace / "empty.npz").touch()
     if not (workplace / "broken").exists():
-        write_rung_set(workplace / "broken")
+        write_graph_set(workplace / "broken")
         (workplace / "broken/vit_low.onnx").write_bytes(b"torn")
     capsys.readouterr()
     assert run(workplace, *arguments) == 2

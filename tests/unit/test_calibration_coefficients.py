@@ -21,22 +21,22 @@ def sample_of(outputs):
     return FitSample(outputs.low, oracle_l2(outputs), loss, np.array(outputs.groups))
 
 
-def test_every_signal_gets_exactly_the_coefficients_it_reads(rung_set):
-    fitted = fit_coefficients(sample_of(make_outputs(rung_set)), 0)
+def test_every_signal_gets_exactly_the_coefficients_it_reads(graph_set):
+    fitted = fit_coefficients(sample_of(make_outputs(graph_set)), 0)
     assert list(fitted) == CLASS_SIGNALS
     for name, coefficients in fitted.items():
         assert sorted(coefficients) == sorted(SIGNALS[name].coefficients)
         assert all(np.isfinite(array).all() for array in coefficients.values())
 
 
-def test_a_headless_model_has_the_signals_of_its_cls_token(rung_set):
-    outputs = make_outputs(rung_set, head=False)
+def test_a_headless_model_has_the_signals_of_its_cls_token(graph_set):
+    outputs = make_outputs(graph_set, head=False)
     assert applicable(outputs.low) == ["cls_path", "cls_regression"]
     assert list(fit_coefficients(sample_of(outputs), 0)) == ["cls_path", "cls_regression"]
 
 
-def test_cls_regression_finds_a_linear_oracle(rung_set):
-    outputs = make_outputs(rung_set, n=600)
+def test_cls_regression_finds_a_linear_oracle(graph_set):
+    outputs = make_outputs(graph_set, n=600)
     sample = sample_of(outputs)
     rows = features.path_features(outputs.low)
     target = rows @ np.random.default_rng(1).normal(size=rows.shape[1]) + 3
@@ -47,8 +47,8 @@ def test_cls_regression_finds_a_linear_oracle(rung_set):
     np.testing.assert_allclose(found, target, atol=0.05 * target.std())
 
 
-def test_the_lens_finds_a_linear_head(rung_set):
-    outputs = make_outputs(rung_set, n=600)
+def test_the_lens_finds_a_linear_head(graph_set):
+    outputs = make_outputs(graph_set, n=600)
     head = np.random.default_rng(1).normal(size=outputs.low.logits.shape[1:] + (6,)).T
     low = RungOutputs(
         outputs.low.embedding,
@@ -66,15 +66,15 @@ def test_the_lens_finds_a_linear_head(rung_set):
     assert rows[:, 2].mean() < 0.02
 
 
-def test_learned_signals_rank_the_loss_on_unseen_images(rung_set):
-    train, test = make_outputs(rung_set, n=800), make_outputs(rung_set, n=800, seed=1)
+def test_learned_signals_rank_the_loss_on_unseen_images(graph_set):
+    train, test = make_outputs(graph_set, n=800), make_outputs(graph_set, n=800, seed=1)
     fitted = fit_coefficients(sample_of(train), 0)
     values = signal_values("deferral", test.low, fitted["deferral"])
     assert roc_auc_score(disagrees(test), values) > 0.95  # the loss is a function of the logits
 
 
-def test_out_of_fold_values_promise_no_more_than_chance_where_there_is_nothing_to_learn(rung_set):
-    outputs = make_outputs(rung_set, n=300)
+def test_out_of_fold_values_promise_no_more_than_chance_where_there_is_nothing_to_learn(graph_set):
+    outputs = make_outputs(graph_set, n=300)
     noise = np.random.default_rng(3).uniform(size=300) < 0.3
     sample = FitSample(outputs.low, oracle_l2(outputs), noise, np.array(outputs.groups))
     unseen = out_of_fold(sample, 0)["deferral"]
@@ -83,15 +83,15 @@ def test_out_of_fold_values_promise_no_more_than_chance_where_there_is_nothing_t
     assert 0.35 < roc_auc_score(noise, unseen) < 0.55
 
 
-def test_cross_validation_never_divides_a_group(rung_set):
-    sample = sample_of(make_outputs(rung_set, group_size=7))
+def test_cross_validation_never_divides_a_group(graph_set):
+    sample = sample_of(make_outputs(graph_set, group_size=7))
     for train, held_out in sample.folds(0):
         assert set(sample.groups[train]).isdisjoint(sample.groups[held_out])
 
 
 @pytest.mark.parametrize("losses", [0, 1, 400])
-def test_signals_that_have_nothing_to_learn_are_left_out(rung_set, losses):
-    outputs = make_outputs(rung_set)
+def test_signals_that_have_nothing_to_learn_are_left_out(graph_set, losses):
+    outputs = make_outputs(graph_set)
     loss = np.arange(400) < losses
     sample = FitSample(outputs.low, oracle_l2(outputs), loss, np.array(outputs.groups))
     expected = ["margin", "entropy", "cls_path", "cls_regression"]
@@ -99,8 +99,8 @@ def test_signals_that_have_nothing_to_learn_are_left_out(rung_set, losses):
     assert list(out_of_fold(sample, 0)) == expected
 
 
-def test_values_do_not_depend_on_how_many_rows_are_computed_at_once(rung_set):
-    outputs = make_outputs(rung_set, n=1300)
+def test_values_do_not_depend_on_how_many_rows_are_computed_at_once(graph_set):
+    outputs = make_outputs(graph_set, n=1300)
     fitted = fit_coefficients(sample_of(outputs), 0)
     for name, coefficients in fitted.items():
         whole = SIGNALS[name].compute(outputs.low, coefficients)

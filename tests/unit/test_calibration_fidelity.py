@@ -11,16 +11,16 @@ from tests.unit.calibration_outputs import make_outputs, with_losing_high
 from tests.unit.onnx_files import D
 
 
-def test_the_oracle_is_the_distance_of_the_embeddings(rung_set):
-    outputs = make_outputs(rung_set)
+def test_the_oracle_is_the_distance_of_the_embeddings(graph_set):
+    outputs = make_outputs(graph_set)
     np.testing.assert_allclose(np.unique(oracle_l2(outputs).round(4)), [0.0, round(D**0.5, 4)])
     low, high = outputs.low.embedding[0], outputs.high.embedding[0]
     expected = low @ high / np.linalg.norm(low) / np.linalg.norm(high)
     assert oracle_cosine(outputs)[0] == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_fidelity_losses(rung_set, headless):
-    outputs = make_outputs(rung_set)
+def test_the_fidelity_losses(graph_set, headless):
+    outputs = make_outputs(graph_set)
     np.testing.assert_array_equal(Fidelity("top1").loss(outputs), disagrees(outputs))
     for tolerance in (0.01, 0.5):
         expected = oracle_cosine(outputs) < 1 - tolerance
@@ -33,8 +33,8 @@ def test_the_fidelity_losses(rung_set, headless):
         Fidelity("cosine", 0)
 
 
-def test_losses_are_about_the_reference_and_not_about_the_full_rung(rung_set):
-    plain = make_outputs(rung_set)
+def test_losses_are_about_the_reference_and_not_about_the_full_rung(graph_set):
+    plain = make_outputs(graph_set)
     outputs = with_losing_high(plain, 0.2)
     for fidelity in (Fidelity("top1"), Fidelity("cosine", 0.05)):
         np.testing.assert_array_equal(fidelity.loss(outputs), fidelity.loss(plain))

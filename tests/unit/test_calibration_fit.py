@@ -37,7 +37,7 @@ from tests.unit.calibration_outputs import (
     with_losing_high,
     with_reference,
 )
-from tests.unit.onnx_files import write_rung_set
+from tests.unit.onnx_files import write_graph_set
 
 pytestmark = pytest.mark.usefixtures("remembered_fits")
 
@@ -45,9 +45,9 @@ TOP1 = Options(Fidelity("top1"))
 GOAL = Goal(max_risk=0.1, confidence=0.9, method="ltt")
 
 
-def test_a_certified_fit_keeps_its_splits_apart(rung_set):
-    outputs = make_outputs(rung_set, n=2000)
-    fitted = fit(outputs, rung_set, GOAL, TOP1)
+def test_a_certified_fit_keeps_its_splits_apart(graph_set):
+    outputs = make_outputs(graph_set, n=2000)
+    fitted = fit(outputs, graph_set, GOAL, TOP1)
     calibration, certificate = fitted.calibration, fitted.calibration.certificate
     assert calibration.data["splits"] == {"fit": 800, "certify": 800, "test": 400}
     # The certificate's own figures, from scratch. Groups hold two images: one of each is tested.
@@ -65,11 +65,11 @@ def test_a_certified_fit_keeps_its_splits_apart(rung_set):
     )
 
 
-def test_only_the_fit_split_teaches(rung_set):
+def test_only_the_fit_split_teaches(graph_set):
     """With other images in the certify and test splits all that is learned stays the same."""
-    outputs = make_outputs(rung_set, n=600)
-    others = make_outputs(rung_set, n=600, seed=9, unsure_below=2.5)
-    first = fit(outputs, rung_set, GOAL, TOP1)
+    outputs = make_outputs(graph_set, n=600)
+    others = make_outputs(graph_set, n=600, seed=9, unsure_below=2.5)
+    first = fit(outputs, graph_set, GOAL, TOP1)
     taught = np.zeros(600, dtype=bool)
     taught[first.splits["fit"]] = True
 
@@ -81,7 +81,7 @@ def test_only_the_fit_split_teaches(rung_set):
         outputs.low, **{f: mixed(f, "low") for f in ("embedding", "cls_layers", "logits")}
     )
     high = replace(outputs.high, **{f: mixed(f, "high") for f in ("embedding", "logits")})
-    second = fit(replace(outputs, low=low, high=high), rung_set, GOAL, TOP1)
+    second = fit(replace(outputs, low=low, high=high), graph_set, GOAL, TOP1)
     one, two = first.calibration, second.calibration
     assert two.certificate["errors"] != one.certificate["errors"] or two.threshold != one.threshold
     assert (two.signal, two.score_map) == (one.signal, one.score_map)
@@ -91,16 +91,16 @@ def test_only_the_fit_split_teaches(rung_set):
         assert two.metrics["signals"][name]["cv_escalation"] == figures["cv_escalation"]
 
 
-def test_thresholds_are_candidates_of_out_of_fold_scores(rung_set):
-    fitted = fit(make_outputs(rung_set, n=600), rung_set, GOAL, TOP1)
+def test_thresholds_are_candidates_of_out_of_fold_scores(graph_set):
+    fitted = fit(make_outputs(graph_set, n=600), graph_set, GOAL, TOP1)
     calibration = fitted.calibration
     sign = calibration.score_map.sign
     unseen = calibration.score_map(sign * fitted.values[calibration.signal][fitted.splits["fit"]])
     assert calibration.threshold in candidate_thresholds(unseen)
 
 
-def test_auto_takes_the_signal_that_cross_validation_prefers(rung_set):
-    calibration = fit(make_outputs(rung_set, n=1000), rung_set, GOAL, TOP1).calibration
+def test_auto_takes_the_signal_that_cross_validation_prefers(graph_set):
+    calibration = fit(make_outputs(graph_set, n=1000), graph_set, GOAL, TOP1).calibration
     costs = {
         name: figures["cv_escalation"]
         for name, figures in calibration.metrics["signals"].items()
@@ -112,8 +112,8 @@ def test_auto_takes_the_signal_that_cross_validation_prefers(rung_set):
     assert calibration.metrics["signals"]["cls_path"]["auroc_interval"][0] < 0.5
 
 
-def test_every_signal_stands_beside_random_and_the_oracle(rung_set):
-    metrics_ = fit(make_outputs(rung_set, n=1000), rung_set, GOAL, TOP1).calibration.metrics
+def test_every_signal_stands_beside_random_and_the_oracle(graph_set):
+    metrics_ = fit(make_outputs(graph_set, n=1000), graph_set, GOAL, TOP1).calibration.metrics
     assert set(metrics_["signals"]) == {*CLASS_SIGNALS, "random", "oracle"}
     assert metrics_["signals"]["oracle"]["auroc"] == 1.0  # the oracle is 0 where the answers agree
     assert metrics_["signals"]["oracle"]["spearman"] == pytest.approx(1.0)
@@ -123,17 +123,17 @@ def test_every_signal_stands_beside_random_and_the_oracle(rung_set):
             assert low <= figures["auroc"] <= high
 
 
-def test_a_signal_no_better_than_random_is_called_so(rung_set):
-    outputs = make_outputs(rung_set, n=600)
-    poor = fit(outputs, rung_set, GOAL, replace(TOP1, signal="cls_path")).calibration
-    good = fit(outputs, rung_set, GOAL, replace(TOP1, signal="margin")).calibration
+def test_a_signal_no_better_than_random_is_called_so(graph_set):
+    outputs = make_outputs(graph_set, n=600)
+    poor = fit(outputs, graph_set, GOAL, replace(TOP1, signal="cls_path")).calibration
+    good = fit(outputs, graph_set, GOAL, replace(TOP1, signal="margin")).calibration
     assert poor.metrics["no_better_than_random"]
     assert not good.metrics["no_better_than_random"]
 
 
 @pytest.mark.parametrize("losses", [1, 2, 5, 20])
-def test_noise_is_seldom_called_better_than_random(rung_set, losses):
-    outputs = make_outputs(rung_set, n=200, group_size=1)
+def test_noise_is_seldom_called_better_than_random(graph_set, losses):
+    outputs = make_outputs(graph_set, n=200, group_size=1)
     rows, groups = np.arange(200), np.array(outputs.groups)
     loss = rows < losses
     rng = np.random.default_rng(losses)
@@ -146,25 +146,25 @@ def test_noise_is_seldom_called_better_than_random(rung_set, losses):
     assert alarms <= 4  # Bin(30, 0.025) exceeds this less than once in a thousand
 
 
-def test_an_interval_of_no_risk_is_the_exact_one(rung_set):
-    outputs = make_outputs(rung_set, n=600, group_size=1, unsure_below=-1)
-    metrics_ = fit(outputs, rung_set, GOAL, TOP1).calibration.metrics
+def test_an_interval_of_no_risk_is_the_exact_one(graph_set):
+    outputs = make_outputs(graph_set, n=600, group_size=1, unsure_below=-1)
+    metrics_ = fit(outputs, graph_set, GOAL, TOP1).calibration.metrics
     assert metrics_["risk"] == 0.0
     # Rule of three, two-sided: 1 - 0.025 ** (1 / 120).
     assert metrics_["intervals"]["risk"] == pytest.approx([0.0, 1 - 0.025 ** (1 / 120)])
 
 
-def test_nothing_certified_means_always_high(rung_set):
-    outputs = make_outputs(rung_set, n=300)
+def test_nothing_certified_means_always_high(graph_set):
+    outputs = make_outputs(graph_set, n=300)
     strict = Goal(max_risk=0.001, confidence=0.99, method="ltt")
-    calibration = fit(outputs, rung_set, strict, TOP1).calibration
+    calibration = fit(outputs, graph_set, strict, TOP1).calibration
     assert calibration.threshold is None and not calibration.certificate["certified"]
     assert calibration.metrics["escalation_rate"] == 1.0 and calibration.metrics["risk"] == 0.0
 
 
-def test_where_no_answer_differs_everything_stays_cheap(rung_set):
-    outputs = make_outputs(rung_set, n=400, unsure_below=-1)
-    calibration = fit(outputs, rung_set, GOAL, TOP1).calibration
+def test_where_no_answer_differs_everything_stays_cheap(graph_set):
+    outputs = make_outputs(graph_set, n=400, unsure_below=-1)
+    calibration = fit(outputs, graph_set, GOAL, TOP1).calibration
     assert calibration.certificate["certified"] and calibration.certificate["errors"] == 0
     assert calibration.metrics["escalation_rate"] < 0.05
     assert calibration.metrics["no_better_than_random"]
@@ -182,9 +182,9 @@ def test_a_headless_model_is_certified_for_its_cosine(headless):
     assert "agreement_with_high" not in calibration.metrics
 
 
-def test_the_escalation_rate_is_met_on_held_out_images(rung_set):
-    outputs = make_outputs(rung_set, n=2000)
-    fitted = fit(outputs, rung_set, EscalationRate(0.5), TOP1)
+def test_the_escalation_rate_is_met_on_held_out_images(graph_set):
+    outputs = make_outputs(graph_set, n=2000)
+    fitted = fit(outputs, graph_set, EscalationRate(0.5), TOP1)
     calibration = fitted.calibration
     assert calibration.certificate is None
     assert calibration.data["splits"] == {"fit": 1400, "test": 600}
@@ -200,43 +200,43 @@ def test_the_escalation_rate_is_met_on_held_out_images(rung_set):
     assert risks[calibration.signal] == min(risks.values())
 
 
-def test_a_given_threshold_is_kept(rung_set):
+def test_a_given_threshold_is_kept(graph_set):
     options = replace(TOP1, signal="cls_path")
-    calibration = fit(make_outputs(rung_set), rung_set, Threshold(1.25), options).calibration
+    calibration = fit(make_outputs(graph_set), graph_set, Threshold(1.25), options).calibration
     assert (calibration.threshold, calibration.signal) == (1.25, "cls_path")
     assert calibration.chosen_by["threshold"] == 1.25
 
 
-def test_fit_is_reproducible_and_follows_its_seed(rung_set, tmp_path, remembered_fits):
-    outputs = make_outputs(rung_set)
+def test_fit_is_reproducible_and_follows_its_seed(graph_set, tmp_path, remembered_fits):
+    outputs = make_outputs(graph_set)
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         remembered_fits()
-        fit(outputs, rung_set, GOAL, replace(TOP1, seed=seed)).save(tmp_path / name / "c.json")
+        fit(outputs, graph_set, GOAL, replace(TOP1, seed=seed)).save(tmp_path / name / "c.json")
     a, b, c = ((tmp_path / name / "c.json").read_bytes() for name in "abc")
     assert a == b != c
 
 
-def test_the_artifact_scores_as_fit_did_after_a_round_trip(rung_set, tmp_path):
-    outputs = make_outputs(rung_set, n=600)
+def test_the_artifact_scores_as_fit_did_after_a_round_trip(graph_set, tmp_path):
+    outputs = make_outputs(graph_set, n=600)
     for name in CLASS_SIGNALS:
-        fitted = fit(outputs, rung_set, GOAL, replace(TOP1, signal=name))
+        fitted = fit(outputs, graph_set, GOAL, replace(TOP1, signal=name))
         fitted.save(tmp_path / "calibration.json")
         loaded = Calibration.load(tmp_path / "calibration.json")
         assert loaded == fitted.calibration
         np.testing.assert_array_equal(loaded.score(outputs.low), fitted.scores)
 
 
-def test_the_record_belongs_to_its_artifact_and_outputs(rung_set, tmp_path):
-    outputs = make_outputs(rung_set)
+def test_the_record_belongs_to_its_artifact_and_outputs(graph_set, tmp_path):
+    outputs = make_outputs(graph_set)
     artifact = tmp_path / "calibration.json"
-    fitted = fit(outputs, rung_set, GOAL, TOP1)
+    fitted = fit(outputs, graph_set, GOAL, TOP1)
     fitted.save(artifact)
     record = Fit.load(artifact, outputs)
     np.testing.assert_array_equal(record.scores, fitted.scores)
     np.testing.assert_array_equal(record.loss, fitted.loss)
     assert set(record.values) == set(CLASS_SIGNALS) and set(record.splits) == set(fitted.splits)
     with pytest.raises(OutputsError, match="another fit"):
-        Fit.load(artifact, make_outputs(rung_set, seed=1))
+        Fit.load(artifact, make_outputs(graph_set, seed=1))
     content = json.loads(artifact.read_text())
     artifact.write_text(json.dumps({**content, "threshold": 0.0}))
     with pytest.raises(OutputsError, match="another fit"):
@@ -250,29 +250,29 @@ def changed(outputs, **made):
     return replace(outputs, made=replace(outputs.made, **made))
 
 
-def test_what_cannot_be_fitted_is_refused(rung_set, headless, tmp_path):
-    outputs = make_outputs(rung_set)
-    others = GraphSet.load(write_rung_set(tmp_path / "others", seeds=(3, 4)))
+def test_what_cannot_be_fitted_is_refused(graph_set, headless, tmp_path):
+    outputs = make_outputs(graph_set)
+    others = GraphSet.load(write_graph_set(tmp_path / "others", seeds=(3, 4)))
     with pytest.raises(FitError, match="not of these graphs: another vit_low; collect again"):
         fit(outputs, others, GOAL, TOP1)
     with pytest.raises(FitError, match="another preprocessing"):
-        fit(changed(outputs, preprocessing_sha256="0" * 64), rung_set, GOAL, TOP1)
+        fit(changed(outputs, preprocessing_sha256="0" * 64), graph_set, GOAL, TOP1)
     with pytest.raises(FitError, match="other code of imaging/; collect again"):
-        fit(changed(outputs, imaging_sha256="0" * 64), rung_set, GOAL, TOP1)
+        fit(changed(outputs, imaging_sha256="0" * 64), graph_set, GOAL, TOP1)
     with pytest.raises(FitError, match="12 images are too few"):
-        fit(make_outputs(rung_set, n=12), rung_set, GOAL, TOP1)
+        fit(make_outputs(graph_set, n=12), graph_set, GOAL, TOP1)
     with pytest.raises(FitError, match="'nonsense' is unknown"):
-        fit(outputs, rung_set, GOAL, replace(TOP1, signal="nonsense"))
+        fit(outputs, graph_set, GOAL, replace(TOP1, signal="nonsense"))
     with pytest.raises(FitError, match="has no head"):
         cosine = Options(Fidelity("cosine"), signal="margin")
         fit(make_outputs(headless, head=False), headless, GOAL, cosine)
     with pytest.raises(FitError, match="too few of either"):
-        same = make_outputs(rung_set, unsure_below=-1)
-        fit(same, rung_set, GOAL, replace(TOP1, signal="deferral"))
+        same = make_outputs(graph_set, unsure_below=-1)
+        fit(same, graph_set, GOAL, replace(TOP1, signal="deferral"))
     with pytest.raises(SplitError, match="1 groups are too few"):
-        fit(replace(outputs, groups=("same",) * len(outputs)), rung_set, GOAL, TOP1)
+        fit(replace(outputs, groups=("same",) * len(outputs)), graph_set, GOAL, TOP1)
     with pytest.raises(SplitError, match="1 groups are too few"):
-        fit(replace(outputs, hashes=("ab" * 32,) * len(outputs)), rung_set, GOAL, TOP1)
+        fit(replace(outputs, hashes=("ab" * 32,) * len(outputs)), graph_set, GOAL, TOP1)
 
 
 @pytest.mark.parametrize("number", [-0.1, 1.5, float("nan"), float("inf")])
@@ -284,41 +284,41 @@ def test_an_escalation_rate_is_a_share_and_a_threshold_finite(number):
             Threshold(number)
 
 
-def test_the_statement_says_how_grouped_images_are_drawn(rung_set):
-    grouped = fit(make_outputs(rung_set, n=600), rung_set, GOAL, TOP1).calibration
-    single = fit(make_outputs(rung_set, n=600, group_size=1), rung_set, GOAL, TOP1).calibration
+def test_the_statement_says_how_grouped_images_are_drawn(graph_set):
+    grouped = fit(make_outputs(graph_set, n=600), graph_set, GOAL, TOP1).calibration
+    single = fit(make_outputs(graph_set, n=600, group_size=1), graph_set, GOAL, TOP1).calibration
     assert "first a group" in grouped.certificate["statement"]
     assert "group" not in single.certificate["statement"]
     assert grouped.certificate["n"] == single.certificate["n"] / 2 == 120
 
 
-def test_an_embedding_that_is_no_number_is_a_loss(rung_set):
-    outputs = make_outputs(rung_set, unsure_below=-1)
+def test_an_embedding_that_is_no_number_is_a_loss(graph_set):
+    outputs = make_outputs(graph_set, unsure_below=-1)
     embedding = outputs.low.embedding.copy()
     embedding[3] = np.nan
     loss = Fidelity("cosine").loss(replace(outputs, low=replace(outputs.low, embedding=embedding)))
     assert np.flatnonzero(loss).tolist() == [3]
 
 
-def test_few_folders_are_an_error_and_not_a_crash(rung_set):
+def test_few_folders_are_an_error_and_not_a_crash(graph_set):
     for folders in (1, 2, 5, 10):
-        outputs = make_outputs(rung_set, n=200, group_size=200 // folders)
+        outputs = make_outputs(graph_set, n=200, group_size=200 // folders)
         with pytest.raises(SplitError, match=f"{folders} groups are too few"):
-            fit(outputs, rung_set, GOAL, replace(TOP1, group_by="folder"))
-    outputs = make_outputs(rung_set, n=300, group_size=5)
-    fit(outputs, rung_set, GOAL, replace(TOP1, group_by="folder"))
+            fit(outputs, graph_set, GOAL, replace(TOP1, group_by="folder"))
+    outputs = make_outputs(graph_set, n=300, group_size=5)
+    fit(outputs, graph_set, GOAL, replace(TOP1, group_by="folder"))
 
 
-def test_labels_of_only_some_images_of_a_group_still_give_an_interval(rung_set):
-    outputs = make_outputs(rung_set, n=300, group_size=5)
+def test_labels_of_only_some_images_of_a_group_still_give_an_interval(graph_set):
+    outputs = make_outputs(graph_set, n=300, group_size=5)
     labels = np.where(np.arange(300) % 5 == 4, outputs.labels, -1)  # the last of each group
-    metrics_ = fit(replace(outputs, labels=labels), rung_set, GOAL, TOP1).calibration.metrics
+    metrics_ = fit(replace(outputs, labels=labels), graph_set, GOAL, TOP1).calibration.metrics
     assert metrics_["accuracy_high"] == 1.0
     assert metrics_["intervals"]["accuracy_high"] == pytest.approx([0.025 ** (1 / 12), 1.0])
 
 
-def test_escalated_losses_count_in_the_certificate_and_in_every_figure(rung_set):
-    rungs = with_reference(rung_set)
+def test_escalated_losses_count_in_the_certificate_and_in_every_figure(graph_set):
+    rungs = with_reference(graph_set)
     outputs = with_losing_high(make_outputs(rungs, n=2000), 0.04)
     fitted = fit(outputs, rungs, GOAL, TOP1)
     calibration, certificate = fitted.calibration, fitted.calibration.certificate
@@ -338,8 +338,8 @@ def test_escalated_losses_count_in_the_certificate_and_in_every_figure(rung_set)
     assert calibration.metrics["signals"]["margin"]["needed_escalation"] == pytest.approx(needed)
 
 
-def test_a_full_rung_that_loses_too_much_is_never_certified(rung_set):
-    rungs = with_reference(rung_set)
+def test_a_full_rung_that_loses_too_much_is_never_certified(graph_set):
+    rungs = with_reference(graph_set)
     outputs = with_losing_high(make_outputs(rungs, n=1000, unsure_below=3.0), 0.3)
     calibration = fit(outputs, rungs, GOAL, TOP1).calibration
     assert calibration.threshold is None and not calibration.certificate["certified"]
@@ -349,23 +349,23 @@ def test_a_full_rung_that_loses_too_much_is_never_certified(rung_set):
     assert calibration.metrics["signals"]["oracle"]["needed_escalation"] is None
 
 
-def test_conformal_risk_control_is_refused_for_a_full_rung_that_is_not_the_reference(rung_set):
-    rungs = with_reference(rung_set)
+def test_conformal_risk_control_is_refused_for_a_full_rung_that_is_not_the_reference(graph_set):
+    rungs = with_reference(graph_set)
     outputs = with_losing_high(make_outputs(rungs, n=600), 0.05)
     with pytest.raises(CertifyError, match="not the reference, so use ltt"):
         fit(outputs, rungs, replace(GOAL, method="crc"), TOP1)
 
 
-def test_outputs_without_the_reference_that_the_rungs_have_are_of_other_files(rung_set):
-    rungs = with_reference(rung_set)
+def test_outputs_without_the_reference_that_the_rungs_have_are_of_other_files(graph_set):
+    rungs = with_reference(graph_set)
     with pytest.raises(FitError, match="not of these graphs: another reference; collect again"):
-        fit(make_outputs(rung_set), rungs, GOAL, TOP1)
+        fit(make_outputs(graph_set), rungs, GOAL, TOP1)
     with pytest.raises(FitError, match="not of these graphs: another reference; collect again"):
-        fit(with_losing_high(make_outputs(rungs), 0.1), rung_set, GOAL, TOP1)
+        fit(with_losing_high(make_outputs(rungs), 0.1), graph_set, GOAL, TOP1)
 
 
-def test_the_record_keeps_the_losses_of_the_full_rung(rung_set, tmp_path):
-    rungs = with_reference(rung_set)
+def test_the_record_keeps_the_losses_of_the_full_rung(graph_set, tmp_path):
+    rungs = with_reference(graph_set)
     outputs = with_losing_high(make_outputs(rungs), 0.1)
     fitted = fit(outputs, rungs, GOAL, TOP1)
     fitted.save(tmp_path / "c.json")
@@ -373,17 +373,17 @@ def test_the_record_keeps_the_losses_of_the_full_rung(rung_set, tmp_path):
     np.testing.assert_array_equal(record.high_loss, Fidelity("top1").high_loss(outputs))
 
 
-def test_images_that_a_graph_has_learned_from_are_left_out_or_refused(rung_set):
-    outputs = make_outputs(rung_set)
+def test_images_that_a_graph_has_learned_from_are_left_out_or_refused(graph_set):
+    outputs = make_outputs(graph_set)
     learned = replace(
-        rung_set, fitted_on=encode([outputs.hashes[i] for i in (7, 3, 399)], no_looks(3))
+        graph_set, fitted_on=encode([outputs.hashes[i] for i in (7, 3, 399)], no_looks(3))
     )
     kept = without_learned(outputs, learned)
     assert kept.hashes == tuple(h for i, h in enumerate(outputs.hashes) if i not in (3, 7, 399))
     np.testing.assert_array_equal(
         kept.low.embedding, np.delete(outputs.low.embedding, [3, 7, 399], 0)
     )
-    assert without_learned(outputs, rung_set).hashes == outputs.hashes
+    assert without_learned(outputs, graph_set).hashes == outputs.hashes
     with pytest.raises(FitError, match="used to fit a graph; leave them out") as error:
         fit(outputs, learned, GOAL, TOP1)
     assert "\n" not in str(error.value)

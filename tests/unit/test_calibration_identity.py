@@ -18,7 +18,7 @@ from calibration.splits import group_keys
 from export.request import LearnedImages
 from imaging import Preprocessing
 from tests.unit.calibrating import run
-from tests.unit.onnx_files import write_rung_set
+from tests.unit.onnx_files import write_graph_set
 
 CROPS, TIMES, NEW = 40, 3, 20
 
@@ -27,7 +27,7 @@ CROPS, TIMES, NEW = 40, 3, 20
 def folders(tmp_path_factory):
     """Folders of rungs, of crops, of each crop in several files, of other forms and new crops."""
     root = tmp_path_factory.mktemp("identity")
-    write_rung_set(root / "onnx", seeds=(1, 2))
+    write_graph_set(root / "onnx", seeds=(1, 2))
     write_sample(root / "crops", CROPS, seed=3)
     for file in sorted((root / "crops").rglob("*.jpg")):
         place = root / "copied" / file.relative_to(root / "crops")
@@ -85,11 +85,11 @@ def test_evaluate_leaves_out_what_the_calibration_has_seen_in_another_form(outpu
 def test_images_that_taught_a_graph_are_left_out_in_any_form_and_said(
     outputs, folders, tmp_path, capsys
 ):
-    rung_set = GraphSet.load(folders / "onnx")
-    preprocessing = Preprocessing.from_dict(rung_set.preprocessing)
+    graph_set = GraphSet.load(folders / "onnx")
+    preprocessing = Preprocessing.from_dict(graph_set.preprocessing)
     learned = LearnedImages.read(folders / "crops", preprocessing).prints
     onnx = tmp_path / "onnx"
-    write_rung_set(onnx, seeds=(1, 2))
+    write_graph_set(onnx, seeds=(1, 2))
     taught = GraphSet.load(onnx)
     taught = taught.adding(replace(taught.high, fitted_on=learned))
     taught.save(onnx)

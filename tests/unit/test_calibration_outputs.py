@@ -15,7 +15,7 @@ from calibration.outputs import Made, Outputs, OutputsError, collect, refer, wan
 from routing import RungOutputs
 from tests.unit.calibration_outputs import FINGERPRINTS, outputs_of, with_reference
 from tests.unit.image_files import MemorySource
-from tests.unit.onnx_files import write_rung_set
+from tests.unit.onnx_files import write_graph_set
 
 N = 7
 MADE = Made(FINGERPRINTS, "c" * 64, "d" * 64, "classes")
@@ -39,7 +39,7 @@ def assert_same(first, second):
 @pytest.mark.parametrize("reference", [True, False])
 @pytest.mark.parametrize("classes", [4, None])
 def test_what_refers_to_a_cache_is_found_where_both_were_moved(tmp_path, classes, reference):
-    graphs = GraphSet.load(write_rung_set(tmp_path / "onnx", classes))
+    graphs = GraphSet.load(write_graph_set(tmp_path / "onnx", classes))
     graphs = with_reference(graphs) if reference else graphs
     cache = AnswerCache(tmp_path / "build/answers", MemorySource(20, broken=[4]), graphs)
     collect(cache, tmp_path / "build/all.json")
@@ -73,7 +73,7 @@ def test_what_is_no_outputs_file_is_one_line(tmp_path, content):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
-    graphs = GraphSet.load(write_rung_set(folder / "onnx"))
+    graphs = GraphSet.load(write_graph_set(folder / "onnx"))
     collect(AnswerCache(folder / "answers", MemorySource(N), graphs), folder / "out.json")
     return folder / "out.json"
 

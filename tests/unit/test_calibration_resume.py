@@ -23,7 +23,7 @@ from tests.unit.answering import (
     stop_after,
 )
 from tests.unit.image_files import MemorySource, write_images
-from tests.unit.onnx_files import write_rung_set
+from tests.unit.onnx_files import write_graph_set
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def small_files(monkeypatch):
 
 
 @pytest.mark.parametrize("stop_at", [10, CHUNK - 1, CHUNK, CHUNK + 17, 2 * CHUNK, COUNT])
-def test_a_rerun_continues_after_the_last_whole_file(rung_set, answering, tmp_path, stop_at):
+def test_a_rerun_continues_after_the_last_whole_file(graph_set, answering, tmp_path, stop_at):
     with pytest.raises(StoppedError):
         answering.fill(MemorySource(COUNT), stop_after(stop_at))
     kept = {file: file.stat().st_mtime_ns for file in files_of(tmp_path)}
@@ -53,7 +53,7 @@ def test_a_rerun_continues_after_the_last_whole_file(rung_set, answering, tmp_pa
 
 
 OTHERS = {
-    "graph": lambda graphs, folder: GraphSet.load(write_rung_set(folder, seeds=(3, 4))),
+    "graph": lambda graphs, folder: GraphSet.load(write_graph_set(folder, seeds=(3, 4))),
     "weights": lambda graphs, folder: with_low(graphs, weights_sha256="a" * 64),
     "preprocessing": lambda graphs, folder: replace(
         graphs, preprocessing={**graphs.preprocessing, "resample": "nearest"}
@@ -77,14 +77,14 @@ def with_low(graphs, **changes):
 
 @pytest.mark.parametrize("change", [*OTHERS, *CODE, "images"])
 def test_whatever_decides_an_answer_has_answers_of_its_own(
-    rung_set, answering, tmp_path, monkeypatch, change
+    graph_set, answering, tmp_path, monkeypatch, change
 ):
     count = 2 * BATCH
     answering.fill(MemorySource(count))
     source = MemorySource(count, fingerprint="second" if change == "images" else "first")
     if change in CODE:
         monkeypatch.setattr(*CODE[change])
-    others = OTHERS[change](rung_set, tmp_path / "others") if change in OTHERS else rung_set
+    others = OTHERS[change](graph_set, tmp_path / "others") if change in OTHERS else graph_set
     if change == "weights":  # there are none, so the files would be refused
         monkeypatch.setattr("bundle.graphs.Graph.fault", lambda graph: None)
     answering.fill(source, graphs=others)
@@ -108,9 +108,9 @@ def empty(file):
 
 
 @pytest.mark.parametrize("damage", [truncate, flip, empty, os.unlink])
-def test_only_a_torn_file_is_made_again(rung_set, answering, tmp_path, damage):
+def test_only_a_torn_file_is_made_again(graph_set, answering, tmp_path, damage):
     answering.fill(MemorySource(COUNT))
-    damage(files_of(tmp_path, rung_set.high, MemorySource(COUNT), rung_set)[1])
+    damage(files_of(tmp_path, graph_set.high, MemorySource(COUNT), graph_set)[1])
     source = MemorySource(COUNT)
     with pytest.raises(MissingAnswersError, match=f"lacks answers for {CHUNK} of {COUNT} images"):
         answering.read(source)
@@ -198,9 +198,9 @@ def test_files_of_a_folder_that_are_no_images_or_vanish_are_skipped(answering, t
     assert labels == [name.split("/")[0] for name in pictures.names]
 
 
-def test_a_foreign_file_in_the_folder_stays(rung_set, answering, tmp_path):
+def test_a_foreign_file_in_the_folder_stays(graph_set, answering, tmp_path):
     answering.fill(MemorySource(3))
-    place = files_of(tmp_path, rung_set.low, MemorySource(3), rung_set)[0].parent
+    place = files_of(tmp_path, graph_set.low, MemorySource(3), graph_set)[0].parent
     (place / "notes.json").write_text(json.dumps("mine"))
     np.savez(place / "0-3-00000000.npz", mine=np.ones(3))
     answering.fill(MemorySource(3))
@@ -227,9 +227,9 @@ def test_an_image_on_which_a_graph_overflows_is_listed_and_left_out(answering, m
     )
 
 
-def test_an_image_that_was_read_once_and_then_was_not_is_asked_about_again(rung_set, answering):
-    """A folder on a network that fails for a moment, between the runs of two rung_set."""
-    low, high = wanted(rung_set)
+def test_an_image_that_was_read_once_and_then_was_not_is_asked_about_again(graph_set, answering):
+    """A folder on a network that fails for a moment, between the runs of two graph_set."""
+    low, high = wanted(graph_set)
     answering.fill(MemorySource(30), what=[low], rows=range(8))
     (line,) = answering.fill(MemorySource(30, gone=[3]), what=[high])
     assert line.startswith("3.png")

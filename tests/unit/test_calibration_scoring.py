@@ -81,16 +81,16 @@ def test_an_oracle_that_says_nothing_still_leaves_the_order_in_fp32():
     np.testing.assert_allclose(scores, 50, rtol=1e-3)
 
 
-def unpredictable(rung_set, n=2000, seed=2):
+def unpredictable(graph_set, n=2000, seed=2):
     """What the full rung changes has nothing to do with the cheap one's outputs."""
-    outputs, rng = make_outputs(rung_set, n=n, seed=seed), np.random.default_rng(seed)
+    outputs, rng = make_outputs(graph_set, n=n, seed=seed), np.random.default_rng(seed)
     embedding = outputs.low.embedding + rng.normal(size=(n, D)).astype(np.float32)
     logits = rng.normal(size=outputs.high.logits.shape).astype(np.float32)
     return replace(outputs, high=replace(outputs.high, embedding=embedding, logits=logits))
 
 
-def test_a_score_that_hardly_tells_images_apart_is_said(rung_set, capsys):
-    fitted = fit(unpredictable(rung_set), rung_set, GOAL, Options(Fidelity("top1")))
+def test_a_score_that_hardly_tells_images_apart_is_said(graph_set, capsys):
+    fitted = fit(unpredictable(graph_set), graph_set, GOAL, Options(Fidelity("top1")))
     spread = fitted.calibration.metrics["score_spread"]
     test = fitted.splits["test"]
     assert spread["score"] == pytest.approx(np.ptp(np.quantile(fitted.scores[test], [0.05, 0.95])))
@@ -110,9 +110,9 @@ def test_a_score_that_most_images_share_is_said():
 
 
 def test_a_score_that_tells_them_apart_is_not_complained_of_and_its_threshold_is_printed(
-    rung_set, capsys
+    graph_set, capsys
 ):
-    fitted = fit(make_outputs(rung_set, n=600), rung_set, GOAL, Options(Fidelity("top1")))
+    fitted = fit(make_outputs(graph_set, n=600), graph_set, GOAL, Options(Fidelity("top1")))
     print_fit(fitted.calibration)
     out = squeeze(capsys.readouterr().out)
     assert "hardly tells" not in out

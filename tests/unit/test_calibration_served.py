@@ -17,14 +17,14 @@ from calibration.running import open_session, run_session
 from calibration.served import ServedError, ServedRungs
 from tests.unit.calibration_outputs import with_reference
 from tests.unit.image_files import MemorySource
-from tests.unit.onnx_files import SIZE, write_rung_set
+from tests.unit.onnx_files import SIZE, write_graph_set
 
 
 class FakeTriton:
     """A server of two rungs, by ONNX Runtime; the first calls of a model raise `refusals`."""
 
-    def __init__(self, rung_set, version="2.51.0", refusals=()):
-        self.sessions = {name: open_session(file) for name, file in rung_set.files.items()}
+    def __init__(self, graph_set, version="2.51.0", refusals=()):
+        self.sessions = {name: open_session(file) for name, file in graph_set.files.items()}
         self.version, self.refusals = version, list(refusals)
         self.asked, self.closed = [], False
 
@@ -51,10 +51,10 @@ class FakeTriton:
 
 @pytest.fixture
 def serve(monkeypatch):
-    def start(server, rung_set, url="127.0.0.1:8001"):
+    def start(server, graph_set, url="127.0.0.1:8001"):
         monkeypatch.setattr(module.triton, "InferenceServerClient", server)
         monkeypatch.setattr(module, "_PAUSE_S", 0.0)
-        return ServedRungs(url, rung_set)
+        return ServedRungs(url, graph_set)
 
     return start
 
@@ -64,10 +64,10 @@ def overloaded():
 
 
 @pytest.fixture
-def collected(rung_set, tmp_path):
+def collected(graph_set, tmp_path):
     """The outputs that a server, or this machine, answers."""
 
-    def collected(source, served=None, rungs=rung_set, progress=lambda count: None):
+    def collected(source, served=None, rungs=graph_set, progress=lambda count: None):
         cache = AnswerCache(tmp_path / "answers", source, rungs, served)
         cache.fill(wanted(rungs), progress=progress)
         return Outputs.of(cache.read(wanted(rungs)), rungs, cache)
@@ -75,9 +75,9 @@ def collected(rung_set, tmp_path):
     return collected
 
 
-def test_outputs_of_a_server_are_those_of_its_rungs(rung_set, serve, collected):
-    server = FakeTriton(rung_set)
-    with serve(server, rung_set) as served:
+def test_outputs_of_a_server_are_those_of_its_rungs(graph_set, serve, collected):
+    server = FakeTriton(graph_set)
+    with serve(server, graph_set) as served:
         found = collected(MemorySource(20), served)
     local = collected(MemorySource(20))
     np.testing.assert_array_equal(found.low.cls_layers, local.low.cls_layers)
@@ -89,9 +89,9 @@ def test_outputs_of_a_server_are_those_of_its_rungs(rung_set, serve, collected):
     ]
 
 
-def test_a_full_queue_is_waited_for_and_a_fault_is_not(rung_set, serve, collected):
-    server = FakeTriton(rung_set, refusals=[overloaded(), overloaded()])
-    with serve(server, rung_set) as served:
+def test_a_full_queue_is_waited_for_and_a_fault_is_not(graph_set, serve, collected):
+    server = FakeTriton(graph_set, refusals=[overloaded(), overloaded()])
+    with serve(server, graph_set) as served:
         assert len(collected(MemorySource(3), served)) == 3
         server.refusals = [InferenceServerException("the graph\nfails", "StatusCode.INTERNAL")]
         with pytest.raises(ServedError, match="the graph fails") as error:
@@ -100,7 +100,7 @@ def test_a_full_queue_is_waited_for_and_a_fault_is_not(rung_set, serve, collecte
 
 
 def other_rungs(tmp_path, seeds):
-    return GraphSet.load(write_rung_set(tmp_path / f"other {seeds}", seeds=seeds))
+    return GraphSet.load(write_graph_set(tmp_path / f"other {seeds}", seeds=seeds))
 
 
 def answer_files(tmp_path):
@@ -111,10 +111,10 @@ def answer_files(tmp_path):
 
 @pytest.mark.parametrize(("seeds", "rung"), [((7, 2), "vit_low"), ((1, 7), "vit_high")])
 def test_a_server_of_other_weights_of_the_same_shapes_is_refused(
-    rung_set, serve, collected, tmp_path, seeds, rung
+    graph_set, serve, collected, tmp_path, seeds, rung
 ):
     with (
-        serve(FakeTriton(other_rungs(tmp_path, seeds)), rung_set) as served,
+        serve(FakeTriton(other_rungs(tmp_path, seeds)), graph_set) as served,
         pytest.raises(ServedError, match=f"{rung} at 127.0.0.1:8001 is not the rung in --onnx"),
     ):
         collected(MemorySource(20, broken=[0, 3]), served)
@@ -150,11 +150,11 @@ def changed(server, **changes):
     ],
 )
 def test_a_server_of_other_rungs_is_refused(
-    rung_set, serve, collected, tmp_path, name, change, words
+    graph_set, serve, collected, tmp_path, name, change, words
 ):
-    server = changed(FakeTriton(rung_set), **{name: change})
+    server = changed(FakeTriton(graph_set), **{name: change})
     said = f"vit_low at 127.0.0.1:8001 is not the rung in --onnx: .*{words}"
-    with serve(server, rung_set) as served, pytest.raises(ServedError, match=said) as error:
+    with serve(server, graph_set) as served, pytest.raises(ServedError, match=said) as error:
         collected(MemorySource(20), served)
     assert "\n" not in str(error.value)
     assert answer_files(tmp_path) == []
@@ -165,11 +165,11 @@ def test_a_server_of_other_rungs_is_refused(
     ("stops", "error"), [(False, ServedError), (True, KeyboardInterrupt)], ids=["to the end", "^C"]
 )
 def test_a_model_deployed_while_a_server_is_asked_leaves_nothing_behind(
-    rung_set, serve, collected, tmp_path, monkeypatch, stops, error, other
+    graph_set, serve, collected, tmp_path, monkeypatch, stops, error, other
 ):
     """Nor where whoever waits stops before the server is asked whether it is the same."""
     monkeypatch.setattr(answers_module, "CHUNK", 16)
-    server, kept = FakeTriton(rung_set), []
+    server, kept = FakeTriton(graph_set), []
 
     def redeploy(count):
         kept.append(len(answer_files(tmp_path)))
@@ -180,45 +180,45 @@ def test_a_model_deployed_while_a_server_is_asked_leaves_nothing_behind(
             raise KeyboardInterrupt
 
     words = None if stops else "another model was deployed meanwhile"
-    with serve(server, rung_set) as served, pytest.raises(error, match=words):
+    with serve(server, graph_set) as served, pytest.raises(error, match=words):
         collected(MemorySource(40), served, progress=redeploy)
     assert max(kept) > 0 and answer_files(tmp_path) == []
 
 
-def test_a_server_that_answers_a_little_otherwise_is_asked_anew(rung_set, serve, collected):
+def test_a_server_that_answers_a_little_otherwise_is_asked_anew(graph_set, serve, collected):
     read = []
     for noise in (0.0, 1e-6, 0.01):  # rounding is the same server, 1 % another model like it
         more = dict.fromkeys(("embedding", "logits"), lambda same, noise=noise: same * (1 + noise))
-        served = serve(changed(FakeTriton(rung_set), **more), rung_set)
+        served = serve(changed(FakeTriton(graph_set), **more), graph_set)
         source = MemorySource(20)
         collected(source, served)
         read.append(len(set(source.read)) == 20)  # and not the probe's images alone
     assert read == [True, False, True]
 
 
-def test_only_a_server_on_this_machine_has_a_known_processor(rung_set, serve):
+def test_only_a_server_on_this_machine_has_a_known_processor(graph_set, serve):
     for url, known in (("localhost:8001", True), ("10.0.0.7:8001", False)):
-        served = serve(FakeTriton(rung_set), rung_set, url)
+        served = serve(FakeTriton(graph_set), graph_set, url)
         assert (served.runtime["processor"] is not None) == known
         assert "10.0.0.7" not in str(served.runtime)  # it travels with the artifact
 
 
-def test_a_reference_that_is_not_served_runs_here(rung_set, serve, collected):
-    rungs = with_reference(rung_set)
-    server = FakeTriton(rung_set)
+def test_a_reference_that_is_not_served_runs_here(graph_set, serve, collected):
+    rungs = with_reference(graph_set)
+    server = FakeTriton(graph_set)
     with serve(server, rungs) as served:
         assert len(collected(MemorySource(5), served, rungs).reference) == 5
     assert {model for model, *_ in server.asked} == {"vit_low", "vit_high"}
 
 
 @pytest.mark.parametrize("change", ["nothing", "here", "server", "release", "processor"])
-def test_answers_of_another_runtime_are_made_anew(rung_set, serve, collected, monkeypatch, change):
-    collected(MemorySource(16), serve(FakeTriton(rung_set), rung_set))
+def test_answers_of_another_runtime_are_made_anew(graph_set, serve, collected, monkeypatch, change):
+    collected(MemorySource(16), serve(FakeTriton(graph_set), graph_set))
     if change == "processor":
         monkeypatch.setattr(module, "processor", lambda: {"vendor": "", "model": "", "int8": []})
     version = "2.60.0" if change == "release" else "2.51.0"
     url = "127.0.0.1:9001" if change == "server" else "127.0.0.1:8001"
-    served = None if change == "here" else serve(FakeTriton(rung_set, version), rung_set, url)
+    served = None if change == "here" else serve(FakeTriton(graph_set, version), graph_set, url)
     source = MemorySource(16)
     collected(source, served)
     assert (len(set(source.read)) == 16) == (change != "nothing")

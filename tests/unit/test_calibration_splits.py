@@ -16,8 +16,8 @@ from tests.unit.calibration_outputs import make_outputs
 
 
 @pytest.fixture
-def outputs(rung_set):
-    return make_outputs(rung_set, n=60)
+def outputs(graph_set):
+    return make_outputs(graph_set, n=60)
 
 
 @given(st.integers(0, 1000), st.sampled_from([1, 2, 5]))

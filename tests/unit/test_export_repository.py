@@ -26,13 +26,13 @@ from routing import REFERENCE_MODEL, WEIGHTS, Calibration, CalibrationError
 from tests.unit.calibration_outputs import make_outputs, with_losing_high, with_reference
 from tests.unit.export_tiny import run_export
 from tests.unit.fakes import make_calibration
-from tests.unit.onnx_files import CLASSES, LAYERS, SIZE, D, write_rung_set
+from tests.unit.onnx_files import CLASSES, LAYERS, SIZE, D, write_graph_set
 from tests.unit.quantised_files import ask
 
 
 def write_inputs(folder, classes=CLASSES, shared=(), **changes):
     """Rungs and their artifact; those of the rungs in `shared` read weights that lie beside."""
-    onnx = write_rung_set(folder / "onnx", classes)
+    onnx = write_graph_set(folder / "onnx", classes)
     if shared:
         put_weights_beside(onnx, shared)
     graphs = GraphSet.load(onnx)
@@ -293,7 +293,7 @@ def change_preprocessing(folder, **fields):
         (lambda f: (f / "onnx/graphs.json").unlink(), "export rungs first"),
         (lambda f: (f / "calibration.json").unlink(), "calibration fit first"),
         (lambda f: (f / "onnx/vit_low.onnx").write_bytes(b"x"), "not the file that was calibrated"),
-        (lambda f: write_rung_set(f / "onnx", seeds=(8, 9)), "not the file that was calibrated"),
+        (lambda f: write_graph_set(f / "onnx", seeds=(8, 9)), "not the file that was calibrated"),
         (lambda f: change_preprocessing(f, resample="lanczos"), "is not the one that was"),
         (lambda f: change_preprocessing(f, mean=[0.5, 0.5, 0.4]), "is not the one that was"),
         (lambda f: change_preprocessing(f, resample="magic"), "graphs.json cannot be carried out"),
@@ -357,7 +357,7 @@ def test_a_headless_ensemble_has_no_logits(tmp_path, out):
 def cheaper(tmp_path_factory):
     """Rungs beside the full model, and what `fit` certifies about it."""
     folder = tmp_path_factory.mktemp("cheaper")
-    graphs = with_reference(GraphSet.load(write_rung_set(folder / "onnx")))
+    graphs = with_reference(GraphSet.load(write_graph_set(folder / "onnx")))
     outputs = with_losing_high(make_outputs(graphs, 800), share=0.02)
     fitted = fit(outputs, graphs, Goal(0.1, 0.9, "ltt"), Options(Fidelity("top1")))
     assert fitted.calibration.certificate["certified"]

@@ -13,7 +13,7 @@ from perf.memory import MemoryUse, memory_figures
 from perf.record import write
 from perf.systems import model_section
 from tests.unit.fakes import make_calibration
-from tests.unit.onnx_files import CLASSES, SIZE, D, write_rung_set
+from tests.unit.onnx_files import CLASSES, SIZE, D, write_graph_set
 from tests.unit.perf_measured import make_answer, make_system
 
 HIGH = [make_answer(100.0, names=0), make_answer(100.0, names=1)]
@@ -144,7 +144,7 @@ def test_the_memory_of_a_gpu_is_kept_where_there_is_one():
 
 
 def test_the_model_is_described_without_its_files(tmp_path):
-    assert model_section(GraphSet.load(write_rung_set(tmp_path))) == {
+    assert model_section(GraphSet.load(write_graph_set(tmp_path))) == {
         "backbone": "tiny",
         "image_shape": [3, SIZE, SIZE],
         "low": f"px={SIZE // 2}",

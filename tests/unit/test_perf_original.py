@@ -14,7 +14,7 @@ from perf.figures import PerfError, Spread
 from perf.original import SOURCE, original_rows
 from perf.systems import ADAPTIVE, HIGH, LOW
 from report.terminal import Bars
-from tests.unit.onnx_files import write_rung_set
+from tests.unit.onnx_files import write_graph_set
 from tests.unit.perf_workplace import write_repository, write_rungs
 
 BARS = Bars(Console(quiet=True))
@@ -79,7 +79,7 @@ def test_ratios_that_cannot_be_true_are_not_shown():
 def test_a_forward_pass_is_timed_for_both_rungs(tmp_path, monkeypatch):
     monkeypatch.setattr(original, "FORWARD_RUNS", 3)
     monkeypatch.setattr(original, "FORWARD_WARMUP", 1)
-    found = original.measure_forward(GraphSet.load(write_rung_set(tmp_path)), BARS)
+    found = original.measure_forward(GraphSet.load(write_graph_set(tmp_path)), BARS)
     assert set(found) == {"vit_low", "vit_high"} and min(found.values()) > 0
 
 
@@ -93,8 +93,8 @@ def test_what_is_missing_is_said_before_a_server_starts(tmp_path):
 def test_what_is_measured_is_a_copy_whose_router_compares_nothing_at_its_start(
     tmp_path, monkeypatch
 ):
-    rung_set = write_rungs(tmp_path / "onnx")
-    repository = write_repository(tmp_path / "model_repository", rung_set)
+    graph_set = write_rungs(tmp_path / "onnx")
+    repository = write_repository(tmp_path / "model_repository", graph_set)
     before = (repository / "router/config.pbtxt").read_text()
     calibration = SimpleNamespace(check_rungs=lambda files: None, threshold=1.0)
     monkeypatch.setattr(original.Calibration, "load", lambda file: calibration)

@@ -39,7 +39,7 @@ class FakeServers:
         self.measures_cpu = True
 
     @contextlib.contextmanager
-    def serving(self, rung_set, names, pool, served):
+    def serving(self, graph_set, names, pool, served):
         self.started.append(list(names))
         yield self
 
@@ -52,7 +52,7 @@ class FakeServers:
 
 
 @pytest.fixture(scope="module")
-def rung_set(tmp_path_factory):
+def graph_set(tmp_path_factory):
     return write_rungs(tmp_path_factory.mktemp("onnx"), alternatives=(5, 6))
 
 
@@ -69,37 +69,39 @@ def servers(monkeypatch):
     return fake
 
 
-def priced(rung_set, pool, names=(), served=SERVED, on_step=lambda: None, again=lambda words: None):
+def priced(
+    graph_set, pool, names=(), served=SERVED, on_step=lambda: None, again=lambda words: None
+):
     bar = SimpleNamespace(advance=on_step, begin_again=again)
     stages = SimpleNamespace(
         stage=lambda title, total: contextlib.nullcontext(bar), say=lambda words: None
     )
-    return price(rung_set, names, pool, served, stages)
+    return price(graph_set, names, pool, served, stages)
 
 
 # --- which graphs, and how they are laid out ---------------------------------------------------
 
 
-def test_every_group_holds_the_full_rung_and_no_more_graphs_than_fit(rung_set):
-    assert groups_of(rung_set, []) == [["vit_high", "vit_low", "px5", "px6"]]
+def test_every_group_holds_the_full_rung_and_no_more_graphs_than_fit(graph_set):
+    assert groups_of(graph_set, []) == [["vit_high", "vit_low", "px5", "px6"]]
     names = [f"px{px}" for px in range(20)]
-    more = {name: replace(rung_set.graphs["px5"], name=name) for name in names}
-    many = replace(rung_set, graphs={"vit_low": rung_set.low, "vit_high": rung_set.high, **more})
+    more = {name: replace(graph_set.graphs["px5"], name=name) for name in names}
+    many = replace(graph_set, graphs={"vit_low": graph_set.low, "vit_high": graph_set.high, **more})
     groups = groups_of(many, [])
     assert [len(group) for group in groups] == [TOGETHER, TOGETHER, TOGETHER]
     assert all(group[0] == "vit_high" for group in groups)
     assert [name for group in groups for name in group[1:]] == ["vit_low", *names]
 
 
-def test_graphs_can_be_chosen_and_the_full_rung_comes_with_them(rung_set):
-    assert groups_of(rung_set, ["px6"]) == [["vit_high", "px6"]]
-    assert groups_of(rung_set, ["vit_high"]) == [["vit_high"]]
+def test_graphs_can_be_chosen_and_the_full_rung_comes_with_them(graph_set):
+    assert groups_of(graph_set, ["px6"]) == [["vit_high", "px6"]]
+    assert groups_of(graph_set, ["vit_high"]) == [["vit_high"]]
     with pytest.raises(PerfError, match="no graph 'px7' .* vit_high, vit_low, px5"):
-        groups_of(rung_set, ["px6", "px7"])
+        groups_of(graph_set, ["px6", "px7"])
 
 
-def test_graphs_are_configured_as_the_full_rung_but_for_instances_and_threads(tmp_path, rung_set):
-    lay_out(rung_set, ["vit_low", "px5"], Served(instances=3, threads=2), tmp_path)
+def test_graphs_are_configured_as_the_full_rung_but_for_instances_and_threads(tmp_path, graph_set):
+    lay_out(graph_set, ["vit_low", "px5"], Served(instances=3, threads=2), tmp_path)
     root = Path(__file__).resolve().parents[2]
     expected = ModelConfig()
     text_format.Parse((root / "model_repository/vit_high/config.pbtxt").read_text(), expected)
@@ -109,15 +111,15 @@ def test_graphs_are_configured_as_the_full_rung_but_for_instances_and_threads(tm
         config = text_format.Parse((tmp_path / name / "config.pbtxt").read_text(), ModelConfig())
         assert config == expected
     low = tmp_path / "vit_low/1/model.onnx"
-    assert os.path.samefile(low, rung_set.files["vit_low"])
+    assert os.path.samefile(low, graph_set.files["vit_low"])
     assert {path.name for path in tmp_path.iterdir()} == {"vit_low", "px5"}
 
 
 # --- figures -----------------------------------------------------------------------------------
 
 
-def test_figures_by_hand(servers, rung_set, pool):
-    found = json.loads(json.dumps(priced(rung_set, pool)))
+def test_figures_by_hand(servers, graph_set, pool):
+    found = json.loads(json.dumps(priced(graph_set, pool)))
     for name, cost_ms in COST_MS.items():
         entry = found[name]
         assert entry["latency_ms"]["values"] == pytest.approx([cost_ms] * 3)
@@ -130,14 +132,14 @@ def test_figures_by_hand(servers, rung_set, pool):
         assert entry["disturbed"] is False and entry["batch"] == 2
 
 
-def test_cpu_time_that_is_not_measured_disturbs_nothing(servers, rung_set, pool):
+def test_cpu_time_that_is_not_measured_disturbs_nothing(servers, graph_set, pool):
     servers.measures_cpu = False
-    found = priced(rung_set, pool)
+    found = priced(graph_set, pool)
     assert disturbed(found) == []
     assert found["vit_low"]["server_cpu_ms"] is found["vit_low"]["cpu_cost_ratio"] is None
 
 
-def test_ratios_are_taken_within_a_turn(servers, rung_set, pool):
+def test_ratios_are_taken_within_a_turn(servers, graph_set, pool):
     measured = 0
 
     def slow_down_after_each_turn():
@@ -145,25 +147,25 @@ def test_ratios_are_taken_within_a_turn(servers, rung_set, pool):
         measured += 1
         servers.slower = 2.0**measured
 
-    found = priced(rung_set, pool, on_step=slow_down_after_each_turn)
+    found = priced(graph_set, pool, on_step=slow_down_after_each_turn)
     assert measured == 6  # three turns of lone requests and of batches
     assert found["vit_low"]["ms_per_image"]["values"] == pytest.approx([400, 800, 1600])
     assert found["vit_low"]["cost_ratio"]["values"] == pytest.approx([0.25] * 3)
 
 
 def test_the_full_rung_has_values_of_every_group_and_each_group_a_server(
-    servers, rung_set, pool, monkeypatch
+    servers, graph_set, pool, monkeypatch
 ):
     monkeypatch.setattr(prices, "TOGETHER", 3)
-    found = priced(rung_set, pool)
+    found = priced(graph_set, pool)
     assert servers.started == [["vit_high", "vit_low", "px5"], ["vit_high", "px6"]]
     assert found["vit_high"]["cost_ratio"]["values"] == [1.0] * 6
     assert found["vit_low"]["cost_ratio"]["runs"] == found["px6"]["cost_ratio"]["runs"] == 3
 
 
-def test_graphs_are_warm_and_take_turns_by_blocks_in_an_order_drawn_anew(servers, rung_set, pool):
+def test_graphs_are_warm_and_take_turns_by_blocks_in_an_order_drawn_anew(servers, graph_set, pool):
     served = replace(SERVED, turns=6)
-    priced(rung_set, pool, served=served)
+    priced(graph_set, pool, served=served)
     warm = servers.asked[: 2 * len(COST_MS) + 1]
     assert {(name, len(rows)) for name, rows, *_ in warm} == {
         (name, images) for name in COST_MS for images in (1, 8)
@@ -179,18 +181,18 @@ def test_graphs_are_warm_and_take_turns_by_blocks_in_an_order_drawn_anew(servers
         assert len(set(orders)) > 3
 
 
-def test_a_quick_graph_has_more_blocks_in_a_turn(servers, rung_set, pool):
+def test_a_quick_graph_has_more_blocks_in_a_turn(servers, graph_set, pool):
     servers.slower = 1 / 16  # a block of the full rung in a tenth of a second
-    priced(rung_set, pool, names=["vit_high"], served=replace(SERVED, turns=1))
+    priced(graph_set, pool, names=["vit_high"], served=replace(SERVED, turns=1))
     assert sum(load.batch == 2 for _, _, load, _ in servers.asked) == 2 + 10
 
 
-def test_each_graph_is_asked_what_the_router_asks_it(servers, rung_set, pool):
-    priced(rung_set, pool)
+def test_each_graph_is_asked_what_the_router_asks_it(servers, graph_set, pool):
+    priced(graph_set, pool)
     outputs = {name: names for name, *_, names in servers.asked}
     assert outputs["vit_high"] == ("embedding", "logits")
     assert outputs["vit_low"] == outputs["px5"] == ("embedding", "cls_layers", "logits")
-    priced(replace(rung_set, classes=None), pool)
+    priced(replace(graph_set, classes=None), pool)
     assert servers.asked[-1][-1] in (("embedding",), ("embedding", "cls_layers"))
 
 
@@ -198,33 +200,33 @@ def test_each_graph_is_asked_what_the_router_asks_it(servers, rung_set, pool):
 
 
 def test_a_graph_whose_cost_differs_by_clock_and_cpu_time_is_measured_once_more(
-    servers, rung_set, pool
+    servers, graph_set, pool
 ):
     servers.works_harder = {"vit_low": 1.3, "px5": 1.1}
     said = []
-    found = priced(rung_set, pool, again=said.append)
+    found = priced(graph_set, pool, again=said.append)
     assert len(servers.started) == 2 and len(said) == 1 and "CPU time of vit_low differ" in said[0]
     assert disturbed(found) == ["vit_low"] and found["vit_low"]["disturbed"] is True
 
     def calm(words):
         servers.works_harder = {}
 
-    assert disturbed(priced(rung_set, pool, again=calm)) == []
+    assert disturbed(priced(graph_set, pool, again=calm)) == []
 
 
-def test_the_less_disturbed_of_two_measurements_is_kept(servers, rung_set, pool):
+def test_the_less_disturbed_of_two_measurements_is_kept(servers, graph_set, pool):
     servers.works_harder = {"vit_low": 1.3}
 
     def worse(words):
         servers.works_harder = {"px5": 1.3, "px6": 1.3}
 
-    assert disturbed(priced(rung_set, pool, again=worse)) == ["vit_low"]
+    assert disturbed(priced(graph_set, pool, again=worse)) == ["vit_low"]
 
 
-def test_no_ratio_of_a_disturbed_graph_is_printed(servers, rung_set, pool, monkeypatch):
+def test_no_ratio_of_a_disturbed_graph_is_printed(servers, graph_set, pool, monkeypatch):
     servers.works_harder = {"vit_low": 1.3}
     monkeypatch.setattr("perf.images.load_pool", lambda *arguments, **stage: pool)
-    folder = str(rung_set.files["vit_low"].parent)
+    folder = str(graph_set.files["vit_low"].parent)
     arguments = ["serving", "--onnx", folder, "--batch", "2", "--turns", "1"]
     printed = CliRunner().invoke(app, arguments).stdout
     assert "0.250" not in printed and "0.325" not in printed  # vit_low's
@@ -237,7 +239,7 @@ def test_no_ratio_of_a_disturbed_graph_is_printed(servers, rung_set, pool, monke
 # --- refusals ----------------------------------------------------------------------------------
 
 
-def test_too_few_images_are_refused_before_a_server_starts(servers, rung_set, pool):
+def test_too_few_images_are_refused_before_a_server_starts(servers, graph_set, pool):
     with pytest.raises(PerfError, match="5 images do not fill a batch of 6"):
-        priced(rung_set, pool, served=replace(SERVED, batch=6))
+        priced(graph_set, pool, served=replace(SERVED, batch=6))
     assert servers.started == []

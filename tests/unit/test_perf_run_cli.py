@@ -75,8 +75,8 @@ class FakeTarget:
     def __exit__(self, *error):
         pass
 
-    def check(self, rung_set, calibration, image):
-        assert image.shape == rung_set.image_shape
+    def check(self, graph_set, calibration, image):
+        assert image.shape == graph_set.image_shape
 
 
 def no_server(*arguments, **options):

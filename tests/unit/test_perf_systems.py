@@ -15,17 +15,17 @@ SERVED = ["vit_low", "vit_high", "router", "preprocess", "adaptive_vit", "px5", 
 
 
 @pytest.fixture(scope="module")
-def rung_set(tmp_path_factory):
+def graph_set(tmp_path_factory):
     """Rungs of 4 and 8 px, alternatives of 5 and 6 px."""
     return write_rungs(tmp_path_factory.mktemp("onnx"), alternatives=(5, 6))
 
 
-def found(rung_set, served=SERVED, threshold=0.5):
-    return {s.name: s for s in systems(rung_set, served, threshold, 0.1 + 0.2)}
+def found(graph_set, served=SERVED, threshold=0.5):
+    return {s.name: s for s in systems(graph_set, served, threshold, 0.1 + 0.2)}
 
 
-def test_every_way_to_answer_is_measured_with_the_cheap_rung_first(rung_set):
-    assert {name: system.model for name, system in found(rung_set).items()} == {
+def test_every_way_to_answer_is_measured_with_the_cheap_rung_first(graph_set):
+    assert {name: system.model for name, system in found(graph_set).items()} == {
         "static-low": "vit_low",
         "static-5": "px5",
         "static-6": "px6",
@@ -36,29 +36,29 @@ def test_every_way_to_answer_is_measured_with_the_cheap_rung_first(rung_set):
         "adaptive-100": "router",
         "ensemble": "adaptive_vit",
     }
-    assert next(iter(found(rung_set))) == "static-low"
+    assert next(iter(found(graph_set))) == "static-low"
 
 
-def test_what_a_server_does_not_serve_is_not_measured(rung_set):
-    names = found(rung_set, ["vit_low", "vit_high", "router", "px6"])
+def test_what_a_server_does_not_serve_is_not_measured(graph_set):
+    names = found(graph_set, ["vit_low", "vit_high", "router", "px6"])
     assert "static-6" in names and "adaptive" in names
     assert "static-5" not in names and "ensemble" not in names
 
 
-def test_titles_say_the_recipe_and_whether_a_threshold_was_certified(rung_set):
-    titles = {name: system.title for name, system in found(rung_set).items()}
+def test_titles_say_the_recipe_and_whether_a_threshold_was_certified(graph_set):
+    titles = {name: system.title for name, system in found(graph_set).items()}
     assert (titles["static-low"], titles["static-6"]) == ("cheap rung always (4 px)", "static 6 px")
     assert titles["static-high"] == "full rung always (8 px)"
     for name in ("adaptive", "ensemble"):
         assert "calibrated threshold" in titles[name]
-        assert "nothing certified" in found(rung_set, threshold=None)[name].title
+        assert "nothing certified" in found(graph_set, threshold=None)[name].title
 
 
-def test_any_alternative_is_a_system_named_after_its_model_and_titled_after_its_recipe(rung_set):
-    record = rung_set.graphs["px5"].record
+def test_any_alternative_is_a_system_named_after_its_model_and_titled_after_its_recipe(graph_set):
+    record = graph_set.graphs["px5"].record
     recipes = {"tome8": "px=8,tome=8", "px5_int8static_align": "px=5,int8=static,align"}
-    low = replace(rung_set.low.record, recipe="px=4,int8")
-    changed = rung_set.adding(replace(rung_set.low, record=low))
+    low = replace(graph_set.low.record, recipe="px=4,int8")
+    changed = graph_set.adding(replace(graph_set.low, record=low))
     for name, recipe in recipes.items():
         changed = changed.adding(Graph(name, replace(record, recipe=recipe), Path(name)))
     every = found(changed, SERVED + [*recipes])
@@ -69,17 +69,17 @@ def test_any_alternative_is_a_system_named_after_its_model_and_titled_after_its_
     assert every["static-low"].title == "cheap rung always (4 px, int8 (dynamic))"
 
 
-def test_only_the_rungs_are_static_and_only_the_ensemble_takes_bytes(rung_set):
-    every = found(rung_set)
+def test_only_the_rungs_are_static_and_only_the_ensemble_takes_bytes(graph_set):
+    every = found(graph_set)
     static = {name for name, system in every.items() if system.is_static}
     assert static == {"static-low", "static-5", "static-6", "static-high"}
     assert [name for name, system in every.items() if system.takes_bytes] == ["ensemble"]
 
 
-def test_thresholds_are_sent_as_perf_analyzer_can_and_the_router_understands_them(rung_set):
+def test_thresholds_are_sent_as_perf_analyzer_can_and_the_router_understands_them(graph_set):
     scores = np.array([-3.0, 0.0, 0.2, 0.4, 1e6], np.float32)
     escalated = {}
-    every = found(rung_set)
+    every = found(graph_set)
     assert parse_overrides(every["adaptive-30"].parameters).threshold == 0.1 + 0.2  # not 0.3
     for name, system in every.items():
         assert all(isinstance(value, str | int) for value in system.parameters.values())

@@ -87,8 +87,8 @@ def test_every_variant_is_asked_about_every_image_in_a_new_order(monkeypatch):
 
 
 def test_the_routers_start_check_runs_in_no_measurement(tmp_path, monkeypatch):
-    rung_set = write_rungs(tmp_path / "onnx")
-    repository = write_repository(tmp_path / "repository", rung_set)
+    graph_set = write_rungs(tmp_path / "onnx")
+    repository = write_repository(tmp_path / "repository", graph_set)
     seen = []
 
     class Server:

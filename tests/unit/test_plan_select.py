@@ -17,7 +17,7 @@ from planner.select import (
     shortlist,
 )
 from tests.unit.calibration_outputs import CLASS_SIGNALS, make_outputs
-from tests.unit.onnx_files import write_rung_set
+from tests.unit.onnx_files import write_graph_set
 
 TOP1 = Fidelity("top1")
 GOAL = Goal(0.05, 0.9, "ltt", choices=MOST)
@@ -28,7 +28,7 @@ COSTS = {"small": 5.0, "smaller": 4.0, "full": 50.0, "half": 30.0}
 
 @pytest.fixture(scope="module")
 def graphs(tmp_path_factory):
-    return GraphSet.load(write_rung_set(tmp_path_factory.mktemp("rungs") / "onnx"))
+    return GraphSet.load(write_graph_set(tmp_path_factory.mktemp("rungs") / "onnx"))
 
 
 def predicted(pairs, **changes):

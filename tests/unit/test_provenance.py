@@ -52,8 +52,8 @@ def test_the_release_is_that_of_the_project():
 
 
 def test_an_artifact_names_runtime_processor_and_releases(tmp_path):
-    rung_set, outputs = collected(tmp_path)
-    data = fitted(rung_set, outputs, images=0).calibration.data
+    graph_set, outputs = collected(tmp_path)
+    data = fitted(graph_set, outputs, images=0).calibration.data
     assert re.match(r"onnxruntime \d+\.\d+\.\d+ on (CPU|CUDA)$", data["runtime"]["name"])
     assert data["runtime"]["processor"] == processor()
-    assert (data["release"], data["exported_by"]) == (RELEASE, rung_set.release)
+    assert (data["release"], data["exported_by"]) == (RELEASE, graph_set.release)

@@ -43,13 +43,13 @@ from tests.unit.reference_files import collected, fitted
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Rungs, outputs and a fit of them."""
-    rung_set, outputs = collected(tmp_path_factory.mktemp("made"))
-    return rung_set, outputs, fitted(rung_set, outputs)
+    graph_set, outputs = collected(tmp_path_factory.mktemp("made"))
+    return graph_set, outputs, fitted(graph_set, outputs)
 
 
-def served_by(rung_set, calibration):
+def served_by(graph_set, calibration):
     """The cascade of a server, here of ONNX Runtime's sessions; counts what it is asked."""
-    sessions = {name: open_session(rung_set.files[name]) for name in rung_set.rungs}
+    sessions = {name: open_session(graph_set.files[name]) for name in graph_set.rungs}
 
     def cascade(image, overrides):
         cascade.batches.append(len(image))
@@ -83,7 +83,7 @@ def compared(fit, **changes):
 
 
 def test_a_fit_keeps_images_that_nothing_was_fitted_on_spread_over_the_scores(made):
-    rung_set, outputs, fit = made
+    graph_set, outputs, fit = made
     answers = fit.answers
     assert len(answers) == 32 == fit.calibration.reference_answers["images"]
     rows = [int(np.flatnonzero(fit.scores == score)[0]) for score in answers.scores]
@@ -97,9 +97,9 @@ def test_a_fit_keeps_images_that_nothing_was_fitted_on_spread_over_the_scores(ma
 
 
 def test_the_stored_tensors_are_the_preprocessed_ones_bit_for_bit(made):
-    rung_set, outputs, fit = made
+    graph_set, outputs, fit = made
     source = open_images(outputs.source)
-    preprocessing = Preprocessing.from_dict(rung_set.preprocessing)
+    preprocessing = Preprocessing.from_dict(graph_set.preprocessing)
     by_score = dict(zip(fit.scores.tolist(), outputs.names, strict=True))
     for row in (0, 15, 31):
         index = source.names.index(by_score[float(fit.answers.scores[row])])
@@ -144,14 +144,14 @@ def test_saved_answers_are_those_that_the_artifact_names(made, tmp_path):
 
 @pytest.mark.parametrize("why", ["asked for none", "gone", "changed"])
 def test_without_pictures_a_fit_has_no_reference_answers_and_says_why(made, tmp_path, why):
-    rung_set, outputs, _ = made
+    graph_set, outputs, _ = made
     said = []
     images = 0 if why == "asked for none" else 32
     if why == "gone":
         outputs = replace(outputs, source=str(tmp_path / "nowhere"))
     if why == "changed":
         outputs = replace(outputs, hashes=tuple(f"{i:064x}" for i in range(len(outputs))))
-    found = fitted(rung_set, outputs, images=images, say=said.append)
+    found = fitted(graph_set, outputs, images=images, say=said.append)
     assert found.answers is None and found.calibration.reference_answers is None
     words = {
         "asked for none": [],
@@ -164,7 +164,7 @@ def test_without_pictures_a_fit_has_no_reference_answers_and_says_why(made, tmp_
 
 
 def test_pictures_that_are_gone_since_are_left_out(made, tmp_path):
-    rung_set, outputs, fit = made
+    graph_set, outputs, fit = made
     gone = [outputs.names[int(np.flatnonzero(fit.scores == s)[0])] for s in fit.answers.scores[:3]]
     folder = tmp_path / "images"
     folder.mkdir()
@@ -173,7 +173,7 @@ def test_pictures_that_are_gone_since_are_left_out(made, tmp_path):
         if name not in gone:
             (folder / name).write_bytes(source[index].data)
     said = []
-    found = fitted(rung_set, replace(outputs, source=str(folder)), say=said.append)
+    found = fitted(graph_set, replace(outputs, source=str(folder)), say=said.append)
     assert len(found.answers) == 29
     assert said == ["3 of 32 reference images are gone or have changed"]
 
@@ -182,8 +182,8 @@ def test_pictures_that_are_gone_since_are_left_out(made, tmp_path):
 
 
 def test_the_same_rungs_answer_the_same(made):
-    rung_set, _, fit = made
-    cascade = served_by(rung_set, fit.calibration)
+    graph_set, _, fit = made
+    cascade = served_by(graph_set, fit.calibration)
     found = compare(fit.calibration, fit.answers, ask(fit.answers, cascade))
     assert cascade.batches == [BATCH] * 8  # each image by score, and by the full rung
     assert found.outcome == SAME and found.other_decisions == found.other_answers == 0
@@ -193,10 +193,10 @@ def test_the_same_rungs_answer_the_same(made):
 
 
 def test_another_runtimes_answers_under_the_same_hashes_are_told(tmp_path):
-    rung_set, outputs = collected(tmp_path, answering=(1, 2), served=(5, 6))
-    fit = fitted(rung_set, outputs)
-    fit.calibration.check_rungs(rung_set.files)  # nothing else would notice
-    cascade = served_by(rung_set, fit.calibration)
+    graph_set, outputs = collected(tmp_path, answering=(1, 2), served=(5, 6))
+    fit = fitted(graph_set, outputs)
+    fit.calibration.check_rungs(graph_set.files)  # nothing else would notice
+    cascade = served_by(graph_set, fit.calibration)
     found = compare(fit.calibration, fit.answers, ask(fit.answers, cascade))
     assert found.outcome == OTHER and found.lost > found.allowed == found.lost_before
     assert found.rungs["vit_high"].median > 0.1
@@ -213,8 +213,8 @@ def flipped(served, rows):
 
 def certified(made, **changes):
     """The fit as certified for a risk of 5 % with these figures, and the images not lost so far."""
-    rung_set, outputs, _ = made
-    fit = fitted(rung_set, outputs, Goal(0.3, 0.9, "ltt"))
+    graph_set, outputs, _ = made
+    fit = fitted(graph_set, outputs, Goal(0.3, 0.9, "ltt"))
     assert fit.calibration.certificate["certified"]
     certificate = {**fit.calibration.certificate, "epsilon": 0.05, **changes}
     changed = replace(fit, calibration=replace(fit.calibration, certificate=certificate))
@@ -288,10 +288,10 @@ def test_an_answer_that_is_no_number_is_lost(made, bad):
 
 
 def test_where_all_escalate_only_the_full_rung_is_compared(made):
-    rung_set, outputs, _ = made
-    fit = fitted(rung_set, outputs, Goal(0.001, 0.9, "ltt"))
+    graph_set, outputs, _ = made
+    fit = fitted(graph_set, outputs, Goal(0.001, 0.9, "ltt"))
     assert fit.calibration.threshold is None
-    cascade = served_by(rung_set, fit.calibration)
+    cascade = served_by(graph_set, fit.calibration)
     found = compare(fit.calibration, fit.answers, ask(fit.answers, cascade))
     assert found.outcome == SAME and found.rungs["vit_low"].images == 0
     assert found.to_dict()["score_change"] is None and "vit_low" not in found.sentence
@@ -299,8 +299,8 @@ def test_where_all_escalate_only_the_full_rung_is_compared(made):
 
 
 def test_losses_are_against_the_reference_where_the_full_rung_is_another(made):
-    rung_set, outputs, _ = made
-    three = with_reference(rung_set)
+    graph_set, outputs, _ = made
+    three = with_reference(graph_set)
     losing = replace(with_losing_high(outputs, 0.3), made=Made.by(three))
     fit = fitted(three, losing, Threshold(-1e9))  # all escalate
     assert fit.answers.truth is not None
@@ -313,8 +313,8 @@ def test_losses_are_against_the_reference_where_the_full_rung_is_another(made):
 
 
 def test_degraded_answers_are_not_compared(made):
-    rung_set, _, fit = made
-    cascade = served_by(rung_set, fit.calibration)
+    graph_set, _, fit = made
+    cascade = served_by(graph_set, fit.calibration)
 
     def degraded(image, overrides):
         answer = cascade(image, overrides)
@@ -328,13 +328,13 @@ def test_degraded_answers_are_not_compared(made):
 
 
 def test_a_repository_and_an_added_version_carry_their_answers(made, tmp_path):
-    rung_set, outputs, fit = made
+    graph_set, outputs, fit = made
     fit.save(tmp_path / "calibration.json")
-    out = assemble(rung_set, tmp_path / "calibration.json", tmp_path / "repository")
+    out = assemble(graph_set, tmp_path / "calibration.json", tmp_path / "repository")
     placed = "router/1/calibration.answers.npz"
     assert (out / placed).read_bytes() == fit.answers.to_bytes()
     assert placed in manifest.listed(out)
-    other = fitted(rung_set, outputs, EscalationRate(0.5))
+    other = fitted(graph_set, outputs, EscalationRate(0.5))
     other.save(tmp_path / "new.json")
     assert add_version(out, tmp_path / "new.json") == 2
     added = out / "router/2/calibration.answers.npz"
@@ -345,14 +345,14 @@ def test_a_repository_and_an_added_version_carry_their_answers(made, tmp_path):
 
 @pytest.mark.parametrize("how", ["assemble", "add_version"])
 def test_an_artifact_without_the_answers_that_it_names_is_refused(made, tmp_path, how):
-    rung_set, outputs, fit = made
+    graph_set, outputs, fit = made
     fit.save(tmp_path / "calibration.json")
-    out = assemble(rung_set, tmp_path / "calibration.json", tmp_path / "repository")
-    fitted(rung_set, outputs, EscalationRate(0.5)).save(tmp_path / "new.json")
+    out = assemble(graph_set, tmp_path / "calibration.json", tmp_path / "repository")
+    fitted(graph_set, outputs, EscalationRate(0.5)).save(tmp_path / "new.json")
     answers_path(tmp_path / "new.json").unlink()
     with pytest.raises(RepositoryError, match=r"new\.answers\.npz.*copy it along"):
         if how == "assemble":
-            assemble(rung_set, tmp_path / "new.json", tmp_path / "second")
+            assemble(graph_set, tmp_path / "new.json", tmp_path / "second")
         else:
             add_version(out, tmp_path / "new.json")
     manifest.verify(out)
@@ -360,12 +360,12 @@ def test_an_artifact_without_the_answers_that_it_names_is_refused(made, tmp_path
 
 
 def test_refusing_needs_something_to_compare_with(made, tmp_path):
-    rung_set, outputs, fit = made
+    graph_set, outputs, fit = made
     refuse = RepositorySettings(reference_check="refuse")
-    fitted(rung_set, outputs, images=0).save(tmp_path / "none.json")
+    fitted(graph_set, outputs, images=0).save(tmp_path / "none.json")
     with pytest.raises(UsageError, match=f"--reference-check refuse: {NONE_STORED}"):
-        assemble(rung_set, tmp_path / "none.json", tmp_path / "repository", refuse)
+        assemble(graph_set, tmp_path / "none.json", tmp_path / "repository", refuse)
     fit.save(tmp_path / "some.json")
-    out = assemble(rung_set, tmp_path / "some.json", tmp_path / "repository", refuse)
+    out = assemble(graph_set, tmp_path / "some.json", tmp_path / "repository", refuse)
     router = config.read(out / "router/config.pbtxt")
     assert config.parameter(router, "reference_check") == "refuse"

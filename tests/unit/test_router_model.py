@@ -21,7 +21,7 @@ from export.repository import RepositorySettings, assemble
 from routing import PROBE_ID
 from tests.unit.calibration_outputs import make_outputs, with_losing_high, with_reference
 from tests.unit.fakes import make_calibration
-from tests.unit.onnx_files import SIZE, write_rung_set
+from tests.unit.onnx_files import SIZE, write_graph_set
 from tests.unit.router_parts import Tensor, backend, config, deployed, wait_for
 from tests.unit.test_export_repository import write_inputs
 
@@ -44,11 +44,11 @@ def request_of(images, request_id=""):
 def certified(tmp_path_factory):
     """Rungs beside the full model, and what `fit` certifies about it."""
     folder = tmp_path_factory.mktemp("certified")
-    rung_set = with_reference(GraphSet.load(write_rung_set(folder / "onnx")))
-    outputs = with_losing_high(make_outputs(rung_set, 800), share=0.02)
+    graph_set = with_reference(GraphSet.load(write_graph_set(folder / "onnx")))
+    outputs = with_losing_high(make_outputs(graph_set, 800), share=0.02)
     options = Options(Fidelity("top1"), "margin")  # the images of all zeros escalate
-    fit(outputs, rung_set, Goal(0.1, 0.9, "ltt"), options).save(folder / "calibration.json")
-    return rung_set, folder / "calibration.json"
+    fit(outputs, graph_set, Goal(0.1, 0.9, "ltt"), options).save(folder / "calibration.json")
+    return graph_set, folder / "calibration.json"
 
 
 @pytest.fixture

@@ -20,18 +20,18 @@ __all__ = ["backend", "deployed", "make_metrics"]  # fixtures
 def fit_with_answers(tmp_path_factory):
     """An artifact as `fit` saves it, and the rungs that it was made with."""
     folder = tmp_path_factory.mktemp("fitted")
-    rung_set, outputs = collected(folder)
-    fitted(rung_set, outputs).save(folder / "calibration.json")
-    fitted(rung_set, outputs, images=0).save(folder / "none.json")
-    return rung_set, folder / "calibration.json"
+    graph_set, outputs = collected(folder)
+    fitted(graph_set, outputs).save(folder / "calibration.json")
+    fitted(graph_set, outputs, images=0).save(folder / "none.json")
+    return graph_set, folder / "calibration.json"
 
 
 class Rungs:
     """Both rungs by ONNX Runtime, as a server's; `faults` are raised first, one a call."""
 
-    def __init__(self, deployed, rung_set, faults=(), change=lambda outputs: outputs):
+    def __init__(self, deployed, graph_set, faults=(), change=lambda outputs: outputs):
         self._outputs = importlib.import_module("deployed_router.routing").RungOutputs
-        self._sessions = {name: open_session(file) for name, file in rung_set.files.items()}
+        self._sessions = {name: open_session(file) for name, file in graph_set.files.items()}
         self._faults, self._change = list(faults), change
         self.batches = []
 
@@ -50,14 +50,14 @@ class Rungs:
 def check(deployed, fit_with_answers, make_metrics, monkeypatch):
     """Starts the comparison of one instance, with pauses of no length to speak of."""
     made = []
-    rung_set, artifact = fit_with_answers
+    graph_set, artifact = fit_with_answers
     module = deployed("reference_check")
     monkeypatch.setattr(module, "_FIRST_TRY_S", 0.001)
     monkeypatch.setattr(module, "_LONGEST_PAUSE_S", 0.002)
 
     def start(mode, first=True, file=artifact, **rungs):
         calibration = importlib.import_module("deployed_router.routing").Calibration.load(file)
-        asked = Rungs(deployed, rung_set, **rungs)
+        asked = Rungs(deployed, graph_set, **rungs)
         metrics = make_metrics()
         report = metrics.set_reference_outcome if first else None
         low, high = asked.ask("vit_low"), asked.ask("vit_high")

@@ -37,11 +37,11 @@ def handlers():
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
-    rung_set, outputs = collected(folder)
-    fitted(rung_set, outputs).save(folder / "calibration.json")
-    fitted(rung_set, outputs, images=0).save(folder / "none.json")
-    assemble(rung_set, folder / "none.json", folder / "without")
-    return assemble(rung_set, folder / "calibration.json", folder / "repository")
+    graph_set, outputs = collected(folder)
+    fitted(graph_set, outputs).save(folder / "calibration.json")
+    fitted(graph_set, outputs, images=0).save(folder / "none.json")
+    assemble(graph_set, folder / "none.json", folder / "without")
+    return assemble(graph_set, folder / "calibration.json", folder / "repository")
 
 
 class FakeTriton:

@@ -50,11 +50,11 @@ def repository(assembled, tmp_path):
 def assembled_to_refuse(tmp_path_factory):
     """A repository whose router refuses other answers than calibrated, and a candidate."""
     folder = tmp_path_factory.mktemp("refusing")
-    rung_set, outputs = collected(folder)
+    graph_set, outputs = collected(folder)
     for rate in (0.3, 0.6):
-        fitted(rung_set, outputs, EscalationRate(rate)).save(folder / f"{rate}.json")
+        fitted(graph_set, outputs, EscalationRate(rate)).save(folder / f"{rate}.json")
     settings = RepositorySettings(reference_check="refuse")
-    out = assemble(rung_set, folder / "0.3.json", folder / "repository", settings)
+    out = assemble(graph_set, folder / "0.3.json", folder / "repository", settings)
     add_version(out, folder / "0.6.json", shadow_fraction=0.1)
     return out
 
