@@ -50,7 +50,7 @@ class ServedRungs:
 
     Args:
         url: HOST:PORT of its gRPC port.
-        graph_set: what it serves, which `check_answers` makes sure of.
+        graph_set: what it serves: the shapes are looked at here, the answers by `check_answers`.
         credentials: for TLS; None connects in the clear.
 
     Attributes:
@@ -58,7 +58,7 @@ class ServedRungs:
         runtime: what answers, as `Outputs.runtime`; its processor is known where it is this one.
 
     Raises:
-        ServedError: no server there.
+        ServedError: no server there, or not these rungs.
     """
 
     def __init__(
@@ -73,6 +73,8 @@ class ServedRungs:
         }
         try:
             server = self._ask(self._client.get_server_metadata)
+            for name in RUNGS:
+                self._check(name, graph_set)
         except BaseException:
             self._client.close()
             raise
@@ -122,6 +124,30 @@ class ServedRungs:
                     "one that serves these rungs?"
                 ) from None
         raise AssertionError("a call that is out of tries raises")
+
+    def _check(self, name: str, graph_set: GraphSet) -> None:
+        """Whether a rung's tensors have these shapes: known before the first image is read."""
+        served = self._ask(self._client.get_model_metadata, name, VERSION)
+        found = {
+            tensor.name: (tensor.datatype, [int(size) for size in tensor.shape[1:]])
+            for tensor in (*served.inputs, *served.outputs)
+        }
+        expected = {
+            "image": ("FP32", list(graph_set.image_shape)),
+            "embedding": ("FP32", [graph_set.embedding_dim]),
+        }
+        if name == LOW:
+            expected["cls_layers"] = ("FP32", [graph_set.low_layers + 1, graph_set.embedding_dim])
+        if graph_set.classes is not None or "logits" in found:
+            expected["logits"] = ("FP32", [graph_set.classes or 0])
+        for tensor, (datatype, shape) in expected.items():
+            if found.get(tensor) != (datatype, shape):
+                has = "no such tensor" if tensor not in found else "{} {}".format(*found[tensor])
+                raise ServedError(
+                    f"{name} at {self.url} is not the rung in --onnx: {tensor} is {datatype} "
+                    f"{shape} there and {has} on the server; give the folder that its repository "
+                    "was assembled from"
+                )
 
 
 def check_answers(served: ServedRungs, graph_set: GraphSet, image: NDArray[np.float32]) -> Answers:

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 from PIL import Image
 
-from server import TritonServer
+from server import ServerStartError, TritonServer
 
 STUB = "triton_python_backend_stub"
 # Arguments of the stub: model file, segment, two sizes, server, backends, pipe, instance, ...
@@ -37,15 +37,27 @@ class TritonPythonModel:
 
 
 @contextmanager
-def running(repository: Path, **options: object) -> Iterator[TritonServer]:
+def running(repository: Path, attempts: int = 1, **options: object) -> Iterator[TritonServer]:
     """A server whose end nobody looks at: killed, for Triton takes four seconds to stop in peace.
 
     Args:
         repository: the model repository.
+        attempts: starts to try, where a busy machine may not answer the first image in its budget.
         options: more of `TritonServer`'s.
     """
-    with TritonServer(repository, free_ports=True, stop_patience_s=0, **options) as server:
+    server = TritonServer(repository, free_ports=True, stop_patience_s=0, **options)
+    for left in reversed(range(attempts)):
+        try:
+            server.start()
+            break
+        except ServerStartError:
+            if not left:
+                raise
+            server = TritonServer(repository, free_ports=True, stop_patience_s=0, **options)
+    try:
         yield server
+    finally:
+        server.stop()
 
 
 def add_model(repository: Path, name: str, body: str = "pass", config: str = ECHO_CONFIG) -> Path:

@@ -82,7 +82,7 @@ def hasty(build, graph_set, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hasty")
     settings = RepositorySettings(high_timeout_ms=HIGH_TIMEOUT_MS)
     repository = assemble(graph_set, build / "calibration.json", folder / "repository", settings)
-    with running(repository) as server:
+    with running(repository, attempts=3) as server:
         yield server
 
 
@@ -97,7 +97,7 @@ def falling_back(build, graph_set, tmp_path_factory):
         reference_check="off",  # nothing but the tests' requests reaches a rung
     )
     repository = assemble(graph_set, build / "calibration.json", folder / "repository", settings)
-    with running(repository) as server:
+    with running(repository, attempts=3) as server:
         yield server
 
 

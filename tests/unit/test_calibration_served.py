@@ -17,15 +17,15 @@ from calibration.running import open_session, run_session
 from calibration.served import ServedError, ServedRungs
 from tests.unit.calibration_outputs import with_reference
 from tests.unit.image_files import MemorySource
-from tests.unit.onnx_files import SIZE, write_graph_set
+from tests.unit.onnx_files import CLASSES, LAYERS, SIZE, D, write_graph_set
 
 
 class FakeTriton:
     """A server of two rungs, by ONNX Runtime; the first calls of a model raise `refusals`."""
 
-    def __init__(self, graph_set, version="2.51.0", refusals=()):
+    def __init__(self, graph_set, version="2.51.0", refusals=(), shapes=None):
         self.sessions = {name: open_session(file) for name, file in graph_set.files.items()}
-        self.version, self.refusals = version, list(refusals)
+        self.version, self.refusals, self.shapes = version, list(refusals), shapes or {}
         self.asked, self.closed = [], False
 
     def __call__(self, url, creds):
@@ -37,6 +37,18 @@ class FakeTriton:
 
     def get_server_metadata(self, client_timeout):
         return SimpleNamespace(version=self.version)
+
+    def get_model_metadata(self, model, version, client_timeout):
+        assert version == "1"
+        session = self.sessions[model]
+        outputs = {tensor.name: list(tensor.shape[1:]) for tensor in session.get_outputs()}
+        shapes = {"image": [3, SIZE, SIZE], **outputs, **self.shapes}
+        tensors = [
+            SimpleNamespace(name=name, datatype="FP32", shape=[-1, *shape])
+            for name, shape in shapes.items()
+            if shape
+        ]
+        return SimpleNamespace(inputs=tensors[:1], outputs=tensors[1:])
 
     def infer(self, model, inputs, model_version, outputs, client_timeout):
         assert model_version == "1"
@@ -97,6 +109,26 @@ def test_a_full_queue_is_waited_for_and_a_fault_is_not(graph_set, serve, collect
         with pytest.raises(ServedError, match="the graph fails") as error:
             served.graphs()["vit_low"](np.zeros((1, 3, SIZE, SIZE), np.float32))
         assert server.refusals == [] and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        ({"image": [3, 9, 9]}, "image is FP32 [3, 8, 8] there and FP32 [3, 9, 9] on the server"),
+        ({"embedding": [D + 1]}, "embedding is"),
+        ({"cls_layers": [LAYERS, D]}, "cls_layers is"),
+        ({"cls_layers": None}, "cls_layers is FP32 [4, 6] there and no such tensor"),
+        ({"logits": [CLASSES + 1]}, "logits is"),
+    ],
+)
+def test_a_server_of_other_shapes_is_refused_before_an_image_is_read(
+    graph_set, serve, shapes, words
+):
+    server = FakeTriton(graph_set, shapes=shapes)
+    with pytest.raises(ServedError) as error:
+        serve(server, graph_set)
+    assert words in str(error.value) and "vit_low at 127.0.0.1:8001" in str(error.value)
+    assert server.closed
 
 
 def other_rungs(tmp_path, seeds):
