@@ -115,7 +115,9 @@ def test_a_fault_is_healed_by_one_new_server_on_the_same_ports(
     seen_s = supervised.wait_for("failure: ")
     supervised.wait_for("answering again")
     assert seen_s < 10
-    assert what in next(line for line in supervised.lines if "failure: " in line)
+    failure = next(line for line in supervised.lines if "failure: " in line)
+    # A process that ends between the count of processes and the image is Triton's to name.
+    assert what in failure or f"Stub process '{model}_0_" in failure
     assert not any(is_alive(pid) for pid in old)
     assert len(supervised.servers()) == 1
     assert len(supervised.segments()) == len(segments)
