@@ -47,10 +47,8 @@ def serve_and_measure(road: Road) -> dict[str, Any]:
     begin(len(road.steps) + 1, road.steps, "Serve, query and measure")
     graphs = GraphSet.load(road.folder / "onnx")
     calibration = Calibration.load(road.folder / "calibration.json")
-    pool, labels = (
-        load_pool(graphs, "sample", TEST_CROPS, TEST_SEED, bars.stage),
-        graphs.labels or (),
-    )
+    pool = load_pool(graphs, "sample", TEST_CROPS, TEST_SEED, bars.stage)
+    labels = graphs.labels or ()
     truth = [labels.index(label or "") for label in pool.labels]
     repository = road.folder / "model_repository"
     if road.plan is not None:
@@ -71,7 +69,7 @@ def serve_and_measure(road: Road) -> dict[str, Any]:
                 measured.append(saturated(target, asker, busy, spans, IN_FLIGHT, bar))
         machine = environment(target.version, None)
     summary = summarise(graphs, calibration, every, measured, truth)
-    summary |= {"triton_version": machine.get("triton_version"), "environment": machine}
+    summary |= {"triton_version": machine["triton_version"], "environment": machine}
     (OUT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     write_page(road, summary, measured[0].paired, calibration.threshold, pool.encoded, labels)
     return summary
@@ -210,7 +208,7 @@ def plan_section(
         "low": graphs.low.record.recipe,
         "high": graphs.high.record.recipe,
         "reference": graphs.reference.record.recipe,
-        "signal": (calibration.certificate or {})["signal"],
+        "signal": calibration.signal,
         "speedup_vs_high": summary["speedup_saturated"]["median"],
         "agreement_with_high": agreement[ADAPTIVE],
         "disturbed": bool(measured.doubts),
