@@ -64,7 +64,7 @@ test-faults: $(INSTALLED)  ## half an hour: kill, hang, starve and flood a serve
 test-slow: $(INSTALLED)  ## a minute: exports of real weights
 	$(PY) -m pytest tests/slow --ignore tests/slow/test_soak.py
 
-soak: $(INSTALLED)  ## twenty minutes, or SOAK_MINUTES=N, of good and bad requests; memory stays
+soak: $(INSTALLED)  ## fifteen minutes, or SOAK_MINUTES=N, of good and bad requests; memory stays
 	$(PY) -m pytest tests/slow/test_soak.py --log-cli-level=INFO
 
 lint: $(INSTALLED)  ## ruff and mypy, as pre-commit and CI run them

@@ -53,7 +53,7 @@ def build(tmp_path_factory):
         )
         run_command(
             *("export", "repository", "--onnx", onnx, "--calibration", artifact),
-            *("--out", folder / name / "model_repository"),
+            *("--out", folder / name / "model_repository", "--client-parameters", "any"),
         )
     return folder
 
