@@ -34,7 +34,11 @@ class Alignment:
         graph: fingerprint of the cheap graph, `RungRecord.fingerprint`.
         reference: fingerprint of the full model's graph.
         recipe: of the cheap graph.
-        image_prints: of the images it was fitted on, as `bundle.prints.encode`.
+        image_prints: of the n images it was fitted on, as `bundle.prints.encode`.
+        image_hashes: `imaging.pixels_sha256` of each of them, (n,).
+        cross_fitted: FP32 (n, D), the embedding that each of them gets by a map that was fitted
+            without it and without the images of its group: what the aligned graph is worth on
+            images that it has not learned is said by these.
     """
 
     weights: NDArray[np.float32]
@@ -43,6 +47,8 @@ class Alignment:
     reference: str
     recipe: str
     image_prints: str
+    image_hashes: NDArray[np.str_]
+    cross_fitted: NDArray[np.float32]
 
     @property
     def layers(self) -> int:
@@ -69,11 +75,13 @@ class Alignment:
             with np.load(path, allow_pickle=False) as file:
                 arrays: dict[str, Any] = dict(file)
             fields = {name: arrays[name] for name in cls.__dataclass_fields__}
-            texts = {name: str(value) for name, value in fields.items() if value.dtype.kind == "U"}
+            texts = {name: str(value) for name, value in fields.items() if value.shape == ()}
             alignment = cls(**{**fields, **texts})
             inputs, width = alignment.weights.shape
             if inputs % width or alignment.bias.shape != (width,):
                 raise ValueError(f"weights of {inputs, width}, a bias of {alignment.bias.shape}")
+            if alignment.cross_fitted.shape != (len(alignment.image_hashes), width):
+                raise ValueError(f"cross-fitted embeddings of {alignment.cross_fitted.shape}")
             return alignment
         except FileNotFoundError:
             raise AlignmentError(f"no {path}; run python -m calibration align first") from None

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from bundle.alignment import Alignment
 from bundle.placing import folder_beside, link_or_copy
 from bundle.prints import joined, without
 from bundle.recipe import Recipe
@@ -62,6 +63,19 @@ class Graph:
             RecipeError: the record was made by a release that knows other recipes.
         """
         return Recipe.parse(self.record.recipe)
+
+    @property
+    def alignment_file(self) -> Path:
+        """Where the alignment lies that was baked in, if one was."""
+        return self.file.with_suffix(".npz")
+
+    def alignment(self) -> Alignment | None:
+        """The alignment that was baked in; None: none was, or its file is gone.
+
+        Raises:
+            AlignmentError: the file cannot be read.
+        """
+        return Alignment.load(self.alignment_file) if self.alignment_file.is_file() else None
 
     def fault(self) -> str | None:
         """Which of its files is not the recorded one, and why; None: all are."""
@@ -296,7 +310,10 @@ class GraphSet:
         self._check(kept)
         with folder_beside(folder) as staging:
             for name in dict.fromkeys(kept):
-                self.graphs[name].place(staging, name)
+                graph = self.graphs[name]
+                there = graph.place(staging, name)
+                if graph.alignment_file.is_file():
+                    link_or_copy(graph.alignment_file, there.alignment_file)
             graphs = {
                 name: replace(self.graphs[name], file=folder / f"{name}.onnx")
                 for name in self.graphs
@@ -368,5 +385,6 @@ def _earlier(folder: Path) -> list[str]:
         found += [file.name for file in folder.glob("static_*.onnx")]
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         graphs = json.loads((folder / NAME).read_text("utf-8"))["graphs"]
-        found += [Path(entry["file"]).name for entry in graphs.values()]
+        files = [Path(entry["file"]) for entry in graphs.values()]
+        found += [name for file in files for name in (file.name, file.with_suffix(".npz").name)]
     return found

@@ -18,7 +18,7 @@ from report.terminal import run
 from routing import SIGNALS, Calibration
 
 from . import options as given
-from .align import ALIGN_SHARE, fit_alignment
+from .align import fit_alignment
 from .answers import AnswerCache, Progress
 from .certify import METHODS, Goal
 from .evaluate import check_artifact, evaluate
@@ -33,14 +33,15 @@ from .fit import (
     Threshold,
     depends_on_batch,
     fit,
+    taught_groups,
     without_learned,
 )
 from .images import ImagesError, open_images, write_sample
-from .outputs import Made, Outputs, OutputsError, collect, wanted
+from .outputs import Made, Outputs, OutputsError, collect, usable, wanted
 from .page_data import analysis_data, fit_data
 from .record import Fit
 from .reference import REFERENCE_IMAGES, with_reference_answers
-from .splits import GROUPINGS, SplitError, group_keys, split_by_group
+from .splits import FIT_SHARE, GROUPINGS, SplitError, group_keys, split_by_group
 from .tables import print_fit, print_growth
 
 app = typer.Typer(
@@ -89,7 +90,7 @@ def collect_command(
     _tell_copies(pictures.hashes, pictures.looks)
     learned = int(among(pictures.hashes, pictures.looks, graph_set.learned()).sum())
     if learned:
-        say(f"{_learned(learned)}; fit leaves them out")
+        say(f"{_learned(learned)}; nothing is certified on them")
     print(f"wrote {out}")
 
 
@@ -118,6 +119,7 @@ def fit_command(
     label_threshold: given.LabelThreshold = None,
     signal: Annotated[str, typer.Option(help=f"auto, or one of {', '.join(SIGNALS)}.")] = AUTO,
     group_by: given.GroupBy = GROUPINGS[0],
+    test_share: given.TestShare = None,
     require_certificate: Annotated[
         bool, typer.Option("--require-certificate", help="Exit 1 where nothing is certified.")
     ] = False,
@@ -150,11 +152,11 @@ def fit_command(
         raise FitError("--require-certificate needs --max-risk")
     graph_set = GraphSet.load(onnx)
     loss = Fidelity.asked(graph_set.task, fidelity, tolerance, relative, label_threshold)
-    options = Options(loss, signal, group_by, seed)
+    options = Options(loss, signal, group_by, seed, test_share)
     if not isinstance(target, Goal) and (reason := depends_on_batch(graph_set)) is not None:
         given.BARS.console.print(f"warning: {reason}", style="yellow", highlight=False)
     collected = Outputs.load(outputs)
-    stored = _unlearned(collected, graph_set)
+    stored = _usable(collected, graph_set)
     left_out = len(collected) - len(stored)
     _tell_copies(stored.hashes, stored.looks)
     try:
@@ -192,18 +194,20 @@ def align_command(
     label_threshold: given.LabelThreshold = None,
     share: Annotated[
         float, typer.Option(min=0.05, max=0.95, help="Of the images, to learn from.")
-    ] = ALIGN_SHARE,
+    ] = FIT_SHARE,
     group_by: given.GroupBy = GROUPINGS[0],
     seed: given.SplitSeed = 0,
     as_json: given.Json = False,
 ) -> None:
     """Fit a map from the cheap rung to the full embedding; bake it with `export align`.
 
-    The images it learns from are left out when the aligned rung is calibrated.
+    The images it learns from are the fit images of the aligned rung's calibration. Where it does
+    not help on images that it has not learned, it is dropped.
     """
     stored, graph_set = _collected(outputs, onnx)
     groups = group_keys(stored, group_by)
-    rows = split_by_group(groups, {"align": share, "rest": 1 - share}, seed)["align"]
+    shares = {"fit": share, "certify": 1 - share}
+    rows = split_by_group(groups, shares, seed, taught_groups(stored, groups))["fit"]
     rung = graph_set.rungs["vit_low"]
     head = LinearHead.read(graph_set.files["vit_low"]) if graph_set.classes else None
     if graph_set.classes and head is None:
@@ -218,14 +222,18 @@ def align_command(
             head,
             seed,
         )
-    aligned.alignment.save(out)
-    if as_json:
-        print(json.dumps({"alignment": str(out), **aligned.to_dict()}))
+    if aligned.helps:
+        aligned.alignment.save(out)
     else:
-        print_growth(aligned)
+        out.unlink(missing_ok=True)  # one of before is of other images
+    if as_json:
+        print(json.dumps({"alignment": str(out) if aligned.helps else None, **aligned.to_dict()}))
+        return
+    print_growth(aligned)
+    if aligned.helps:
         print(f"wrote {out}; bake it in with python -m export align, then collect and fit again")
-    if not aligned.helps:
-        _say_loudly("On held-out images the alignment does not help: leave it out.")
+    else:
+        print("an alignment does not help on images that it has not learned: none is written")
 
 
 @app.command(
@@ -261,7 +269,10 @@ def evaluate_command(
         cache = AnswerCache(answers, source, graph_set, served)
         _fill(cache, lambda progress: cache.fill(graphs, progress=progress))
     outputs = Outputs.of(cache.read(graphs), graph_set, cache)
-    evaluation = evaluate(artifact, _unlearned(outputs, graph_set))
+    unlearned = without_learned(outputs, graph_set)
+    if len(unlearned) < len(outputs):
+        say(f"{_learned(len(outputs) - len(unlearned))}; they are left out")
+    evaluation = evaluate(artifact, unlearned)
     if as_json:
         print(json.dumps({"images": source.title, **evaluation.to_dict()}))
     else:
@@ -321,14 +332,16 @@ def _collected(outputs: Path, onnx: Path) -> tuple[Outputs, GraphSet]:
     stored, graph_set = Outputs.load(outputs), GraphSet.load(onnx)
     if (difference := stored.made.difference(Made.by(graph_set))) is not None:
         raise OutputsError(f"the outputs are not of these graphs: {difference}; collect again")
-    return _unlearned(stored, graph_set), graph_set
+    return _usable(stored, graph_set), graph_set
 
 
-def _unlearned(outputs: Outputs, graph_set: GraphSet) -> Outputs:
-    """Without the images that a graph has learned from, and saying so."""
-    kept = without_learned(outputs, graph_set)
+def _usable(outputs: Outputs, graph_set: GraphSet) -> Outputs:
+    """What a fit may use, saying what it may not."""
+    kept = usable(outputs, graph_set)
     if len(kept) < len(outputs):
         say(f"{_learned(len(outputs) - len(kept))}; they are left out")
+    if kept.taught is not None and (taught := int(kept.taught.sum())):
+        say(f"{taught:,} images taught a graph without labels: they are fit images")
     return kept
 
 

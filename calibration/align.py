@@ -1,8 +1,10 @@
 """Fit an alignment, without labels, and say what it is worth on images it has not learned.
 
-Ridge regression (Hoerl and Kennard 1970) from the cheap rung's last CLS tokens to the reference's
-embedding, on images of its own: on those it has seen an aligned rung answers better than on others,
-so no signal is fitted, nothing certified and nothing measured on them (`fit.without_learned`).
+Ridge regression (Hoerl and Kennard 1970) from the cheap rung's last CLS tokens to what its
+embedding lacks of the reference's. It shrinks towards the rung's own answer, so that few images
+change little, and no alignment at all is one of the strengths among which cross-validation chooses.
+What an aligned rung is worth is said by embeddings that are cross-fitted: each by a map that did
+not learn its image.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.linear_model import Ridge, RidgeCV
 from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
 
@@ -28,8 +29,7 @@ from .outputs import Outputs
 from .splits import Rows
 
 FloatMatrix = NDArray[np.float64]
-ALIGN_SHARE = 1 / 3  # of the images, unless the user says otherwise
-ALPHAS = np.logspace(-1, 5, 13)
+ALPHAS = np.logspace(0, 7, 15)
 FOLDS = 5
 SHARES = (0.125, 0.25, 0.5, 1.0)  # of the images to learn from, for the curve
 
@@ -89,25 +89,27 @@ def fit_alignment(
     """
     sample = outputs.rows(rows)
     inputs = tokens(sample.low).astype(np.float64)
-    targets = sample.truth.embedding.astype(np.float64)
-    scaler = StandardScaler().fit(inputs)
-    alpha = float(RidgeCV(ALPHAS).fit(scaler.transform(inputs), targets).alpha_)
-    weights, bias = _ridge(inputs, targets, alpha)
+    own = sample.low.embedding.astype(np.float64)
+    lacking = sample.truth.embedding - own
+    folds = GroupKFold(FOLDS, shuffle=True, random_state=seed)
+    divided = list(folds.split(inputs, groups=groups[rows]))
     growth = [_growth(0, sample, sample.low, fidelity)]
-    folds = list(
-        GroupKFold(FOLDS, shuffle=True, random_state=seed).split(inputs, groups=groups[rows])
-    )
     for share in SHARES:
-        found = np.empty_like(targets)
-        for train, held_out in folds:
+        parts = []
+        for train, held_out in divided:
             some = train[np.random.default_rng(seed).permutation(len(train))]
             some = some[: max(2, round(share * len(train)))]
-            fold_weights, fold_bias = _ridge(inputs[some], targets[some], alpha)
-            found[held_out] = inputs[held_out] @ fold_weights + fold_bias
+            parts.append((_Ridges(inputs[some], lacking[some]), held_out))
+        alpha = _best(parts, inputs, lacking)
+        found = own.copy()
+        for ridges, held_out in parts:
+            found[held_out] += ridges.predict(inputs[held_out], alpha)
         images = round(share * len(sample) * (FOLDS - 1) / FOLDS)
         embedding = found.astype(np.float32)
         logits = None if head is None else head(embedding)
         growth.append(_growth(images, sample, RungOutputs(embedding, None, logits), fidelity))
+    weights, bias = _Ridges(inputs, lacking).map(alpha)
+    weights[: own.shape[1]] += np.eye(own.shape[1])  # `tokens` begin with the embedding
     alignment = Alignment(
         weights=weights.astype(np.float32),
         bias=bias.astype(np.float32),
@@ -115,18 +117,48 @@ def fit_alignment(
         reference=outputs.made.graphs.get(REFERENCE, outputs.made.graphs[HIGH]),
         recipe=graph[1],
         image_prints=encode(sample.hashes, sample.looks),
+        image_hashes=np.array(sample.hashes),
+        cross_fitted=embedding,
     )
     return Aligned(alignment, growth)
 
 
-def _ridge(
-    inputs: FloatMatrix, targets: FloatMatrix, alpha: float
-) -> tuple[FloatMatrix, FloatMatrix]:
-    """Weights (F, D) and bias (D,) on raw inputs, the standardisation folded in."""
-    scaler = StandardScaler().fit(inputs)
-    ridge = Ridge(alpha).fit(scaler.transform(inputs), targets)
-    weights = (ridge.coef_ / scaler.scale_).T
-    return weights, ridge.intercept_ - scaler.mean_ @ weights
+class _Ridges:
+    """Ridge regressions of every strength on n images, from one singular value decomposition."""
+
+    def __init__(self, inputs: FloatMatrix, targets: FloatMatrix) -> None:
+        self._scaler = StandardScaler().fit(inputs)
+        self._mean = targets.mean(axis=0)
+        left, self._values, self._right = np.linalg.svd(
+            self._scaler.transform(inputs), full_matrices=False
+        )
+        self._seen = left.T @ (targets - self._mean)
+
+    def map(self, alpha: float) -> tuple[FloatMatrix, FloatMatrix]:
+        """Weights (F, D) and bias (D,) on raw inputs; an infinite strength gives zeros."""
+        if np.isinf(alpha):
+            return np.zeros((self._right.shape[1], len(self._mean))), np.zeros_like(self._mean)
+        shrunk = self._values / (self._values**2 + alpha)
+        weights = (self._right.T * shrunk) @ self._seen / self._scaler.scale_[:, np.newaxis]
+        return weights, self._mean - self._scaler.mean_ @ weights
+
+    def predict(self, inputs: FloatMatrix, alpha: float) -> FloatMatrix:
+        """What embeddings lack, (m, D)."""
+        weights, bias = self.map(alpha)
+        return inputs @ weights + bias
+
+
+def _best(
+    parts: Sequence[tuple[_Ridges, Rows]], inputs: FloatMatrix, lacking: FloatMatrix
+) -> float:
+    """The strength with the least squared error on images not learned; infinite: no alignment."""
+    errors = {np.inf: float((lacking**2).sum())}
+    for alpha in ALPHAS.tolist():
+        errors[alpha] = sum(
+            float(((ridges.predict(inputs[rows], alpha) - lacking[rows]) ** 2).sum())
+            for ridges, rows in parts
+        )
+    return min(errors, key=lambda alpha: errors[alpha])
 
 
 def _growth(images: int, sample: Outputs, low: RungOutputs, fidelity: Fidelity) -> Growth:

@@ -1,13 +1,15 @@
 """Fit every signal, choose one and a threshold, and say what both are worth.
 
-Disjoint splits by group, each with one job: `fit` teaches the signals, their scores and the choice
-among them; `certify` tests thresholds; `test` measures and decides nothing. The scores of the last
-two, which nothing was fitted on, are kept as reference for drift.
+Disjoint splits by group. `fit` teaches: an alignment, the ranges of int8, the signals, their scores
+and the choice among them; whatever it says of a cascade is said by cross-fitted answers and values,
+each by a fit without its image. `certify` tests thresholds, and nothing else sees it. `test`, where
+there is one, measures and decides nothing; else the cross-fitted `fit` images measure. The scores
+of images that nothing was fitted on are kept as reference for drift.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -24,9 +26,9 @@ from .coefficients import FOLDS, FitSample, applicable, fit_coefficients, out_of
 from .fidelity import Fidelity, oracle_l2
 from .held_out import HeldOut
 from .outputs import Made, Outputs
-from .record import Fit
+from .record import Fit, measured_split
 from .scoring import fit_score_map, learn_sign, score_spread, threshold_for_rate
-from .splits import CERTIFIED, UNCERTIFIED, Rows, group_keys, split_by_group
+from .splits import Rows, group_keys, shares_of, split_by_group
 
 FloatVector = NDArray[np.float64]
 
@@ -74,12 +76,14 @@ class Options:
         signal: a key of `SIGNALS`, or `auto`.
         group_by: see `splits.group_keys`.
         seed: draws the splits, the folds and the resamples.
+        test_share: of the images, to measure on and for nothing else; None: as `splits.shares_of`.
     """
 
     fidelity: Fidelity
     signal: str = AUTO
     group_by: str = "source"
     seed: int = 0
+    test_share: float | None = None
 
 
 def fit(
@@ -93,13 +97,13 @@ def fit(
     """Fit the signals, choose one, and choose or certify the threshold.
 
     Args:
-        outputs: what `collect` found, after `without_learned`.
+        outputs: what `collect` found, after `usable`.
         graph_set: the graphs that made them.
         target: how to choose the threshold.
         options: everything else.
         progress: called after each of at most `STEPS` steps of about equal length.
-        splits: rows of `fit`, `test` and, for a certificate, `certify`, that the caller has drawn
-            by group; by default they are drawn here.
+        splits: rows of `fit`, `certify` and perhaps `test` that the caller has drawn by group; by
+            default they are drawn here.
 
     Raises:
         FitError: outputs of other rungs, too few images, a signal that does not apply, or a
@@ -112,8 +116,10 @@ def fit(
     if isinstance(target, certify.Goal) and reason is not None:
         raise FitError(f"{reason}; give --escalation-rate or --threshold to go without")
     groups = group_keys(outputs, options.group_by)
-    shares = CERTIFIED if isinstance(target, certify.Goal) else UNCERTIFIED
-    splits = splits or split_by_group(groups, shares, options.seed)
+    if splits is None:
+        certified = isinstance(target, certify.Goal)
+        shares = shares_of(groups, certified, options.test_share)
+        splits = split_by_group(groups, shares, options.seed, taught_groups(outputs, groups))
     oracle, loss = oracle_l2(outputs), options.fidelity.loss(outputs)
     high_loss = options.fidelity.high_loss(outputs)
 
@@ -121,7 +127,6 @@ def fit(
     independent = {
         split: certify.one_per_group(np.array(groups), index, options.seed)
         for split, index in splits.items()
-        if split != "fit"
     }
     rows = splits["fit"]
     sample = FitSample.of(outputs, options.fidelity, rows, np.array(groups))
@@ -142,6 +147,7 @@ def fit(
     for key, ranked in ranking.items():
         values[key][rows] = ranked
     fit_scores, certificate, max_risk = score_map(unseen[name]), None, None
+    scores[rows] = fit_scores
     threshold: float | None
     if isinstance(target, certify.Goal):
         verdict = certify.certify(
@@ -161,7 +167,8 @@ def fit(
     else:
         threshold = target.threshold
 
-    held_out = splits["test"]
+    measured_on = measured_split(splits)
+    held_out = splits[measured_on]
     test = HeldOut(
         outputs.rows(held_out),
         np.array(groups)[held_out],
@@ -170,7 +177,7 @@ def fit(
         options.fidelity,
         options.seed,
     )
-    unfitted = np.concatenate(list(independent.values()))
+    unfitted = np.concatenate([rows for split, rows in independent.items() if split != "fit"])
     copies = find_copies(outputs.hashes, outputs.looks)
     calibration = Calibration(
         backbone=graph_set.backbone,
@@ -188,6 +195,7 @@ def fit(
         chosen_by={**options.fidelity.to_dict(), **asdict(target), "signal": options.signal},
         certificate=certificate,
         metrics={
+            "split": measured_on,
             **test.figures(),
             **test.signals(
                 {key: ranked[held_out] for key, ranked in values.items()},
@@ -195,7 +203,7 @@ def fit(
                 name,
                 max_risk,
                 costs,
-                np.searchsorted(held_out, independent["test"]),
+                np.searchsorted(held_out, independent[measured_on]),
             ),
             "score_spread": score_spread(scores[held_out], oracle[held_out]),
         },
@@ -224,7 +232,8 @@ def _check(outputs: Outputs, graph_set: GraphSet, options: Options) -> None:
     difference = outputs.made.difference(Made.by(graph_set))
     if difference is not None:
         raise FitError(f"the outputs are not of these graphs: {difference}; collect again")
-    if len(without_learned(outputs, graph_set)) < len(outputs):
+    learned = among(outputs.hashes, outputs.looks, graph_set.learned())
+    if (learned if outputs.taught is None else learned & ~outputs.taught).any():
         raise FitError("some of the images were used to fit a graph; leave them out")
     if len(outputs) < MIN_IMAGES:
         raise FitError(f"{len(outputs)} images are too few to split; collect {MIN_IMAGES} or more")
@@ -245,6 +254,12 @@ def _check(outputs: Outputs, graph_set: GraphSet, options: Options) -> None:
         )
 
 
+def taught_groups(outputs: Outputs, groups: Sequence[str]) -> set[str]:
+    """The groups of images that a graph has learned from: all of them belong to the fit split."""
+    taught = np.zeros(len(groups), np.bool_) if outputs.taught is None else outputs.taught
+    return {groups[row] for row in np.flatnonzero(taught)}
+
+
 def depends_on_batch(graph_set: GraphSet) -> str | None:
     """Why nothing can be certified with these graphs, and the way out; None where it can."""
     for name, graph in graph_set.playing().items():
@@ -260,8 +275,7 @@ def without_learned(outputs: Outputs, graph_set: GraphSet) -> Outputs:
     """The outputs without those of images that something in a graph has learned from.
 
     `int8=static` learns ranges, `align` a map, and `--head linear` a head. On those images, in
-    whatever form, a graph answers better than on any other, so nothing is fitted, certified or
-    measured on them.
+    whatever form, a graph answers better than on any other, so no artifact is held against them.
     """
     return outputs.rows(np.flatnonzero(~among(outputs.hashes, outputs.looks, graph_set.learned())))
 

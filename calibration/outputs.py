@@ -17,7 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bundle.graphs import HIGH, LOW, REFERENCE, GraphSet
+from bundle.alignment import Alignment
+from bundle.graphs import HIGH, LOW, REFERENCE, Graph, GraphSet
+from bundle.head import LinearHead
+from bundle.prints import among
 from imaging import code_sha256
 from routing import Calibration, RungOutputs
 from routing.calibration import FULL_RUNG
@@ -100,6 +103,9 @@ class Outputs(Pictures):
         reference: what the full model in FP32 answers, which losses are about; None: the full rung
             is that model.
         runtime: what ran the graphs, `name` and `processor`, see `answers.AnswerCache.runtime`.
+        taught: which images a graph has learned from without labels, BOOL (N,): they belong to the
+            fit split, and an aligned rung's answers for them are cross-fitted, see `usable`; None:
+            none has.
     """
 
     low: RungOutputs
@@ -109,6 +115,7 @@ class Outputs(Pictures):
     title: str
     reference: RungOutputs | None = None
     runtime: Mapping[str, Any] = field(default_factory=dict)
+    taught: NDArray[np.bool_] | None = None
 
     @property
     def task(self) -> str | None:
@@ -161,6 +168,7 @@ class Outputs(Pictures):
             low=self.low.rows(index),
             high=self.high.rows(index),
             reference=None if self.reference is None else self.reference.rows(index),
+            taught=None if self.taught is None else self.taught[index],
         )
 
     def fingerprint(self) -> str:
@@ -202,6 +210,47 @@ class Outputs(Pictures):
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             words = " ".join(f"{type(error).__name__}: {error}".split())
             raise OutputsError(f"{path} is not readable ({words}); collect again") from None
+
+
+def usable(outputs: Outputs, graphs: GraphSet) -> Outputs:
+    """The outputs that a fit may use, of those that `collect` found.
+
+    Images that a graph has learned from without labels, by its ranges or its alignment, are marked
+    as `taught`. On those that an alignment has learned the rung answers better than on any other,
+    so its answers for them give way to cross-fitted ones. Left out are images for which nothing
+    says what a graph that had not learned them would answer: those that a head was fitted on, and
+    other forms of an image that an alignment has learned.
+    """
+    learned = among(outputs.hashes, outputs.looks, graphs.learned())
+    if not learned.any():
+        return outputs
+    low, out = outputs.low, among(outputs.hashes, outputs.looks, graphs.fitted_on)
+    if graphs.low.recipe.align:
+        alignment = graphs.low.alignment()
+        prints = graphs.low.fitted_on if alignment is None else alignment.image_prints
+        out |= among(outputs.hashes, outputs.looks, prints)
+        if alignment is not None:
+            low, known = _cross_fitted(outputs, alignment, graphs.low)
+            out[known] = False
+    found = replace(outputs, low=low, taught=learned)
+    return found.rows(np.flatnonzero(~out))
+
+
+def _cross_fitted(
+    outputs: Outputs, alignment: Alignment, graph: Graph
+) -> tuple[RungOutputs, NDArray[np.intp]]:
+    """The answers with cross-fitted ones for images that an alignment learned, and their rows."""
+    places = {sha256: place for place, sha256 in enumerate(alignment.image_hashes.tolist())}
+    known = np.flatnonzero([sha256 in places for sha256 in outputs.hashes])
+    found = alignment.cross_fitted[[places[outputs.hashes[row]] for row in known]]
+    embedding, logits = outputs.low.embedding.copy(), outputs.low.logits
+    embedding[known] = found
+    if logits is not None:
+        head = LinearHead.read(graph.file)
+        assert head is not None  # `export align` refuses another
+        logits = logits.copy()
+        logits[known] = head(found)
+    return RungOutputs(embedding, outputs.low.cls_layers, logits), known
 
 
 def wanted(graphs: GraphSet) -> list[Wanted]:

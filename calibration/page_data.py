@@ -21,7 +21,7 @@ from .decisions import Decisions, curve_case, risk_case
 from .fidelity import Fidelity, oracle_cosine, oracle_l2
 from .images import ImageSource
 from .outputs import Outputs
-from .record import Fit
+from .record import Fit, measured_split
 from .scoring import flat_score
 from .splits import Rows
 
@@ -51,7 +51,8 @@ def fit_data(
     """
     calibration, found = fitted.calibration, fitted.calibration.metrics
     fidelity, reference = Fidelity.of(calibration), outputs.truth_words
-    test = Decisions.of(fitted, outputs, fitted.splits["test"])
+    split = measured_split(fitted.splits)
+    test = Decisions.of(fitted, outputs, fitted.splits[split])
     threshold = calibration.threshold
     return {
         "backbone": calibration.backbone,
@@ -66,9 +67,10 @@ def fit_data(
         "loss": fidelity.words(reference),
         "agrees": _AGREES[calibration.task].format(reference),
         "metrics": found,
+        "split": split,
         "signals": _signals(found["signals"]),
-        "warnings": _warnings(found, calibration.signal),
-        "test": _test(test, found),
+        "warnings": _warnings(found, calibration.signal, split),
+        "measured": _measured(test, found),
         "curves": _curves(test),
         "scatter": {"score": test.scores, "oracle": test.oracle, "loss": test.loss},
         "threshold_at": threshold,
@@ -139,13 +141,13 @@ def _signals(table: Mapping[str, Any]) -> dict[str, str]:
     return {name: SIGNALS[name].summary.replace("->", "→") for name in ours} | REFERENCES
 
 
-def _warnings(found: Mapping[str, Any], chosen: str) -> list[str]:
+def _warnings(found: Mapping[str, Any], chosen: str, split: str) -> list[str]:
     """The loud lines: a signal that may be random, a score that hardly tells images apart."""
     warnings = []
     auroc = found["signals"][chosen]["auroc"]
     if found["no_better_than_random"] and auroc is None:
         warnings.append(
-            f"It is unknown whether {chosen} is better than random: the test split lacks images "
+            f"It is unknown whether {chosen} is better than random: the {split} split lacks images "
             "with a loss, or images without."
         )
     elif found["no_better_than_random"]:
@@ -158,8 +160,8 @@ def _warnings(found: Mapping[str, Any], chosen: str) -> list[str]:
     return [*warnings, flat] if flat else warnings
 
 
-def _test(test: Decisions, found: Mapping[str, Any]) -> dict[str, Any]:
-    """What was decided about the test split, in numbers, and which case each caption is."""
+def _measured(test: Decisions, found: Mapping[str, Any]) -> dict[str, Any]:
+    """What was decided about the images that measure, and which case each caption is."""
 
     def median(rows: NDArray[np.bool_]) -> float | None:
         return float(np.median(test.oracle[rows])) if rows.any() else None
@@ -203,9 +205,10 @@ def _curves(test: Decisions) -> list[dict[str, Any]]:
 
 def _cells(fitted: Fit, outputs: Outputs, cards: Cards) -> dict[str, Any]:
     """The galleries: images by what was decided about them, and whether that was right."""
-    splits = ["test"]
-    if len(fitted.splits["test"]) < MIN_ROWS and "certify" in fitted.splits:
-        splits = ["certify", "test"]
+    measured = measured_split(fitted.splits)
+    splits = [measured]
+    if len(fitted.splits[measured]) < MIN_ROWS and "certify" in fitted.splits:
+        splits = ["certify", measured]
     rows: Rows = np.sort(np.concatenate([fitted.splits[name] for name in splits]))
     shown = Decisions.of(fitted, outputs, rows)
     cells = {}
@@ -222,8 +225,8 @@ def _cells(fitted: Fit, outputs: Outputs, cards: Cards) -> dict[str, Any]:
                 for i, score in zip(drawn, scores, strict=True)
             ],
         }
-    test = len(fitted.splits["test"])
-    return {"splits": splits, "images": len(shown), "test": test, "cells": cells}
+    few = len(fitted.splits[measured])
+    return {"splits": splits, "images": len(shown), "measured": few, "cells": cells}
 
 
 def _provenance(fitted: Fit, loss: str) -> list[tuple[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ class Fit:
         splits: rows of each split.
         values: what each signal that applies says of each image, FP64 (N,), in the signal's own
             units, larger meaning more need to escalate; out-of-fold on the fit split.
-        scores: FP32 (N,) of the chosen signal, in oracle units, as the router computes them.
+        scores: FP32 (N,) of the chosen signal, in oracle units, as the router computes them;
+            cross-fitted on the fit split.
         loss: the fidelity loss of the cheap answers, BOOL (N,).
         high_loss: the fidelity loss of the full rung's answers, BOOL (N,); None: the full rung is
             the reference.
@@ -85,6 +86,11 @@ class Fit:
             raise OutputsError(f"{beside} is of another fit than {path}; fit again")
         high_loss = arrays.get("high_loss")
         return cls(calibration, splits, values, scores, loss, high_loss, artifact_sha256=sha256)
+
+
+def measured_split(splits: Collection[str]) -> str:
+    """The split that figures and galleries are of: `test`, or `fit`, cross-fitted."""
+    return "test" if "test" in splits else "fit"
 
 
 def _beside(artifact: Path) -> Path:

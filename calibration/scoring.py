@@ -81,10 +81,10 @@ def flat_score(spread: Mapping[str, float]) -> str:
     """A sentence where the score hardly tells images apart, by its `score_spread`; else empty."""
     start = "The score hardly tells images apart"
     if spread["tied"] > 0.5:
-        return f"{start}: {spread['tied']:.0%} of the test images share one value."
+        return f"{start}: {spread['tied']:.0%} of the images share one value."
     if spread["score"] < FLAT * spread["oracle"]:
         return (
-            f"{start}: the middle 90 % of the test images span {spread['score']:.2g} of predicted "
+            f"{start}: the middle 90 % of the images span {spread['score']:.2g} of predicted "
             f"change, where full cost makes changes that span {spread['oracle']:.2g}."
         )
     return ""

@@ -13,8 +13,10 @@ from .chunks import Pictures
 
 Rows = NDArray[np.intp]
 
-CERTIFIED = {"fit": 0.4, "certify": 0.4, "test": 0.2}
-UNCERTIFIED = {"fit": 0.7, "test": 0.3}
+FIT_SHARE = 0.35  # of what a certificate takes; docs/guide.md, "Shares", has the simulation
+TEST_SHARE = 0.2  # where there are enough, or the user asks for a test split by naming its share
+ABOUND = 5000  # groups from which on more of them would certify little more
+UNCERTIFIED_TEST_SHARE = 0.3  # where no threshold is tested, nothing else is held out
 GROUPINGS = ("source", "folder", "content")
 MIN_GROUPS = 6  # of each split: what cross-validation in five folds, inside five folds, can do with
 
@@ -31,6 +33,26 @@ def check_grouping(grouping: str) -> None:
     """
     if grouping not in GROUPINGS:
         raise SplitError(f"--group-by {grouping!r} is none of {', '.join(GROUPINGS)}")
+
+
+def shares_of(
+    groups: Collection[str], certified: bool = True, test: float | None = None
+) -> dict[str, float]:
+    """The share of the groups that each split gets.
+
+    Args:
+        groups: the group of each image.
+        certified: whether a threshold is to be certified.
+        test: the share of a split that decides nothing; None: `TEST_SHARE` where groups abound,
+            else none, and what a test split would say is said by cross-fitted fit images.
+    """
+    if test is None:
+        test = TEST_SHARE if len(set(groups)) >= ABOUND else 0.0
+        test = test if certified else UNCERTIFIED_TEST_SHARE
+    if not certified:
+        return {"fit": 1 - test, "test": test} if test else {"fit": 1.0}
+    shares = {"fit": FIT_SHARE * (1 - test), "certify": (1 - FIT_SHARE) * (1 - test)}
+    return shares | {"test": test} if test else shares
 
 
 def group_keys(outputs: Pictures, grouping: str) -> tuple[str, ...]:

@@ -24,7 +24,8 @@ def print_fit(calibration: Calibration) -> None:
         )
         for name, ends in metrics["intervals"].items()
     ]
-    title = f"{metrics['images']} held-out images, signal {calibration.signal}"
+    measured = "test images" if metrics["split"] == "test" else "fit images, cross-fitted"
+    title = f"{metrics['images']} {measured}, signal {calibration.signal}"
     console.print(table(title, ("", "value", "95 % interval"), rows))
     signals = metrics["signals"]
     rows = []

@@ -72,6 +72,7 @@ def align(graphs: GraphSet, name: str, alignment: Alignment) -> GraphSet:
         sha256=manifest.sha256_file(fresh),
         size_bytes=fresh.stat().st_size,
     )
+    alignment.save(file.with_suffix(".npz"))
     os.replace(fresh, file)
     learned = joined(graph.fitted_on, alignment.image_prints)
     more = graphs.adding(Graph(file.stem, record, file, learned))

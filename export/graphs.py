@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ import torch
 from numpy.typing import NDArray
 
 from bundle import manifest
-from bundle.graphs import HIGH, LOW, REFERENCE, Graph, GraphSet
+from bundle.graphs import HIGH, LOW, REFERENCE, Graph, GraphsError, GraphSet
 from bundle.placing import folder_beside
 from bundle.recipe import Recipe
 from export import onnx_graph, parity
 from export.backbones import Backbone
 from export.errors import ExportError, UsageError
-from export.probe import fit_probe
+from export.probe import earlier_probe, fit_probe
 from export.recipes.half import to_half
 from export.recipes.quantise import quantise
 from export.request import GraphsRequest, LearnedImages
@@ -40,7 +41,7 @@ TOME_MAY_DIFFER = 0.125
 
 
 def export_graphs(backbone: Backbone, request: GraphsRequest, bars: Bars) -> GraphSet:
-    """Export every graph, check it and write all together with their record.
+    """Export every graph that is asked for, check it and write all together with their record.
 
     Everything is written to a folder beside `out` and moved at the end, so a failure leaves the
     previous files, or none.
@@ -63,18 +64,27 @@ def export_graphs(backbone: Backbone, request: GraphsRequest, bars: Bars) -> Gra
         bars.say(f"note: {notice}")
     if request.head_images is None:
         backbone = _with_task(backbone, request.task, bars)
-    low, high, *_ = recipes = _recipes(backbone, request)
+    low, high, recipes = _recipes(backbone, request)
     px = high.px or 0
     learned = _fit_images(request, recipes, backbone, px)
+    earlier, kept = _earlier(request), dict[str, Graph]()
+    if earlier is not None:
+        kept = _kept(earlier, px, learned)
+        recipes = [recipe for recipe in recipes if recipe.slug(px) not in kept]
+        if not recipes:
+            return earlier
     head_prints, head = "", {"kind": "own"} if backbone.classes else None
     if request.head_images is not None:
-        probe = fit_probe(backbone, px, request.head_images, bars)
+        if earlier is not None:
+            probe = earlier_probe(earlier)
+        else:
+            probe = fit_probe(backbone, px, request.head_images, bars)
         head_prints, head = probe.prints, probe.record
         backbone = backbone.with_probe(probe.linear, probe.labels)
     with folder_beside(request.out) as folder:
         with bars.stage("export", 2 * len(recipes)) as bar:
             exporter = _Exporter(folder, backbone, px, request, learned, bar)
-            graphs, ir_version = exporter.export(recipes)
+            graphs, ir_version = exporter.export(recipes, kept)
         made = GraphSet(
             backbone=backbone.name,
             image_shape=(3, px, px),
@@ -83,7 +93,7 @@ def export_graphs(backbone: Backbone, request: GraphsRequest, bars: Bars) -> Gra
             classes=backbone.classes,
             labels=tuple(backbone.labels) if backbone.labels else None,
             preprocessing=backbone.preprocessing(px).to_dict(),
-            graphs={graph.name: graph for graph in graphs},
+            graphs={**kept, **{graph.name: graph for graph in graphs}},
             roles={LOW: low.slug(px), HIGH: high.slug(px), REFERENCE: Recipe(px).slug(px)},
             task=backbone.task,
             fitted_on=head_prints,
@@ -115,20 +125,41 @@ def _with_task(backbone: Backbone, asked: str | None, bars: Bars) -> Backbone:
     return backbone
 
 
-def _recipes(backbone: Backbone, request: GraphsRequest) -> list[Recipe]:
-    """The cheap rung, the full rung, the reference if that is another, and the rest."""
+def _recipes(backbone: Backbone, request: GraphsRequest) -> tuple[Recipe, Recipe, list[Recipe]]:
+    """The cheap rung, the full rung, and all: the reference if that is another, and the rest."""
     low_px, high_px = backbone.default_px
     high = (request.high or Recipe()).at(high_px)
     px = high.px or 0
     low, full = (request.low or Recipe(low_px)).at(px), Recipe(px)
     recipes = [low, high, *([full] if high != full else [])]
     recipes += [recipe.at(px) for recipe in request.beside]
+    recipes = list(dict.fromkeys(recipes)) if request.adds else recipes
     for recipe in recipes:
         backbone.check(recipe, px)
     (recipe, count), *_ = Counter(recipes).most_common()
     if count > 1:
         raise UsageError(f"{recipe} is asked for {count} times; each graph needs another recipe")
-    return recipes
+    return low, high, recipes
+
+
+def _earlier(request: GraphsRequest) -> GraphSet | None:
+    """The graphs that are added to; None: there are none."""
+    if not request.adds:
+        return None
+    with contextlib.suppress(GraphsError):
+        return GraphSet.load(request.out)
+    return None
+
+
+def _kept(earlier: GraphSet, px: int, learned: LearnedImages | None) -> dict[str, Graph]:
+    """The graphs that stay: all but those that learned ranges from other images, and their kin."""
+    prints = None if learned is None else learned.prints
+
+    def stale(graph: Graph) -> bool:
+        body = earlier.graphs.get(replace(graph.recipe, align=False).slug(px), graph)
+        return body.recipe.precision == "int8=static" and prints not in (None, body.fitted_on)
+
+    return {name: graph for name, graph in earlier.graphs.items() if not stale(graph)}
 
 
 def _fit_images(
@@ -164,8 +195,12 @@ class _Exporter:
             else learned.tensors[:FIDELITY_IMAGES]
         )
 
-    def export(self, recipes: list[Recipe]) -> tuple[list[Graph], int]:
+    def export(self, recipes: list[Recipe], kept: Mapping[str, Graph]) -> tuple[list[Graph], int]:
         """Every graph, and the highest IR version; all are tried before a failure is raised.
+
+        Args:
+            recipes: of the graphs.
+            kept: graphs of before, the full model among them unless its recipe is asked for.
 
         Raises:
             ParityError: graphs do not answer as their recipes say.
@@ -179,9 +214,13 @@ class _Exporter:
             file.write_bytes(model.SerializeToString(deterministic=True))
             ir_version = max(ir_version, model.ir_version)
             self._bar.advance()
-        refers = share_weights(list(files.values()), self._folder / WEIGHTS)
+        refers = dict.fromkeys(files.values(), False)
+        if not self._request.adds:
+            refers = share_weights(list(files.values()), self._folder / WEIGHTS)
         weights = manifest.sha256_file(self._folder / WEIGHTS) if any(refers.values()) else None
-        full = _embeddings(files[Recipe(self._px)], self._images)
+        reference = Recipe(self._px)
+        there = files.get(reference) or kept[reference.slug(self._px)].file
+        full = _embeddings(there, self._images)
         graphs: list[Graph] = []
         failures: list[parity.Failure] = []
         for recipe, file in files.items():

@@ -15,6 +15,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
+from bundle.graphs import GraphSet
+from bundle.head import LinearHead
 from bundle.prints import Looks, encode
 from bundle.recipe import Recipe
 from export.backbones import Backbone
@@ -124,6 +126,18 @@ def fit_probe(backbone: Backbone, px: int, root: Path, bars: Bars) -> Probe:
         "training_accuracy": accuracy,
     }
     return Probe(linear.eval(), labels, record, encode(hashes, np.stack(looks)))
+
+
+def earlier_probe(graphs: GraphSet) -> Probe:
+    """The head that was fitted for earlier graphs, so that others get the same one."""
+    head = LinearHead.read(graphs.reference.file)
+    assert head is not None and graphs.labels is not None  # as `with_probe` made it
+    width, classes = head.weights.shape
+    linear = nn.Linear(width, classes)
+    with torch.no_grad():
+        linear.weight.copy_(torch.from_numpy(head.weights.T.copy()))
+        linear.bias.copy_(torch.from_numpy(head.bias))
+    return Probe(linear.eval(), graphs.labels, graphs.about["head"], graphs.fitted_on)
 
 
 def _labelled(root: Path) -> dict[Path, list[Path]]:

@@ -94,6 +94,10 @@ class GraphsRequest:
         head_images: one folder per class, to fit a linear head on.
         fit_images: what `int8=static` learns from; the head's images by default.
         task: what the model's own head answers, see `routing.TASKS`.
+        adds: whether graphs that lie in `out` stay, and only those are exported that are missing
+            there, or that learned from other images. No weights are shared then, so that what a
+            graph is does not depend on those beside it. That the folder is of this model and head,
+            exported by these libraries, is up to the caller.
         opset: ONNX opset, 18 to 21.
         rtol: parity tolerance, relative.
         atol: parity tolerance, absolute.
@@ -109,6 +113,7 @@ class GraphsRequest:
     head_images: Path | None = None
     fit_images: Path | LearnedImages | None = None
     task: str | None = None
+    adds: bool = False
     opset: int = DEFAULT_OPSET
     rtol: float = DEFAULT_RTOL
     atol: float = DEFAULT_ATOL

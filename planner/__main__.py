@@ -86,6 +86,7 @@ def plan_command(
     relative: given.Relative = False,
     label_threshold: given.LabelThreshold = None,
     group_by: given.GroupBy = GROUPINGS[0],
+    test_share: given.TestShare = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help=f"At most this many images; `sample`: {SAMPLE_CROPS}.")
     ] = None,
@@ -128,6 +129,7 @@ def plan_command(
         answers=answers,
         out=out,
         reference_images=reference_images,
+        test_share=test_share,
     )
     bars = Bars(Console(stderr=True))
     planned = make_plan(request, Workshop(), bars)
@@ -196,12 +198,12 @@ def _chosen(content: dict[str, Any], request: Request) -> list[str]:
     chosen, best = content["chosen"], content["best_alternative"]
     if chosen is None:
         return []
-    test, ratio = chosen["test"], best["cost_ratio_to_plan"]
+    measured, ratio = chosen["measured"], best["cost_ratio_to_plan"]
     cost, worth = "not believed, see above", ""
-    if test["speedup"] is not None:
+    if measured["speedup"] is not None:
         cost = (
-            f"{test['ms_per_image']:.2f} ms per image without the router, {test['speedup']:.2f} "
-            "times less than the full model"
+            f"{measured['ms_per_image']:.2f} ms per image without the router, "
+            f"{measured['speedup']:.2f} times less than the full model"
         )
         worth = f": it costs {ratio:.2f} times as much as the cascade"
         if ratio < 1:
@@ -220,9 +222,10 @@ def _chosen(content: dict[str, Any], request: Request) -> list[str]:
         f"  signal:      {chosen['signal']}",
         f"  threshold:   {threshold_text(chosen['threshold'])}; images with a larger score go to "
         "the full graph",
-        f"  escalated:   {test['escalation_rate']:.1%} of {content['images']['test']} test images, "
+        f"  escalated:   {measured['escalation_rate']:.1%} of "
+        f"{content['images'][content['measured_on']]} {content['measured_on']} images, "
         f"{chosen['certify']['escalation_rate']:.1%} of the certify split",
-        f"  cost:        {cost}; {test['acceptable']:.1%} of the answers are acceptable",
+        f"  cost:        {cost}; {measured['acceptable']:.1%} of the answers are acceptable",
         f"  against:     {best['recipe']}, the best single graph that agrees as often "
         f"({best['agreement']:.1%}){worth}",
         f"  certificate: {chosen['certificate']['statement']}",

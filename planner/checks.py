@@ -14,11 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundle.recipe import Recipe
-from calibration.align import ALIGN_SHARE
 from calibration.certify import Goal, allowed_errors, goal_words, images_needed, too_few
-from calibration.splits import CERTIFIED, MIN_GROUPS, SplitError, split_by_group
+from calibration.splits import MIN_GROUPS, SplitError, shares_of, split_by_group
 from export.errors import UsageError
-from export.request import spread
 from report.terminal import Bars
 
 from .request import PlanError, Recipes, Request, default_candidates
@@ -47,16 +45,6 @@ class Asked:
     beside: Recipes
     notes: Sequence[str] = ()
     task: str | None = None
-
-    @property
-    def aligns(self) -> bool:
-        """Whether any graph is to be aligned."""
-        return any(recipe.align for recipe in self.lows)
-
-    @property
-    def quantises(self) -> bool:
-        """Whether any graph learns its ranges from images."""
-        return any(recipe.precision == "int8=static" for recipe in self.exported)
 
     @property
     def exported(self) -> Recipes:
@@ -126,14 +114,12 @@ def check_images(request: Request, asked: Asked, bars: Bars) -> list[str]:
     groups = names
     if request.group_by == "folder":  # as `group_keys`; other groups show when images are read
         groups = tuple(name.rpartition("/")[0] for name in names)
-    learned = _teach_the_head(request)
-    if asked.quantises:
-        learned[spread(len(groups))] = True
+    rest = tuple(groups[row] for row in np.flatnonzero(~_teach_the_head(request)))
     try:
-        found = certify_groups(groups, learned, asked.aligns, request.seed)
+        found = certify_groups(rest, request.test_share, request.seed)
     except SplitError as error:
-        raise PlanError(f"{error}; {needed(request, asked)}") from None
-    check_certify_images(found, groups, request, asked)
+        raise PlanError(f"{error}; {needed(request)}") from None
+    check_certify_images(found, groups, request)
     most = min(MOST, len(asked.lows) * len(asked.highs))
     goal = replace(request.goal, choices=choices_for(found, request.goal, most))
     allowed = allowed_errors(found, goal)
@@ -148,7 +134,7 @@ def check_images(request: Request, asked: Asked, bars: Bars) -> list[str]:
     return [warning]
 
 
-def check_certify_images(found: int, groups: Sequence[str], request: Request, asked: Asked) -> None:
+def check_certify_images(found: int, groups: Sequence[str], request: Request) -> None:
     """Refuse a certify split of `found` independent images, of the images of all these groups.
 
     Raises:
@@ -157,7 +143,7 @@ def check_certify_images(found: int, groups: Sequence[str], request: Request, as
     if found < images_needed(request.goal):
         raise PlanError(
             f"{_counted(groups)} are too few: {goal_words(request.goal)} "
-            f"{too_few(request.goal, found)}; {needed(request, asked)}"
+            f"{too_few(request.goal, found)}; {needed(request)}"
         )
 
 
@@ -167,11 +153,9 @@ def _counted(groups: Sequence[str]) -> str:
     return f"{len(groups):,} images{grouped}"
 
 
-def needed(request: Request, asked: Asked) -> str:
+def needed(request: Request) -> str:
     """What to do about too few images."""
-    enough = images_for(request.goal, asked.aligns, asked.quantises)
-    without = images_for(request.goal, False, asked.quantises)
-    hint = f" (about {without:,} without align in --candidates)" if asked.aligns else ""
+    enough = images_for(request.goal, request.test_share)
     what = "images" if request.group_by != "folder" else "folders of images"
     head = ""
     if teach := int(_teach_the_head(request).sum()):
@@ -181,7 +165,7 @@ def needed(request: Request, asked: Asked) -> str:
         )
         what += " that it does not learn from"
     return (
-        f"{head}give about {enough:,} {what}{hint}, or ask for a larger --max-risk or a smaller "
+        f"{head}give about {enough:,} {what}, or ask for a larger --max-risk or a smaller "
         "--confidence"
     )
 
@@ -206,22 +190,13 @@ def choices_for(certify_images: int, goal: Goal, most: int) -> int:
     return 1
 
 
-def images_for(goal: Goal, aligns: bool, quantises: bool) -> int:
-    """How many images of as many groups it takes so that a cascade can be certified.
-
-    Args:
-        goal: to be proved.
-        aligns: whether some of them teach an alignment.
-        quantises: whether some of them teach `int8=static` its ranges.
-    """
+def images_for(goal: Goal, test_share: float | None = None) -> int:
+    """How many images of as many groups it takes so that a cascade can be certified."""
 
     def suffice(count: int) -> bool:
-        learned = np.zeros(count, np.bool_)
-        if quantises:
-            learned[spread(count)] = True
-        names = tuple(f"{row:09d}" for row in range(count))
+        groups = tuple(f"{row:09d}" for row in range(count))
         try:
-            return certify_groups(names, learned, aligns, 0) >= images_needed(goal)
+            return certify_groups(groups, test_share, 0) >= images_needed(goal)
         except SplitError:
             return False
 
@@ -234,23 +209,12 @@ def images_for(goal: Goal, aligns: bool, quantises: bool) -> int:
     return many
 
 
-def certify_groups(
-    groups: Sequence[str], learned: NDArray[np.bool_], aligns: bool, seed: int
-) -> int:
-    """How many groups the certify split has if every image can be read; see `parts.divide`.
-
-    Args:
-        groups: of all images.
-        learned: which of them teach a graph before anything is divided, BOOL (N,).
-        aligns: whether some teach an alignment.
-        seed: of the splits.
+def certify_groups(groups: Sequence[str], test_share: float | None, seed: int) -> int:
+    """How many groups the certify split has if every image can be read; see `Parts.divide`.
 
     Raises:
         SplitError: too few groups to split.
     """
-    taught = learned.copy()
-    if aligns:
-        shares = {"align": ALIGN_SHARE, "rest": 1 - ALIGN_SHARE}
-        taught[split_by_group(tuple(groups), shares, seed)["align"]] = True
-    rest = tuple(groups[row] for row in np.flatnonzero(~taught))
-    return len({rest[row] for row in split_by_group(rest, CERTIFIED, seed)["certify"]})
+    shares = shares_of(groups, test=test_share)
+    rows = split_by_group(tuple(groups), shares, seed)["certify"]
+    return len({groups[row] for row in rows})

@@ -1,8 +1,7 @@
-"""The graphs of a plan: exported at once into a folder named by what made them, then aligned."""
+"""The graphs of a plan: each exported once into the folder of its model, then aligned."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bundle.graphs import SCHEMA_VERSION, GraphsError, GraphSet
+from bundle.graphs import SCHEMA_VERSION, GraphSet
 from bundle.head import LinearHead
 from bundle.prints import joined, looks_sha256
 from bundle.recipe import Recipe
@@ -22,7 +21,7 @@ from calibration.images import ImageSource
 from calibration.outputs import Outputs
 from calibration.splits import group_keys
 from export.request import MOST, GraphsRequest, LearnedImages, spread
-from imaging import ImageError, Preprocessing, code_sha256
+from imaging import Preprocessing, code_sha256
 from report.terminal import Bars
 
 from .request import PlanError, Request
@@ -41,29 +40,34 @@ def exported(
     backbone: Backbone,
     workshop: Workshop,
     bars: Bars,
+    places: Sequence[int] = (),
 ) -> GraphSet:
-    """Export the full model and every other recipe, unless an earlier plan did.
+    """Export the full model and graphs of other recipes, but for those that earlier plans did.
+
+    Args:
+        request: of the plan.
+        full: recipe of the full model.
+        recipes: of other graphs.
+        backbone: the model.
+        workshop: exports.
+        bars: where to show progress.
+        places: of the fit images in the source: the ranges of int8 are learned from some of them.
 
     Returns:
-        The graphs, and aligned ones of earlier plans beside them.
+        All graphs of this model, aligned ones and others of earlier plans among them.
 
     Raises:
         PlanError: no image that ranges are learned from can be read.
         ExportError: a graph cannot be made, or does not answer as the model does.
     """
-    folder = request.cache / _identity(request, full, recipes)
-    with contextlib.suppress(GraphsError):
-        graphs = GraphSet.load(folder)
-        bars.say(f"the graphs lie in {folder} from before")
-        return graphs
     images = None
     if any(recipe.precision == "int8=static" for recipe in recipes):
-        images = _fit_images(request.source, backbone.preprocessing(full.px or 0))
-    low, *beside = recipes
+        images = _fit_images(request.source, places, backbone.preprocessing(full.px or 0))
     asked = GraphsRequest(
-        *(folder, low, full, tuple(beside)),
+        *(request.cache / _identity(request, full), full, full, tuple(recipes)),
         head_images=request.head_images,
         fit_images=images,
+        adds=True,
     )
     return workshop.export(backbone, asked, bars)
 
@@ -119,28 +123,27 @@ def without_help(recipe: str) -> str:
     )
 
 
-def _fit_images(source: ImageSource, preprocessing: Preprocessing) -> LearnedImages:
-    files = []
-    for row in spread(len(source)):
-        with contextlib.suppress(ImageError):  # such an image is left out of everything
-            files.append(source[int(row)].data)
+def _fit_images(
+    source: ImageSource, places: Sequence[int], preprocessing: Preprocessing
+) -> LearnedImages:
+    files = [source[places[row]].data for row in spread(len(places))]
     images = LearnedImages.of(files, preprocessing)
     if images is None:
         raise PlanError(f"not one of {MOST} images to learn the ranges of int8 can be read")
     return images
 
 
-def _identity(request: Request, full: Recipe, recipes: Sequence[Recipe]) -> str:
-    """The name of the folder: a hash over everything that decides what lies in it."""
+def _identity(request: Request, full: Recipe) -> str:
+    """The name of the folder: a hash over everything that decides what lies in it.
+
+    But for the images that ranges and alignments learned from: each graph says its own.
+    """
     content = {
         "model": [request.model, _stamp(Path(request.model))],
-        "graphs": [str(recipe) for recipe in (full, *recipes)],
+        "full": str(full),
         "head": None if request.head_images is None else _stamp(request.head_images),
-        "source": request.source.fingerprint(),
         "imaging": code_sha256(),  # makes what a head and ranges are fitted on
         "looks": looks_sha256(),  # and this finds those images again
-        "seed": request.seed,
-        "group_by": request.group_by,
         "record": SCHEMA_VERSION,
         "versions": {name: _version(name) for name in _LIBRARIES},
     }

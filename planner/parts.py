@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 
 from bundle.graphs import GraphSet
 from bundle.prints import among, find_copies
-from calibration.align import ALIGN_SHARE
 from calibration.answers import AnswerCache, Wanted
+from calibration.certify import one_per_group
 from calibration.chunks import Answered
 from calibration.fidelity import Fidelity
 from calibration.images import ImagesError
-from calibration.outputs import Outputs
-from calibration.splits import CERTIFIED, Rows, group_keys, split_by_group
+from calibration.outputs import Outputs, usable
+from calibration.record import measured_split
+from calibration.splits import Rows, group_keys, shares_of, split_by_group
 from report.terminal import Bars
 
 from .request import PlanError, Request
@@ -25,39 +26,30 @@ from .select import Pair
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """The parts of all images that can be read.
+    """The parts of all images that can be read, but for those that a head was fitted on.
 
     Attributes:
         request: of the plan.
         cache: of what graphs answer.
-        learned: prints of the images that the graphs were exported with.
-        full: what the full model answers for each of them.
-        align: positions among those, of images that taught a graph or judged an alignment.
-        rest: positions among those, of fit, certify and test together.
-        splits: positions within `rest`.
-        groups: of `rest`.
+        places: of the n images in the source.
+        splits: positions among them of `fit`, `certify` and perhaps `test`.
+        groups: of the n images.
     """
 
     request: Request
     cache: AnswerCache
-    learned: str
-    full: Answered
-    align: Rows
-    rest: Rows
+    places: NDArray[np.int64]
     splits: Mapping[str, Rows]
     groups: NDArray[np.str_]
 
     @classmethod
-    def divide(
-        cls, request: Request, cache: AnswerCache, learned: str, aligns: bool, bars: Bars
-    ) -> Parts:
+    def divide(cls, request: Request, cache: AnswerCache, head: str, bars: Bars) -> Parts:
         """Give each image its part, once the full model has answered all of them.
 
         Args:
             request: of the plan.
             cache: of answers.
-            learned: prints of the images that the graphs were exported with.
-            aligns: whether images are needed to align on.
+            head: prints of the images that a head was fitted on.
             bars: where to show progress.
 
         Raises:
@@ -68,94 +60,62 @@ class Parts:
         with bars.stage("the full model answers every image", len(request.source)) as bar:
             for line in cache.fill(full, None, bar.advance):
                 bars.say(f"left out: {line}")
-        answered = cache.read(full)
-        pictures = answered.pictures
-        taught = among(pictures.hashes, pictures.looks, learned)
+        pictures = cache.read(full).pictures
+        taught = among(pictures.hashes, pictures.looks, head)
         if taught.any():
-            bars.say(f"{taught.sum()} images taught a graph or its head: none is certified on")
-        copies = find_copies(pictures.hashes, pictures.looks)
-        if len(copies):
-            bars.say(copies.sentence)
-        if aligns:
-            shares = {"align": ALIGN_SHARE, "rest": 1 - ALIGN_SHARE}
-            groups = group_keys(pictures, request.group_by)
-            taught[split_by_group(groups, shares, request.seed)["align"]] = True
-        return cls._of(request, cache, learned, answered, taught, set())
+            bars.say(f"{taught.sum()} images taught the head and are left out")
+        pictures = pictures.only(np.flatnonzero(~taught))
+        if sentence := find_copies(pictures.hashes, pictures.looks).sentence:
+            bars.say(sentence)
+        groups = group_keys(pictures, request.group_by)
+        splits = split_by_group(groups, shares_of(groups, test=request.test_share), request.seed)
+        return cls(request, cache, pictures.places, splits, np.array(groups))
 
-    def give_back(self) -> Parts:
-        """Let the images play a part again that only alignments which are not served have seen.
+    @property
+    def measured(self) -> str:
+        """The split that figures are of."""
+        return measured_split(self.splits)
 
-        Whether those alignments help was judged by these images, so they may not test what is
-        served instead: all of them go to the fit split, and certify and test have others, in their
-        full share.
-        """
-        pictures = self.full.pictures
-        taught = among(pictures.hashes, pictures.looks, self.learned)
-        tried = set(self.align.tolist())
-        return self._of(self.request, self.cache, self.learned, self.full, taught, tried)
+    @property
+    def certify_images(self) -> int:
+        """Independent images of the certify split."""
+        return len(one_per_group(self.groups, self.splits["certify"], self.request.seed))
 
-    @classmethod
-    def _of(
-        cls,
-        request: Request,
-        cache: AnswerCache,
-        learned: str,
-        answered: Answered,
-        taught: NDArray[np.bool_],
-        tried: set[int],
-    ) -> Parts:
-        """Split those that taught nothing; groups with an image of `tried` all go to fit."""
-        rest = np.flatnonzero(~taught)
-        # As `fit` will see them: a group whose first image was taught is called by another.
-        groups = group_keys(answered.pictures.only(rest), request.group_by)
-        seen = {group for i, group in zip(rest.tolist(), groups, strict=True) if i in tried}
-        splits = split_by_group(groups, CERTIFIED, request.seed, seen)
-        align = np.flatnonzero(taught)
-        return cls(request, cache, learned, answered, align, rest, splits, np.array(groups))
+    def rows(self, split: str | None = None) -> list[int]:
+        """Places in the source of the images of a split; None: of all."""
+        places = self.places if split is None else self.places[self.splits[split]]
+        return [int(place) for place in places]
 
-    def rows(self, positions: Rows) -> list[int]:
-        """Places in the source of the images at these positions."""
-        return [int(row) for row in self.full.pictures.places[positions]]
-
-    def outputs_to_align_on(self, name: str, graphs: GraphSet, bars: Bars) -> Outputs:
-        """What a graph without alignment and the full model answer for the images to align on.
-
-        Not for those that ranges or a head were learned from: on them a graph answers better than
-        on others, and whether an alignment helps is judged by these images.
-        """
-        pictures = self.full.pictures.only(self.align)
-        new = ~among(pictures.hashes, pictures.looks, self.learned)
-        full = graphs.reference
-        asked = [Wanted(graphs.graphs[name], True), Wanted(full)]
-        found = self._answers(asked, self.rows(self.align[new]), bars)
-        return Outputs.of(found, graphs.cast(name, full.name), self.cache)
-
-    def outputs_of_pairs(
-        self, lows: Sequence[str], highs: Sequence[str], graphs: GraphSet, bars: Bars
+    def outputs(
+        self, low: str, highs: Sequence[str], graphs: GraphSet, split: str | None, bars: Bars
     ) -> dict[Pair, Outputs]:
-        """What every two graphs, and the full model where it is neither, answer for the rest."""
-        full = dict.fromkeys([*highs, graphs.reference.name])
-        asked = [Wanted(graphs.graphs[name], True) for name in lows]
-        asked += [Wanted(graphs.graphs[name]) for name in full if name not in lows]
-        found = self._answers(asked, self.rows(self.rest), bars)
+        """What a cheap graph, full graphs and the full model answer for a split; None: for all.
+
+        An aligned graph's answers for fit images are cross-fitted, see `outputs.usable`.
+        """
+        asked = [Wanted(graphs.graphs[low], True)]
+        asked += [
+            Wanted(graphs.graphs[name])
+            for name in dict.fromkeys([*highs, graphs.reference.name])
+            if name != low
+        ]
+        answered = self._answers(asked, self.rows(split), bars)
+        casts = {(low, high): graphs.cast(low, high) for high in highs}
         return {
-            (low, high): Outputs.of(found, graphs.cast(low, high), self.cache)
-            for low in lows
-            for high in highs
+            pair: usable(Outputs.of(answered, cast, self.cache), cast)
+            for pair, cast in casts.items()
         }
 
     def agreements(
         self, names: Sequence[str], graphs: GraphSet, fidelity: Fidelity, bars: Bars
     ) -> dict[str, float]:
-        """Share of test images without a loss if a graph alone answers, by its name.
-
-        The full model must be among the names.
-        """
-        asked = [Wanted(graphs.graphs[name]) for name in names]
-        found = self._answers(asked, self.rows(self.rest[self.splits["test"]]), bars)
-        alone = {name: graphs.cast(name, graphs.reference.name) for name in names}
+        """Share of the images that measure without a loss if a graph alone answers, by its name."""
+        full = graphs.reference
+        asked = [Wanted(graphs.graphs[name]) for name in dict.fromkeys([*names, full.name])]
+        found = self._answers(asked, self.rows(self.measured), bars)
+        alone = {name: graphs.cast(name, full.name) for name in names}
         return {
-            name: float(1 - fidelity.loss(Outputs.of(found, cast, self.cache)).mean())
+            name: float(1 - fidelity.loss(usable(Outputs.of(found, cast, self.cache), cast)).mean())
             for name, cast in alone.items()
         }
 

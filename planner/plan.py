@@ -1,8 +1,8 @@
 """The road from a model and images to the cheapest certified cascade.
 
-Images play four parts, each image one: *align* teaches the graphs; *fit* teaches signals and makes
-the shortlist; *certify* tests it; *test* measures, and decides nothing. Candidates answer all but
-the align images, graphs to compare with the test images only.
+Images play two parts, each image one: *fit* teaches the ranges of int8, alignments and signals, and
+makes the shortlist by cross-fitted answers; *certify* tests it, and only the graphs of the
+shortlist answer these images. A *test* split, where images abound, measures and decides nothing.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from bundle.graphs import GraphSet
 from bundle.recipe import Recipe
 from calibration.align import Aligned
 from calibration.answers import AnswerCache
-from calibration.certify import Goal, one_per_group
+from calibration.certify import Goal
 from calibration.fidelity import Fidelity
 from calibration.fit import Options, fit
 from calibration.outputs import Outputs, refer
 from calibration.reference import with_reference_answers
-from calibration.splits import SplitError, check_grouping, group_keys
+from calibration.splits import SplitError, check_grouping
 from report.terminal import Bars
 from routing import Overrides, escalation_mask
 
@@ -46,11 +46,11 @@ class Planned:
         aligned: what each alignment is worth, by the name of the graph that is aligned, or, where
             it does not help, of the graph without it that takes its place.
         prices: of each graph, measured once more where they were disturbed.
-        agreement: share of test images without a loss if a graph alone answers, by name.
+        agreement: share of the images that measure without a loss if a graph alone answers, by
+            name.
         candidates: every cascade, the cheapest predicted first.
         tested: the shortlist, tested.
         chosen: the cascade to serve; None: nothing certified is cheaper than the full model.
-        pairs: outputs of each pair for `parts.rest`.
         notes: on what was asked for, one line each.
     """
 
@@ -67,7 +67,6 @@ class Planned:
     candidates: Sequence[Candidate]
     tested: Sequence[Tested]
     chosen: Tested | None
-    pairs: Mapping[Pair, Outputs]
     notes: Sequence[str] = ()
 
     @property
@@ -106,62 +105,53 @@ def make_plan(request: Request, workshop: Workshop, bars: Bars) -> Planned:
     asked = checks.check_recipes(request, backbone, bars)
     fidelity = request.fidelity(asked.task)
     notes = [*asked.notes, *checks.check_images(request, asked, bars)]
-    graphs = exported(request, asked.full, asked.exported, backbone, workshop, bars)
+    graphs = exported(request, asked.full, (), backbone, workshop, bars)
+    cache = AnswerCache(request.answers, request.source, graphs)
+    parts = _divide(request, asked, cache, graphs.fitted_on, bars)
+    rows = parts.rows("fit")
+    graphs = exported(request, asked.full, asked.exported, backbone, workshop, bars, rows)
     del backbone  # its memory is free again before anything is priced
 
     def named(recipes: Iterable[Recipe]) -> list[str]:
         return [recipe.slug(asked.full.px or 0) for recipe in recipes]
 
     full, highs, beside = graphs.reference.name, named(asked.highs), named(asked.beside)
-    cache = AnswerCache(request.answers, request.source, graphs)
-    parts = _divide(request, asked, cache, graphs.learned([full, *named(asked.exported)]), bars)
-    lows: list[str] = []
+    pairs: dict[Pair, Outputs] = {}
     aligned: dict[str, Aligned] = {}
     for recipe in asked.lows:
         (name,) = named([replace(recipe, align=False)])
         if recipe.align:
-            outputs = parts.outputs_to_align_on(name, graphs, bars)
-            graphs, name, worth = aligned_graph(
+            outputs = parts.outputs(name, [full], graphs, "fit", bars)[name, full]
+            graphs, name, aligned[name] = aligned_graph(
                 graphs, name, outputs, fidelity, request, workshop, bars
             )
-            aligned[name] = worth
-        lows.append(name)
-    lows = list(dict.fromkeys(lows))
-    if aligned and not any(worth.helps for worth in aligned.values()):
-        parts = parts.give_back()
-
-    pairs = parts.outputs_of_pairs(lows, highs, graphs, bars)
+        pairs |= parts.outputs(name, highs, graphs, "fit", bars)
+    lows = list(dict.fromkeys(low for low, _ in pairs))
     names = list(dict.fromkeys([*lows, *highs, *beside, full]))
     agreement = parts.agreements(names, graphs, fidelity, bars)
     prices = workshop.price(graphs, names, request, bars)
 
     ms = costs_ms(prices, full)
-    certify_images = _certify_images(parts)
-    most = checks.choices_for(certify_images, request.goal, MOST)
+    most = checks.choices_for(parts.certify_images, request.goal, MOST)
     with bars.stage("predict on the fit split", len(lows)) as bar:
         candidates = predict(
             pairs,
-            parts.splits["fit"],
-            parts.groups,
+            parts.groups[parts.splits["fit"]],
             fidelity,
             replace(request.goal, choices=most),
-            certify_images,
+            parts.certify_images,
             ms,
             request.seed,
             bar.advance,
         )
     listed = shortlist(candidates, lambda pair: _within_budget(pair, prices, request), most)
     goal = replace(request.goal, choices=max(1, len(listed)))  # each its share of δ
-    with bars.stage("certify the shortlist", len(listed)) as bar:
-        tested = []
-        for candidate in listed:
-            tested.append(_test(candidate, pairs, graphs, ms, goal, fidelity, parts))
-            bar.advance()
+    tested = [_test(candidate, graphs, ms, goal, fidelity, parts, bars) for candidate in listed]
     best = choose(tested)
     chosen = best if best is not None and best.ms_per_image < ms[full] else None
     return Planned(
         request, graphs, lows, highs, beside, parts, fidelity, aligned, prices, agreement,
-        candidates, tested, chosen, pairs, notes,
+        candidates, tested, chosen, notes,
     )  # fmt: skip
 
 
@@ -194,31 +184,25 @@ def choose_rungs(planned: Planned, bars: Bars) -> None:
     chosen, request = planned.chosen, planned.request
     assert chosen is not None
     low, high = chosen.candidate.low, chosen.candidate.high
-    outputs = planned.pairs[low, high]
     graphs = planned.graphs.cast(low, high)
     graphs.place(request.out / "onnx", [*planned.beside, *planned.highs])
-    fitted = with_reference_answers(chosen.fit, outputs, graphs, request.reference_images, bars.say)
+    fitted = with_reference_answers(
+        chosen.fit, chosen.outputs, graphs, request.reference_images, bars.say
+    )
     fitted.save(request.out / "calibration.json")
-    rows = planned.parts.rows(planned.parts.rest)
-    refer(request.out / "outputs.json", planned.parts.cache, graphs, rows)
+    refer(request.out / "outputs.json", planned.parts.cache, graphs, planned.parts.rows())
 
 
 def _divide(
-    request: Request, asked: checks.Asked, cache: AnswerCache, learned: str, bars: Bars
+    request: Request, asked: checks.Asked, cache: AnswerCache, head: str, bars: Bars
 ) -> Parts:
     """The parts; images that cannot be read, or that are one group, are known only now."""
     try:
-        parts = Parts.divide(request, cache, learned, asked.aligns, bars)
+        parts = Parts.divide(request, cache, head, bars)
     except SplitError as error:
-        raise PlanError(f"{error}; {checks.needed(request, asked)}") from None
-    groups = group_keys(parts.full.pictures, request.group_by)
-    checks.check_certify_images(_certify_images(parts), groups, request, asked)
+        raise PlanError(f"{error}; {checks.needed(request)}") from None
+    checks.check_certify_images(parts.certify_images, parts.groups.tolist(), request)
     return parts
-
-
-def _certify_images(parts: Parts) -> int:
-    """Independent images of the certify split."""
-    return len(one_per_group(parts.groups, parts.splits["certify"], parts.request.seed))
 
 
 def _within_budget(pair: Pair, prices: Prices, request: Request) -> bool:
@@ -228,19 +212,21 @@ def _within_budget(pair: Pair, prices: Prices, request: Request) -> bool:
 
 def _test(
     candidate: Candidate,
-    pairs: Mapping[Pair, Outputs],
     graphs: GraphSet,
     ms: Mapping[str, float],
     goal: Goal,
     fidelity: Fidelity,
     parts: Parts,
+    bars: Bars,
 ) -> Tested:
     """Certify a cascade of the shortlist."""
     low, high = candidate.low, candidate.high
-    options = Options(fidelity, candidate.signal, parts.request.group_by, parts.request.seed)
-    found = fit(pairs[low, high], graphs.cast(low, high), goal, options, splits=parts.splits)
+    outputs = parts.outputs(low, [high], graphs, None, bars)[low, high]
+    request = parts.request
+    options = Options(fidelity, candidate.signal, request.group_by, request.seed)
+    found = fit(outputs, graphs.cast(low, high), goal, options, splits=parts.splits)
     threshold = found.calibration.threshold
     scores = found.scores[parts.splits["certify"]]
     escalation = float(escalation_mask(scores, threshold, Overrides()).mean())
     cost = cascade_ms(ms[low], ms[high], escalation)
-    return Tested(candidate, found, threshold is not None, escalation, cost)
+    return Tested(candidate, outputs, found, threshold is not None, escalation, cost)

@@ -37,6 +37,7 @@ class Request:
         fidelity: when an answer is a loss, by the model's task; a FidelityError where it means
             nothing for that.
         group_by: see `splits.group_keys`.
+        test_share: of the images, to measure on alone; None: as `splits.shares_of`.
         latency_budget_ms: the most that an image may take that runs through both graphs, one
             request in flight, without the router; None: anything.
         instances: of each graph, as they will be served.
@@ -66,6 +67,7 @@ class Request:
     answers: Path
     out: Path
     reference_images: int = REFERENCE_IMAGES
+    test_share: float | None = None
 
 
 def recipes(option: str, text: str) -> Recipes:

@@ -14,7 +14,7 @@ from report.words import milliseconds, setting
 from .plan import Planned
 from .select import Tested, cascade_ms
 
-SCHEMA_VERSION = 2  # 1 had costs by batch and an early decision, and no outcome
+SCHEMA_VERSION = 3  # 2 had an align and a test split always
 _PRICED = ("latency_ms", "cost_ratio", "cpu_cost_ratio", "disturbed")
 PROCEDURE = (
     "The shortlist was made on the fit split; each of its cascades was tested on the certify split "
@@ -48,9 +48,9 @@ def to_dict(planned: Planned, notes: list[str]) -> dict[str, Any]:
         },
         "images": {
             "source": request.source.title,
-            "align": len(parts.align),
             **{name: len(rows) for name, rows in parts.splits.items()},
         },
+        "measured_on": parts.measured,  # fit: cross-fitted
         "served": {
             "instances": request.instances,
             "threads": request.threads,
@@ -129,12 +129,12 @@ def _best_alternative(planned: Planned) -> dict[str, Any] | None:
     """The cheapest single graph that agrees with the reference at least as often as the cascade.
 
     Among the full graphs, those to compare with and the full model itself; cheap graphs are parts
-    of cascades and stand in the frontier. On the test split, the cascade's cost with its escalation
-    there and without the router. None where nothing was chosen.
+    of cascades and stand in the frontier. On the split that measures, the cascade's cost with its
+    escalation there and without the router. None where nothing was chosen.
     """
     if planned.chosen is None:
         return None
-    figures = _tested(planned, planned.chosen)["test"]
+    figures = _tested(planned, planned.chosen)["measured"]
     reaching = [
         name
         for name in dict.fromkeys([*planned.beside, *planned.highs, planned.full])
@@ -172,7 +172,7 @@ def _graph(planned: Planned, name: str) -> dict[str, Any]:
     return {
         "recipe": planned.graphs.graphs[name].record.recipe,
         "roles": [role for role, plays in roles.items() if plays],
-        "acceptable": planned.agreement[name],  # of test images, if it answers alone
+        "acceptable": planned.agreement[name],  # of images that measure, if it answers alone
         "ms_per_image": planned.ms[name],
         **{key: price[key] for key in _PRICED},
         "alignment": None if aligned is None else aligned.to_dict(),
@@ -180,7 +180,7 @@ def _graph(planned: Planned, name: str) -> dict[str, Any]:
 
 
 def _tested(planned: Planned, entry: Tested) -> dict[str, Any]:
-    """A shortlisted cascade: predicted, certified, and measured on the test split."""
+    """A shortlisted cascade: predicted, certified, and measured on other images."""
     candidate, calibration = entry.candidate, entry.fit.calibration
     rate, risk = (calibration.metrics[key] for key in ("escalation_rate", "risk"))
     ms, graphs = planned.ms, planned.graphs.graphs
@@ -192,7 +192,7 @@ def _tested(planned: Planned, entry: Tested) -> dict[str, Any]:
             "speedup": _believed(planned, ms[planned.full] / ms_per_image),
         }
 
-    test_ms = cascade_ms(ms[candidate.low], ms[candidate.high], rate)
+    measured_ms = cascade_ms(ms[candidate.low], ms[candidate.high], rate)
     return {
         "low": candidate.low,
         "high": candidate.high,
@@ -204,7 +204,7 @@ def _tested(planned: Planned, entry: Tested) -> dict[str, Any]:
         "certificate": dict(calibration.certificate or {}),
         "predicted": costs(candidate.escalation, candidate.ms_per_image),
         "certify": costs(entry.escalation, entry.ms_per_image),
-        "test": costs(rate, test_ms) | {"risk": risk, "acceptable": 1 - risk},
+        "measured": costs(rate, measured_ms) | {"risk": risk, "acceptable": 1 - risk},
     }
 
 

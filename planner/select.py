@@ -35,7 +35,6 @@ from calibration.fit import cross_validated_costs
 from calibration.outputs import Outputs
 from calibration.record import Fit
 from calibration.scoring import learn_sign
-from calibration.splits import Rows
 
 MOST = 4
 WITHIN = 1.15
@@ -68,6 +67,7 @@ class Tested:
 
     Attributes:
         candidate: what was predicted.
+        outputs: of its graphs for all images that have a part.
         fit: its signal, threshold and certificate.
         certified: whether the risk was proved.
         escalation: on the certify split at the certified threshold, 0..1.
@@ -75,6 +75,7 @@ class Tested:
     """
 
     candidate: Candidate
+    outputs: Outputs
     fit: Fit
     certified: bool
     escalation: float
@@ -88,7 +89,6 @@ def cascade_ms(low_ms: float, high_ms: float, escalation: float) -> float:
 
 def predict(
     pairs: Mapping[Pair, Outputs],
-    rows: Rows,
     groups: NDArray[np.str_],
     fidelity: Fidelity,
     goal: Goal,
@@ -100,9 +100,8 @@ def predict(
     """Every cascade with its predicted cost, the cheapest first. Looks at the fit split only.
 
     Args:
-        pairs: outputs by (cheap, full) graph, of the same N images.
-        rows: of the fit split.
-        groups: of the N images.
+        pairs: outputs by (cheap, full) graph, of the n fit images, cross-fitted.
+        groups: of the n images.
         fidelity: when an answer is a loss.
         goal: with `choices` as many as the shortlist may have.
         certify_images: independent ones that the test will have.
@@ -114,13 +113,12 @@ def predict(
     for low in dict.fromkeys(name for name, _ in pairs):
         highs = [high for name, high in pairs if name == low]
         outputs = pairs[low, highs[0]]
-        sample = FitSample.of(outputs, fidelity, rows, groups)
+        sample = FitSample.of(outputs, fidelity, np.arange(len(outputs)), groups)
         raw = out_of_fold(sample, seed)
         ranking = {k: learn_sign(v, sample.oracle, sample.loss) * v for k, v in raw.items()}
         for high in highs:
             high_loss = fidelity.high_loss(pairs[low, high])
-            lost = None if high_loss is None else high_loss[rows]
-            needed = cross_validated_costs(ranking, sample.loss, lost, goal, certify_images)
+            needed = cross_validated_costs(ranking, sample.loss, high_loss, goal, certify_images)
             found += [
                 Candidate(low, high, k, p, cascade_ms(costs_ms[low], costs_ms[high], p))
                 for k, p in needed.items()

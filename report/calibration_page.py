@@ -1,7 +1,7 @@
 """`report.html`: a calibration, or before one is made only what the full rung changes.
 
-A report has the certificate first, then what was measured on the test split, which decided nothing,
-then the images themselves, then how the two rungs differ on all images.
+A report has the certificate first, then what was measured on images that nothing was fitted on, or
+cross-fitted, then the images themselves, then how the two rungs differ on all images.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _fit_figures(fit: Mapping[str, Any]) -> dict[str, str]:
 
 def _curve(fit: Mapping[str, Any]) -> str:
     """Risk against escalation for every signal, with the chosen point."""
-    test, epsilon = fit["test"], fit["metrics"]["needed_for"]
+    test, epsilon = fit["measured"], fit["metrics"]["needed_for"]
     series = []
     for number, curve in enumerate(fit["curves"]):
         look: dict[str, Any] = {"colour": OTHERS[number % len(OTHERS)], "line": "-"}
@@ -79,8 +79,8 @@ def _curve(fit: Mapping[str, Any]) -> str:
     top = 1.1 * max(test["base_risk"], epsilon or 0, 1 / test["images"])
     return chart(
         series,
-        Axis("escalated: share of the test images", percent=True, limits=(0, 1)),
-        Axis("risk: share of the test images", percent=True, limits=(0, top)),
+        Axis(f"escalated: share of the {fit['split']} images", percent=True, limits=(0, 1)),
+        Axis(f"risk: share of the {fit['split']} images", percent=True, limits=(0, top)),
         limit,
     )
 

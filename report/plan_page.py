@@ -101,7 +101,7 @@ def points(content: Content) -> list[dict[str, Any]]:
     Returns:
         For each its `mark`; its `kind`, a key of the looks; the `family` that a line joins it with;
         its `cost` over the full model's, and the `spread` of that over the turns measured; and
-        `acceptable`, the share of the test images whose answer is no loss.
+        `acceptable`, the share of the images that measure whose answer is no loss.
     """
     return [*_graph_points(content), *_cascade_points(content)]
 
@@ -127,7 +127,7 @@ def _cascade_points(content: Content) -> Iterator[dict[str, Any]]:
     marks = cascade_marks(content)
     for entry in content["tested"]:
         low, high = (content["graphs"][entry[key]]["cost_ratio"] for key in ("low", "high"))
-        rate = entry["test"]["escalation_rate"]
+        rate = entry["measured"]["escalation_rate"]
         middle, least, most = (low[key] + rate * high[key] for key in ("median", "min", "max"))
         kind = "certified" if entry["certified"] else "refused"
         yield {
@@ -136,7 +136,7 @@ def _cascade_points(content: Content) -> Iterator[dict[str, Any]]:
             "family": None,
             "cost": middle,
             "spread": (least, most),
-            "acceptable": entry["test"]["acceptable"],
+            "acceptable": entry["measured"]["acceptable"],
         }
 
 
@@ -156,7 +156,7 @@ def _frontier(content: Content) -> str:
         _LOOKS,
         [("", _LOOKS[name].colour, own + full) for name, own in families.items() if own],
         Axis(label, percent=True, log=True, limits=(0.8 * min(ends), 1.2 * max(ends))),
-        "acceptable answers, of the test images",
+        f"acceptable answers, of the {content['measured_on']} images",
         Rule(limit, f"risk limit ε = {setting(1 - limit)}", across=True, colour=RED),
         [point for point in shown if point["kind"] == "chosen"],
         "beaten by the chosen cascade",
