@@ -29,6 +29,8 @@ def alignment(count=LAYERS, **changes):
         "reference": "b" * 64,
         "recipe": "px=112,int8=static",
         "image_prints": "AAECAwQFBgc=",
+        "image_hashes": np.array(["c" * 64, "d" * 64]),
+        "cross_fitted": rng.normal(size=(2, D)).astype(np.float32),
     }
     return Alignment(**{**fields, **changes})
 
@@ -69,9 +71,10 @@ def test_a_file_gives_back_what_was_saved(tmp_path):
     saved = alignment()
     saved.save(tmp_path / "deeper" / "alignment.npz")
     loaded = Alignment.load(tmp_path / "deeper" / "alignment.npz")
-    np.testing.assert_array_equal(loaded.weights, saved.weights)
-    np.testing.assert_array_equal(loaded.bias, saved.bias)
-    assert loaded.weights.dtype == loaded.bias.dtype == np.float32
+    for name in ("weights", "bias", "image_hashes", "cross_fitted"):
+        np.testing.assert_array_equal(getattr(loaded, name), getattr(saved, name))
+    for array in (loaded.weights, loaded.bias, loaded.cross_fitted):
+        assert array.dtype == np.float32
     for name in ("graph", "reference", "recipe", "image_prints"):
         assert getattr(loaded, name) == getattr(saved, name)
         assert type(getattr(loaded, name)) is str
@@ -117,6 +120,17 @@ def write_other_bias(path):
     alignment(bias=np.zeros(D - 1, np.float32)).save(path)
 
 
+def write_of_before(path):
+    """As releases wrote it that did not cross-fit."""
+    fields = dict(vars(alignment()))
+    del fields["image_hashes"], fields["cross_fitted"]
+    np.savez(path, **fields)
+
+
+def write_embeddings_of_other_images(path):
+    alignment(image_hashes=np.array(["c" * 64])).save(path)
+
+
 @pytest.mark.parametrize(
     "write",
     [
@@ -128,6 +142,8 @@ def write_other_bias(path):
         write_pickles,
         write_other_shape,
         write_other_bias,
+        write_of_before,
+        write_embeddings_of_other_images,
     ],
 )
 def test_another_file_is_refused_in_one_line(tmp_path, write):
