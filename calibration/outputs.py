@@ -228,10 +228,11 @@ def usable(outputs: Outputs, graphs: GraphSet) -> Outputs:
     if graphs.low.recipe.align:
         alignment = graphs.low.alignment()
         prints = graphs.low.fitted_on if alignment is None else alignment.image_prints
-        out |= among(outputs.hashes, outputs.looks, prints)
+        seen = among(outputs.hashes, outputs.looks, prints)
         if alignment is not None:
             low, known = _cross_fitted(outputs, alignment, graphs.low)
-            out[known] = False
+            seen[known] = False
+        out |= seen
     found = replace(outputs, low=low, taught=learned)
     return found.rows(np.flatnonzero(~out))
 
