@@ -177,7 +177,8 @@ def fit(
         options.fidelity,
         options.seed,
     )
-    unfitted = np.concatenate([rows for split, rows in independent.items() if split != "fit"])
+    others = [rows for split, rows in independent.items() if split != "fit"]
+    unfitted = np.concatenate(others) if others else np.zeros(0, np.intp)
     copies = find_copies(outputs.hashes, outputs.looks)
     calibration = Calibration(
         backbone=graph_set.backbone,
@@ -221,7 +222,8 @@ def fit(
             "look_alike": copies.look_alike,
             "image_prints": encode(outputs.hashes, outputs.looks),
         },
-        reference_scores=_thinned(np.sort(scores[unfitted])),
+        # Where nothing is held out the cross-fitted ones stand for those of other images.
+        reference_scores=_thinned(np.sort(scores[unfitted if others else independent["fit"]])),
         reference=graph_set.reference_record,
         task=graph_set.task,
     )
