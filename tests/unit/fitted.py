@@ -54,6 +54,7 @@ def make_metrics(names, auroc=0.8, interval=(0.7, 0.9), epsilon=0.05, **more):
     signals = {name: signal_metrics(auroc, interval) for name in (*names, "oracle")}
     signals["random"] = {**signal_metrics(0.5, None), "spearman_interval": None}
     return {
+        "split": "test",
         "images": 10,
         "groups": 10,
         "escalation_rate": 0.2,
@@ -70,12 +71,12 @@ def make_metrics(names, auroc=0.8, interval=(0.7, 0.9), epsilon=0.05, **more):
 def make_fit(**changes):
     """What `page_data` is given of a fit in which image i has score i.
 
-    Changes: n, test (rows), threshold, loss (rows), high_loss (rows: there is a reference),
+    Changes: n, test (rows; None: there is no test split), threshold, loss (rows), high_loss (rows: there is a reference),
     certificate, head, source, class_names, metrics, chosen_by, values.
     """
     n = changes.get("n", 240)
-    test = np.array(changes.get("test", range(n // 2, n)))
-    rest = np.setdiff1d(np.arange(n), test)
+    test = changes.get("test", range(n // 2, n))
+    rest = np.setdiff1d(np.arange(n), [] if test is None else test)
     scores = changes.get("scores", np.arange(n, dtype=np.float32))
     loss = np.isin(np.arange(n), changes.get("loss", range(n - 20, n)))
     head = changes.get("head", True)
@@ -86,12 +87,14 @@ def make_fit(**changes):
         high_loss = np.isin(np.arange(n), changes["high_loss"])
         outputs = replace(outputs, reference=outputs.high)
     names = ("cls_path", "cls_regression", "entropy", "margin") if head else ("cls_path",)
-    splits = {"fit": rest, "test": test}
+    splits = {"fit": rest}
     chosen_by = {"fidelity": "top1", "tolerance": None, "escalation_rate": 0.1, "signal": "auto"}
     if certificate is not None:
-        splits = {"fit": rest[::2], "certify": rest[1::2], "test": test}
+        splits = {"fit": rest[::2], "certify": rest[1::2]}
         goal = {"max_risk": 0.05, "confidence": 0.9, "method": certificate["method"]}
         chosen_by = {"fidelity": "top1", "tolerance": None, **goal, "signal": "auto"}
+    if test is not None:
+        splits["test"] = np.array(test)
     if not head:
         chosen_by |= {"fidelity": "cosine", "tolerance": 0.1}
     calibration = make_calibration(

@@ -103,7 +103,13 @@ def test_escalating_every_image_to_a_full_rung_that_loses_is_not_called_riskless
 
 def test_the_numbers_are_those_of_the_test_split():
     # Test rows 120..239; scores are rows, the oracle one more; escalated from 233 on.
-    test = data_of(loss=[1, 125, 126, 235], threshold=232.5)[0]["test"]
+    fit = data_of(loss=[1, 125, 126, 235], threshold=232.5)[0]
+    assert (fit["split"], fit["cells"]["splits"], fit["cells"]["measured"]) == (
+        "test",
+        ["test"],
+        120,
+    )
+    test = fit["measured"]
     counts = {"images": 120, "losses": 3, "lost": 2, "escalated": 7, "both": 1}
     assert {key: test[key] for key in counts} == counts
     assert test["base_risk"] == 3 / 120 and test["risk"] == 2 / 120
@@ -111,7 +117,18 @@ def test_the_numbers_are_those_of_the_test_split():
     assert test["oracle_risk"] == 2 / 120 and test["perfect_risk"] == 0
     assert test["median_with_loss"] == pytest.approx(127, rel=1e-5)
     assert test["median_without"] == pytest.approx(np.median([*range(121, 241)]), abs=1)
-    assert data_of(loss=[])[0]["test"]["median_with_loss"] is None
+    assert data_of(loss=[])[0]["measured"]["median_with_loss"] is None
+
+
+def test_without_a_test_split_they_are_those_of_the_fit_split():
+    # Fit rows 0, 2, ..., 238; the threshold lies below 7 of them.
+    fit = data_of(test=None, loss=[1, 2, 3, 230], threshold=225.5)[0]
+    assert (fit["split"], fit["cells"]["splits"], fit["cells"]["measured"]) == ("fit", ["fit"], 120)
+    counts = {"images": 120, "losses": 2, "lost": 1, "escalated": 7, "both": 1}
+    assert {key: fit["measured"][key] for key in counts} == counts
+    assert len(fit["scatter"]["score"]) == 120
+    few = data_of(test=None, n=180)[0]["cells"]
+    assert (few["splits"], few["measured"], few["images"]) == (["certify", "fit"], 90, 180)
 
 
 def test_curves_end_at_what_their_ranking_gives():

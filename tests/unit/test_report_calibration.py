@@ -132,6 +132,26 @@ def test_a_small_test_split_is_shown_together_with_certify_and_says_so(tmp_path)
 
 
 @pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("certificate", [LTT, None])
+def test_what_is_measured_on_fit_images_is_named_so(tmp_path, page, certificate):
+    fit = write(tmp_path, test=None, certificate=certificate, n=400, loss=[200, 202, 399])
+    for words in (
+        "There is no test split.",
+        "Fit split, cross-fitted. A curve shows the risk",
+        "fit images were kept low with a loss",
+        "of the fit images lowers the risk",
+        "Fit split, cross-fitted, one point for each image.",
+        f"Fit split, cross-fitted, {200 if certificate else 400} images.",
+        "cls_path was chosen by cross-validation on the fit split.",
+    ):
+        assert words in fit.text and words not in page.text, words
+    assert "Measured on fit images, cross-fitted" in fit.sections
+    said = fit.text.replace("There is no test split", "")
+    assert "test image" not in said.lower() and "test split" not in said.lower()
+    assert "Measured on held-out images" in page.sections and "cross-fitted" not in page.text
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_captions_name_both_answers(tmp_path):
     loss = [125, 239]
     named = write(tmp_path, loss=loss, threshold=200.5, class_names=("cat", "dog", "c", "d", "e"))
@@ -236,7 +256,7 @@ CURVES = {
 )
 def test_each_case_has_its_caption_and_no_other_one(tmp_path, data, key, case, captions):
     fit, analysis = data
-    fit = {**fit, "test": {**fit["test"], key: case}}
+    fit = {**fit, "measured": {**fit["measured"], key: case}}
     write_calibration(tmp_path / "page.html", fit, analysis)
     text = Page(tmp_path / "page.html").text
     assert [name for name, caption in captions.items() if caption in text] == [case]
@@ -247,13 +267,14 @@ def test_each_case_has_its_caption_and_no_other_one(tmp_path, data, key, case, c
 def test_a_case_without_a_caption_is_an_error(tmp_path, data, key):
     fit, analysis = data
     with pytest.raises(jinja2.UndefinedError, match="undefined_case"):
-        write_calibration(tmp_path / "p", {**fit, "test": {**fit["test"], key: "new"}}, analysis)
+        new = {**fit["measured"], key: "new"}
+        write_calibration(tmp_path / "p", {**fit, "measured": new}, analysis)
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_captions_hold_their_numbers(tmp_path, page):
     assert "20 of 20 images with a loss lie above the threshold of 209.5" in page.text
-    assert "Ranked by cls_path, a test image with a loss comes above one without with" in page.text
+    assert "Ranked by cls_path, an image with a loss comes above one without with" in page.text
     assert "was chosen by cross-validation" in page.text
     named = write(tmp_path, chosen_by={"signal": "cls_path"}, n=200, test=range(150, 200))
     assert "cls_path was named by the user" in named.text
