@@ -71,8 +71,8 @@ def make_metrics(names, auroc=0.8, interval=(0.7, 0.9), epsilon=0.05, **more):
 def make_fit(**changes):
     """What `page_data` is given of a fit in which image i has score i.
 
-    Changes: n, test (rows; None: there is no test split), threshold, loss (rows), high_loss (rows: there is a reference),
-    certificate, head, source, class_names, metrics, chosen_by, values.
+    Changes: n, test (rows; None: there is no test split), threshold, loss (rows), high_loss (rows:
+    there is a reference), certificate, head, source, class_names, metrics, chosen_by, values.
     """
     n = changes.get("n", 240)
     test = changes.get("test", range(n // 2, n))

@@ -10,8 +10,10 @@ from bundle.alignment import Alignment
 from bundle.prints import decode as known
 from bundle.prints import encode
 from calibration.outputs import Outputs
+from tests import commands
 from tests.unit.calibrating import run
 from tests.unit.onnx_files import write_graph_set
+from tests.unit.plan_workplace import write_shelf
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +84,9 @@ def test_evaluate_exits_1_where_new_images_contradict_the_certificate(workplace,
     assert "Certificate CONTRADICTED" in capsys.readouterr().out
 
 
-def test_an_aligned_rung_is_calibrated_without_the_images_it_has_learned_from(tmp_path, capsys):
+def test_an_aligned_rung_is_calibrated_on_images_that_it_has_not_learned_from(tmp_path, capsys):
     """collect, align, `export align`, collect, fit: each command as it is printed."""
-    write_graph_set(tmp_path / "build/onnx", seeds=(1, 2))
+    write_shelf(tmp_path / "build/onnx", ["px=4"])
     write_images(tmp_path / "images", 400, seed=0)
     assert run(tmp_path, "collect", "--images", "images") == 0
     capsys.readouterr()
@@ -95,20 +97,57 @@ def test_an_aligned_rung_is_calibrated_without_the_images_it_has_learned_from(tm
     assert printed["growth"][-1]["acceptable"] > printed["growth"][0]["acceptable"]
 
     alignment = Alignment.load(tmp_path / printed["alignment"])
-    learned, _ = known(alignment.image_prints)
-    assert len(learned) == 133  # a third of the images
-    record = json.loads((tmp_path / "build/onnx/graphs.json").read_text())
-    cheap = record["roles"]["vit_low"]
-    record["graphs"][cheap]["fitted_on"] = alignment.image_prints
-    (tmp_path / "build/onnx/graphs.json").write_text(json.dumps(record))
-    assert run(tmp_path, "fit", "--max-risk", 0.2) == 0
-    assert "133 images taught a graph or its head" in capsys.readouterr().err
+    learned = set(alignment.image_hashes)
+    assert len(learned) == len(known(alignment.image_prints)[0]) == 140  # 35 % of the images
+    onnx, baked = tmp_path / "build/onnx", tmp_path / printed["alignment"]
+    commands.said("export", "align", "--onnx", onnx, "--alignment", baked)
+    capsys.readouterr()
+    assert run(tmp_path, "collect", "--images", "images") == 0
+    assert run(tmp_path, "fit", "--max-risk", 0.2, "--reference-images", 0) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "140 images taught a graph or its head, in this or another form; nothing is cert" in said
+    assert "140 images taught a graph without labels: they are fit images" in said
     artifact = json.loads((tmp_path / "build/calibration/calibration.json").read_text())
-    assert artifact["data"]["images"] == 267
-    assert learned.isdisjoint(known(artifact["data"]["image_prints"])[0])
+    assert artifact["data"]["images"] == 400
+    assert artifact["data"]["splits"] == {"fit": 140, "certify": 260}
+    outputs = Outputs.load(tmp_path / "build/calibration/outputs.json")
+    with np.load(tmp_path / "build/calibration/calibration.fit.npz") as found:
+        assert {outputs.hashes[row] for row in found["split_fit"]} == learned
     assert run(tmp_path, "report") == 0
     assert run(tmp_path, "evaluate", "--images", "images") == 2  # all seen, one way or the other
     assert "evaluate it on others" in capsys.readouterr().err
+
+    (onnx / "px4_align.npz").unlink()  # what they would be answered is unknown now
+    assert run(tmp_path, "fit", "--max-risk", 0.2, "--reference-images", 0) == 0
+    assert "140 images taught a graph or its head" in capsys.readouterr().err
+    artifact = json.loads((tmp_path / "build/calibration/calibration.json").read_text())
+    assert artifact["data"]["images"] == 260
+
+
+@pytest.mark.parametrize(
+    ("arguments", "splits", "measured"),
+    [
+        (("--max-risk", 0.1), {"fit": 140, "certify": 260}, "140 fit images, cross-fitted, signal"),
+        (
+            ("--max-risk", 0.1, "--test-share", 0.25),
+            {"fit": 105, "certify": 195, "test": 100},
+            "100 test images, signal",
+        ),
+        (("--escalation-rate", 0.1), {"fit": 280, "test": 120}, "120 test images, signal"),
+        (
+            ("--escalation-rate", 0.1, "--test-share", 0),
+            {"fit": 400},
+            "400 fit images, cross-fitted, signal",
+        ),
+    ],
+)
+def test_the_table_names_the_images_that_it_is_of(workplace, capsys, arguments, splits, measured):
+    out = ("--out", "build/splits/calibration.json")
+    assert run(workplace, "fit", *arguments, *out) == 0
+    assert measured in " ".join(capsys.readouterr().out.split())
+    artifact = json.loads((workplace / "build/splits/calibration.json").read_text())
+    assert artifact["data"]["splits"] == splits
+    assert artifact["metrics"]["images"] == int(measured.split()[0])
 
 
 def test_a_report_before_a_fit_leaves_out_what_taught_a_graph_and_refuses_others(tmp_path, capsys):
@@ -166,11 +205,16 @@ def test_evaluate_refuses_an_artifact_before_any_image_is_read(
     assert message in capsys.readouterr().err
 
 
-def test_an_alignment_that_does_not_help_is_said_loudly(workplace, capsys):
+def test_of_an_alignment_that_does_not_help_no_file_is_written(workplace, capsys):
+    useless = workplace / "build/useless.npz"
+    useless.write_bytes(b"of other images")
     assert run(workplace, "align", "--out", "build/useless.npz") == 0  # both rungs are one graph
-    printed = capsys.readouterr()
-    assert "does not help: leave it out" in " ".join(printed.err.split())
-    assert "not aligned" in printed.out and "wrote build/useless.npz" in printed.out
+    out = " ".join(capsys.readouterr().out.split())
+    assert "an alignment does not help on images that it has not learned: none is written" in out
+    assert "not aligned" in out and "wrote" not in out and not useless.exists()
+    assert run(workplace, "align", "--out", "build/useless.npz", "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["alignment"] is None and not printed["helps"]
 
 
 @pytest.mark.parametrize(
@@ -198,6 +242,7 @@ def test_an_alignment_that_does_not_help_is_said_loudly(workplace, capsys):
         (["align", "--outputs", "none.npz"], "collect first"),
         (["align", "--onnx", "broken"], "not of these graphs: another vit_high; coll"),
         (["align", "--share", 2], "--share"),
+        (["fit", "--max-risk", 0.1, "--test-share", 0.9], "--test-share"),
         (["align", "--group-by", "colour"], "--group-by 'colour' is none of"),
         (["align", "--out", "images/000.png/x.npz"], "images/000.png"),
         (["report", "--calibration", "none.json"], "calibration fit first"),

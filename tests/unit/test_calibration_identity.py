@@ -13,7 +13,7 @@ from calibration.evaluate import evaluate
 from calibration.fidelity import Fidelity
 from calibration.fit import FitError, Options, fit, without_learned
 from calibration.images import open_images, write_sample
-from calibration.outputs import Outputs, OutputsError, collect
+from calibration.outputs import Outputs, OutputsError, collect, usable
 from calibration.splits import group_keys
 from export.request import LearnedImages
 from imaging import Preprocessing
@@ -82,8 +82,15 @@ def test_evaluate_leaves_out_what_the_calibration_has_seen_in_another_form(outpu
     assert NEW - 2 <= evaluation.images <= len(outputs["forms"]) - evaluation.known
 
 
-def test_images_that_taught_a_graph_are_left_out_in_any_form_and_said(
-    outputs, folders, tmp_path, capsys
+@pytest.mark.parametrize(
+    ("teaches", "message"),
+    [
+        ("head", "0 images are too few to split"),
+        ("ranges", "split 'certify' gets 0 of them"),
+    ],
+)
+def test_images_that_taught_a_graph_certify_nothing_in_any_form(
+    outputs, folders, tmp_path, capsys, teaches, message
 ):
     graph_set = GraphSet.load(folders / "onnx")
     preprocessing = Preprocessing.from_dict(graph_set.preprocessing)
@@ -91,20 +98,28 @@ def test_images_that_taught_a_graph_are_left_out_in_any_form_and_said(
     onnx = tmp_path / "onnx"
     write_graph_set(onnx, seeds=(1, 2))
     taught = GraphSet.load(onnx)
-    taught = taught.adding(replace(taught.high, fitted_on=learned))
+    if teaches == "head":
+        taught = replace(taught, fitted_on=learned)
+    else:
+        taught = taught.adding(replace(taught.high, fitted_on=learned))
     taught.save(onnx)
     assert len(without_learned(outputs["copied"], taught)) == 0
     assert NEW - 2 <= len(without_learned(outputs["forms"], taught)) <= NEW + 0.1 * CROPS
     with pytest.raises(FitError, match="used to fit a graph"):
         fit(outputs["forms"], taught, Goal(0.3, 0.9, "ltt"), Options(Fidelity("top1")))
+    found = usable(outputs["forms"], taught)
+    marked = 0 if found.taught is None else found.taught.sum()
+    assert len(found) - marked == len(without_learned(outputs["forms"], taught))
+    assert bool(marked) == (teaches == "ranges")
     where = ("--onnx", onnx, "--outputs", folders / "copied.json")
     assert run(tmp_path, "fit", "--max-risk", 0.3, *where) == 2
-    last = " ".join(capsys.readouterr().err.splitlines()[-1].split())
-    assert last.startswith("error: 0 images are too few to split")
-    assert last.endswith(
-        f"{TIMES * CROPS} images taught a graph or its head, in this or another form, "
-        "and were left out"
-    )
+    said = capsys.readouterr().err
+    assert message in said.splitlines()[-1]
+    images = "images taught a graph or its head, in this or another form"
+    if teaches == "head":
+        assert said.splitlines()[-1].endswith(f"{TIMES * CROPS} {images}, and were left out")
+    else:
+        assert f"{TIMES * CROPS} images taught a graph without labels" in said
 
 
 def test_crops_drawn_from_the_sample_stream_are_independent(folders, tmp_path):
