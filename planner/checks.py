@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from bundle.recipe import Recipe
 from calibration.certify import Goal, allowed_errors, goal_words, images_needed, too_few
+from calibration.fit import MIN_IMAGES
 from calibration.splits import MIN_GROUPS, SplitError, shares_of, split_by_group
 from export.errors import UsageError
 from report.terminal import Bars
@@ -213,8 +214,19 @@ def certify_groups(groups: Sequence[str], test_share: float | None, seed: int) -
     """How many groups the certify split has if every image can be read; see `Parts.divide`.
 
     Raises:
-        SplitError: too few groups to split.
+        SplitError: too few images or groups to split.
     """
+    check_count(len(groups))
     shares = shares_of(groups, test=test_share)
     rows = split_by_group(tuple(groups), shares, seed)["certify"]
     return len({groups[row] for row in rows})
+
+
+def check_count(images: int) -> None:
+    """Refuse fewer images than `fit` takes.
+
+    Raises:
+        SplitError: saying how many those are.
+    """
+    if images < MIN_IMAGES:
+        raise SplitError(f"{images} images are too few to split, {MIN_IMAGES} are needed")

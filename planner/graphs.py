@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from calibration.images import ImageSource
 from calibration.outputs import Outputs
 from calibration.splits import group_keys
 from export.request import MOST, GraphsRequest, LearnedImages, spread
-from imaging import Preprocessing, code_sha256
+from imaging import ImageError, Preprocessing, code_sha256
 from report.terminal import Bars
 
 from .request import PlanError, Request
@@ -126,7 +127,10 @@ def without_help(recipe: str) -> str:
 def _fit_images(
     source: ImageSource, places: Sequence[int], preprocessing: Preprocessing
 ) -> LearnedImages:
-    files = [source[places[row]].data for row in spread(len(places))]
+    files = []
+    for row in spread(len(places)):
+        with contextlib.suppress(ImageError):  # it was there when the full model answered
+            files.append(source[places[row]].data)
     images = LearnedImages.of(files, preprocessing)
     if images is None:
         raise PlanError(f"not one of {MOST} images to learn the ranges of int8 can be read")

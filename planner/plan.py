@@ -199,6 +199,7 @@ def _divide(
     """The parts; images that cannot be read, or that are one group, are known only now."""
     try:
         parts = Parts.divide(request, cache, head, bars)
+        checks.check_count(len(parts.places))
     except SplitError as error:
         raise PlanError(f"{error}; {checks.needed(request)}") from None
     checks.check_certify_images(parts.certify_images, parts.groups.tolist(), request)

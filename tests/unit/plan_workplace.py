@@ -5,6 +5,7 @@ looks at all of it; cheap graphs look at the left half only and see it shifted, 
 can take back. `FakeWorkshop` does what the planner has export and perf do.
 """
 
+import contextlib
 import io
 from collections import Counter
 from functools import cache
@@ -17,7 +18,7 @@ from PIL import Image
 from rich.console import Console
 
 from bundle import manifest
-from bundle.graphs import HIGH, LOW, REFERENCE, Graph, GraphSet
+from bundle.graphs import HIGH, LOW, REFERENCE, Graph, GraphsError, GraphSet
 from bundle.recipe import Recipe
 from calibration.certify import Goal
 from calibration.fidelity import Fidelity
@@ -119,16 +120,22 @@ def write_graph(path, seen, shift, head=True):
     onnx.save(model, path)
 
 
-def write_shelf(folder, texts, learned="", head=True, task="classes"):
-    """What an export leaves: graphs by their recipes, the full model the last; the first is low."""
+def write_shelf(folder, texts, learned="", head=True, task="classes", adds=False, taught=""):
+    """What an export leaves: graphs by their recipes, the full model the last; the first is low.
+
+    With `adds`, graphs of before stay, as the exporter's do: all but those of other int8 ranges.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    graphs = {}
+    graphs = _of_before(folder, learned) if adds else {}
     for text in (*texts, "fp32"):
         recipe = Recipe.parse(text).at(SIZE)
         name = recipe.slug(SIZE)
+        if name in graphs:
+            continue
         file = folder / f"{name}.onnx"
         cheap = recipe.px < SIZE  # a graph of merged tokens answers as the full model does
         shift = 1.5 * cheap + 0.05 * (recipe.precision != "fp32") + 0.01 * (recipe.depth or 0)
+        shift += 0.001 * recipe.px  # no two graphs are the same file
         write_graph(file, SIZE // 2 if cheap else SIZE, shift, head)
         record = RungRecord(recipe.px, str(recipe), manifest.sha256_file(file), layers=LAYERS)
         ranges = learned if recipe.precision == "int8=static" else ""
@@ -144,8 +151,21 @@ def write_shelf(folder, texts, learned="", head=True, task="classes"):
         graphs=graphs,
         roles={LOW: next(iter(graphs)), HIGH: "full", REFERENCE: "full"},
         task=task if head else None,
+        fitted_on=taught,
     ).save(folder)
     return GraphSet.load(folder)
+
+
+def _of_before(folder, learned):
+    graphs = {}
+    with contextlib.suppress(GraphsError):
+        graphs = GraphSet.load(folder).graphs
+
+    def stays(graph):
+        body = graphs.get(graph.name.removesuffix("_align"), graph)
+        return not learned or "int8=static" not in body.record.recipe or body.fitted_on == learned
+
+    return {name: graph for name, graph in graphs.items() if stays(graph)}
 
 
 def tiny_backbone(class_name="ViTForImageClassification", task=None):
@@ -168,13 +188,16 @@ def tiny_backbone(class_name="ViTForImageClassification", task=None):
 class FakeWorkshop:
     """A workshop without torch and Triton, and how often each of its tools was used.
 
-    The clock of the first `busy` pricings shows every graph but the full one `BUSY` times as dear,
-    both times that they are measured.
+    `used["export"]` counts graphs, whose names stand in `made`; `exports` is what was asked for.
+    The head has learned from the images of the prints `taught`. The clock of the first `busy`
+    pricings shows every graph but the full one `BUSY` times as dear, both times that they are
+    measured.
     """
 
-    def __init__(self, ms=None, head=True, model=None, task=None, busy=0):
+    def __init__(self, ms=None, head=True, model=None, task=None, busy=0, taught=""):
         self.used = Counter()
-        self.exports, self.priced = [], []
+        self.exports, self.made, self.priced = [], [], []
+        self._taught = taught
         self._busy, self._ms, self._head, self._task = busy, ms or MS, head, task
         self._model = model or ("ViTForImageClassification" if head else "ViTModel")
 
@@ -183,11 +206,15 @@ class FakeWorkshop:
         return tiny_backbone(self._model, self._task)
 
     def export(self, backbone, asked, bars):
-        self.used["export"] += 1
         self.exports.append(asked)
         learned = "" if asked.fit_images is None else asked.fit_images.prints
         texts, task = map(str, (asked.low, *asked.beside)), self._task or "classes"
-        return write_shelf(asked.out, texts, learned, self._head, task)
+        before = dict(_of_before(asked.out, learned)) if asked.adds else {}
+        more = {"adds": asked.adds, "taught": self._taught}
+        graphs = write_shelf(asked.out, texts, learned, self._head, task, **more)
+        self.made += [name for name in graphs.graphs if name not in before]
+        self.used["export"] += len(graphs.graphs) - len(before)
+        return graphs
 
     def align(self, graphs, name, alignment):
         self.used["align"] += 1

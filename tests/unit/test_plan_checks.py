@@ -8,6 +8,7 @@ from rich.console import Console
 from bundle.recipe import Recipe
 from calibration.certify import Goal, images_needed
 from calibration.fidelity import FidelityError
+from calibration.fit import MIN_IMAGES
 from calibration.images import open_images
 from planner.checks import (
     Asked,
@@ -78,7 +79,6 @@ def test_default_candidates_are_aligned_where_that_reaches_the_head(tmp_path, mo
     asked = check(make_request(tmp_path, candidates=None), model, bars)
     reaches = model in CLS_HEADS
     assert all(recipe.align == reaches for recipe in asked.lows) and asked.lows
-    assert asked.aligns == reaches
     said = [line for line in bars.lines if "head" in line]
     assert said == list(asked.notes)
     assert len(said) == (0 if reaches else 1)
@@ -88,7 +88,8 @@ def test_default_candidates_are_aligned_where_that_reaches_the_head(tmp_path, mo
 def test_a_head_that_is_fitted_here_is_reached_whatever_the_model_has(tmp_path, candidates):
     request = make_request(tmp_path, head_images=tmp_path, candidates=candidates)
     asked = check(request, OTHER_HEADS[0])
-    assert asked.aligns and asked.task == "classes" and not asked.notes
+    assert all(recipe.align for recipe in asked.lows) and asked.lows
+    assert asked.task == "classes" and not asked.notes
 
 
 @pytest.mark.parametrize(
@@ -131,24 +132,24 @@ def test_recipes_get_the_resolution_of_the_full_model(tmp_path):
     assert asked.lows == (Recipe(4, align=True), Recipe(SIZE, tome=2))
     assert asked.highs == (Recipe(SIZE), Recipe(SIZE, precision="int8=static"))
     assert asked.exported == (Recipe(4), Recipe(SIZE, tome=2), *asked.highs[1:], Recipe(6))
-    assert asked.aligns and asked.quantises
 
 
 FULL = Recipe(SIZE)
 PLAIN = Asked(FULL, (Recipe(4),), (FULL,), ())
-ALIGNED = Asked(FULL, (Recipe(4, precision="int8=static", align=True),), (FULL,), ())
 
 
-@pytest.mark.parametrize("asked", [PLAIN, ALIGNED], ids=["plain", "aligned"])
+@pytest.mark.parametrize("test_share", [None, 0.0, 0.4])
 @pytest.mark.parametrize("goal", [GOAL, Goal(0.2, 0.9, "ltt"), Goal(0.02, 0.95, "ltt")], ids=str)
-def test_as_many_images_as_are_asked_for_are_just_enough(tmp_path, goal, asked):
-    enough = images_for(goal, asked.aligns, asked.quantises)
+def test_as_many_images_as_are_asked_for_are_just_enough(tmp_path, goal, test_share):
+    enough = images_for(goal, test_share)
 
     def warnings(count):
-        request = make_request(tmp_path, goal=goal, source=TwoColours(count))
-        return check_images(request, asked, QUIET)
+        source = TwoColours(count)
+        request = make_request(tmp_path, goal=goal, source=source, test_share=test_share)
+        return check_images(request, PLAIN, QUIET)
 
-    assert "only just enough" in warnings(enough)[0]
+    if images_needed(goal) > MIN_IMAGES:  # else some can be lost
+        assert "only just enough" in warnings(enough)[0]
     with pytest.raises(PlanError) as error:
         warnings(enough - 1)
     assert f"give about {enough:,} images" in str(error.value)
@@ -156,20 +157,29 @@ def test_as_many_images_as_are_asked_for_are_just_enough(tmp_path, goal, asked):
 
 
 def test_the_number_needed_is_said_in_the_words_of_fit(refuse):
-    message = refuse(images=150, goal=GOAL)
-    needed = images_needed(GOAL)
-    assert needed == 45
-    assert message.startswith(
-        "150 images are too few: a risk of at most 5 % with confidence 90 % takes 45 independent "
-        "certify images even if none of them is lost, and there are "
+    message = refuse(images=60, goal=GOAL)
+    assert images_needed(GOAL) == 45 and images_for(GOAL) == 69
+    assert message == (
+        "60 images are too few: a risk of at most 5 % with confidence 90 % takes 45 independent "
+        "certify images even if none of them is lost, and there are 39; give about 69 images, or "
+        "ask for a larger --max-risk or a smaller --confidence"
     )
-    aligned, plain = (images_for(GOAL, aligns, True) for aligns in (True, False))
-    assert f"give about {aligned} images (about {plain} without align in --candidates)" in message
+    assert f"give about {images_for(GOAL, 0.4)} images" in refuse(
+        images=100, goal=GOAL, test_share=0.4
+    )
 
 
-def test_images_too_few_to_divide_are_refused_with_the_number_needed(refuse):
-    message = refuse(images=20, candidates="px=4", highs="fp32")
-    assert "groups are too few" in message and "give about " in message
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        (29, "29 images are too few to split, 30 are needed; give about 30 images"),
+        (40, "40 groups are too few: split 'fit' gets 5 of them"),
+    ],
+)
+def test_images_too_few_to_divide_are_refused_with_the_number_needed(refuse, images, words):
+    test_share = 0.65 if images == 40 else None
+    message = refuse(images=images, test_share=test_share)
+    assert message.startswith(words) and "give about " in message
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -190,7 +200,7 @@ def test_images_that_teach_the_head_are_too_few_before_the_first_export(tmp_path
     if not whole:
         (folder.parent / "link").symlink_to(folder)  # another way to the same files
         request = replace(request, source=open_images(str(folder.parent / "link")))
-        request = replace(request, goal=Goal(0.03, 0.9, "ltt"))  # 180 images would do, 120 do not
+        request = replace(request, goal=Goal(0.02, 0.9, "ltt"))  # 180 images would do, 120 do not
     with pytest.raises(PlanError) as error:
         make_plan(request, workshop, QUIET)
     assert (
@@ -207,7 +217,7 @@ def test_folders_count_as_one_where_they_are_groups(tmp_path):
     request = make_request(tmp_path, source=source, goal=GOAL)
     assert check_images(request, PLAIN, QUIET) == []
     with pytest.raises(
-        PlanError, match="700 images in 60 groups are too few: .* there are 24; give"
+        PlanError, match="700 images in 60 groups are too few: .* there are 39; give about 69 fold"
     ):
         check_images(replace(request, group_by="folder"), PLAIN, QUIET)
 
@@ -219,17 +229,19 @@ def test_no_more_cascades_are_tested_than_could_all_pass(images, choices):
     assert needed <= images or choices == 1
 
 
-def test_images_that_turn_out_too_few_are_no_result(tmp_path):
+@pytest.mark.parametrize(
+    ("goal", "words"),
+    [(GOAL, "images are too few: a risk"), (Goal(0.2, 0.9, "ltt"), "images are too few to split")],
+)
+def test_images_that_turn_out_too_few_are_no_result(tmp_path, goal, words):
     """Some of them cannot be read, which shows only once the full model has answered them."""
     workshop = FakeWorkshop()
-    enough = images_for(GOAL, aligns=False, quantises=False)
-    source = TwoColours(enough, gone=range(0, enough, 25))
-    plain = {"candidates": "px=4", "highs": "fp32", "beside": "", "goal": GOAL}
-    request = make_request(tmp_path, source=source, **plain)
-    left = enough - len(range(0, enough, 25))
-    with pytest.raises(PlanError, match=f"{left} images are too few: a risk"):
+    enough = images_for(goal)
+    plain = {"candidates": "px=4", "highs": "fp32", "beside": "", "goal": goal}
+    request = make_request(tmp_path, source=TwoColours(enough, gone=[0]), **plain)
+    with pytest.raises(PlanError, match=f"^{enough - 1} {words}"):
         make_plan(request, workshop, QUIET)
-    assert not workshop.used["price"]
+    assert workshop.made == ["full"] and not workshop.used["price"]
     assert not (tmp_path / "out").exists()
 
 

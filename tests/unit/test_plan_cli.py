@@ -63,10 +63,12 @@ def test_a_plan_is_printed_and_written_with_its_page_and_its_rungs(run, tmp_path
     assert f"  signal:      {chosen['signal']}" in lines
     threshold = next(line for line in lines if line.startswith("  threshold: "))
     assert float(threshold.split()[1].strip(";")) == chosen["threshold"]
+    escalated = next(line for line in lines if line.startswith("  escalated: "))
+    assert f"{chosen['measured']['escalation_rate']:.1%} of 245 fit images, " in escalated
     against = next(line for line in lines if line.startswith("  against: "))
     assert f"{best['recipe']}, the best single graph that agrees as often" in against
     assert f"it costs {best['cost_ratio_to_plan']:.2f} times as much" in against
-    assert f"{chosen['test']['speedup']:.2f} times less than the full model" in out
+    assert f"{chosen['measured']['speedup']:.2f} times less than the full model" in out
     assert (
         "next: python -m export repository --onnx build/plan/onnx --calibration "
         "build/plan/calibration.json --instances 2"
@@ -160,7 +162,8 @@ def test_where_nothing_is_certified_it_says_so_and_can_fail(run, tmp_path):
         (("--images", "images", *RISK, "--group-by", "colour"), "'colour' is none of"),
         (("--images", "images", *RISK, "--limit", 0), "--limit"),
         (("--images", "images", *RISK, "--instances", 0), "--instances"),
-        (("--images", "images", *RISK, "--limit", 20), "groups are too few"),
+        (("--images", "images", *RISK, "--limit", 20), "20 images are too few to split"),
+        (("--images", "images", *RISK, "--test-share", 0.9), "--test-share"),
         (("--images", "images", *RISK, "--cache", "images/0000.png"), "images/0000.png"),
         (("--images", "images", *RISK, "--answers", "images/0000.png"), "images/0000.png"),
         (("--images", "images", *RISK, "--out", "images/0000.png"), "images/0000.png is a file"),

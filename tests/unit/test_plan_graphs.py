@@ -12,6 +12,7 @@ from bundle.head import LinearHead
 from bundle.prints import encode, look_of
 from bundle.recipe import Recipe
 from calibration.align import fit_alignment
+from calibration.certify import Goal
 from calibration.fidelity import Fidelity
 from calibration.outputs import Made
 from export.request import MOST, spread
@@ -48,11 +49,12 @@ def workshop():
 
 @pytest.fixture
 def export(tmp_path, workshop):
-    """Export for a request with these changes; returns the folder."""
+    """Export for a request with these changes, ranges from these places; returns the folder."""
 
-    def export(recipes=RECIPES, **changes):
+    def export(recipes=RECIPES, places=range(0, 700, 2), **changes):
         request = make_request(tmp_path, **changes)
-        graphs = exported(request, FULL, recipes, tiny_backbone(), workshop, QUIET)
+        backbone = tiny_backbone()
+        graphs = exported(request, FULL, recipes, backbone, workshop, QUIET, places)
         return graphs.reference.file.parent
 
     return export
@@ -62,17 +64,18 @@ def test_the_full_model_and_every_recipe_are_exported_at_once(tmp_path, workshop
     head = tmp_path / "head"
     folder = export(head_images=head)
     (asked,) = workshop.exports
-    assert (asked.high, (asked.low, *asked.beside), asked.head_images) == (FULL, RECIPES, head)
+    assert (asked.low, asked.high, asked.beside) == (FULL, FULL, RECIPES)
+    assert asked.head_images == head and asked.adds
     assert folder.parent == tmp_path / "cache"
     assert set(GraphSet.load(folder).graphs) == {"px4_int8static", "int8static", "px6", "full"}
 
 
-@pytest.mark.parametrize("gone", [(), (0, 699)])
-def test_ranges_are_learned_from_readable_images_spread_over_the_source(workshop, export, gone):
-    source = TwoColours(700, gone)
-    export(source=source)
-    rows = spread(700)
-    assert len(rows) == MOST and (rows[0], rows[-1]) == (0, 699) and max(np.diff(rows)) <= 12
+@pytest.mark.parametrize("gone", [(), (1, 699)])
+def test_ranges_are_learned_from_readable_images_spread_over_the_fit_images(workshop, export, gone):
+    places = [1, *range(101, 600), 699]
+    export(source=TwoColours(700, gone), places=places)
+    rows = [places[row] for row in spread(len(places))]
+    assert len(rows) == MOST and (rows[0], rows[-1]) == (1, 699)
     (exports,) = workshop.exports
     assert len(exports.fit_images.tensors) == MOST - len(gone)
     whole = TwoColours(700)
@@ -88,14 +91,37 @@ def test_without_int8_no_image_teaches_ranges(workshop, export):
 
 def test_ranges_of_images_that_cannot_be_read_are_one_line(export):
     with pytest.raises(PlanError, match="not one of 64 images to learn the ranges of int8"):
-        export(source=TwoColours(50, gone=range(50)))
+        export(source=TwoColours(50, gone=range(50)), places=range(50))
 
 
-def test_the_same_request_for_another_risk_finds_the_graphs_as_they_are(tmp_path, workshop, export):
+INT8 = ["px4_int8static", "int8static"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "made"),
+    [
+        ({}, []),
+        ({"recipes": RECIPES[:2]}, []),
+        ({"recipes": (*RECIPES[:2], Recipe(5))}, ["px5"]),
+        ({"recipes": (Recipe(5, precision="int8=static"),)}, ["px5_int8static"]),
+        ({"goal": Goal(0.01, 0.9, "ltt"), "seed": 1, "group_by": "folder", "beside": ""}, []),
+        ({"places": range(1, 700, 2)}, INT8),
+        ({"source": TwoColours(700, seed=1)}, INT8),
+        ({"source": TwoColours(700, seed=1), "recipes": RECIPES[2:]}, []),
+    ],
+)
+def test_only_what_is_missing_or_learned_from_other_images_is_exported(
+    workshop, export, changes, made
+):
     folder = export()
-    stricter = replace(make_request(tmp_path).goal, max_risk=0.01)
-    assert export(goal=stricter, out=tmp_path / "other") == folder
-    assert workshop.used == {"export": 1}
+    before = {file: file.read_bytes() for file in folder.glob("*.onnx")}
+    workshop.made.clear()
+    assert export(**changes) == folder
+    assert workshop.made == made
+    names = set(GraphSet.load(folder).graphs)
+    assert names >= {"px4_int8static", "int8static", "px6", "full", *made}
+    for file, content in before.items():
+        assert file.read_bytes() == content
 
 
 @pytest.mark.parametrize("lost", ["graphs.json", "px6.onnx"])
@@ -103,31 +129,21 @@ def test_graphs_that_are_not_whole_are_made_anew(workshop, export, lost):
     folder = export()
     (folder / lost).unlink()
     assert export() == folder and (folder / lost).is_file()
-    assert workshop.used == {"export": 2}
+    assert workshop.used == {"export": 8}
 
 
-def test_whatever_decides_what_graphs_are_makes_another_folder(
+def test_whatever_decides_what_the_full_model_is_makes_another_folder(
     tmp_path, workshop, export, monkeypatch
 ):
     local = tmp_path / "model"
     local.mkdir()
     (local / "one").write_text("1")
-    found = [export(), export(recipes=RECIPES[:2])]
-    found += [
-        export(**{field: value})
-        for field, value in {
-            "model": "other",
-            "seed": 1,
-            "group_by": "folder",
-            "head_images": local,
-        }.items()
-    ]
-    found += [export(source=source) for source in (TwoColours(701), TwoColours(700, seed=1))]
-    found += [export(model=str(local))]
+    found = [export()]
+    found += [export(model="other"), export(head_images=local), export(model=str(local))]
     (local / "one").write_text("12")
     found += [export(head_images=local), export(model=str(local))]
     request = make_request(tmp_path)
-    other = exported(request, Recipe(16), RECIPES, tiny_backbone(), workshop, QUIET)
+    other = exported(request, Recipe(16), RECIPES[2:], tiny_backbone(), workshop, QUIET)
     found.append(other.reference.file.parent)
     for code in ("code_sha256", "looks_sha256"):
         with monkeypatch.context() as patch:
@@ -136,7 +152,7 @@ def test_whatever_decides_what_graphs_are_makes_another_folder(
     with monkeypatch.context() as patch:
         patch.setattr(module, "version", lambda name: "0")
         found.append(export())
-    assert len(set(found)) == len(found) == 15
+    assert len(set(found)) == len(found) == 10
     assert export() == found[0]
 
 

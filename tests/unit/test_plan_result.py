@@ -10,8 +10,9 @@ from bundle.graphs import GraphSet
 from bundle.recipe import Recipe
 from calibration.certify import Goal, allowed_errors, images_needed, one_per_group
 from calibration.fidelity import Fidelity, FidelityError
-from calibration.outputs import Outputs
+from calibration.outputs import Outputs, usable
 from calibration.record import Fit
+from export.request import spread
 from planner import result
 from planner.checks import images_for
 from planner.select import cascade_ms
@@ -53,7 +54,7 @@ def content(made):
 
 def test_graphs_have_their_roles_costs_and_what_their_answers_are_worth(made, content):
     graphs, workshop = content["graphs"], made[1]
-    assert workshop.used == {"load": 1, "export": 1, "align": 1, "price": 1}
+    assert workshop.used == {"load": 1, "export": 5, "align": 1, "price": 1}
     assert workshop.priced == [sorted(graphs)]  # together
     assert {name: graph["roles"] for name, graph in graphs.items()} == {
         ALIGNED: ["low"],
@@ -91,22 +92,25 @@ def test_each_tested_cascade_is_certified_with_its_share_of_delta(planned, conte
         assert certificate["errors"] <= certificate["allowed"]
         is_full = entry["high"] == "full"
         assert certificate["reference"] == ("full rung" if is_full else "full FP32 model")
-        outputs = planned.pairs[entry["low"], entry["high"]]
+        outputs = found.outputs
         scores = found.fit.calibration.score(outputs.low)
+        fits = planned.parts.splits["fit"]
+        scores[fits] = found.fit.scores[fits]  # those of others are the served artifact's
+        np.testing.assert_array_equal(scores, found.fit.scores)
         escalated = escalation_mask(scores, entry["threshold"], Overrides())
         top1 = Fidelity("top1")
         high_loss = np.zeros(len(outputs), bool) if is_full else top1.high_loss(outputs)
         lost = np.where(escalated, high_loss, top1.loss(outputs))
         assert certificate["errors"] == lost[tested].sum()
-        test = planned.parts.splits["test"]
-        assert entry["test"]["risk"] == pytest.approx(lost[test].mean())
-        assert entry["test"]["escalation_rate"] == pytest.approx(escalated[test].mean())
+        assert content["measured_on"] == "fit"
+        assert entry["measured"]["risk"] == pytest.approx(lost[fits].mean())
+        assert entry["measured"]["escalation_rate"] == pytest.approx(escalated[fits].mean())
 
 
 def test_costs_are_those_of_the_cheap_graph_and_the_escalated_share_of_the_full_one(content):
     full = MS["full"]
     for entry in content["tested"]:
-        for split in ("certify", "test"):
+        for split in ("certify", "measured"):
             rate, cost = entry[split]["escalation_rate"], entry[split]["ms_per_image"]
             assert cost == pytest.approx(cascade_ms(CHEAP_MS, MS[entry["high"]], rate))
             assert entry[split]["speedup"] == pytest.approx(full / cost)
@@ -120,7 +124,7 @@ def test_the_cheapest_certified_cascade_is_chosen(content):
 
 
 def test_the_best_alternative_reaches_the_cascades_agreement_at_the_least_cost(content):
-    chosen, best = content["chosen"]["test"], content["best_alternative"]
+    chosen, best = content["chosen"]["measured"], content["best_alternative"]
     graphs = content["graphs"]
     reaching = [
         name
@@ -140,7 +144,7 @@ def test_no_ratio_of_costs_that_stay_disturbed_is_told(tmp_path, content):
     assert found["disturbed"] and "the machine was too busy for a figure" in found["doubts"][0]
     assert "px=6" in found["doubts"][0]
     for entry in (*found["tested"], found["chosen"]):
-        assert [entry[key]["speedup"] for key in ("predicted", "certify", "test")] == [None] * 3
+        assert [entry[key]["speedup"] for key in ("predicted", "certify", "measured")] == [None] * 3
     assert found["best_alternative"]["cost_ratio_to_plan"] is None
     # CPU time, which was not disturbed, puts them in the same order.
     assert [found["chosen"][key] for key in ("low", "high", "threshold")] == [
@@ -164,20 +168,20 @@ def test_what_is_written_belongs_together(planned):
     calibration.check_rungs(graphs.files)
     outputs = Outputs.load(out / "outputs.json")
     assert outputs.made.graphs == graphs.fingerprints()
-    assert len(outputs) == len(planned.parts.rest)
+    assert len(outputs) == IMAGES
     assert calibration == chosen.fit.calibration
-    np.testing.assert_array_equal(calibration.score(outputs.low), chosen.fit.scores)
+    used, rows = usable(outputs, graphs), planned.parts.splits["certify"]
+    np.testing.assert_array_equal(used.low.embedding, chosen.outputs.low.embedding)
+    np.testing.assert_array_equal(calibration.score(used.low)[rows], chosen.fit.scores[rows])
     Fit.load(out / "calibration.json", outputs)
     assert graphs.reference.record.recipe == "px=8"
     assert set(graphs.graphs) == {chosen.candidate.low, "full", "int8static", "px6"}
     assert (graphs.low.name, graphs.high.name, graphs.reference.name) == (
         *(chosen.candidate.low, chosen.candidate.high, "full"),
     )
-    assert calibration.metrics["escalation_rate"] == pytest.approx(
-        escalation_mask(
-            chosen.fit.scores[planned.parts.splits["test"]], calibration.threshold, Overrides()
-        ).mean()
-    )
+    fits = chosen.fit.scores[planned.parts.splits["fit"]]
+    escalated = escalation_mask(fits, calibration.threshold, Overrides())
+    assert calibration.metrics["escalation_rate"] == pytest.approx(escalated.mean())
 
 
 def test_another_risk_needs_no_graph_and_no_answer_again(tmp_path):
@@ -191,8 +195,9 @@ def test_another_risk_needs_no_graph_and_no_answer_again(tmp_path):
     workshop.used.clear()
     stricter = replace(request, goal=replace(GOAL, max_risk=0.15), out=tmp_path / "second")
     second = plan(stricter, workshop)
-    assert source.read == []
-    assert workshop.used == {"load": 1, "price": 1}
+    ranges = second.parts.rows("fit")
+    assert source.read == [ranges[row] for row in spread(len(ranges))]  # are they the same images?
+    assert +workshop.used == {"load": 1, "price": 1}
     assert first.tested[0].fit.calibration.certificate["epsilon"] == 0.2
     assert second.tested[0].fit.calibration.certificate["epsilon"] == 0.15
     allowed = [p.tested[0].fit.calibration.certificate["allowed"] for p in (first, second)]
@@ -200,12 +205,13 @@ def test_another_risk_needs_no_graph_and_no_answer_again(tmp_path):
 
 
 def test_few_images_test_no_more_cascades_than_could_pass(tmp_path):
-    source = TwoColours(images_for(GOAL, aligns=False, quantises=True) + 2)
-    request = make_request(tmp_path, source=source, candidates="px=4; px=3; px=2; px=5")
+    goal = Goal(0.05, 0.9, "ltt")
+    more = {"source": TwoColours(images_for(goal)), "goal": goal}
+    request = make_request(tmp_path, candidates="px=4; px=3; px=2; px=5", **more)
     planned = plan(request, FakeWorkshop())
     assert len(planned.tested) == 1
     certificate = planned.tested[0].fit.calibration.certificate
-    assert (certificate["choices"], certificate["allowed"]) == (1, 0)
+    assert (certificate["choices"], certificate["n"], certificate["allowed"]) == (1, 45, 0)
     assert len(planned.notes) == 1 and "only just enough" in planned.notes[0]
 
 
@@ -259,7 +265,7 @@ def test_independent_labels_are_planned_for_by_their_sets(tmp_path):
     goal = result.to_dict(planned, [])["goal"]
     assert (goal["fidelity"], goal["label_threshold"]) == ("labels", 0.6)
     assert {c.signal for c in planned.candidates} == {"label_margin", "cls_path", "cls_regression"}
-    outputs = planned.pairs[planned.tested[0].candidate.low, planned.tested[0].candidate.high]
+    outputs = planned.tested[0].outputs
     cut = np.log(0.6 / 0.4)
     differs = ((outputs.low.logits >= cut) != (outputs.truth.logits >= cut)).any(axis=1)
     np.testing.assert_array_equal(planned.tested[0].fit.loss, differs)
@@ -282,9 +288,9 @@ def test_what_may_differ_of_a_value_is_asked_before_anything_is_exported(tmp_pat
 def test_where_no_candidates_are_named_those_of_the_model_are_tried(tmp_path):
     workshop = FakeWorkshop()
     plan(make_request(tmp_path, candidates=None, highs="fp32", beside=""), workshop)
-    (asked,) = workshop.exports
-    assert asked.low == Recipe(4, precision="int8=static")
-    assert Recipe(3, precision="int8=static") in asked.beside
+    first, second = workshop.exports
+    assert first.beside == ()  # the full model answers before anything is divided
+    assert second.beside == tuple(Recipe(px, precision="int8=static") for px in (4, 3))
 
 
 # --- what became of a plan: every way in which nothing is chosen has its sentence --------------

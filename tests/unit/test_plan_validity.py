@@ -131,7 +131,7 @@ def plan(offers, rng, listed_on="fit", goal_of=shares_delta):
         cost = select.cascade_ms(offers[i].low_ms, HIGH_MS, escalation)
         # In the place of the artifact, which no choice looks at: the true risk.
         risk = offers[i].risk(verdict.threshold)
-        tested.append(select.Tested(None, risk, certified, escalation, cost))
+        tested.append(select.Tested(None, None, risk, certified, escalation, cost))
     chosen = select.choose(tested)
     return 0.0 if chosen is None else chosen.fit
 
