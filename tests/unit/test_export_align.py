@@ -56,7 +56,9 @@ def alignment(layers: int = LAYERS) -> Alignment:
     rng = np.random.default_rng(2)
     weights = rng.normal(size=((1 + layers) * WIDTH, WIDTH)) / WIDTH**0.5
     bias = rng.normal(size=WIDTH)
-    return Alignment(weights.astype(np.float32), bias.astype(np.float32), "a", "b", "px=8", "")
+    hashes, cross_fitted = np.array(["c" * 64]), np.zeros((1, WIDTH), np.float32)
+    arrays = weights.astype(np.float32), bias.astype(np.float32)
+    return Alignment(*arrays, "a", "b", "px=8", "", hashes, cross_fitted)
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +231,11 @@ def test_the_aligned_graph_stands_beside_its_graph(graphs):
     # Everything else lies as it did, with no temporary file among it.
     found = hashes(folder)
     assert {name: found[name] for name in others} == others
-    assert set(found) == {*others, "graphs.json", aligned.file.name}
+    assert set(found) == {*others, "graphs.json", aligned.file.name, f"{INT8}_align.npz"}
+    # What it was aligned by lies beside it.
+    beside = made.graphs[f"{INT8}_align"].alignment()
+    assert beside.image_prints == LEARNED and made.graphs[INT8].alignment() is None
+    np.testing.assert_array_equal(beside.weights, alignment().weights)
 
 
 @pytest.mark.parametrize(

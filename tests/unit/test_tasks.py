@@ -184,8 +184,8 @@ def test_the_certified_loss_of_labels_is_another_set(labels, threshold):
     assert (certificate["fidelity"], certificate["label_threshold"]) == ("labels", threshold)
     words = f"gives another set of labels at probability {threshold:g} than the full rung"
     assert words in certificate["statement"]
-    test = fitted.splits["test"]
-    assert calibration.metrics["agreement_low"] == pytest.approx(1 - expected[test].mean())
+    measured = fitted.splits[calibration.metrics["split"]]
+    assert calibration.metrics["agreement_low"] == pytest.approx(1 - expected[measured].mean())
     assert not any(name.startswith("accuracy") for name in calibration.metrics)
 
 
@@ -194,8 +194,8 @@ def test_labels_use_signals_that_mean_something_for_them(labels):
     fitted = fit(outputs, graphs, GOAL, Options(Fidelity("labels")))
     assert set(fitted.values) == {"label_margin", "cls_path", "cls_regression"}
     nearest = np.abs(outputs.low.logits.astype(np.float64)).min(axis=1)
-    test = fitted.splits["test"]  # on the fit split they are out of fold
-    np.testing.assert_allclose(fitted.values["label_margin"][test], -nearest[test])
+    rows = fitted.splits["certify"]  # on the fit split they are out of fold
+    np.testing.assert_allclose(fitted.values["label_margin"][rows], -nearest[rows])
     assert fitted.calibration.metrics["signals"]["label_margin"]["auroc"] > 0.6
     with pytest.raises(FitError, match="margin means nothing for a model that answers labels"):
         fit(outputs, graphs, GOAL, Options(Fidelity("labels"), signal="margin"))
@@ -243,8 +243,8 @@ def test_the_risk_of_one_output_is_that_of_its_value(value, relative):
     size = "30 %" if relative else "0.3"
     words = f"gives a value that differs by more than {size} from the full rung's"
     assert words in Fidelity.of(calibration).words()
-    test = fitted.splits["test"]
-    assert calibration.metrics["agreement_low"] == pytest.approx(1 - expected[test].mean())
+    measured = fitted.splits[calibration.metrics["split"]]
+    assert calibration.metrics["agreement_low"] == pytest.approx(1 - expected[measured].mean())
 
 
 def test_a_value_has_no_class_to_agree_on(value):
