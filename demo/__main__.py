@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 from tritonclient.utils import InferenceServerException
 
 from client import ClientError
 from report import terminal
 from server import ServerError
 
+from .pictures import OUT as PICTURES
+from .pictures import make_pictures
 from .roads import MAX_RISK, MODELS, planned, prepare_road, resolutions
 from .run import serve_and_measure
 from .show import PAGE, print_summary
@@ -24,8 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-@app.command()
+@app.callback(invoke_without_command=True)
 def demo(
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Option(
@@ -54,6 +58,8 @@ def demo(
 
     Steps done before are not done again. Writes build/demo/.
     """
+    if context.invoked_subcommand is not None:
+        return
     if model not in MODELS:
         raise DemoError(f"--model {model!r}: give {' or '.join(MODELS)}")
     if risk is not None and not plan:
@@ -71,6 +77,17 @@ def demo(
     print_summary(serve_and_measure(road))
     pages = [str(page) for page in (PAGE, road.plan, road.report) if page is not None]
     print(f"took {time.monotonic() - started:.0f} s; open {' and '.join(pages)}")
+
+
+@app.command("pictures")
+def pictures_command(
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = PICTURES,
+    crops: Annotated[int, typer.Option(min=1, help="Of each picture, at several scales.")] = 1,
+) -> None:
+    """Fetch pictures of many kinds from Debian packages, once, for trying out and for judging."""
+    os.chdir(ROOT)
+    for name, count in make_pictures(out, crops, terminal.Bars(Console(stderr=True))).items():
+        print(f"{out / name}: {count:,} images")
 
 
 def main() -> None:
