@@ -95,15 +95,16 @@ def fit_alignment(
     divided = list(folds.split(inputs, groups=groups[rows]))
     growth = [_growth(0, sample, sample.low, fidelity)]
     for share in SHARES:
-        parts = []
+        learned = []
         for train, held_out in divided:
             some = train[np.random.default_rng(seed).permutation(len(train))]
             some = some[: max(2, round(share * len(train)))]
-            parts.append((_Ridges(inputs[some], lacking[some]), held_out))
-        alpha = _best(parts, inputs, lacking)
+            ridges = _Ridges(inputs[some], lacking[some])
+            learned.append((ridges, ridges.coordinates(inputs[held_out]), held_out))
+        alpha = _best(learned, lacking)
         found = own.copy()
-        for ridges, held_out in parts:
-            found[held_out] += ridges.predict(inputs[held_out], alpha)
+        for ridges, coordinates, held_out in learned:
+            found[held_out] += ridges.predict(coordinates, alpha)
         images = round(share * len(sample) * (FOLDS - 1) / FOLDS)
         embedding = found.astype(np.float32)
         logits = None if head is None else head(embedding)
@@ -132,31 +133,37 @@ class _Ridges:
         left, self._values, self._right = np.linalg.svd(
             self._scaler.transform(inputs), full_matrices=False
         )
-        self._seen = left.T @ (targets - self._mean)
+        self._seen = left.T @ (targets - self._mean)  # (R, D)
+
+    def coordinates(self, inputs: FloatMatrix) -> FloatMatrix:
+        """Where m images lie in the space of those that were learned, (m, R)."""
+        return np.asarray(self._scaler.transform(inputs) @ self._right.T)
+
+    def predict(self, coordinates: FloatMatrix, alpha: float) -> FloatMatrix:
+        """What embeddings lack, (m, D); nothing where the strength is infinite."""
+        if np.isinf(alpha):
+            return np.zeros((len(coordinates), len(self._mean)))
+        return coordinates @ self._shrunk(alpha) + self._mean
 
     def map(self, alpha: float) -> tuple[FloatMatrix, FloatMatrix]:
-        """Weights (F, D) and bias (D,) on raw inputs; an infinite strength gives zeros."""
+        """Weights (F, D) and bias (D,) on raw inputs."""
         if np.isinf(alpha):
             return np.zeros((self._right.shape[1], len(self._mean))), np.zeros_like(self._mean)
-        shrunk = self._values / (self._values**2 + alpha)
-        weights = (self._right.T * shrunk) @ self._seen / self._scaler.scale_[:, np.newaxis]
+        weights = self._right.T @ self._shrunk(alpha) / self._scaler.scale_[:, np.newaxis]
         return weights, self._mean - self._scaler.mean_ @ weights
 
-    def predict(self, inputs: FloatMatrix, alpha: float) -> FloatMatrix:
-        """What embeddings lack, (m, D)."""
-        weights, bias = self.map(alpha)
-        return inputs @ weights + bias
+    def _shrunk(self, alpha: float) -> FloatMatrix:
+        shares = self._values / (self._values**2 + alpha)
+        return np.asarray(shares[:, np.newaxis] * self._seen)
 
 
-def _best(
-    parts: Sequence[tuple[_Ridges, Rows]], inputs: FloatMatrix, lacking: FloatMatrix
-) -> float:
+def _best(learned: Sequence[tuple[_Ridges, FloatMatrix, Rows]], lacking: FloatMatrix) -> float:
     """The strength with the least squared error on images not learned; infinite: no alignment."""
     errors = {np.inf: float((lacking**2).sum())}
     for alpha in ALPHAS.tolist():
         errors[alpha] = sum(
-            float(((ridges.predict(inputs[rows], alpha) - lacking[rows]) ** 2).sum())
-            for ridges, rows in parts
+            float(((ridges.predict(coordinates, alpha) - lacking[rows]) ** 2).sum())
+            for ridges, coordinates, rows in learned
         )
     return min(errors, key=lambda alpha: errors[alpha])
 
