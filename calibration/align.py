@@ -143,7 +143,7 @@ class _Ridges:
         """What embeddings lack, (m, D); nothing where the strength is infinite."""
         if np.isinf(alpha):
             return np.zeros((len(coordinates), len(self._mean)))
-        return coordinates @ self._shrunk(alpha) + self._mean
+        return np.asarray(coordinates @ self._shrunk(alpha) + self._mean)
 
     def map(self, alpha: float) -> tuple[FloatMatrix, FloatMatrix]:
         """Weights (F, D) and bias (D,) on raw inputs."""

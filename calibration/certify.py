@@ -20,7 +20,7 @@ the candidate thresholds nor the score have seen them.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
 from typing import Any, NamedTuple
@@ -30,11 +30,14 @@ from numpy.typing import NDArray
 from scipy.stats import binom
 
 from .fidelity import Fidelity
+from .metrics import needed_escalation
 from .splits import Rows
 
 FloatVector = NDArray[np.float64]
 
 METHODS = ("ltt", "crc")
+MORE = (1, 2, 4, 10)
+RISKS = tuple(step / 1000 for step in range(1, 500))
 MAX_CANDIDATES = 1000  # steps of 0.1 % escalation; every further one costs time and gains nothing
 
 
@@ -276,6 +279,47 @@ def too_few(goal: Goal, n: int) -> str:
         f"takes {images_needed(goal)} independent certify images even if none of them is lost, and "
         f"there are {n}"
     )
+
+
+def outlook(
+    ranked: FloatVector,
+    loss: NDArray[np.bool_],
+    high_loss: NDArray[np.bool_] | None,
+    goal: Goal,
+    n: int,
+) -> dict[str, Any]:
+    """What more certify images would buy, and what these could prove, by the risk seen so far.
+
+    Args:
+        ranked: of the chosen signal on images that it has not learned, larger escalating first.
+        loss: the fidelity loss of their cheap answers, BOOL.
+        high_loss: that of their escalated answers, where the full rung is not the reference.
+        goal: what is to be proved.
+        n: certify images that there are.
+
+    Returns:
+        `images`: for `MORE` times as many certify images, their number `n` and the `escalation`
+        at which as few images are lost as the test would allow, None where it allows none;
+        `least_risk`: the least risk of which these n could certify a threshold that keeps an image
+        low, in steps of 0.1 %; None where it would be 50 % or more.
+    """
+
+    def escalation(goal: Goal, n: int) -> float | None:
+        allowed = allowed_errors(n, goal)
+        if allowed < 0:
+            return None
+        needed = needed_escalation(ranked, loss, allowed / n, high_loss)
+        return needed if needed < 1 else None
+
+    few, many = 0, len(RISKS)  # the first risk that will do, by bisection
+    while few < many:
+        middle = (few + many) // 2
+        there = escalation(replace(goal, max_risk=RISKS[middle]), n) is not None
+        few, many = (few, middle) if there else (middle + 1, many)
+    return {
+        "images": [{"n": m, "escalation": escalation(goal, m)} for m in (k * n for k in MORE)],
+        "least_risk": RISKS[few] if few < len(RISKS) else None,
+    }
 
 
 def goal_words(goal: Goal) -> str:

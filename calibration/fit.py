@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -147,6 +148,7 @@ def fit(
     for key, ranked in ranking.items():
         values[key][rows] = ranked
     fit_scores, certificate, max_risk = score_map(unseen[name]), None, None
+    outlook: dict[str, Any] = {}
     scores[rows] = fit_scores
     threshold: float | None
     if isinstance(target, certify.Goal):
@@ -159,6 +161,10 @@ def fit(
         )
         threshold, max_risk = verdict.threshold, target.max_risk
         grouped = len(certify_rows) < len(splits["certify"])
+        n = len(certify_rows)
+        outlook = {
+            "outlook": certify.outlook(ranking[name], sample.loss, sample_high_loss, target, n)
+        }
         certificate = certify.certificate(
             verdict, target, options.fidelity, name, grouped, outputs.truth_words
         )
@@ -207,6 +213,7 @@ def fit(
                 np.searchsorted(held_out, independent[measured_on]),
             ),
             "score_spread": score_spread(scores[held_out], oracle[held_out]),
+            **outlook,
         },
         data={
             "source": outputs.title,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from rich.console import Console
 
 from report.terminal import table
@@ -40,11 +43,32 @@ def print_fit(calibration: Calibration) -> None:
         console.print(f"{calibration.signal} is not shown to rank losses better than random")
     if flat := flat_score(metrics["score_spread"]):
         console.print(flat)
+    if (outlook := metrics.get("outlook")) is not None:
+        for line in outlook_lines(outlook, metrics["needed_for"]):
+            console.print(line)
     if calibration.threshold is not None:
         threshold = threshold_text(calibration.threshold)
         console.print(f"threshold {threshold}: images with a larger score go to the full rung")
     certificate = calibration.certificate
     console.print("nothing is certified" if certificate is None else certificate["statement"])
+
+
+def outlook_lines(outlook: Mapping[str, Any], max_risk: float) -> list[str]:
+    """What more certify images would buy, and what risk these could prove, in words."""
+    here, *more = outlook["images"]
+
+    def share(found: Mapping[str, Any]) -> str:
+        escalation = found["escalation"]
+        return "all" if escalation is None else f"{escalation:.0%}"
+
+    least = outlook["least_risk"]
+    proves = "none below 50 %" if least is None else f"{least:.1%}"
+    steps = ", ".join(f"{share(found)} with {found['n']:,}" for found in more)
+    return [
+        f"to expect at a risk of {max_risk:.2%}: {share(here)} escalated with these {here['n']:,} "
+        f"certify images; {steps}",
+        f"the least risk that these {here['n']:,} could certify: {proves}",
+    ]
 
 
 def print_growth(aligned: Aligned) -> None:
