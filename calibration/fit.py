@@ -33,7 +33,7 @@ from .splits import Rows, group_keys, shares_of, split_by_group
 
 FloatVector = NDArray[np.float64]
 
-MIN_IMAGES = 30  # below this the smallest split has fewer than six images
+MIN_IMAGES = 30  # fewer would leave ten to fit on
 MAX_REFERENCE_SCORES = 2000
 AUTO = "auto"
 STEPS = FOLDS + 1  # the folds of cross-validation, then all of the fit split

@@ -1,10 +1,11 @@
-"""`python -m planner plan`."""
+"""`python -m planner plan | study`."""
 
 from __future__ import annotations
 
 import json
 import shlex
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import typer
@@ -29,9 +30,12 @@ from . import result
 from .graphs import without_help
 from .plan import Planned, choose_rungs, make_plan
 from .request import PlanError, Request, recipes
+from .study import designs, study
 from .workshop import Workshop
 
 SAMPLE_CROPS = 2400
+OUT = Path("build/plan")
+CACHE = Path("build/plan-cache")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -93,10 +97,8 @@ def plan_command(
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of splits and crops.")] = 0,
     instances: Annotated[int, typer.Option(min=1, help="Of each graph, as served.")] = 2,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of an instance.")] = 1,
-    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("build/plan"),
-    cache: Annotated[Path, typer.Option(help="Where graphs are kept for the next plan.")] = Path(
-        "build/plan-cache"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = OUT,
+    cache: Annotated[Path, typer.Option(help="Where graphs are kept for the next plan.")] = CACHE,
     answers: given.AnswersFolder = given.ANSWERS,
     reference_images: Annotated[int, typer.Option(min=0, help="As `fit`.")] = REFERENCE_IMAGES,
     require_certificate: Annotated[
@@ -149,6 +151,71 @@ def plan_command(
         typer.echo(f"wrote {path} and {out / 'plan.html'}")
     if planned.chosen is None and require_certificate:
         raise typer.Exit(1)
+
+
+@app.command("study")
+def study_command(
+    model: Annotated[str, typer.Option(metavar="NAME|PATH|ID", help="As `export rungs --model`.")],
+    images: Annotated[str, typer.Option(help="A folder (recursive), or `sample`.")],
+    max_risk: Annotated[list[float], typer.Option(help="To be certified; may be given again.")],
+    candidates: Annotated[
+        str, typer.Option(metavar="RECIPE;...", help="Cheap graphs, aligned where a design does.")
+    ],
+    highs: Annotated[str, typer.Option(metavar="RECIPE;...")] = "fp32; int8=static",
+    confidence: Annotated[float, typer.Option(help="Of the certificates.")] = 0.9,
+    head_images: Annotated[
+        Path | None, typer.Option(help="Fit a linear head on these, one folder per class.")
+    ] = None,
+    fidelity: given.FidelityKind = None,
+    tolerance: given.Tolerance = None,
+    group_by: given.GroupBy = GROUPINGS[0],
+    divisions: Annotated[int, typer.Option(min=1, help="Random divisions of the images.")] = 12,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first division.")] = 0,
+    cache: Annotated[Path, typer.Option(help="Where graphs are kept.")] = CACHE,
+    answers: given.AnswersFolder = given.ANSWERS,
+    as_json: given.Json = False,
+) -> None:
+    """Compare ways of dividing images by the certified speed-up over many random divisions."""
+    goals = [Goal(risk, confidence, "ltt") for risk in max_risk]
+    request = Request(
+        model=model,
+        source=given.source(images, None, seed, SAMPLE_CROPS),
+        candidates=recipes("--candidates", candidates),
+        highs=recipes("--highs", highs),
+        beside=(),
+        px=None,
+        head_images=head_images,
+        goal=max(goals, key=lambda goal: goal.max_risk),
+        fidelity=lambda task: Fidelity.asked(task, fidelity, tolerance),
+        group_by=group_by,
+        latency_budget_ms=None,
+        instances=2,
+        threads=1,
+        seed=seed,
+        cache=cache,
+        answers=answers,
+        out=OUT,
+    )
+    bars = Bars(Console(stderr=True))
+    prepared = study(request, Workshop(), bars)
+    found: dict[str, dict[str, list[float]]] = {}
+    with bars.stage("divide, plan and certify", divisions * len(designs()) * len(goals)) as bar:
+        for design in designs():
+            found[design.name] = {str(goal.max_risk): [] for goal in goals}
+            for goal in goals:
+                for division in range(seed, seed + divisions):
+                    speedup = prepared.speedup(design, goal, division)
+                    found[design.name][str(goal.max_risk)].append(speedup)
+                    bar.advance()
+    if as_json:
+        typer.echo(json.dumps({"images": len(prepared.groups), "ms": prepared.ms, **found}))
+        return
+    rows = [
+        (name, *(f"{median(values):.2f}" for values in by_risk.values()))
+        for name, by_risk in found.items()
+    ]
+    title = f"certified speed-up, median of {divisions} divisions of {len(prepared.groups)} images"
+    console.print(table(title, ("design", *(f"risk {goal.max_risk:g}" for goal in goals)), rows))
 
 
 def _notes(planned: Planned) -> list[str]:

@@ -110,7 +110,8 @@ def aligned_graph(
         return graphs, name, found
     aligned = f"{name}_align"
     learned = joined(graph.fitted_on, found.alignment.image_prints)
-    if aligned not in graphs.graphs or graphs.graphs[aligned].fitted_on != learned:
+    there = graphs.graphs.get(aligned)
+    if there is None or there.fitted_on != learned or there.alignment() is None:
         bars.say(f"align {name} ({graph.recipe})")
         graphs = workshop.align(graphs, name, found.alignment)
     return graphs, aligned, found

@@ -85,14 +85,37 @@ class Planned:
         return disturbed(self.prices)
 
 
-def make_plan(request: Request, workshop: Workshop, bars: Bars) -> Planned:
-    """Check, export, run, price, certify, choose.
+@dataclass(frozen=True, eq=False)
+class Ground:
+    """What every plan stands on: checked recipes, exported graphs, and images that have a part.
+
+    Attributes:
+        asked: the recipes.
+        fidelity: when an answer is a loss.
+        notes: on what was asked for, one line each.
+        graphs: every recipe's, not aligned.
+        parts: of the images, which the full model has answered.
+    """
+
+    asked: checks.Asked
+    fidelity: Fidelity
+    notes: Sequence[str]
+    graphs: GraphSet
+    parts: Parts
+
+    def names(self, recipes: Iterable[Recipe]) -> list[str]:
+        """The graphs of some recipes, without their alignments."""
+        px = self.asked.full.px or 0
+        return list(dict.fromkeys(replace(recipe, align=False).slug(px) for recipe in recipes))
+
+
+def lay_ground(request: Request, workshop: Workshop, bars: Bars) -> Ground:
+    """Check, export the full model, let it answer, divide the images, export the other graphs.
 
     Raises:
         PlanError: a request that cannot be met.
         ExportError: a graph cannot be made.
-        ImagesError, SplitError, FidelityError, FitError, CertifyError: as `fit`.
-        PerfError, ServerError, ClientError: the graphs cannot be priced.
+        ImagesError, SplitError, FidelityError: as `fit`.
         OSError: a folder cannot be made.
     """
     check_grouping(request.group_by)
@@ -110,16 +133,25 @@ def make_plan(request: Request, workshop: Workshop, bars: Bars) -> Planned:
     parts = _divide(request, asked, cache, graphs.fitted_on, bars)
     rows = parts.rows("fit")
     graphs = exported(request, asked.full, asked.exported, backbone, workshop, bars, rows)
-    del backbone  # its memory is free again before anything is priced
+    return Ground(asked, fidelity, notes, graphs, parts)
 
-    def named(recipes: Iterable[Recipe]) -> list[str]:
-        return [recipe.slug(asked.full.px or 0) for recipe in recipes]
 
-    full, highs, beside = graphs.reference.name, named(asked.highs), named(asked.beside)
+def make_plan(request: Request, workshop: Workshop, bars: Bars) -> Planned:
+    """Lay the ground, align, price, predict, certify, choose.
+
+    Raises:
+        PlanError, ExportError, ImagesError, SplitError, FidelityError, OSError: as `lay_ground`.
+        FitError, CertifyError: as `fit`.
+        PerfError, ServerError, ClientError: the graphs cannot be priced.
+    """
+    ground = lay_ground(request, workshop, bars)
+    asked, fidelity, graphs, parts = ground.asked, ground.fidelity, ground.graphs, ground.parts
+    full, highs = graphs.reference.name, ground.names(asked.highs)
+    beside = ground.names(asked.beside)
     pairs: dict[Pair, Outputs] = {}
     aligned: dict[str, Aligned] = {}
     for recipe in asked.lows:
-        (name,) = named([replace(recipe, align=False)])
+        (name,) = ground.names([recipe])
         if recipe.align:
             outputs = parts.outputs(name, [full], graphs, "fit", bars)[name, full]
             graphs, name, aligned[name] = aligned_graph(
@@ -151,7 +183,7 @@ def make_plan(request: Request, workshop: Workshop, bars: Bars) -> Planned:
     chosen = best if best is not None and best.ms_per_image < ms[full] else None
     return Planned(
         request, graphs, lows, highs, beside, parts, fidelity, aligned, prices, agreement,
-        candidates, tested, chosen, notes,
+        candidates, tested, chosen, ground.notes,
     )  # fmt: skip
 
 
@@ -223,6 +255,7 @@ def _test(
     """Certify a cascade of the shortlist."""
     low, high = candidate.low, candidate.high
     outputs = parts.outputs(low, [high], graphs, None, bars)[low, high]
+    assert len(outputs) == len(parts.places)  # `usable` and `Parts.divide` leave out the same
     request = parts.request
     options = Options(fidelity, candidate.signal, request.group_by, request.seed)
     found = fit(outputs, graphs.cast(low, high), goal, options, splits=parts.splits)
