@@ -1,6 +1,6 @@
 """Pictures of many kinds, from Debian packages, to try out what one stream of photographs flatters.
 
-Eleven kinds or more: cut-out drawings and photographs of Tux Paint (animals, food, vehicles, ...)
+Eleven kinds: cut-out drawings and photographs of Tux Paint (animals, food, vehicles, ...)
 and desktop wallpapers. A picture is in one folder only: `head` teaches a linear head its kinds,
 `images` is the unlabelled folder that a user would have, and `judge` is kept for judging what was
 tuned on those. Packages are fetched and verified by the system's own client and are unpacked, not
@@ -33,8 +33,8 @@ WALLPAPERS = (
     "plasma-workspace-wallpapers",
 )
 SCENERY = "scenery"
-FEWEST, MOST = 12, 160  # pictures of a kind: fewer teach no head, more would be most of all
-SHARES = {"head": 0.25, "images": 0.6, "judge": 0.15}
+FEWEST, MOST = 15, 160  # pictures of a kind: fewer teach no head, more would be most of all
+SHARES = {"head": 0.33, "images": 0.57, "judge": 0.1}
 LONGEST_PX = 512
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 

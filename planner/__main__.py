@@ -18,6 +18,7 @@ from calibration.fidelity import Fidelity
 from calibration.reference import REFERENCE_IMAGES
 from calibration.scoring import flat_score
 from calibration.splits import GROUPINGS
+from calibration.tables import outlook_lines
 from client.errors import ClientError
 from export.errors import ExportError
 from perf.figures import PerfError
@@ -255,6 +256,8 @@ def _print(content: dict[str, Any], request: Request) -> None:
         title = "cascades that were tested; costs without the router"
         console.print(table(title, headings, rows, left=(0, 1, 5)))
     lines += [*content["doubts"], *content["notes"]]
+    if shown := content["chosen"] or next(iter(content["tested"]), None):
+        lines += outlook_lines(shown["outlook"], content["goal"]["max_risk"])
     lines += _chosen(content, request) or [content["outcome"]["sentence"]]
     for line in lines:
         console.print(line, soft_wrap=True)  # a recipe or command that is broken cannot be pasted

@@ -202,6 +202,7 @@ def _tested(planned: Planned, entry: Tested) -> dict[str, Any]:
         "threshold": calibration.threshold,
         "certified": entry.certified,
         "certificate": dict(calibration.certificate or {}),
+        "outlook": calibration.metrics["outlook"],
         "predicted": costs(candidate.escalation, candidate.ms_per_image),
         "certify": costs(entry.escalation, entry.ms_per_image),
         "measured": costs(rate, measured_ms) | {"risk": risk, "acceptable": 1 - risk},

@@ -87,6 +87,12 @@ def cascade(low, high="vit_high", escalation=0.04, risk=0.025, certified=True, s
         "threshold": 0.7134 if certified else None,
         "certified": certified,
         "certificate": certificate,
+        "outlook": {
+            "images": [
+                {"n": 560 * times, "escalation": escalation / times} for times in (1, 2, 4, 10)
+            ],
+            "least_risk": 0.012,
+        },
         "predicted": cost(escalation - 0.01),
         "certify": cost(min(1.0, escalation + 0.005)),
         "measured": cost(escalation) | {"risk": risk, "acceptable": 1 - risk},

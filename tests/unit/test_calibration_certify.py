@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -22,6 +23,7 @@ from calibration.certify import (
     certify,
     images_needed,
     one_per_group,
+    outlook,
     statement,
 )
 from calibration.fidelity import Fidelity
@@ -393,3 +395,37 @@ def test_conformal_risk_control_is_refused_where_escalated_images_can_be_lost():
         certify(scores, none, np.array([1.0]), CRC, none)
     assert "\n" not in str(error.value)
     assert certify(scores, none, np.array([1.0]), CRC).threshold == 1.0
+
+
+def test_the_outlook_is_what_the_test_would_allow_of_more_images():
+    rng = np.random.default_rng(0)
+    ranked, loss = np.arange(400.0), rng.uniform(size=400) < 0.15
+    goal, n = Goal(0.1, 0.9, "ltt", choices=3), 120
+    found = outlook(ranked, loss, None, goal, n)
+    assert [row["n"] for row in found["images"]] == [n, 2 * n, 4 * n, 10 * n]
+    for row in found["images"]:
+        share = allowed_errors(row["n"], goal) / row["n"]
+        kept = ranked < 400 * (1 - row["escalation"])
+        assert (loss & kept).mean() <= share  # and one image less escalated would be too many
+        assert (loss & (ranked <= kept.sum())).mean() > share
+    shares = [row["escalation"] for row in found["images"]]
+    assert shares == sorted(shares, reverse=True) and shares[0] > shares[-1]
+
+
+@pytest.mark.parametrize("n", [20, 120, 1000])
+def test_the_least_risk_is_the_least_that_could_be_certified(n):
+    goal = Goal(0.1, 0.9, "ltt")
+    ranked = np.arange(300.0)
+    loss = ranked >= 290  # told apart without fail: none of the images kept low is lost
+    least = outlook(ranked, loss, None, goal, n)["least_risk"]
+    assert images_needed(replace(goal, max_risk=least)) <= n
+    assert least < 0.002 or images_needed(replace(goal, max_risk=least - 0.001)) > n
+    # A full rung that is not the reference loses images that no threshold saves.
+    floor = outlook(ranked, loss, ranked % 10 == 0, goal, n)["least_risk"]
+    assert floor > max(least, 0.09)
+
+
+def test_too_few_images_have_no_outlook():
+    goal = Goal(0.01, 0.9, "ltt")
+    found = outlook(np.arange(50.0), np.arange(50) >= 49, None, goal, 50)
+    assert [row["escalation"] is None for row in found["images"]] == [True, True, True, False]
