@@ -279,16 +279,24 @@ def collect(cache: AnswerCache, out: Path, progress: Progress = lambda count: No
 
 
 def refer(
-    path: Path, cache: AnswerCache, graphs: GraphSet, rows: Sequence[int] | None = None
+    path: Path,
+    cache: AnswerCache,
+    graphs: GraphSet,
+    rows: Sequence[int] | None = None,
+    made: Made | None = None,
 ) -> None:
     """Write `outputs.json` of answers that lie in a cache.
 
-    `graphs` say which graph plays which role; `rows` are the places of the images in the source,
-    None for all.
+    Args:
+        path: of the file.
+        cache: of answers.
+        graphs: which graph plays which role.
+        rows: the places of the images in the source; None: all.
+        made: of which graphs they are, where those have other files by now; None: `graphs`.
     """
     content = {
         "schema_version": SCHEMA_VERSION,
-        "made": asdict(Made.by(graphs)),
+        "made": asdict(made or Made.by(graphs)),
         "source": cache.source.spec,
         "title": cache.source.title,
         "runtime": cache.runtime,

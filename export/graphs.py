@@ -113,6 +113,43 @@ def export_graphs(backbone: Backbone, request: GraphsRequest, bars: Bars) -> Gra
         return made.place(request.out)
 
 
+def share(graphs: GraphSet, folder: Path) -> GraphSet:
+    """Store once what graphs in a folder share; what each of them answers stays as it is.
+
+    Args:
+        graphs: whose files lie in `folder`, every graph there among them.
+        folder: gets the shared weights, and the record anew.
+
+    Returns:
+        The graphs with the hashes of their new files.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    weights = folder / WEIGHTS
+    refers = share_weights([graph.file for graph in graphs.graphs.values()], weights)
+    stored = (manifest.sha256_file(weights), weights.stat().st_size) if weights.exists() else None
+    shared = {
+        name: replace(graph, record=_stored(graph, stored if refers[graph.file] else None))
+        for name, graph in graphs.graphs.items()
+    }
+    found = replace(graphs, graphs=shared)
+    found.save(folder)
+    return found
+
+
+def _stored(graph: Graph, weights: tuple[str, int] | None) -> RungRecord:
+    """The record of a graph's file as it lies there, with the hash and size of shared weights."""
+    sha256, size = weights or (None, None)
+    return replace(
+        graph.record,
+        sha256=manifest.sha256_file(graph.file),
+        size_bytes=graph.file.stat().st_size,
+        weights_sha256=sha256,
+        weights_size_bytes=size,
+    )
+
+
 def _with_task(backbone: Backbone, asked: str | None, bars: Bars) -> Backbone:
     """The backbone with the task that the user gave, or a note where it had to be guessed."""
     if asked is not None:

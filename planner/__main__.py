@@ -134,11 +134,11 @@ def plan_command(
         reference_images=reference_images,
         test_share=test_share,
     )
-    bars = Bars(Console(stderr=True))
-    planned = make_plan(request, Workshop(), bars)
+    bars, workshop = Bars(Console(stderr=True)), Workshop()
+    planned = make_plan(request, workshop, bars)
     content = result.to_dict(planned, _notes(planned))
     if planned.chosen is not None:
-        choose_rungs(planned, bars)
+        choose_rungs(planned, workshop, bars)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "plan.json"
     path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -17,7 +17,7 @@ from calibration.answers import AnswerCache
 from calibration.certify import Goal
 from calibration.fidelity import Fidelity
 from calibration.fit import Options, fit
-from calibration.outputs import Outputs, refer
+from calibration.outputs import Made, Outputs, refer
 from calibration.reference import with_reference_answers
 from calibration.splits import SplitError, check_grouping
 from report.terminal import Bars
@@ -207,7 +207,7 @@ def disturbed(prices: Prices) -> list[str]:
     return [name for name, price in prices.items() if price["disturbed"]]
 
 
-def choose_rungs(planned: Planned, bars: Bars) -> None:
+def choose_rungs(planned: Planned, workshop: Workshop, bars: Bars) -> None:
     """Write the chosen cascade to `request.out`: onnx/, calibration.json and outputs.json.
 
     Raises:
@@ -215,14 +215,17 @@ def choose_rungs(planned: Planned, bars: Bars) -> None:
     """
     chosen, request = planned.chosen, planned.request
     assert chosen is not None
-    low, high = chosen.candidate.low, chosen.candidate.high
-    graphs = planned.graphs.cast(low, high)
-    graphs.place(request.out / "onnx", [*planned.beside, *planned.highs])
+    graphs = planned.graphs.cast(chosen.candidate.low, chosen.candidate.high)
     fitted = with_reference_answers(
         chosen.fit, chosen.outputs, graphs, request.reference_images, bars.say
     )
-    fitted.save(request.out / "calibration.json")
-    refer(request.out / "outputs.json", planned.parts.cache, graphs, planned.parts.rows())
+    folder = request.out / "onnx"
+    served = workshop.share(graphs.place(folder, [*planned.beside, *planned.highs]), folder)
+    calibration = replace(fitted.calibration, rungs=served.rungs, reference=served.reference_record)
+    replace(fitted, calibration=calibration).save(request.out / "calibration.json")
+    # The files are others, what they answer is the same.
+    parts, made = planned.parts, Made.by(served)
+    refer(request.out / "outputs.json", parts.cache, graphs, parts.rows(), made)
 
 
 def _divide(

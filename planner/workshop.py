@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bundle.alignment import Alignment
@@ -47,6 +48,12 @@ class Workshop:
         from export.align import align
 
         return align(graphs, name, alignment)
+
+    def share(self, graphs: GraphSet, folder: Path) -> GraphSet:
+        """Store once what graphs in a folder share."""
+        from export.graphs import share
+
+        return share(graphs, folder)
 
     def price(self, graphs: GraphSet, names: Sequence[str], request: Request, bars: Bars) -> Prices:
         """What these graphs cost as Triton serves them here, twice where the machine was busy."""

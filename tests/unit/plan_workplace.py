@@ -28,6 +28,7 @@ from export.backbones import Backbone
 from imaging import ImageError, Preprocessing
 from planner.plan import choose_rungs, make_plan
 from planner.request import Request, recipes
+from planner.workshop import Workshop
 from report.terminal import Bars
 from routing import RungRecord
 from tests.unit.plan_content import spread
@@ -220,6 +221,9 @@ class FakeWorkshop:
         self.used["align"] += 1
         return align(graphs, name, alignment)
 
+    def share(self, graphs, folder):
+        return Workshop().share(graphs, folder)
+
     def price(self, graphs, names, request, bars):
         self.used["price"] += 1
         self.priced.append(sorted(names))
@@ -273,5 +277,5 @@ def plan(request, workshop):
     """Make a plan and write the cascade that it chooses."""
     planned = make_plan(request, workshop, QUIET)
     if planned.chosen is not None:
-        choose_rungs(planned, QUIET)
+        choose_rungs(planned, workshop, QUIET)
     return planned

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from bundle.alignment import Alignment
@@ -14,7 +15,7 @@ from bundle.head import LinearHead
 from bundle.prints import encode, no_looks
 from bundle.recipe import Recipe
 from export.align import align
-from export.graphs import export_graphs
+from export.graphs import export_graphs, share
 from export.parity import sample_images
 from export.pretrained import pretrained
 from export.request import GraphsRequest, LearnedImages
@@ -165,3 +166,18 @@ def test_a_head_that_was_fitted_before_is_not_fitted_again(tmp_path, monkeypatch
     np.testing.assert_allclose(
         answers["logits"], heads[0](answers["embedding"]), rtol=1e-4, atol=1e-4
     )
+
+
+def test_what_added_graphs_share_is_stored_once_when_they_are_placed(before, tmp_path):
+    earlier = GraphSet.load(before)
+    kept = {name: graph.file.read_bytes() for name, graph in earlier.graphs.items()}
+    placed = share(earlier.cast("px8_align", "full").place(tmp_path / "out"), tmp_path / "out")
+    assert placed == GraphSet.load(tmp_path / "out")
+    assert (tmp_path / "out" / "weights.bin").stat().st_size > 1000
+    for name, graph in placed.graphs.items():
+        assert graph.fault() is None
+        one, other = (onnx.load(file.file) for file in (earlier.graphs[name], graph))
+        for output, values in ask(one, sample_images(2, PX, 3)).items():
+            np.testing.assert_array_equal(ask(other, sample_images(2, PX, 3))[output], values)
+        assert earlier.graphs[name].file.read_bytes() == kept[name]
+    assert placed.low.record.weights_sha256 is not None and placed.low.alignment() is not None

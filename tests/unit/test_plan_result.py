@@ -169,7 +169,8 @@ def test_what_is_written_belongs_together(planned):
     outputs = Outputs.load(out / "outputs.json")
     assert outputs.made.graphs == graphs.fingerprints()
     assert len(outputs) == IMAGES
-    assert calibration == chosen.fit.calibration
+    stored = {"rungs": graphs.rungs, "reference": graphs.reference_record}
+    assert calibration == replace(chosen.fit.calibration, **stored)
     used, rows = usable(outputs, graphs), planned.parts.splits["certify"]
     np.testing.assert_array_equal(used.low.embedding, chosen.outputs.low.embedding)
     np.testing.assert_array_equal(calibration.score(used.low)[rows], chosen.fit.scores[rows])
