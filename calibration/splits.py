@@ -13,7 +13,7 @@ from .chunks import Pictures
 
 Rows = NDArray[np.intp]
 
-FIT_SHARE = 0.35  # of what a certificate takes; docs/guide.md, "Shares", has the simulation
+FIT_SHARE = 0.35  # of what a certificate takes; docs/performance.md, "How images are divided"
 TEST_SHARE = 0.2  # where there are enough, or the user asks for a test split by naming its share
 ABOUND = 5000  # groups from which on more of them would certify little more
 UNCERTIFIED_TEST_SHARE = 0.3  # where no threshold is tested, nothing else is held out
