@@ -20,7 +20,7 @@ from tritonclient.utils import InferenceServerException
 
 from .core import DEFAULT_TIMEOUT_S, BlockingCore, ClientCore
 from .errors import AnswerMismatchError, ClientError, RequestCancelledError, closed_client
-from .forks import forget_after_fork, grpc_call, notice_fork
+from .forks import channel_closed, forget_after_fork, grpc_call, notice_fork
 from .messages import Prediction, Request, own_answer
 from .stream import in_order
 
@@ -63,6 +63,7 @@ class _Line:
         channel = self.__dict__.pop("channel", None)
         if channel is not None:
             channel.close()
+            channel_closed()
 
     def __del__(self) -> None:
         # Calls are in it only in a forked child, where closing might wait for them for ever.

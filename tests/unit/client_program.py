@@ -239,6 +239,20 @@ def asyncio_fork(kind, url):
     }
 
 
+def closed(kind, url):
+    """Fork right after a channel was closed, and a while after."""
+    GrpcClient(url).close()
+    started = time.monotonic()
+    child = run_in_fork(lambda: ask(GrpcClient(url), 0, 1))
+    at_once_s = time.monotonic() - started
+    time.sleep(0.1)
+    started = time.monotonic()
+    later = run_in_fork(lambda: None)
+    later_s = time.monotonic() - started
+    result_of(*later)
+    return {"child": result_of(*child), "at_once_s": at_once_s, "later_s": later_s}
+
+
 async def one_answer(url, number, client=None):
     async with client or AsyncGrpcClient(url) as client:
         return (await client.infer([image(number)], timeout_s=PATIENCE_S))[0].score
@@ -328,6 +342,7 @@ SCENARIOS = {
     "in-flight-too-long": lambda kind, url: in_flight(kind, url, 0.1),
     "opening": lambda kind, url: opening(kind, url, "open"),
     "closing": lambda kind, url: opening(kind, url, "close"),
+    "closed": closed,
     "waiting": lambda kind, url: reading(kind, url, SLOW),
     "reading": lambda kind, url: reading(kind, url, HALVES),
     "reading-to-the-end": lambda kind, url: reading(kind, url, HALVES_TO_THE_END),

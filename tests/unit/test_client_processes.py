@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from client.forks import SETTLE_S
 from tests.unit.client_program import MOST_DESCRIPTORS, WORKERS
 from tests.unit.client_servers import HALVES, HALVES_TO_THE_END, SLOW
 
@@ -68,6 +69,12 @@ def test_a_fork_waits_for_a_grpc_request_in_flight(urls):
 def test_a_fork_waits_for_a_grpc_channel_that_just_opens_or_closes(urls, scenario):
     found = run(scenario, "grpc", urls)
     assert found["waited"] and found["child"][0] == []
+
+
+def test_a_fork_gives_a_channel_that_was_just_closed_a_moment(urls):
+    found = run("closed", "grpc", urls)
+    assert found["child"][0] == []
+    assert SETTLE_S * 0.9 < found["at_once_s"] and found["later_s"] < found["at_once_s"]
 
 
 def test_where_it_cannot_wait_for_it_the_child_says_so(urls):
