@@ -7,6 +7,7 @@ bakes it into the cheap graph before the head.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,12 @@ class Alignment:
         return tokens(outputs) @ self.weights + self.bias
 
     def save(self, path: Path) -> None:
-        """Write the `.npz`."""
+        """Write the `.npz`, whole; other names of an earlier file keep what they named."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(path, **{name: getattr(self, name) for name in self.__dataclass_fields__})
+        fresh = path.with_name(f".{path.name}")
+        with fresh.open("wb") as file:
+            np.savez(file, **{name: getattr(self, name) for name in self.__dataclass_fields__})
+        os.replace(fresh, path)
 
     @classmethod
     def load(cls, path: Path) -> Alignment:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 
@@ -78,6 +80,16 @@ def test_a_file_gives_back_what_was_saved(tmp_path):
     for name in ("graph", "reference", "recipe", "image_prints"):
         assert getattr(loaded, name) == getattr(saved, name)
         assert type(getattr(loaded, name)) is str
+
+
+def test_a_later_alignment_leaves_other_names_of_an_earlier_file_as_they_are(tmp_path):
+    """A placed graph's alignment is a hard link to that of the planner's cache."""
+    alignment().save(tmp_path / "one.npz")
+    os.link(tmp_path / "one.npz", tmp_path / "placed.npz")
+    alignment(recipe="px=98").save(tmp_path / "one.npz")
+    assert Alignment.load(tmp_path / "placed.npz").recipe == alignment().recipe
+    assert Alignment.load(tmp_path / "one.npz").recipe == "px=98"
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_missing_file_says_what_to_run(tmp_path):

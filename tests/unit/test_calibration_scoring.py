@@ -49,7 +49,7 @@ def test_the_map_keeps_the_signals_order(seed, n, sign):
     raw, oracle = rng.normal(size=n), rng.uniform(size=n)
     scores = fit_score_map(raw, oracle, sign)(raw)[np.argsort(sign * raw)]
     assert np.all(np.diff(scores) >= 0)
-    assert len(np.unique(scores)) > 0.7 * n  # FP32 ties some: 0.76 was the least of 12,000 draws
+    assert len(np.unique(scores)) > 0.9 * n  # no plateaus beyond FP32's resolution
 
 
 def test_a_constant_signal_still_gives_a_map():
