@@ -170,9 +170,10 @@ def make_plan(request: Request, workshop: Workshop, bars: Bars) -> Planned:
             pairs,
             parts.groups[parts.splits["fit"]],
             fidelity,
-            replace(request.goal, choices=most),
+            request.goal,
             parts.certify_images,
             ms,
+            ms[full],
             request.seed,
             bar.advance,
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from calibration.certify import images_needed
@@ -12,7 +11,7 @@ from report.plan_page import cascade_marks, reference_name
 from report.words import milliseconds, setting
 
 from .plan import Planned
-from .select import Tested, cascade_ms
+from .select import Candidate, Tested, cascade_ms
 
 SCHEMA_VERSION = 3  # 2 had an align and a test split always
 _PRICED = ("latency_ms", "cost_ratio", "cpu_cost_ratio", "disturbed")
@@ -59,11 +58,7 @@ def to_dict(planned: Planned, notes: list[str]) -> dict[str, Any]:
         "disturbed": bool(planned.doubted),
         "doubts": _doubts(planned),
         "graphs": {name: _graph(planned, name) for name in planned.prices},
-        "candidates": [
-            # Where no escalation is enough, JSON has no infinity to say so.
-            {k: None if v == math.inf else v for k, v in asdict(candidate).items()}
-            for candidate in planned.candidates
-        ],
+        "candidates": [_candidate(candidate) for candidate in planned.candidates],
         "tested": [_tested(planned, entry) for entry in planned.tested],
         "chosen": None if planned.chosen is None else _tested(planned, planned.chosen),
         "best_alternative": _best_alternative(planned),
@@ -119,8 +114,7 @@ def outcome(content: Mapping[str, Any]) -> dict[str, str]:
     else:
         case = "never"
         sentence = (
-            f"On the fit split no share of escalated images brought any cascade down to {limit}, "
-            "so none was tested."
+            f"By the fit split no cascade would ever be certified for {limit}, so none was tested."
         )
     return {"case": case, "sentence": sentence}
 
@@ -179,6 +173,19 @@ def _graph(planned: Planned, name: str) -> dict[str, Any]:
     }
 
 
+def _candidate(candidate: Candidate) -> dict[str, Any]:
+    """What a cascade is predicted to cost; where it is never certified, it has no escalation."""
+    escalation = candidate.escalation
+    return {
+        "low": candidate.low,
+        "high": candidate.high,
+        "signal": candidate.signal,
+        "escalation": None if math.isinf(escalation) else escalation,
+        "ms_per_image": candidate.ms_per_image,
+        "chance": candidate.chance,
+    }
+
+
 def _tested(planned: Planned, entry: Tested) -> dict[str, Any]:
     """A shortlisted cascade: predicted, certified, and measured on other images."""
     candidate, calibration = entry.candidate, entry.fit.calibration
@@ -202,6 +209,7 @@ def _tested(planned: Planned, entry: Tested) -> dict[str, Any]:
         "threshold": calibration.threshold,
         "certified": entry.certified,
         "certificate": dict(calibration.certificate or {}),
+        "chance": candidate.chance,
         "outlook": calibration.metrics["outlook"],
         "predicted": costs(candidate.escalation, candidate.ms_per_image),
         "certify": costs(entry.escalation, entry.ms_per_image),

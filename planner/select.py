@@ -3,11 +3,14 @@
 A cascade is a cheap graph, a full graph and a signal; a model of A cheap and B full graphs offers
 A x B x 6. What a choice among them does to a certificate is the point of this module:
 
-1. On the **fit** split every cascade gets its predicted cost: the escalation that brings the
-   cross-validated risk down to what the test will allow, priced with the measured costs. The K
-   cheapest (at most `MOST`, none dearer than `WITHIN` times the cheapest, and not so many that
-   the images of the certify split are too few for δ / K) are the shortlist. K and who is in it
-   depend on the fit split, and on how many images the certify split has.
+1. On the **fit** split the test of every cascade is played out `PLAYS` times, each time on as many
+   images as the certify split has, drawn from the fit images with replacement (the bootstrap, Efron
+   1979), at each share of δ that it might get. What a play costs is the cascade's cost with the
+   escalation that it certifies, and the full model's where it certifies nothing: a cascade that is
+   cheap but seldom passes, because its full graph alone loses about as much as the test allows, is
+   told from one that does. The shortlist are those K cascades, at most `MOST`, of which the
+   cheapest that passes costs least on average. K and who is in it depend on the fit split, and on
+   how many images the certify split has.
 2. On the **certify** split each of the K is tested at δ / K (Bonferroni), so that with probability
    1 - δ all K statements hold at once, and with them that of any one we then choose, whatever the
    choice looks at. Thresholds within a cascade are a fixed sequence and cost nothing more.
@@ -15,31 +18,30 @@ A x B x 6. What a choice among them does to a certificate is the point of this m
 
 Why a split of δ and not a fixed sequence over cascades: a sequence ends with the first failure, and
 every cascade's own walk over thresholds ends in one, so nothing would be left for the second
-cascade. And K - 1 further cascades cost little: going from δ to δ / 4 takes three or four of 31
-allowed errors among 800 images at ε = 5 %. Where the full graph is not the reference, the risk need
-not grow with the threshold; the fixed sequence stays valid, see `certify`.
+cascade. Where the full graph is not the reference, the risk need not grow with the threshold; the
+fixed sequence stays valid, see `certify`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.certify import Goal
+from calibration.certify import Goal, allowed_errors
 from calibration.coefficients import FitSample, out_of_fold
 from calibration.fidelity import Fidelity
-from calibration.fit import cross_validated_costs
 from calibration.outputs import Outputs
 from calibration.record import Fit
 from calibration.scoring import learn_sign
 
 MOST = 4
-WITHIN = 1.15
+PLAYS = 300
 
 Pair = tuple[str, str]
+FloatMatrix = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,11 @@ class Candidate:
         low: name of the cheap graph.
         high: name of the full graph.
         signal: key of `routing.SIGNALS`.
-        escalation: predicted, 0..1; infinite where no escalation brings the risk down far enough.
-        ms_per_image: predicted, without the router.
+        escalation: predicted where it is certified, 0..1; infinite where it never is.
+        ms_per_image: predicted, without the router; what the full model costs counts for the plays
+            in which nothing is certified.
+        chance: of being certified.
+        plays: what it costs in each play, of K cascades tested, (MOST, PLAYS).
     """
 
     low: str
@@ -59,6 +64,8 @@ class Candidate:
     signal: str
     escalation: float
     ms_per_image: float
+    chance: float
+    plays: FloatMatrix = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,55 +101,125 @@ def predict(
     goal: Goal,
     certify_images: int,
     costs_ms: Mapping[str, float],
+    full_ms: float,
     seed: int,
     progress: Callable[[], None] = lambda: None,
 ) -> list[Candidate]:
-    """Every cascade with its predicted cost, the cheapest first. Looks at the fit split only.
+    """Every cascade with its predicted cost if it alone is tested, the cheapest first.
 
     Args:
         pairs: outputs by (cheap, full) graph, of the n fit images, cross-fitted.
         groups: of the n images.
         fidelity: when an answer is a loss.
-        goal: with `choices` as many as the shortlist may have.
+        goal: of one test.
         certify_images: independent ones that the test will have.
         costs_ms: of an image, by graph.
-        seed: of the folds.
+        full_ms: of an image where nothing is certified.
+        seed: of the folds and the plays.
         progress: called after each cheap graph.
     """
+    drawn = _draws(groups, certify_images, seed)
+    allowed = [allowed_errors(certify_images, replace(goal, choices=k)) for k in range(1, MOST + 1)]
     found: list[Candidate] = []
     for low in dict.fromkeys(name for name, _ in pairs):
         highs = [high for name, high in pairs if name == low]
         outputs = pairs[low, highs[0]]
         sample = FitSample.of(outputs, fidelity, np.arange(len(outputs)), groups)
-        raw = out_of_fold(sample, seed)
-        ranking = {k: learn_sign(v, sample.oracle, sample.loss) * v for k, v in raw.items()}
-        for high in highs:
-            high_loss = fidelity.high_loss(pairs[low, high])
-            needed = cross_validated_costs(ranking, sample.loss, high_loss, goal, certify_images)
-            found += [
-                Candidate(low, high, k, p, cascade_ms(costs_ms[low], costs_ms[high], p))
-                for k, p in needed.items()
-            ]
+        for signal, raw in out_of_fold(sample, seed).items():
+            ranked = learn_sign(raw, sample.oracle, sample.loss) * raw
+            for high in highs:
+                high_loss = fidelity.high_loss(pairs[low, high])
+                escalation = play(ranked, sample.loss, high_loss, drawn, allowed)
+                certified = np.isfinite(escalation)
+                cost = costs_ms[low] + np.where(certified, escalation, 0) * costs_ms[high]
+                plays = np.where(certified, cost, full_ms)
+                mean = float(escalation[0, certified[0]].mean()) if certified[0].any() else np.inf
+                found.append(
+                    Candidate(
+                        *(low, high, signal, mean, float(plays[0].mean())),
+                        chance=float(certified[0].mean()),
+                        plays=plays,
+                    )
+                )
         progress()
     return sorted(found, key=lambda candidate: candidate.ms_per_image)
+
+
+def _draws(groups: NDArray[np.str_], certify_images: int, seed: int) -> NDArray[np.int64]:
+    """How often each image is drawn in each play, (PLAYS, n): first a group, then its image."""
+    _, inverse, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    chances = 1 / sizes[inverse]
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(certify_images, chances / chances.sum(), PLAYS)
+
+
+def play(
+    ranked: NDArray[np.float64],
+    loss: NDArray[np.bool_],
+    high_loss: NDArray[np.bool_] | None,
+    drawn: NDArray[np.int64],
+    allowed: Sequence[int],
+) -> FloatMatrix:
+    """The test of a cascade on drawn images, as `certify` does it.
+
+    Args:
+        ranked: of n images, larger escalating first.
+        loss: the fidelity loss of their cheap answers, BOOL (n,).
+        high_loss: that of their escalated answers, where the full rung is not the reference.
+        drawn: how often each image is drawn in each play, (P, n).
+        allowed: the most errors that certify a threshold, of K tests.
+
+    Returns:
+        The escalation that is certified, infinite where none is, (K, P).
+    """
+    order = np.argsort(ranked, kind="stable")
+    counts, values = drawn[:, order], ranked[order]
+    ends = np.append(np.flatnonzero(values[1:] > values[:-1]), len(values) - 1)  # no tie is divided
+    kept = np.cumsum(counts, axis=1)[:, ends]
+    errors = np.cumsum(counts * loss[order], axis=1)[:, ends]
+    if high_loss is not None:
+        lost = counts * high_loss[order]
+        errors = errors + lost.sum(axis=1, keepdims=True) - np.cumsum(lost, axis=1)[:, ends]
+    escalation = 1 - kept / drawn.sum(axis=1, keepdims=True)
+    found = np.full((len(allowed), len(drawn)), np.inf)
+    for row, most in enumerate(allowed):
+        failed = errors > most
+        passed = np.where(failed.any(axis=1), failed.argmax(axis=1), failed.shape[1])
+        some = np.flatnonzero(passed)
+        found[row, some] = escalation[some, passed[some] - 1]
+    return found
 
 
 def shortlist(
     candidates: Sequence[Candidate], allowed: Callable[[Pair], bool], most: int = MOST
 ) -> list[Candidate]:
-    """The cascades to test: each pair's best signal, the cheapest pairs.
+    """The cascades to test: those of which the cheapest that passes costs least on average.
 
     Args:
-        candidates: from `predict`, the cheapest first.
+        candidates: from `predict`.
         allowed: whether a pair may be served, for instance within a latency budget.
         most: cascades to test; fewer than `MOST` where more could not all pass.
+
+    Returns:
+        At most one of each pair, the one that adds most first; none where none ever passes.
     """
-    best: dict[Pair, Candidate] = {}
-    for candidate in candidates:
-        if np.isfinite(candidate.ms_per_image) and allowed((candidate.low, candidate.high)):
-            best.setdefault((candidate.low, candidate.high), candidate)
-    ordered = list(best.values())[:most]
-    return [c for c in ordered if c.ms_per_image <= WITHIN * ordered[0].ms_per_image]
+    offered = [c for c in candidates if c.chance > 0 and allowed((c.low, c.high))]
+    best: tuple[float, list[Candidate]] = (np.inf, [])
+    for tests in range(1, most + 1):
+        listed: list[Candidate] = []
+        cost: FloatMatrix | float = np.inf
+        while len(listed) < tests:
+            pairs = {(c.low, c.high) for c in listed}
+            others = [c for c in offered if (c.low, c.high) not in pairs]
+            if not others:
+                break
+            costs = [np.minimum(cost, c.plays[tests - 1]) for c in others]
+            first = min(range(len(others)), key=lambda i: costs[i].mean())
+            listed.append(others[first])
+            cost = costs[first]
+        if (mean := float(np.mean(cost))) < best[0]:
+            best = (mean, listed)
+    return best[1]
 
 
 def choose(tested: Sequence[Tested]) -> Tested | None:

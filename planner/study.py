@@ -91,9 +91,10 @@ class Study:
             {pair: outputs.rows(fit) for pair, outputs in pairs.items()},
             self.groups[fit],
             self.fidelity,
-            replace(goal, choices=design.most),
+            goal,
             n,
             self.ms,
+            self.ms[self.full],
             seed,
         )
         listed = shortlist(candidates, lambda pair: True, design.most)

@@ -203,9 +203,9 @@ def _outcome(
     if tested is not None:
         return "certified" if tested["certified"] else "tested, not certified"
     if candidate["escalation"] is None:
-        return "not tested: no escalation is enough"
+        return "not tested: it would never be certified"
     graphs, budget = content["graphs"], content["goal"]["latency_budget_ms"]
     latency = sum(graphs[candidate[key]]["latency_ms"]["median"] for key in ("low", "high"))
     if budget is not None and latency > budget:
         return f"not tested: {milliseconds(latency)} is over the latency budget"
-    return "not tested: others are predicted to be cheaper"
+    return "not tested: others are predicted to be cheaper, or surer of a certificate"

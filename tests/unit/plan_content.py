@@ -87,6 +87,7 @@ def cascade(low, high="vit_high", escalation=0.04, risk=0.025, certified=True, s
         "threshold": 0.7134 if certified else None,
         "certified": certified,
         "certificate": certificate,
+        "chance": 0.9,
         "outlook": {
             "images": [
                 {"n": 560 * times, "escalation": escalation / times} for times in (1, 2, 4, 10)
@@ -108,11 +109,11 @@ def candidates():
             for step, signal in enumerate(SIGNALS[:3]):
                 rate = dear + 0.02 * step
                 ms = FULL_MS * (_GRAPHS[name][1] + rate * _GRAPHS[high][1])
-                found.append((name, high, signal, rate, ms))
-    found.sort(key=lambda candidate: candidate[-1])
-    keys = ("low", "high", "signal", "escalation", "ms_per_image")
+                found.append((name, high, signal, rate, ms, 0.9))
+    found.sort(key=lambda candidate: candidate[-2])
+    keys = ("low", "high", "signal", "escalation", "ms_per_image", "chance")
     never = [
-        (f"static_{low}_int8static_align", high, "cls_path", None, None)
+        (f"static_{low}_int8static_align", high, "cls_path", None, FULL_MS, 0.0)
         for low in ("112", "98", "84")
         for high in ("vit_high", "static_int8static")
     ]

@@ -4,15 +4,16 @@ import numpy as np
 import pytest
 
 from bundle.graphs import GraphSet
-from calibration.certify import Goal, allowed_errors
+from calibration.certify import Goal, allowed_errors, candidate_thresholds, certify
 from calibration.fidelity import Fidelity
 from planner import select
 from planner.select import (
     MOST,
-    WITHIN,
+    PLAYS,
     Candidate,
     cascade_ms,
     choose,
+    play,
     predict,
     shortlist,
 )
@@ -20,9 +21,10 @@ from tests.unit.calibration_outputs import CLASS_SIGNALS, make_outputs
 from tests.unit.onnx_files import write_graph_set
 
 TOP1 = Fidelity("top1")
-GOAL = Goal(0.05, 0.9, "ltt", choices=MOST)
+GOAL = Goal(0.05, 0.9, "ltt")
 CERTIFY_IMAGES = 400
 ROWS = np.arange(300)
+FULL_MS = 50.0
 COSTS = {"small": 5.0, "smaller": 4.0, "full": 50.0, "half": 30.0}
 
 
@@ -40,6 +42,7 @@ def predicted(pairs, **changes):
         "goal": GOAL,
         "certify_images": CERTIFY_IMAGES,
         "costs_ms": COSTS,
+        "full_ms": FULL_MS,
         "seed": 0,
     }
     return predict(pairs, **{**arguments, **changes})
@@ -54,8 +57,12 @@ def with_worse_high(outputs, every):
     )
 
 
-def candidate(low="a", high="full", signal="margin", ms=10.0):
-    return Candidate(low, high, signal, 0.2, ms)
+def candidate(low="a", high="full", signal="margin", ms=10.0, passes=1.0, full_ms=100.0):
+    """A cascade that costs `ms` where it is certified: in the first plays, this share of them."""
+    plays = np.full((MOST, PLAYS), full_ms)
+    plays[:, : round(passes * PLAYS)] = ms
+    mean = float(plays[0].mean())
+    return Candidate(low, high, signal, 0.2 if passes else np.inf, mean, passes, plays)
 
 
 def names(candidates):
@@ -80,23 +87,35 @@ def test_every_cascade_is_predicted_the_cheapest_first(graphs):
     costs = [c.ms_per_image for c in found]
     assert costs == sorted(costs)
     for c in found:
-        assert c.ms_per_image == cascade_ms(COSTS[c.low], COSTS[c.high], c.escalation)
+        assert c.plays.shape == (MOST, PLAYS) and c.ms_per_image == c.plays[0].mean()
+        sure = cascade_ms(COSTS[c.low], COSTS[c.high], c.escalation)
+        assert c.ms_per_image == pytest.approx(c.chance * sure + (1 - c.chance) * FULL_MS)
+        assert (np.diff(c.plays.mean(axis=1)) >= 0).all()  # a choice has its price
+    assert names(predicted(pairs)) == names(found)
 
 
-def test_a_prediction_is_the_escalation_that_leaves_as_many_losses_as_the_test_allows(graphs):
-    outputs = make_outputs(graphs, n=400)
-    loss = TOP1.loss(outputs)[ROWS]
-    left = int(allowed_errors(CERTIFY_IMAGES, GOAL) / CERTIFY_IMAGES * len(ROWS))
-    found = {c.signal: c for c in predicted({("small", "full"): outputs})}
-    # The loss is where two logits are close, so the margin escalates next to nothing in vain.
-    least = (loss.sum() - left) / len(ROWS)
-    assert least <= found["margin"].escalation < least + 0.02
-    assert found["margin"].ms_per_image == pytest.approx(5 + 50 * found["margin"].escalation)
-    assert found["margin"].escalation < found["cls_path"].escalation
-    alone = {
-        c.signal: c for c in predicted({("small", "full"): outputs}, goal=replace(GOAL, choices=1))
-    }
-    assert alone["margin"].escalation < found["margin"].escalation  # a choice has its price
+def test_a_play_certifies_as_certify_does(graphs):
+    """With each image drawn once it is the test itself, of full graphs that lose images, too."""
+    rng = np.random.default_rng(0)
+    ranked = rng.integers(0, 40, 120).astype(np.float64)  # ties
+    loss = rng.uniform(size=120) < 0.2 * (ranked > 20)
+    for high_loss in (None, rng.uniform(size=120) < 0.02):
+        for goal in (Goal(0.1, 0.9, "ltt", choices=k) for k in (1, 4)):
+            allowed = allowed_errors(120, goal)
+            (found,) = play(ranked, loss, high_loss, np.ones((1, 120), np.int64), [allowed])
+            verdict = certify(ranked, loss, candidate_thresholds(ranked), goal, high_loss)
+            assert verdict.threshold is not None
+            assert found[0] == pytest.approx((ranked > verdict.threshold).mean())
+    (never,) = play(ranked, ~loss, ~loss, np.ones((1, 120), np.int64), [3])
+    assert np.isinf(never).all()
+
+
+def test_groups_are_drawn_and_not_images():
+    groups = np.repeat(["a", "b", "c"], [1, 9, 90])
+    drawn = select._draws(groups, 300, 0)
+    assert (drawn.sum(axis=1) == 300).all()
+    by_group = [drawn[:, groups == name].sum() / drawn.sum() for name in "abc"]
+    assert by_group == pytest.approx([1 / 3] * 3, abs=0.01)
 
 
 def test_a_headless_model_is_predicted_by_the_signals_of_its_cls_token(graphs):
@@ -105,19 +124,19 @@ def test_a_headless_model_is_predicted_by_the_signals_of_its_cls_token(graphs):
     assert {c.signal for c in found} == {"cls_path", "cls_regression"}
 
 
-def test_losses_of_the_full_graph_cost_escalation_and_too_many_cannot_be_mended(graphs):
+def test_a_full_graph_that_loses_as_much_as_is_allowed_has_little_chance(graphs):
     outputs = make_outputs(graphs, n=400)
     pairs = {
         ("small", "full"): outputs,
-        ("small", "half"): with_worse_high(outputs, every=100),
+        ("small", "half"): with_worse_high(outputs, every=25),
         ("small", "bad"): with_worse_high(outputs, every=5),
     }
-    found = predicted(pairs, costs_ms={**COSTS, "bad": 1.0})
-    escalation = {c.high: c.escalation for c in found if c.signal == "margin"}
-    assert escalation["full"] < escalation["half"] < 1
-    bad = [c for c in found if c.high == "bad"]
-    assert [(c.escalation, c.ms_per_image) for c in bad] == [(np.inf, np.inf)] * len(CLASS_SIGNALS)
-    assert found[-len(bad) :] == bad  # though its graph is the cheapest of all
+    found = [c for c in predicted(pairs, costs_ms={**COSTS, "bad": 1.0}) if c.signal == "margin"]
+    chance = {c.high: c.chance for c in found}
+    assert chance["full"] == 1 > chance["half"] > 0 == chance["bad"]
+    bad = next(c for c in found if c.high == "bad")
+    assert (bad.escalation, bad.ms_per_image) == (np.inf, FULL_MS)
+    assert bad not in shortlist(found, everything)  # though its graph is the cheapest of all
 
 
 def test_progress_is_told_once_for_each_cheap_graph(graphs):
@@ -128,49 +147,42 @@ def test_progress_is_told_once_for_each_cheap_graph(graphs):
     assert len(steps) == 2
 
 
-def test_the_shortlist_has_the_best_signal_of_each_pair():
+def test_one_that_is_sure_and_cheapest_is_tested_alone():
+    offered = [candidate("a", ms=10.0), candidate("b", ms=10.1), candidate("c", ms=12.0)]
+    assert shortlist(offered, everything) == offered[:1]
+
+
+def test_one_that_passes_where_a_cheaper_one_does_not_is_tested_beside_it():
+    cheap, sure = candidate("a", ms=10.0, passes=0.5), candidate("b", ms=30.0)
+    also_unsure = candidate("c", ms=11.0, passes=0.5)  # in the same plays as the first
+    assert shortlist([cheap, also_unsure, sure], everything) == [cheap, sure]
+    assert shortlist([cheap, also_unsure, sure], everything, most=1) == [sure]
+
+
+def test_a_test_more_is_not_paid_for_where_it_costs_more_than_it_brings():
+    cheap, sure = candidate("a", ms=10.0, passes=0.5), candidate("b", ms=30.0)
+    plays = sure.plays.copy()
+    plays[1:] += 40.0  # at half of δ it escalates more
+    assert shortlist([cheap, replace(sure, plays=plays)], everything)[0].low == "b"
+
+
+def test_the_shortlist_has_each_pair_once():
     offered = [
-        candidate("a", signal="margin", ms=10.0),
+        candidate("a", signal="margin", ms=10.0, passes=0.5),
         candidate("a", signal="entropy", ms=10.1),
-        candidate("b", signal="deferral", ms=10.2),
-        candidate("b", signal="margin", ms=10.3),
         candidate("a", "half", "cls_path", ms=10.4),
     ]
-    assert names(shortlist(offered, everything)) == [
-        ("a", "full", "margin"),
-        ("b", "full", "deferral"),
-        ("a", "half", "cls_path"),
-    ]
+    listed = shortlist(offered, everything)
+    assert len({(c.low, c.high) for c in listed}) == len(listed)
 
 
-def test_the_shortlist_is_no_longer_than_what_the_prediction_paid_for():
-    offered = [candidate(str(i), ms=10 + i / 100) for i in range(3 * MOST)]
-    assert shortlist(offered, everything) == offered[:MOST]
+def test_what_may_not_be_served_is_not_listed():
+    offered = [candidate("slow", ms=1.0), candidate("a", ms=10.0)]
+    assert [c.low for c in shortlist(offered, lambda pair: pair[0] != "slow")] == ["a"]
 
 
-def test_the_shortlist_leaves_out_what_is_much_dearer_than_the_cheapest():
-    offered = [candidate("a", ms=10.0), candidate("b", ms=11.49), candidate("c", ms=11.51)]
-    assert WITHIN == 1.15
-    assert names(shortlist(offered, everything)) == [
-        ("a", "full", "margin"),
-        ("b", "full", "margin"),
-    ]
-
-
-def test_what_may_not_be_served_is_neither_listed_nor_the_measure_of_the_others():
-    offered = [candidate("slow", ms=1.0), candidate("a", ms=10.0), candidate("b", ms=11.0)]
-    asked = []
-
-    def quick(pair):
-        asked.append(pair)
-        return pair[0] != "slow"
-
-    assert [c.low for c in shortlist(offered, quick)] == ["a", "b"]
-    assert ("slow", "full") in asked
-
-
-def test_a_pair_that_no_escalation_mends_is_not_listed():
-    hopeless = replace(candidate("b"), escalation=np.inf, ms_per_image=np.inf)
+def test_a_pair_that_is_never_certified_is_not_listed():
+    hopeless = candidate("b", passes=0.0)
     assert shortlist([candidate("a"), hopeless], everything) == [candidate("a")]
     assert shortlist([hopeless], everything) == []
     assert shortlist([], everything) == []
