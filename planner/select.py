@@ -6,11 +6,11 @@ A x B x 6. What a choice among them does to a certificate is the point of this m
 1. On the **fit** split the test of every cascade is played out `PLAYS` times, each time on as many
    images as the certify split has, drawn from the fit images with replacement (the bootstrap, Efron
    1979), at each share of δ that it might get. What a play costs is the cascade's cost with the
-   escalation that it certifies, and the full model's where it certifies nothing: a cascade that is
-   cheap but seldom passes, because its full graph alone loses about as much as the test allows, is
-   told from one that does. The shortlist are those K cascades, at most `MOST`, of which the
-   cheapest that passes costs least on average. K and who is in it depend on the fit split, and on
-   how many images the certify split has.
+   escalation that it certifies, and the full model's where it certifies nothing cheaper: a cascade
+   that is cheap but seldom passes, because its full graph alone loses about as much as the test
+   allows, is told from one that does. The shortlist are those K cascades, at most `MOST`, of which
+   the cheapest that passes costs least on average. K and who is in it depend on the fit split, and
+   on how many images the certify split has, never on what these answer.
 2. On the **certify** split each of the K is tested at δ / K (Bonferroni), so that with probability
    1 - δ all K statements hold at once, and with them that of any one we then choose, whatever the
    choice looks at. Thresholds within a cascade are a fixed sequence and cost nothing more.
@@ -39,6 +39,7 @@ from calibration.scoring import learn_sign
 
 MOST = 4
 PLAYS = 300
+_AT_ONCE = 2**20  # images of all plays that are counted together: 8 MiB an array
 
 Pair = tuple[str, str]
 FloatMatrix = NDArray[np.float64]
@@ -54,7 +55,7 @@ class Candidate:
         signal: key of `routing.SIGNALS`.
         escalation: predicted where it is certified, 0..1; infinite where it never is.
         ms_per_image: predicted, without the router; what the full model costs counts for the plays
-            in which nothing is certified.
+            in which nothing cheaper is certified.
         chance: of being certified.
         plays: what it costs in each play, of K cascades tested, (MOST, PLAYS).
     """
@@ -114,7 +115,7 @@ def predict(
         goal: of one test.
         certify_images: independent ones that the test will have.
         costs_ms: of an image, by graph.
-        full_ms: of an image where nothing is certified.
+        full_ms: of an image where nothing cheaper is certified.
         seed: of the folds and the plays.
         progress: called after each cheap graph.
     """
@@ -132,7 +133,7 @@ def predict(
                 escalation = play(ranked, sample.loss, high_loss, drawn, allowed)
                 certified = np.isfinite(escalation)
                 cost = costs_ms[low] + np.where(certified, escalation, 0) * costs_ms[high]
-                plays = np.where(certified, cost, full_ms)
+                plays = np.where(certified, np.minimum(cost, full_ms), full_ms)
                 mean = float(escalation[0, certified[0]].mean()) if certified[0].any() else np.inf
                 found.append(
                     Candidate(
@@ -146,7 +147,10 @@ def predict(
 
 
 def _draws(groups: NDArray[np.str_], certify_images: int, seed: int) -> NDArray[np.int64]:
-    """How often each image is drawn in each play, (PLAYS, n): first a group, then its image."""
+    """How often each image is drawn in each play, (PLAYS, n): first a group, then its image.
+
+    As the certify split has one image of each group, see `certify.one_per_group`.
+    """
     _, inverse, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     chances = 1 / sizes[inverse]
     rng = np.random.default_rng(seed)
@@ -173,20 +177,24 @@ def play(
         The escalation that is certified, infinite where none is, (K, P).
     """
     order = np.argsort(ranked, kind="stable")
-    counts, values = drawn[:, order], ranked[order]
+    values, lost = ranked[order], loss[order]
+    high_lost = None if high_loss is None else high_loss[order]
     ends = np.append(np.flatnonzero(values[1:] > values[:-1]), len(values) - 1)  # no tie is divided
-    kept = np.cumsum(counts, axis=1)[:, ends]
-    errors = np.cumsum(counts * loss[order], axis=1)[:, ends]
-    if high_loss is not None:
-        lost = counts * high_loss[order]
-        errors = errors + lost.sum(axis=1, keepdims=True) - np.cumsum(lost, axis=1)[:, ends]
-    escalation = 1 - kept / drawn.sum(axis=1, keepdims=True)
     found = np.full((len(allowed), len(drawn)), np.inf)
-    for row, most in enumerate(allowed):
-        failed = errors > most
-        passed = np.where(failed.any(axis=1), failed.argmax(axis=1), failed.shape[1])
-        some = np.flatnonzero(passed)
-        found[row, some] = escalation[some, passed[some] - 1]
+    step = max(1, _AT_ONCE // len(values))
+    for first in range(0, len(drawn), step):
+        counts = drawn[first : first + step, order]
+        kept = np.cumsum(counts, axis=1)
+        errors = np.cumsum(counts * lost, axis=1)[:, ends]
+        if high_lost is not None:
+            highs = np.cumsum(counts * high_lost, axis=1)
+            errors += highs[:, -1:] - highs[:, ends]
+        escalation = 1 - kept[:, ends] / kept[:, -1:]
+        for row, most in enumerate(allowed):
+            failed = errors > most
+            passed = np.where(failed.any(axis=1), failed.argmax(axis=1), len(ends))
+            some = np.flatnonzero(passed)
+            found[row, first + some] = escalation[some, passed[some] - 1]
     return found
 
 

@@ -1,7 +1,5 @@
 """Which image plays which part in a whole plan on tiny graphs: nothing tests what it has taught."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
@@ -85,9 +83,10 @@ def test_what_fit_images_say_of_an_aligned_graph_is_cross_fitted(planned):
         {pair: tested.outputs.rows(rows)},
         planned.parts.groups[rows],
         planned.fidelity,
-        replace(planned.request.goal, choices=4),
+        planned.request.goal,
         planned.parts.certify_images,
         planned.ms,
+        planned.ms["full"],
         planned.request.seed,
     )
     assert tested.candidate == found[0]

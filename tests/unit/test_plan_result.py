@@ -20,7 +20,6 @@ from routing import Calibration, Overrides, escalation_mask
 from tests.unit.plan_content import STATEMENT, cascade, plan_content
 from tests.unit.plan_workplace import (
     CHEAP_MS,
-    MS,
     FakeWorkshop,
     TwoColours,
     make_request,
@@ -31,14 +30,17 @@ pytestmark = pytest.mark.usefixtures("remembered_fits")
 
 IMAGES = 700
 ALIGNED = "px4_int8static_align"  # px=4,int8=static, the first candidate
-GOAL = Goal(0.2, 0.9, "ltt")
+# int8 loses about 4 % of the images: before a full graph in int8 a cascade is cheap, and not sure
+# to pass, so that one before the full model is tested beside it.
+GOAL = Goal(0.06, 0.9, "ltt")
+MS = {"full": 80.0, "int8static": 20.0}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A plan, the workshop that it used, and plan.json's content."""
-    workshop = FakeWorkshop()
-    planned = plan(make_request(tmp_path_factory.mktemp("plan")), workshop)
+    workshop = FakeWorkshop(ms=MS)
+    planned = plan(make_request(tmp_path_factory.mktemp("plan"), goal=GOAL), workshop)
     return planned, workshop, result.to_dict(planned, ["a note"])
 
 
@@ -75,14 +77,15 @@ def test_every_pair_and_signal_is_a_candidate_the_cheapest_first(content):
     pairs = {(c["low"], c["high"]) for c in content["candidates"]}
     assert pairs == {(low, high) for low in (ALIGNED, "px4") for high in ("full", "int8static")}
     costs = [c["ms_per_image"] for c in content["candidates"]]
-    known = [cost for cost in costs if cost is not None]
-    assert known == sorted(known) and costs[: len(known)] == known
+    assert costs == sorted(costs)
     for candidate in content["candidates"]:
-        assert (candidate["escalation"] is None) == (candidate["ms_per_image"] is None)
+        assert (candidate["escalation"] is None) == (candidate["chance"] == 0)
+        assert candidate["chance"] > 0 or candidate["ms_per_image"] == MS["full"]
 
 
 def test_each_tested_cascade_is_certified_with_its_share_of_delta(planned, content):
     assert len(content["tested"]) == len(planned.tested) > 1
+    assert {entry["high"] for entry in content["tested"]} == {"full", "int8static"}
     goal = replace(GOAL, choices=len(planned.tested))
     tested = one_per_group(planned.parts.groups, planned.parts.splits["certify"], 0)
     for entry, found in zip(content["tested"], planned.tested, strict=True):
@@ -139,7 +142,7 @@ def test_the_best_alternative_reaches_the_cascades_agreement_at_the_least_cost(c
 
 
 def test_no_ratio_of_costs_that_stay_disturbed_is_told(tmp_path, content):
-    planned = plan(make_request(tmp_path), FakeWorkshop(busy=1))
+    planned = plan(make_request(tmp_path, goal=GOAL), FakeWorkshop(ms=MS, busy=1))
     found = result.to_dict(planned, [])
     assert found["disturbed"] and "the machine was too busy for a figure" in found["doubts"][0]
     assert "px=6" in found["doubts"][0]
@@ -156,9 +159,9 @@ def test_no_ratio_of_costs_that_stay_disturbed_is_told(tmp_path, content):
 def test_plan_json_is_json_without_paths(content, planned):
     text = json.dumps(content, allow_nan=False)
     assert str(planned.request.cache) not in text
-    assert content["notes"] == ["a note"] and content["goal"]["max_risk"] == 0.2
+    assert content["notes"] == ["a note"] and content["goal"]["max_risk"] == GOAL.max_risk
     assert content["served"] == {"instances": 2, "threads": 1, "batch": 8}
-    assert content["goal"]["certify_images_needed"] == images_needed(GOAL) == 11
+    assert content["goal"]["certify_images_needed"] == images_needed(GOAL) == 38
 
 
 def test_what_is_written_belongs_together(planned):
@@ -187,9 +190,8 @@ def test_what_is_written_belongs_together(planned):
 
 def test_another_risk_needs_no_graph_and_no_answer_again(tmp_path):
     workshop, source = FakeWorkshop(), TwoColours(IMAGES)
-    request = make_request(
-        tmp_path, source=source, reference_images=0, answers=tmp_path / "answers"
-    )
+    alone = {"highs": "fp32", "reference_images": 0}  # so that both plans test the same graphs
+    request = make_request(tmp_path, source=source, answers=tmp_path / "answers", **alone)
     first = plan(request, workshop)
     assert source.read
     source.read.clear()
@@ -316,7 +318,7 @@ def nothing(tested, never=False, **changes):
         (nothing([DEAR, REFUSED]), "dearer", "Cascade A is the cheapest that was certified"),
         (nothing([REFUSED]), "nothing_certified", "(1) could be certified for a risk of at most"),
         (nothing([]), "over_budget", "takes longer than the latency budget of 60.0"),
-        (nothing([], never=True), "never", "no share of escalated images brought any cascade"),
+        (nothing([], never=True), "never", "no cascade would ever be certified"),
     ],
 )
 def test_each_case_has_its_sentence(content, case, words):

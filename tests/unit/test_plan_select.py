@@ -80,7 +80,8 @@ def test_every_cascade_is_predicted_the_cheapest_first(graphs):
         ("small", "half"): with_worse_high(outputs, every=100),
         ("smaller", "full"): make_outputs(graphs, n=400, unsure_below=2.0),
     }
-    found = predicted(pairs)
+    never = 60.0  # more than any of them costs
+    found = predicted(pairs, full_ms=never)
     assert sorted(names(found)) == sorted(
         (*pair, signal) for pair in pairs for signal in CLASS_SIGNALS
     )
@@ -89,9 +90,9 @@ def test_every_cascade_is_predicted_the_cheapest_first(graphs):
     for c in found:
         assert c.plays.shape == (MOST, PLAYS) and c.ms_per_image == c.plays[0].mean()
         sure = cascade_ms(COSTS[c.low], COSTS[c.high], c.escalation)
-        assert c.ms_per_image == pytest.approx(c.chance * sure + (1 - c.chance) * FULL_MS)
+        assert c.ms_per_image == pytest.approx(c.chance * sure + (1 - c.chance) * never)
         assert (np.diff(c.plays.mean(axis=1)) >= 0).all()  # a choice has its price
-    assert names(predicted(pairs)) == names(found)
+    assert names(predicted(pairs, full_ms=never)) == names(found)
 
 
 def test_a_play_certifies_as_certify_does(graphs):
@@ -108,6 +109,22 @@ def test_a_play_certifies_as_certify_does(graphs):
             assert found[0] == pytest.approx((ranked > verdict.threshold).mean())
     (never,) = play(ranked, ~loss, ~loss, np.ones((1, 120), np.int64), [3])
     assert np.isinf(never).all()
+
+
+def test_plays_that_are_counted_in_parts_are_those_counted_at_once(monkeypatch):
+    rng = np.random.default_rng(1)
+    ranked, loss, high_loss = rng.normal(size=50), rng.uniform(size=50) < 0.3, np.arange(50) == 7
+    drawn = rng.multinomial(80, np.full(50, 1 / 50), 11)
+    found = play(ranked, loss, high_loss, drawn, [12, 6])
+    assert np.isfinite(found).any() and len(np.unique(found)) > 5
+    monkeypatch.setattr(select, "_AT_ONCE", 150)  # three plays
+    np.testing.assert_array_equal(play(ranked, loss, high_loss, drawn, [12, 6]), found)
+
+
+def test_what_costs_more_than_the_full_model_would_not_be_served(graphs):
+    found = predicted({("small", "full"): make_outputs(graphs)}, full_ms=6.0)
+    assert max(c.plays.max() for c in found) == 6.0
+    assert any(c.chance == 1 for c in found) and min(c.ms_per_image for c in found) > 5.0
 
 
 def test_groups_are_drawn_and_not_images():
@@ -155,7 +172,7 @@ def test_one_that_is_sure_and_cheapest_is_tested_alone():
 def test_one_that_passes_where_a_cheaper_one_does_not_is_tested_beside_it():
     cheap, sure = candidate("a", ms=10.0, passes=0.5), candidate("b", ms=30.0)
     also_unsure = candidate("c", ms=11.0, passes=0.5)  # in the same plays as the first
-    assert shortlist([cheap, also_unsure, sure], everything) == [cheap, sure]
+    assert shortlist([cheap, also_unsure, sure], everything) == [sure, cheap]  # adds most first
     assert shortlist([cheap, also_unsure, sure], everything, most=1) == [sure]
 
 

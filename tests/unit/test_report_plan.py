@@ -128,12 +128,12 @@ def test_a_test_with_too_few_images_allows_none(tmp_path):
 
 def test_candidates_show_each_pair_s_best_signal_its_outcome_and_all_others_folded(usual):
     shown, folded = usual.sections["The cascades that were considered"].split("All 24 combinations")
-    cheapest = "112 px, int8, aligned (no. 3) 224 px, int8 (no. 6) deferral 3.0 % 9.04 ms"
+    cheapest = "112 px, int8, aligned (no. 3) 224 px, int8 (no. 6) deferral 3.0 % 90.0 % 9.04 ms"
     assert f"{cheapest} certified" in shown
-    assert "224 px, int8 (no. 6) deferral 8.0 % 9.43 ms tested, not certified" in shown
-    assert "deferral 17.0 % 18.2 ms not tested: others are predicted to be cheaper" in shown
+    assert "224 px, int8 (no. 6) deferral 8.0 % 90.0 % 9.43 ms tested, not certified" in shown
+    assert "deferral 17.0 % 90.0 % 18.2 ms not tested: others are predicted to be cheaper" in shown
     assert "margin" not in shown and folded.count("margin") == 6
-    assert folded.count("cls_path – –") == 6
+    assert folded.count("cls_path – 0.0 % 78.6 ms") == 6
 
 
 def test_pairs_over_the_latency_budget_are_named_as_that(tmp_path):
@@ -232,12 +232,12 @@ def test_no_feasible_candidate_no_alternative_and_no_alignment_render(tmp_path):
     graphs = {n: g for n, g in content["graphs"].items() if "beside" not in g["roles"]}
     content["graphs"] = {name: g | {"alignment": None} for name, g in graphs.items()}
     page = write(tmp_path, content)
-    assert "no share of escalated images brought any cascade down" in page.sections["Plan"]
+    assert "no cascade would ever be certified" in page.sections["Plan"]
     assert "The cascades that were tested" not in page.sections
     assert "No alternative was given" in page.sections[FRONTIER]
     assert "No candidate is aligned." in page.sections[ALIGNING]
     considered = page.sections["The cascades that were considered"]
-    assert considered.count("no escalation is enough") == 3
+    assert considered.count("not tested: it would never be certified") == 3
 
 
 def test_a_plan_that_its_own_test_images_contradict_is_loud(usual, tmp_path):
