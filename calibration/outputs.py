@@ -244,14 +244,31 @@ def _cross_fitted(
     places = {sha256: place for place, sha256 in enumerate(alignment.image_hashes.tolist())}
     known = np.flatnonzero([sha256 in places for sha256 in outputs.hashes])
     found = alignment.cross_fitted[[places[outputs.hashes[row]] for row in known]]
-    embedding, logits = outputs.low.embedding.copy(), outputs.low.logits
-    embedding[known] = found
+    head = None if outputs.low.logits is None else LinearHead.read(graph.file)
+    return with_embedding(outputs.low, known, found, head), known
+
+
+def with_embedding(
+    low: RungOutputs,
+    rows: NDArray[np.intp],
+    embedding: NDArray[np.float32],
+    head: LinearHead | None,
+) -> RungOutputs:
+    """Answers of B images, of which some have another embedding, and the logits that follow.
+
+    Args:
+        low: the answers.
+        rows: k of the B images.
+        embedding: of these k, FP32 (k, D).
+        head: embeddings to logits; None: there are none.
+    """
+    embeddings, logits = low.embedding.copy(), low.logits
+    embeddings[rows] = embedding
     if logits is not None:
-        head = LinearHead.read(graph.file)
         assert head is not None  # `export align` refuses another
         logits = logits.copy()
-        logits[known] = head(found)
-    return RungOutputs(embedding, outputs.low.cls_layers, logits), known
+        logits[rows] = head(embedding)
+    return RungOutputs(embeddings, low.cls_layers, logits)
 
 
 def wanted(graphs: GraphSet) -> list[Wanted]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Annotated, Any
 
 import typer
@@ -31,12 +31,27 @@ from . import result
 from .graphs import without_help
 from .plan import Planned, choose_rungs, make_plan
 from .request import PlanError, Request, recipes
+from .simulation import simulated
 from .study import designs, study
 from .workshop import Workshop
 
 SAMPLE_CROPS = 2400
 OUT = Path("build/plan")
 CACHE = Path("build/plan-cache")
+HIGHS = "fp32; int8=static"
+
+Model = Annotated[str, typer.Option(metavar="NAME|PATH|ID", help="As `export rungs --model`.")]
+Images = Annotated[str, typer.Option(help="A folder (recursive), or `sample`.")]
+Confidence = Annotated[float, typer.Option(help="Of the certificate.")]
+Highs = Annotated[
+    str, typer.Option(metavar="RECIPE;...", help="Full graphs; fp32 is the model itself.")
+]
+HeadImages = Annotated[
+    Path | None, typer.Option(help="Fit a linear head on these, one folder per class.")
+]
+Instances = Annotated[int, typer.Option(min=1, help="Of each graph, as served.")]
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads of an instance.")]
+Cache = Annotated[Path, typer.Option(help="Where graphs are kept for the next plan.")]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -58,12 +73,12 @@ def _root() -> None:
 
 @app.command("plan")
 def plan_command(
-    model: Annotated[str, typer.Option(metavar="NAME|PATH|ID", help="As `export rungs --model`.")],
-    images: Annotated[str, typer.Option(help="A folder (recursive), or `sample`.")],
+    model: Model,
+    images: Images,
     max_risk: Annotated[
         float, typer.Option(help="Largest share of images with an answer other than the full's.")
     ],
-    confidence: Annotated[float, typer.Option(help="Of the certificate.")] = 0.9,
+    confidence: Confidence = 0.9,
     candidates: Annotated[
         str | None,
         typer.Option(
@@ -72,16 +87,12 @@ def plan_command(
             "resolutions).",
         ),
     ] = None,
-    highs: Annotated[
-        str, typer.Option(metavar="RECIPE;...", help="Full graphs; fp32 is the model itself.")
-    ] = "fp32; int8=static",
+    highs: Highs = HIGHS,
     beside: Annotated[
         str, typer.Option(metavar="RECIPE;...", help="Graphs to compare with, as px=168; tome=8.")
     ] = "",
     px: Annotated[int | None, typer.Option(help="Full resolution (default: the model's).")] = None,
-    head_images: Annotated[
-        Path | None, typer.Option(help="Fit a linear head on these, one folder per class.")
-    ] = None,
+    head_images: HeadImages = None,
     latency_budget_ms: Annotated[
         float | None,
         typer.Option(help="Most for a lone image that runs through both graphs, without router."),
@@ -96,10 +107,10 @@ def plan_command(
         int | None, typer.Option(min=1, help=f"At most this many images; `sample`: {SAMPLE_CROPS}.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of splits and crops.")] = 0,
-    instances: Annotated[int, typer.Option(min=1, help="Of each graph, as served.")] = 2,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of an instance.")] = 1,
+    instances: Instances = 2,
+    threads: Threads = 1,
     out: Annotated[Path, typer.Option(help="Folder to write.")] = OUT,
-    cache: Annotated[Path, typer.Option(help="Where graphs are kept for the next plan.")] = CACHE,
+    cache: Cache = CACHE,
     answers: given.AnswersFolder = given.ANSWERS,
     reference_images: Annotated[int, typer.Option(min=0, help="As `fit`.")] = REFERENCE_IMAGES,
     require_certificate: Annotated[
@@ -156,23 +167,35 @@ def plan_command(
 
 @app.command("study")
 def study_command(
-    model: Annotated[str, typer.Option(metavar="NAME|PATH|ID", help="As `export rungs --model`.")],
-    images: Annotated[str, typer.Option(help="A folder (recursive), or `sample`.")],
+    model: Model,
+    images: Images,
     max_risk: Annotated[list[float], typer.Option(help="To be certified; may be given again.")],
     candidates: Annotated[
         str, typer.Option(metavar="RECIPE;...", help="Cheap graphs, aligned where a design does.")
     ],
-    highs: Annotated[str, typer.Option(metavar="RECIPE;...")] = "fp32; int8=static",
-    confidence: Annotated[float, typer.Option(help="Of the certificates.")] = 0.9,
-    head_images: Annotated[
-        Path | None, typer.Option(help="Fit a linear head on these, one folder per class.")
-    ] = None,
+    highs: Highs = HIGHS,
+    confidence: Confidence = 0.9,
+    head_images: HeadImages = None,
     fidelity: given.FidelityKind = None,
     tolerance: given.Tolerance = None,
+    relative: given.Relative = False,
+    label_threshold: given.LabelThreshold = None,
     group_by: given.GroupBy = GROUPINGS[0],
+    instances: Instances = 2,
+    threads: Threads = 1,
     divisions: Annotated[int, typer.Option(min=1, help="Random divisions of the images.")] = 12,
+    used: Annotated[
+        int | None, typer.Option(min=1, help="Images in each division (default: all).")
+    ] = None,
+    simulate: Annotated[
+        bool,
+        typer.Option(
+            "--simulate",
+            help="Plan for 100 to 10,000 images drawn from these, with replacement, instead.",
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the first division.")] = 0,
-    cache: Annotated[Path, typer.Option(help="Where graphs are kept.")] = CACHE,
+    cache: Cache = CACHE,
     answers: given.AnswersFolder = given.ANSWERS,
     as_json: given.Json = False,
 ) -> None:
@@ -187,11 +210,11 @@ def study_command(
         px=None,
         head_images=head_images,
         goal=max(goals, key=lambda goal: goal.max_risk),
-        fidelity=lambda task: Fidelity.asked(task, fidelity, tolerance),
+        fidelity=lambda task: Fidelity.asked(task, fidelity, tolerance, relative, label_threshold),
         group_by=group_by,
         latency_budget_ms=None,
-        instances=2,
-        threads=1,
+        instances=instances,
+        threads=threads,
         seed=seed,
         cache=cache,
         answers=answers,
@@ -199,23 +222,34 @@ def study_command(
     )
     bars = Bars(Console(stderr=True))
     prepared = study(request, Workshop(), bars)
-    found: dict[str, dict[str, list[float]]] = {}
-    with bars.stage("divide, plan and certify", divisions * len(designs()) * len(goals)) as bar:
-        for design in designs():
-            found[design.name] = {str(goal.max_risk): [] for goal in goals}
-            for goal in goals:
-                for division in range(seed, seed + divisions):
-                    speedup = prepared.speedup(design, goal, division)
-                    found[design.name][str(goal.max_risk)].append(speedup)
+    seeds = range(seed, seed + divisions)
+    found: dict[str, dict[str, list[float]]]
+    if simulate:
+        found = simulated(prepared, goals, seeds, bars)
+    else:
+        found = {design.name: {str(goal.max_risk): [] for goal in goals} for design in designs()}
+        with bars.stage("divide, plan and certify", divisions * len(found)) as bar:
+            for design in designs():
+                for division in seeds:
+                    speedups = prepared.speedups(design, goals, division, used)
+                    for goal, speedup in zip(goals, speedups, strict=True):
+                        found[design.name][str(goal.max_risk)].append(speedup)
                     bar.advance()
     if as_json:
         typer.echo(json.dumps({"images": len(prepared.groups), "ms": prepared.ms, **found}))
         return
     rows = [
-        (name, *(f"{median(values):.2f}" for values in by_risk.values()))
+        (name, *(f"{median(values):.2f}, {mean(values):.2f}" for values in by_risk.values()))
         for name, by_risk in found.items()
     ]
-    title = f"certified speed-up, median of {divisions} divisions of {len(prepared.groups)} images"
+    count = len(prepared.groups)
+    title = (
+        f"certified speed-up, median and mean of {divisions} divisions of {used or count} images"
+    )
+    if simulate:
+        title = (
+            f"true speed-up, median and mean of {divisions} plans from {count} pictures' answers"
+        )
     console.print(table(title, ("design", *(f"risk {goal.max_risk:g}" for goal in goals)), rows))
 
 

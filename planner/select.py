@@ -24,7 +24,7 @@ fixed sequence stays valid, see `certify`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -67,6 +67,27 @@ class Candidate:
     ms_per_image: float
     chance: float
     plays: FloatMatrix = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Offer:
+    """A cascade and what n images say of it, none scored by what it taught.
+
+    Attributes:
+        low: name of the cheap graph.
+        high: name of the full graph.
+        signal: key of `routing.SIGNALS`.
+        ranked: raw values of the signal, (n,), larger escalating first.
+        loss: the fidelity loss of the cheap answers, BOOL (n,).
+        high_loss: that of the escalated answers, where the full graph is not the reference.
+    """
+
+    low: str
+    high: str
+    signal: str
+    ranked: NDArray[np.float64]
+    loss: NDArray[np.bool_]
+    high_loss: NDArray[np.bool_] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,27 +144,46 @@ def predict(
     allowed = [allowed_errors(certify_images, replace(goal, choices=k)) for k in range(1, MOST + 1)]
     found: list[Candidate] = []
     for low in dict.fromkeys(name for name, _ in pairs):
+        for seen in offers(
+            {pair: pairs[pair] for pair in pairs if pair[0] == low}, groups, fidelity, seed
+        ):
+            escalation = play(seen.ranked, seen.loss, seen.high_loss, drawn, allowed)
+            certified = np.isfinite(escalation)
+            cost = costs_ms[low] + np.where(certified, escalation, 0) * costs_ms[seen.high]
+            plays = np.where(certified, np.minimum(cost, full_ms), full_ms)
+            mean = float(escalation[0, certified[0]].mean()) if certified[0].any() else np.inf
+            found.append(
+                Candidate(
+                    *(low, seen.high, seen.signal, mean, float(plays[0].mean())),
+                    chance=float(certified[0].mean()),
+                    plays=plays,
+                )
+            )
+        progress()
+    return sorted(found, key=lambda candidate: candidate.ms_per_image)
+
+
+def offers(
+    pairs: Mapping[Pair, Outputs], groups: NDArray[np.str_], fidelity: Fidelity, seed: int
+) -> Iterator[Offer]:
+    """Every cascade with its scores out of fold, all of one cheap graph in a row.
+
+    Args:
+        pairs: outputs by (cheap, full) graph, of n images.
+        groups: of the n images.
+        fidelity: when an answer is a loss.
+        seed: of the folds.
+    """
+    for low in dict.fromkeys(name for name, _ in pairs):
         highs = [high for name, high in pairs if name == low]
         outputs = pairs[low, highs[0]]
         sample = FitSample.of(outputs, fidelity, np.arange(len(outputs)), groups)
         for signal, raw in out_of_fold(sample, seed).items():
             ranked = learn_sign(raw, sample.oracle, sample.loss) * raw
             for high in highs:
-                high_loss = fidelity.high_loss(pairs[low, high])
-                escalation = play(ranked, sample.loss, high_loss, drawn, allowed)
-                certified = np.isfinite(escalation)
-                cost = costs_ms[low] + np.where(certified, escalation, 0) * costs_ms[high]
-                plays = np.where(certified, np.minimum(cost, full_ms), full_ms)
-                mean = float(escalation[0, certified[0]].mean()) if certified[0].any() else np.inf
-                found.append(
-                    Candidate(
-                        *(low, high, signal, mean, float(plays[0].mean())),
-                        chance=float(certified[0].mean()),
-                        plays=plays,
-                    )
+                yield Offer(
+                    low, high, signal, ranked, sample.loss, fidelity.high_loss(pairs[low, high])
                 )
-        progress()
-    return sorted(found, key=lambda candidate: candidate.ms_per_image)
 
 
 def _draws(groups: NDArray[np.str_], certify_images: int, seed: int) -> NDArray[np.int64]:

@@ -2,15 +2,14 @@
 
 All graphs answer all images once. Each division then makes a plan of its own, from alignment to
 test, by those answers; an aligned graph's are made here, by the product that it would compute. This
-is what the shares of `calibration.splits` and the number of cascades that `select` tests were
-chosen by.
+and `simulation` are what the shares of `calibration.splits` and the number of cascades that
+`select` tests were chosen by.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,14 +23,13 @@ from calibration.align import fit_alignment
 from calibration.certify import Goal, candidate_thresholds, certify
 from calibration.coefficients import FitSample, fit_coefficients, out_of_fold, signal_values
 from calibration.fidelity import Fidelity
-from calibration.outputs import Outputs
+from calibration.outputs import Outputs, with_embedding
 from calibration.scoring import learn_sign
 from calibration.splits import FIT_SHARE, Rows
 from report.terminal import Bars
-from routing import RungOutputs
 
 from .plan import costs_ms, lay_ground
-from .request import Request
+from .request import PlanError, Request
 from .select import MOST, Candidate, Pair, cascade_ms, predict, shortlist
 from .workshop import Workshop
 
@@ -76,36 +74,64 @@ class Study:
     fidelity: Fidelity
     head: LinearHead | None
 
-    def speedup(self, design: Design, goal: Goal, seed: int) -> float:
-        """The certified speed-up over the full model of one plan; 1 where nothing is certified."""
-        align, fit, certified = self._divide(design, seed)
-        learns = align if len(align) else fit
-        pairs = dict(self.pairs)
+    def speedups(
+        self, design: Design, goals: Sequence[Goal], seed: int, images: int | None = None
+    ) -> list[float]:
+        """The certified speed-ups over the full model of one plan for each goal, of one division.
+
+        Args:
+            design: how the images are divided, and used.
+            goals: what is to be certified.
+            seed: of the division.
+            images: how many of the N are used; None: all.
+
+        Returns:
+            One for each goal; 1 where nothing is certified.
+        """
+        align, fit, certified = self._divide(design, seed, images)
+        pairs = self.pairs
         if design.align is not None:
-            for low in {low for low, _ in pairs}:
-                highs = [high for name, high in pairs if name == low]
-                aligned = design.align(self, pairs[low, highs[0]], learns, seed)
-                pairs |= {(low, high): replace(pairs[low, high], low=aligned.low) for high in highs}
-        n = len(certified)
+            pairs = self.aligned(design.align, align if len(align) else fit, seed)
+        return [self._speedup(pairs, fit, certified, goal, design.most, seed) for goal in goals]
+
+    def aligned(self, align: Aligns, rows: Rows, seed: int) -> dict[Pair, Outputs]:
+        """The outputs with every cheap graph aligned by these rows."""
+        found = dict(self.pairs)
+        for low in {low for low, _ in found}:
+            highs = [high for name, high in found if name == low]
+            answers = align(self, found[low, highs[0]], rows, seed).low
+            found |= {(low, high): replace(found[low, high], low=answers) for high in highs}
+        return found
+
+    def _speedup(
+        self,
+        pairs: Mapping[Pair, Outputs],
+        fit: Rows,
+        certified: Rows,
+        goal: Goal,
+        most: int,
+        seed: int,
+    ) -> float:
+        full_ms = self.ms[self.full]
         candidates = predict(
             {pair: outputs.rows(fit) for pair, outputs in pairs.items()},
             self.groups[fit],
             self.fidelity,
             goal,
-            n,
+            len(certified),
             self.ms,
-            self.ms[self.full],
+            full_ms,
             seed,
         )
-        listed = shortlist(candidates, lambda pair: True, design.most)
+        listed = shortlist(candidates, lambda pair: True, most)
         goal = replace(goal, choices=max(1, len(listed)))
         costs = [self._certified_ms(c, pairs, fit, certified, goal, seed) for c in listed]
-        return self.ms[self.full] / min([self.ms[self.full], *costs])
+        return full_ms / min([full_ms, *costs])
 
-    def _divide(self, design: Design, seed: int) -> list[Rows]:
+    def _divide(self, design: Design, seed: int, images: int | None) -> list[Rows]:
         names, inverse = np.unique(self.groups, return_inverse=True)
         rank = np.random.default_rng(seed).permutation(len(names))[inverse]
-        ends = np.round(np.cumsum((0.0, *design.shares)) * len(names))
+        ends = np.round(np.cumsum((0.0, *design.shares)) * min(images or len(names), len(names)))
         return [
             np.flatnonzero((start <= rank) & (rank < end))
             for start, end in zip(ends[:-1], ends[1:], strict=True)
@@ -140,17 +166,20 @@ def study(request: Request, workshop: Workshop, bars: Bars) -> Study:
     """Let every graph answer every image, and price the graphs.
 
     Raises:
+        PlanError: a model whose head no alignment reaches.
         What `plan.make_plan` raises.
     """
     ground = lay_ground(request, workshop, bars)
     graphs, parts = ground.graphs, ground.parts
+    head = LinearHead.read(graphs.reference.file)
+    if head is None and ground.asked.task is not None:
+        raise PlanError("designs that align cannot be studied: this head reads more than CLS")
     full, highs = graphs.reference.name, ground.names(ground.asked.highs)
     lows = ground.names(ground.asked.lows)
     pairs: dict[Pair, Outputs] = {}
     for low in lows:
         pairs |= parts.outputs(low, highs, graphs, None, bars)
     prices = workshop.price(graphs, list(dict.fromkeys([*lows, *highs, full])), request, bars)
-    head = LinearHead.read(graphs.reference.file)
     return Study(pairs, parts.groups, costs_ms(prices, full), full, ground.fidelity, head)
 
 
@@ -162,7 +191,8 @@ def to_the_mean(study: Study, outputs: Outputs, rows: Rows, seed: int) -> Output
     scaled = StandardScaler().fit_transform(inputs)
     alpha = RidgeCV(alphas).fit(scaled, sample.truth.embedding).alpha_
     ridge = make_pipeline(StandardScaler(), Ridge(alpha)).fit(inputs, sample.truth.embedding)
-    return _answering(study, outputs, ridge.predict(tokens(outputs.low).astype(np.float64)))
+    embedding = ridge.predict(tokens(outputs.low).astype(np.float64)).astype(np.float32)
+    return replace(outputs, low=with_embedding(outputs.low, _all(outputs), embedding, study.head))
 
 
 def to_no_alignment(study: Study, outputs: Outputs, rows: Rows, seed: int) -> Outputs:
@@ -170,15 +200,13 @@ def to_no_alignment(study: Study, outputs: Outputs, rows: Rows, seed: int) -> Ou
     found = fit_alignment(outputs, rows, study.groups, ("", ""), study.fidelity, study.head, seed)
     if not found.helps:
         return outputs
-    embedding = found.alignment.embedding(outputs.low)
-    embedding[rows] = found.alignment.cross_fitted
-    return _answering(study, outputs, embedding)
+    alignment, everywhere = found.alignment, _all(outputs)
+    low = with_embedding(outputs.low, everywhere, alignment.embedding(outputs.low), study.head)
+    return replace(outputs, low=with_embedding(low, rows, alignment.cross_fitted, study.head))
 
 
-def _answering(study: Study, outputs: Outputs, embedding: NDArray[Any]) -> Outputs:
-    found = embedding.astype(np.float32)
-    logits = None if study.head is None else study.head(found)
-    return replace(outputs, low=RungOutputs(found, outputs.low.cls_layers, logits))
+def _all(outputs: Outputs) -> Rows:
+    return np.arange(len(outputs))
 
 
 def designs(shares: Sequence[float] = (0.25, 0.5)) -> list[Design]:
