@@ -242,14 +242,10 @@ def study_command(
         (name, *(f"{median(values):.2f}, {mean(values):.2f}" for values in by_risk.values()))
         for name, by_risk in found.items()
     ]
-    count = len(prepared.groups)
-    title = (
-        f"certified speed-up, median and mean of {divisions} divisions of {used or count} images"
-    )
+    known = len(prepared.groups)
+    title = f"certified speed-up: median, mean of {divisions} divisions of {used or known} images"
     if simulate:
-        title = (
-            f"true speed-up, median and mean of {divisions} plans from {count} pictures' answers"
-        )
+        title = f"true speed-up: median, mean of {divisions} plans of images drawn from {known}"
     console.print(table(title, ("design", *(f"risk {goal.max_risk:g}" for goal in goals)), rows))
 
 
