@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from report.words import recipe_words
+from report.words import recipe_words, setting
 
 from .compare import load_summary, read_json
 from .figures import PerfError, doubts_of
@@ -64,6 +64,8 @@ def _row(summary: Mapping[str, Any]) -> dict[str, str]:
     rungs = ""
     if model:
         rungs = " / ".join(recipe_words(model[rung]) for rung in ("low", "high"))
+        if "reference" in model:
+            rungs += f", beside {recipe_words(model['reference'])}"
         rungs = rungs.replace(" px", "\N{NO-BREAK SPACE}px")  # no number without its unit
 
     def percent(key: str) -> str:
@@ -81,7 +83,16 @@ def _row(summary: Mapping[str, Any]) -> dict[str, str]:
             return speed
         return f"{speed}× (bound {bound}×, efficiency {efficiency})"
 
+    def certified() -> str:
+        certificate = summary.get("certificate") or {}
+        if not certificate.get("certified"):
+            return _NONE
+        return f"{setting(certificate['epsilon'])}, {certificate['n']:,} images"
+
+    images = summary.get("images") or {}
     return {
+        "images": f"{images['source']}, {images['pool']:,}" if images else _NONE,
+        "risk certified": certified(),
         "device": device if summary.get("complete") else f"{device} (cut short)",
         "model, rungs": f"{model['backbone']}, {rungs}" if model else _NONE,
         "escalated": percent("escalation_rate"),

@@ -154,6 +154,7 @@ def sample_summary():
             "certified": True,
             "epsilon": 0.05,
             "confidence": 0.9,
+            "n": 800,
             "method": "ltt",
             "statement": STATEMENT,
         },

@@ -9,7 +9,8 @@ from tests.unit.perf_summary import sample_summary, spread
 
 ROOT = Path(__file__).resolve().parents[2]
 ROW = (
-    "| 2 cores of Made-up CPU 3000 | dinov2-small, 112\N{NO-BREAK SPACE}px / "
+    "| sample crops, seed 21, 200 | 5\N{NO-BREAK SPACE}%, 800 images | "
+    "2 cores of Made-up CPU 3000 | dinov2-small, 112\N{NO-BREAK SPACE}px / "
     "224\N{NO-BREAK SPACE}px | 12.5 % | 95.0 % | 2.34× (bound 2.44×, efficiency 0.96) | "
     "2.23× (bound 2.38×, efficiency 0.94) | 1.03 | 1.05 | "
     "`python -m perf run --images sample --suite quick` |"
@@ -29,7 +30,15 @@ def test_a_summary_becomes_one_row(tmp_path):
     assert row == ROW
     columns = [name.strip() for name in header.strip("|").split("|")]
     assert columns == [
-        *("device", "model, rungs", "escalated", "agreement", "speed-up, one request in flight"),
+        *(
+            "images",
+            "risk certified",
+            "device",
+            "model, rungs",
+            "escalated",
+            "agreement",
+            "speed-up, one request in flight",
+        ),
         *("speed-up, saturated", "router overhead", "memory ratio", "command"),
     ]
     assert rule.count("---") == len(columns) == row.count("|") - 1
@@ -40,7 +49,7 @@ def test_devices_come_in_the_order_of_their_files(tmp_path):
     gpu["environment"]["device"] = "NVIDIA | H100"
     folder = folder_with(tmp_path, b=sample_summary(), a=gpu)
     rows = results_table(folder).splitlines()[2:]
-    assert rows[0].startswith("| NVIDIA \\| H100 |") and rows[1] == ROW
+    assert "| NVIDIA \\| H100 |" in rows[0] and rows[1] == ROW
 
 
 def test_what_was_not_measured_is_a_dash_and_a_cut_off_run_says_so(tmp_path):
@@ -48,22 +57,31 @@ def test_what_was_not_measured_is_a_dash_and_a_cut_off_run_says_so(tmp_path):
     del summary["speedup_saturated"], summary["answers"]
     row = results_table(folder_with(tmp_path, cpu=summary)).splitlines()[2]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[0] == "2 cores of Made-up CPU 3000 (cut short)"
-    assert [cells[i] for i in (2, 3, 5, 7)] == ["–"] * 4
-    assert cells[4] == "2.34× (bound 2.44×, efficiency 0.96)" and cells[6] == "1.03"
+    assert cells[2] == "2 cores of Made-up CPU 3000 (cut short)"
+    assert [cells[i] for i in (4, 5, 7, 9)] == ["–"] * 4
+    assert cells[6] == "2.34× (bound 2.44×, efficiency 0.96)" and cells[8] == "1.03"
+
+
+def test_a_row_says_what_a_cascade_is_measured_beside_and_what_was_certified(tmp_path):
+    summary = sample_summary() | {"images": None, "certificate": {"certified": False}}
+    summary["model"] |= {"high": "px=224,int8=static", "reference": "px=224"}
+    row = results_table(folder_with(tmp_path, cpu=summary)).splitlines()[2]
+    cells = [cell.strip().replace("\N{NO-BREAK SPACE}", " ") for cell in row.strip("|").split("|")]
+    assert cells[:2] == ["–", "–"]
+    assert cells[3] == "dinov2-small, 112 px / 224 px, int8, beside 224 px"
 
 
 def test_speedups_that_cannot_be_true_are_not_shown(tmp_path):
     summary = sample_summary() | {"cascade_efficiency_saturated": spread(1.2, 1.3, 1.4)}
     row = results_table(folder_with(tmp_path, cpu=summary)).splitlines()[2]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[4] == "2.34× (bound 2.44×, efficiency 0.96)"
-    assert (cells[5], cells[6]) == ("not believed", "1.03")
+    assert cells[6] == "2.34× (bound 2.44×, efficiency 0.96)"
+    assert (cells[7], cells[8]) == ("not believed", "1.03")
     summary["doubts"] = {"c1": ["a reason"], "saturated": []}
     (tmp_path / "again").mkdir()
     row = results_table(folder_with(tmp_path / "again", cpu=summary)).splitlines()[2]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[4] == cells[6] == "not believed" and cells[5].startswith("2.23×")
+    assert cells[6] == cells[8] == "not believed" and cells[7].startswith("2.23×")
 
 
 def test_results_of_another_kind_are_passed_over(tmp_path):
