@@ -4,12 +4,13 @@ numpy and the standard library only, Python 3.10+. Calibration imports this pack
 imports the same code relatively, from the copy that `export repository` places beside it, so an
 image gets the same score and the same decision offline and on the server.
 
-Reading order: `outputs` (what a rung returns) -> `signals` (outputs to a raw number) ->
-`scoremap` (raw number to predicted change) -> `calibration` (the artifact that holds both and the
-threshold) -> `policy` (what a request may ask for, and pressure may change) -> `cascade` (the
-control flow). `fidelity` says when a cheap answer is a loss; `audit` holds the certificate against
-live traffic, and two artifacts' decisions on it; `reference` compares a server's answers with the
-calibration's. `manifest` reads and guards the files; `provenance` names the processor.
+Reading order: `outputs` (what a rung returns) -> `signals` (outputs to a raw number) -> `scoremap`
+(raw number to predicted change) -> `calibration` (the artifact that holds both and the threshold)
+-> `policy` (what a request may ask for, and pressure may change) -> `cascade` (the control flow).
+`fidelity` says when a cheap answer is a loss; `audit` holds the certificate against live traffic,
+and two artifacts' decisions on it; `reference` compares a server's answers with the calibration's;
+`journal` is what the router writes of audited images. `manifest` reads and guards the files;
+`provenance` names the processor.
 """
 
 from .audit import RiskTest as RiskTest
@@ -20,6 +21,8 @@ from .calibration import Calibration as Calibration
 from .calibration import CalibrationError as CalibrationError
 from .calibration import RungRecord as RungRecord
 from .calibration import answer_depends_on_batch as answer_depends_on_batch
+from .cascade import Audit as Audit
+from .cascade import Audited as Audited
 from .cascade import CascadeAnswer as CascadeAnswer
 from .cascade import CascadeRequest as CascadeRequest
 from .cascade import Decision as Decision

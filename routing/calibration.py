@@ -30,6 +30,13 @@ RUNGS = ("vit_low", "vit_high")
 REFERENCE_MODEL = "vit_reference"
 FULL_RUNG = "full rung"  # what losses are about where a certificate names nothing else
 WEIGHTS = "weights.bin"  # beside the graphs that share what is in it
+LIVE = "live"  # the method of a certificate from live traffic
+# What makes a score and a loss what they are: in `Calibration`, and in its `chosen_by`.
+_SCORING = (
+    *("rungs", "preprocessing_sha256", "imaging_sha256", "signal", "coefficients", "score_map"),
+    "task",
+)
+_LOSS = ("fidelity", "tolerance", "relative", "label_threshold")
 READABLE_LENGTH = 32  # longer arrays are stored as base64 of their little-endian bytes
 
 
@@ -243,6 +250,18 @@ class Calibration:
         # Artifacts of earlier releases name the other model in words only.
         named = (self.certificate or {}).get("reference", FULL_RUNG)
         return self.reference is None and named == FULL_RUNG
+
+    @property
+    def is_live(self) -> bool:
+        """Whether live traffic certifies its threshold, see `journal` and `calibration live`."""
+        return self.chosen_by.get("method") == LIVE
+
+    @property
+    def scoring_sha256(self) -> str:
+        """SHA-256 of what makes an image's score and loss what they are, whatever the threshold."""
+        content = {name: self.to_dict()[name] for name in _SCORING}
+        content["loss"] = {name: self.chosen_by.get(name) for name in _LOSS}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def check_rungs(self, files: Mapping[str, Path]) -> None:
         """Compare ONNX files, by the names of their models, with their hashes at calibration.

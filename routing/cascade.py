@@ -102,6 +102,8 @@ class CascadeAnswer:
         score: FP32 (b,), oracle units; NaN where the cheap rung was not asked.
         degraded: BOOL (b,), escalation was wanted but the low answer is returned.
         relieved: BOOL (b,), those of the degraded that pressure kept low.
+        wanted: BOOL (b,), those that the threshold or the request escalates.
+        audited: BOOL (b,), drawn for the audit and answered by both rungs.
     """
 
     embedding: FloatArray
@@ -110,6 +112,37 @@ class CascadeAnswer:
     score: FloatArray
     degraded: NDArray[np.bool_]
     relieved: NDArray[np.bool_]
+    wanted: NDArray[np.bool_]
+    audited: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Audited:
+    """What both rungs said of the n images of one request that were drawn for the audit.
+
+    Attributes:
+        score: FP32 (n,), oracle units.
+        low: the cheap rung's answers.
+        high: the full rung's.
+    """
+
+    score: FloatArray
+    low: RungOutputs
+    high: RungOutputs
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Images to be answered by both rungs, whatever the threshold says of them.
+
+    Attributes:
+        draw: which of n images are drawn, BOOL (n,); asked before anything is known of them.
+        seen: told what both rungs said of those of one request, unless one of them failed or the
+            client hung up: calls fail for all images of a batch alike.
+    """
+
+    draw: Callable[[int], NDArray[np.bool_]]
+    seen: Callable[[Audited], None]
 
 
 @dataclass(frozen=True)
@@ -135,17 +168,24 @@ class _Case:
     request: CascadeRequest
     error: Failure | None = None
     low: RungOutputs | None = None
-    high: RungOutputs | None = None  # only the wanted rows, in order
+    high: RungOutputs | None = None  # only the rows that are asked about, in order
     score: FloatArray = field(init=False)
     wanted: NDArray[np.bool_] = field(init=False)
     relieved: NDArray[np.bool_] = field(init=False)
+    drawn: NDArray[np.bool_] = field(init=False)
 
     def __post_init__(self) -> None:
         rows = len(self.request.image)
         self.score = np.full(rows, np.nan, dtype=np.float32)
         self.wanted = np.ones(rows, dtype=np.bool_)
         self.relieved = np.zeros(rows, dtype=np.bool_)
+        self.drawn = np.zeros(rows, dtype=np.bool_)
         self.error = _not_finite(self.request.image)
+
+    @property
+    def asked(self) -> NDArray[np.bool_]:
+        """Which images the full rung is asked about, BOOL (b,)."""
+        return self.wanted | self.drawn
 
 
 def run_cascade(
@@ -158,6 +198,7 @@ def run_cascade(
     relief: Relief | None = None,
     waiting: int = 0,
     decided: Callable[[Decision], None] = lambda _: None,
+    audit: Audit | None = None,
 ) -> list[CascadeAnswer | Failure]:
     """Answer several requests with at most one call of each rung.
 
@@ -174,18 +215,26 @@ def run_cascade(
         waiting: images of these requests that had to wait for the router.
         decided: told of every request that the cheap rung was asked about, before the full rung is
             asked: how long that takes must not tell whoever listens which images escalate.
+        audit: draws among the images of requests without parameters, probes left out; those drawn
+            get the full rung's answer, or the cheap one where it fails and they need no other.
 
     Returns:
         For each request its answer or its own error; a bad request never fails its neighbours.
     """
     cases = [_Case(request) for request in requests]
     sound = [case for case in cases if case.error is None]
-    scored = [c for c in sound if not always_high(calibration.threshold, c.request.overrides)]
+    for case in sound:
+        if audit and case.request.overrides == Overrides() and not case.request.is_probe:
+            case.drawn = audit.draw(len(case.wanted))
+    needs_low = [not always_high(calibration.threshold, c.request.overrides) for c in sound]
+    scored = [c for c, needs in zip(sound, needs_low, strict=True) if needs or c.drawn.any()]
     _ask_low(scored, calibration, low, relief, waiting)
     for case in scored:
         if case.low is not None:
             decided(Decision(case.request, case.low, case.wanted | case.relieved))
-    _ask_high([case for case in sound if case.error is None and case.wanted.any()], high)
+    _ask_high([case for case in sound if case.error is None and case.asked.any()], high)
+    if audit:
+        _tell(scored, audit)
     return [_answer(case, degrade_on_high_failure) for case in cases]
 
 
@@ -198,7 +247,9 @@ def _ask_low(
         outputs = low(_concatenate([case.request.image for case in cases]))
     except RungError as error:
         for case in cases:
-            case.error = error
+            case.drawn = np.zeros_like(case.drawn)
+            if not always_high(calibration.threshold, case.request.overrides):
+                case.error = error
         return
     scores = calibration.score(outputs)  # (rows of all cases,)
     start = 0
@@ -227,19 +278,28 @@ def _ask_high(wanting: list[_Case], high: Rung) -> None:
     if not cases:
         return
     images = [
-        case.request.image if case.wanted.all() else case.request.image[case.wanted]
-        for case in cases
+        case.request.image if case.asked.all() else case.request.image[case.asked] for case in cases
     ]
     try:
         outputs = high(_concatenate(images))
     except RungError as error:
         for case in cases:
-            case.error = error
+            case.drawn = np.zeros_like(case.drawn)
+            case.error = error if case.wanted.any() else None
         return
     start = 0
     for case, image in zip(cases, images, strict=True):
         case.high = outputs.rows(slice(start, start + len(image)))
         start += len(image)
+
+
+def _tell(cases: list[_Case], audit: Audit) -> None:
+    for case in cases:
+        if case.error is None and case.drawn.any():
+            assert case.low is not None and case.high is not None
+            low = case.low.rows(np.flatnonzero(case.drawn))
+            high = case.high.rows(np.flatnonzero(case.drawn[case.asked]))
+            audit.seen(Audited(case.score[case.drawn], low, high))
 
 
 def _answer(case: _Case, degrade: bool) -> CascadeAnswer | Failure:
@@ -253,26 +313,28 @@ def _answer(case: _Case, degrade: bool) -> CascadeAnswer | Failure:
     elif case.high is None:
         chosen = case.low
     else:
-        chosen = _merge(case.low, case.high, case.wanted)
+        chosen = _merge(case.low, case.high, case.asked)
     assert chosen is not None  # a sound case was answered by at least one rung
     if not np.isfinite(chosen.embedding).all():
         return RequestError("the model answers with NaN or Inf: is `image` normalised?")
     return CascadeAnswer(
         chosen.embedding,
         chosen.logits,
-        escalated=case.wanted & ~failed,
+        escalated=case.asked & ~failed,
         score=case.score,
-        degraded=failed | case.relieved,
-        relieved=case.relieved,
+        degraded=(failed | case.relieved) & ~case.drawn,
+        relieved=case.relieved & ~case.drawn,
+        wanted=case.wanted | case.relieved,
+        audited=case.drawn,
     )
 
 
-def _merge(low: RungOutputs, high: RungOutputs, wanted: NDArray[np.bool_]) -> RungOutputs:
+def _merge(low: RungOutputs, high: RungOutputs, asked: NDArray[np.bool_]) -> RungOutputs:
     embedding = low.embedding.copy()
-    embedding[wanted] = high.embedding
+    embedding[asked] = high.embedding
     logits = None if low.logits is None else low.logits.copy()
     if logits is not None:
-        logits[wanted] = high.logits
+        logits[asked] = high.logits
     return RungOutputs(embedding, None, logits)
 
 

@@ -170,4 +170,6 @@ def _ask(
         score,
         degraded,
         relieved=np.zeros_like(degraded),
+        wanted=escalated | degraded,
+        audited=np.zeros_like(degraded),
     )

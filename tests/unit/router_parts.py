@@ -27,6 +27,7 @@ DEFAULTS = {
     "shadow_version": "0",
     "shadow_fraction": "0",
     "reference_check": "warn",
+    "live_folder": "",
 }
 
 

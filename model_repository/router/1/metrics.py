@@ -30,7 +30,16 @@ _COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "outcome",
         ("ok", "invalid", "cancelled", "expired", "unavailable", "failed"),
     ),
-    "images_total": ("Images answered, by path.", "path", ("low", "high", "degraded")),
+    "images_total": (
+        "Images answered, by path; audited: the threshold keeps it low, and it was drawn.",
+        "path",
+        ("low", "high", "degraded", "audited"),
+    ),
+    "answered_twice_images_total": (
+        "Images that both rungs answered, by reason: the score, or the audit alone.",
+        "reason",
+        ("score", "audit"),
+    ),
     "degraded_images_total": (
         "Images that were to escalate and got the cheap answer.",
         "cause",
@@ -103,6 +112,10 @@ class Metrics:
         """Add values to a histogram."""
         with self._lock:
             self._values[_key(name, labels)].extend(values)
+
+    def set(self, name: str, value: float) -> None:
+        """Set a gauge."""
+        self._metrics[_key(name, {})].set(value)
 
     def set_reference_outcome(self, found: str) -> None:
         """Say how the answers compare with the reference answers; one of `OUTCOMES`."""
@@ -181,6 +194,9 @@ class Metrics:
         if calibration.threshold is not None:
             text = "Calibrated threshold, in oracle units."
             self._add("threshold", text, gauge, {}).set(calibration.threshold)
+        if calibration.is_live:
+            text = "Share of images that both rungs answer, to certify from live traffic."
+            self._add("audit_share", text, gauge, {})
         if "escalation_rate" in calibration.metrics:
             text = "Share of images that escalated when the threshold was calibrated."
             rate = calibration.metrics["escalation_rate"]

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from .evidence import Evidence
 from .hold import Hold
 from .live_audit import LiveAudit
 from .metrics import Metrics
@@ -63,7 +64,6 @@ class TritonPythonModel:
         self.calibration = _load_artifact(_version_dir())
         repository = _version_dir().parent.parent
         manifest.verify(repository)
-        self.allowance = Allowance(self.settings.careful_only, self.calibration.threshold)
         head = ["logits"] if self.calibration.classes is not None else []
         self.low = partial(call_rung, "vit_low", output_names=["embedding", "cls_layers", *head])
         budget_s = self.settings.high_timeout_s
@@ -85,6 +85,8 @@ class TritonPythonModel:
             str(version), self.calibration, artifact, candidate, self.settings.queue_limit
         )
         _tell_of_higher(repository, version)
+        folder = self.settings.live_folder or repository.with_name(f"{repository.name}.live")
+        self.evidence = Evidence(self.calibration, artifact, version, Path(folder), self.metrics)
         self.audit = LiveAudit(
             self.settings,
             self.calibration,
@@ -114,6 +116,7 @@ class TritonPythonModel:
         self.hold.stop()
         self.reference_check.stop()
         self.audit.stop()
+        self.evidence.stop()
         self.metrics.stop()
 
     def execute(self, requests):
@@ -129,6 +132,7 @@ class TritonPythonModel:
             return [_response(refused) for _ in requests]
         started = time.perf_counter()
         asked, tensors = [], {}
+        allowance = Allowance(self.settings.careful_only, self.evidence.calibration.threshold)
         for request in requests:
             tensor = pb_utils.get_input_tensor_by_name(request, "image")
             image = tensor.as_numpy()
@@ -138,7 +142,7 @@ class TritonPythonModel:
             tensors[id(image)] = tensor  # `image` lives in `asked`, so its id stays its own
             try:
                 parameters = json.loads(request.parameters() or "{}")
-                overrides = parse_overrides(parameters, self.allowance)
+                overrides = parse_overrides(parameters, allowance)
                 gone, is_probe = partial(_gone, request, started), request.request_id() == PROBE_ID
                 asked.append(CascadeRequest(image, overrides, gone, is_probe))
             except ValueError as error:
@@ -173,13 +177,14 @@ class TritonPythonModel:
 
         return run_cascade(
             requests,
-            self.calibration,
+            self.evidence.calibration,
             low=low,
             high=high,
             degrade_on_high_failure=self.settings.degrade_on_high_failure,
             relief=self.settings.relief,
             waiting=waiting,
             decided=self.audit.look,
+            audit=self.evidence.audit,
         )
 
     def _take_note(self, asked, results, duration_s):
@@ -193,9 +198,17 @@ class TritonPythonModel:
             if request.is_probe:
                 continue
             relieved = int(result.relieved.sum())
+            audited = int((result.escalated & ~result.wanted).sum())
+            # Where there is no threshold the cheap rung is asked for the audit's sake alone.
+            by_score = result.escalated & result.wanted & np.isfinite(result.score)
+            by_score &= self.evidence.calibration.threshold is not None
             images = self.metrics.count
             images("images_total", len(result.score) - escalated - degraded, path="low")
-            images("images_total", escalated, path="high")
+            images("images_total", escalated - audited, path="high")
+            images("images_total", audited, path="audited")
+            images("answered_twice_images_total", int(by_score.sum()), reason="score")
+            alone = int((result.audited & ~by_score).sum())
+            images("answered_twice_images_total", alone, reason="audit")
             images("images_total", degraded, path="degraded")
             images("degraded_images_total", relieved, cause="pressure")
             images("degraded_images_total", degraded - relieved, cause="high_failed")

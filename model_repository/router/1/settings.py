@@ -27,6 +27,7 @@ class RouterSettings:
         queue_limit: requests that may wait for the router.
         reference_check: `off`, `warn` or `refuse`: what becomes of other answers than the
             calibration's.
+        live_folder: where evidence from live traffic is written; empty: beside the repository.
     """
 
     degrade_on_high_failure: bool
@@ -39,6 +40,7 @@ class RouterSettings:
     instances: int
     queue_limit: int
     reference_check: str
+    live_folder: str
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> RouterSettings:
@@ -72,6 +74,7 @@ class RouterSettings:
             ),
             queue_limit=config["dynamic_batching"]["default_queue_policy"]["max_queue_size"],
             reference_check=_one_of(given, "reference_check", ("off", "warn", "refuse")),
+            live_folder=_text(given, "live_folder"),
         )
 
 
