@@ -217,6 +217,16 @@ def refuses_other_answers(repository: Path) -> bool:
     return False
 
 
+def live_folder(repository: Path) -> Path:
+    """Where a router that live traffic certifies writes its evidence.
+
+    Raises:
+        VersionError: a config is missing, or it is not as it was assembled.
+    """
+    given = _router_parameter(repository, "live_folder")
+    return Path(given) if given else repository.resolve().with_name(f"{repository.name}.live")
+
+
 def drop(repository: Path, version: int) -> None:
     """Remove a version that does not answer.
 

@@ -1,8 +1,9 @@
-"""`python -m calibration sample | collect | align | fit | evaluate | report`."""
+"""`python -m calibration sample | collect | align | fit | live | evaluate | report`."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -245,6 +246,61 @@ def align_command(
 def plan_command() -> None:
     """Moved to a package of its own; this line goes with the next release."""
     raise FitError("plan moved: python -m planner plan, with the same options")
+
+
+@app.command("live")
+def live_command(
+    url: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Its gRPC port.")
+    ] = "localhost:8001",
+    repository: Annotated[
+        Path, typer.Option(help="The repository it serves, of export repository --live.")
+    ] = Path("build/model_repository"),
+    once: Annotated[
+        bool, typer.Option("--once", help="Read, test and roll out once, as for cron.")
+    ] = False,
+    every_s: Annotated[
+        float, typer.Option("--every-s", min=0.5, help="Seconds between two looks.")
+    ] = 10.0,
+    score: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Test the score of this artifact of `fit` from now on, in place of the signal.",
+        ),
+    ] = None,
+    admin_key_file: Annotated[
+        Path | None, typer.Option(help="Key of a server that was started with one.")
+    ] = None,
+    tls_ca: given.TlsCa = None,
+    tls_cert: given.TlsCert = None,
+    tls_key: given.TlsKey = None,
+    timeout_s: Annotated[
+        float, typer.Option("--timeout-s", min=1, help="Seconds that a version may load.")
+    ] = 120.0,
+) -> None:
+    """Certify from live traffic: test what the routers wrote, roll out what is certified.
+
+    The server must run with --allow-reload. Goes on until Ctrl-C; exit 1 after --once where the
+    server did not load what is certified.
+    """
+    from server.access import Access
+
+    from .live import keeping
+
+    access = Access.of_files(url, admin_key_file, tls_ca, tls_cert, tls_key)
+    with keeping(repository, access, say, timeout_s) as keeper:
+        if score is not None:
+            keeper.take_score(Calibration.load(score))
+        said = ""
+        while True:
+            keeper.step()
+            if (line := keeper.summary()) != said:
+                print(line, flush=True)
+            said = line
+            if once:
+                raise typer.Exit(1 if keeper.trouble else 0)
+            time.sleep(every_s)
 
 
 @app.command("evaluate")

@@ -12,11 +12,13 @@ from rich.console import Console
 
 from bundle.alignment import AlignmentError
 from bundle.graphs import GraphsError, GraphSet
+from bundle.versions import VersionError
 from client import InvalidRequestError, Tls
 from imaging import PreprocessingError
 from report.terminal import Bars
-from routing import CalibrationError
+from routing import CalibrationError, ManifestError
 from routing.fidelity import KINDS
+from server.errors import ServerUsageError
 
 from .certify import CertifyError
 from .chunks import MissingAnswersError
@@ -24,6 +26,7 @@ from .evaluate import EvaluateError
 from .fidelity import FidelityError
 from .fit import FitError
 from .images import ImagesError, ImageSource, open_images
+from .live_state import LiveError
 from .outputs import OutputsError
 from .served import ServedError, ServedRungs
 from .splits import GROUPINGS, SplitError
@@ -38,8 +41,8 @@ ERRORS = (
         FitError,
         GraphsError,
     ),
-    *(ImagesError, MissingAnswersError, OutputsError, PreprocessingError),
-    *(ServedError, SplitError),
+    *(ImagesError, LiveError, MissingAnswersError, OutputsError, PreprocessingError),
+    *(ManifestError, ServedError, ServerUsageError, SplitError, VersionError),
 )
 BARS = Bars(Console(stderr=True))
 FOLDER = Path("build/calibration")

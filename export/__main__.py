@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,16 +11,19 @@ import typer
 from rich.console import Console
 
 from bundle.alignment import Alignment, AlignmentError
+from bundle.fidelity import FidelityError, FidelityLoss
 from bundle.graphs import GraphsError, GraphSet
 from bundle.recipe import Recipe, RecipeError
 from bundle.versions import VersionError, Versions, switch
 from bundle.versions import drop as drop_version
 from export.errors import ExportError, UsageError
+from export.live import AUDIT_FLOOR, live_artifact
 from export.repository import MAX_BATCH_SIZE, RepositoryError, RepositorySettings, assemble
 from export.request import DEFAULT_ATOL, DEFAULT_OPSET, DEFAULT_RTOL, GraphsRequest
 from export.versions import add_version
 from report.terminal import Bars, run, table
 from routing import WEIGHTS, Calibration, CalibrationError, ManifestError
+from routing.fidelity import KINDS
 from routing.provenance import runtime_words
 from routing.reference import reference_words
 
@@ -28,6 +32,7 @@ ERRORS = (
     AlignmentError,
     CalibrationError,
     ExportError,
+    FidelityError,
     GraphsError,
     ManifestError,
     RecipeError,
@@ -175,6 +180,40 @@ def repository(
             "requests."
         ),
     ] = "warn",
+    live: Annotated[
+        bool,
+        typer.Option(
+            "--live",
+            help="Without --calibration: start with the full rung for every image, and let live "
+            "traffic certify a threshold (python -m calibration live).",
+        ),
+    ] = False,
+    max_risk: Annotated[
+        float | None,
+        typer.Option(help="With --live: largest share of images kept low with a loss, e.g. 0.05."),
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="With --live: of all it ever certifies.")] = 0.9,
+    fidelity: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(KINDS), help="With --live: when a cheap answer is a loss, as in fit."
+        ),
+    ] = None,
+    tolerance: Annotated[float | None, typer.Option(help="Of --fidelity cosine or value.")] = None,
+    relative: Annotated[bool, typer.Option("--relative", help="Of --fidelity value.")] = False,
+    label_threshold: Annotated[float | None, typer.Option(help="Of --fidelity labels.")] = None,
+    audit_floor: Annotated[
+        float,
+        typer.Option(
+            help="With --live: share of the images that both rungs go on answering in the end."
+        ),
+    ] = AUDIT_FLOOR,
+    live_folder: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --live: where evidence is written (default: beside --out, as NAME.live)."
+        ),
+    ] = None,
     add: Annotated[
         bool,
         typer.Option(
@@ -204,7 +243,26 @@ def repository(
         degrade_threshold=degrade_threshold,
         audit_fraction=audit_fraction,
         reference_check=reference_check,
+        live_folder="" if live_folder is None else str(live_folder.resolve()),
     )
+    if live and (add or shadow is not None):
+        raise UsageError("--live assembles a repository; --add-version and --shadow change one")
+    if live:
+        if max_risk is None:
+            raise UsageError("--live needs --max-risk, such as 0.05")
+        graphs = GraphSet.load(onnx)
+        loss = FidelityLoss.asked(graphs.task, fidelity, tolerance, relative, label_threshold)
+        first = live_artifact(graphs, loss, max_risk, confidence, audit_floor)
+        with tempfile.TemporaryDirectory() as folder:
+            first.save(Path(folder) / "calibration.json")
+            assemble(graphs, Path(folder) / "calibration.json", out, settings)
+        typer.echo(
+            f"wrote {out}; serve it with python -m server --repository {out} --allow-reload, and "
+            f"certify with python -m calibration live --repository {out}"
+        )
+        return
+    if max_risk is not None:
+        raise UsageError("--max-risk goes with --live; an artifact has been given its own")
     if add:
         if settings != RepositorySettings():
             raise UsageError("--add-version changes the artifact only; assemble for other settings")

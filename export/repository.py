@@ -70,6 +70,8 @@ class RepositorySettings:
             calibrated one.
         audit_fraction: share of the images that the full rung checks, 0..1.
         reference_check: what becomes of reference answers that the server does not give.
+        live_folder: where a router that live traffic certifies writes its evidence; empty: in a
+            folder beside the repository, of its name and `.live`.
     """
 
     intra_op_threads: int = 1
@@ -82,6 +84,7 @@ class RepositorySettings:
     degrade_threshold: float | None = None
     audit_fraction: float = 0.0
     reference_check: Literal["off", "warn", "refuse"] = "warn"
+    live_folder: str = ""
 
     def check(self, calibration: Calibration) -> None:
         """Refuse what makes no sense with an artifact.
@@ -91,6 +94,16 @@ class RepositorySettings:
         """
         if self.reference_check == "refuse" and calibration.reference_answers is None:
             raise UsageError(f"--reference-check refuse: {NONE_STORED}; fit again")
+        if calibration.is_live:
+            if self.client_parameters != "careful":
+                raise UsageError(
+                    "--client-parameters any would let clients choose what is evidence; live "
+                    "certificates need careful"
+                )
+            if self.audit_fraction:
+                raise UsageError("--audit-fraction: a live repository audits by itself")
+        elif self.live_folder:
+            raise UsageError("--live-folder goes with --live")
         raised, threshold = self.degrade_threshold, calibration.threshold
         if (self.degrade_queue_depth > 0) != (raised is not None):
             raise UsageError("--degrade-queue-depth and --degrade-threshold go together")
@@ -125,6 +138,7 @@ class RepositorySettings:
                 "degrade_threshold": "" if raised is None else repr(raised),
                 "audit_fraction": f"{self.audit_fraction:g}",
                 "reference_check": self.reference_check,
+                "live_folder": self.live_folder,
             }.items():
                 config.set_parameter(message, key, value)
 

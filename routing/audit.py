@@ -65,10 +65,11 @@ class RiskTest:
 
         `ltt` bounds the risk by epsilon. `crc` bounds its average over calibrations, of which many
         exceed epsilon: with k errors allowed among n certify images the risk is stochastically at
-        most Beta(k + 1, n - k), so its quantile at 1 - alpha/2 is tested, at alpha/2.
+        most Beta(k + 1, n - k), so its quantile at 1 - alpha/2 is tested, at alpha/2. `live`
+        bounds the risk by epsilon too, and says what of alpha each of its thresholds may use.
         """
         if certificate.get("method") != "crc":
-            return cls(certificate["epsilon"])
+            return cls(certificate["epsilon"], certificate.get("alarm", cls.alpha))
         half = cls.alpha / 2
         return cls(_beta_quantile(certificate["allowed"], certificate["n"], half), half)
 

@@ -22,7 +22,8 @@ ARROWS = {
     "imaging": set(),
     "bundle": {"routing"},
     "export": {"bundle", "imaging", "report", "routing"},
-    "calibration": {"bundle", "client", "imaging", "report", "routing"},
+    # export and server for `live`, which adds a version and rolls it out.
+    "calibration": {"bundle", "client", "export", "imaging", "report", "routing", "server"},
     "server": {"bundle", "client", "routing"},
     "client": set(),
     "report": set(),

@@ -85,7 +85,8 @@ class TritonPythonModel:
             str(version), self.calibration, artifact, candidate, self.settings.queue_limit
         )
         _tell_of_higher(repository, version)
-        folder = self.settings.live_folder or repository.with_name(f"{repository.name}.live")
+        beside = repository.resolve().with_name(f"{repository.name}.live")
+        folder = self.settings.live_folder or beside
         self.evidence = Evidence(self.calibration, artifact, version, Path(folder), self.metrics)
         self.audit = LiveAudit(
             self.settings,

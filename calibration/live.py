@@ -1,0 +1,428 @@
+"""Certify from live traffic: read what the routers write, test, and roll out what is certified.
+
+    router ─► NAME.live/*.journal ─► state.json ─► router/<N+1> ─► server rollout
+                                         └─► live.html
+
+One process keeps a repository. It may be stopped at any point, by kill -9 too, and goes on where it
+was: what it has read and what it made of it are one file (`live_state`), and a version that was
+being rolled out is rolled out again. It answers nobody, so nobody waits for it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bundle import manifest
+from bundle.fidelity import FidelityLoss
+from bundle.versions import VersionError, Versions, drop, live_folder, present
+from export.repository import RepositoryError
+from export.versions import add_version
+from report.live_page import write_live
+from routing import Calibration, ManifestError, threshold_text
+from routing.calibration import FULL_RUNG, LIVE
+from routing.journal import retreat_file
+from server.access import Access
+from server.errors import ServerError, ServerUsageError
+from server.rollout import rollout
+
+from .anytime import images_needed, log_wealth
+from .journals import Part, parts
+from .live_state import NAME, STRETCH, LiveError, State
+from .outputs import Made
+
+PAGE, LOCK = "live.html", "lock"
+GAIN = 0.01  # of escalation: for less no server loads a version
+KEPT = 2  # versions of the router: the one that answers and the one before it
+_TROUBLES = (RepositoryError, ManifestError, VersionError, ServerError, ServerUsageError, OSError)
+
+
+class LiveKeeper:
+    """Keeps one repository; make it with `keeping`.
+
+    Attributes:
+        state: all that is known.
+        trouble: why the last rollout did not succeed; empty: it did.
+    """
+
+    def __init__(
+        self,
+        repository: Path,
+        access: Access,
+        say: Callable[[str], None],
+        timeout_s: float = 120.0,
+        clock_s: Callable[[], float] = time.time,
+    ) -> None:
+        self._repository, self._access, self._timeout_s = repository, access, timeout_s
+        self._say, self._clock_s = say, clock_s
+        self.folder = live_folder(repository)
+        self.trouble = ""
+        artifact = self._live()[1]
+        if not artifact.is_live:
+            raise LiveError(
+                f"{repository} has a calibration of its own; assemble one with python -m export "
+                "repository --live"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        is_new = not (self.folder / NAME).exists()
+        self.state = State.load(self.folder / NAME, artifact)
+        if is_new:
+            self._note("start", "every image goes to the full rung")
+
+    def step(self) -> None:
+        """Read what is new, test, roll out what follows from it, and draw the page.
+
+        Raises:
+            LiveError: the evidence is of other graphs than the repository's.
+            OSError: a journal cannot be read, or the state cannot be written.
+        """
+        self._finish()
+        version, artifact = self._live()
+        if artifact.scoring_sha256 != self.state.scoring and not self.state.pending:
+            raise LiveError(
+                f"{self.folder} holds evidence about other graphs or another score than "
+                f"{self._repository}; remove that folder, or assemble with another --live-folder"
+            )
+        before = self.state.audited
+        read = list(parts(self.folder, self.state.places))
+        for part in read:
+            self._count(part)
+        self.state.places = {part.file.name: part.place for part in read}
+        self._heed(artifact, version)
+        if self.state.audited > before or not self.state.points:
+            self.state.point(self._clock_s())
+        self._save()
+        for part in read:
+            if part.is_over:  # it is read to its end, and that is written down
+                part.file.unlink(missing_ok=True)
+        self._change(version, artifact)
+        self._save()
+        write_live(self.folder / PAGE, self.page())
+
+    def take_score(self, other: Calibration) -> None:
+        """Test the score of another artifact: a test of its own, of what comes from now on.
+
+        Until it certifies a threshold every image escalates.
+
+        Args:
+            other: made with the same graphs, by `calibration fit`; its images are no evidence.
+
+        Raises:
+            LiveError: it was made with other graphs, or has no scores to take thresholds from.
+        """
+        artifact, state = self._live()[1], self.state
+        if Made.of(other).difference(Made.of(artifact)) is not None:
+            raise LiveError("--score: that artifact was made with other graphs than are served")
+        if not len(other.reference_scores):
+            raise LiveError("--score: that artifact has no reference scores; fit again")
+        artifact = replace(
+            artifact,
+            threshold=None,
+            certificate={**(artifact.certificate or {}), "certified": False},
+            signal=other.signal,
+            coefficients=other.coefficients,
+            score_map=other.score_map,
+        )
+        if artifact.scoring_sha256 == state.scoring:
+            return  # it is tested already
+        state.retreat()
+        state.scoring = artifact.scoring_sha256
+        state.test_quantiles(other.reference_scores)
+        self._roll_out(self._artifact(artifact, None, 1.0), f"{other.signal} is tested")
+
+    def page(self) -> dict[str, Any]:
+        """What the page shows, as `report.live_page` describes it."""
+        state, (version, artifact) = self.state, self._live()
+        test, certificate = state.test(), artifact.certificate or {}
+        evidence = []
+        if test is not None and test.images:
+            wealth = log_wealth(test.images, test.lost, test.epsilon) / np.log(10)
+            rows = zip(test.thresholds, test.escalation(), test.lost, wealth, strict=True)
+            evidence = [
+                {
+                    "threshold": float(threshold),
+                    "escalation": float(escalation),
+                    "lost": int(lost),
+                    "n": test.images,
+                    "log10_wealth": float(log10_wealth),
+                    "certified": row < test.certified,
+                }
+                for row, (threshold, escalation, lost, log10_wealth) in enumerate(rows)
+            ]
+        loss = FidelityLoss.of(artifact)
+        return {
+            "backbone": artifact.backbone,
+            "repository": str(self._repository),
+            "certified": bool(certificate.get("certified")),
+            "statement": self._missing()
+            if artifact.threshold is None
+            else certificate["statement"],
+            "goal": {
+                "epsilon": state.epsilon,
+                "confidence": state.confidence,
+                "answer": f"an answer that {loss.words(FULL_RUNG)}",
+            },
+            "served": {
+                "version": version,
+                "threshold": artifact.threshold,
+                "audit_share": state.served.audit_share,
+            },
+            "now": {"audited": state.audited, **state.figures()},
+            "points": state.points,
+            "evidence": evidence,
+            "needed": float(-np.log10(state.delta)),
+            "tests": {"number": state.number, "share": state.delta / (1 - state.confidence)},
+            "events": state.events,
+            "ignored": {"other": state.other, "damaged": state.damaged},
+            "served_figures": None,
+        }
+
+    def summary(self) -> str:
+        """Where things stand, in one line."""
+        state, figures = self.state, self.state.figures()
+        if state.served.threshold is None:
+            return f"{state.audited:,} images audited: {self._missing()}"
+        return (
+            f"{state.audited:,} images audited: {figures['escalation']:.1%} escalate at threshold "
+            f"{threshold_text(state.served.threshold)}, {figures['lost']} of {state.images:,} are "
+            f"lost; {state.served.audit_share:.1%} are audited from now on"
+        )
+
+    def _missing(self) -> str:
+        state, test = self.state, self.state.test()
+        least = images_needed(state.epsilon, state.delta)
+        if test is None:
+            left = STRETCH - len(state.stretch)
+            return (
+                f"every image escalates; {left} more are to teach the score's range, then at least "
+                f"{least} to certify"
+            )
+        left = max(least - test.images, 0)
+        more = f"at least {left} more are needed" if left else "too many are lost so far"
+        return f"every image escalates; nothing is certified in this test, {more}"
+
+    def _live(self) -> tuple[int, Calibration]:
+        """The version that answers by what the repository says, and its artifact."""
+        version = Versions.load(self._repository).live
+        file = self._repository / f"router/{version}/calibration.json"
+        return version, Calibration.load(file)
+
+    def _count(self, part: Part) -> None:
+        state = self.state
+        state.damaged += part.damaged
+        if part.header is None:
+            return
+        if part.header.scoring != state.scoring:
+            state.other += len(part.records)
+            return
+        contradicted = state.observe(part.records)
+        if contradicted is not None:
+            self._tell_retreat("{} of {} audited images were lost".format(*contradicted))
+
+    def _heed(self, artifact: Calibration, version: int) -> None:
+        """Take over what a router has decided by itself."""
+        file = self._repository / f"router/{version}/calibration.json"
+        marked = retreat_file(self.folder, manifest.sha256_file(file)).exists()
+        if marked and artifact.threshold is not None and self.state.served.threshold is not None:
+            self.state.retreat()
+            self._tell_retreat("a router found so")
+
+    def _tell_retreat(self, reason: str) -> None:
+        self._note(
+            "retreat",
+            f"traffic contradicts the certificate ({reason}): every image goes to the full rung, "
+            f"and test {self.state.number} begins",
+        )
+
+    def _change(self, version: int, artifact: Calibration) -> None:
+        """Roll out what follows from the state, if it differs enough from what answers."""
+        state, floor = self.state, artifact.chosen_by["audit_floor"]
+        if state.pending and artifact.threshold == state.served.threshold:
+            return  # the next step tries that one again
+        if state.thresholds is None and len(state.stretch) >= STRETCH:
+            score_map = state.teach()
+            artifact = replace(artifact, score_map=score_map)
+            state.scoring = artifact.scoring_sha256
+            self._roll_out(self._artifact(artifact, None, 1.0), "the score's range is known")
+            return
+        threshold, share = state.wanted(floor)
+        if artifact.threshold != state.served.threshold:
+            now = state.served
+            self._roll_out(self._artifact(artifact, now.threshold, now.audit_share), "as decided")
+        elif self._is_worth_it(threshold, share, floor):
+            self._roll_out(self._artifact(artifact, threshold, share), "certified")
+
+    def _is_worth_it(self, threshold: float | None, share: float, floor: float) -> bool:
+        served, test = self.state.served, self.state.test()
+        if threshold is None or test is None:
+            return False
+        if served.threshold is None:
+            return True
+        kept = test.counts(threshold)[0] - test.counts(served.threshold)[0]
+        is_bolder = threshold > served.threshold and kept >= GAIN * test.images
+        return is_bolder or share <= served.audit_share / 2 or floor == share < served.audit_share
+
+    def _artifact(
+        self, artifact: Calibration, threshold: float | None, audit_share: float
+    ) -> Calibration:
+        state = self.state
+        test = state.test()
+        _, lost = (0, 0) if test is None else test.counts(threshold)
+        ordinal = state.served.ordinal + (threshold != state.served.threshold)
+        loss = FidelityLoss.of(artifact)
+        certified = threshold is not None
+        escalation = 1.0
+        if certified and test is not None:
+            escalation = 1 - test.counts(threshold)[0] / test.images
+        return replace(
+            artifact,
+            threshold=threshold,
+            chosen_by={**artifact.chosen_by, "audit_share": audit_share},
+            certificate={
+                "certified": certified,
+                "method": LIVE,
+                "epsilon": state.epsilon,
+                "confidence": state.confidence,
+                **loss.to_dict(),
+                "signal": artifact.signal,
+                "n": state.images,
+                "errors": lost,
+                "reference": FULL_RUNG,
+                "test": state.number,
+                "share_of_delta": state.delta / (1 - state.confidence),
+                "alarm": replace(state.served, ordinal=ordinal).alarm,
+                "window": [_day(at) for at in state.window],
+                "statement": self._statement(loss, lost) if certified else self._missing(),
+            },
+            metrics={
+                "split": LIVE,
+                "images": state.images,
+                "escalation_rate": escalation,
+                "risk": lost / max(state.images, 1),
+            }
+            if certified
+            else {},
+            data={**artifact.data, "images": state.images, "audited": state.audited},
+            reference_scores=np.sort(np.array(state.scores if certified else [], np.float32)),
+        )
+
+    def _statement(self, loss: FidelityLoss, lost: int) -> str:
+        state = self.state
+        first, last = (_day(at) for at in state.window)
+        return (
+            f"With confidence {100 * state.confidence:g} %, at whatever moment one looks, at most "
+            f"{100 * state.epsilon:g} % of images like those audited, requested without parameters "
+            f"and not marked degraded, get an answer that {loss.words(FULL_RUNG)}. Of "
+            f"{state.images:,} images of live traffic that both rungs answered between {first} and "
+            f"{last}, {lost} did."
+        )
+
+    def _roll_out(self, artifact: Calibration, why: str) -> None:
+        """Add a version and let it answer; where that fails it is tried again at the next step."""
+        try:
+            self._clear()
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / "calibration.json"
+                artifact.save(file)
+                self.state.pending = add_version(self._repository, file)
+        except _TROUBLES as error:
+            self._tell_trouble(error)
+            return
+        self._save()
+        self._finish(why)
+
+    def _finish(self, why: str = "as it was being done") -> None:
+        """Let the version answer that is pending, if one is."""
+        state = self.state
+        if not state.pending:
+            return
+        try:
+            if state.pending in present(self._repository):
+                rollout(self._repository, self._access, state.pending, self._timeout_s)
+        except _TROUBLES as error:
+            self._tell_trouble(error)
+            return
+        self.trouble = ""
+        version, artifact = self._live()
+        state.pending = 0
+        share = artifact.chosen_by["audit_share"]
+        state.serve(artifact.threshold, share)
+        at = "every image escalates"
+        if artifact.threshold is not None:
+            at = f"threshold {threshold_text(artifact.threshold)}"
+        self._note("rollout", f"router/{version} answers, {why}: {at}, {share:.1%} audited")
+        self._save()
+        with suppress(*_TROUBLES):  # the next rollout tries again
+            self._clear()
+
+    def _clear(self) -> None:
+        """Remove what an interrupted addition left, and versions that are no longer needed."""
+        there = present(self._repository)
+        for place in (self._repository / "router").iterdir():
+            if place.name.isdigit() and int(place.name) not in there:
+                shutil.rmtree(place)
+        versions = Versions.load(self._repository)
+        former = [number for number in there if number < versions.live][-(KEPT - 1) :]
+        for number in set(there) - {versions.live, *former, *versions.named}:
+            drop(self._repository, number)
+        live = manifest.sha256_file(self._repository / f"router/{versions.live}/calibration.json")
+        for file in self.folder.glob(f"{retreat_file(self.folder, '').name}*"):
+            if file != retreat_file(self.folder, live):
+                file.unlink(missing_ok=True)
+
+    def _tell_trouble(self, error: Exception) -> None:
+        if str(error) != self.trouble:  # it may be every step's
+            self._note("failed", f"not rolled out: {error}")
+        self.trouble = str(error)
+
+    def _note(self, kind: str, words: str) -> None:
+        self.state.event(kind, words, self._clock_s())
+        self._say(words)
+
+    def _save(self) -> None:
+        self.state.save(self.folder / NAME)
+
+
+@contextmanager
+def keeping(
+    repository: Path, access: Access, say: Callable[[str], None], timeout_s: float = 120.0
+) -> Iterator[LiveKeeper]:
+    """The only keeper of a repository, until the context ends.
+
+    Args:
+        repository: assembled with `export repository --live`.
+        access: how to reach the server, which must have been started with `--allow-reload`.
+        say: told what happens, a line at a time.
+        timeout_s: seconds that a version may take to load.
+
+    Raises:
+        LiveError: the repository has a calibration of its own, another process keeps it, or the
+            evidence is of another promise.
+        VersionError: it is no assembled repository.
+        OSError: the folder of the evidence cannot be written.
+    """
+    folder = live_folder(repository)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise LiveError(f"another process certifies from {folder}; let it") from None
+        yield LiveKeeper(repository, access, say, timeout_s)
+
+
+def _day(at: float) -> str:
+    """A time for people, in UTC."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(at))
+    except (ValueError, OverflowError, OSError):  # a clock that jumped far
+        return "an unknown time"
