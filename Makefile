@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo perf original test test-unit test-triton test-faults soak test-slow lint format clean
+.PHONY: help install demo perf live original test test-unit test-triton test-faults soak test-slow lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -33,6 +33,9 @@ perf: $(INSTALLED)  ## what the cascade costs beside its alternatives, in four m
 	  --calibration $(DEMO)/calibration.json --repository $(DEMO)/model_repository
 
 ORIGINAL := build/original
+live: $(INSTALLED)  ## serve without a calibration: a stream of pictures certifies a threshold, then changes
+	$(PY) -m demo live$(if $(RISK), --risk $(RISK))
+
 original: $(INSTALLED)  ## the tables of the research script this began with, measured here
 	$(PY) -m export rungs --model static-vit --out $(ORIGINAL)/onnx
 	$(PY) -m calibration collect --images sample --seed 31 --limit 1000 \

@@ -224,7 +224,8 @@ def live_folder(repository: Path) -> Path:
         VersionError: a config is missing, or it is not as it was assembled.
     """
     given = _router_parameter(repository, "live_folder")
-    return Path(given) if given else repository.resolve().with_name(f"{repository.name}.live")
+    whole = repository.resolve()
+    return Path(given) if given else whole.with_name(f"{whole.name}.live")
 
 
 def drop(repository: Path, version: int) -> None:

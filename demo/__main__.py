@@ -90,6 +90,27 @@ def pictures_command(
         print(f"{out / name}: {count:,} images")
 
 
+@app.command("live")
+def live_command(
+    risk: Annotated[
+        float, typer.Option(help="Largest share of answers that may differ from the full rung's.")
+    ] = MAX_RISK,
+) -> None:
+    """Serve without a calibration, and let a stream of pictures certify a threshold.
+
+    Then the stream changes, and the router goes back to the full rung. Writes build/live/.
+    """
+    from .live import PAGE as LIVE_PAGE
+    from .live import print_live, run_live
+
+    if not 0 < risk < 1:
+        raise DemoError(f"--risk {risk:g} is no share between 0 and 1, such as 0.02")
+    started = time.monotonic()
+    os.chdir(ROOT)
+    print_live(run_live(risk))
+    print(f"took {time.monotonic() - started:.0f} s; open {LIVE_PAGE}")
+
+
 def main() -> None:
     """Run the command line; a foreseeable error is one line and exit code 2."""
     # ValueError: graphs, a calibration or measurements that cannot be.

@@ -49,8 +49,8 @@ class StepError(DemoError):
         self.step = step
 
 
-def prepare(steps: Sequence[Step]) -> None:
-    """Run the steps; one already done is not done again.
+def prepare(steps: Sequence[Step], out: Path = OUT) -> None:
+    """Run the steps, which make what lies below `out`; one already done is not done again.
 
     Each finished step leaves a stamp: a hash over its command, the steps before it and the code.
     From the first step whose stamp is missing or differs, everything is made anew.
@@ -58,7 +58,7 @@ def prepare(steps: Sequence[Step]) -> None:
     Raises:
         StepError: a command failed.
     """
-    stamps = OUT / "stamps"
+    stamps = out / "stamps"
     stamps.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(code_hash().encode())
     fresh = True
@@ -66,7 +66,7 @@ def prepare(steps: Sequence[Step]) -> None:
         digest.update(step.command.encode())
         if step.code:
             digest.update(code_hash(step.code).encode())
-        stamp = stamps / "-".join(step.makes.relative_to(OUT).parts)
+        stamp = stamps / "-".join(step.makes.relative_to(out).parts)
         fresh = fresh and stamp.is_file() and stamp.read_text() == digest.hexdigest()
         begin(number, steps, step.title)
         console.print(f"$ python -m {step.command}", style="dim", markup=False, highlight=False)

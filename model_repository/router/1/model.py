@@ -85,8 +85,8 @@ class TritonPythonModel:
             str(version), self.calibration, artifact, candidate, self.settings.queue_limit
         )
         _tell_of_higher(repository, version)
-        beside = repository.resolve().with_name(f"{repository.name}.live")
-        folder = self.settings.live_folder or beside
+        whole = repository.resolve()
+        folder = self.settings.live_folder or whole.with_name(f"{whole.name}.live")
         self.evidence = Evidence(self.calibration, artifact, version, Path(folder), self.metrics)
         self.audit = LiveAudit(
             self.settings,
