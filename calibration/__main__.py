@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -38,6 +37,8 @@ from .fit import (
     without_learned,
 )
 from .images import ImagesError, open_images, write_sample
+from .live_artifact import measured
+from .live_command import live_command
 from .outputs import Made, Outputs, OutputsError, collect, usable, wanted
 from .page_data import analysis_data, fit_data
 from .record import Fit
@@ -51,6 +52,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.command("live")(live_command)
 say = given.BARS.say
 
 
@@ -248,61 +250,6 @@ def plan_command() -> None:
     raise FitError("plan moved: python -m planner plan, with the same options")
 
 
-@app.command("live")
-def live_command(
-    url: Annotated[
-        str, typer.Option(metavar="HOST:PORT", help="Its gRPC port.")
-    ] = "localhost:8001",
-    repository: Annotated[
-        Path, typer.Option(help="The repository it serves, of export repository --live.")
-    ] = Path("build/model_repository"),
-    once: Annotated[
-        bool, typer.Option("--once", help="Read, test and roll out once, as for cron.")
-    ] = False,
-    every_s: Annotated[
-        float, typer.Option("--every-s", min=0.5, help="Seconds between two looks.")
-    ] = 10.0,
-    score: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Test the score of this artifact of `fit` from now on, in place of the signal.",
-        ),
-    ] = None,
-    admin_key_file: Annotated[
-        Path | None, typer.Option(help="Key of a server that was started with one.")
-    ] = None,
-    tls_ca: given.TlsCa = None,
-    tls_cert: given.TlsCert = None,
-    tls_key: given.TlsKey = None,
-    timeout_s: Annotated[
-        float, typer.Option("--timeout-s", min=1, help="Seconds that a version may load.")
-    ] = 120.0,
-) -> None:
-    """Certify from live traffic: test what the routers wrote, roll out what is certified.
-
-    The server must run with --allow-reload. Goes on until Ctrl-C; exit 1 after --once where the
-    server did not load what is certified.
-    """
-    from server.access import Access
-
-    from .live import keeping
-
-    access = Access.of_files(url, admin_key_file, tls_ca, tls_cert, tls_key)
-    with keeping(repository, access, say, timeout_s) as keeper:
-        if score is not None:
-            keeper.take_score(Calibration.load(score))
-        said = ""
-        while True:
-            keeper.step()
-            if (line := keeper.summary()) != said:
-                print(line, flush=True)
-            said = line
-            if once:
-                raise typer.Exit(1 if keeper.trouble else 0)
-            time.sleep(every_s)
-
-
 @app.command("evaluate")
 def evaluate_command(
     images: given.Images,
@@ -363,7 +310,10 @@ def report_command(
     options = (tolerance, label_threshold) != (None, None) or relative
     if is_fitted and options and fidelity is None:
         raise FidelityError("--tolerance, --relative and --label-threshold go with --fidelity")
-    fitted = Fit.load(calibration, stored) if is_fitted else None
+    fitted = None
+    if is_fitted:
+        is_live = Calibration.load(calibration).is_live
+        fitted = (measured if is_live else Fit.load)(calibration, stored)
     if fitted is None or fidelity is not None:
         loss = Fidelity.asked(stored.task, fidelity, tolerance, relative, label_threshold)
     else:

@@ -20,23 +20,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from bundle import manifest
-from bundle.fidelity import FidelityLoss
 from bundle.versions import VersionError, Versions, drop, live_folder, present
 from export.repository import RepositoryError
 from export.versions import add_version
 from report.live_page import write_live
 from routing import Calibration, ManifestError, threshold_text
-from routing.calibration import FULL_RUNG, LIVE
 from routing.journal import retreat_file
 from server.access import Access
 from server.errors import ServerError, ServerUsageError
 from server.rollout import rollout
 
-from .anytime import images_needed, log_wealth
 from .journals import Part, parts
+from .live_artifact import artifact_of, missing, page_data
 from .live_state import NAME, STRETCH, LiveError, State
 from .outputs import Made
 
@@ -137,78 +133,22 @@ class LiveKeeper:
         state.retreat()
         state.scoring = artifact.scoring_sha256
         state.test_quantiles(other.reference_scores)
-        self._roll_out(self._artifact(artifact, None, 1.0), f"{other.signal} is tested")
+        self._roll_out(artifact_of(state, artifact, None, 1.0), f"{other.signal} is tested")
 
     def page(self) -> dict[str, Any]:
         """What the page shows, as `report.live_page` describes it."""
-        state, (version, artifact) = self.state, self._live()
-        test, certificate = state.test(), artifact.certificate or {}
-        evidence = []
-        if test is not None and test.images:
-            wealth = log_wealth(test.images, test.lost, test.epsilon) / np.log(10)
-            rows = zip(test.thresholds, test.escalation(), test.lost, wealth, strict=True)
-            evidence = [
-                {
-                    "threshold": float(threshold),
-                    "escalation": float(escalation),
-                    "lost": int(lost),
-                    "n": test.images,
-                    "log10_wealth": float(log10_wealth),
-                    "certified": row < test.certified,
-                }
-                for row, (threshold, escalation, lost, log10_wealth) in enumerate(rows)
-            ]
-        loss = FidelityLoss.of(artifact)
-        return {
-            "backbone": artifact.backbone,
-            "repository": str(self._repository),
-            "certified": bool(certificate.get("certified")),
-            "statement": self._missing()
-            if artifact.threshold is None
-            else certificate["statement"],
-            "goal": {
-                "epsilon": state.epsilon,
-                "confidence": state.confidence,
-                "answer": f"an answer that {loss.words(FULL_RUNG)}",
-            },
-            "served": {
-                "version": version,
-                "threshold": artifact.threshold,
-                "audit_share": state.served.audit_share,
-            },
-            "now": {"audited": state.audited, **state.figures()},
-            "points": state.points,
-            "evidence": evidence,
-            "needed": float(-np.log10(state.delta)),
-            "tests": {"number": state.number, "share": state.delta / (1 - state.confidence)},
-            "events": state.events,
-            "ignored": {"other": state.other, "damaged": state.damaged},
-            "served_figures": None,
-        }
+        return {"repository": str(self._repository), **page_data(self.state, *self._live())}
 
     def summary(self) -> str:
         """Where things stand, in one line."""
         state, figures = self.state, self.state.figures()
         if state.served.threshold is None:
-            return f"{state.audited:,} images audited: {self._missing()}"
+            return f"{state.audited:,} images audited: {missing(state)}"
         return (
             f"{state.audited:,} images audited: {figures['escalation']:.1%} escalate at threshold "
             f"{threshold_text(state.served.threshold)}, {figures['lost']} of {state.images:,} are "
             f"lost; {state.served.audit_share:.1%} are audited from now on"
         )
-
-    def _missing(self) -> str:
-        state, test = self.state, self.state.test()
-        least = images_needed(state.epsilon, state.delta)
-        if test is None:
-            left = STRETCH - len(state.stretch)
-            return (
-                f"every image escalates; {left} more are to teach the score's range, then at least "
-                f"{least} to certify"
-            )
-        left = max(least - test.images, 0)
-        more = f"at least {left} more are needed" if left else "too many are lost so far"
-        return f"every image escalates; nothing is certified in this test, {more}"
 
     def _live(self) -> tuple[int, Calibration]:
         """The version that answers by what the repository says, and its artifact."""
@@ -252,14 +192,16 @@ class LiveKeeper:
             score_map = state.teach()
             artifact = replace(artifact, score_map=score_map)
             state.scoring = artifact.scoring_sha256
-            self._roll_out(self._artifact(artifact, None, 1.0), "the score's range is known")
+            self._roll_out(artifact_of(state, artifact, None, 1.0), "the score's range is known")
             return
         threshold, share = state.wanted(floor)
         if artifact.threshold != state.served.threshold:
             now = state.served
-            self._roll_out(self._artifact(artifact, now.threshold, now.audit_share), "as decided")
+            self._roll_out(
+                artifact_of(state, artifact, now.threshold, now.audit_share), "as decided"
+            )
         elif self._is_worth_it(threshold, share, floor):
-            self._roll_out(self._artifact(artifact, threshold, share), "certified")
+            self._roll_out(artifact_of(state, artifact, threshold, share), "certified")
 
     def _is_worth_it(self, threshold: float | None, share: float, floor: float) -> bool:
         served, test = self.state.served, self.state.test()
@@ -270,61 +212,6 @@ class LiveKeeper:
         kept = test.counts(threshold)[0] - test.counts(served.threshold)[0]
         is_bolder = threshold > served.threshold and kept >= GAIN * test.images
         return is_bolder or share <= served.audit_share / 2 or floor == share < served.audit_share
-
-    def _artifact(
-        self, artifact: Calibration, threshold: float | None, audit_share: float
-    ) -> Calibration:
-        state = self.state
-        test = state.test()
-        _, lost = (0, 0) if test is None else test.counts(threshold)
-        ordinal = state.served.ordinal + (threshold != state.served.threshold)
-        loss = FidelityLoss.of(artifact)
-        certified = threshold is not None
-        escalation = 1.0
-        if certified and test is not None:
-            escalation = 1 - test.counts(threshold)[0] / test.images
-        return replace(
-            artifact,
-            threshold=threshold,
-            chosen_by={**artifact.chosen_by, "audit_share": audit_share},
-            certificate={
-                "certified": certified,
-                "method": LIVE,
-                "epsilon": state.epsilon,
-                "confidence": state.confidence,
-                **loss.to_dict(),
-                "signal": artifact.signal,
-                "n": state.images,
-                "errors": lost,
-                "reference": FULL_RUNG,
-                "test": state.number,
-                "share_of_delta": state.delta / (1 - state.confidence),
-                "alarm": replace(state.served, ordinal=ordinal).alarm,
-                "window": [_day(at) for at in state.window],
-                "statement": self._statement(loss, lost) if certified else self._missing(),
-            },
-            metrics={
-                "split": LIVE,
-                "images": state.images,
-                "escalation_rate": escalation,
-                "risk": lost / max(state.images, 1),
-            }
-            if certified
-            else {},
-            data={**artifact.data, "images": state.images, "audited": state.audited},
-            reference_scores=np.sort(np.array(state.scores if certified else [], np.float32)),
-        )
-
-    def _statement(self, loss: FidelityLoss, lost: int) -> str:
-        state = self.state
-        first, last = (_day(at) for at in state.window)
-        return (
-            f"With confidence {100 * state.confidence:g} %, at whatever moment one looks, at most "
-            f"{100 * state.epsilon:g} % of images like those audited, requested without parameters "
-            f"and not marked degraded, get an answer that {loss.words(FULL_RUNG)}. Of "
-            f"{state.images:,} images of live traffic that both rungs answered between {first} and "
-            f"{last}, {lost} did."
-        )
 
     def _roll_out(self, artifact: Calibration, why: str) -> None:
         """Add a version and let it answer; where that fails it is tried again at the next step."""
@@ -418,11 +305,3 @@ def keeping(
         except OSError:
             raise LiveError(f"another process certifies from {folder}; let it") from None
         yield LiveKeeper(repository, access, say, timeout_s)
-
-
-def _day(at: float) -> str:
-    """A time for people, in UTC."""
-    try:
-        return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(at))
-    except (ValueError, OverflowError, OSError):  # a clock that jumped far
-        return "an unknown time"
