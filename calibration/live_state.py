@@ -49,6 +49,7 @@ class Served:
         ordinal: which one it is of its test, from 1 on; 0: none.
         images: audited since.
         lost: of them, kept low by this threshold with a loss.
+        moments: as in `RiskTest`.
     """
 
     threshold: float | None = None
@@ -56,6 +57,7 @@ class Served:
     ordinal: int = 0
     images: int = 0
     lost: int = 0
+    moments: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def alarm(self) -> float:
@@ -207,6 +209,7 @@ class State:
             self._keep(test)
         if alarm is not None:
             self.served.images, self.served.lost = alarm.images, alarm.losses
+            self.served.moments = alarm.moments
         return found
 
     def _keep(self, test: AnytimeTest) -> None:
@@ -219,8 +222,10 @@ class State:
         """The test of "the risk is at most epsilon" for what answers, as far as it has come."""
         if self.served.threshold is None:
             return None
-        alarm = RiskTest(self.epsilon, self.served.alarm)
-        alarm.images, alarm.losses = self.served.images, self.served.lost
+        served, alarm = self.served, RiskTest(self.epsilon, self.served.alarm)
+        if served.moments:
+            alarm.images, alarm.losses = served.images, served.lost
+            alarm.moments = [(images, losses) for images, losses in served.moments]
         return alarm
 
     def retreat(self) -> None:

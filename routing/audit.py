@@ -8,7 +8,8 @@ image is an independent draw of the risk, the share of *all* images that have a 
 The test may be read after every image: it is a mixture likelihood ratio against "risk at most
 epsilon", a non-negative supermartingale under that hypothesis, so that by Ville's inequality it
 ever reaches 1/alpha with probability at most alpha (Robbins 1970; Ramdas et al. 2023,
-"Game-theoretic statistics and safe anytime-valid inference").
+"Game-theoretic statistics and safe anytime-valid inference"). It is mixed over the moment at which
+the images change, too: else a long time of sound ones would hide that they are no longer.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ SHADOW_OUTCOMES = ("both_low", "both_high", "only_live_high", "only_candidate_hi
 # Risks above epsilon that the mixture looks for: a grid, because a sum of likelihood ratios needs
 # no special functions. Denser towards epsilon, where the ones are that would really occur.
 _ALTERNATIVES = 64
+_BLOCK = 16  # images between two moments at which a change is looked for
+_RECENT = 8  # blocks that keep each of their moments; twice as many back every other is kept, ...
 
 
 @dataclass
@@ -41,23 +44,19 @@ class RiskTest:
         alpha: probability of an alarm, ever, while the risk is at most epsilon.
         images: looked at so far.
         losses: among them.
+        moments: at which the images may have changed: the images and the losses up to then. Not
+            all are kept: what is left out of a sum only makes it smaller.
     """
 
     epsilon: float
     alpha: float = 0.01
     images: int = 0
     losses: int = 0
-    _log_ratios: list[tuple[float, float]] = field(init=False, repr=False)
+    moments: list[tuple[int, int]] = field(default_factory=lambda: [(0, 0)])
 
     def __post_init__(self) -> None:
         if not 0 < self.epsilon < 1:
             raise ValueError(f"epsilon {self.epsilon} is not between 0 and 1")
-        self._log_ratios = []
-        for step in range(1, _ALTERNATIVES + 1):
-            risk = self.epsilon + (1 - self.epsilon) * (step / (_ALTERNATIVES + 1)) ** 2
-            loss = math.log(risk / self.epsilon)
-            sound = math.log((1 - risk) / (1 - self.epsilon))
-            self._log_ratios.append((loss, sound))
 
     @classmethod
     def of(cls, certificate: Mapping[str, Any]) -> RiskTest:
@@ -77,15 +76,28 @@ class RiskTest:
         """Count one image: whether it has a loss."""
         self.images += 1
         self.losses += lost
+        if self.images % _BLOCK == 0:
+            self.moments = [*filter(self._is_kept, self.moments), (self.images, self.losses)]
+
+    def _is_kept(self, moment: tuple[int, int]) -> bool:
+        age = (self.images - moment[0]) // _BLOCK
+        return moment[0] // _BLOCK % (1 << (age // _RECENT).bit_length()) == 0
 
     @property
     def log_evidence(self) -> float:
         """Natural logarithm of the evidence against "risk at most epsilon"; 0 at the start."""
-        sound = self.images - self.losses
-        terms = [self.losses * a + sound * b for a, b in self._log_ratios]
-        largest = max(terms)
-        total = math.fsum(math.exp(term - largest) for term in terms)
-        return largest + math.log(total / len(terms))
+        steps = np.arange(1, _ALTERNATIVES + 1) / (_ALTERNATIVES + 1)
+        risks = self.epsilon + (1 - self.epsilon) * steps**2
+        before = np.array(self.moments, np.float64).T[:, :, np.newaxis]
+        images, losses = self.images - before[0], self.losses - before[1]
+        ratios = losses * np.log(risks / self.epsilon)
+        ratios += (images - losses) * np.log((1 - risks) / (1 - self.epsilon))
+        # A half for no change, and the other for one at moment 1, 2, ...: all weights make 1.
+        moments = before[0] // _BLOCK
+        weights = np.where(moments == 0, 1.0, 1 / np.maximum(moments * (moments + 1), 1)) / 2
+        later = 0.5 / (self.images // _BLOCK + 1)  # of moments to come, whose evidence is 1
+        terms = np.append(ratios + np.log(weights / _ALTERNATIVES), math.log(later))
+        return float(np.logaddexp.reduce(terms))
 
     @property
     def is_contradicted(self) -> bool:
