@@ -37,7 +37,7 @@ from .live_state import NAME, STRETCH, LiveError, State
 from .outputs import Made
 
 PAGE, LOCK = "live.html", "lock"
-GAIN = 0.01  # of escalation: for less no server loads a version
+GAIN = 0.02  # of escalation: for less no server loads a version
 KEPT = 2  # versions of the router: the one that answers and the one before it
 _TROUBLES = (RepositoryError, ManifestError, VersionError, ServerError, ServerUsageError, OSError)
 

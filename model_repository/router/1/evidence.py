@@ -12,6 +12,7 @@ know it too.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -78,6 +79,13 @@ class Evidence:
         return np.asarray(self._random.random(images) < self._share)
 
     def _seen(self, audited: Audited) -> None:
+        try:
+            self._observe(audited)
+        except Exception as error:  # its client has an answer all the same
+            self._metrics.count("audit_dropped_total", len(audited.score))
+            self._warn_once(repr(error))
+
+    def _observe(self, audited: Audited) -> None:
         lost = fidelity_loss(self.calibration.chosen_by, audited.low, audited.high)
         escalated = escalation_mask(audited.score, self.calibration.threshold, Overrides())
         self._write(audited, lost)
@@ -102,19 +110,21 @@ class Evidence:
             Record(float(score) if np.isfinite(score) else None, *rest, self._share, time.time())
             for score, *rest in zip(audited.score, lost.tolist(), changes.tolist(), strict=True)
         ]
-        if self._journal.append(records):
-            return
-        self._metrics.count("audit_dropped_total", len(records))
-        if self._journal.fault != self._fault:  # it may be every image's
-            self._fault = self._journal.fault
-            pb_utils.Logger.log_warn(f"router: evidence is not written: {self._fault}")
+        if not self._journal.append(records):
+            self._metrics.count("audit_dropped_total", len(records))
+            self._warn_once(self._journal.fault)
+
+    def _warn_once(self, fault: str) -> None:
+        if fault != self._fault:  # it may be every image's
+            self._fault = fault
+            pb_utils.Logger.log_warn(f"router: evidence is not written: {fault}")
 
     def _look(self) -> None:
         """Go back where another instance has, or this one before it was loaded anew."""
         if self.calibration.threshold is None or self._clock_s() - self._looked_s < _LOOK_S:
             return
         self._looked_s = self._clock_s()
-        if self._retreat.exists():
+        if os.path.exists(self._retreat):  # of a folder that may not be looked at: no
             self._go_back("another instance found so, or this one before it was loaded anew")
 
     def _go_back(self, reason: str) -> None:
