@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,17 @@ _FILTERS = (
 def render(path: Path, template: str, **data: Any) -> None:
     """Fill a template of the folder `templates` and write the page, creating its folder.
 
-    A name that the template uses and that is not given is an error.
+    A name that the template uses and that is not given is an error. The page is written whole or
+    not at all: whoever looks meanwhile, or after an error, finds the one from before.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     page = _environment().get_template(template).render(data)
-    path.write_text(page.lstrip(), encoding="utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        fresh.write_text(page.lstrip(), encoding="utf-8")
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 @cache
