@@ -71,6 +71,7 @@ class Series:
         size: of the markers, in points.
         x_spread: for each point the ends of a thin line through it.
         y_spread: the same, upright.
+        band: for each point the ends of a shade around the line; a NaN leaves a gap.
         numbers: for each point the text inside its marker.
         hollow: which markers are empty.
         above: whether it is drawn over the others.
@@ -86,6 +87,7 @@ class Series:
     size: float = 6
     x_spread: Sequence[tuple[float, float]] = ()
     y_spread: Sequence[tuple[float, float]] = ()
+    band: Sequence[tuple[float, float]] = ()
     numbers: Sequence[str] = ()
     hollow: Sequence[bool] = ()
     alpha: float = 1.0
@@ -153,6 +155,9 @@ def _draw(axes: Axes, one: Series) -> None:
         axes.plot(ends, [at, at], color=one.colour, linewidth=1.2, zorder=2)
     for ends, at in zip(one.y_spread, one.x, strict=False):
         axes.plot([at, at], ends, color=one.colour, linewidth=1.2, zorder=2)
+    if one.band:
+        low, high = zip(*one.band, strict=True)
+        axes.fill_between(one.x, low, high, color=one.colour, alpha=0.15, linewidth=0, zorder=1)
     name = one.name or None
     if one.line:
         label = None if one.marker else name

@@ -28,6 +28,7 @@ _FILTERS = (
     words.times,
     words.interval,
     words.recipe_words,
+    words.moment,
 )
 
 

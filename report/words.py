@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
 
 NONE = "–"
 _SPACE = "\N{NO-BREAK SPACE}"
@@ -79,6 +80,14 @@ def times(value: float | None) -> str:
 def interval(ends: tuple[float, float] | None, show: Callable[[float], str] = ratio) -> str:
     """An interval, such as `0.61 to 0.80`; a dash where there is none."""
     return NONE if ends is None else " to ".join(map(show, ends))
+
+
+def moment(at: float) -> str:
+    """Seconds since 1970 as a moment, such as `2024-05-01 09:30:00 UTC`; a dash if out of reach."""
+    try:
+        return f"{datetime.fromtimestamp(at, timezone.utc):%Y-%m-%d %H:%M:%S}{_SPACE}UTC"
+    except (ValueError, OverflowError, OSError):  # the clock stood wrong by thousands of years
+        return NONE
 
 
 def recipe_words(recipe: str) -> str:

@@ -1,5 +1,6 @@
 """Figures hold what they are given: every point, number and name, and nothing loaded."""
 
+import math
 import re
 
 import numpy as np
@@ -49,6 +50,15 @@ def test_spreads_are_lines_through_their_points():
     plain = Series("", [0.5], [0.5], "#123456", "o")
     drawn = [svg_of(figures.chart([s], Y, Y)).count("stroke: #123456") for s in (plain, one)]
     assert drawn[1] == drawn[0] + 2
+
+
+def test_a_band_is_shaded_and_a_gap_in_it_is_not():
+    ends = [(0.4, 0.6), (0.4, 0.6), (math.nan, math.nan), (0.4, 0.6), (0.3, 0.7)]
+    line = [0.5, 0.5, math.nan, 0.5, 0.5]
+    for band, shades in ((ends, 2), ((), 0)):
+        one = Series("", [1, 2, 3, 4, 5], line, "#123456", line="-", band=band)
+        drawn = svg_of(figures.chart([one], Y, Y))
+        assert len(re.findall("fill: #123456; fill-opacity|fill-opacity: 0.15", drawn)) == shades
 
 
 def test_a_rule_far_from_every_value_is_left_out():

@@ -28,6 +28,8 @@ from report import words
         (words.times, 2.344, "2.34×"),
         (words.times, None, "–"),
         (words.interval, (0.6, 0.8), "0.60 to 0.80"),
+        (words.moment, 1714555800.9, "2024-05-01 09:30:00 UTC"),
+        (words.moment, 1e300, "–"),
         (words.interval, None, "–"),
     ],
 )
