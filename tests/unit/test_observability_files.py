@@ -8,6 +8,7 @@ from itertools import combinations
 import pytest
 
 from server.ports import Ports
+from tests.unit.fakes import make_calibration
 from tests.unit.observability import (
     FOLDER,
     alerts,
@@ -19,6 +20,9 @@ from tests.unit.observability import (
     rules,
 )
 from tests.unit.promql import grouping_labels, metric, selectors
+from tests.unit.router_parts import CERTIFIED, backend, deployed, make_metrics
+
+__all__ = ["backend", "deployed", "make_metrics"]  # fixtures
 
 # --- the dashboard -----------------------------------------------------------------------------
 
@@ -66,9 +70,10 @@ def test_every_alert_says_how_bad_it_is_what_it_saw_and_what_to_do():
         assert len(alert["annotations"]["description"]) > 60, name
 
 
-def test_every_alert_waits_but_the_one_whose_evidence_is_gathered():
+def test_every_alert_waits_but_those_whose_evidence_is_gathered():
     assert [name for name, alert in alerts().items() if "for" not in alert] == [
-        "AdaptiveVitCertificateContradicted"
+        "AdaptiveVitCertificateContradicted",
+        "AdaptiveVitRetreated",
     ]
 
 
@@ -99,6 +104,46 @@ def test_the_rules_select_the_job_that_is_scraped():
     jobs = {name for rule in rules() for name in re.findall(r'job="(\w+)"', rule["expr"])}
     assert jobs == {job["job_name"]}
     assert job["static_configs"] == [{"targets": [f"127.0.0.1:{Ports().metrics}"]}]
+
+
+@pytest.fixture
+def exported(backend, make_metrics):
+    """The label sets of each series of a router that live traffic certifies, with a shadow."""
+    live = {"chosen_by": {**CERTIFIED["chosen_by"], "method": "live"}}
+    figures = {"escalation_rate": 0.1}
+    make_metrics(make_calibration(**{**CERTIFIED, **live, "metrics": figures}), candidate=2)
+    return {name: [dict(labels) for labels in found] for name, found in backend.series.items()}
+
+
+def has(exported, selector):
+    """Whether one of the router's series is selected, whatever server it is from."""
+    name = re.sub(r"_(bucket|count|sum)$", "", metric(selector))
+    wanted = re.findall(r'(\w+)=(~?)"([^"]*)"', selector)
+    return any(
+        all(
+            re.fullmatch(value if is_pattern else re.escape(value), labels.get(label, ""))
+            for label, is_pattern, value in wanted
+            if label not in ("job", "instance")
+        )
+        for labels in exported.get(name, [])
+    )
+
+
+def test_every_series_of_the_router_that_the_files_name_is_one_that_it_has(exported):
+    named = {s for expression in expressions() for s in selectors(expression)}
+    routers = {s for s in named if metric(s).startswith("adaptive_vit_")}
+    assert len({metric(selector) for selector in routers}) > 15
+    assert [selector for selector in sorted(routers) if not has(exported, selector)] == []
+    assert not has(exported, 'adaptive_vit_images_total{path="hihg"}')
+    assert not has(exported, "adaptive_vit_request_total")
+
+
+def test_every_series_of_the_router_is_on_the_dashboard_or_in_the_rules_and_described(exported):
+    used = {metric(s) for expression in expressions() for s in selectors(expression)}
+    used = {re.sub(r"_(bucket|count|sum)$", "", name) for name in used}
+    assert set(exported) <= used
+    described = (FOLDER.parents[1] / "docs/operations.md").read_text()
+    assert [name for name in exported if f"`{name}" not in described] == []
 
 
 # --- compose -----------------------------------------------------------------------------------
