@@ -197,6 +197,8 @@ class State:
                     self.stretch.append((record.score, record.change, record.lost))
                 continue
             test.observe(record.score, record.lost)
+            if test.certified and not self.first_certified:
+                self.first_certified = test.images
             threshold = self.served.threshold
             if alarm is None or threshold is None:
                 continue
@@ -215,8 +217,6 @@ class State:
     def _keep(self, test: AnytimeTest) -> None:
         self.images, self.certified = test.images, test.certified
         self.kept, self.lost = test.kept.tolist(), test.lost.tolist()
-        if test.certified and not self.first_certified:
-            self.first_certified = test.images
 
     def _alarm(self) -> RiskTest | None:
         """The test of "the risk is at most epsilon" for what answers, as far as it has come."""
