@@ -162,6 +162,7 @@ def test_the_defaults_are_what_stands_in_git(repository):
         "task": "classes",
         "label_threshold": "0.5",
         "reference_check": "warn",
+        "live_folder": "",
     }
 
 
@@ -186,6 +187,7 @@ def test_every_option_reaches_its_model_and_no_other(inputs, repository, out):
         "--shadow-fraction": "0",
         "--task": "classes",
         "--label-threshold": "0.5",
+        "--live-folder": "",  # goes with --live
     }
     configs = read_configs(out)
     for name in ("vit_low", "vit_high"):
@@ -270,6 +272,8 @@ def test_what_always_escalates_cannot_be_degraded(tmp_path, out):
         ("--audit-fraction", "1.5"),
         ("--audit-fraction", "nan"),
         ("--shadow", "0.1"),
+        ("--live-folder", "evidence"),
+        ("--max-risk", "0.05"),
     ],
 )
 def test_a_bad_option_is_one_line(inputs, out, options):
