@@ -46,7 +46,8 @@ def parts(folder: Path, places: Mapping[str, int]) -> Iterator[Part]:
     Raises:
         OSError: a journal cannot be read.
     """
-    for file in sorted(folder.glob(f"*{SUFFIX}")):
+    # Not those in the making, which are hidden, and by pathlib's patterns are not.
+    for file in sorted(folder.glob(f"[!.]*{SUFFIX}")):
         yield _part(file, places.get(file.name, 0))
 
 
