@@ -135,7 +135,7 @@ class Journal:
             self._file = None
 
     def _append(self, lines: bytes) -> None:
-        if self._file is None or self._size >= self._segment_bytes:
+        if self._file is None or self._size >= self._segment_bytes or self._is_gone():
             self.close()
             self._open()
         assert self._file is not None
@@ -150,6 +150,10 @@ class Journal:
                 self.close()
             raise
         self._size += len(lines)
+
+    def _is_gone(self) -> bool:
+        """Whether somebody removed the file: what is written to it nobody would read."""
+        return self._file is not None and os.fstat(self._file.fileno()).st_nlink == 0
 
     def _open(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
