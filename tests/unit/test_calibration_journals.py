@@ -217,7 +217,7 @@ class Story:
 
 
 @settings(deadline=None, max_examples=150)
-@given(actions=st.lists(ACTIONS, max_size=40))
+@given(actions=st.lists(ACTIONS, min_size=10, max_size=50))
 def test_each_record_counts_once_whoever_dies_when(tmp_path_factory, actions):
     story = Story(tmp_path_factory.mktemp("story"))
     for name, router, number in actions:
