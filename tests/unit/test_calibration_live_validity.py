@@ -178,44 +178,56 @@ def test_all_tests_together_keep_the_promise_however_often_one_begins_anew():
 # --- going back ----------------------------------------------------------------------------------
 
 
-def least_that_contradict(alpha, images=IMAGES):
-    """The fewest losses after 1, 2, ... images that contradict "the risk is at most ε", (N,)."""
-    test, found = RiskTest(EPSILON, alpha), []
-    for test.images in range(1, images + 1):
-        while not test.is_contradicted and test.losses <= test.images:
-            test.losses += 1
-        while test.losses and contradicts(alpha, test.images, test.losses - 1):
-            test.losses -= 1
-        found.append(test.losses)
-    return np.array(found)
+def contradicted_at(test, lost):
+    """The number of images after which a stream contradicts "the risk is at most ε"; None: never.
+
+    Only an image with a loss can be the one.
+    """
+    for number, is_lost in enumerate(lost.tolist(), start=1):
+        test.observe(is_lost)
+        if is_lost and test.is_contradicted:
+            return number
+    return None
 
 
-def contradicts(alpha, images, losses):
-    test = RiskTest(EPSILON, alpha)
-    test.images, test.losses = images, losses
-    return test.is_contradicted
+@pytest.mark.parametrize("images", [0, 15, 16, 100, 2000])
+def test_an_image_at_the_boundary_adds_no_evidence_on_average_whatever_came_before(images):
+    rng = np.random.default_rng(images)
+    for risk in (0.01, EPSILON, 0.3):
+        test = RiskTest(EPSILON)
+        contradicted_at(test, rng.uniform(size=images) < risk)
+        after = []
+        for lost in (True, False):
+            next_one = replace(test, moments=list(test.moments))
+            next_one.observe(lost)
+            after.append(next_one.log_evidence - test.log_evidence)
+        gain = EPSILON * math.exp(after[0]) + (1 - EPSILON) * math.exp(after[1])
+        assert 0.9 < gain <= 1 + 1e-9 and after[1] <= 1e-9
 
 
 def test_what_serves_at_the_boundary_seldom_goes_back_whatever_served_before():
     """Thresholds follow each other; the alarms of all of them share `ALARM`."""
-    lost = one_threshold(repeats=1000).lost
-    begins = [0, 100, 300, 800, IMAGES]
-    alarmed = np.zeros(len(lost), np.bool_)
-    for ordinal, (begin, end) in enumerate(zip(begins, begins[1:], strict=False), start=1):
-        alpha = Served(0.5, ordinal=ordinal).alarm
-        counts = np.cumsum(lost[:, begin:end], axis=1)
-        alarmed |= (counts >= least_that_contradict(alpha, end - begin)).any(axis=1)
+    begins, alarmed = [0, 100, 300, IMAGES], []
+    for stream in one_threshold(repeats=REPEATS).lost:
+        found = False
+        for ordinal, (begin, end) in enumerate(zip(begins, begins[1:], strict=False), start=1):
+            test = RiskTest(EPSILON, Served(0.5, ordinal=ordinal).alarm)
+            found |= contradicted_at(test, stream[begin:end]) is not None
+        alarmed.append(found)
     assert promise_kept(alarmed, ALARM, "alarms")
     alarms = [Served(0.5, ordinal=ordinal).alarm for ordinal in range(1, 2000)]
     assert sum(alarms) == pytest.approx(ALARM, rel=1e-3) and sum(alarms) < ALARM
 
 
-@pytest.mark.parametrize(("risk", "within"), [(0.1, 600), (0.2, 120), (0.5, 25)])
-def test_a_risk_that_is_too_high_is_seen_soon(risk, within):
-    lost = one_threshold(repeats=200, risk=risk, images=within).lost
-    alpha = Served(0.5, ordinal=2).alarm
-    seen = (np.cumsum(lost, axis=1) >= least_that_contradict(alpha, within)).any(axis=1)
-    assert seen.mean() > 0.8
+@pytest.mark.parametrize("before", [0, 200, 5000])
+@pytest.mark.parametrize(("risk", "within"), [(0.15, 500), (0.3, 100), (1, 20)])
+def test_a_risk_that_is_too_high_is_seen_soon_however_long_all_was_well(before, risk, within):
+    rng, seen = np.random.default_rng(6), []
+    for _ in range(10):
+        test = RiskTest(EPSILON, Served(0.5, ordinal=2).alarm)
+        assert contradicted_at(test, rng.uniform(size=before) < 0.03) is None
+        seen.append(contradicted_at(test, rng.uniform(size=within) < risk) is not None)
+    assert np.mean(seen) >= 0.9
 
 
 # Of three thresholds the first has a tenth of ε, the second exactly ε, the third more.
