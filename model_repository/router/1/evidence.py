@@ -106,9 +106,11 @@ class Evidence:
     def _write(self, audited: Audited, lost: NDArray[np.bool_]) -> None:
         difference = audited.low.embedding.astype(np.float64) - audited.high.embedding
         changes = np.nan_to_num(np.linalg.norm(difference, axis=1))
+        # What is not a number, or infinite, escalates; minus infinity is kept low, as the least.
+        scores = [float(np.nan_to_num(s)) if s < np.inf else None for s in audited.score]
         records = [
-            Record(float(score) if np.isfinite(score) else None, *rest, self._share, time.time())
-            for score, *rest in zip(audited.score, lost.tolist(), changes.tolist(), strict=True)
+            Record(*seen, self._share, time.time())
+            for seen in zip(scores, lost.tolist(), changes.tolist(), strict=True)
         ]
         if not self._journal.append(records):
             self._metrics.count("audit_dropped_total", len(records))
