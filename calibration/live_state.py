@@ -29,9 +29,16 @@ STRETCH = 200  # audited images that teach the range and the sign of a score, an
 QUANTILES = 100  # of their scores, to be tested
 MAX_POINTS, MAX_EVENTS, MAX_SCORES = 1000, 200, 1000
 ALARM = 0.01  # probability of ever going back although the risk is at most epsilon, in one test
+
+
+def _steps(first: float, last: float, count: int) -> FloatVector:
+    """Thresholds in equal ratios, to three digits, as people can type them."""
+    return np.array([float(f"{step:.3g}") for step in np.geomspace(first, last, count)])
+
+
 # Fixed beforehand. Of a margin, 0 is a sure answer and 1 a tie; softmax is often surer than 1 %.
-MARGINS = np.concatenate([np.geomspace(1e-7, 0.01, 30, endpoint=False), np.arange(1, 101) / 100])
-LABEL_DISTANCES = -np.geomspace(32.0, 0.01, 120)  # logits between the nearest label and its cut
+MARGINS = np.concatenate([_steps(1e-7, 0.008, 30), np.arange(1, 101) / 100])
+LABEL_DISTANCES = -_steps(32.0, 0.01, 120)  # logits between the nearest label and its cut
 FIXED: Mapping[str, FloatVector] = {"margin": MARGINS, "label_margin": LABEL_DISTANCES}
 
 
