@@ -63,11 +63,7 @@ class LiveKeeper:
         self.folder = live_folder(repository)
         self.trouble = ""
         artifact = self._live()[1]
-        if not artifact.is_live:
-            raise LiveError(
-                f"{repository} has a calibration of its own; assemble one with python -m export "
-                "repository --live"
-            )
+        self._check(artifact)
         self.folder.mkdir(parents=True, exist_ok=True)
         is_new = not (self.folder / NAME).exists()
         self.state = State.load(self.folder / NAME, artifact)
@@ -83,6 +79,7 @@ class LiveKeeper:
         """
         self._finish()
         version, artifact = self._live()
+        self._check(artifact)
         if artifact.scoring_sha256 != self.state.scoring and not self.state.pending:
             raise LiveError(
                 f"{self.folder} holds evidence about other graphs or another score than "
@@ -150,11 +147,20 @@ class LiveKeeper:
             f"lost; {state.served.audit_share:.1%} are audited from now on"
         )
 
+    def _check(self, artifact: Calibration) -> None:
+        if not artifact.is_live:
+            raise LiveError(
+                f"what answers in {self._repository} has a calibration of its own; assemble a "
+                "repository with python -m export repository --live, or let a live version answer"
+            )
+
     def _live(self) -> tuple[int, Calibration]:
         """The version that answers by what the repository says, and its artifact."""
         version = Versions.load(self._repository).live
-        file = self._repository / f"router/{version}/calibration.json"
-        return version, Calibration.load(file)
+        return version, Calibration.load(self._artifact_file(version))
+
+    def _artifact_file(self, version: int) -> Path:
+        return self._repository / f"router/{version}/calibration.json"
 
     def _count(self, part: Part) -> None:
         state = self.state
@@ -170,8 +176,8 @@ class LiveKeeper:
 
     def _heed(self, artifact: Calibration, version: int) -> None:
         """Take over what a router has decided by itself."""
-        file = self._repository / f"router/{version}/calibration.json"
-        marked = retreat_file(self.folder, manifest.sha256_file(file)).exists()
+        artifact_sha256 = manifest.sha256_file(self._artifact_file(version))
+        marked = retreat_file(self.folder, artifact_sha256).exists()
         if marked and artifact.threshold is not None and self.state.served.threshold is not None:
             self.state.retreat()
             self._tell_retreat("a router found so")
@@ -259,9 +265,10 @@ class LiveKeeper:
                 shutil.rmtree(place)
         versions = Versions.load(self._repository)
         former = [number for number in there if number < versions.live][-(KEPT - 1) :]
-        for number in set(there) - {versions.live, *former, *versions.named}:
-            drop(self._repository, number)
-        live = manifest.sha256_file(self._repository / f"router/{versions.live}/calibration.json")
+        for number in set(there) - {versions.live, *former, *versions.named, versions.shadow}:
+            if Calibration.load(self._artifact_file(number)).is_live:  # not one that somebody added
+                drop(self._repository, number)
+        live = manifest.sha256_file(self._artifact_file(versions.live))
         for file in self.folder.glob(f"{retreat_file(self.folder, '').name}*"):
             if file != retreat_file(self.folder, live):
                 file.unlink(missing_ok=True)
