@@ -146,7 +146,7 @@ class State:
             return cls.begin(calibration)
         except LiveError:
             raise
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise LiveError(f"{file} cannot be read ({error}); remove it to begin anew") from None
         goal = calibration.chosen_by
         if (state.epsilon, state.confidence) != (goal["max_risk"], goal["confidence"]):
