@@ -11,6 +11,7 @@ being rolled out is rolled out again. It answers nobody, so nobody waits for it.
 from __future__ import annotations
 
 import fcntl
+import math
 import shutil
 import tempfile
 import time
@@ -38,6 +39,7 @@ from .outputs import Made
 
 PAGE, LOCK = "live.html", "lock"
 GAIN = 0.02  # of escalation: for less no server loads a version
+PAGE_EVERY_S = 60.0  # drawing takes as much of a core as some tens of cheap answers
 KEPT = 2  # versions of the router: the one that answers and the one before it
 _TROUBLES = (RepositoryError, ManifestError, VersionError, ServerError, ServerUsageError, OSError)
 
@@ -60,6 +62,8 @@ class LiveKeeper:
     ) -> None:
         self._repository, self._access, self._timeout_s = repository, access, timeout_s
         self._say, self._clock_s = say, clock_s
+        self._drawn_s = -math.inf
+        self._drawn_after: list[dict[str, Any]] = []
         self.folder = live_folder(repository)
         self.trouble = ""
         artifact = self._live()[1]
@@ -99,7 +103,14 @@ class LiveKeeper:
                 part.file.unlink(missing_ok=True)
         self._change(version, artifact)
         self._save()
-        write_live(self.folder / PAGE, self.page())
+        self._draw()
+
+    def _draw(self) -> None:
+        """Draw the page where something has happened, and else now and then."""
+        now, last = time.monotonic(), self.state.events[-1:]
+        if now - self._drawn_s >= PAGE_EVERY_S or last != self._drawn_after:
+            write_live(self.folder / PAGE, self.page())
+            self._drawn_s, self._drawn_after = now, last
 
     def take_score(self, other: Calibration) -> None:
         """Test the score of another artifact: a test of its own, of what comes from now on.
