@@ -203,7 +203,7 @@ class LiveKeeper:
     def _change(self, version: int, artifact: Calibration) -> None:
         """Roll out what follows from the state, if it differs enough from what answers."""
         state, floor = self.state, artifact.chosen_by["audit_floor"]
-        if state.pending and artifact.threshold == state.served.threshold:
+        if state.pending:
             return  # the next step tries that one again
         if state.thresholds is None and len(state.stretch) >= STRETCH:
             score_map = state.teach()

@@ -237,7 +237,7 @@ class State:
 
     def retreat(self) -> None:
         """Let every image escalate, and begin the next test with nothing counted."""
-        self.served = Served()
+        self.served, self.pending = Served(), 0  # no bolder threshold that waits may follow
         self.next_test()
 
     def next_test(self) -> None:
