@@ -166,9 +166,6 @@ class Interruption:
             raise Killed
         return result
 
-    def method(self):
-        return lambda *arguments, **options: self(*arguments, **options)
-
 
 def journals_in(folder: Path):
     return sorted(folder.glob("*.journal"))
