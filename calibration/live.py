@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -138,10 +139,10 @@ class LiveKeeper:
         )
         if artifact.scoring_sha256 == state.scoring:
             return  # it is tested already
-        state.retreat()
-        state.scoring = artifact.scoring_sha256
-        state.test_quantiles(other.reference_scores)
-        self._roll_out(artifact_of(state, artifact, None, 1.0), f"{other.signal} is tested")
+        fresh = deepcopy(state)
+        fresh.retreat()
+        fresh.test_quantiles(other.reference_scores)
+        self._test_score(fresh, artifact, f"{other.signal} is tested")
 
     def page(self) -> dict[str, Any]:
         """What the page shows, as `report.live_page` describes it."""
@@ -206,10 +207,9 @@ class LiveKeeper:
         if state.pending:
             return  # the next step tries that one again
         if state.thresholds is None and len(state.stretch) >= STRETCH:
-            score_map = state.teach()
-            artifact = replace(artifact, score_map=score_map)
-            state.scoring = artifact.scoring_sha256
-            self._roll_out(artifact_of(state, artifact, None, 1.0), "the score's range is known")
+            fresh = deepcopy(state)
+            artifact = replace(artifact, score_map=fresh.teach())
+            self._test_score(fresh, artifact, "the score's range is known")
             return
         threshold, share = state.wanted(floor)
         if artifact.threshold != state.served.threshold:
@@ -230,8 +230,19 @@ class LiveKeeper:
         is_bolder = threshold > served.threshold and kept >= GAIN * test.images
         return is_bolder or share <= served.audit_share / 2 or floor == share < served.audit_share
 
-    def _roll_out(self, artifact: Calibration, why: str) -> None:
-        """Add a version and let it answer; where that fails it is tried again at the next step."""
+    def _test_score(self, fresh: State, artifact: Calibration, why: str) -> None:
+        """Go on with a state about another score, once the version that writes it is added."""
+        former, self.state = self.state, fresh
+        fresh.scoring = artifact.scoring_sha256
+        if not self._roll_out(artifact_of(fresh, artifact, None, 1.0), why):
+            former.events, self.state = fresh.events, former
+
+    def _roll_out(self, artifact: Calibration, why: str) -> bool:
+        """Add a version and let it answer; where that fails it is tried again at the next step.
+
+        Returns:
+            Whether it was added.
+        """
         try:
             self._clear()
             with tempfile.TemporaryDirectory() as folder:
@@ -240,9 +251,10 @@ class LiveKeeper:
                 self.state.pending = add_version(self._repository, file)
         except _TROUBLES as error:
             self._tell_trouble(error)
-            return
+            return False
         self._save()
         self._finish(why)
+        return True
 
     def _finish(self, why: str = "as it was being done") -> None:
         """Let the version answer that is pending, if one is."""
