@@ -35,11 +35,10 @@ from server.rollout import rollout
 
 from .journals import Part, parts
 from .live_artifact import artifact_of, missing, page_data
-from .live_state import NAME, STRETCH, LiveError, State
+from .live_state import GAIN, NAME, STRETCH, LiveError, State
 from .outputs import Made
 
 PAGE, LOCK = "live.html", "lock"
-GAIN = 0.02  # of escalation: for less no server loads a version
 PAGE_EVERY_S = 60.0  # drawing takes as much of a core as some tens of cheap answers
 KEPT = 2  # versions of the router: the one that answers and the one before it
 _TROUBLES = (RepositoryError, ManifestError, VersionError, ServerError, ServerUsageError, OSError)

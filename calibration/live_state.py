@@ -28,6 +28,7 @@ SCHEMA_VERSION = 1
 STRETCH = 200  # audited images that teach the range and the sign of a score, and are no evidence
 QUANTILES = 100  # of their scores, to be tested
 MAX_POINTS, MAX_EVENTS, MAX_SCORES = 1000, 200, 1000
+GAIN = 0.02  # of escalation: for less no server loads a version
 ALARM = 0.01  # probability of ever going back although the risk is at most epsilon, in one test
 
 
@@ -83,7 +84,8 @@ class State:
         number: of the test, from 1 on; each has its own share of δ.
         thresholds: what it tests, ascending; None: the first images are to teach them.
         images, kept, lost, certified: as in `AnytimeTest`.
-        first_certified: images of this test when its first threshold was certified; 0: none is.
+        first_certified: images of this test when a threshold that keeps some low was certified, as
+            many as `GAIN`; 0: none is.
         served: what answers.
         pending: version of the router that is being rolled out; 0: none.
         places: up to where each journal has been read, bytes.
@@ -205,7 +207,8 @@ class State:
                 continue
             test.observe(record.score, record.lost)
             if test.certified and not self.first_certified:
-                self.first_certified = test.images
+                if test.counts(test.threshold)[0] >= GAIN * test.images:
+                    self.first_certified = test.images
             threshold = self.served.threshold
             if alarm is None or threshold is None:
                 continue
@@ -271,7 +274,7 @@ class State:
         floor: the number of audited images grows with the root of that of all images.
         """
         test = self.test()
-        if test is None or test.threshold is None:
+        if test is None or not self.first_certified:
             return None, 1.0
         return test.threshold, max(floor, min(1.0, self.first_certified / test.images))
 

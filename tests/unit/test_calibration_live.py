@@ -71,6 +71,21 @@ def test_bolder_thresholds_follow_and_their_forerunners_go(site, rollouts):
     assert Versions.load(site.repository).served == (site.live,)
 
 
+def test_a_threshold_that_keeps_nothing_low_is_no_reason_to_load_or_to_audit_less(site, rollouts):
+    """It is certified easily, where every image that any other threshold keeps is lost."""
+    site.traffic(3 * NEEDED, score=0.5, lost=True)
+    state = site.step()
+    assert state.certified > 0 and state.lost[state.certified - 1] == 0
+    assert rollouts.asked == [] and site.artifact.chosen_by["audit_share"] == 1.0
+    for _ in range(40):
+        site.traffic(100, score=0.25, lost=False)
+        state = site.step()
+        if state.served.threshold is not None:
+            break
+    assert 0.25 < site.artifact.threshold < 0.5
+    assert site.artifact.chosen_by["audit_share"] > 0.5
+
+
 def test_less_is_audited_as_evidence_grows_down_to_the_floor(tmp_path, rollouts):
     site = Site(tmp_path, audit_floor=0.2)
     shares = []
