@@ -31,7 +31,7 @@ from routing import Calibration, ManifestError, threshold_text
 from routing.journal import retreat_file
 from server.access import Access
 from server.errors import ServerError, ServerUsageError
-from server.rollout import rollout
+from server.rollout import RolloutInterruptedError, rollout
 
 from .journals import Part, parts
 from .live_artifact import artifact_of, missing, page_data
@@ -263,6 +263,8 @@ class LiveKeeper:
         try:
             if state.pending in present(self._repository):
                 rollout(self._repository, self._access, state.pending, self._timeout_s)
+        except RolloutInterruptedError as error:  # by somebody who wants this to end, too
+            raise KeyboardInterrupt from error
         except _TROUBLES as error:
             self._tell_trouble(error)
             return
