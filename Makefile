@@ -34,7 +34,7 @@ perf: $(INSTALLED)  ## what the cascade costs beside its alternatives, in four m
 
 ORIGINAL := build/original
 live: $(INSTALLED)  ## serve without a calibration: a stream of pictures certifies a threshold, then changes
-	$(PY) -m demo live$(if $(RISK), --risk $(RISK))
+	$(PY) -m demo live$(if $(RISK), --risk $(RISK))$(if $(AUDITED), --audited $(AUDITED))
 
 original: $(INSTALLED)  ## the tables of the research script this began with, measured here
 	$(PY) -m export rungs --model static-vit --out $(ORIGINAL)/onnx

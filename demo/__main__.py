@@ -95,6 +95,9 @@ def live_command(
     risk: Annotated[
         float, typer.Option(help="Largest share of answers that may differ from the full rung's.")
     ] = MAX_RISK,
+    audited: Annotated[
+        int, typer.Option(min=1, help="Images that both rungs answer before the stream changes.")
+    ] = 1000,
 ) -> None:
     """Serve without a calibration, and let a stream of pictures certify a threshold.
 
@@ -107,7 +110,7 @@ def live_command(
         raise DemoError(f"--risk {risk:g} is no share between 0 and 1, such as 0.02")
     started = time.monotonic()
     os.chdir(ROOT)
-    print_live(run_live(risk))
+    print_live(run_live(risk, audited))
     print(f"took {time.monotonic() - started:.0f} s; open {LIVE_PAGE}")
 
 

@@ -17,10 +17,11 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,12 @@ from .steps import DemoError, Step, begin, prepare
 OUT = Path("build/live")
 PAGE, SUMMARY = OUT / "index.html", OUT / "summary.json"
 REPOSITORY = OUT / "model_repository"
-ENOUGH_AUDITED, MOST_REQUESTS, MOST_S = 1200, 8000, 420.0  # whichever of the first stream is first
+AUDITED = 1000  # images, then the stream changes
+MOST_REQUESTS, MOST_S = 8000, 420.0  # or then
 AFTER_REQUESTS, AFTER_S = 1500, 120.0  # of the second
 IN_FLIGHT = 4
 LOOK_S = 2.0
+FLOOR = 0.2  # more than the default, so that minutes are enough
 STREAMS = 200  # simulated, to see how often a certificate is wrong
 AFTER = (100, 200, 500, 1000, 2000)  # audited images of each
 
@@ -117,8 +120,12 @@ class Population:
         return kept if len(kept) >= 5 else wrong[:12]
 
 
-def run_live(max_risk: float) -> dict[str, Any]:
+def run_live(max_risk: float, audited: int = AUDITED) -> dict[str, Any]:
     """Do it, and write summary.json and index.html.
+
+    Args:
+        max_risk: the risk to certify, 0..1.
+        audited: images that both rungs have answered when the stream changes.
 
     Returns:
         `epsilon`, `confidence`, `oracle_escalation`; `points`, each with the `requests` answered
@@ -148,7 +155,7 @@ def run_live(max_risk: float) -> dict[str, Any]:
     with server:
         with _certifying(server.grpc_url), GrpcClient(server.grpc_url) as client:
             everything = np.arange(len(population))
-            _ask(client, population, everything, rng, first, _enough)
+            _ask(client, population, everything, rng, first, partial(_enough, audited))
             threshold = _state()["served"]["threshold"]
             deceptive = population.deceptive(threshold)
             changed = np.concatenate([everything, deceptive])
@@ -219,7 +226,8 @@ def _steps(max_risk: float) -> tuple[Step, ...]:
         Step(
             "Assemble a repository without a calibration",
             REPOSITORY,
-            f"export repository --live --max-risk {max_risk:g} --onnx {onnx} --out {REPOSITORY}",
+            f"export repository --live --max-risk {max_risk:g} --audit-floor {FLOOR} "
+            f"--onnx {onnx} --out {REPOSITORY}",
         ),
     )
 
@@ -244,7 +252,7 @@ def _ask(
     rows: NDArray[np.intp],
     rng: np.random.Generator,
     stream: Stream,
-    is_over: Any,
+    is_over: Callable[[Stream], bool],
     chances: NDArray[np.float64] | None = None,
 ) -> None:
     """Ask about pictures drawn at random until it is over, and note what was seen."""
@@ -256,7 +264,7 @@ def _ask(
         assert answer.logits is not None
         return row, bool(answer.logits.argmax() != population.truth[row])
 
-    with bars.stage("pictures", MOST_REQUESTS) as bar, ThreadPoolExecutor(IN_FLIGHT) as pool:
+    with bars.stage("pictures", None) as bar, ThreadPoolExecutor(IN_FLIGHT) as pool:
         while not is_over(stream) and time.monotonic() - started < MOST_S:
             drawn = rng.choice(rows, IN_FLIGHT, p=chances).tolist()
             for row, lost in pool.map(ask, drawn):
@@ -272,9 +280,9 @@ def _ask(
     stream.points.append(_point(population, len(stream.rows)))
 
 
-def _enough(stream: Stream) -> bool:
-    audited = stream.points[-1]["audited"] if stream.points else 0
-    return audited >= ENOUGH_AUDITED or len(stream.rows) >= MOST_REQUESTS
+def _enough(audited: int, stream: Stream) -> bool:
+    seen = stream.points[-1]["audited"] if stream.points else 0
+    return seen >= audited or len(stream.rows) >= MOST_REQUESTS
 
 
 def _retreated(stream: Stream) -> bool:
