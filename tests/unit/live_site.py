@@ -60,6 +60,7 @@ class Site:
         self.assemble(epsilon, **goal)
         self.evidence = live_folder(self.repository)
         self.at, self.clock_s, self.written = 1.7e9, lambda: 1.7e9, 0
+        self.access = object()
 
     def assemble(self, epsilon=EPSILON, **goal):
         file = self.folder / "first.json"
@@ -67,7 +68,7 @@ class Site:
         assemble(self.graphs, file, self.repository, RepositorySettings())
 
     def keeper(self):
-        return LiveKeeper(self.repository, object(), self.said.append, clock_s=self.clock_s)
+        return LiveKeeper(self.repository, self.access, self.said.append, clock_s=self.clock_s)
 
     def step(self, times=1):
         """A keeper that goes on from what there is, and ends."""
@@ -137,9 +138,14 @@ def in_place_of_servers(monkeypatch):
     """Rollouts from now on are the returned object's, and pages are their data alone."""
     rollouts = Rollouts()
     monkeypatch.setattr(calibration.live, "rollout", rollouts)
+    without_pages(monkeypatch)
+    return rollouts
+
+
+def without_pages(monkeypatch):
+    """Neither pages nor pauses, which take their time."""
     monkeypatch.setattr(calibration.live, "write_live", _write)
     without_pauses(monkeypatch)
-    return rollouts
 
 
 def _write(path, data):

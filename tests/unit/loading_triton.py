@@ -96,7 +96,7 @@ class LoadingTriton:
         def index():
             answer = RepositoryIndexResponse()
             answer.models.add(name="preprocess", version="1", state="READY")
-            for version in (1, 2, 3):
+            for version in range(1, 6):
                 state = "READY" if version in self.served.served else "UNAVAILABLE"
                 answer.models.add(name="router", version=str(version), state=state)
             return answer
