@@ -250,6 +250,10 @@ def repository(
     if live:
         if max_risk is None:
             raise UsageError("--live needs --max-risk, such as 0.05")
+        if live_folder is not None and live_folder.resolve().is_relative_to(out.resolve()):
+            raise UsageError(
+                "--live-folder lies in --out, which holds what its manifest lists only"
+            )
         graphs = GraphSet.load(onnx)
         loss = FidelityLoss.asked(graphs.task, fidelity, tolerance, relative, label_threshold)
         first = live_artifact(graphs, loss, max_risk, confidence, audit_floor)

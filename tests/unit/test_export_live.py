@@ -260,6 +260,14 @@ def test_a_rung_whose_answers_depend_on_their_batch_is_refused(graphs, rung):
     assert live_artifact(quantised("px=4,int8=static"), TOP1, 0.05).is_live
 
 
+@pytest.mark.parametrize("below", [".", "evidence", "router/../evidence"])
+def test_a_folder_for_evidence_in_the_repository_is_refused(onnx, out, below):
+    """The router refuses a repository that holds what its manifest does not list."""
+    result = go_live(onnx, out, *RISK, "--live-folder", out / below)
+    assert (result.code, result.out) == (2, "") and len(result.err.splitlines()) == 1
+    assert "--live-folder" in result.err and not out.exists()
+
+
 def test_a_folder_for_evidence_without_any_is_refused(graphs, tmp_path, out):
     artifact = replace(live_artifact(graphs, TOP1, 0.05), chosen_by={"threshold": 0.5})
     artifact.save(tmp_path / "calibration.json")
