@@ -132,6 +132,7 @@ class LiveKeeper:
             artifact,
             threshold=None,
             certificate={**(artifact.certificate or {}), "certified": False},
+            chosen_by={**artifact.chosen_by, "signal": other.signal},
             signal=other.signal,
             coefficients=other.coefficients,
             score_map=other.score_map,

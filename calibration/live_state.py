@@ -265,7 +265,7 @@ class State:
         """Take thresholds at quantiles of scores, (M,), whose images are no evidence."""
         quantiles = np.quantile(scores, np.arange(1, QUANTILES + 1) / QUANTILES)
         self.thresholds = np.unique(quantiles.astype(np.float64)).tolist()
-        self.stretch, self.scores = [], []
+        self.stretch, self.scores, self.window = [], [], []
 
     def wanted(self, floor: float) -> tuple[float | None, float]:
         """The threshold that is certified, and the share of images to audit with it.
