@@ -8,7 +8,7 @@ import pytest
 from bundle.versions import Versions, present
 from calibration.anytime import images_needed
 from calibration.live import keeping
-from calibration.live_state import LiveError
+from calibration.live_state import ALARM, LiveError
 from export.repository import assemble
 from routing.journal import Header, Journal, retreat_file
 from tests.unit.live_site import EPSILON, Site, in_place_of_servers, journals_in
@@ -58,13 +58,19 @@ def test_the_first_certificate_is_rolled_out_and_says_what_it_is(site, rollouts)
 
 
 def test_bolder_thresholds_follow_and_their_forerunners_go(site, rollouts):
-    thresholds = []
+    thresholds, alarms = [], {}
     for _ in range(8):
         site.traffic(NEEDED)
-        site.step()
-        thresholds.append(site.artifact.threshold)
+        state = site.step()
+        artifact = site.artifact
+        thresholds.append(artifact.threshold)
+        if artifact.threshold is not None:
+            alarms[artifact.threshold] = artifact.certificate["alarm"]
+            assert state.served.alarm == artifact.certificate["alarm"]
     known = [threshold for threshold in thresholds if threshold is not None]
     assert len(known) >= 7 and known == sorted(known) and len(set(known)) >= 2
+    # Each is watched with a share of its own of what a false alarm may cost.
+    assert list(alarms.values()) == [ALARM / (k * (k + 1)) for k in range(1, len(alarms) + 1)]
     # What a bolder one would keep is lost in a share of 10 % from 0.9 on.
     assert 0.8 <= known[-1] < 0.9
     assert len(present(site.repository)) <= 2 and site.live == max(present(site.repository))
@@ -156,6 +162,7 @@ def test_traffic_that_contradicts_the_certificate_takes_it_back_at_once(site, ro
     assert state.number == 2 and state.delta == pytest.approx(0.1 / 4)
     assert 0 < state.images < 60  # what came after the contradiction is the next test's
     assert state.images == len(state.scores) and state.certified == 0
+    assert set(state.kept) == set(state.lost) == {state.images}
     assert site.kinds()[-2:] == ["retreat", "rollout"] and rollouts.asked == [2, 3]
 
 
