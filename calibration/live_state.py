@@ -212,8 +212,9 @@ class State:
             threshold = self.served.threshold
             if alarm is None or threshold is None:
                 continue
-            alarm.observe(record.lost and record.score is not None and record.score <= threshold)
-            if alarm.is_contradicted:
+            lost = record.lost and record.score is not None and record.score <= threshold
+            alarm.observe(lost)
+            if lost and alarm.is_contradicted:  # an image without a loss only calms it
                 found = (alarm.losses, alarm.images)
                 self.retreat()
                 test, alarm = self.test(), None

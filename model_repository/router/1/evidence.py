@@ -95,7 +95,8 @@ class Evidence:
             self._metrics.count("audited_images_total", outcome=outcome)
             if self._test is not None:
                 self._test.observe(bool(is_lost and not is_escalated))
-        if self._test is not None and self._test.is_contradicted:
+        is_worse = (lost & ~escalated).any()  # an image without a loss only calms the test
+        if is_worse and self._test is not None and self._test.is_contradicted:
             test = self._test
             self._go_back(
                 f"{test.losses} of {test.images} audited images got an unacceptable answer, the "
