@@ -28,6 +28,7 @@ from routing.provenance import runtime_words
 from routing.reference import reference_words
 
 RECIPE = "RECIPE"
+CONFIDENCE = 0.9
 ERRORS = (
     AlignmentError,
     CalibrationError,
@@ -192,7 +193,9 @@ def repository(
         float | None,
         typer.Option(help="With --live: largest share of images kept low with a loss, e.g. 0.05."),
     ] = None,
-    confidence: Annotated[float, typer.Option(help="With --live: of all it ever certifies.")] = 0.9,
+    confidence: Annotated[
+        float, typer.Option(help="With --live: of all it ever certifies.")
+    ] = CONFIDENCE,
     fidelity: Annotated[
         str | None,
         typer.Option(
@@ -265,8 +268,17 @@ def repository(
             f"certify with python -m calibration live --repository {out}"
         )
         return
-    if max_risk is not None:
-        raise UsageError("--max-risk goes with --live; an artifact has been given its own")
+    for option, is_given in {
+        "--max-risk": max_risk is not None,
+        "--confidence": confidence != CONFIDENCE,
+        "--fidelity": fidelity is not None,
+        "--tolerance": tolerance is not None,
+        "--relative": relative,
+        "--label-threshold": label_threshold is not None,
+        "--audit-floor": audit_floor != AUDIT_FLOOR,
+    }.items():
+        if is_given:
+            raise UsageError(f"{option} goes with --live; an artifact has been given its own")
     if add:
         if settings != RepositorySettings():
             raise UsageError("--add-version changes the artifact only; assemble for other settings")

@@ -274,6 +274,12 @@ def test_what_always_escalates_cannot_be_degraded(tmp_path, out):
         ("--shadow", "0.1"),
         ("--live-folder", "evidence"),
         ("--max-risk", "0.05"),
+        ("--confidence", "0.95"),
+        ("--fidelity", "cosine"),
+        ("--tolerance", "0.2"),
+        ("--relative",),
+        ("--label-threshold", "0.4"),
+        ("--audit-floor", "0.1"),
     ],
 )
 def test_a_bad_option_is_one_line(inputs, out, options):
