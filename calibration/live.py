@@ -90,9 +90,9 @@ class LiveKeeper:
                 f"{self._repository}; remove that folder, or assemble with another --live-folder"
             )
         before = self.state.audited
-        read = list(parts(self.folder, self.state.places))
+        read, number = list(parts(self.folder, self.state.places)), self.state.number
         for part in read:
-            self._count(part)
+            self._count(part, number)
         self.state.places = {part.file.name: part.place for part in read}
         self._heed(artifact, version)
         if self.state.audited > before or not self.state.points:
@@ -174,13 +174,20 @@ class LiveKeeper:
     def _artifact_file(self, version: int) -> Path:
         return self._repository / f"router/{version}/calibration.json"
 
-    def _count(self, part: Part) -> None:
+    def _count(self, part: Part, number: int) -> None:
+        """Count what is new, as long as it is for the test of this number.
+
+        Where a journal has ended that, another instance may have written its own before.
+        """
         state = self.state
         state.damaged += part.damaged
         if part.header is None:
             return
         if part.header.scoring != state.scoring:
             state.other += len(part.records)
+            return
+        if state.number != number:
+            state.audited += len(part.records)
             return
         contradicted = state.observe(part.records)
         if contradicted is not None:
