@@ -10,6 +10,7 @@ from calibration.anytime import images_needed
 from calibration.live import keeping
 from calibration.live_state import ALARM, LiveError
 from export.repository import assemble
+from routing import journal as journals
 from routing.journal import Header, Journal, retreat_file
 from tests.unit.live_site import EPSILON, Site, in_place_of_servers, journals_in
 
@@ -180,6 +181,21 @@ def test_the_next_test_has_half_of_delta_and_nothing_of_what_was(site):
     assert site.artifact.certificate["test"] == state.number == 2
     assert site.artifact.certificate["share_of_delta"] == 0.25
     assert state.images > needs + left
+
+
+def test_what_other_instances_saw_before_is_no_evidence_after_a_retreat(site, monkeypatch):
+    """Journals are read one after the other, so some hold what was long before."""
+    certified(site)
+    times = iter([1000.0, 2000.0])
+    monkeypatch.setattr(journals.time, "time", lambda: next(times))
+    first, second = site.journal(), site.journal()
+    assert first.append(site.records(1)) and second.append(site.records(20 * NEEDED))
+    assert first.append(site.records(60, score=0.0, lost=True))
+    state = site.step()
+    assert state.number == 2 and state.images < 60 and state.certified == 0
+    assert state.audited == 3 * NEEDED + 1 + 20 * NEEDED + 60
+    assert second.append(site.records(5)) and site.step().images == state.images + 5
+    assert site.artifact.threshold is None
 
 
 def test_what_a_router_found_by_itself_is_taken_over(site, rollouts):
