@@ -28,6 +28,7 @@ from routing.provenance import runtime_words
 from routing.reference import reference_words
 
 RECIPE = "RECIPE"
+ARTIFACT = Path("build/calibration/calibration.json")
 CONFIDENCE = 0.9
 ERRORS = (
     AlignmentError,
@@ -135,8 +136,11 @@ def rungs(
 def repository(
     onnx: Annotated[Path, typer.Option(help="Folder that `rungs` wrote.")] = Path("build/onnx"),
     calibration: Annotated[
-        Path, typer.Option(help="Artifact that `python -m calibration fit` wrote.")
-    ] = Path("build/calibration/calibration.json"),
+        Path | None,
+        typer.Option(
+            help=f"Artifact that `python -m calibration fit` wrote (default: {ARTIFACT})."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Directory to write to.")] = Path(
         "build/model_repository"
     ),
@@ -251,6 +255,8 @@ def repository(
     if live and (add or shadow is not None):
         raise UsageError("--live assembles a repository; --add-version and --shadow change one")
     if live:
+        if calibration is not None:
+            raise UsageError("--live starts without a calibration, and --calibration names one")
         if max_risk is None:
             raise UsageError("--live needs --max-risk, such as 0.05")
         if live_folder is not None and live_folder.resolve().is_relative_to(out.resolve()):
@@ -268,6 +274,7 @@ def repository(
             f"certify with python -m calibration live --repository {out}"
         )
         return
+    calibration = calibration or ARTIFACT
     for option, is_given in {
         "--max-risk": max_risk is not None,
         "--confidence": confidence != CONFIDENCE,

@@ -9,6 +9,7 @@ and its writer holds a lock on it as long as it may write more. No name is ever 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -168,7 +169,8 @@ class Journal:
         hidden = self._folder / f".{name}"
         file = open(hidden, "ab", buffering=0)  # noqa: SIM115, it stays open
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            with contextlib.suppress(OSError):  # a file system without locks: nobody removes it
+                fcntl.flock(file, fcntl.LOCK_EX)
             if file.write(first) != len(first):
                 raise OSError("the disk is full")
             hidden.rename(self._folder / name)
