@@ -28,7 +28,7 @@ SCHEMA_VERSION = 1
 STRETCH = 200  # audited images that teach the range and the sign of a score, and are no evidence
 QUANTILES = 100  # of their scores, to be tested
 MAX_POINTS, MAX_EVENTS, MAX_SCORES = 1000, 200, 1000
-GAIN = 0.02  # of escalation: for less no server loads a version
+GAIN = 0.01  # of escalation: for less no server loads a version
 ALARM = 0.01  # probability of ever going back although the risk is at most epsilon, in one test
 
 

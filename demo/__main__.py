@@ -97,7 +97,7 @@ def live_command(
     ] = MAX_RISK,
     audited: Annotated[
         int, typer.Option(min=1, help="Images that both rungs answer before the stream changes.")
-    ] = 1000,
+    ] = 1500,
 ) -> None:
     """Serve without a calibration, and let a stream of pictures certify a threshold.
 

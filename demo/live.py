@@ -50,12 +50,12 @@ from .steps import DemoError, Step, begin, prepare
 OUT = Path("build/live")
 PAGE, SUMMARY = OUT / "index.html", OUT / "summary.json"
 REPOSITORY = OUT / "model_repository"
-AUDITED = 1000  # images, then the stream changes
+AUDITED = 1500  # images, then the stream changes
 MOST_REQUESTS, MOST_S = 8000, 420.0  # or then
 AFTER_REQUESTS, AFTER_S = 1500, 120.0  # of the second
-IN_FLIGHT = 4
+IN_FLIGHT = 6
 LOOK_S = 2.0
-FLOOR = 0.2  # more than the default, so that minutes are enough
+FLOOR = 0.25  # more than the default, so that minutes are enough
 STREAMS = 200  # simulated, to see how often a certificate is wrong
 AFTER = (100, 200, 500, 1000, 2000)  # audited images of each
 
@@ -226,7 +226,7 @@ def _steps(max_risk: float) -> tuple[Step, ...]:
         Step(
             "Assemble a repository without a calibration",
             REPOSITORY,
-            f"export repository --live --max-risk {max_risk:g} --audit-floor {FLOOR} "
+            f"export repository --live --max-risk {max_risk:g} --audit-floor {FLOOR} --instances 2 "
             f"--onnx {onnx} --out {REPOSITORY}",
         ),
     )
