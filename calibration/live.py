@@ -191,6 +191,7 @@ class LiveKeeper:
             return
         contradicted = state.observe(part.records)
         if contradicted is not None:
+            self._stop_routers()
             self._tell_retreat("{} of {} audited images were lost".format(*contradicted))
 
     def _heed(self, artifact: Calibration, version: int) -> None:
@@ -200,6 +201,12 @@ class LiveKeeper:
         if marked and artifact.threshold is not None and self.state.served.threshold is not None:
             self.state.retreat()
             self._tell_retreat("a router found so")
+
+    def _stop_routers(self) -> None:
+        """Let the routers go back within a moment: a rollout takes seconds, and may fail."""
+        live = self._artifact_file(Versions.load(self._repository).live)
+        with suppress(OSError):
+            retreat_file(self.folder, manifest.sha256_file(live)).touch()
 
     def _tell_retreat(self, reason: str) -> None:
         self._note(

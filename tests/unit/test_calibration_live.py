@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from bundle import manifest
 from bundle.versions import Versions, present
 from calibration.anytime import images_needed
 from calibration.live import keeping
@@ -165,6 +166,19 @@ def test_traffic_that_contradicts_the_certificate_takes_it_back_at_once(site, ro
     assert state.images == len(state.scores) and state.certified == 0
     assert set(state.kept) == set(state.lost) == {state.images}
     assert site.kinds()[-2:] == ["retreat", "rollout"] and rollouts.asked == [2, 3]
+
+
+def test_the_routers_are_told_before_a_rollout_that_takes_long_or_fails(site, rollouts):
+    certified(site)
+    told = retreat_file(site.evidence, manifest.sha256_file(site.artifact_file))
+    assert not told.exists()
+    rollouts.fails = True
+    site.traffic(60, score=0.0, lost=True)
+    site.step()
+    assert told.exists() and site.artifact.threshold is not None
+    rollouts.fails = False
+    site.step()
+    assert site.artifact.threshold is None and not told.exists()
 
 
 def test_the_next_test_has_half_of_delta_and_nothing_of_what_was(site):

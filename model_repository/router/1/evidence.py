@@ -27,7 +27,7 @@ from .routing import Audit, Audited, Calibration, Overrides, RiskTest, fidelity_
 from .routing.journal import Header, Journal, Record, retreat_file
 from .routing.policy import escalation_mask
 
-_LOOK_S = 1.0  # how often it is looked whether another instance has retreated
+_LOOK_S = 0.2  # how often it is looked whether somebody else found that it must go back
 
 
 class Evidence:
@@ -123,12 +123,12 @@ class Evidence:
             pb_utils.Logger.log_warn(f"router: evidence is not written: {fault}")
 
     def _look(self) -> None:
-        """Go back where another instance has, or this one before it was loaded anew."""
+        """Go back where somebody else found so, or this instance before it was loaded anew."""
         if self.calibration.threshold is None or self._clock_s() - self._looked_s < _LOOK_S:
             return
         self._looked_s = self._clock_s()
         if os.path.exists(self._retreat):  # of a folder that may not be looked at: no
-            self._go_back("another instance found so, or this one before it was loaded anew")
+            self._go_back("calibration live or another instance found so, or this one before")
 
     def _go_back(self, reason: str) -> None:
         certificate = {**(self.calibration.certificate or {}), "certified": False}
