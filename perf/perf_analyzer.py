@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from .analyzer_install import Analyzer, PerfAnalyzerError
 from .systems import System
 
+_NO_STATISTICS = "failed to find the requested model version"
 WARMUP_REQUESTS = 4
 # Most telling first: the server's own sentence, then what perf_analyzer says about itself.
 _FAILURES = (
@@ -183,12 +184,13 @@ def read_report(text: str) -> dict[str, float]:
 
 
 def _call(analyzer: Analyzer, arguments: list[str], timeout_s: float) -> str:
-    """Run it and return what it printed; a second time where it did not end.
+    """Run it and return what it printed; a second time where it did not end, or saw no statistics.
 
-    Version 2.50 may wait for ever in an open loop over HTTP, where the server has answered all.
+    Version 2.50 may wait for ever in an open loop over HTTP, where the server has answered all; and
+    it may look at the server's statistics before those of a short pass are in them.
     """
     model, url = arguments[1], arguments[3]
-    for _ in range(2):
+    for is_last in (False, True):
         try:
             ran = subprocess.run(
                 [str(analyzer.path), *arguments],
@@ -204,9 +206,11 @@ def _call(analyzer: Analyzer, arguments: list[str], timeout_s: float) -> str:
             continue
         except OSError as error:
             raise PerfAnalyzerError(f"perf_analyzer does not start: {error.strerror}") from None
-        if ran.returncode != 0:
-            raise PerfAnalyzerError(f"perf_analyzer on {model} at {url}: {failure(ran.stdout)}")
-        return ran.stdout
+        if ran.returncode == 0:
+            return ran.stdout
+        reason = failure(ran.stdout)
+        if is_last or _NO_STATISTICS not in reason:
+            raise PerfAnalyzerError(f"perf_analyzer on {model} at {url}: {reason}")
     raise PerfAnalyzerError(f"perf_analyzer on {model}: not done within {timeout_s:g} s, twice")
 
 

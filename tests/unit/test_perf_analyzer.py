@@ -181,6 +181,21 @@ def test_a_pass_that_hangs_once_is_made_again(tmp_path, measure):
         measure(program, timeout_s=2.0, concurrency=1)
 
 
+NO_STATISTICS = "failed to find the requested model version"
+
+
+@pytest.mark.parametrize(
+    ("again", "said"), [("unknown policy", "unknown policy"), (NO_STATISTICS, NO_STATISTICS)]
+)
+def test_a_pass_that_saw_no_statistics_is_made_again_once(tmp_path, measure, again, said):
+    seen = tmp_path / "seen"
+    script = f"#!/bin/sh\necho call >> '{seen}'\nif [ $(wc -l < '{seen}') = 1 ]; then "
+    script += f"echo '{NO_STATISTICS}' >&2; else echo '{again}' >&2; fi\nexit 99\n"
+    with pytest.raises(PerfAnalyzerError, match=said):
+        measure(StandIn(tmp_path, script=script), concurrency=1)
+    assert seen.read_text().split() == ["call", "call"]
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
