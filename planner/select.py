@@ -149,8 +149,7 @@ def predict(
         ):
             escalation = play(seen.ranked, seen.loss, seen.high_loss, drawn, allowed)
             certified = np.isfinite(escalation)
-            cost = costs_ms[low] + np.where(certified, escalation, 0) * costs_ms[seen.high]
-            plays = np.where(certified, np.minimum(cost, full_ms), full_ms)
+            plays = plays_ms(escalation, costs_ms[low], costs_ms[seen.high], full_ms)
             mean = float(escalation[0, certified[0]].mean()) if certified[0].any() else np.inf
             found.append(
                 Candidate(
@@ -238,6 +237,20 @@ def play(
     return found
 
 
+def plays_ms(escalation: FloatMatrix, low_ms: float, high_ms: float, full_ms: float) -> FloatMatrix:
+    """What a cascade costs in each play: the full model's cost where it certifies nothing cheaper.
+
+    Args:
+        escalation: from `play`, (K, P).
+        low_ms: of an image, of the cheap graph.
+        high_ms: of the full graph.
+        full_ms: of the full model.
+    """
+    certified = np.isfinite(escalation)
+    cost = low_ms + np.where(certified, escalation, 0) * high_ms
+    return np.where(certified, np.minimum(cost, full_ms), full_ms)
+
+
 def shortlist(
     candidates: Sequence[Candidate], allowed: Callable[[Pair], bool], most: int = MOST
 ) -> list[Candidate]:
@@ -252,22 +265,38 @@ def shortlist(
         At most one of each pair, the one that adds most first; none where none ever passes.
     """
     offered = [c for c in candidates if c.chance > 0 and allowed((c.low, c.high))]
+    pairs = [(c.low, c.high) for c in offered]
     best: tuple[float, list[Candidate]] = (np.inf, [])
     for tests in range(1, most + 1):
-        listed: list[Candidate] = []
-        cost: FloatMatrix | float = np.inf
-        while len(listed) < tests:
-            pairs = {(c.low, c.high) for c in listed}
-            others = [c for c in offered if (c.low, c.high) not in pairs]
-            if not others:
-                break
-            costs = [np.minimum(cost, c.plays[tests - 1]) for c in others]
-            first = min(range(len(others)), key=lambda i: costs[i].mean())
-            listed.append(others[first])
-            cost = costs[first]
-        if (mean := float(np.mean(cost))) < best[0]:
-            best = (mean, listed)
+        costs = [c.plays[tests - 1] for c in offered]
+        listed, cost = cheapest_together(pairs, [costs] * tests)
+        if cost < best[0]:
+            best = (cost, [offered[place] for place in listed])
     return best[1]
+
+
+def cheapest_together(
+    pairs: Sequence[Pair], costs: Sequence[Sequence[NDArray[np.float64]]]
+) -> tuple[list[int], float]:
+    """Cascades of which the cheapest costs little on average, the one that adds most first.
+
+    Args:
+        pairs: of each cascade, of which one is taken at most.
+        costs: for each that is to be taken, what each cascade costs in every play as that one.
+
+    Returns:
+        Places of the cascades, and the mean cost of the cheapest of them; infinite of none.
+    """
+    listed: list[int] = []
+    cost: NDArray[np.float64] | float = np.inf
+    for each in costs:
+        taken = {pairs[place] for place in listed}
+        others = [place for place, pair in enumerate(pairs) if pair not in taken]
+        if not others:
+            break
+        listed.append(min(others, key=lambda place: np.minimum(cost, each[place]).mean()))
+        cost = np.minimum(cost, each[listed[-1]])
+    return listed, float(np.mean(cost))
 
 
 def choose(tested: Sequence[Tested]) -> Tested | None:

@@ -18,7 +18,7 @@ from calibration.certify import FloatVector, Goal, allowed_errors, candidate_thr
 from calibration.splits import FIT_SHARE
 from report.terminal import Bars
 
-from .select import MOST, FloatMatrix, Offer, offers, play
+from .select import MOST, Offer, cheapest_together, offers, play, plays_ms
 from .study import Study, to_no_alignment
 
 IMAGES = (100, 300, 1_000, 3_000, 10_000)
@@ -121,27 +121,22 @@ class Population:
             allowed_errors(n, replace(goal, confidence=1 - share * (1 - goal.confidence)))
             for share in levels
         ]
-        plays: list[FloatMatrix] = []
-        for some in self.cascades:
-            escalation = play(some.ranked, some.loss, some.high_loss, drawn, allowed)
-            certified = np.isfinite(escalation)
-            cost = self.ms[some.low] + np.where(certified, escalation, 0) * self.ms[some.high]
-            plays.append(np.where(certified, np.minimum(cost, self.full_ms), self.full_ms))
+        plays = [
+            plays_ms(
+                play(some.ranked, some.loss, some.high_loss, drawn, allowed),
+                self.ms[some.low],
+                self.ms[some.high],
+                self.full_ms,
+            )
+            for some in self.cascades
+        ]
+        pairs = [(some.low, some.high) for some in self.cascades]
         best: tuple[float, list[Offer], Sequence[float]] = (np.inf, [], [])
         for shares in rules:
-            listed: list[Offer] = []
-            cost = np.full(len(drawn), self.full_ms)
-            for share in shares:
-                pairs = {(some.low, some.high) for some in listed}
-                others = [i for i, c in enumerate(self.cascades) if (c.low, c.high) not in pairs]
-                if not others:
-                    break
-                level = levels.index(share)
-                first = min(others, key=lambda i: np.minimum(cost, plays[i][level]).mean())
-                listed.append(self.cascades[first])
-                cost = np.minimum(cost, plays[first][level])
-            if cost.mean() < best[0]:
-                best = (float(cost.mean()), listed, shares[: len(listed)])
+            at = map(levels.index, shares)
+            listed, cost = cheapest_together(pairs, [[p[level] for p in plays] for level in at])
+            if cost < best[0]:
+                best = (cost, [self.cascades[i] for i in listed], shares[: len(listed)])
         return best[1], best[2]
 
     def _each(

@@ -3,11 +3,14 @@
 import json
 from pathlib import Path
 
+import pytest
+
 import calibration.live
 from bundle import manifest
 from bundle.fidelity import FidelityLoss
 from bundle.graphs import GraphSet
 from bundle.versions import Versions, live_folder, put, switch, switched
+from calibration.anytime import images_needed
 from calibration.live import LiveKeeper
 from calibration.live_state import NAME
 from export.live import live_artifact
@@ -19,6 +22,7 @@ from tests.unit.loading_triton import without_pauses
 from tests.unit.onnx_files import CLASSES, write_graph_set
 
 EPSILON = 0.1
+NEEDED = images_needed(EPSILON, 0.05)  # audited images, where none is lost, in the first test
 
 
 class Killed(BaseException):
@@ -175,3 +179,15 @@ class Interruption:
 
 def journals_in(folder: Path):
     return sorted(folder.glob("*.journal"))
+
+
+@pytest.fixture(autouse=True)
+def rollouts(monkeypatch):
+    """In place of a server's, for every keeper of the test."""
+    return in_place_of_servers(monkeypatch)
+
+
+@pytest.fixture
+def site(tmp_path):
+    """A repository of a classifier, which nobody has asked yet."""
+    return Site(tmp_path)

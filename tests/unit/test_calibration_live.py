@@ -13,19 +13,9 @@ from calibration.live_state import ALARM, LiveError
 from export.repository import assemble
 from routing import journal as journals
 from routing.journal import Header, Journal, retreat_file
-from tests.unit.live_site import EPSILON, Site, in_place_of_servers, journals_in
+from tests.unit.live_site import EPSILON, NEEDED, Site, journals_in, rollouts, site
 
-NEEDED = images_needed(EPSILON, 0.05)  # audited images, where none is lost, in the first test
-
-
-@pytest.fixture(autouse=True)
-def rollouts(monkeypatch):
-    return in_place_of_servers(monkeypatch)
-
-
-@pytest.fixture
-def site(tmp_path):
-    return Site(tmp_path)
+__all__ = ["rollouts", "site"]  # fixtures
 
 
 def test_until_enough_is_known_every_image_escalates(site, rollouts):

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import calibration.live
-from calibration.anytime import images_needed
 from calibration.evaluate import EvaluateError, evaluate
 from calibration.fidelity import Fidelity
 from calibration.live_artifact import measured
@@ -17,20 +16,10 @@ from report.live_page import write_live
 from server.rollout import RolloutInterruptedError
 from tests import commands
 from tests.unit.calibration_outputs import make_outputs
-from tests.unit.live_site import EPSILON, Site, in_place_of_servers
+from tests.unit.live_site import EPSILON, NEEDED, rollouts, site
 from tests.unit.pages import FakeSource
 
-NEEDED = images_needed(EPSILON, 0.05)
-
-
-@pytest.fixture(autouse=True)
-def rollouts(monkeypatch):
-    return in_place_of_servers(monkeypatch)
-
-
-@pytest.fixture
-def site(tmp_path):
-    return Site(tmp_path)
+__all__ = ["rollouts", "site"]  # fixtures
 
 
 def live(site, *more):

@@ -8,29 +8,20 @@ import pytest
 
 import calibration.live
 from bundle.versions import Versions, present
-from calibration.anytime import images_needed
 from calibration.live_state import State
 from routing.journal import SUFFIX, Journal
 from tests.unit.live_site import (
-    EPSILON,
+    NEEDED,
     Interruption,
     Killed,
     Site,
     in_place_of_servers,
     journals_in,
+    rollouts,
+    site,
 )
 
-NEEDED = images_needed(EPSILON, 0.05)
-
-
-@pytest.fixture(autouse=True)
-def rollouts(monkeypatch):
-    return in_place_of_servers(monkeypatch)
-
-
-@pytest.fixture
-def site(tmp_path):
-    return Site(tmp_path)
+__all__ = ["rollouts", "site"]  # fixtures
 
 
 def found(site):

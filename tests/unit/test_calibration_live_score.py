@@ -12,14 +12,9 @@ from calibration.live_state import FIXED, STRETCH, LiveError, State
 from routing import ScoreMap
 from routing.journal import Journal
 from server.errors import ServerError
-from tests.unit.live_site import EPSILON, Interruption, Killed, Site, in_place_of_servers
+from tests.unit.live_site import EPSILON, NEEDED, Interruption, Killed, Site, rollouts, site
 
-NEEDED = images_needed(EPSILON, 0.05)
-
-
-@pytest.fixture(autouse=True)
-def rollouts(monkeypatch):
-    return in_place_of_servers(monkeypatch)
+__all__ = ["rollouts", "site"]  # fixtures
 
 
 @pytest.fixture
@@ -146,11 +141,6 @@ def test_a_disk_that_is_full_while_it_is_taught_costs_time_alone(headless, monke
 
 
 # --- of another artifact -------------------------------------------------------------------------
-
-
-@pytest.fixture
-def site(tmp_path):
-    return Site(tmp_path)
 
 
 def other_score(site, scores=None):
