@@ -37,6 +37,7 @@ from .supervise import (
 )
 
 _TAIL_LINES = 20
+_POLL_S = 0.2
 BUILT = Path("build/model_repository")
 LOCAL = "127.0.0.1:8001"
 _SUPERVISION: dict[str, Any] = {"rich_help_panel": "Supervision"}
@@ -211,6 +212,8 @@ def serve(
         _report(server, as_json)
         if supervise:
             supervisor.run()
+        while server.is_running():  # Waiting in one call could miss a signal just before it.
+            _sleep(_POLL_S)
         server.wait()
     except KeyboardInterrupt:  # Told to stop, which typer would make exit code 130.
         return

@@ -161,6 +161,27 @@ def test_a_signal_that_comes_while_a_destructor_runs_ends_it_too(monkeypatch: py
     assert looks == ["looked"] and not FakeServer.made[0].runs
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_comes_just_before_it_waits_ends_it_too(monkeypatch: pytest.MonkeyPatch):
+    class Lasting(FakeServer):
+        def start(self) -> None:
+            self.runs = True
+
+        def is_running(self) -> bool:
+            return self.runs
+
+        def wait(self) -> None:
+            raise AssertionError("a server that runs is waited for without end")
+
+    def report(*_: object) -> None:
+        LetGo()
+
+    monkeypatch.setattr(command_line, "TritonServer", Lasting)
+    monkeypatch.setattr(command_line, "_report", report)
+    assert command_line.main([]) == 0
+    assert not FakeServer.made[0].runs
+
+
 # --- python -m server rollout ------------------------------------------------------------------
 
 
