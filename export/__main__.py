@@ -252,9 +252,9 @@ def repository(
         reference_check=reference_check,
         live_folder="" if live_folder is None else str(live_folder.resolve()),
     )
-    if live and (add or shadow is not None):
-        raise UsageError("--live assembles a repository; --add-version and --shadow change one")
     if live:
+        if add or shadow is not None:
+            raise UsageError("--live assembles a repository; --add-version and --shadow change one")
         if calibration is not None:
             raise UsageError("--live starts without a calibration, and --calibration names one")
         if max_risk is None:
@@ -266,15 +266,8 @@ def repository(
         graphs = GraphSet.load(onnx)
         loss = FidelityLoss.asked(graphs.task, fidelity, tolerance, relative, label_threshold)
         first = live_artifact(graphs, loss, max_risk, confidence, audit_floor)
-        with tempfile.TemporaryDirectory() as folder:
-            first.save(Path(folder) / "calibration.json")
-            assemble(graphs, Path(folder) / "calibration.json", out, settings)
-        typer.echo(
-            f"wrote {out}; serve it with python -m server --repository {out} --allow-reload, and "
-            f"certify with python -m calibration live --repository {out}"
-        )
+        _assemble_live(graphs, first, out, settings)
         return
-    calibration = calibration or ARTIFACT
     for option, is_given in {
         "--max-risk": max_risk is not None,
         "--confidence": confidence != CONFIDENCE,
@@ -286,24 +279,44 @@ def repository(
     }.items():
         if is_given:
             raise UsageError(f"{option} goes with --live; an artifact has been given its own")
+    calibration = calibration or ARTIFACT
     if add:
         if settings != RepositorySettings():
             raise UsageError("--add-version changes the artifact only; assemble for other settings")
-        version = add_version(out, calibration, shadow or 0.0)
-        rollout = f"python -m server rollout --repository {out}"
-        shadowing = f"let it score with {rollout}; " if shadow else ""
-        typer.echo(
-            f"added router/{version} to {out}; {shadowing}let it answer with {rollout} "
-            f"--to {version}"
-        )
-        return
-    if shadow is not None:
+        _add_version(out, calibration, shadow or 0.0)
+    elif shadow is not None:
         raise UsageError("--shadow goes with --add-version")
-    assemble(GraphSet.load(onnx), calibration, out, settings)
+    else:
+        _assemble(GraphSet.load(onnx), calibration, out, settings)
+
+
+def _assemble(graphs: GraphSet, calibration: Path, out: Path, settings: RepositorySettings) -> None:
+    assemble(graphs, calibration, out, settings)
     artifact = Calibration.load(calibration)
     answers = reference_words(artifact.reference_answers)
     typer.echo(f"calibrated on {runtime_words(artifact.data.get('runtime'))}; {answers}")
     typer.echo(f"wrote {out}; serve it with python -m server --repository {out}")
+
+
+def _assemble_live(
+    graphs: GraphSet, first: Calibration, out: Path, settings: RepositorySettings
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        first.save(Path(folder) / "calibration.json")
+        assemble(graphs, Path(folder) / "calibration.json", out, settings)
+    typer.echo(
+        f"wrote {out}; serve it with python -m server --repository {out} --allow-reload, and "
+        f"certify with python -m calibration live --repository {out}"
+    )
+
+
+def _add_version(out: Path, calibration: Path, shadow: float) -> None:
+    version = add_version(out, calibration, shadow)
+    rollout = f"python -m server rollout --repository {out}"
+    shadowing = f"let it score with {rollout}; " if shadow else ""
+    typer.echo(
+        f"added router/{version} to {out}; {shadowing}let it answer with {rollout} --to {version}"
+    )
 
 
 @app.command("versions")

@@ -156,7 +156,7 @@ def test_a_timeout_that_has_passed_in_the_queue_costs_no_full_rung(server, truth
 
     def ask():
         with Load(server, truth, [hard]) as load:
-            wait_for(lambda: len(load.requests) >= ABANDONED, 60)
+            assert wait_for(lambda: len(load.requests) >= ABANDONED, 60)
         refused.extend(load.requests)
 
     found, spent = counted_calls(server, truth, "HTTP requests with timeout 1 µs", ask)

@@ -95,6 +95,12 @@ def counted(server, name, **labels):
     )
 
 
+def gauges_of_threshold(server):
+    """Series that tell of a threshold, or of what is certified of it."""
+    names = "adaptive_vit_threshold", "adaptive_vit_certified_risk"
+    return [key for key in metrics(server) if key.startswith(names)]
+
+
 def artifact(repository):
     version = Versions.load(repository).live
     return Calibration.load(repository / f"router/{version}/calibration.json")
@@ -115,6 +121,7 @@ def test_a_service_earns_its_threshold_and_gives_it_back(assemble, divided):
         audited = sum(answer.escalated for answer in answers)
         assert 25 <= audited <= 75  # every other one, by a coin
         assert not any(answer.degraded for answer in answers)
+        assert gauges_of_threshold(server)
 
         # The stream changes. The router goes back by itself; nobody else looks.
         asked = 0
@@ -123,7 +130,8 @@ def test_a_service_earns_its_threshold_and_gives_it_back(assemble, divided):
             assert asked < 200
         time.sleep(1.1)  # the other instance looks once a second
         assert all(answer.escalated for answer in ask(server, bad, 40))
-        wait_for(lambda: counted(server, "certificate_contradicted_total") >= 1)
+        assert wait_for(lambda: counted(server, "certificate_contradicted_total") >= 1)
+        assert wait_for(lambda: not gauges_of_threshold(server))
 
         assert certify(server, repository).code == 0
         now = state(repository)
@@ -206,5 +214,5 @@ def test_where_evidence_cannot_be_written_answers_go_on(assemble, divided, tmp_p
     repository = assemble("--live-folder", tmp_path / "file" / "below")
     with running(repository, **RELOADABLE) as server:
         assert all(answer.escalated for answer in ask(server, divided[1], 12))
-        wait_for(lambda: counted(server, "audit_dropped_total") == 12)
+        assert wait_for(lambda: counted(server, "audit_dropped_total") == 12)
         assert "evidence is not written" in server.log_path.read_text()

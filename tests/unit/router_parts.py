@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from weakref import WeakValueDictionary
 
 import numpy as np
 import pytest
@@ -107,10 +108,12 @@ class Backend:
 
             def __init__(self, name, description, kind):
                 assert description and name not in series
-                self._metrics = series[name] = {}
+                self._metrics = series[name] = WeakValueDictionary()
+                self._held = []  # a metric ends with its family, and not before
 
             def Metric(self, labels, buckets=None):  # noqa: N802, as Triton spells it
-                return self._metrics.setdefault(tuple(sorted(labels.items())), Metric())
+                self._held.append(self._metrics.setdefault(tuple(sorted(labels.items())), Metric()))
+                return self._held[-1]
 
         self.MetricFamily = MetricFamily
 

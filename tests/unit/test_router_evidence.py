@@ -246,6 +246,14 @@ def test_afterwards_every_image_is_audited(router, folder, backend):
     assert backend.value("audit_share") == 1.0
 
 
+def test_afterwards_no_gauge_tells_of_the_former_threshold(router, backend):
+    evidence, send = router()
+    gauges = "adaptive_vit_threshold", "adaptive_vit_certified_risk"
+    assert all(len(backend.series[name]) == 1 for name in gauges)
+    contradict(evidence, send)
+    assert not any(backend.series[name] for name in gauges)
+
+
 def test_what_escalates_or_is_sound_contradicts_nothing(router, backend):
     evidence, send = router()
     for _ in range(50):

@@ -148,6 +148,23 @@ def test_counts_reach_triton_as_sums(make_metrics, backend):
     assert score.observed == [0.1, 0.2]
 
 
+def test_what_the_server_does_not_take_ends_no_later_count(make_metrics, backend, monkeypatch):
+    metrics = make_metrics()
+    (score,) = backend.series["adaptive_vit_score"].values()
+
+    def refuse(value):
+        raise RuntimeError("the server is busy")
+
+    monkeypatch.setattr(score, "observe", refuse)
+    for _ in range(2):
+        metrics.observe("score", [0.1])
+        wait_for(lambda: not metrics._values)
+    wait_for(lambda: backend.warnings)
+    metrics.count("images_total", 2, path="low")
+    wait_for(lambda: backend.value("images_total", path="low") == 2)
+    assert len(backend.warnings) == 1 and "the server is busy" in backend.warnings[0]
+
+
 def test_identity_threshold_and_certified_risk_are_told(make_metrics, backend):
     make_metrics()
     identity = {"artifact": "ab" * 6, "signal": "cls_path", "low": "0" * 12, "high": "1" * 12}

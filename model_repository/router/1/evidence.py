@@ -135,6 +135,8 @@ class Evidence:
         self.calibration = replace(self.calibration, threshold=None, certificate=certificate)
         self._test, self._share = None, 1.0
         self._metrics.set("audit_share", self._share)
+        for gauge in ("threshold", "certified_risk", "calibrated_escalation_rate"):
+            self._metrics.forget(gauge)
         self._metrics.count("certificate_contradicted_total")
         pb_utils.Logger.log_warn(
             f"router: live traffic contradicts the certificate: {reason}; every image goes to the "

@@ -117,6 +117,11 @@ class Metrics:
         """Set a gauge."""
         self._metrics[_key(name, {})].set(value)
 
+    def forget(self, name: str) -> None:
+        """End a gauge whose figure is no longer true: a scrape no longer finds its series."""
+        self._metrics.pop(_key(name, {}), None)
+        self._families.pop(name, None)
+
     def set_reference_outcome(self, found: str) -> None:
         """Say how the answers compare with the reference answers; one of `OUTCOMES`."""
         for outcome in REFERENCE_OUTCOMES:
@@ -141,8 +146,14 @@ class Metrics:
                 self._metrics[key].observe(value)
 
     def _run(self) -> None:
+        is_told = False
         while not self._stopping.wait(_FLUSH_S):
-            self.flush()
+            try:
+                self.flush()
+            except Exception as error:  # the server took none of it; what comes next is counted
+                if not is_told:  # it may be every flush's
+                    is_told = True
+                    pb_utils.Logger.log_warn(f"router: some metrics are not handed on: {error!r}")
         self.flush()
 
     def _add(
