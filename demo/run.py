@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -15,14 +17,14 @@ from perf.environment import environment
 from perf.figures import cheapest_rival
 from perf.harness import Answer, Asker, cut, is_a_loss
 from perf.images import load_pool
-from perf.repository import with_alternatives
+from perf.repository import undisturbed, with_alternatives
 from perf.systems import ADAPTIVE, ESCALATION, HIGH, LOW, System, model_section, systems
 from perf.target import Target
 from report.terminal import Bars
 from routing import Calibration
 from server import TritonServer
 
-from .roads import PLAN, TEST_CROPS, TEST_SEED, Road
+from .roads import TEST_CROPS, TEST_SEED, Road
 from .show import write_page
 from .steps import OUT, DemoError, begin
 
@@ -50,9 +52,7 @@ def serve_and_measure(road: Road) -> dict[str, Any]:
     pool = load_pool(graphs, "sample", TEST_CROPS, TEST_SEED, bars.stage)
     labels = graphs.labels or ()
     truth = [labels.index(label or "") for label in pool.labels]
-    repository = road.folder / "model_repository"
-    if road.plan is not None:
-        repository = with_alternatives(repository, graphs, PLAN / "served")
+    repository = _served(road, graphs)
     every = asked(graphs, calibration.threshold)
     alone = [s for s in every if s.name in (LOW, HIGH, ESCALATION, ADAPTIVE, NEVER)]
     measured = []
@@ -73,6 +73,15 @@ def serve_and_measure(road: Road) -> dict[str, Any]:
     (OUT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     write_page(road, summary, measured[0].paired, calibration.threshold, pool.encoded, labels)
     return summary
+
+
+def _served(road: Road, graphs: GraphSet) -> Path:
+    """The road's repository so that nothing runs beside what is measured, with what rivals it."""
+    repository, served = road.folder / "model_repository", road.folder / "served"
+    if road.plan is not None:
+        return with_alternatives(repository, graphs, served)
+    shutil.rmtree(served, ignore_errors=True)
+    return undisturbed(repository, served)
 
 
 def asked(graphs: GraphSet, threshold: float | None) -> list[System]:
