@@ -12,7 +12,7 @@ import yaml
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from export.__main__ import repository
+from export.repository_command import repository_command
 from routing import PROBE_ID
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,7 +142,7 @@ def test_compose_mounts_what_is_exported_where_the_image_serves_from():
     compose = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())
     (volume,) = compose["services"]["triton"]["volumes"]
     mounted, place, _ = volume.split(":")
-    exported = signature(repository).parameters["out"].default
+    exported = signature(repository_command).parameters["out"].default
     assert (ROOT / "deploy" / mounted).resolve() == ROOT / exported
     lines = (ROOT / "deploy/Dockerfile").read_text().splitlines()
     (served,) = (json.loads(line[len("CMD ") :]) for line in lines if line.startswith("CMD "))
