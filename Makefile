@@ -32,10 +32,10 @@ perf: $(INSTALLED)  ## what the cascade costs beside its alternatives, in four m
 	$(PY) -m perf run --images sample --onnx $(DEMO)/onnx \
 	  --calibration $(DEMO)/calibration.json --repository $(DEMO)/model_repository
 
-ORIGINAL := build/original
 live: $(INSTALLED)  ## serve without a calibration: a stream of pictures certifies a threshold, then changes
 	$(PY) -m demo live$(if $(RISK), --risk $(RISK))$(if $(AUDITED), --audited $(AUDITED))
 
+ORIGINAL := build/original
 original: $(INSTALLED)  ## the tables of the research script this began with, measured here
 	$(PY) -m export rungs --model static-vit --out $(ORIGINAL)/onnx
 	$(PY) -m calibration collect --images sample --seed 31 --limit 1000 \

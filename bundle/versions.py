@@ -23,6 +23,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelEnsembling
 
 from bundle import config, manifest
 from bundle.config import ConfigError
+from routing import journal
 
 ROUTER_CONFIG = "router/config.pbtxt"
 ENSEMBLE_CONFIG = "adaptive_vit/config.pbtxt"
@@ -223,9 +224,7 @@ def live_folder(repository: Path) -> Path:
     Raises:
         VersionError: a config is missing, or it is not as it was assembled.
     """
-    given = _router_parameter(repository, "live_folder")
-    whole = repository.resolve()
-    return Path(given) if given else whole.with_name(f"{whole.name}.live")
+    return journal.live_folder(repository, _router_parameter(repository, "live_folder"))
 
 
 def drop(repository: Path, version: int) -> None:

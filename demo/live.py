@@ -39,8 +39,7 @@ from calibration.outputs import Outputs
 from client import GrpcClient
 from report.live_page import write_live
 from report.terminal import Bars
-from routing import Calibration
-from routing.journal import RETREAT
+from routing import Calibration, journal
 from server import Access, Security, TritonServer
 
 from .pictures import OUT as PICTURES
@@ -141,7 +140,7 @@ def run_live(max_risk: float, audited: int = AUDITED) -> dict[str, Any]:
     make_pictures(PICTURES, 1, bars)
     steps = _steps(max_risk)
     prepare(steps[:-1], OUT)
-    shutil.rmtree(f"{REPOSITORY}.live", ignore_errors=True)  # of the run before
+    shutil.rmtree(journal.live_folder(REPOSITORY, ""), ignore_errors=True)  # of the run before
     begin(len(steps), steps, steps[-1].title)
     if subprocess.run([sys.executable, "-m", *shlex.split(steps[-1].command)]).returncode != 0:
         raise DemoError(f"`python -m {steps[-1].command}` failed")
@@ -291,7 +290,7 @@ def _retreated(stream: Stream) -> bool:
 
 def _marks() -> list[Path]:
     """What a router leaves that has gone back to the full rung."""
-    return list(live_folder(REPOSITORY).glob(f"{RETREAT}-*"))
+    return list(live_folder(REPOSITORY).glob(f"{journal.RETREAT}-*"))
 
 
 def _state() -> dict[str, Any]:

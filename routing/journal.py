@@ -181,6 +181,17 @@ class Journal:
         self._file, self._size = file, len(first)
 
 
+def live_folder(repository: Path, given: str) -> Path:
+    """Where the routers of a repository write their journals.
+
+    Args:
+        repository: the model repository; a link to it is followed.
+        given: `live_folder` of the router's configuration; empty: beside the repository.
+    """
+    whole = repository.resolve()
+    return Path(given) if given else whole.with_name(f"{whole.name}.live")
+
+
 def retreat_file(folder: Path, artifact: str) -> Path:
     """The file whose presence says that traffic contradicts an artifact's certificate."""
     return folder / f"{RETREAT}-{artifact}"

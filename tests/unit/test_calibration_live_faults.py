@@ -204,6 +204,16 @@ def test_a_rollout_that_fails_is_tried_again_and_evidence_goes_on_being_counted(
     assert keeper.state.images == NEEDED + 10 + 15
 
 
+def contradict_while_a_rollout_waits(site, rollouts):
+    """A careful threshold answers and is contradicted, as a bolder one is not rolled out."""
+    site.traffic(NEEDED + 10)
+    site.step()
+    rollouts.fails = True
+    site.traffic(5 * NEEDED)
+    site.step()
+    site.traffic(40, score=0.0, lost=True)
+
+
 @pytest.mark.parametrize("restarted", [False, True])
 def test_a_rollout_that_waits_is_given_up_once_traffic_contradicts(site, rollouts, restarted):
     """A bolder threshold must not follow on the contradiction of the careful one."""
@@ -231,12 +241,7 @@ def test_a_rollout_that_waits_is_given_up_once_traffic_contradicts(site, rollout
 def test_a_keeper_that_dies_between_a_contradiction_and_its_rollout_goes_back_later(
     site, rollouts, monkeypatch, name
 ):
-    site.traffic(NEEDED + 10)
-    site.step()
-    rollouts.fails = True
-    site.traffic(5 * NEEDED)
-    site.step()
-    site.traffic(40, score=0.0, lost=True)
+    contradict_while_a_rollout_waits(site, rollouts)
     with monkeypatch.context() as patched:
         owner = State if name == "save" else calibration.live
         ending = Interruption(getattr(owner, name), 1, after=name == "save")
@@ -252,12 +257,7 @@ def test_what_cannot_be_added_is_no_retreat_undone(site, rollouts, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    site.traffic(NEEDED + 10)
-    site.step()
-    rollouts.fails = True
-    site.traffic(5 * NEEDED)
-    site.step()
-    site.traffic(40, score=0.0, lost=True)
+    contradict_while_a_rollout_waits(site, rollouts)
     with monkeypatch.context() as patched:
         patched.setattr(calibration.live, "add_version", full)
         for _ in range(3):

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bundle import config
 from bundle import graphs as roles
 from bundle.graphs import Graph, GraphSet
 from calibration.images import SampleImages
@@ -18,7 +17,6 @@ from perf.harness import Paired
 from routing import RungRecord
 from tests.unit.fakes import make_calibration
 from tests.unit.perf_measured import make_answer
-from tests.unit.perf_workplace import write_repository, write_rungs
 
 FULL = RungRecord(224, "px=224", "f" * 64)
 CHEAP = RungRecord(112, "px=112,int8=static,align", "c" * 64)
@@ -65,22 +63,6 @@ def graph_set(high, *beside):
 
 TWO_RESOLUTIONS = graph_set(FULL)
 PLANNED = graph_set(INT8, ("tome8", MERGED), ("full", FULL))
-
-
-@pytest.mark.parametrize("road", [resolutions("static-vit"), planned("static-vit", 0.1)])
-def test_nothing_runs_beside_what_is_measured(tmp_path, road):
-    road = replace(road, folder=tmp_path)
-    rungs = write_rungs(tmp_path / "onnx", alternatives=(5,))
-    repository = write_repository(tmp_path / "model_repository", rungs)
-    for _ in range(2):  # an earlier demo's is no obstacle
-        served = run._served(road, rungs)
-        router = config.read(served / "router/config.pbtxt")
-        assert config.parameter(router, "reference_check") == "off"
-        assert (served / "px5").exists() == (road.plan is not None)
-    assert (
-        config.parameter(config.read(repository / "router/config.pbtxt"), "reference_check")
-        != "off"
-    )
 
 
 def turn(costs, classes=CLASSES, escalated=ESCALATED, scores=(0, 1, 2, 3), rows=range(4)):

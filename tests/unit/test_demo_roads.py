@@ -1,15 +1,18 @@
-"""`make demo`: which commands it runs, and which it need not run again."""
+"""`make demo`: which commands it runs, which it need not run again, and what it then serves."""
 
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
 
+from bundle import config
 from demo import __main__ as demo
-from demo import roads, steps
+from demo import roads, run, steps
+from tests.unit.perf_workplace import write_repository, write_rungs
 
 
 class Commands:
@@ -203,3 +206,21 @@ def test_the_test_crops_are_no_draw_of_the_others(elsewhere, monkeypatch):
     draws = [line for line in prepare(monkeypatch).lines if "--seed" in line]
     seeds = [line[line.index("--seed") + 1] for line in draws]
     assert len(set(seeds)) == 2 and str(roads.TEST_SEED) not in seeds
+
+
+@pytest.mark.parametrize(
+    "road", [roads.resolutions("static-vit"), roads.planned("static-vit", 0.1)]
+)
+def test_nothing_runs_beside_what_is_measured(tmp_path, road):
+    road = replace(road, folder=tmp_path)
+    rungs = write_rungs(tmp_path / "onnx", alternatives=(5,))
+    repository = write_repository(tmp_path / "model_repository", rungs)
+    for _ in range(2):  # an earlier demo's is no obstacle
+        served = run._served(road, rungs)
+        router = config.read(served / "router/config.pbtxt")
+        assert config.parameter(router, "reference_check") == "off"
+        assert (served / "px5").exists() == (road.plan is not None)
+    assert (
+        config.parameter(config.read(repository / "router/config.pbtxt"), "reference_check")
+        != "off"
+    )

@@ -148,20 +148,18 @@ def test_counts_reach_triton_as_sums(make_metrics, backend):
     assert score.observed == [0.1, 0.2]
 
 
-def test_what_the_server_does_not_take_ends_no_later_count(make_metrics, backend, monkeypatch):
+def test_what_the_server_does_not_take_costs_no_other_count(make_metrics, backend, monkeypatch):
     metrics = make_metrics()
-    (score,) = backend.series["adaptive_vit_score"].values()
+    refused = backend.series["adaptive_vit_requests_total"][("outcome", "ok"), ("version", "1")]
 
-    def refuse(value):
+    def refuse(amount):
         raise RuntimeError("the server is busy")
 
-    monkeypatch.setattr(score, "observe", refuse)
-    for _ in range(2):
-        metrics.observe("score", [0.1])
-        wait_for(lambda: not metrics._values)
-    wait_for(lambda: backend.warnings)
-    metrics.count("images_total", 2, path="low")
-    wait_for(lambda: backend.value("images_total", path="low") == 2)
+    monkeypatch.setattr(refused, "increment", refuse)
+    for images in (2, 4):  # of the same flush, and of a later one
+        metrics.count("requests_total", outcome="ok")
+        metrics.count("images_total", 2, path="low")
+        wait_for(lambda images=images: backend.value("images_total", path="low") == images)
     assert len(backend.warnings) == 1 and "the server is busy" in backend.warnings[0]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -94,6 +94,7 @@ class Metrics:
         self._values: defaultdict[_Key, list[float]] = defaultdict(list)
         self._families: dict[str, Any] = {}  # a metric ends with its family
         self._metrics: dict[_Key, Any] = {}
+        self._is_told = False
         self._add_counters()
         if candidate:
             self._add_shadow(candidate)
@@ -140,20 +141,22 @@ class Metrics:
             values, self._values = self._values, defaultdict(list)
         for key, amount in counts.items():
             if amount:
-                self._metrics[key].increment(amount)
+                self._hand_on(self._metrics[key].increment, amount)
         for key, observed in values.items():
             for value in observed:
-                self._metrics[key].observe(value)
+                self._hand_on(self._metrics[key].observe, value)
+
+    def _hand_on(self, call: Callable[[float], object], value: float) -> None:
+        try:
+            call(value)
+        except Exception as error:  # the server does not take this one; the others it may
+            if not self._is_told:  # it may be every flush's
+                self._is_told = True
+                pb_utils.Logger.log_warn(f"router: some metrics are not handed on: {error!r}")
 
     def _run(self) -> None:
-        is_told = False
         while not self._stopping.wait(_FLUSH_S):
-            try:
-                self.flush()
-            except Exception as error:  # the server took none of it; what comes next is counted
-                if not is_told:  # it may be every flush's
-                    is_told = True
-                    pb_utils.Logger.log_warn(f"router: some metrics are not handed on: {error!r}")
+            self.flush()
         self.flush()
 
     def _add(

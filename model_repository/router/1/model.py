@@ -33,6 +33,7 @@ from .routing import (
     parse_overrides,
     run_cascade,
 )
+from .routing.journal import live_folder
 from .rung_calls import Budgeted, LateError, call_rung
 from .settings import RouterSettings
 from .waiting import Waiting
@@ -85,9 +86,8 @@ class TritonPythonModel:
             str(version), self.calibration, artifact, candidate, self.settings.queue_limit
         )
         _tell_of_higher(repository, version)
-        whole = repository.resolve()
-        folder = self.settings.live_folder or whole.with_name(f"{whole.name}.live")
-        self.evidence = Evidence(self.calibration, artifact, version, Path(folder), self.metrics)
+        folder = live_folder(repository, self.settings.live_folder)
+        self.evidence = Evidence(self.calibration, artifact, version, folder, self.metrics)
         self.audit = LiveAudit(
             self.settings,
             self.calibration,
