@@ -86,7 +86,7 @@ def test_a_version_certified_about_another_full_model_is_refused(cheaper, tmp_pa
     assert add_version(out, other) == 2
 
 
-# --- weights that lie beside a graph ----------------------------------------------------------------
+# --- weights that lie beside a graph --------------------------------------------------------------
 
 
 def placed(repository):
