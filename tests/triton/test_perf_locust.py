@@ -58,6 +58,7 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
 def test_four_users_have_four_requests_in_flight(server, folder, tmp_path, protocol):
     url = server.grpc_url if protocol == "grpc" else server.http_url
@@ -96,6 +97,7 @@ def test_without_gevent_the_run_ends_at_once_and_says_why(server, folder, tmp_pa
     assert line.startswith("a grpc request stops all other users while it waits")
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
 def test_open_users_send_at_their_rate(server, folder, tmp_path, protocol):
     url = server.grpc_url if protocol == "grpc" else server.http_url
@@ -167,6 +169,7 @@ def test_a_run_without_a_request_fails(server, folder):
     assert error_lines(log) == ["not a single request was sent; allow more time, or more users"]
 
 
+@pytest.mark.alone
 def test_a_ramp_starts_more_users_step_by_step(server, folder, tmp_path):
     entry = run_locust(
         server.grpc_url, str(folder), tmp_path, protocol="grpc", shape="ramp", users=4, seconds=5
