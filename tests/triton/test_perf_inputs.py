@@ -86,7 +86,11 @@ def test_encoded_images_arrive_as_they_are(receiver, crops, tmp_path, protocol, 
 
 
 def check(receiver, model, inputs, expected, protocol, shared_memory, concurrency):
-    """Every image arrives twice, in two rounds after the warm-up, and nothing else."""
+    """Every image arrives twice, in two rounds after the warm-up, and nothing else.
+
+    perf_analyzer is run again where it missed the server's statistics, so that the warm-up, or the
+    rounds, may come twice; the last rounds are the measured ones.
+    """
     server, logs = receiver
     logs[model].unlink(missing_ok=True)
     url = server.grpc_url if protocol == "grpc" else server.http_url
@@ -96,7 +100,7 @@ def check(receiver, model, inputs, expected, protocol, shared_memory, concurrenc
     run(level, url, inputs, 2, find_analyzer(), logs[model].with_suffix(".csv"))
     received = logs[model].read_text().split()
     hashes = [hashlib.sha256(data).hexdigest() for data in expected]
-    times = Counter(received)
-    assert set(times) == set(hashes) and len(received) == 2 * COUNT + WARMUP_REQUESTS
-    assert min(times.values()) == 2  # and what the warm-up sent besides
-    assert len(set(received)) == COUNT  # no image is the one that perf_analyzer repeats by default
+    assert len(received) >= 2 * COUNT + WARMUP_REQUESTS
+    # All of them: none is the random one that perf_analyzer repeats by default.
+    assert len(set(hashes)) == COUNT and set(received) == set(hashes)
+    assert Counter(received[-2 * COUNT :]) == dict.fromkeys(hashes, 2)
