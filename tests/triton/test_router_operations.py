@@ -231,7 +231,7 @@ def check_relief(operated, calibration, images):
     assert degraded
     for answer in degraded:
         assert answer["degraded"].tolist() == wanted.tolist() and not answer["escalated"].any()
-    assert not any(answer["degraded"].any() for answer in burst[:1])  # came to an idle router
+    assert len(degraded) < len(burst)  # whichever arrived first came to an idle router
     assert wait_for(lambda: relieved() >= sum(wanted))
 
 
