@@ -97,7 +97,8 @@ def counted(server, name, **labels):
 
 def gauges_of_threshold(server):
     """Series that tell of a threshold, or of what is certified of it."""
-    names = "adaptive_vit_threshold", "adaptive_vit_certified_risk"
+    figures = "threshold", "certified_risk", "calibrated_escalation_rate"
+    names = tuple(f"adaptive_vit_{figure}" for figure in figures)
     return [key for key in metrics(server) if key.startswith(names)]
 
 

@@ -39,6 +39,12 @@ def measure(server, analyzer, tmp_path):
     return measure
 
 
+def possible_counts(measured):
+    """How many requests a pass sends: its warm-up and it, each again where it saw no statistics."""
+    again = 1, 2
+    return {warm_up * WARMUP_REQUESTS + rounds * measured for warm_up in again for rounds in again}
+
+
 @pytest.mark.parametrize("load", [{"concurrency": 3}, {"rate_per_s": 20.0}])
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
 def test_a_pass_has_figures(measure, encoded, protocol, load):
@@ -55,12 +61,11 @@ def test_a_threshold_and_the_warm_up_reach_the_router(
     before = np.array([statistics(server, model)[0] for model in ("vit_low", "vit_high")])
     measure("router", tensors, {"threshold": threshold}, concurrency=1)
 
-    def counted():
-        """At least each of them, more where perf_analyzer was run again; a moment late."""
+    def are_counted():  # a moment late
         low, high = [statistics(server, model)[0] for model in ("vit_low", "vit_high")] - before
-        return low >= WARMUP_REQUESTS + 2 * COUNT and high == (low if escalates else 0)
+        return low in possible_counts(2 * COUNT) and high == (low if escalates else 0)
 
-    assert wait_for(counted)
+    assert wait_for(are_counted)
 
 
 def test_policy_high_has_figures_though_its_score_is_no_number(measure, tensors):

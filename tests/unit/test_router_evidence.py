@@ -247,11 +247,12 @@ def test_afterwards_every_image_is_audited(router, folder, backend):
 
 
 def test_afterwards_no_gauge_tells_of_the_former_threshold(router, backend):
-    evidence, send = router()
-    gauges = "adaptive_vit_threshold", "adaptive_vit_certified_risk"
-    assert all(len(backend.series[name]) == 1 for name in gauges)
+    evidence, send = router(replace(live(), metrics={"escalation_rate": 0.2}))
+    figures = "threshold", "certified_risk", "calibrated_escalation_rate"
+    gauges = [backend.series[f"adaptive_vit_{figure}"] for figure in figures]
+    assert [len(gauge) for gauge in gauges] == [1, 1, 1]
     contradict(evidence, send)
-    assert not any(backend.series[name] for name in gauges)
+    assert not any(gauges)
 
 
 def test_what_escalates_or_is_sound_contradicts_nothing(router, backend):
