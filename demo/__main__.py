@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Annotated
@@ -21,8 +20,6 @@ from .roads import MAX_RISK, MODELS, planned, prepare_road, resolutions
 from .run import serve_and_measure
 from .show import PAGE, print_summary
 from .steps import DemoError
-
-ROOT = Path(__file__).resolve().parent.parent
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -56,7 +53,7 @@ def demo(
 ) -> None:
     """Export, calibrate, serve, query and measure a Vision Transformer on crops of photographs.
 
-    Steps done before are not done again. Writes build/demo/.
+    Steps done before are not done again. Writes build/demo/ where it is started.
     """
     if context.invoked_subcommand is not None:
         return
@@ -67,7 +64,6 @@ def demo(
     if risk is not None and not 0 < risk < 1:
         raise DemoError(f"--risk {risk:g} is no share between 0 and 1, such as 0.02")
     started = time.monotonic()
-    os.chdir(ROOT)
     road = planned(model, risk or MAX_RISK) if plan else resolutions(model)
     prepare_road(road)
     if prepare:
@@ -85,7 +81,6 @@ def pictures_command(
     crops: Annotated[int, typer.Option(min=1, help="Of each picture, at several scales.")] = 1,
 ) -> None:
     """Fetch pictures of many kinds from Debian packages, once, for trying out and for judging."""
-    os.chdir(ROOT)
     for name, count in make_pictures(out, crops, terminal.Bars(Console(stderr=True))).items():
         print(f"{out / name}: {count:,} images")
 
@@ -109,7 +104,6 @@ def live_command(
     if not 0 < risk < 1:
         raise DemoError(f"--risk {risk:g} is no share between 0 and 1, such as 0.02")
     started = time.monotonic()
-    os.chdir(ROOT)
     print_live(run_live(risk, audited))
     print(f"took {time.monotonic() - started:.0f} s; open {LIVE_PAGE}")
 

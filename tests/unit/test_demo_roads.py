@@ -52,7 +52,6 @@ class Commands:
 def elsewhere(tmp_path, monkeypatch):
     """The demo at work in an empty folder, in which no server can start."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "ROOT", tmp_path)
     return tmp_path
 
 
