@@ -13,13 +13,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import grpc
 import numpy as np
 import tritonclient.grpc as triton
 from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
 
 from bundle.graphs import LOW, GraphSet
+from client import Tls
 from routing import RUNGS, RungOutputs, is_outage
 from routing.provenance import processor
 
@@ -51,7 +51,7 @@ class ServedRungs:
     Args:
         url: HOST:PORT of its gRPC port.
         graph_set: what it serves: the shapes are looked at here, the answers by `check_answers`.
-        credentials: for TLS; None connects in the clear.
+        tls: files for an encrypted connection; None connects in the clear.
 
     Attributes:
         url: as given.
@@ -61,10 +61,10 @@ class ServedRungs:
         ServedError: no server there, or not these rungs.
     """
 
-    def __init__(
-        self, url: str, graph_set: GraphSet, credentials: grpc.ChannelCredentials | None = None
-    ) -> None:
+    def __init__(self, url: str, graph_set: GraphSet, tls: Tls | None = None) -> None:
         self.url = url
+        self._tls = tls
+        credentials = None if tls is None else tls.grpc_credentials()
         self._client = triton.InferenceServerClient(url, creds=credentials)
         head = [] if graph_set.classes is None else ["logits"]
         self._outputs = {
@@ -119,6 +119,8 @@ class ServedRungs:
                 if tries_left and is_outage(reason):
                     time.sleep(_PAUSE_S)
                     continue
+                if self._tls is not None and (why := self._tls.why_refused(self.url)) is not None:
+                    raise ServedError(why) from None
                 raise ServedError(
                     f"no answer from the server at {self.url} ({reason}); is it the gRPC port of "
                     "one that serves these rungs?"

@@ -14,7 +14,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from numpy.typing import NDArray
 
-from .errors import ClientError, InvalidRequestError, check_url, server_errors
+from .errors import AccessDeniedError, ClientError, InvalidRequestError, check_url, server_errors
 from .messages import (
     ENSEMBLE,
     ROUTER,
@@ -217,6 +217,10 @@ class ClientCore(ABC):
             except ClientError as error:
                 pause_s = tries.pause_s(error)
                 if pause_s is None:
+                    if self._tls is not None and error.is_connecting:
+                        look = functools.partial(self._tls.why_refused, self.url)
+                        if (why := await self._aside(look)) is not None:
+                            raise AccessDeniedError(why) from None
                     raise
             await self._sleep(pause_s)
 
@@ -230,6 +234,10 @@ class ClientCore(ABC):
 
     @abstractmethod
     async def _sleep(self, seconds: float) -> None: ...
+
+    @abstractmethod
+    async def _aside(self, call: Callable[[], Found]) -> Found:
+        """What a call returns that blocks for a moment."""
 
 
 class BlockingCore(ClientCore):
@@ -246,6 +254,9 @@ class BlockingCore(ClientCore):
 
     async def _sleep(self, seconds: float) -> None:
         time.sleep(seconds)
+
+    async def _aside(self, call: Callable[[], Found]) -> Found:
+        return call()
 
     @abstractmethod
     def close(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from abc import abstractmethod
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from contextlib import ExitStack, aclosing, contextmanager, suppress
 from typing import Any
 
@@ -18,7 +18,7 @@ from google.protobuf.json_format import MessageToDict
 from tritonclient.grpc import InferResult, service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
-from .core import DEFAULT_TIMEOUT_S, BlockingCore, ClientCore
+from .core import DEFAULT_TIMEOUT_S, BlockingCore, ClientCore, Found
 from .errors import AnswerMismatchError, ClientError, RequestCancelledError, closed_client
 from .forks import channel_closed, forget_after_fork, grpc_call, notice_fork
 from .messages import Prediction, Request, own_answer
@@ -281,6 +281,9 @@ class AsyncGrpcClient(_GrpcCore):
 
     async def _sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
+
+    async def _aside(self, call: Callable[[], Found]) -> Found:
+        return await asyncio.to_thread(call)
 
     async def close(self) -> None:
         """Close the channel; a closed client answers nothing any more."""

@@ -51,12 +51,14 @@ class Access:
         name: the name that the server's certificate must hold, in place of the address: the
             certificate is for the name that clients use, and we call the loopback address.
         headers: what calls of restricted APIs carry.
+        tls: the files of `credentials`, where they are a user's.
     """
 
     url: str
     credentials: grpc.ChannelCredentials | None = None
     name: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    tls: Tls | None = None
 
     @classmethod
     def of_files(
@@ -76,10 +78,14 @@ class Access:
         if ca is certificate is key is None:
             return cls(url, headers=headers)
         try:
-            credentials = Tls(ca, certificate, key).grpc_credentials()
+            tls = Tls(ca, certificate, key)
+            return cls(url, tls.grpc_credentials(), headers=headers, tls=tls)
         except InvalidRequestError as error:
             raise ServerUsageError(str(error)) from error
-        return cls(url, credentials, headers=headers)
+
+    def why_refused(self) -> str | None:
+        """Why no encrypted connection comes about; None where that is not what is wrong."""
+        return None if self.tls is None else self.tls.why_refused(self.url)
 
     @property
     def is_here(self) -> bool:

@@ -18,7 +18,6 @@ from client import (
     GrpcClient,
     HttpClient,
     InvalidRequestError,
-    NotServedError,
     Tls,
     UnavailableError,
 )
@@ -142,29 +141,12 @@ def test_a_server_that_our_authority_signed_is_trusted_and_shown_our_certificate
         assert score(kind, url, tls=tls_of(certificates, client="client")) == 7
 
 
-NOT_SHOWN = (AccessDeniedError, NotServedError)
-
-
 @every
-@pytest.mark.parametrize(
-    ("mutual", "tls", "error", "said"),
-    [
-        (False, ("others",), AccessDeniedError, "certificate verify failed"),
-        (False, (None,), AccessDeniedError, "certificate verify failed"),  # the well-known ones
-        (False, None, UnavailableError, None),
-        (True, ("ours",), NOT_SHOWN, "certificate"),
-        (True, ("ours", "stranger"), NOT_SHOWN, "certificate"),
-    ],
-)
-def test_where_one_side_does_not_trust_the_other_nothing_is_asked(
-    kind, mutual, tls, error, said, certificates
-):
-    options = {} if tls is None else {"tls": tls_of(certificates, *tls)}
-    with serve(kind, certificates, mutual) as (asked, url):
-        with pytest.raises(error, match=said) as caught:
-            score(kind, url, **options)
-    assert "\n" not in str(caught.value) and (mutual or url in str(caught.value))
-    assert not asked
+def test_a_client_without_tls_asks_no_server_that_has_it(kind, certificates):
+    with serve(kind, certificates) as (asked, url):
+        with pytest.raises(UnavailableError) as caught:
+            score(kind, url)
+    assert "\n" not in str(caught.value) and url in str(caught.value) and not asked
 
 
 @every
