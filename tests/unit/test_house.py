@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import subprocess
 import sys
 from inspect import signature
 from pathlib import Path
@@ -14,6 +15,8 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from export.repository_command import repository_command
 from routing import PROBE_ID
+from server.admin_key import HOW_TO_MAKE as MAKE_A_KEY
+from server.serving_tls import HOW_TO_MAKE as MAKE_TLS
 
 ROOT = Path(__file__).resolve().parents[2]
 # What each folder may import of ours.
@@ -200,3 +203,25 @@ def test_every_committed_test_is_run_nowhere_skipped():
     for path in (ROOT / "tests").rglob("test_*.py"):
         if path.name != "test_house.py":
             assert not words.search(path.read_text()), path
+
+
+def secrets_in(text):
+    """Names of key and certificate files in what people are told to type."""
+    redirected = re.findall(r"openssl [^\n>]*> *([\w.-]+)", text)
+    return {*redirected, *re.findall(r"[\w.-]+\.(?:key|crt|cer|csr|pem|p12|pfx|srl)\b", text)}
+
+
+def test_keys_and_certificates_that_people_are_told_to_make_stay_out_of_git_and_images():
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "deploy").rglob("*.md")]
+    told = {page.name: secrets_in(page.read_text()) for page in pages}
+    told["hints"] = secrets_in(f"{MAKE_A_KEY} {MAKE_TLS}")
+    assert told["operations.md"] >= {"admin.key", "tls.crt", "tls.key"} <= told["hints"]
+    assert "clients.crt" in told["SECURITY.md"]
+    names = sorted({name for found in told.values() for name in found})
+    places = [f"{folder}{name}" for folder in ("", "deploy/") for name in names]
+    check = ["git", "check-ignore", "--no-index", *places]
+    done = subprocess.run(check, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == places
+    everything, *excepted = (ROOT / ".dockerignore").read_text().split()
+    assert everything == "**"
+    assert excepted == ["!deploy/requirements.txt", "!deploy/healthcheck.py"]
