@@ -199,8 +199,9 @@ class GrpcClient(BlockingCore, _GrpcCore):
 class AsyncGrpcClient(_GrpcCore):
     """gRPC client for asyncio: the methods of `GrpcClient`, awaited, and `stream`.
 
-    Use as `async with`, or await `close()`. Event loops of several threads may share one. A fork is
-    as for `GrpcClient`: one that an event loop's own thread makes waits for its requests too.
+    Use as `async with`, or await `close()`. It belongs to no event loop: it may be made where none
+    runs, used in one after another, and shared by those of several threads. A fork is as for
+    `GrpcClient`: one that an event loop's own thread makes waits for its requests too.
 
     Args:
         url: HOST:PORT, without a scheme.

@@ -171,7 +171,7 @@ def _carried_libraries() -> Path:
     if spec is None or spec.origin is None:
         raise PerfAnalyzerError(
             "perf_analyzer needs libraries from the nvidia-pytriton wheel; "
-            "pip install --no-deps -r requirements-wheels.txt first"
+            "pip install --no-deps nvidia-pytriton==0.7.0 first"
         )
     return Path(spec.origin).parent.parent / "nvidia_pytriton.libs"
 

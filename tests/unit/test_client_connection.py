@@ -1,5 +1,7 @@
 """Connections: reused, encrypted, with the key of restricted APIs."""
 
+import asyncio
+import gc
 import json
 import ssl
 import sys
@@ -14,6 +16,7 @@ import pytest
 import client.__main__ as command_line
 from client import (
     AccessDeniedError,
+    AsyncGrpcClient,
     DeadlineError,
     GrpcClient,
     HttpClient,
@@ -48,6 +51,29 @@ def test_a_grpc_client_has_one_connection_for_all_threads_and_their_event_loops(
         found = list(pool.map(lambda number: client.infer([image(number)]), range(20)))
     assert [answer.score for (answer,) in found] == [*range(20)]
     assert len(asked) == 20 and len({request.peer for request in asked}) == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_asyncio_client_is_made_used_and_closed_in_whatever_loop_there_is():
+    async def answers(client, *numbers):
+        found = [await client.infer([image(number)], timeout_s=20) for number in numbers]
+        return [answer.score for (answer,) in found]
+
+    async def streamed(client, *numbers):
+        return [answer.score async for answer in client.stream(map(image, numbers))]
+
+    with grpc_server() as (service, url):
+        client = AsyncGrpcClient(url)  # where no loop runs
+        assert asyncio.run(answers(client, 1, 2)) == [1, 2]
+        assert asyncio.run(streamed(client, 3, 4)) == [3, 4]  # in another one
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(asyncio.run, answers(client, 5)).result() == [5]
+        assert len({request.peer for request in service.asked}) == 1
+        asyncio.run(client.close())
+        with pytest.raises(InvalidRequestError, match="this client is closed"):
+            asyncio.run(answers(client, 6))
+        AsyncGrpcClient(url)  # used by nobody, closed by nobody
+        gc.collect()
 
 
 @every
