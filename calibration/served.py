@@ -20,6 +20,7 @@ from tritonclient.utils import InferenceServerException
 
 from bundle.graphs import LOW, GraphSet
 from client import Tls
+from client.tls import wants_tls
 from routing import RUNGS, RungOutputs, is_outage
 from routing.provenance import processor
 
@@ -30,6 +31,7 @@ VERSION = "1"  # of the rungs in an assembled repository
 _TIMEOUT_S = 120.0
 _TRIES = 5  # of a batch that a server with other clients refuses
 _PAUSE_S = 0.5
+_NO_CONNECTION = "failed to connect"  # in gRPC's words
 _HERE = ("127.0.0.1", "localhost", "[::1]")
 PROBES = 8  # images that show which model a server has loaded
 # How far, of their norm, answers of one graph may be apart on two runtimes. Seen: 5e-5 between
@@ -119,7 +121,8 @@ class ServedRungs:
                 if tries_left and is_outage(reason):
                     time.sleep(_PAUSE_S)
                     continue
-                if self._tls is not None and (why := self._tls.why_refused(self.url)) is not None:
+                look = wants_tls if self._tls is None else self._tls.why_refused
+                if _NO_CONNECTION in reason and (why := look(self.url)) is not None:
                     raise ServedError(why) from None
                 raise ServedError(
                     f"no answer from the server at {self.url} ({reason}); is it the gRPC port of "

@@ -12,7 +12,7 @@ import grpc
 
 from .errors import InvalidRequestError
 
-_LOOK_S = 3.0  # for each handshake that is to tell why one failed
+LOOK_S = 3.0  # for a handshake that is to tell why one failed
 # OpenSSL's codes (X509_V_ERR_*); the standard library has no names for them.
 _OTHER_NAME = (62, 64)  # HOSTNAME_MISMATCH, IP_ADDRESS_MISMATCH
 _NOT_YET_VALID, _EXPIRED, _SELF_SIGNED = 9, 10, 18
@@ -85,7 +85,7 @@ class Tls:
                 ) from None
         return context
 
-    def why_refused(self, url: str) -> str | None:
+    def why_refused(self, url: str, timeout_s: float = LOOK_S) -> str | None:
         """Why no encrypted connection to a server comes about, by a handshake with it.
 
         For after a failure: gRPC tells a certificate of another name and a missing client
@@ -93,15 +93,16 @@ class Tls:
 
         Args:
             url: HOST:PORT.
+            timeout_s: for each of two connections at most, in seconds.
 
         Returns:
             One line that says what to do; None where nothing is wrong with the handshake, or no
-            server is there. Blocks for some seconds at most.
+            server is there.
         """
         host = url.rpartition(":")[0].strip("[]")
         context = self.http_context()
         try:
-            return self._look(context, url)
+            return self._look(context, url, timeout_s)
         except ssl.SSLCertVerificationError as error:
             if error.verify_code not in _OTHER_NAME:
                 return self._distrusted(url, error)
@@ -110,7 +111,7 @@ class Tls:
         context.check_hostname = False  # its names are told only of a certificate that is trusted
         names: list[str] = []
         try:
-            self._look(context, url, names)
+            self._look(context, url, timeout_s, names)
         except ssl.SSLCertVerificationError as error:
             return self._distrusted(url, error)
         except (OSError, ValueError):
@@ -121,19 +122,24 @@ class Tls:
         )
 
     def _look(
-        self, context: ssl.SSLContext, url: str, names: list[str] | None = None
+        self,
+        context: ssl.SSLContext,
+        url: str,
+        timeout_s: float,
+        names: list[str] | None = None,
     ) -> str | None:
         """Shake hands and wait for what the server makes of our certificate.
 
         Args:
             context: of the handshake.
             url: HOST:PORT.
+            timeout_s: to connect, and for each word of the server's.
             names: takes the names of the server's certificate, which then is all that is asked.
         """
         host, _, port = url.rpartition(":")
         host = host.strip("[]")
         context.set_alpn_protocols(["h2", "http/1.1"])  # a gRPC server hangs up without
-        with socket.create_connection((host, int(port)), _LOOK_S) as plain:
+        with socket.create_connection((host, int(port)), timeout_s) as plain:
             try:
                 with context.wrap_socket(plain, server_hostname=host) as held:
                     if names is not None:
@@ -188,6 +194,21 @@ class Tls:
                 "of that authority, or none"
             )
         return f"{its} cannot be trusted: {error.verify_message}"
+
+
+def wants_tls(url: str, timeout_s: float = LOOK_S) -> str | None:
+    """One line where a server that hung up on a plain connection speaks TLS; else None."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing is sent over it
+    host, _, port = url.rpartition(":")
+    try:
+        with (
+            socket.create_connection((host.strip("[]"), int(port)), timeout_s) as plain,
+            context.wrap_socket(plain),
+        ):
+            return f"the server at {url} wants TLS; give the certificate of who signed its own"
+    except (OSError, ValueError):
+        return None
 
 
 def _names(certificate: Any) -> list[str]:

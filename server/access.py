@@ -18,6 +18,7 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from client import InvalidRequestError, Tls
+from client.tls import wants_tls
 from routing.reference import COMPARING, OTHER, VERDICTS
 
 from .admin_key import AdminKey
@@ -85,7 +86,7 @@ class Access:
 
     def why_refused(self) -> str | None:
         """Why no encrypted connection comes about; None where that is not what is wrong."""
-        return None if self.tls is None else self.tls.why_refused(self.url)
+        return wants_tls(self.url) if self.tls is None else self.tls.why_refused(self.url)
 
     @property
     def is_here(self) -> bool:
