@@ -19,6 +19,8 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from client import GrpcClient
 from client.messages import encode_images
+from demo.page import Served
+from demo.steps import DemoError
 from export.repository import assemble
 from tests.raw_http import bytes_input, framed, post
 from tests.servers import running
@@ -173,6 +175,15 @@ def test_triton_names_the_classes_of_every_model_that_answers(
         said = [named(element.decode()) for element in row]
         assert said[:3] == likeliest(labelled, crop, labels)
         assert dict(said) == {i: " ".join(name.split()) for i, name in enumerate(labels)}
+
+
+def test_the_page_to_try_a_model_names_the_classes_as_the_server_does(labelled, labels):
+    with GrpcClient(labelled.grpc_url) as client:
+        served = Served.look(client, (), labelled.metrics_url)
+        with pytest.raises(DemoError, match="--labels has 1 names, the model 200 classes"):
+            Served.look(client, ["one"], None)
+    names = [" ".join(name.split()) or f"class {index}" for index, name in enumerate(labels)]
+    assert list(served.shown.labels) == names
 
 
 # --- gRPC --------------------------------------------------------------------------------------
