@@ -309,6 +309,7 @@ def ask_high(url, image):
     return None
 
 
+@pytest.mark.stand_in
 def test_a_slow_full_rung_is_given_up_and_kept_images_are_answered(hasty, server, images):
     """That it costs each instance one budget is a unit test's: no busy machine disturbs it."""
     grown = growth(hasty)
@@ -328,6 +329,7 @@ def test_a_slow_full_rung_is_given_up_and_kept_images_are_answered(hasty, server
     assert wait_for(lambda: ask_high(hasty.grpc_url, images[0]) is None)
 
 
+@pytest.mark.stand_in
 def test_a_slow_full_rung_degrades_where_the_operator_chose_so(falling_back, server, images):
     with GrpcClient(server.grpc_url) as other, GrpcClient(falling_back.grpc_url) as client:
         wanted = [p.escalated for p in other.infer_tensor(images[:16])]
@@ -353,6 +355,7 @@ def settled(server):
     return found
 
 
+@pytest.mark.stand_in
 def test_a_passed_deadline_costs_no_full_call(falling_back, images):
     """The cheap rung hangs until the deadline has passed, then would have escalated."""
     before = settled(falling_back)
@@ -367,6 +370,7 @@ def test_a_passed_deadline_costs_no_full_call(falling_back, images):
     assert settled(falling_back) == before
 
 
+@pytest.mark.stand_in
 def test_a_passed_timeout_of_the_request_costs_no_full_call(falling_back, images):
     """HTTP has no deadline of its own: the request's `timeout` stands in for it."""
     before = settled(falling_back)
