@@ -126,7 +126,7 @@ def rungs(
 
     bars = Bars(Console(stderr=True))
     bars.say(f"load {model}")
-    graphs = export_graphs(load_backbone(model, checkpoint), request, bars)
+    graphs = export_graphs(load_backbone(model, checkpoint=checkpoint), request, bars)
     if as_json:
         typer.echo(json.dumps(graphs.to_dict(), indent=2, ensure_ascii=False))
     else:

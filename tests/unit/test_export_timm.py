@@ -162,7 +162,7 @@ def save(folder: Path, tensors: dict[str, torch.Tensor], name: str = "weights.sa
 def test_a_checkpoint_answers_as_the_model_it_is_of(variant, tmp_path):
     name, options = VARIANTS[variant]
     tensors = checkpoint(**options)
-    backbone = load_backbone(f"timm:{name}", save(tmp_path, tensors))
+    backbone = load_backbone(f"timm:{name}", checkpoint=save(tmp_path, tensors))
     with torch.inference_mode():
         found = backbone.reference(IMAGES, PX)
         rung = backbone.rung(Recipe(PX))(IMAGES)
