@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,8 @@ import tritonclient.grpc as triton
 
 from client import GrpcClient
 from server.shared_memory import SHM_DIRECTORY
-from tests.servers import is_alive, running, stubs
+from tests.servers import is_alive, running, stubs, wait_for
+from tests.triton.conftest import reference_outcome
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -224,6 +226,40 @@ def test_check_and_the_containers_health_check_tell_a_server_with_a_dead_model(
         if model == "router":
             assert healthcheck(http) == 1
     assert look(url).returncode == 1 and healthcheck(http) == 1
+
+
+# --- a pause ---------------------------------------------------------------------------------------
+
+
+def hold_still(pids: list[int], seconds: float) -> None:
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(seconds)
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.alone
+def test_a_pause_of_a_whole_server_replaces_nothing_and_one_of_a_rung_alone_ends_it(
+    build: Path, crops: list[bytes]
+):
+    """Nobody supervises here: whoever runs the server sees that it is gone, not a 200."""
+    with running(build / "model_repository") as server, GrpcClient(server.grpc_url) as client:
+        reference_outcome(server)  # From then on no rung is at work.
+        time.sleep(1)  # Models load at different times, and look for each other again.
+        before = server.process_ids()
+        guard = psutil.Process(server.pid).ppid()
+        with ThreadPoolExecutor() as pool:
+            pause = pool.submit(hold_still, [guard, *before], 2.5)
+            time.sleep(0.5)
+            waited = pool.submit(client.infer, crops[:8], policy="high", timeout_s=60)
+            pause.result()
+            assert {answer.escalated for answer in waited.result()} == {True}
+        assert len(client.infer(crops[:8])) == 8
+        assert sorted(server.process_ids()) == sorted(before)
+        hold_still(stubs(before, "vit_low"), 1.5)
+        assert wait_for(lambda: not server.is_running(), 20)
+        assert "stood still for 1." in server.log_path.read_text()
 
 
 # --- a deadlock --------------------------------------------------------------------------------
