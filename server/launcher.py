@@ -243,9 +243,10 @@ class TritonServer:
         if patience_s is None:
             patience_s = self._stop_patience_s if self._is_ready else _ABORT_TIMEOUT_S
         with self._undo:
-            process, self._process, self._is_ready = self._process, None, False
-            if process is not None:
-                process.stop(patience_s)
+            self._is_ready = False
+            if self._process is not None:
+                self._process.stop(patience_s)
+            self._process = None  # Not before: what would not stop can be told again.
 
     def __enter__(self) -> TritonServer:
         self.start()

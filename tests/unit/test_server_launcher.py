@@ -11,13 +11,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tritonclient.utils import InferenceServerException
 
 from bundle import manifest
 from routing.reference import COMPARING, OTHER, VERDICTS
-from server import ServerStartError, ServerUsageError, TritonServer, access, launcher
+from server import (
+    ServerError,
+    ServerStartError,
+    ServerUsageError,
+    TritonServer,
+    access,
+    launcher,
+)
 from server.launcher import models_in
 from tests.unit.server_fakes import Verdicts
 
@@ -233,3 +241,20 @@ def test_only_new_bytecode_is_removed(tmp_path: Path):
     assert new.is_dir()
     server.stop()
     assert old.is_dir() and not new.exists() and new.parent.is_dir()
+
+
+def test_what_would_not_stop_can_be_told_again(tmp_path: Path):
+    told: list[float] = []
+
+    def stop(patience_s: float) -> None:
+        told.append(patience_s)
+        if len(told) == 1:
+            raise ServerError("processes of the server cannot be killed: 7")
+
+    server = TritonServer(tmp_path)
+    server._process = SimpleNamespace(stop=stop)
+    with pytest.raises(ServerError, match="cannot be killed: 7"):
+        server.stop(1.0)
+    server.stop(2.0)
+    server.stop(3.0)
+    assert told == [1.0, 2.0]
