@@ -27,8 +27,8 @@ _FIRST_DELAY_S = 1.0
 _LONGEST_DELAY_S = 30.0
 _HEALTHY_S = 60.0  # A server that answered for so long was healthy: the count begins anew.
 _BLIND_LOOKS = 5  # Looks in a row that could not be taken, before that is a failure.
-# A full disk, no more descriptors, threads or memory, a process that ends while it is looked at: for
-# a moment or for good, and never a reason for the supervisor to end but as it says.
+# A full disk, no more descriptors, threads or memory, a process that ends while it is looked at:
+# for a moment or for good, and never a reason for the supervisor to end but as it says.
 _TROUBLES = (OSError, RuntimeError, MemoryError, psutil.Error, InferenceServerException)
 DEFAULT_MAX_RESTARTS = 5
 DEFAULT_TIMEOUT_S = 5.0

@@ -228,7 +228,7 @@ def test_check_and_the_containers_health_check_tell_a_server_with_a_dead_model(
     assert look(url).returncode == 1 and healthcheck(http) == 1
 
 
-# --- a pause ---------------------------------------------------------------------------------------
+# --- a pause -----------------------------------------------------------------------------------
 
 
 def hold_still(pids: list[int], seconds: float) -> None:

@@ -165,7 +165,7 @@ def test_what_cannot_be_said_is_done_all_the_same(trouble: Exception):
 def test_a_server_that_would_not_stop_is_told_again_before_each_restart(trouble: Exception):
     drill = Drill(0.0, 0.0, 0.0, max_restarts=2, stop_error=trouble)
     error = drill.run_until_it_gives_up()
-    assert drill.said.count(f"not all of it could be stopped: {TROUBLES[trouble]}") == 1
+    assert drill.said.count(f"not all of it could be stopped: {TROUBLES[trouble]}") == 3
     assert drill.diary[:3] == ["start", "stop", "start"] and drill.delays == [0, 1]
     assert f"health between them, and {TROUBLES[trouble]}; the last failure" in str(error)
     drill.supervisor.stop()  # It has been said.
