@@ -16,10 +16,13 @@ from tritonclient.utils import InferenceServerException
 from .errors import ServerError, ServerStartError
 from .launcher import TritonServer
 from .ports import Ports
-from .probe import Finding, Memory
+from .probe import STOOD_STILL_S, Finding, Memory
 
 _POLL_S = 0.25
 _INTERVAL_S = 2.0  # Between the end of one look and the next.
+# Nor sooner than so many times what the look took: where the server is slow, as under a small CPU
+# quota, its canaries would take from the requests of others what these need.
+_REST, _LONGEST_INTERVAL_S = 4.0, 30.0
 # A server that failed has little to finish: what still runs there gets a moment, no more.
 _STOP_PATIENCE_S = 1.0
 # The first restart follows at once, the second after so long, each further one after twice as long.
@@ -100,6 +103,7 @@ class Supervisor:
     def _wait_for_failure(self) -> str:
         memory, blind = Memory(), 0
         while True:
+            began = self._clock()
             try:
                 process_ids = set(self.server.process_ids())
                 finding = self._look(self.server, memory)
@@ -112,10 +116,14 @@ class Supervisor:
                 self._tell(warning)
             if finding.failure:
                 return finding.failure
-            next_at = self._clock() + _INTERVAL_S
+            ended = self._clock()
+            rest_s = min(_LONGEST_INTERVAL_S, _REST * (ended - began))
+            next_at = ended + max(_INTERVAL_S, rest_s)
             # Sooner where a process has ended: the server's own, or one of a model.
-            while self._clock() < next_at and (blind or self._has_all(process_ids)):
+            while (now := self._clock()) < next_at and (blind or self._has_all(process_ids)):
                 self._sleep(_POLL_S)
+                if self._clock() - now > _POLL_S + STOOD_STILL_S:
+                    memory.answered_at.clear()  # That time was nobody's silence.
 
     def _has_all(self, process_ids: set[int]) -> bool:
         with suppress(*_TROUBLES):

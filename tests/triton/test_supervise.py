@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,16 @@ class Supervised:
 @pytest.fixture
 def supervised(build: Path) -> Iterator[Supervised]:
     running = Supervised(build / "model_repository")
+    yield running
+    running.end()
+
+
+IMPATIENT_S = 1.5
+
+
+@pytest.fixture
+def supervised_impatiently(build: Path) -> Iterator[Supervised]:
+    running = Supervised(build / "model_repository", "--canary-timeout-s", IMPATIENT_S)
     yield running
     running.end()
 
@@ -260,6 +271,48 @@ def test_a_pause_of_a_whole_server_replaces_nothing_and_one_of_a_rung_alone_ends
         hold_still(stubs(before, "vit_low"), 1.5)
         assert wait_for(lambda: not server.is_running(), 20)
         assert "stood still for 1." in server.log_path.read_text()
+
+
+@contextmanager
+def slowed(pids: list[int], share: float) -> Iterator[None]:
+    """Let processes run for a share of each tenth of a second, as a CPU quota does."""
+    over = threading.Event()
+
+    def take_turns() -> None:
+        while not over.is_set():
+            hold_still(pids, 0.1 * (1 - share))
+            time.sleep(0.1 * share)
+
+    thread = threading.Thread(target=take_turns)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+@pytest.mark.alone
+def test_a_server_that_is_slow_is_let_work_and_loses_no_request(
+    supervised_impatiently: Supervised, crops: list[bytes]
+):
+    supervised = supervised_impatiently
+    first, end = supervised.servers(), time.monotonic() + 8
+    latencies_s: list[float] = []
+
+    def ask(number: int) -> None:
+        with GrpcClient(supervised.url, retry=None) as client:
+            while time.monotonic() < end:
+                began = time.monotonic()
+                client.infer(crops[number : number + 1], policy="high", timeout_s=60)
+                latencies_s.append(time.monotonic() - began)
+
+    family = [process.pid for process in supervised.below()]
+    with slowed(family, 0.2), ThreadPoolExecutor(16) as pool:
+        list(pool.map(ask, range(16)))
+    assert max(latencies_s) > IMPATIENT_S and len(latencies_s) >= 16
+    assert supervised.servers() == first
+    assert not any("failure" in line for line in supervised.lines)
 
 
 # --- a deadlock --------------------------------------------------------------------------------

@@ -203,6 +203,40 @@ def test_a_minute_of_failing_starts_is_no_healthy_minute():
     assert "after 3 restarts" in str(drill.run_until_it_gives_up())
 
 
+def test_a_server_that_takes_long_to_answer_is_left_alone_for_longer():
+    drill = Drill(200.0, 0.0, max_restarts=0)
+    looks_s = [0.1, 5.0, 60.0]
+    began: list[float] = []
+
+    def slow(server: FakeServer, memory: Memory) -> Finding:
+        began.append(drill.clock.now)
+        drill.clock.now += looks_s.pop(0) if looks_s else 0.0
+        return Finding("" if looks_s else "gone")
+
+    drill.supervisor._look = slow
+    drill.run_until_it_gives_up()
+    first, second, third = began
+    assert second - first == pytest.approx(0.1 + 2, abs=0.3)
+    assert third - second == pytest.approx(5 + 20, abs=0.3)
+
+
+def test_the_time_of_a_pause_between_two_looks_is_no_models_silence():
+    drill = Drill(200.0, max_restarts=0)
+    seen: list[dict[str, float]] = []
+
+    def look(server: FakeServer, memory: Memory) -> Finding:
+        seen.append(dict(memory.answered_at))
+        memory.answered_at["vit_high"] = drill.clock.now
+        return Finding("gone" if len(seen) == 4 else "")
+
+    def paused(seconds: float) -> None:
+        drill.clock.now += 60.0 if len(seen) == 2 else 0.0
+
+    drill.supervisor._look, drill.clock.each = look, paused
+    drill.run_until_it_gives_up()
+    assert [bool(answered) for answered in seen] == [False, True, False, True]
+
+
 def test_it_looks_at_once_where_a_process_has_ended():
     drill = Drill(100.0)
     looked: list[float] = []
