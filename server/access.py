@@ -38,6 +38,7 @@ WAY_OUT = (
     "to calibrate here, assemble with python -m export repository --reference-check warn and "
     "serve that, then collect --url, fit and assemble anew"
 )
+STOOD_STILL_S = 1.0  # A pause of ours took so much longer: the machine stood still.
 _POLL_S = 0.5
 _IMAGE_SIDE_PX = 64
 
@@ -157,7 +158,23 @@ def wait_out(ask: Callable[[], None], answers: int, timeout_s: float) -> None:
             if STILL_COMPARING not in error.message() or time.monotonic() > deadline:
                 raise
             in_a_row = 0
-            time.sleep(_POLL_S)
+            deadline = rest(_POLL_S, deadline)
+
+
+def rest(seconds: float, deadline: float) -> float:
+    """Sleep while something is waited for.
+
+    Args:
+        seconds: to sleep.
+        deadline: until when it is waited for, by `time.monotonic`.
+
+    Returns:
+        The deadline, later by what the machine or its container stood still meanwhile.
+    """
+    before = time.monotonic()
+    time.sleep(seconds)
+    still_s = time.monotonic() - before - seconds
+    return deadline + still_s if still_s > STOOD_STILL_S else deadline
 
 
 @cache

@@ -30,6 +30,7 @@ from .access import (
     WAY_OUT,
     Access,
     image_input,
+    rest,
     wait_out,
 )
 from .controls import Control, controls
@@ -332,7 +333,7 @@ class TritonServer:
                     what, missing = f"{what} after {self._timeout_s:g} s", waiting
                 if what:
                     raise triton_log.start_error(what, self.log_path, missing)
-                time.sleep(_POLL_S)
+                deadline = rest(_POLL_S, deadline)
 
     def _wait_for_first_answer(self) -> None:
         """Send an image through the whole ensemble.

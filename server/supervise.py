@@ -13,10 +13,11 @@ from contextlib import suppress
 import psutil
 from tritonclient.utils import InferenceServerException
 
+from .access import STOOD_STILL_S
 from .errors import ServerError, ServerStartError
 from .launcher import TritonServer
 from .ports import Ports
-from .probe import STOOD_STILL_S, Finding, Memory
+from .probe import Finding, Memory
 
 _POLL_S = 0.25
 _INTERVAL_S = 2.0  # Between the end of one look and the next.

@@ -20,7 +20,8 @@ import psutil
 import pytest
 import tritonclient.grpc as triton
 
-from client import GrpcClient
+from client import GrpcClient, HttpClient
+from perf.target import Target
 from server.shared_memory import SHM_DIRECTORY
 from tests.servers import is_alive, running, stubs, wait_for
 from tests.triton.conftest import reference_outcome
@@ -220,11 +221,23 @@ def healthcheck(url: str) -> int:
 @pytest.mark.stand_in  # with a process for each rung, six in all
 @pytest.mark.parametrize("model", ["router", "vit_high"])
 def test_check_and_the_containers_health_check_tell_a_server_with_a_dead_model(
-    build: Path, model: str
+    build: Path, crops: list[bytes], model: str, monkeypatch: pytest.MonkeyPatch
 ):
     repository = build / "model_repository"
+    for name in ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy"):
+        for variable in (name, name.upper()):  # Nobody listens there.
+            monkeypatch.setenv(variable, "http://127.0.0.1:9")
     with running(repository) as server:
         url, http = server.grpc_url, server.http_url
+        for client in (
+            GrpcClient(url),
+            HttpClient(http),
+            GrpcClient(f"0.0.0.0:{server.ports.grpc}"),
+        ):
+            with client:
+                assert len(client.infer(crops[:1])) == 1
+        with Target(url, http, server) as target:
+            assert target.version == server.version
         well = look(url, "--repository", repository)
         assert (well.returncode, well.stderr) == (0, "")
         assert well.stdout.startswith("6 models ready, 6 processes alive, answered in ")

@@ -27,7 +27,7 @@ from server import (
     launcher,
 )
 from server.launcher import models_in
-from tests.unit.server_fakes import Verdicts
+from tests.unit.server_fakes import FakeClock, Verdicts
 
 # --- a model that fails ------------------------------------------------------------------------
 
@@ -258,3 +258,19 @@ def test_what_would_not_stop_can_be_told_again(tmp_path: Path):
     server.stop(2.0)
     server.stop(3.0)
     assert told == [1.0, 2.0]
+
+
+def test_a_pause_is_no_part_of_the_time_that_is_waited(monkeypatch: pytest.MonkeyPatch):
+    clock = FakeClock()
+    monkeypatch.setattr(access, "time", SimpleNamespace(monotonic=clock, sleep=clock.sleep))
+
+    def once(seconds: float) -> None:
+        clock.now += 3600.0 if len(clock.slept) == 1 else 0.0
+
+    clock.each = once
+    comparing = InferenceServerException(COMPARING)
+    server = Verdicts(comparing, comparing, comparing, None)
+    access.wait_out(server.infer, 1, 5.0)
+    assert server.asked == 4
+    with pytest.raises(InferenceServerException):
+        access.wait_out(Verdicts(comparing).infer, 1, 5.0)
