@@ -168,7 +168,10 @@ class Supervisor:
         troubles = []
         for server in dict.fromkeys([*self._unstopped, self.server]):
             try:
-                server.stop(patience_s)
+                if patience_s is None:
+                    server.stop()
+                else:
+                    server.stop(patience_s)
                 self._unstopped.discard(server)
             except _TROUBLES as error:
                 self._unstopped.add(server)
