@@ -162,6 +162,7 @@ def test_the_containers_health_check_is_in_the_image_and_no_traffic():
     assert command == ["CMD", "python3", "/opt/adaptive-vit/healthcheck.py"]
     dockerfile = (ROOT / "deploy/Dockerfile").read_text()
     assert "COPY deploy/healthcheck.py /opt/adaptive-vit/" in dockerfile
+    assert compose["services"]["triton"]["restart"] == "unless-stopped"
     assert f'"id": "{PROBE_ID}"' in (ROOT / "deploy/healthcheck.py").read_text()
 
 
