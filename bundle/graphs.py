@@ -284,10 +284,11 @@ class GraphSet:
         """
         if self.labels:
             text = "".join(f"{label}\n" for label in self.labels)
-            (folder / LABELS).write_text(text, "utf-8")
+            (folder / LABELS).write_text(text, "utf-8", "backslashreplace")
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
         fresh = folder / f".{NAME}"
-        fresh.write_text(text + "\n", "utf-8")
+        # What is no Unicode in a name is escaped, which JSON reads as what it was.
+        fresh.write_text(text + "\n", "utf-8", "backslashreplace")
         os.replace(fresh, folder / NAME)
 
     def place(self, folder: Path, names: Iterable[str] | None = None) -> GraphSet:
