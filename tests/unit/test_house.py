@@ -204,8 +204,9 @@ def test_every_config_names_its_versions_and_every_step_the_one_it_asks():
 def test_every_committed_test_is_run_nowhere_skipped():
     words = re.compile(r"pytest\.skip|mark\.skip|mark\.xfail|importorskip")
     skipping = [path for path in (ROOT / "tests").rglob("*.py") if words.search(path.read_text())]
-    # A browser or a JDK may be missing: then those that run it are skipped, which pytest tells.
-    assert sorted(path.name for path in skipping) == ["test_house.py", "tools.py"]
+    # A browser or a JDK may be missing, and beside a C++ backend those of the stand-in have nothing
+    # to look at: they are skipped, which pytest tells.
+    assert sorted(path.name for path in skipping) == ["servers.py", "test_house.py", "tools.py"]
     assert set(OPTIONAL) == {"chromedriver", "chromium", "java"}
 
 
