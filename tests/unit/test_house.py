@@ -204,7 +204,8 @@ def test_every_committed_test_is_run_nowhere_skipped():
     words = re.compile(r"pytest\.skip|mark\.skip|mark\.xfail|importorskip")
     skipping = [path for path in (ROOT / "tests").rglob("*.py") if words.search(path.read_text())]
     # A browser or a JDK may be missing: then those that run it are skipped, which pytest tells.
-    assert sorted(path.name for path in skipping) == ["test_house.py", "tools.py"]
+    # So are the tests of the stand-in, where a tritonserver on PATH has what it stands in for.
+    assert sorted(path.name for path in skipping) == ["servers.py", "test_house.py", "tools.py"]
     assert set(OPTIONAL) == {"chromedriver", "chromium", "java"}
 
 
