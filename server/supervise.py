@@ -21,8 +21,8 @@ from .probe import Finding, Memory
 
 _POLL_S = 0.25
 _INTERVAL_S = 2.0  # Between the end of one look and the next.
-# Nor sooner than so many times what the look took beyond that: where the server is slow, as under a small CPU
-# quota, its canaries would take from the requests of others what these need.
+# Nor sooner than so many times what the look took beyond that: where the server is slow, as under a
+# small CPU quota, its canaries would take from the requests of others what these need.
 _REST, _LONGEST_INTERVAL_S = 4.0, 30.0
 # A server that failed has little to finish: what still runs there gets a moment, no more.
 _STOP_PATIENCE_S = 1.0
