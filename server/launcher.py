@@ -244,10 +244,9 @@ class TritonServer:
         if patience_s is None:
             patience_s = self._stop_patience_s if self._is_ready else _ABORT_TIMEOUT_S
         with self._undo:
-            self._is_ready = False
             if self._process is not None:
                 self._process.stop(patience_s)
-            self._process = None  # Not before: what would not stop can be told again.
+            self._process, self._is_ready = None, False  # Not before: it can be told again.
 
     def __enter__(self) -> TritonServer:
         self.start()
