@@ -112,7 +112,10 @@ def test_unreadable_files_are_skipped_and_listed(model, tmp_path):
     said = io.StringIO()
     bars = Bars(Console(file=said, width=200))
     probe = fit_probe(pretrained(str(model)), PX, root, bars)
-    assert "skipped blue/0.png: not a JPEG, PNG or WEBP image" in said.getvalue()
+    assert (
+        "skipped blue/0.png: not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC image"
+        in said.getvalue()
+    )
     assert probe.record["skipped"] == ["blue/0.png"]
     assert probe.record["images"] == 23
 

@@ -40,6 +40,7 @@ ARROWS = {
 }
 # What it may start as a command besides: the demo is the commands of the README.
 COMMANDS = {"demo": {"export", "planner"}}
+OPTIONS = {"pi_heif"}  # used where it is installed
 IN_TRITON = sorted(
     path.relative_to(ROOT).as_posix()
     for folder in ("routing", "imaging", "model_repository", "server/backends")
@@ -96,7 +97,7 @@ def test_every_folder_has_its_arrows_written_down():
 
 @pytest.mark.parametrize("folder", ["routing", "imaging"])
 def test_the_cores_need_little(folder):
-    allowed = {"numpy", "PIL"} if folder == "imaging" else {"numpy"}
+    allowed = {"numpy", "PIL", *OPTIONS} if folder == "imaging" else {"numpy"}
     for path in (ROOT / folder).rglob("*.py"):
         foreign = set(imports(path)) - set(sys.stdlib_module_names)
         assert foreign <= allowed, f"{path} imports {foreign}"
@@ -112,7 +113,7 @@ def test_the_image_installs_what_preprocess_and_router_import():
     for model in ("preprocess", "router"):
         needed |= set(imports(ROOT / "model_repository" / model / "1/model.py"))
     needed |= {name for folder in ("routing", "imaging") for name in folder_imports(folder)}
-    needed -= set(sys.stdlib_module_names) | {"triton_python_backend_utils"}
+    needed -= set(sys.stdlib_module_names) | {"triton_python_backend_utils"} | OPTIONS
     lines = (ROOT / "deploy/requirements.txt").read_text().splitlines()
     installed = {re.split("[<>=]", line)[0].lower() for line in lines if line[:1] not in ("#", "")}
     assert {{"PIL": "pillow"}.get(name, name) for name in needed} == installed
