@@ -20,7 +20,7 @@ from PIL import (
     features,
 )
 
-from . import jpeg, png
+from . import heic, jpeg, png
 from .display import displayed
 from .mistaken import mistaken
 
@@ -133,6 +133,8 @@ def decode(data: bytes, limits: Limits | None = None) -> Image.Image:
         data, about["icc_profile"] = png.shown_parts(data)
     elif kind == "JPEG":
         data, about["exif"] = jpeg.shown_parts(data)
+    elif kind == "HEIC":
+        data = heic.shown_parts(data)
     image = _opened(kind, data, limits)
     with image:
         try:

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import subprocess
 import sys
 import warnings
 import zlib
@@ -110,6 +111,17 @@ def test_heic_is_read_upright_where_its_plug_in_is_and_else_the_way_out_is_named
     monkeypatch.delitem(sys.modules["imaging.decode"]._READERS, "HEIC")
     with pytest.raises(ImageError, match="HEIC cannot be read here; pip install pi-heif where im"):
         decode(HEIC.read_bytes())
+
+
+def test_a_heic_file_with_a_damaged_exif_block_is_shown():
+    """The plug-in's own reading of the block would end the process."""
+    data = bytearray(HEIC.read_bytes())
+    data[data.index(b"Exif") + 1] = 0xDD
+    child = "import sys; from imaging import decode; print(decode(sys.stdin.buffer.read()).size)"
+    found = subprocess.run(
+        [sys.executable, "-c", child], input=bytes(data), cwd=ROOT, capture_output=True
+    )
+    assert (found.returncode, found.stdout) == (0, b"(64, 96)\n")
 
 
 # --- transparency and depth --------------------------------------------------------------------
