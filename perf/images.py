@@ -14,6 +14,7 @@ from rich.console import Console
 from bundle.graphs import GraphSet
 from calibration.images import ImageSource, SourceImage, open_images
 from client import GrpcClient
+from client.files import shown
 from imaging import ImageError, Preprocessing, decode
 from report.terminal import Bar, Bars
 
@@ -66,7 +67,7 @@ def readable(
             image = source[index]
             found = image, decode(image.data)
         except ImageError as error:
-            unreadable.append(f"{ascii(name)[1:-1]}: {error}")
+            unreadable.append(f"{shown(name)}: {error}")
             yield None
         else:
             yield found

@@ -143,7 +143,7 @@ def test_a_folder_without_classes_is_refused(model, tmp_path):
     for root, message in (
         (one, "has 1 class folders; .* at least two"),
         (one / "red", "has 0 class folders"),
-        (empty, "class folder white is empty"),
+        (empty, "class folder white holds no image"),
     ):
         with pytest.raises(UsageError, match=message):
             fit_probe(pretrained(str(model)), PX, root, QUIET)

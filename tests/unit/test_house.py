@@ -25,7 +25,7 @@ ARROWS = {
     "routing": set(),
     "imaging": set(),
     "bundle": {"routing"},
-    "export": {"bundle", "imaging", "report", "routing"},
+    "export": {"bundle", "client", "imaging", "report", "routing"},
     # export and server for `live`, which adds a version and rolls it out.
     "calibration": {"bundle", "client", "export", "imaging", "report", "routing", "server"},
     "server": {"bundle", "client", "routing"},
