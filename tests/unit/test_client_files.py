@@ -28,7 +28,7 @@ def test_every_image_is_found_whatever_its_case_and_place_and_the_rest_is_listed
     assert found.others == tuple(sorted([*other, "lost.png", "pipe.png"]))
     assert found.hidden == (".DS_Store", ".thumbnails", "b/._1.png")
     assert found.note.startswith(
-        "skipped 8 files of other kinds (.txt 2, no suffix 2, .png 2, .mov 1, .part 1): a.png.part,"
+        "skipped 8 files of other kinds (.txt 2, no suffix 2, .png 2, .part 1, .mov 1): a.png.part,"
         " b/more.txt, b/notes.txt, …; 3 hidden: .DS_Store, "
     )
     assert "\n" not in found.note

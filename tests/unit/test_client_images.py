@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from client import HttpClient, InvalidRequestError, Retry, UnavailableError
+from client.messages import Request
 from tests.unit.client_servers import AwaitedClient, every, image, served
 
 NAMES = ("a.jpg", os.fsdecode(b"caf\xe9.jpg"), "two\nlines.jpg")
@@ -143,7 +144,7 @@ def test_rows_of_a_tensor_are_named_by_their_place_in_the_whole_call(kind):
         sent.append(1)
         if len(sent) == 2:
             code = 400 if kind is HttpClient else grpc.StatusCode.INVALID_ARGUMENT
-            return code, "image 4 of 8 holds NaN or Inf; send finite pixels"
+            return code, "image 1 of 1 holds NaN or Inf; send finite pixels"
         return None
 
     sent = []
@@ -153,7 +154,8 @@ def test_rows_of_a_tensor_are_named_by_their_place_in_the_whole_call(kind):
         core._max_batch = {"adaptive_tensor": 1}
         with pytest.raises(InvalidRequestError) as error:
             client.infer_tensor(tensor)
-    # The stand-in answers one row whatever it is asked, so the pieces are of one: a place beyond
-    # the piece is left as the server said it.
-    assert str(error.value).startswith("image 4 of 8 holds NaN or Inf; send finite pixels (answers")
+    assert str(error.value).startswith("image 2 of 2 holds NaN or Inf; send finite pixels (answers")
     assert len(error.value.answers) == 1
+    piece = Request("adaptive_tensor", "image", np.zeros((8, 3, 2, 2), np.float32), {})
+    assert piece.about("image 4 of 8 holds NaN", 32, 40) == "image 36 of 40 holds NaN"
+    assert piece.about("image 9 of 8: odd", 32, 40) == "image 9 of 8: odd"
