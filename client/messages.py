@@ -197,7 +197,8 @@ class Request:
         """What a refusal of this piece says, with the image's place among all of them or its path.
 
         Args:
-            refusal: names an image by its place in this piece, or none.
+            refusal: names an image by its place in this piece, or none: it is about the only one,
+                or begins with the name of a parameter.
             first: the place of the piece's first image, from 0.
             total: the images of the whole call.
         """
@@ -205,7 +206,7 @@ class Request:
         if named is None and len(self.rows) > 1:
             return refusal
         row = int(named[1]) - 1 if named else 0
-        if not 0 <= row < len(self.rows):
+        if not 0 <= row < len(self.rows) or refusal.split(" ")[0] in self.parameters:
             return refusal
         place = f"image {first + row + 1} of {total}" if total > 1 else ""
         image: Any = self.rows[row, 0] if self.rows.dtype == np.object_ else None

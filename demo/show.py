@@ -183,7 +183,7 @@ def write_page(
             said = "as full" if agrees else f"full says {labels[high[row].top1]}"
         card = {
             "name": labels[mine.top1],
-            "image": thumbnail(Image.open(io.BytesIO(crops[row]))),
+            "image": thumbnail(decode(crops[row])),
             "lines": [f"score {score}", said],
             "right": agrees,
         }

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from client import HttpClient, InvalidRequestError, Retry, UnavailableError
+from client.images import as_rows
 from client.messages import Request
 from tests.unit.client_servers import AwaitedClient, every, image, served
 
@@ -103,6 +104,8 @@ def test_a_refused_file_is_named_by_its_path_too(kind, tmp_path):
         with pytest.raises(InvalidRequestError) as error:
             client.infer(paths)
         said = "the image is damaged or truncated: x"
+        piece = Request("adaptive_vit", "image_bytes", as_rows(paths[1]), {"policy": "no"})
+        assert piece.about("policy 'no' is none of x", 0, 1) == "policy 'no' is none of x"
         assert str(error.value) == f"image 2 of 3 ({tmp_path}/caf\\xe9.jpg): {said}"
         with pytest.raises(InvalidRequestError) as error:
             client.infer(paths[1])
