@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from rich.console import Console
 
+from imaging import decode
 from perf.figures import TOO_BUSY
 from perf.harness import Paired
 from perf.systems import ADAPTIVE, HIGH, LOW

@@ -17,7 +17,6 @@ from PIL import (
     PngImagePlugin,
     TiffImagePlugin,
     WebPImagePlugin,
-    features,
 )
 
 from . import heic, jpeg, png
@@ -41,10 +40,11 @@ _READERS: dict[str, Reader] = {
     "BMP": BmpImagePlugin.BmpImageFile,
     "TIFF": TiffImagePlugin.TiffImageFile,
 }
-if features.check("avif"):  # Pillow 11.3 and later
+with suppress(ImportError):  # Pillow 11.3 and later has it, where it was built with it
     from PIL import AvifImagePlugin
 
-    _READERS["AVIF"] = AvifImagePlugin.AvifImageFile
+    if AvifImagePlugin.SUPPORTED:
+        _READERS["AVIF"] = AvifImagePlugin.AvifImageFile
 with suppress(ImportError):  # an option where images are decoded
     from pi_heif.as_plugin import HeifImageFile
 
