@@ -189,7 +189,7 @@ def test_files_of_a_folder_that_are_no_images_or_vanish_are_skipped(answering, t
     source.fingerprint = lambda: key  # it was there when the source was listed
     assert answering.fill(source) == [
         "class 1/01.png: not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC image",
-        r"'class 2/line\nbreak \udce9.png': the image is empty (0 bytes)",
+        r"class 2/line\nbreak \xe9.png: the image is empty (0 bytes)",
         "class 3/03.png: cannot be read: No such file or directory",
     ]
     pictures = answering.read(source).pictures
