@@ -38,15 +38,16 @@ def test_links_are_followed_once_under_the_folders_own_name_and_never_in_circles
     write_images(tmp_path / "elsewhere", "1.png", "deep/2.png")
     write_images(tmp_path / "images", "real/3.png")
     images = tmp_path / "images"
-    (images / "a").symlink_to(images / "real")  # sorts before what it leads to
+    for name in ("a", "z"):  # before and after what they lead to
+        (images / name).symlink_to(images / "real")
     (images / "b").symlink_to(tmp_path / "elsewhere")
     (images / "circle").symlink_to(images)
     (images / "self").symlink_to(images / "self")
     (images / "file.png").symlink_to(tmp_path / "elsewhere/1.png")
     found = find_files(images)
     assert found.names == ("b/1.png", "b/deep/2.png", "file.png", "real/3.png")
-    assert found.repeated == ("a", "circle") and found.others == ("self",)
-    assert "2 links to folders already listed: a, circle" in found.note
+    assert found.repeated == ("a", "circle", "z") and found.others == ("self",)
+    assert "3 links to folders already listed: a, circle, z" in found.note
 
 
 def test_a_hidden_folder_that_is_asked_for_is_searched(tmp_path):
