@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
@@ -190,6 +191,8 @@ def _look_at_server(client: BlockingCore, labels: list[str]) -> tuple[str, Task]
 
 def main() -> None:
     """Run the command line; a foreseeable error is one line and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal need not know every letter
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = app(standalone_mode=False)
     except typer.TyperException as error:
