@@ -283,7 +283,8 @@ class GraphSet:
             OSError: a file cannot be written.
         """
         if self.labels:
-            (folder / LABELS).write_text(label_lines(self.labels), "utf-8")
+            text = label_lines(self.labels)
+            (folder / LABELS).write_text(text, "utf-8", "backslashreplace")
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
         fresh = folder / f".{NAME}"
         # What is no Unicode in a name is escaped, which JSON reads as what it was.

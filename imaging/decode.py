@@ -126,8 +126,8 @@ def decode(data: bytes, limits: Limits | None = None) -> Image.Image:
     if kind not in _READERS:
         way_out = _WITHOUT_READER.get(kind or "", f"accepted are {_listed(FORMATS, 'and')}")
         said = f"a file in format {kind} cannot be read here; {way_out}"
-        unknown = mistaken(data) or f"not a {_listed(FORMATS, 'or')} image"
-        raise ImageError(said if kind else unknown)
+        unknown = f"not a {_listed(FORMATS, 'or')} image"
+        raise ImageError(said if kind else mistaken(data) or unknown)
     about: dict[str, bytes] = {}  # what Pillow is not shown, as it would have told it
     if kind == "PNG":
         data, about["icc_profile"] = png.shown_parts(data)
