@@ -18,7 +18,7 @@ import tritonclient.http as triton_http
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from client import GrpcClient
-from client.messages import encode_images
+from client.images import as_rows
 from demo.page import Served
 from demo.steps import DemoError
 from export.repository import assemble
@@ -164,7 +164,7 @@ def test_triton_names_the_classes_of_every_model_that_answers(
     protocol, model, labelled, crops, images, labels
 ):
     url = labelled.http_url if protocol is triton_http else labelled.grpc_url
-    rows = encode_images(crops[:2]) if model == "adaptive_vit" else images[:2]
+    rows = as_rows(crops[:2]) if model == "adaptive_vit" else images[:2]
     name, datatype = ("image_bytes", "BYTES") if model == "adaptive_vit" else ("image", "FP32")
     tensor = protocol.InferInput(name, list(rows.shape), datatype)
     tensor.set_data_from_numpy(rows)

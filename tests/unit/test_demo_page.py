@@ -76,7 +76,7 @@ def test_what_is_missing_is_null_and_no_nan():
 @pytest.mark.parametrize(
     "error",
     [
-        InvalidRequestError("not a JPEG, PNG or WEBP image"),
+        InvalidRequestError("not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC image"),
         OverloadedError("the server at 10.0.0.7:8001 is overloaded: try later"),
         UnavailableError("no server answers at 10.0.0.7:8001"),
     ],
