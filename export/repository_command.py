@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,6 +9,7 @@ import typer
 
 from bundle.fidelity import FidelityLoss
 from bundle.graphs import GraphSet
+from bundle.placing import working_folder
 from export.errors import UsageError
 from export.live import AUDIT_FLOOR, live_artifact
 from export.repository import MAX_BATCH_SIZE, RepositorySettings, assemble
@@ -191,9 +191,9 @@ def _assemble(graphs: GraphSet, calibration: Path, out: Path, settings: Reposito
 def _assemble_live(
     graphs: GraphSet, first: Calibration, out: Path, settings: RepositorySettings
 ) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        first.save(Path(folder) / "calibration.json")
-        assemble(graphs, Path(folder) / "calibration.json", out, settings)
+    with working_folder("live") as folder:
+        first.save(folder / "calibration.json")
+        assemble(graphs, folder / "calibration.json", out, settings)
     typer.echo(
         f"wrote {out}; serve it with python -m server --repository {out} --allow-reload, and "
         f"certify with python -m calibration live --repository {out}"

@@ -103,7 +103,7 @@ def test_the_guard_kills_what_does_not_listen(scratch: Path, tmp_path: Path):
 
 def test_a_launcher_that_is_gone_before_the_guard_looks_is_noticed(scratch: Path):
     guard = [sys.executable, str(GUARD), "0", str(scratch)]
-    told = json.dumps(["sleep", "61"]) + "\n"
+    told = json.dumps({"command": ["sleep", "61"], "log": str(scratch / "log")}) + "\n"
     started = time.monotonic()
     ran = subprocess.run(guard, input=told, start_new_session=True, capture_output=True, text=True)
     assert ran.returncode == -signal.SIGKILL
