@@ -65,9 +65,8 @@ def main() -> int:
             command, stdin=subprocess.DEVNULL, stdout=writing, stderr=writing, close_fds=False
         )
     except OSError as error:
-        log.write(
-            f"error: {command[0]} does not start: {error.strerror}\n".encode(errors="replace")
-        )
+        said = f"error: {command[0]} does not start: {error.strerror}\n"
+        log.write(said.encode(errors="replace"))
         log.end()
         return _CANNOT_RUN
     os.close(writing)
@@ -219,10 +218,9 @@ class _Stdout:
 
 
 def _as_json(lines: bytes) -> bytes:
-    """One JSON object for each line that says something, as `telling.json_line` writes them."""
-    now = (
-        time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()) + f".{time.time_ns() // 10**6 % 1000:03}Z"
-    )
+    """One JSON object for each line that says something, as `events.py` writes those of our own."""
+    seconds, ns = divmod(time.time_ns(), 10**9)
+    now = time.strftime(f"%Y-%m-%dT%H:%M:%S.{ns // 10**6:03}Z", time.gmtime(seconds))
     objects = []
     for line in lines.decode(errors="replace").splitlines():
         entry = {"time": now, "level": "info", "source": "tritonserver", "message": line}

@@ -32,7 +32,7 @@ from .access import (
     wait_out,
 )
 from .controls import Control, controls
-from .errors import ServerStartError, ServerUsageError
+from .errors import ServerStartError
 from .installation import SHM_BYTES, Installation, find_installation, find_wheel
 from .paths import plain
 from .ports import Ports, check_ports, pick_free_ports, url
@@ -126,8 +126,7 @@ class TritonServer:
         self._stop_patience_s = stop_patience_s
         self._on_progress = on_progress or (lambda line: None)
         self._process: ProcessGroup | None = None
-        self._work = Path()
-        self._served = self.repository  # Or a link to it.
+        self._work, self._served = Path(), self.repository  # Or a link to it.
         self._undo = ExitStack()
         self._is_ready = False
         self._known_options: frozenset[str] = frozenset()

@@ -1,4 +1,4 @@
-"""What a start needs of the machine, looked at before anything takes long: each with its way out."""
+"""What a start needs of the machine, looked at before anything takes long, with the way out."""
 
 from __future__ import annotations
 

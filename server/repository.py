@@ -1,4 +1,4 @@
-"""The model repository that is served: its models, what does not belong in it, what is run of it."""
+"""The model repository that is served: its models, what does not belong there, its bytecode."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from tritonclient.utils import InferenceServerException
 from bundle import manifest
 from routing.reference import COMPARING, OTHER, VERDICTS
 from server import ServerStartError, ServerUsageError, TritonServer, access, launcher
-from server.launcher import models_in
+from server.repository import models_in
 from tests.unit.server_fakes import Verdicts
 
 # --- a model that fails ------------------------------------------------------------------------
