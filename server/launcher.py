@@ -117,10 +117,8 @@ class TritonServer:
         self._timeout_s = timeout_s
         self._explicit = Path(tritonserver) if tritonserver is not None else None
         self._backend_directory = Path(backend_directory) if backend_directory is not None else None
-        self._log: LogCopy | None = None
-        if log is not None:
-            file = None if str(log) == STANDARD_OUTPUT else Path(log).absolute()
-            self._log = LogCopy(file, log_as_json)
+        file = Path(log).absolute() if log is not None and str(log) != STANDARD_OUTPUT else None
+        self._log = LogCopy(file, log_as_json) if log is not None else None
         self._models = models
         self._extra_args = list(extra_args)
         self._stop_patience_s = stop_patience_s
