@@ -159,7 +159,7 @@ def test_a_signal_that_comes_while_a_destructor_runs_ends_it_too(monkeypatch: py
     monkeypatch.setattr(command_line, "TritonServer", Lasting)
     monkeypatch.setattr(command_line, "Serving", lambda *_: nullcontext())
     monkeypatch.setattr(command_line, "look", look)
-    monkeypatch.setattr(command_line, "_report", lambda *_: None)
+    monkeypatch.setattr(command_line.events, "serves", lambda *_: None)
     assert command_line.main(["--supervise"]) == 0
     assert looks == ["looked"] and not FakeServer.made[0].runs
 
@@ -180,7 +180,7 @@ def test_a_signal_that_comes_just_before_it_waits_ends_it_too(monkeypatch: pytes
         LetGo()
 
     monkeypatch.setattr(command_line, "TritonServer", Lasting)
-    monkeypatch.setattr(command_line, "_report", report)
+    monkeypatch.setattr(command_line.events, "serves", report)
     assert command_line.main([]) == 0
     assert not FakeServer.made[0].runs
 
