@@ -18,6 +18,7 @@ from pathlib import Path
 
 PREFIX = "adaptive-vit-"  # of our folders among other programs' temporary files
 _OWNER = ".owner"
+_LONGEST_NAME = 50  # of the 255 bytes of a name; a sign has four at most
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -50,7 +51,7 @@ def folder_beside(out: Path) -> Iterator[Path]:
     # Of a file in the place of the parent, mkdir(exist_ok=True) would say that it exists.
     if not out.parent.exists():
         out.parent.mkdir(parents=True)
-    prefix = f".{out.name}-"
+    prefix = f".{out.name[:_LONGEST_NAME]}-"
     if out.exists():
         remove_dead_folders(out.parent, prefix)
     whole, lock = make_working_folder(prefix, out.parent)

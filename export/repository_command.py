@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Literal
 
 import typer
@@ -185,7 +186,7 @@ def _assemble(graphs: GraphSet, calibration: Path, out: Path, settings: Reposito
     artifact = Calibration.load(calibration)
     answers = reference_words(artifact.reference_answers)
     typer.echo(f"calibrated on {runtime_words(artifact.data.get('runtime'))}; {answers}")
-    typer.echo(f"wrote {out}; serve it with python -m server --repository {out}")
+    typer.echo(f"wrote {out}; serve it with python -m server --repository {quote(str(out))}")
 
 
 def _assemble_live(
@@ -194,15 +195,16 @@ def _assemble_live(
     with working_folder("live") as folder:
         first.save(folder / "calibration.json")
         assemble(graphs, folder / "calibration.json", out, settings)
+    to_serve = f"--repository {quote(str(out))}"
     typer.echo(
-        f"wrote {out}; serve it with python -m server --repository {out} --allow-reload, and "
-        f"certify with python -m calibration live --repository {out}"
+        f"wrote {out}; serve it with python -m server {to_serve} --allow-reload, and "
+        f"certify with python -m calibration live {to_serve}"
     )
 
 
 def _add_version(out: Path, calibration: Path, shadow: float) -> None:
     version = add_version(out, calibration, shadow)
-    rollout = f"python -m server rollout --repository {out}"
+    rollout = f"python -m server rollout --repository {quote(str(out))}"
     shadowing = f"let it score with {rollout}; " if shadow else ""
     typer.echo(
         f"added router/{version} to {out}; {shadowing}let it answer with {rollout} --to {version}"

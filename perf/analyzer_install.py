@@ -17,6 +17,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from server.paths import is_plain
+
 from .figures import PerfError
 
 NEW_GLIBC = (2, 38)
@@ -52,8 +54,10 @@ class Analyzer:
         environment = dict(os.environ)
         if self.libraries is not None:
             others = environment.get("LD_LIBRARY_PATH")
+            # Of the folder's own path the loader could take a `:` or a `$LIB` for its signs.
+            own = self.libraries if is_plain(self.libraries) else os.path.relpath(self.libraries)
             environment["LD_LIBRARY_PATH"] = os.pathsep.join(
-                [str(self.libraries), *([others] if others else [])]
+                [str(own), *([others] if others else [])]
             )
         return environment
 

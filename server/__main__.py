@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import signal
 import sys
 import threading
@@ -191,7 +192,7 @@ def serve(
         if found.fault:
             raise ServerUsageError(
                 f"{repository}: {found.fault}; run python -m export versions --repository "
-                f"{repository} --live {found.live}, and start again"
+                f"{shlex.quote(str(repository))} --live {found.live}, and start again"
             )
     warning = exposure_warning(security, security.addresses(host))
     if warning and events.as_json:
