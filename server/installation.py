@@ -22,7 +22,6 @@ from pathlib import Path
 from .errors import ServerUsageError
 from .paths import plain
 from .ports import Addresses, Ports
-from .preconditions import search_path
 
 # Triton's own default, used by NVIDIA's images.
 IMAGE_BACKEND_DIRECTORY = Path("/opt/tritonserver/backends")
@@ -88,9 +87,16 @@ class Installation:
             links: a folder for links in place of folders whose paths are not plain.
 
         Raises:
-            ServerUsageError: this Python has no shared library for Triton's stub to load.
+            ServerUsageError: there is no bash, or this Python has no shared library, which Triton's
+                stub is started with and loads.
         """
-        environment = {**os.environ, "PATH": search_path(os.environ)}
+        # Where programs are looked for that a PATH does not name.
+        environment = {**os.environ, "PATH": os.environ.get("PATH") or os.defpath}
+        if shutil.which("bash", path=environment["PATH"]) is None:
+            raise ServerUsageError(
+                "there is no bash on PATH, with which Triton's python backend starts each model; "
+                "install it, or give PATH the folder where it is"
+            )
         libraries = list(self.libraries)
         if self.stub_python == RUNNING_PYTHON:
             # The stub takes its interpreter, hence its packages, from the first python on PATH.

@@ -340,6 +340,7 @@ class TritonServer:
                     waiting = [m for m in waiting if not _answer(client.is_model_ready, m)]
                     # Metrics come up last: gRPC answers for a moment even if their port is taken.
                     if not waiting and self._running.listens_on(self.ports.all):
+                        self._on_progress(f"{len(models)} of {len(models)} models loaded")
                         return
                 code = self._running.exit_code  # Before the log, which is complete if it ended.
                 log, now = triton_log.read(self._recent_log), time.monotonic()

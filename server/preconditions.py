@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import resource
-import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from bundle import config
@@ -34,11 +33,6 @@ def check_machine() -> None:
         raise ServerUsageError(
             "there is no /proc here, where the server's processes are looked up; mount it "
             "(mount -t proc proc /proc)"
-        )
-    if shutil.which("bash", path=search_path(os.environ)) is None:
-        raise ServerUsageError(
-            "there is no bash on PATH, with which Triton's python backend starts each model; "
-            "install it, or give PATH the folder where it is"
         )
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files != resource.RLIM_INFINITY and files < _LEAST_FILES:
@@ -118,11 +112,6 @@ def temporary_folder() -> Path:
         f"misread, and no other serves ({'; '.join(refusals)}); set TMPDIR to a folder whose path "
         "has only letters, digits and /_.-"
     )
-
-
-def search_path(environment: Mapping[str, str]) -> str:
-    """The folders in which programs are looked for, as without PATH, too."""
-    return environment.get("PATH") or os.defpath
 
 
 def _usable(folder: Path, way_out: str) -> None:

@@ -188,6 +188,21 @@ def test_a_server_with_another_python_keeps_its_own(
     assert "LD_LIBRARY_PATH" not in environment
 
 
+@pytest.mark.parametrize("path", [None, ""])
+def test_without_path_programs_are_found_as_a_shell_finds_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str | None
+):
+    monkeypatch.setattr(os, "environ", {} if path is None else {"PATH": path})
+    environment = Installation(tmp_path, tmp_path, (), "3.99").environment(tmp_path)
+    assert environment["PATH"] == os.defpath
+
+
+def test_without_bash_no_model_would_ever_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "environ", {"PATH": str(tmp_path)})
+    with pytest.raises(ServerUsageError, match=r"no bash on PATH.*install it, or give PATH"):
+        Installation(tmp_path, tmp_path, (), "3.99").environment(tmp_path)
+
+
 def test_lists_of_folders_hold_only_plain_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     odd = tmp_path / "a:b $LIB ü"
     python = write(odd / "venv/bin/python3", mode=0o755)

@@ -29,7 +29,6 @@ def test_a_whole_machine_has_what_is_needed():
     ("missing", "message"),
     [
         ("proc", "there is no /proc here.*mount -t proc"),
-        ("bash", "there is no bash on PATH.*install it, or give PATH"),
         ("shm", "there is no folder .*nowhere.*mount a tmpfs"),
         ("read-only shm", "shm cannot be written.*mount a tmpfs"),
         ("files", "only 64 files may be open.*ulimit -n 1024"),
@@ -40,8 +39,6 @@ def test_what_is_missing_is_named_before_anything_else(
 ):
     if missing == "proc":
         monkeypatch.setattr(preconditions, "_PROC", tmp_path / "self/stat")
-    elif missing == "bash":
-        monkeypatch.setenv("PATH", str(tmp_path))
     elif missing == "shm":
         monkeypatch.setattr(preconditions, "SHM_DIRECTORY", tmp_path / "nowhere")
     elif missing == "read-only shm":
@@ -49,7 +46,6 @@ def test_what_is_missing_is_named_before_anything_else(
         monkeypatch.setattr(preconditions, "SHM_DIRECTORY", tmp_path / "shm")
         refuse = lambda path, mode: path != tmp_path / "shm"  # noqa: E731  # root may write it
         monkeypatch.setattr(os, "access", refuse)
-        monkeypatch.setattr(preconditions.shutil, "which", lambda name, path: "/bin/bash")
     else:
         monkeypatch.setattr(resource, "getrlimit", lambda which: (64, 4096))
     with pytest.raises(ServerUsageError, match=message):
@@ -57,16 +53,6 @@ def test_what_is_missing_is_named_before_anything_else(
     # Before a port, a folder or a process: not even the repository is looked at.
     with pytest.raises(ServerUsageError, match=message):
         TritonServer(tmp_path / "no repository").start()
-
-
-@pytest.mark.parametrize("path", [None, ""])
-def test_without_path_bash_is_looked_for_where_a_shell_would(
-    monkeypatch: pytest.MonkeyPatch, path: str | None
-):
-    monkeypatch.delenv("PATH")
-    if path is not None:
-        monkeypatch.setenv("PATH", path)
-    check_machine()
 
 
 @pytest.mark.parametrize(
