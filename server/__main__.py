@@ -376,7 +376,8 @@ def main(arguments: list[str] | None = None) -> int:
             print("\n".join(error.log_tail.splitlines()[-_TAIL_LINES:]), file=sys.stderr)
         return _complain(str(error), 2 if isinstance(error, ServerUsageError) else 1)
     except OSError as error:  # A disk that is full, a folder that is gone.
-        return _complain(str(error), 1)
+        where = f"{error.filename}: " if error.filename else ""
+        return _complain(f"{where}{error.strerror or error}", 2)
 
 
 def _complain(message: str, code: int) -> int:

@@ -1,7 +1,9 @@
 """A command ends with its launcher, however that goes. Real processes, no server."""
 
+import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -170,6 +172,36 @@ def test_a_rotated_log_goes_on_under_its_name(scratch: Path, tmp_path: Path, way
         assert rotated.read_text() == "of an earlier run\none\n"
     if way == "moved and made anew":
         assert path.stat().st_mode & 0o777 == 0o640
+    running.stop(timeout_s=1)
+
+
+def rotate(log: Path, folder: Path) -> None:
+    """Run logrotate as docs/operations.md has it, or where there is none do what it does."""
+    program = shutil.which("logrotate", path=f"{os.environ.get('PATH')}:/usr/sbin")
+    if program is None:
+        log.rename(log.with_name(f"{log.name}.1"))
+        return
+    text = (ROOT / "docs/operations.md").read_text()
+    config = text[text.index("/var/log/adaptive-vit/triton.log {") :].split("```")[0]
+    (folder / "logrotate.conf").write_text(config.replace("/var/log/adaptive-vit", str(log.parent)))
+    (folder / "logrotate.conf").chmod(0o600)
+    command = [program, "--force", "--state", folder / "state", folder / "logrotate.conf"]
+    subprocess.run(command, check=True)
+
+
+def test_logrotate_needs_no_more_than_its_few_lines(scratch: Path, tmp_path: Path):
+    log = tmp_path / "triton.log"
+    running = copied(scratch, LogCopy(log), STEP_BY_STEP)
+    assert wait_until(lambda: log.exists() and log.read_text() == "one\n")
+    rotate(log, tmp_path)
+    (scratch / "go").touch()
+    assert running.wait() == 0
+    assert log.read_text() == "two\n"
+    (rotated,) = tmp_path.glob("triton.log.1*")
+    kept = (
+        gzip.decompress(rotated.read_bytes()) if rotated.suffix == ".gz" else rotated.read_bytes()
+    )
+    assert kept == b"one\n"
     running.stop(timeout_s=1)
 
 
