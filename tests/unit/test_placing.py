@@ -61,10 +61,10 @@ def owner(out: Path, **options: object) -> Iterator[tuple[subprocess.Popen[str],
         process.communicate()
 
 
-def run_anew(out: Path) -> None:
-    """What every run of ours does at its start."""
+def run_anew(out: Path, left: list[Path]) -> None:
+    """What every run of ours does; what others left is gone before it takes room itself."""
     with working_folder("run"), folder_beside(out):
-        pass
+        assert not any(folder.exists() for folder in left)
 
 
 def test_what_a_killed_run_left_goes_at_the_next_start_and_a_live_runs_stays(out: Path):
@@ -72,10 +72,9 @@ def test_what_a_killed_run_left_goes_at_the_next_start_and_a_live_runs_stays(out
         assert all((folder / "file").is_file() for folder in (*left, *lives))
         killed.send_signal(signal.SIGKILL)
         killed.wait()
-        run_anew(out)
-        assert not any(folder.exists() for folder in left)
+        run_anew(out, left)
         assert all((folder / "file").is_file() for folder in lives)
-    run_anew(out)
+    run_anew(out, lives)
     assert list(out.parent.iterdir()) == [out]
     assert list((out.parents[1] / "temporary").iterdir()) == []
 
