@@ -20,6 +20,8 @@ from tritonclient.utils import InferenceServerException
 
 from bundle.graphs import LOW, GraphSet
 from client import Tls
+from client.grpc_clients import CHANNEL_ARGUMENTS
+from client.proxies import grpc_options, is_here
 from client.tls import wants_tls
 from routing import RUNGS, RungOutputs, is_outage
 from routing.provenance import processor
@@ -32,7 +34,6 @@ _TIMEOUT_S = 120.0
 _TRIES = 5  # of a batch that a server with other clients refuses
 _PAUSE_S = 0.5
 _NO_CONNECTION = "failed to connect"  # in gRPC's words
-_HERE = ("127.0.0.1", "localhost", "[::1]")
 PROBES = 8  # images that show which model a server has loaded
 # How far, of their norm, answers of one graph may be apart on two runtimes. Seen: 5e-5 between
 # releases and 1e-3 in half precision; int8 embeddings of one image 0.13, and logits move more.
@@ -67,7 +68,11 @@ class ServedRungs:
         self.url = url
         self._tls = tls
         credentials = None if tls is None else tls.grpc_credentials()
-        self._client = triton.InferenceServerClient(url, creds=credentials)
+        options = [
+            *CHANNEL_ARGUMENTS,
+            *grpc_options(url, "http" if credentials is None else "https"),
+        ]
+        self._client = triton.InferenceServerClient(url, creds=credentials, channel_args=options)
         head = [] if graph_set.classes is None else ["logits"]
         self._outputs = {
             "vit_low": ["embedding", "cls_layers", *head],
@@ -80,10 +85,9 @@ class ServedRungs:
         except BaseException:
             self._client.close()
             raise
-        is_here = url.rpartition(":")[0] in _HERE
         self.runtime: dict[str, Any] = {
             "name": f"tritonserver {server.version}",
-            "processor": processor() if is_here else None,
+            "processor": processor() if is_here(url) else None,
         }
 
     def __enter__(self) -> ServedRungs:

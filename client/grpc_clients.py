@@ -22,6 +22,7 @@ from .core import DEFAULT_TIMEOUT_S, BlockingCore, ClientCore, Found
 from .errors import AnswerMismatchError, ClientError, RequestCancelledError, closed_client
 from .forks import channel_closed, forget_after_fork, grpc_call, notice_fork
 from .messages import Prediction, Request, own_answer
+from .proxies import grpc_options
 from .stream import in_order
 
 DEFAULT_GRPC_URL = "127.0.0.1:8001"
@@ -46,8 +47,6 @@ CHANNEL_ARGUMENTS = [
     # get its parent's, and a connection that is not to be trusted would go on in another client.
     ("grpc.use_local_subchannel_pool", 1),
 ]
-
-_LOOPBACK = ("127.0.0.1", "localhost", "[::1]")  # no proxy reaches what these mean here
 
 
 class _Line:
@@ -94,8 +93,8 @@ class _GrpcCore(ClientCore):
         self._lines = set()
 
     def _open(self) -> _Line:
-        is_local = self.url.rpartition(":")[0] in _LOOPBACK
-        arguments = [*CHANNEL_ARGUMENTS, ("grpc.enable_http_proxy", 0 if is_local else 1)]
+        scheme = "http" if self._tls is None else "https"
+        arguments = [*CHANNEL_ARGUMENTS, *grpc_options(self.url, scheme)]
         if self._tls is None:
             channel = grpc.insecure_channel(self.url, arguments)
         else:

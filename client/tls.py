@@ -13,6 +13,7 @@ import grpc
 from .errors import InvalidRequestError
 
 LOOK_S = 3.0  # for a handshake that is to tell why one failed
+_VERDICT_S = 1.0  # for what the server makes of our certificate after it
 # OpenSSL's codes (X509_V_ERR_*); the standard library has no names for them.
 _OTHER_NAME = (62, 64)  # HOSTNAME_MISMATCH, IP_ADDRESS_MISMATCH
 _NOT_YET_VALID, _EXPIRED, _SELF_SIGNED = 9, 10, 18
@@ -144,9 +145,11 @@ class Tls:
                 with context.wrap_socket(plain, server_hostname=host) as held:
                     if names is not None:
                         names += _names(held.getpeercert())
+                        return None
                     # A gRPC server speaks first. With TLS 1.3 our certificate is looked at after
                     # the handshake has ended on this side.
-                    elif not held.recv(1):
+                    held.settimeout(min(timeout_s, _VERDICT_S))
+                    if not held.recv(1):
                         return self._ended(url, "")
             except TimeoutError:  # as good as accepted: an HTTP server waits for a request
                 return None
@@ -162,9 +165,7 @@ class Tls:
         said = f" ({reason})" if reason else ""
         if reason == "wrong version number":
             return f"what answers at {url} does not speak TLS{said}; connect without it"
-        about_ours = not reason or any(
-            word in reason for word in ("certificate", "unknown ca", "eof")
-        )
+        about_ours = not reason or any(word in reason for word in _ABOUT_OURS)
         if about_ours and self.cert is not None:
             return (
                 f"the server at {url} does not accept our certificate {self.cert}{said}; it must "
@@ -173,7 +174,7 @@ class Tls:
         if about_ours:
             return (
                 f"the server at {url} ended the TLS handshake{said}, as one does that wants a "
-                "client certificate; give one, with its key"
+                "client certificate; give one (--tls-cert and --tls-key)"
             )
         return f"no TLS connection to {url}{said}"
 
@@ -186,12 +187,13 @@ class Tls:
             return f"{its}, or of who signed it, is not valid yet; set the clocks right, or wait"
         if error.verify_code == _SELF_SIGNED:
             return (
-                f"{its} is self-signed and not among {ours}; trust that very certificate, or none"
+                f"{its} is self-signed and not among {ours}; trust that very certificate "
+                "(--tls-ca), or none"
             )
         if error.verify_code in _UNKNOWN_AUTHORITY:
             return (
                 f"{its} is signed by an authority that is not among {ours}; trust the certificate "
-                "of that authority, or none"
+                "of that authority (--tls-ca), or none"
             )
         return f"{its} cannot be trusted: {error.verify_message}"
 
@@ -206,7 +208,10 @@ def wants_tls(url: str, timeout_s: float = LOOK_S) -> str | None:
             socket.create_connection((host.strip("[]"), int(port)), timeout_s) as plain,
             context.wrap_socket(plain),
         ):
-            return f"the server at {url} wants TLS; give the certificate of who signed its own"
+            return (
+                f"the server at {url} wants TLS; give the certificate of who signed its own "
+                "(--tls-ca)"
+            )
     except (OSError, ValueError):
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import typer
 from rich.console import Console
 from tritonclient.utils import InferenceServerException
 
-from client import ClientError
+from client import DEFAULT_GRPC_URL, ClientError
 from report import terminal
 from server import ServerError
 
@@ -106,6 +107,29 @@ def live_command(
     started = time.monotonic()
     print_live(run_live(risk, audited))
     print(f"took {time.monotonic() - started:.0f} s; open {LIVE_PAGE}")
+
+
+@app.command("page")
+def page_command(
+    url: Annotated[str, typer.Option(help="HOST:PORT of the server's gRPC.")] = DEFAULT_GRPC_URL,
+    port: Annotated[
+        int, typer.Option(min=0, max=65_535, help="Of the page, on loopback; 0: a free one.")
+    ] = 8010,
+    metrics_url: Annotated[
+        str | None,
+        typer.Option(
+            help="Where the server tells its threshold. [default: port 8002 beside gRPC's 8001]"
+        ),
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(help="Class names, one per line. [default: those of the server]"),
+    ] = None,
+) -> None:
+    """Try a served model in the browser: drop a picture, see its route, score and answer."""
+    from .page import run_page
+
+    run_page(url, port, metrics_url, labels, partial(print, flush=True))
 
 
 def main() -> None:

@@ -50,9 +50,15 @@ def rungs(
         typer.Option(
             metavar="NAME|PATH|ID",
             help="static-vit, dinov2-small, a directory that save_pretrained wrote, or a hub id "
-            "of a ViT, DeiT or DINOv2.",
+            "of a ViT, DeiT or DINOv2; timm:NAME with --checkpoint.",
         ),
     ],
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Weights of --model timm:NAME (.safetensors, .bin or .pth)."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Directory to write to.")] = Path("build/onnx"),
     low: Annotated[
         str | None,
@@ -99,6 +105,8 @@ def rungs(
     """
     if (head is None) != (images is None):
         raise UsageError("--head linear and --images DIR go together")
+    if checkpoint is not None and not model.startswith("timm:"):
+        raise UsageError("--checkpoint FILE goes with --model timm:NAME, which says what it is")
     recipes = [None if text is None else Recipe.parse(text) for text in (low, high)]
     request = GraphsRequest(
         out=out,
@@ -118,7 +126,7 @@ def rungs(
 
     bars = Bars(Console(stderr=True))
     bars.say(f"load {model}")
-    graphs = export_graphs(load_backbone(model), request, bars)
+    graphs = export_graphs(load_backbone(model, checkpoint=checkpoint), request, bars)
     if as_json:
         typer.echo(json.dumps(graphs.to_dict(), indent=2, ensure_ascii=False))
     else:

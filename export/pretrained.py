@@ -26,6 +26,7 @@ from export.backbones import Backbone
 from export.dinov2_small import dinov2_small
 from export.errors import UsageError, first_line
 from export.static_vit import IMAGENET_MEAN, IMAGENET_STD, static_vit
+from export.timm_checkpoint import HINT, is_timm, load
 from imaging import Preprocessing, PreprocessingError
 
 # Architecture as config.json names it -> (class that is loaded, options). A masked-image model's
@@ -57,8 +58,12 @@ _CHOICES = "give static-vit, dinov2-small, a folder that save_pretrained wrote, 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
-def load_backbone(model: str) -> Backbone:
+def load_backbone(model: str, checkpoint: Path | None = None) -> Backbone:
     """Find a backbone by name, directory or hub id.
+
+    Args:
+        model: its name, directory or hub id.
+        checkpoint: the weights of `timm:NAME`.
 
     Raises:
         UsageError: it cannot be loaded.
@@ -66,6 +71,8 @@ def load_backbone(model: str) -> Backbone:
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if is_timm(model):
+        return load(model, checkpoint)
     named = {"static-vit": static_vit, "dinov2-small": dinov2_small}
     return named[model]() if model in named else pretrained(model)
 
@@ -107,12 +114,19 @@ def _load_config(model: str) -> PretrainedConfig:
         raise UsageError(f"--model {model} is no directory; {_CHOICES}")
     # Its retries would be a line of stderr each; the error below says what came of them.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    if model.startswith("timm/"):
+        raise UsageError(f"--model {model} is in {HINT}")
     try:
-        return AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model)
     except Exception as error:  # the hub client, JSON and transformers raise unrelated types
+        if "TimmWrapper" in str(error):  # it cannot be loaded without timm
+            raise UsageError(f"--model {model} is in {HINT}") from None
         raise UsageError(
             f"--model {model} cannot be loaded ({first_line(error).rstrip('.')}); {_CHOICES}"
         ) from error
+    if config.model_type == "timm_wrapper":
+        raise UsageError(f"--model {model} is in {HINT}")
+    return config
 
 
 def _check_config(config: PretrainedConfig, model: str) -> None:

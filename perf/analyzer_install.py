@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from client.proxies import is_here
 from server.paths import is_plain
 
 from .figures import PerfError
@@ -49,9 +50,15 @@ class Analyzer:
     path: Path
     libraries: Path | None = field(default=None)
 
-    def environment(self) -> dict[str, str]:
-        """Environment variables to start it with."""
+    def environment(self, url: str = "") -> dict[str, str]:
+        """Environment variables to start it with.
+
+        Args:
+            url: whom it is to ask, HOST:PORT.
+        """
         environment = dict(os.environ)
+        if is_here(url):  # Nothing that it asks is behind a proxy.
+            environment = {k: v for k, v in environment.items() if not k.lower().endswith("_proxy")}
         if self.libraries is not None:
             others = environment.get("LD_LIBRARY_PATH")
             # Of the folder's own path the loader could take a `:` or a `$LIB` for its signs.

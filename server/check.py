@@ -18,6 +18,7 @@ from routing import (
     CascadeAnswer,
     ReferenceAnswers,
     answers_path,
+    score_of_answer,
 )
 from routing.outputs import FloatArray
 from routing.policy import Overrides
@@ -173,7 +174,7 @@ def _ask(
         answer.as_numpy("embedding"),
         answer.as_numpy("logits"),
         escalated,
-        score,
+        score_of_answer(score),
         degraded,
         relieved=np.zeros_like(degraded),
         wanted=escalated | degraded,

@@ -29,6 +29,7 @@ from .access import (
     WAY_OUT,
     Access,
     image_input,
+    rest,
     wait_out,
 )
 from .controls import Control, controls
@@ -200,14 +201,11 @@ class TritonServer:
         return "" if self.is_running() else str(self._end())
 
     def _end(self) -> ServerStartError:
-        what = f"tritonserver ended by itself (exit code {self._running.wait()})"
-        return self._failure(what)
+        return self._failure(f"tritonserver ended by itself (exit code {self._running.wait()})")
 
     def _failure(self, what: str, missing: Sequence[str] = ()) -> ServerStartError:
         error = triton_log.start_error(what, self._recent_log, missing)
-        if self._served == self.repository:
-            return error
-        # Triton knows it by a link that is gone when somebody reads this.
+        # Triton may know it by a link that is gone when somebody reads this.
         names = (str(self._served), str(self.repository))
         return ServerStartError(
             str(error).replace(*names),
@@ -269,9 +267,10 @@ class TritonServer:
         if patience_s is None:
             patience_s = self._stop_patience_s if self._is_ready else _ABORT_TIMEOUT_S
         with self._undo:
-            process, self._process, self._is_ready = self._process, None, False
-            if process is not None:
-                process.stop(patience_s)
+            self._is_ready = False
+            if self._process is not None:
+                self._process.stop(patience_s)
+            self._process = None  # Not before: what would not stop can be told again.
 
     def __enter__(self) -> TritonServer:
         self.start()
@@ -359,7 +358,7 @@ class TritonServer:
                     what, missing = f"{what} after {self._timeout_s:g} s", waiting
                 if what:
                     raise self._failure(what, missing)
-                time.sleep(_POLL_S)
+                deadline = rest(_POLL_S, deadline)
 
     def _wait_for_first_answer(self) -> None:
         """Send an image through the whole ensemble.

@@ -111,7 +111,7 @@ class ServingTls:
                 f"it; make one with a subjectAltName, such as {HOW_TO_MAKE}"
             )
         credentials = Tls(self.certificate, chain, secret).grpc_credentials()
-        return Access(url, credentials, name, headers)
+        return Access(url, credentials, name, headers, is_ours=True)
 
     def _handshake(self, chain: Path | None, secret: Path | None) -> dict[str, Any]:
         """Let a client and a server with these files meet; returns the server's certificate."""

@@ -58,6 +58,12 @@ def run(*command, cwd, code=0, **environment):
     return done.stdout
 
 
+def pip(site, *words, cwd):
+    """This environment's pip, at work in the one beside `site`."""
+    python = site / "venv/bin/python"
+    return run(sys.executable, "-m", "pip", "--python", python, *words, cwd=cwd)
+
+
 def build(source, out, *targets):
     run(sys.executable, "-m", "hatchling", "build", *targets, "-d", out, cwd=source)
 
@@ -78,8 +84,8 @@ def built():
 def site(tmp_path_factory):
     """An empty folder beside an environment in which `pip install .` was run in a clone."""
     folder = tmp_path_factory.mktemp("site")
-    venv.create(folder / "venv", with_pip=True)
-    run(folder / "venv/bin/pip", "install", "--quiet", ".", cwd=ROOT)
+    venv.create(folder / "venv")
+    pip(folder, "install", "--quiet", ".", cwd=ROOT)
     (folder / "work").mkdir()
     return folder
 
@@ -110,8 +116,8 @@ def test_the_sdist_makes_the_same_wheel(built, tmp_path):
 
 
 def test_the_installed_client_needs_nothing_else(site):
-    places = run(site / "venv/bin/pip", "list", "--format", "freeze", cwd=site)
-    installed = {line.partition("=")[0].lower() for line in places.splitlines()}
+    listed = pip(site, "list", "--format", "freeze", cwd=site)
+    installed = {line.partition("=")[0].lower() for line in listed.splitlines()}
     assert {"numpy", "tritonclient", "adaptive-vit-triton"} < installed
     assert not installed & {"typer", "rich", "pillow", "torch", "onnx", "scipy"}
     with grpc_server() as (_, url):
@@ -134,7 +140,7 @@ def test_a_users_script_is_checked_against_the_installed_types(site):
 
 def test_with_its_extra_the_command_line_works(site, built):
     wheel, _ = built
-    run(site / "venv/bin/pip", "install", "--quiet", f"{wheel}[cli]", cwd=site)
+    pip(site, "install", "--quiet", f"{wheel}[cli]", cwd=site)
     command, work = site / "venv/bin/adaptive-vit", site / "work"
     assert "--concurrency" in run(command, "infer", "--help", cwd=work)
     assert "complete -" in run("bash", "-c", f"{command} --show-completion; true", cwd=work)
@@ -154,8 +160,8 @@ def test_with_its_extra_the_command_line_works(site, built):
 def test_an_installed_wheel_assembles_a_repository_from_what_lies_beside_it(built, tmp_path):
     wheel, _ = built
     place = tmp_path / "site"
-    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", place)
-    run(*pip, wheel, cwd=tmp_path)
+    with zipfile.ZipFile(wheel) as packed:
+        packed.extractall(place)
     write_graph_set(tmp_path / "build/onnx")
     command = (sys.executable, "-m", "adaptive_vit", "export", "repository")
     run(*command, "--live", "--max-risk", 0.1, cwd=tmp_path, PYTHONPATH=str(place))
@@ -170,8 +176,9 @@ def test_an_installed_wheel_assembles_a_repository_from_what_lies_beside_it(buil
 
 
 def test_an_editable_installation_is_the_clone(tmp_path):
-    venv.create(tmp_path / "venv", with_pip=True)
-    run(tmp_path / "venv/bin/pip", "install", "--quiet", "--no-deps", "--editable", ROOT, cwd=ROOT)
-    find = "import importlib.util as u; print(u.find_spec('client').origin)"
-    found = run(tmp_path / "venv/bin/python", "-c", find, cwd=tmp_path)
-    assert Path(found.strip()) == ROOT / "client/__init__.py"
+    make = "import sys; from hatchling.build import build_editable as b; print(b(sys.argv[1]))"
+    name = run(sys.executable, "-c", make, tmp_path, cwd=ROOT).split()[-1]
+    with zipfile.ZipFile(tmp_path / name) as wheel:
+        (path,) = (inside for inside in wheel.namelist() if inside.endswith(".pth"))
+        assert wheel.read(path).decode().split("\n")[0] == str(ROOT)
+        assert not [inside for inside in wheel.namelist() if inside.startswith("client/")]

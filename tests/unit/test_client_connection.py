@@ -86,15 +86,6 @@ def test_two_clients_have_connections_of_their_own_and_keep_them(kind):
     assert first == third != second
 
 
-@both
-def test_loopback_is_asked_without_a_proxy(kind, monkeypatch):
-    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    with grpc_server() as (_, url):
-        assert score(kind, url) == 7
-        assert score(kind, url.replace("127.0.0.1", "localhost")) == 7
-
-
 def test_keep_alive_stays_within_what_triton_permits_by_default():
     arguments = dict(CHANNEL_ARGUMENTS)
     assert arguments["grpc.keepalive_time_ms"] > 300_000  # else GOAWAY, too_many_pings

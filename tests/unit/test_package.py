@@ -25,7 +25,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OURS = {path.parent.name for path in ROOT.glob("*/__init__.py")}
 DISTRIBUTIONS = packages_distributions()
 # What comes with others: protobuf and gRPC with tritonclient, gevent with it and with Locust.
-CARRIED = {"grpcio": "tritonclient", "protobuf": "tritonclient", "gevent": "tritonclient"}
+CARRIED = {
+    **{"grpcio": "tritonclient", "protobuf": "tritonclient", "gevent": "tritonclient"},
+    "werkzeug": "flask",
+}
 # Of Triton's own process, of its model folder, and for type checkers.
 NOT_INSTALLED = {"triton_python_backend_utils", "onnx_config", "stall_guard", "typing_extensions"}
 
