@@ -10,14 +10,29 @@ INSTALLED := $(VENV)/.installed
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
+# Python before 3.11.11 and 3.12.8 writes this folder's path into the activate scripts so that a
+# shell runs what stands in it (CVE-2024-9287).
+define QUOTE_IN_ACTIVATE
+import os, pathlib, shlex
+path = os.path.abspath("$(VENV)")
+for name in ("activate", "activate.csh", "activate.fish"):
+    script = pathlib.Path("$(VENV)/bin", name)
+    text = script.read_text("utf-8", "surrogateescape").replace(f'"{path}"', shlex.quote(path))
+    script.write_text(text, "utf-8", "surrogateescape")
+endef
+export QUOTE_IN_ACTIVATE
+
 install: $(INSTALLED)  ## create .venv with everything, Triton and perf_analyzer included
 
 $(INSTALLED): requirements.txt requirements-wheels.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 12) \
 	  else "error: Python %d.%d found, 3.10 to 3.12 needed; run make PYTHON=python3.11" % v)'
+	@$(PYTHON) -c 'import os, sys; sys.exit("error: Python makes no virtual environment below a path with " \
+	  "a colon; move this folder to another" if ":" in os.getcwd() else None)'
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
-	$(VENV)/bin/pip install --disable-pip-version-check --no-deps -r requirements-wheels.txt
+	@$(PYTHON) -c "$$QUOTE_IN_ACTIVATE"
+	$(PY) -m pip install --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	$(PY) -m pip install --disable-pip-version-check --no-deps -r requirements-wheels.txt
 	$(PY) -m perf install
 	@touch $@
 
@@ -74,13 +89,13 @@ package: $(INSTALLED)  ## a minute: build wheel and sdist into build/dist, insta
 	$(PY) -m pytest tests/slow/test_package.py
 
 lint: $(INSTALLED)  ## ruff and mypy, as pre-commit and CI run them
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 format: $(INSTALLED)  ## rewrite the files as lint wants them
-	$(VENV)/bin/ruff check --fix .
-	$(VENV)/bin/ruff format .
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
 
 clean:  ## remove build/ and .venv/
 	rm -rf build $(VENV)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import fcntl
 import math
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from bundle import manifest
+from bundle.placing import working_folder
 from bundle.versions import VersionError, Versions, drop, live_folder, present
 from export.repository import RepositoryError
 from export.versions import add_version
@@ -259,8 +259,8 @@ class LiveKeeper:
         """
         try:
             self._clear()
-            with tempfile.TemporaryDirectory() as folder:
-                file = Path(folder) / "calibration.json"
+            with working_folder("live") as folder:
+                file = folder / "calibration.json"
                 artifact.save(file)
                 self.state.pending = add_version(self._repository, file)
         except _TROUBLES as error:

@@ -58,7 +58,6 @@ def make_pictures(out: Path, crops: int, bars: Bars) -> dict[str, int]:
         out.parent.mkdir(parents=True, exist_ok=True)
         with folder_beside(out) as folder:
             _write(folder, crops, bars)
-            folder.chmod(0o755)  # a temporary folder is its owner's alone
             folder.rename(out)
     return {name: sum(1 for file in (out / name).rglob("*.jpg")) for name in SHARES}
 

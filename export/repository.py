@@ -190,7 +190,6 @@ def assemble(
     answers = checked_answers(calibration_file, calibration)
     preprocessing = _preprocessing(graphs, calibration)
     with folder_beside(out) as folder:
-        # A child, because a temporary directory itself is closed to other users.
         fresh = folder / "repository"
         shutil.copytree(ROOT / "model_repository", fresh, ignore=NO_BYTECODE)
         shutil.copytree(ROOT / "imaging", fresh / "preprocess/1/imaging", ignore=NO_BYTECODE)

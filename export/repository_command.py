@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Literal
 
 import typer
 
 from bundle.fidelity import FidelityLoss
 from bundle.graphs import GraphSet
+from bundle.placing import working_folder
 from export.errors import UsageError
 from export.live import AUDIT_FLOOR, live_artifact
 from export.repository import MAX_BATCH_SIZE, RepositorySettings, assemble
@@ -185,24 +186,25 @@ def _assemble(graphs: GraphSet, calibration: Path, out: Path, settings: Reposito
     artifact = Calibration.load(calibration)
     answers = reference_words(artifact.reference_answers)
     typer.echo(f"calibrated on {runtime_words(artifact.data.get('runtime'))}; {answers}")
-    typer.echo(f"wrote {out}; serve it with python -m server --repository {out}")
+    typer.echo(f"wrote {out}; serve it with python -m server --repository {quote(str(out))}")
 
 
 def _assemble_live(
     graphs: GraphSet, first: Calibration, out: Path, settings: RepositorySettings
 ) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        first.save(Path(folder) / "calibration.json")
-        assemble(graphs, Path(folder) / "calibration.json", out, settings)
+    with working_folder("live") as folder:
+        first.save(folder / "calibration.json")
+        assemble(graphs, folder / "calibration.json", out, settings)
+    to_serve = f"--repository {quote(str(out))}"
     typer.echo(
-        f"wrote {out}; serve it with python -m server --repository {out} --allow-reload, and "
-        f"certify with python -m calibration live --repository {out}"
+        f"wrote {out}; serve it with python -m server {to_serve} --allow-reload, and "
+        f"certify with python -m calibration live {to_serve}"
     )
 
 
 def _add_version(out: Path, calibration: Path, shadow: float) -> None:
     version = add_version(out, calibration, shadow)
-    rollout = f"python -m server rollout --repository {out}"
+    rollout = f"python -m server rollout --repository {quote(str(out))}"
     shadowing = f"let it score with {rollout}; " if shadow else ""
     typer.echo(
         f"added router/{version} to {out}; {shadowing}let it answer with {rollout} --to {version}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from pathlib import Path
 import onnx
 from onnx import numpy_helper
 from onnx.external_data_helper import set_external_data
+
+from bundle.placing import folder_beside
 
 # A mapping starts at a page; weights that start at one as well are mapped without a remainder.
 ALIGNMENT = 4096
@@ -55,8 +56,7 @@ def share_weights(
         OSError: a file cannot be read or written.
     """
     shared = _shared_keys(files, at_least_bytes)
-    with tempfile.TemporaryDirectory(dir=store.parent, prefix=".") as name:
-        folder = Path(name)
+    with folder_beside(store) as folder:
         places = _write_store(files, shared, folder / store.name, at_least_bytes)
         refers = {
             file: _rewrite(file, folder / file.name, store.name, places, at_least_bytes)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from client.proxies import is_here
+from server.paths import is_plain
 
 from .figures import PerfError
 
@@ -60,8 +61,10 @@ class Analyzer:
             environment = {k: v for k, v in environment.items() if not k.lower().endswith("_proxy")}
         if self.libraries is not None:
             others = environment.get("LD_LIBRARY_PATH")
+            # Of the folder's own path the loader could take a `:` or a `$LIB` for its signs.
+            own = self.libraries if is_plain(self.libraries) else os.path.relpath(self.libraries)
             environment["LD_LIBRARY_PATH"] = os.pathsep.join(
-                [str(self.libraries), *([others] if others else [])]
+                [str(own), *([others] if others else [])]
             )
         return environment
 

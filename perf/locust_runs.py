@@ -61,7 +61,9 @@ def run_locust(
     folder.mkdir(parents=True, exist_ok=True)
     prefix = folder / "-".join(filter(None, (protocol, user, shape)))
     files = [LOCUSTFILE, *([ROOT / f"perf/shapes/{shape}.py"] if shape else [])]
-    command = [sys.executable, "-m", "locust", "-f", ",".join(map(str, files))]
+    # Locust takes a comma for the end of a file's name, and whose clone it is may have one in its.
+    named = ",".join(os.path.relpath(file) for file in files)
+    command = [sys.executable, "-m", "locust", "-f", named]
     command += ["--headless", "--only-summary", "--host", url, "--images", images_spec]
     command += ["--users", str(users), "--spawn-rate", str(users), "--run-time", f"{seconds}s"]
     command += ["--csv", str(prefix), "--csv-full-history", "--html", f"{prefix}.html"]

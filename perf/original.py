@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +19,7 @@ import onnxruntime as ort
 from rich.console import Console
 
 from bundle.graphs import GraphSet
+from bundle.placing import folder_beside
 from report.terminal import Bars, table
 from routing import RUNGS, Calibration
 
@@ -84,8 +84,8 @@ def measure_original(build: Path, images: int, bars: Bars) -> dict[str, Any]:
     repository = assembled(build / "model_repository")
     forward_ms = measure_forward(graphs, bars)
     pool = load_pool(graphs, "sample", images, SEED, bars.stage)
-    with tempfile.TemporaryDirectory(dir=build, prefix="original-") as folder:  # weights are links
-        served = undisturbed(repository, Path(folder) / "model_repository")
+    with folder_beside(build / "original") as folder:  # weights are links
+        served = undisturbed(repository, folder / "model_repository")
         measured, version = measure_in_turn(served, pool, graphs.classes is not None, bars)
         rows, memory = range(len(pool)), {}
         with bars.stage("peak memory", len(SYSTEMS)) as bar:

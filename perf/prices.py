@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 from bundle import config
 from bundle.graphs import GraphSet
+from bundle.placing import working_folder
 from report.terminal import Bar, Bars
 from server import TritonServer
 
@@ -192,9 +192,10 @@ def _warm_up(asker: Asks, systems: Sequence[System], pool: Pool, served: Served)
 @contextlib.contextmanager
 def _serving(graphs: GraphSet, names: Sequence[str], pool: Pool, served: Served) -> Iterator[Asks]:
     """Ask a server that has these graphs and nothing else."""
-    with tempfile.TemporaryDirectory(prefix="perf-prices-") as folder:
-        lay_out(graphs, names, served, Path(folder))
-        server = TritonServer(Path(folder), free_ports=True, timeout_s=_START_S, stop_patience_s=0)
+    with working_folder("prices") as folder:
+        repository = folder / "model_repository"
+        lay_out(graphs, names, served, repository)
+        server = TritonServer(repository, free_ports=True, timeout_s=_START_S, stop_patience_s=0)
         with server, Target(server.grpc_url, None, server) as target, gpus() as handles:
             meter = None if handles else target.meter()
             yield Asker(target, pool, graphs.classes is not None, meter)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from bundle.graphs import GraphSet
+from bundle.placing import working_folder
 from calibration.fidelity import Fidelity
 from routing import Calibration, Overrides, escalation_mask
 from server import TritonServer
@@ -327,7 +327,7 @@ def load_with_perf_analyzer(
     for file in folder.glob("*.csv"):  # an earlier run's
         file.unlink()
     # The inputs hold the images as text, a hundred megabytes that nobody wants to keep.
-    with tempfile.TemporaryDirectory(prefix="perf-inputs-") as scratch:
+    with working_folder("inputs") as scratch:
         inputs = {}
         for name, rows in bench.sets.items():
             sent = under_load(rows, bench.escalated, suite.set_size)
@@ -335,7 +335,7 @@ def load_with_perf_analyzer(
                 "images": len(sent),
                 "escalation_rate": bench.rate(sent),
             }
-            tensors, encoded = Path(scratch) / name, Path(scratch) / f"{name}.bytes"
+            tensors, encoded = scratch / name, scratch / f"{name}.bytes"
             inputs[name] = {
                 "image": write_inputs(tensors, [pool.tensors[row] for row in sent]),
                 "image_bytes": write_inputs(encoded, [pool.encoded[row] for row in sent]),

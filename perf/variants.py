@@ -7,12 +7,12 @@ goes to all variants, and what is compared is two systems of one variant on the 
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
+from bundle.placing import working_folder
 from server import TritonServer
 
 from .figures import LEAST_OVER_LOW
@@ -114,8 +114,8 @@ def _serving(repositories: Sequence[Path], pool: Pool) -> Iterator[list[Asker]]:
     with contextlib.ExitStack() as stack:
         askers = []
         for repository in repositories:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="perf-variants-"))
-            served = undisturbed(repository, Path(folder) / "model_repository")
+            folder = stack.enter_context(working_folder("variants"))
+            served = undisturbed(repository, folder / "model_repository")
             running = TritonServer(served, free_ports=True, stop_patience_s=0)
             server = stack.enter_context(running)
             target = stack.enter_context(Target(server.grpc_url, server.http_url, server))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shlex
 import signal
 import sys
 import threading
 import time
 from contextlib import suppress
-from dataclasses import asdict
-from datetime import datetime
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,8 +24,9 @@ from .access import Access
 from .admin_key import AdminKey
 from .check import check, check_answers
 from .errors import ServerError, ServerStartError, ServerUsageError
-from .launcher import TritonServer
-from .ports import Ports, public_urls
+from .events import Events
+from .launcher import STANDARD_OUTPUT, TritonServer
+from .ports import Ports
 from .probe import Finding, Memory, look
 from .rollout import RolloutInterruptedError, rollout
 from .security import Security, exposure_warning
@@ -56,6 +58,14 @@ KeyOfIt = Annotated[Path | None, Option(help="Its private key.", **_SECURITY)]
 
 app = typer.Typer(add_completion=False)
 progress = Console(stderr=True)
+events = Events()
+
+
+class LogFormat(str, Enum):
+    """What form lines of the log and events have."""
+
+    TEXT = "text"
+    JSON = "json"
 
 
 @app.callback(invoke_without_command=True)
@@ -85,7 +95,20 @@ def serve(
     backend_directory: Annotated[
         Path | None, Option(help="Its backends, where they are not beside it.")
     ] = None,
-    log: Annotated[Path | None, Option(help="Keep Triton's log in this file.")] = None,
+    log: Annotated[
+        Path | None,
+        Option(
+            help="Append Triton's log to this file, which logrotate may move or empty; - for the "
+            "standard output."
+        ),
+    ] = None,
+    log_format: Annotated[
+        LogFormat,
+        Option(
+            help="json: each line of the log, and on the standard output each event, is a JSON "
+            "object; without --log all of it goes there."
+        ),
+    ] = LogFormat.TEXT,
     as_json: Annotated[
         bool, Option("--json", help="Print where it serves as one line of JSON.")
     ] = False,
@@ -151,6 +174,9 @@ def serve(
     """
     if context.invoked_subcommand is not None:
         return
+    events.as_json = log_format is LogFormat.JSON
+    if events.as_json and log is None:
+        log = Path(STANDARD_OUTPUT)
     security = Security(
         production=production,
         tls=ServingTls.of_options(tls_cert, tls_key, tls_client_ca, tls_own_cert, tls_own_key),
@@ -166,17 +192,16 @@ def serve(
         if found.fault:
             raise ServerUsageError(
                 f"{repository}: {found.fault}; run python -m export versions --repository "
-                f"{repository} --live {found.live}, and start again"
+                f"{shlex.quote(str(repository))} --live {found.live}, and start again"
             )
     warning = exposure_warning(security, security.addresses(host))
-    if warning:
+    if warning and events.as_json:
+        events.say(warning, "warning")
+    elif warning:
         print(f"warning: {warning}", file=sys.stderr)
     status = progress.status("preparing")
 
     def make_server(ports: Ports | None = None) -> TritonServer:
-        if ports is not None and log is not None:
-            with suppress(OSError):  # Why it failed stands in the log that the next one replaces.
-                log.replace(log.with_name(f"{log.name}.previous"))
         return TritonServer(
             repository,
             ports=ports or Ports(http_port, grpc_port, metrics_port),
@@ -186,6 +211,7 @@ def serve(
             tritonserver=tritonserver,
             backend_directory=backend_directory,
             log=log,
+            log_as_json=events.as_json,
             security=security,
             on_progress=status.update,
         )
@@ -201,7 +227,7 @@ def serve(
         server,
         make_server,
         look_at,
-        _event,
+        events.say,
         max_restarts=max_restarts,
         sleep=_sleep,
     )
@@ -209,7 +235,7 @@ def serve(
         with status:
             server.start()
         _stop_if_told()
-        _report(server, as_json)
+        events.serves(server, as_json)
         if supervise:
             supervisor.run()
         while server.is_running():  # Waiting in one call could miss a signal just before it.
@@ -300,40 +326,6 @@ def rollout_command(
     print(served.sentence)
 
 
-def _event(line: str) -> None:
-    now = datetime.now().astimezone().isoformat(timespec="milliseconds")
-    with suppress(OSError):  # The server is worth more than the line.
-        print(f"{now} {line}", file=sys.stderr, flush=True)
-
-
-def _report(server: TritonServer, as_json: bool) -> None:
-    http_url, grpc_url, metrics_url = public_urls(
-        server.addresses, server.ports, server.access.name
-    )
-    facts = {
-        "http_url": http_url,
-        "grpc_url": grpc_url,
-        "metrics_url": metrics_url,
-        "pid": server.pid,
-        "triton_version": server.version,
-        "tritonserver": str(server.installation.binary) if server.installation else "",
-        "log": str(server.log_path),
-    }
-    controls = server.controls()
-    if as_json:
-        listed = {"controls": [asdict(control) for control in controls]} if controls else {}
-        print(json.dumps({**facts, **listed}), flush=True)
-        return
-    print(f"Triton {server.version} serves {server.repository}")
-    print(f"  HTTP     {http_url}")
-    print(f"  gRPC     {grpc_url}")
-    print(f"  metrics  {metrics_url}")
-    print(f"  log      {server.log_path}")
-    for control in controls:
-        print(f"  {'on ' if control.is_on else 'OFF'}  {control.name:<20}  {control.detail}")
-    print("Stop with Ctrl-C.", flush=True)
-
-
 # Python drops what a handler raises where a destructor runs, as of a connection that is let go of.
 _told_to_stop = threading.Event()
 
@@ -364,6 +356,9 @@ def main(arguments: list[str] | None = None) -> int:
         bad usage, 130 for a rollout or a check that was interrupted.
     """
     _told_to_stop.clear()
+    events.as_json = False
+    if isinstance(sys.stdout, io.TextIOWrapper):  # Paths need not be text.
+        sys.stdout.reconfigure(errors="backslashreplace")
     # A supervisor's SIGTERM, and a Ctrl-C where the shell started us with SIGINT ignored.
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, _interrupt)
@@ -377,13 +372,19 @@ def main(arguments: list[str] | None = None) -> int:
         message = error.format_message().rstrip(".")
         return _complain(f"{message}; see python -m server --help", error.exit_code)
     except ServerError as error:
-        if isinstance(error, ServerStartError):
+        if isinstance(error, ServerStartError) and not events.as_json:
             print("\n".join(error.log_tail.splitlines()[-_TAIL_LINES:]), file=sys.stderr)
         return _complain(str(error), 2 if isinstance(error, ServerUsageError) else 1)
+    except OSError as error:  # A disk that is full, a folder that is gone.
+        where = f"{error.filename}: " if error.filename else ""
+        return _complain(f"{where}{error.strerror or error}", 2)
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    line = " ".join(message.split())
+    if events.as_json:
+        events.say(line, "error")
+    print(f"error: {line}", file=sys.stderr)
     return code
 
 

@@ -37,8 +37,8 @@ from .access import (
     Access,
 )
 from .errors import ServerUsageError
-from .launcher import models_in
 from .probe import Finding, Memory, look
+from .repository import models_in
 from .serving import READY, Serving, local_processes
 from .triton_log import first_line
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import ServerUsageError
+from .paths import plain
 from .ports import Addresses, Ports
 
 # Triton's own default, used by NVIDIA's images.
@@ -32,7 +33,7 @@ _INSTALL_WHEEL = "pip install --no-deps nvidia-pytriton==0.7.0"
 # Per Python model instance. Holds a batch of 8 images of 3x224x224 FP32 (4.6 MiB) without growing.
 # An adaptive ViT on the stand-in backend has six; they start with 48 of the 64 MiB of /dev/shm that
 # a container gets by default; larger batches grow beyond that (deploy/compose.yaml gives 1 GiB).
-_SHM_BYTES = 8 * 2**20
+SHM_BYTES = 8 * 2**20
 
 # Told to stop, Triton waits this long for open HTTP connections, idle ones included; its default
 # is 30 s, which looks like a hang.
@@ -84,19 +85,33 @@ class Installation:
         """Whether our stand-in runs the rungs, each in a process, and not the C++ onnxruntime."""
         return not (self.backends / "onnxruntime" / "libtriton_onnxruntime.so").is_file()
 
-    def environment(self) -> dict[str, str]:
+    def environment(self, links: Path) -> dict[str, str]:
         """The environment that it and its Python models start with, made of this process's own.
 
+        Args:
+            links: a folder for links in place of folders whose paths are not plain.
+
         Raises:
-            ServerUsageError: this Python has no shared library for Triton's stub to load.
+            ServerUsageError: there is no bash, or this Python has no shared library, which Triton's
+                stub is started with and loads.
         """
-        environment = dict(os.environ)
+        # Where programs are looked for that a PATH does not name.
+        environment = {**os.environ, "PATH": os.environ.get("PATH") or os.defpath}
+        if shutil.which("bash", path=environment["PATH"]) is None:
+            raise ServerUsageError(
+                "there is no bash on PATH, with which Triton's python backend starts each model; "
+                "install it, or give PATH the folder where it is"
+            )
         libraries = list(self.libraries)
         if self.stub_python == RUNNING_PYTHON:
             # The stub takes its interpreter, hence its packages, from the first python on PATH.
             # Where it embeds another Python, as an image may, its own packages are the right ones.
-            _prepend(environment, "PATH", [Path(sys.executable).parent])
+            # As a whole, because a virtual environment is known by the file above its programs.
+            programs = Path(sys.executable).absolute().parent
+            python = plain(programs.parent, links, "python")
+            _prepend(environment, "PATH", [python / programs.name])
             libraries += _libpython_directory()
+        libraries = [plain(path, links, f"libraries-{n}") for n, path in enumerate(libraries)]
         _prepend(environment, "LD_LIBRARY_PATH", libraries)
         # Each Python model has a process of its own: numpy's thread pools, one per process and as
         # wide as the machine, would fight the rungs for its cores.
@@ -124,8 +139,8 @@ class Installation:
         arguments += [f"--exit-timeout-secs={_EXIT_TIMEOUT_S}"]
         for setting in (
             f"shm-region-prefix-name={server_id}_",
-            f"shm-default-byte-size={_SHM_BYTES}",
-            f"shm-growth-byte-size={_SHM_BYTES}",
+            f"shm-default-byte-size={SHM_BYTES}",
+            f"shm-growth-byte-size={SHM_BYTES}",
         ):
             arguments += [f"--backend-config=python,{setting}"]
         return [str(self.binary), *arguments, *extra_args]
@@ -177,7 +192,9 @@ def find_installation(
     python = _has(own, "python", "libtriton_python.so", STUB_NAME)
     onnxruntime = _has(own, "onnxruntime", "libtriton_onnxruntime.so")
     if own is not None and python is not None and onnxruntime is not None:
-        return Installation(binary, own, libraries, _embedded_python(python / STUB_NAME))
+        stub_python = _embedded_python(python / STUB_NAME)
+        own = plain(own, destination.parent, "own-backends")
+        return Installation(binary, own, libraries, stub_python)
 
     destination.mkdir(parents=True, exist_ok=True)
     for entry in sorted(own.iterdir()) if own is not None else ():

@@ -10,15 +10,14 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import grpc
 from tritonclient.utils import InferenceServerException
 
-from bundle import manifest
+from bundle.placing import PREFIX, make_working_folder, remove_dead_folders
 from bundle.versions import refuses_other_answers
-from routing import PROBE_ID, ManifestError
+from routing import PROBE_ID
 
 from . import triton_log
 from .access import (
@@ -34,10 +33,13 @@ from .access import (
     wait_out,
 )
 from .controls import Control, controls
-from .errors import ServerStartError, ServerUsageError
-from .installation import Installation, find_installation, find_wheel
+from .errors import ServerStartError
+from .installation import SHM_BYTES, Installation, find_installation, find_wheel
+from .paths import plain
 from .ports import Ports, check_ports, pick_free_ports, url
-from .process import ProcessGroup
+from .preconditions import check_machine, check_shared_memory, temporary_folder
+from .process import LogCopy, ProcessGroup
+from .repository import bytecode, check_repository, remove_bytecode
 from .security import Security, known_options
 from .shared_memory import SERVER_PREFIX, hold, remove_dead_segments, remove_segments
 
@@ -47,6 +49,7 @@ _ABORT_TIMEOUT_S = 0.2  # What has not served has nothing to finish.
 _LAST_NEWS_S = 10.0
 _PORT_ATTEMPTS = 3
 _POLL_S = 0.1
+STANDARD_OUTPUT = "-"
 _CALL_TIMEOUT_S = 5.0
 _FIRST_ANSWER_TIMEOUT_S = 60.0
 
@@ -73,6 +76,7 @@ class TritonServer:
         tritonserver: Path | str | None = None,
         backend_directory: Path | str | None = None,
         log: Path | str | None = None,
+        log_as_json: bool = False,
         models: Sequence[str] | None = None,
         extra_args: Sequence[str] = (),
         security: Security | None = None,
@@ -89,7 +93,10 @@ class TritonServer:
             timeout_s: seconds until every model must be ready; as many more to compare answers.
             tritonserver: binary to run instead of the one on PATH or in the wheel.
             backend_directory: its backends, where they are not in their usual place.
-            log: file for Triton's log; a temporary one that goes with the server if not given.
+            log: file to append Triton's log to, `-` for the standard output; only a temporary one
+                that goes with the server if not given. The file may be moved, removed, or copied
+                and emptied meanwhile, as logrotate does.
+            log_as_json: write each line of it as a JSON object: time, level, source, message.
             models: models that must be ready, every one in the repository if not given.
             extra_args: more arguments for tritonserver; HTTP, gRPC and metrics must stay on.
             security: what of it is open to whom; all but loading models if not given.
@@ -111,13 +118,14 @@ class TritonServer:
         self._timeout_s = timeout_s
         self._explicit = Path(tritonserver) if tritonserver is not None else None
         self._backend_directory = Path(backend_directory) if backend_directory is not None else None
-        self._log = Path(log).absolute() if log is not None else None
+        file = Path(log).absolute() if log is not None and str(log) != STANDARD_OUTPUT else None
+        self._log = LogCopy(file, log_as_json) if log is not None else None
         self._models = models
         self._extra_args = list(extra_args)
         self._stop_patience_s = stop_patience_s
         self._on_progress = on_progress or (lambda line: None)
         self._process: ProcessGroup | None = None
-        self._work = Path()
+        self._work, self._served = Path(), self.repository  # Or a link to it.
         self._undo = ExitStack()
         self._is_ready = False
         self._known_options: frozenset[str] = frozenset()
@@ -153,7 +161,12 @@ class TritonServer:
     @property
     def log_path(self) -> Path:
         """File with Triton's log; exists while the server runs, longer if it was asked for."""
-        return self._log or self._work / "tritonserver.log"
+        return (self._log and self._log.path) or self._recent_log
+
+    @property
+    def _recent_log(self) -> Path:
+        """Our own, which nobody else moves; of a long one the end."""
+        return self._work / "tritonserver.log"
 
     def controls(self) -> list[Control]:
         """What `production` turned on and what it could not, once the server is ready."""
@@ -188,8 +201,17 @@ class TritonServer:
         return "" if self.is_running() else str(self._end())
 
     def _end(self) -> ServerStartError:
-        what = f"tritonserver ended by itself (exit code {self._running.wait()})"
-        return triton_log.start_error(what, self.log_path)
+        return self._failure(f"tritonserver ended by itself (exit code {self._running.wait()})")
+
+    def _failure(self, what: str, missing: Sequence[str] = ()) -> ServerStartError:
+        error = triton_log.start_error(what, self._recent_log, missing)
+        # Triton may know it by a link that is gone when somebody reads this.
+        names = (str(self._served), str(self.repository))
+        return ServerStartError(
+            str(error).replace(*names),
+            {model: why.replace(*names) for model, why in error.not_ready.items()},
+            error.log_tail.replace(*names),
+        )
 
     def start(self) -> None:
         """Start the server and wait until it serves.
@@ -197,37 +219,38 @@ class TritonServer:
         It serves when every model is ready and `adaptive_vit`, where there is one, has answered.
 
         Raises:
-            ServerUsageError: something to put right first: repository, ports, tritonserver, log.
+            ServerUsageError: something to put right first: repository, ports, tritonserver, log,
+                or what the machine lacks (`preconditions.py`).
             ServerStartError: the server ended, a model is not ready, or there was no answer.
         """
         if self._process is not None:
             raise RuntimeError("the server is already running")
-        models = models_in(self.repository) if self._models is None else list(self._models)
-        if (self.repository / manifest.NAME).is_file():
-            # Its router compares files with their hashes, but Triton has loaded by then what is not
-            # listed. And Python takes bytecode for a listed source's whose time and size it names.
-            try:
-                manifest.refuse_unlisted(self.repository)
-                manifest.remove_unlisted_bytecode(self.repository)
-            except ManifestError as error:
-                raise ServerUsageError(f"{self.repository}: {error}") from error
+        check_machine()
+        temporary = temporary_folder()
+        models = check_repository(self.repository, self._models)
         if not self._free_ports:
             check_ports(self.addresses, self.ports)
         self._access = self.security.access(self.grpc_url)
-        if self._log is not None:
-            triton_log.make_writable(self._log)
+        if self._log is not None and self._log.path is not None:
+            triton_log.make_writable(self._log.path)
         remove_dead_segments()
+        remove_dead_folders(temporary, PREFIX)
         try:
             lock = hold(self._server_id)
             self._undo.callback(os.close, lock)
             self._undo.callback(remove_segments, self._server_id)
-            work = TemporaryDirectory(prefix="adaptive-vit-server-", ignore_cleanup_errors=True)
-            self._work = Path(self._undo.enter_context(work))
-            self._undo.callback(_remove_bytecode, self.repository, but=_bytecode(self.repository))
+            self._work, held = make_working_folder(f"{PREFIX}server-", temporary)
+            self._undo.callback(os.close, held)
+            self._undo.callback(shutil.rmtree, self._work, ignore_errors=True)
+            self._served = plain(self.repository, self._work, "repository")
+            before = bytecode(self.repository)
+            self._undo.callback(remove_bytecode, self.repository, but=before)
+            backends = self._work / "backends"
             self.installation = find_installation(
-                self._work / "backends", self._explicit, self._backend_directory, wheel=find_wheel()
+                backends, self._explicit, self._backend_directory, wheel=find_wheel()
             )
-            self._start_on_free_ports(models, self.installation, lock)
+            check_shared_memory(self.repository, models, self.installation.backends, SHM_BYTES)
+            self._start_on_free_ports(models, self.installation, (lock, held))
         except BaseException:
             self.stop()
             raise
@@ -262,9 +285,9 @@ class TritonServer:
         return self._process
 
     def _start_on_free_ports(
-        self, models: Sequence[str], installation: Installation, lock: int
+        self, models: Sequence[str], installation: Installation, locks: tuple[int, ...]
     ) -> None:
-        environment = installation.environment()
+        environment = installation.environment(self._work)
         if self.security.production:
             self._known_options = known_options(installation.binary, environment)
         for attempt in range(_PORT_ATTEMPTS):
@@ -275,12 +298,13 @@ class TritonServer:
             # this project's packages when started from a checkout.
             self._process = ProcessGroup(
                 installation.command(
-                    self._server_id, self.repository, self.addresses, self.ports, arguments
+                    self._server_id, self._served, self.addresses, self.ports, arguments
                 ),
                 environment,
                 cwd=self._work,
-                log=self.log_path,
-                keep_open=(lock,),
+                log=self._recent_log,
+                keep_open=locks,
+                copy=self._log,
             )
             try:
                 self._wait_for_models(models)
@@ -314,9 +338,10 @@ class TritonServer:
                     waiting = [m for m in waiting if not _answer(client.is_model_ready, m)]
                     # Metrics come up last: gRPC answers for a moment even if their port is taken.
                     if not waiting and self._running.listens_on(self.ports.all):
+                        self._on_progress(f"{len(models)} of {len(models)} models loaded")
                         return
                 code = self._running.exit_code  # Before the log, which is complete if it ended.
-                log, now = triton_log.read(self.log_path), time.monotonic()
+                log, now = triton_log.read(self._recent_log), time.monotonic()
                 missing = sorted(set(models) - triton_log.loaded_models(log))
                 failed = [m for m in missing if m in triton_log.failure_reasons(log)]
                 if told != (len(missing), len(failed)):
@@ -331,7 +356,7 @@ class TritonServer:
                     what = "not ready" if waiting else "not listening on all ports"
                     what, missing = f"{what} after {self._timeout_s:g} s", waiting
                 if what:
-                    raise triton_log.start_error(what, self.log_path, missing)
+                    raise self._failure(what, missing)
                 deadline = rest(_POLL_S, deadline)
 
     def _wait_for_first_answer(self) -> None:
@@ -362,34 +387,7 @@ class TritonServer:
             elif OTHER_ANSWERS in reason:
                 reason = f"{reason}; {WAY_OUT}"
             what = f"every model is ready, but the first request failed: {reason}"
-            raise triton_log.start_error(what, self.log_path) from error
-
-
-def models_in(repository: Path) -> list[str]:
-    """Names of the models: every folder is one, Triton accepts no other.
-
-    Raises:
-        ServerUsageError: the repository does not exist or holds no model.
-    """
-    names = sorted(path.name for path in repository.glob("*") if path.is_dir())
-    if not names:
-        what = f"the model repository {repository} holds no model"
-        if not repository.is_dir():
-            what = f"no model repository at {repository}"
-        raise ServerUsageError(
-            f"{what}; build it with `python -m export repository`, or give another --repository"
-        )
-    return names
-
-
-def _bytecode(repository: Path) -> set[Path]:
-    return set(repository.rglob("__pycache__"))
-
-
-def _remove_bytecode(repository: Path, but: set[Path]) -> None:
-    """Triton's stub for Python 3.11 and later ignores PYTHONDONTWRITEBYTECODE."""
-    for folder in _bytecode(repository) - but:
-        shutil.rmtree(folder, ignore_errors=True)
+            raise self._failure(what) from error
 
 
 def _answer(call: Callable[..., Any], *arguments: str) -> Any:

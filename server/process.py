@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -18,8 +19,23 @@ import psutil
 from .errors import ServerError
 
 _GUARD = Path(__file__).with_name("guard.py")
+_STDOUT = 1
 _POLL_S = 0.05
 _KILL_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class LogCopy:
+    """Where what a command writes goes besides its log.
+
+    Attributes:
+        path: a file that is appended to, and made anew where it was moved or removed; None: the
+            standard output of this process.
+        as_json: each line as a JSON object.
+    """
+
+    path: Path | None
+    as_json: bool = False
 
 
 class ProcessGroup:
@@ -37,6 +53,7 @@ class ProcessGroup:
         cwd: Path,
         log: Path,
         keep_open: Collection[int] = (),
+        copy: LogCopy | None = None,
     ) -> None:
         """Start the command.
 
@@ -44,27 +61,39 @@ class ProcessGroup:
             command: program and arguments.
             environment: all of its environment.
             cwd: its working directory, which the guard removes if it has to end the command.
-            log: file that takes its stdout and stderr, emptied if it exists. It is only ever
-                appended to, so whoever rotates logs may copy and empty it.
+            log: file that takes its stdout and stderr, emptied if it exists. When it is longer
+                than 16 MiB its beginning goes.
             keep_open: descriptors that the command inherits.
+            copy: where its stdout and stderr go besides.
         """
-        # Without the environment's and the site's modules: the guard should start at once.
-        guard = [sys.executable, "-I", "-S", str(_GUARD), str(os.getpid()), str(cwd)]
+        told: dict[str, object] = {"command": list(command), "log": str(log)}
+        handed = list(keep_open)
+        if copy is not None:
+            told["as_json"] = copy.as_json
+            if copy.path is not None:
+                told["copy"] = str(copy.path)
+            else:
+                with suppress(OSError):  # Closed: there is nowhere to write to.
+                    handed.append(os.dup(_STDOUT))
+                    told["stdout"] = handed[-1]
         log.write_bytes(b"")
         with log.open("ab") as output:
             self._guard = subprocess.Popen(
-                guard,
+                # Without the environment's and the site's modules: it should start at once.
+                [sys.executable, "-I", "-S", str(_GUARD), str(os.getpid()), str(cwd)],
                 env=dict(environment),
                 cwd=cwd,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=output,
                 start_new_session=True,
-                pass_fds=tuple(keep_open),
+                pass_fds=tuple(handed),
             )
+        for descriptor in handed[len(keep_open) :]:
+            os.close(descriptor)
         assert self._guard.stdin is not None
-        with self._guard.stdin as told:
-            told.write(json.dumps(list(command)).encode() + b"\n")
+        with self._guard.stdin as stdin:
+            stdin.write(json.dumps(told).encode() + b"\n")
 
     @cached_property
     def pid(self) -> int:

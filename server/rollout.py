@@ -18,6 +18,7 @@ cannot be, the error says what the disk says, what the server says, and what mak
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -223,7 +224,8 @@ class _Change:
 
     def _command(self) -> str:
         """What makes disk and server agree."""
-        command = f"python -m server rollout --repository {self.repository} --url {self.server.url}"
+        repository = shlex.quote(str(self.repository))
+        command = f"python -m server rollout --repository {repository} --url {self.server.url}"
         if self._on_disk() != self.before:
             command += f" --to {self.before.live}"
         return command

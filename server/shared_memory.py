@@ -2,15 +2,16 @@
 
 Triton's python backend keeps segments in /dev/shm for each model instance, and a server that is
 killed leaves them there for good. Beside them lies a file that the server and its processes hold
-locked from their start to their end: locked means alive, in whatever namespace it runs.
+locked from their start to their end (`bundle.placing`): locked means alive, in whatever namespace
+it runs.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
 from contextlib import suppress
 from pathlib import Path
+
+from bundle.placing import abandoned, claim
 
 SHM_DIRECTORY = Path("/dev/shm")
 SERVER_PREFIX = "triton_"
@@ -26,14 +27,7 @@ def hold(server_id: str, directory: Path = SHM_DIRECTORY) -> int:
     Returns:
         The file's descriptor, for the server to inherit and the caller to close.
     """
-    path = _lock(server_id, directory)
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        with suppress(FileNotFoundError):
-            if path.stat().st_ino == os.fstat(descriptor).st_ino:
-                return descriptor
-        os.close(descriptor)  # Somebody who cleared away had it before it was locked.
+    return claim(_lock(server_id, directory))
 
 
 def remove_segments(server_id: str, directory: Path = SHM_DIRECTORY) -> list[str]:
@@ -50,19 +44,10 @@ def remove_dead_segments(directory: Path = SHM_DIRECTORY) -> list[str]:
     """Delete the segments of this user's servers that have ended; returns their names, sorted."""
     removed = []
     for path in directory.glob(f".{SERVER_PREFIX}*.lock"):
-        try:
-            if path.lstat().st_uid != os.geteuid():
-                continue
-            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
-        except OSError:  # Its own launcher was quicker.
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            removed += remove_segments(path.name.strip(".").removesuffix(".lock"), directory)
-        except BlockingIOError:  # It lives.
-            pass
-        finally:
-            os.close(descriptor)
+        with abandoned(path) as is_dead:
+            if is_dead:
+                name = path.name.strip(".").removesuffix(".lock")
+                removed += remove_segments(name, directory)
     return sorted(removed)
 
 

@@ -16,8 +16,6 @@ in FP32 the mean cosine of static INT8 to FP32 rises from 0.9976 to 0.9988 at mo
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +24,7 @@ from numpy.typing import NDArray
 from onnxruntime import quantization
 
 from bundle.head import find_head
+from bundle.placing import working_folder
 from export.errors import ExportError, first_line
 from export.onnx_graph import INPUT_NAME, settle_versions, strip_provenance
 
@@ -70,8 +69,8 @@ def quantise(model: onnx.ModelProto, images: NDArray[np.float32] | None = None) 
         "per_channel": True,
         "weight_type": quantization.QuantType.QInt8,
     }
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "quantised.onnx"
+    with working_folder("quantise") as folder:
+        file = folder / "quantised.onnx"
         try:
             if images is None:
                 quantization.quantize_dynamic(prepared, file, **options)

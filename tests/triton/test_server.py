@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import urllib.request
 from pathlib import Path
@@ -81,6 +82,28 @@ def test_models_do_not_see_the_launchers_packages(tmp_path: Path, monkeypatch: p
     repository = add_model(tmp_path, "echo", "import server")
     with pytest.raises(ServerStartError, match="No module named 'server'"):
         TritonServer(repository, free_ports=True).start()
+
+
+def test_paths_that_a_shell_would_misread_are_served_and_nothing_in_them_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    odd = tmp_path / 'it\'s "a"; $(touch ran) `touch ran` & ü\n'
+    (odd / "temporary").mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(odd / "temporary"))
+    repository = add_model(odd / "repository", "echo")
+    with running(repository, timeout_s=60, log=odd / "log") as server:
+        with triton.InferenceServerClient(server.grpc_url) as client:
+            assert client.is_model_ready("echo")
+        assert server.repository == repository and "loaded 'echo'" in (odd / "log").read_text()
+        for pid in server.process_ids():
+            assert not Path(f"/proc/{pid}/cwd/ran").exists()
+    assert not list(repository.rglob("__pycache__"))
+    # What Triton knows it by is gone by now, and of no use to anybody.
+    add_model(repository, "broken", "raise ValueError(args['model_repository'])")
+    with pytest.raises(ServerStartError) as caught:
+        TritonServer(repository, free_ports=True).start()
+    assert str(caught.value) == f"model 'broken' failed to load: {repository}/broken"
+    assert not list(tmp_path.rglob("ran")) and not Path("ran").exists()
 
 
 def test_a_killed_server_is_noticed_and_cleared_away(repository: Path, others: set[str]):
@@ -260,6 +283,51 @@ def test_a_server_does_not_outlive_a_program_that_ends_without_stopping_it(
     assert wait_for(lambda: not any(is_alive(child.pid) for child in tree))
     assert segments(program.pid) == set()
     assert not Path(facts["log"]).parent.exists()
+
+
+def test_what_killed_servers_left_goes_at_the_next_start_and_live_ones_stay(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    program = [sys.executable, "-c", PROGRAM, str(repository)]
+    killed, lives = (
+        subprocess.Popen(program, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    )
+    works = [Path(json.loads(p.stdout.readline())["log"]).parent for p in (killed, lives)]
+    for process in [*psutil.Process(killed.pid).children(recursive=True), killed]:
+        process.kill()  # The guard, too, which would clear away.
+    killed.communicate()
+    assert wait_for(lambda: works[0].is_dir() and segments(killed.pid))
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    with running(repository):
+        assert not works[0].exists() and not segments(killed.pid)
+        assert works[1].is_dir() and segments(lives.pid)
+    lives.kill()
+    lives.communicate()
+    assert wait_for(lambda: not works[1].exists())
+
+
+def test_json_lines_from_a_start_without_any_environment(repository: Path):
+    # No PATH, HOME or locale: neither bash nor python3 is found by what a user has set.
+    arguments = ("--repository", repository, "--free-ports", "--log-format", "json")
+    process = command(*arguments, env={})
+    assert process.stdout is not None
+    said = []
+    while not said or said[-1]["source"] != "server":
+        said.append(json.loads(process.stdout.readline()))
+    assert said[-1]["message"].startswith("Triton ") and said[-1]["grpc_url"]
+    with triton.InferenceServerClient(said[-1]["grpc_url"]) as client:
+        assert client.is_model_ready("echo")
+    process.send_signal(signal.SIGTERM)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 0 and error == ""
+    said += [json.loads(line) for line in out.splitlines()]
+    assert {"time", "level", "source", "message"} <= set.intersection(*map(set, said))
+    assert "successfully loaded 'echo'" in [entry["message"] for entry in said]
+    assert "warning" in {entry["level"] for entry in said}
 
 
 def test_a_signal_while_starting_ends_it_cleanly(tmp_path: Path):

@@ -1,8 +1,10 @@
 """`python -m server` when it is interrupted at the wrong moment; the server is a fake."""
 
+import configparser
 import errno
 import io
 import json
+import shlex
 import signal
 import socket
 from collections.abc import Iterator
@@ -11,20 +13,23 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import typer
 from rich.console import Console
 
 import server.__main__ as command_line
 from bundle.versions import Versions, put, switch
 from export.repository import assemble
 from export.versions import add_version
+from server import launcher
 from server.access import Access
-from server.errors import ServerUsageError
+from server.errors import ServerStartError, ServerUsageError
 from server.launcher import TritonServer
 from server.probe import Finding
 from server.rollout import RolloutError, RolloutInterruptedError
 from tests.unit.test_export_repository import write_inputs
 from tests.unit.test_export_versions import change_artifact
 
+ROOT = Path(__file__).resolve().parents[2]
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 
 
@@ -159,7 +164,7 @@ def test_a_signal_that_comes_while_a_destructor_runs_ends_it_too(monkeypatch: py
     monkeypatch.setattr(command_line, "TritonServer", Lasting)
     monkeypatch.setattr(command_line, "Serving", lambda *_: nullcontext())
     monkeypatch.setattr(command_line, "look", look)
-    monkeypatch.setattr(command_line, "_report", lambda *_: None)
+    monkeypatch.setattr(command_line.events, "serves", lambda *_: None)
     assert command_line.main(["--supervise"]) == 0
     assert looks == ["looked"] and not FakeServer.made[0].runs
 
@@ -180,7 +185,7 @@ def test_a_signal_that_comes_just_before_it_waits_ends_it_too(monkeypatch: pytes
         LetGo()
 
     monkeypatch.setattr(command_line, "TritonServer", Lasting)
-    monkeypatch.setattr(command_line, "_report", report)
+    monkeypatch.setattr(command_line.events, "serves", report)
     assert command_line.main([]) == 0
     assert not FakeServer.made[0].runs
 
@@ -271,7 +276,7 @@ def test_addresses_are_told_as_others_can_call_them(
     way_out = {"AF_INET": "10.0.0.7", "AF_INET6": "fd00::7"}
     monkeypatch.setattr(socket.socket, "connect", lambda *_: None)
     monkeypatch.setattr(socket.socket, "getsockname", lambda way: (way_out[way.family.name], 1))
-    command_line._report(server, as_json)
+    command_line.events.serves(server, as_json)
     shown = capsys.readouterr().out
     http_host = {"0.0.0.0": "10.0.0.7", "::": "[fd00::7]"}.get(host, host)
     if as_json:
@@ -284,3 +289,65 @@ def test_addresses_are_told_as_others_can_call_them(
         assert set(lines) < set(shown.splitlines())
     here = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
     assert server.access.url == f"{here}:8001"  # of our own calls
+
+
+# --- its events --------------------------------------------------------------------------------
+
+
+def test_every_line_on_the_standard_output_is_json_where_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    class Failing(FakeServer):
+        options: ClassVar[dict[str, object]] = {}
+
+        def __init__(self, repository: object, **options: object) -> None:
+            super().__init__(repository)
+            self.options.update(options)
+
+        def start(self) -> None:
+            raise ServerStartError("model 'x' failed to\nload: y", log_tail="E1121 of Triton's")
+
+    monkeypatch.setattr(command_line, "TritonServer", Failing)
+    arguments = ["--host", "0.0.0.0", "--log-format", "json"]
+    assert command_line.main(arguments) == 1
+    said = capsys.readouterr()
+    entries = [json.loads(line) for line in said.out.splitlines()]
+    assert [(entry["level"], entry["source"]) for entry in entries] == [
+        ("warning", "server"),
+        ("error", "server"),
+    ]
+    assert entries[-1]["message"] == "model 'x' failed to load: y"
+    assert said.err == "error: model 'x' failed to load: y\n"  # The log has been told.
+    assert (str(Failing.options["log"]), Failing.options["log_as_json"]) == ("-", True)
+    assert command_line.main([*arguments, "--log", "triton.log"]) == 1
+    assert str(Failing.options["log"]) == "triton.log"
+    assert command_line.main([]) == 1  # The next command line is for people again.
+    assert "E1121 of Triton's\nerror: " in capsys.readouterr().err
+    assert (Failing.options["log"], Failing.options["log_as_json"]) == (None, False)
+
+
+def test_a_disk_that_is_full_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    class Full(FakeServer):
+        def start(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device", "/dev/shm/x")
+
+    monkeypatch.setattr(command_line, "TritonServer", Full)
+    assert command_line.main([]) == 2
+    assert capsys.readouterr().err == "error: /dev/shm/x: No space left on device\n"
+
+
+def test_the_documented_unit_starts_a_command_that_there_is(tmp_path: Path):
+    text = (ROOT / "docs/operations.md").read_text()
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment, method-assign]
+    unit.read_string("[Unit]" + text.split("\n[Unit]")[1].split("```")[0])
+    python, *words = shlex.split(unit["Service"]["ExecStart"])
+    folder = Path(unit["Service"]["WorkingDirectory"])
+    assert Path(python) == folder / ".venv/bin/python" and words[:2] == ["-m", "server"]
+    with typer.main.get_command(command_line.app).make_context("server", words[2:]) as context:
+        assert context.params["supervise"] and context.params["log_format"] == "json"
+    # Longer than the launcher waits for Triton to finish its requests and then to be killed.
+    assert int(unit["Service"]["TimeoutStopSec"]) > 1.5 * launcher._STOP_TIMEOUT_S + 10
+    assert unit["Service"]["KillMode"] == "mixed"  # The launcher ends the server.

@@ -52,7 +52,7 @@ def find(tmp_path: Path, wheel: Wheel, monkeypatch: pytest.MonkeyPatch) -> Find:
 
 def native(tmp_path: Path, *files: str) -> Path:
     """An executable with these backends beside it."""
-    (tmp_path / "backends").mkdir()
+    (tmp_path / "backends").mkdir(parents=True)
     for file in files:
         write(tmp_path / "backends" / file, STUB if file.endswith("stub") else b"native")
     return write(tmp_path / "bin" / "tritonserver", b"#!/bin/sh\n", 0o755)
@@ -201,7 +201,7 @@ def test_environment_puts_this_python_and_the_libraries_first(
     found = Installation(tmp_path, tmp_path, libraries, RUNNING_PYTHON)
     base = {"PATH": "/bin", "LD_LIBRARY_PATH": "/mine", "OMP_NUM_THREADS": "7"}
     monkeypatch.setattr(os, "environ", base)
-    environment = found.environment()
+    environment = found.environment(tmp_path)
     assert environment["PATH"] == f"{Path(sys.executable).parent}:/bin"
     parts = environment["LD_LIBRARY_PATH"].split(os.pathsep)
     assert parts[0] == str(tmp_path) and parts[-1] == "/mine"
@@ -215,9 +215,48 @@ def test_a_server_with_another_python_keeps_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(os, "environ", {"PATH": "/bin"})
-    environment = Installation(tmp_path, tmp_path, (), "3.99").environment()
+    environment = Installation(tmp_path, tmp_path, (), "3.99").environment(tmp_path)
     assert environment["PATH"] == "/bin"
     assert "LD_LIBRARY_PATH" not in environment
+
+
+@pytest.mark.parametrize("path", [None, ""])
+def test_without_path_programs_are_found_as_a_shell_finds_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str | None
+):
+    monkeypatch.setattr(os, "environ", {} if path is None else {"PATH": path})
+    environment = Installation(tmp_path, tmp_path, (), "3.99").environment(tmp_path)
+    assert environment["PATH"] == os.defpath
+
+
+def test_without_bash_no_model_would_ever_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "environ", {"PATH": str(tmp_path)})
+    with pytest.raises(ServerUsageError, match=r"no bash on PATH.*install it, or give PATH"):
+        Installation(tmp_path, tmp_path, (), "3.99").environment(tmp_path)
+
+
+def test_lists_of_folders_hold_only_plain_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    odd = tmp_path / "a:b $LIB ü"
+    python = write(odd / "venv/bin/python3", mode=0o755)
+    (odd / "libraries").mkdir()
+    links = tmp_path / "links"
+    links.mkdir()
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(installation, "_libpython_directory", list)
+    monkeypatch.setattr(os, "environ", {})
+    found = Installation(tmp_path, tmp_path, (odd / "libraries",), RUNNING_PYTHON)
+    environment = found.environment(links)
+    assert environment["PATH"] == f"{links}/python/bin:{os.defpath}"  # And bash is found.
+    assert (links / "python").resolve() == odd / "venv"
+    assert environment["LD_LIBRARY_PATH"] == f"{links}/libraries-0"
+    assert (links / "libraries-0").resolve() == odd / "libraries"
+
+
+def test_complete_backends_of_an_odd_path_are_handed_on_by_a_link(tmp_path: Path, find: Find):
+    binary = native(tmp_path / "it's; a", *PYTHON, ONNXRUNTIME)
+    found = find(binary)
+    assert found.backends == tmp_path / "own-backends"
+    assert found.backends.resolve() == tmp_path / "it's; a" / "backends"
 
 
 # --- its command -------------------------------------------------------------------------------

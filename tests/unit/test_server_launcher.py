@@ -26,7 +26,7 @@ from server import (
     access,
     launcher,
 )
-from server.launcher import models_in
+from server.repository import models_in
 from tests.unit.server_fakes import FakeClock, Verdicts
 
 # --- a model that fails ------------------------------------------------------------------------

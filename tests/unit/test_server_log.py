@@ -1,5 +1,6 @@
 """Reading reasons out of Triton's log."""
 
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,20 @@ def test_of_a_long_log_the_end_is_read(tmp_path: Path):
     assert len(read(log)) == 2**20
     assert "model 'router' failed to load" in str(start_error("ended", log))
     assert read(tmp_path / "nowhere") == ""
+
+
+def test_a_log_of_many_months_takes_no_more_memory_than_a_short_one(tmp_path: Path):
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        file.truncate(600 * 2**20)
+        file.seek(0, 2)
+        file.write(f"\n{ROUTER}".encode())
+    tracemalloc.start()
+    try:
+        assert "model 'router' failed to load" in str(start_error("ended", log))
+        assert tracemalloc.get_traced_memory()[1] < 64 * 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_log_and_its_folder_are_made_and_an_earlier_log_is_kept(tmp_path: Path):

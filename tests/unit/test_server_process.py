@@ -1,18 +1,21 @@
 """A command ends with its launcher, however that goes. Real processes, no server."""
 
+import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 
 import psutil
 import pytest
 
-from server.process import ProcessGroup
+from server.process import LogCopy, ProcessGroup
 
 ROOT = Path(__file__).resolve().parents[2]
 GUARD = ROOT / "server" / "guard.py"
@@ -103,7 +106,7 @@ def test_the_guard_kills_what_does_not_listen(scratch: Path, tmp_path: Path):
 
 def test_a_launcher_that_is_gone_before_the_guard_looks_is_noticed(scratch: Path):
     guard = [sys.executable, str(GUARD), "0", str(scratch)]
-    told = json.dumps(["sleep", "61"]) + "\n"
+    told = json.dumps({"command": ["sleep", "61"], "log": str(scratch / "log")}) + "\n"
     started = time.monotonic()
     ran = subprocess.run(guard, input=told, start_new_session=True, capture_output=True, text=True)
     assert ran.returncode == -signal.SIGKILL
@@ -131,6 +134,172 @@ def test_a_log_that_is_copied_and_emptied_goes_on_from_its_start(scratch: Path):
     running.wait()
     assert (scratch / "log").read_bytes().endswith(b"two\n")
     assert b"\0" not in (scratch / "log").read_bytes()
+    running.stop(timeout_s=1)
+
+
+STEP_BY_STEP = "echo one; while ! [ -f go ]; do sleep 0.05; done; echo two"
+
+
+def copied(scratch: Path, copy: LogCopy, script: str) -> ProcessGroup:
+    command = ["sh", "-c", script]
+    return ProcessGroup(command, os.environ, scratch, scratch / "log", copy=copy)
+
+
+@pytest.mark.parametrize("way", ["moved and made anew", "moved", "emptied", "removed", "folder"])
+def test_a_rotated_log_goes_on_under_its_name(scratch: Path, tmp_path: Path, way: str):
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    path, rotated = folder / "it's.log", folder / "it's.log.1"
+    path.write_text("of an earlier run\n")
+    running = copied(scratch, LogCopy(path), STEP_BY_STEP)
+    assert wait_until(lambda: path.read_text().endswith("run\none\n"))  # Nothing is lost.
+    if way == "emptied":  # logrotate's copytruncate; create and nocreate above
+        path.write_bytes(b"")
+    elif way == "removed":
+        path.unlink()
+    elif way == "folder":
+        folder.rename(tmp_path / "elsewhere")
+        folder.mkdir()
+    else:
+        path.rename(rotated)
+    if way == "moved and made anew":
+        path.touch(mode=0o640)
+    (scratch / "go").touch()
+    assert running.wait() == 0
+    assert path.read_bytes() == b"two\n"
+    assert (scratch / "log").read_text() == "one\ntwo\n"  # The launcher's own is whole.
+    if rotated.exists():
+        assert rotated.read_text() == "of an earlier run\none\n"
+    if way == "moved and made anew":
+        assert path.stat().st_mode & 0o777 == 0o640
+    running.stop(timeout_s=1)
+
+
+def rotate(log: Path, folder: Path) -> None:
+    """Run logrotate as docs/operations.md has it, or where there is none do what it does."""
+    program = shutil.which("logrotate", path=f"{os.environ.get('PATH')}:/usr/sbin")
+    if program is None:
+        log.rename(log.with_name(f"{log.name}.1"))
+        return
+    text = (ROOT / "docs/operations.md").read_text()
+    config = text[text.index("/var/log/adaptive-vit/triton.log {") :].split("```")[0]
+    (folder / "logrotate.conf").write_text(config.replace("/var/log/adaptive-vit", str(log.parent)))
+    (folder / "logrotate.conf").chmod(0o600)
+    command = [program, "--force", "--state", folder / "state", folder / "logrotate.conf"]
+    subprocess.run(command, check=True)
+
+
+def test_logrotate_needs_no_more_than_its_few_lines(scratch: Path, tmp_path: Path):
+    log = tmp_path / "triton.log"
+    running = copied(scratch, LogCopy(log), STEP_BY_STEP)
+    assert wait_until(lambda: log.exists() and log.read_text() == "one\n")
+    rotate(log, tmp_path)
+    (scratch / "go").touch()
+    assert running.wait() == 0
+    assert log.read_text() == "two\n"
+    (rotated,) = tmp_path.glob("triton.log.1*")
+    kept = (
+        gzip.decompress(rotated.read_bytes()) if rotated.suffix == ".gz" else rotated.read_bytes()
+    )
+    assert kept == b"one\n"
+    running.stop(timeout_s=1)
+
+
+def test_a_log_that_cannot_be_written_costs_lines_and_nothing_else(scratch: Path, tmp_path: Path):
+    (tmp_path / "logs").mkdir()
+    running = copied(scratch, LogCopy(tmp_path / "logs" / "log"), STEP_BY_STEP)
+    assert wait_until(lambda: (tmp_path / "logs" / "log").exists())
+    (tmp_path / "logs").rename(tmp_path / "elsewhere")
+    (scratch / "go").touch()
+    assert running.wait() == 0
+    assert (scratch / "log").read_text() == "one\ntwo\n"
+    running.stop(timeout_s=1)
+
+
+ENTRIES = r"""
+E1121 11:40:12.388730 6959 model_lifecycle.cc:642] "failed to load 'p': \"no\"\n\nAt:\n  x"
+W1121 11:40:12.388730 6959 main.cc:7] plain
+
+Traceback \xff { "it's":
+I1121 11:40:12.388730 6959 server.cc:1] "cut sh
+no newline"""
+
+
+def test_each_line_is_one_object_where_json_is_asked_for(scratch: Path, tmp_path: Path):
+    (scratch / "said").write_bytes(ENTRIES.replace("\\xff", "\xff").encode("latin-1"))
+    running = copied(scratch, LogCopy(tmp_path / "log", as_json=True), "cat said")
+    assert running.wait() == 0
+    entries = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [(entry["level"], entry.get("at"), entry["message"]) for entry in entries] == [
+        ("error", "model_lifecycle.cc:642", "failed to load 'p': \"no\"\n\nAt:\n  x"),
+        ("warning", "main.cc:7", "plain"),
+        ("info", None, 'Traceback \ufffd { "it\'s":'),
+        ("info", "server.cc:1", '"cut sh'),
+        ("info", None, "no newline"),
+    ]
+    assert {entry["source"] for entry in entries} == {"tritonserver"}
+    times = [datetime.fromisoformat(entry["time"].replace("Z", "+00:00")) for entry in entries]
+    assert all(abs((datetime.now(timezone.utc) - time).total_seconds()) < 60 for time in times)
+    assert (scratch / "log").read_bytes() == (scratch / "said").read_bytes()  # As it was.
+    running.stop(timeout_s=1)
+
+
+WRITES_TO_STDOUT = """
+    import os, sys
+    from pathlib import Path
+    from server.process import LogCopy, ProcessGroup
+
+    scratch = Path(sys.argv[1])
+    command = ["sh", "-c", sys.argv[2]]
+    running = ProcessGroup(command, os.environ, scratch, scratch / "log", copy=LogCopy(None))
+    print(running.wait(), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("reader", ["reads", "stands still", "is gone", "was never there"])
+def test_who_reads_the_standard_output_stops_nobody(scratch: Path, reader: str):
+    # More than a pipe and the queue before it hold; the command has to end all the same.
+    lines = 4000 if reader == "reads" else 20_000
+    script = f"yes a line of a log as any other | head -n {lines}"
+    command = [sys.executable, "-c", textwrap.dedent(WRITES_TO_STDOUT), str(scratch), script]
+    reading, writing = os.pipe()
+    if reader == "was never there":
+        command = ["sh", "-c", 'exec "$@" >&-', "sh", *command]
+    launcher = subprocess.Popen(
+        command, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writing)
+    said = b""
+    if reader == "is gone":
+        os.close(reading)
+    elif reader == "reads":
+        with open(reading, "rb") as out:
+            said = out.read()
+    _, error = launcher.communicate(timeout=60)
+    assert (launcher.returncode, error) == (0, "0\n")
+    whole = (scratch / "log").read_bytes()
+    assert whole.count(b"\n") == lines
+    if reader == "reads":
+        assert said == whole
+    elif reader != "is gone":
+        os.close(reading)
+
+
+def test_of_a_log_for_the_launcher_alone_the_end_is_kept(scratch: Path):
+    line = "x" * 99
+    script = f"yes {line} | head -c 40000000; echo last"
+    running = group(scratch, "sh", "-c", script)
+    assert running.wait() == 0
+    kept = (scratch / "log").read_bytes()
+    assert 2**20 <= len(kept) <= 17 * 2**20 and kept.endswith(b"x\nlast\n")
+    running.stop(timeout_s=1)
+
+
+def test_who_holds_the_commands_output_keeps_nobody_from_seeing_its_end(scratch: Path):
+    running = group(scratch, "sh", "-c", "echo said; (sleep 61 &); exit 3")
+    began = time.monotonic()
+    assert running.wait() == 3 and time.monotonic() - began < 30
+    assert (scratch / "log").read_text() == "said\n"
     running.stop(timeout_s=1)
 
 
