@@ -81,18 +81,20 @@ def _tokens(
         padding = {"padding": "max_length", "max_length": text.max_position_embeddings}
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-        found = dict(tokenizer(sentences, return_tensors="pt", **padding))
+        longest = max(sentences, key=lambda sentence: len(tokenizer(sentence)["input_ids"]))
+        words = len(tokenizer(longest)["input_ids"])
+        if words <= text.max_position_embeddings:
+            found = dict(tokenizer(sentences, return_tensors="pt", **padding))
     except Exception as error:  # the library raises many types on foreign files
         raise UsageError(
             f"--labels: the tokenizer of {model} cannot be used ({first_line(error)})"
         ) from error
-    ids = found["input_ids"]
-    if ids.shape[1] > text.max_position_embeddings:
-        longest = max(sentences, key=len)
+    if words > text.max_position_embeddings:
         raise UsageError(
             f"--labels: a text is longer than the model's {text.max_position_embeddings} tokens, "
             f"such as {longest[:60]!r}; shorten it"
         )
+    ids = found["input_ids"]
     if int(ids.max()) >= text.vocab_size:
         raise UsageError(
             f"--labels: the tokenizer of {model} is of another model, it has more words than the "

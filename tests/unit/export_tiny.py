@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import transformers
 from rich.console import Console
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from report.terminal import Bars
 from tests import commands
@@ -35,6 +36,8 @@ _TEXT = {
     "max_position_embeddings": 16,
     **_MLP,
 }
+WORDS = ("a", "photo", "of", "This", "is", "cat", "dog", "emu", "grey", ".")
+START, END = 62, 63  # of a text
 PROJECTION = 12  # of CLIP; SigLIP has none
 
 
@@ -49,7 +52,7 @@ def _clip(own: dict, name: str) -> transformers.PretrainedConfig:
         return transformers.CLIPVisionConfig(**vision, projection_dim=PROJECTION)
     return transformers.CLIPConfig(
         vision_config=vision,
-        text_config={**_TEXT, "eos_token_id": 2},
+        text_config={**_TEXT, "eos_token_id": END},
         projection_dim=PROJECTION,
         num_labels=3,
     )
@@ -108,6 +111,21 @@ def save_tiny(
     model.save_pretrained(folder)
     if processor is not None:
         (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+def save_tokenizer(folder: Path, words: tuple[str, ...] = WORDS) -> Path:
+    """Write a tokenizer of these words, with a sign at the start and the end of a text."""
+    known = {"[UNK]": 0, "[PAD]": 1, **{word: i for i, word in enumerate(words, 2)}}
+    known |= {"[START]": START, "[END]": END}
+    made = Tokenizer(models.WordLevel(known, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.post_processor = processors.TemplateProcessing(
+        single="[START] $A [END]", special_tokens=[("[START]", START), ("[END]", END)]
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="[UNK]", pad_token="[PAD]", eos_token="[END]"
+    ).save_pretrained(folder)
     return folder
 
 
