@@ -132,9 +132,10 @@ def _load_config(model: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # the hub client, JSON and transformers raise unrelated types
-        raise UsageError(
-            f"--model {model} cannot be loaded ({first_line(error).rstrip('.')}); {_CHOICES}"
-        ) from error
+        reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+        if folder.is_dir():
+            reason = f"{CONFIG} is none that transformers reads: {reason}"
+        raise UsageError(f"--model {model} cannot be loaded ({reason}); {_CHOICES}") from error
 
 
 def _folder_fault(folder: Path) -> str | None:
@@ -150,7 +151,7 @@ def _folder_fault(folder: Path) -> str | None:
         return f"there is no {CONFIG} ({held}); {_CHOICES}"
     try:
         content = json.loads((folder / CONFIG).read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"{CONFIG} is not readable ({first_line(error)}); {_ANEW}"
     if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
         return f"{CONFIG} has no model_type, as every model of transformers has; {_ANEW}"
@@ -173,6 +174,8 @@ def _families() -> str:
 
 def _check_config(config: PretrainedConfig, model: str) -> None:
     vision = vision_config(config)
+    if isinstance(config.architectures, str):
+        config.architectures = [config.architectures]
     kind = next(iter(config.architectures or []), None) or config.model_type
     if config.model_type == "siglip2":
         raise UsageError(
@@ -196,6 +199,8 @@ def _check_config(config: PretrainedConfig, model: str) -> None:
             raise UsageError(
                 f"--model {model}: its {CONFIG} has {field} {value}; only square ones are supported"
             )
+    if vision.num_hidden_layers < 1:
+        raise UsageError(f"--model {model}: its {CONFIG} has num_hidden_layers 0; {_ANEW}")
     if vision.num_channels != 3:
         raise UsageError(
             f"--model {model}: its {CONFIG} has num_channels {vision.num_channels}; it takes "

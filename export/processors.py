@@ -64,11 +64,13 @@ class Processor:
         Raises:
             UsageError: the file is damaged, or asks for something `imaging` does not do.
         """
-        vision = vision_config(config)
+        vision, file = vision_config(config), _file(model)
+        if file is not None and (fault := _fault(Path(model, file))) is not None:
+            raise UsageError(f"--model {model}: its {file} is not a valid JSON file ({fault})")
         try:
             found = _found(model)
         except OSError as error:
-            if (file := _file(model)) is not None:
+            if file is not None:
                 raise UsageError(f"--model {model}: {file}: {first_line(error)}") from None
             family, px = FAMILIES[vision.model_type], int(vision.image_size)
             notice = (
@@ -77,13 +79,12 @@ class Processor:
             return _read(family.usual(px), px, (notice,))
         except Exception as error:  # the library raises many types on foreign files
             raise UsageError(
-                f"--model {model}: its {_file(model) or FILE} is not supported "
-                f"({first_line(error)})"
+                f"--model {model}: its {file or FILE} is not supported ({first_line(error)})"
             ) from None
         try:
             return _read(found, int(vision.image_size), ())
         except UsageError as error:
-            raise UsageError(f"--model {model}: its {_file(model) or FILE}: {error}") from None
+            raise UsageError(f"--model {model}: its {file or FILE}: {error}") from None
 
     def preprocessing(self, px: int) -> Preprocessing:
         """The same preprocessing for another resolution, the crop margin kept in proportion.
@@ -117,11 +118,21 @@ def _found(model: str) -> PilBackend:
 
 def _file(model: str) -> str | None:
     """The name of the file that describes a folder's processor; None: there is none, or a hub."""
-    names = [name for name in (NESTED, FILE) if Path(model, name).is_file()]
-    if len(names) == 2:  # the nested one counts where it holds an image processor
-        with contextlib.suppress(ValueError):
-            return names["image_processor" not in json.loads(Path(model, NESTED).read_text())]
-    return names[0] if names else None
+    nested = Path(model, NESTED)
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        content = json.loads(nested.read_text("utf-8"))
+        if isinstance(content, dict) and "image_processor" in content:
+            return NESTED  # it counts before the other
+    return FILE if Path(model, FILE).is_file() else None
+
+
+def _fault(file: Path) -> str | None:
+    """Why a file holds no fields; None: it does."""
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        return first_line(error)
+    return None if isinstance(content, dict) else f"it holds a {type(content).__name__}"
 
 
 def _read(found: PilBackend, image_px: int, notices: tuple[str, ...]) -> Processor:
@@ -195,5 +206,7 @@ def _same(kind: type, other: type, step: str) -> bool:
 def _rgb(values: Any) -> tuple[float, float, float]:
     """One number for each channel; one number alone is that of all three."""
     values = [values] * 3 if isinstance(values, int | float) else values
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue
+    numbers = [float(value) for value in values]
+    if len(numbers) != 3:
+        raise ValueError(f"{values} are not three numbers, one for each of red, green and blue")
+    return numbers[0], numbers[1], numbers[2]
