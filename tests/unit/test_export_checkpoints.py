@@ -1,4 +1,4 @@
-"""Folders as users have them: they work as with transformers, or one line names file and way out."""
+"""Folders as users have them work as with transformers, or one line names file and way out."""
 
 from __future__ import annotations
 

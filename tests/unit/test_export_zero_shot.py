@@ -111,11 +111,9 @@ def test_a_prompt_and_a_file_of_labels_and_merged_tokens(checkpoint, tmp_path):
             np.testing.assert_allclose(logits, truth, rtol=1e-4, atol=1e-4)
 
 
-def test_independent_labels_where_the_user_says_so(checkpoint, tmp_path):
-    options = ("--labels", "cat,dog", "--task", "labels", "--out", tmp_path)
-    ran = run_export("rungs", "--model", checkpoint[1], "--low", "px=8", *options)
-    assert ran.code == 0, ran.err
-    assert GraphSet.load(tmp_path).task == "labels"
+def test_independent_labels_where_the_user_says_so(checkpoint):
+    backbone = load_backbone(str(checkpoint[1]), Texts(LABELS))
+    assert (backbone.task, backbone.answering("labels").task) == ("classes", "labels")
 
 
 def test_an_alignment_reads_tokens_of_another_width(tmp_path):
