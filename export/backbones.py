@@ -264,7 +264,7 @@ class RungModule(nn.Module):
         output = self.model(pixel_values=downsample(image, self.px), output_hidden_states=True)
         hidden_states = output.hidden_states
         cls_layers = torch.stack([self.family.cls(hidden) for hidden in hidden_states], dim=1)
-        embedding = self.family.embedding(self.model, output)
+        embedding = self.family.embedding(self.model, output, cls_layers)
         if self.unit_length:
             embedding = nn.functional.normalize(embedding)
         if self.probe is not None:

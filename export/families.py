@@ -96,14 +96,22 @@ class Family:
         """What stands for the image after a block, (B, D), of its tokens (B, N, D)."""
         return hidden[:, 0]
 
-    def embedding(self, model: PreTrainedModel, output: Any) -> torch.Tensor:
-        """The embedding (B, D) of what the model, with or without a head, has answered."""
+    def embedding(
+        self, model: PreTrainedModel, output: Any, cls_layers: torch.Tensor
+    ) -> torch.Tensor:
+        """The embedding (B, D) of what the model, with or without a head, has answered.
+
+        Args:
+            model: that has answered.
+            output: its own, with the tokens of every layer.
+            cls_layers: `cls` of each of those, (B, L + 1, W).
+        """
         if "last_hidden_state" in output:
             return torch.as_tensor(output.last_hidden_state[:, 0])
         # Models with a head do not return the normalised tokens. LayerNorm works token by token,
         # so normalising the last block's CLS alone gives the same vector.
         normalise = getattr(tower(model), self.norm)
-        return torch.as_tensor(normalise(output.hidden_states[-1][:, 0]))
+        return torch.as_tensor(normalise(cls_layers[:, -1]))
 
     def projected(self, model: PreTrainedModel, cls: torch.Tensor) -> torch.Tensor:
         """The embedding (B, E) of normalised CLS tokens (B, D)."""
@@ -120,8 +128,10 @@ class _Clip(Family):
     def tokens(self, base: Any, pixels: torch.Tensor) -> torch.Tensor:
         return torch.as_tensor(base.pre_layrnorm(base.embeddings(pixels)))
 
-    def embedding(self, model: PreTrainedModel, output: Any) -> torch.Tensor:
-        cls = tower(model).post_layernorm(output.hidden_states[-1][:, 0])
+    def embedding(
+        self, model: PreTrainedModel, output: Any, cls_layers: torch.Tensor
+    ) -> torch.Tensor:
+        cls = tower(model).post_layernorm(cls_layers[:, -1])
         return self.projected(model, cls)
 
     def projected(self, model: PreTrainedModel, cls: torch.Tensor) -> torch.Tensor:
@@ -144,7 +154,9 @@ class _Siglip(Family):
     def cls(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden.mean(dim=1)
 
-    def embedding(self, model: PreTrainedModel, output: Any) -> torch.Tensor:
+    def embedding(
+        self, model: PreTrainedModel, output: Any, cls_layers: torch.Tensor
+    ) -> torch.Tensor:
         base = tower(model)
         tokens = base.post_layernorm(output.hidden_states[-1])
         return torch.as_tensor(base.head(tokens) if base.use_head else tokens.mean(dim=1))
@@ -160,7 +172,9 @@ class _Beit(Family):
     Without a pooler it is the CLS token.
     """
 
-    def embedding(self, model: PreTrainedModel, output: Any) -> torch.Tensor:
+    def embedding(
+        self, model: PreTrainedModel, output: Any, cls_layers: torch.Tensor
+    ) -> torch.Tensor:
         base = tower(model)
         tokens = base.layernorm(output.hidden_states[-1])
         return torch.as_tensor(tokens[:, 0] if base.pooler is None else base.pooler(tokens))

@@ -182,8 +182,8 @@ def _check_config(config: PretrainedConfig, model: str) -> None:
             f"--model {model} is a {kind} that takes patches of images of any shape (NaFlex); "
             "SigLIP 2 checkpoints of one resolution, of model_type siglip, are supported"
         )
-    known = vision.model_type in FAMILIES
-    if not known or (config.architectures and kind not in SUPPORTED):
+    known = vision.model_type in FAMILIES and (kind in SUPPORTED or not config.architectures)
+    if not known or not _candidates(config):
         raise UsageError(f"--model {model} is a {kind}; supported are {_families()}")
     if getattr(config, "quantization_config", None) is not None:
         raise UsageError(

@@ -18,6 +18,7 @@ from export.errors import UsageError, first_line
 from export.families import family_of
 from export.request import Texts
 
+BATCH = 64  # sentences, whose attention is what takes memory
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 
 
@@ -47,7 +48,11 @@ def text_head(
     sentences = [prompt.replace("{}", label) for label in texts.labels]
     inputs = _tokens(network, model, sentences)
     with torch.inference_mode():
-        features = network.get_text_features(**inputs).pooler_output  # (C, D)
+        parts = [
+            network.get_text_features(**dict(zip(inputs, rows, strict=True))).pooler_output
+            for rows in zip(*(torch.split(ids, BATCH) for ids in inputs.values()), strict=True)
+        ]
+        features = torch.cat(parts)  # (C, D)
         features = features / features.norm(dim=-1, keepdim=True)
         scale = network.logit_scale.exp()
         weight = features * scale

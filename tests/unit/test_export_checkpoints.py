@@ -205,6 +205,15 @@ def test_configurations_that_no_model_has(fields, expected, tmp_path):
     assert expected in message
 
 
+def test_an_image_tower_inside_another_model_is_no_model(tmp_path):
+    folder = save_tiny(tmp_path, "CLIPVisionModel")
+    vision = json.loads((folder / "config.json").read_text())
+    for fields in ({}, {"architectures": ["LlavaForConditionalGeneration"]}):
+        content = {"model_type": "llava", "vision_config": vision, **fields}
+        (folder / "config.json").write_text(json.dumps(content))
+        assert "lava" in refused(folder)
+
+
 def test_code_of_a_checkpoint_is_not_run(tmp_path):
     folder = save_tiny(tmp_path / "model", HEAD)
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
@@ -227,7 +236,7 @@ class Harm:
 def test_a_pickle_runs_nothing(tmp_path):
     folder = save_tiny(tmp_path / "model", HEAD)
     (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Harm(tmp_path / "ran")))
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Harm(tmp_path / "ran"), 2))
     assert "its weights cannot be loaded" in refused(folder)
     assert not (tmp_path / "ran").exists()
 

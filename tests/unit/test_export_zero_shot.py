@@ -14,6 +14,7 @@ from bundle.alignment import Alignment, tokens
 from bundle.graphs import GraphSet
 from bundle.head import LinearHead
 from bundle.recipe import Recipe
+from export import zero_shot
 from export.align import align
 from export.errors import UsageError
 from export.graphs import export_graphs
@@ -109,6 +110,14 @@ def test_a_prompt_and_a_file_of_labels_and_merged_tokens(checkpoint, tmp_path):
         if recipe == Recipe(PX):
             truth = library_answers(class_name, folder, PX, "a {}")[1]
             np.testing.assert_allclose(logits, truth, rtol=1e-4, atol=1e-4)
+
+
+def test_more_labels_than_are_read_at_once(checkpoint, monkeypatch):
+    all_at_once = load_backbone(str(checkpoint[1]), Texts(LABELS)).probe.weight
+    monkeypatch.setattr(zero_shot, "BATCH", 2)
+    torch.testing.assert_close(
+        load_backbone(str(checkpoint[1]), Texts(LABELS)).probe.weight, all_at_once
+    )
 
 
 def test_independent_labels_where_the_user_says_so(checkpoint):
