@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo perf live original test test-unit test-triton test-faults soak test-slow lint format clean
+.PHONY: help install demo perf live original test test-unit test-triton test-faults soak test-slow package lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -64,11 +64,14 @@ test-triton: $(INSTALLED)  ## against a real tritonserver
 test-faults: $(INSTALLED)  ## half an hour: kill, hang, starve and flood a server under load; a table of what happened
 	$(PY) -m pytest tests/faults --log-cli-level=INFO
 
-test-slow: $(INSTALLED)  ## a minute: exports of real weights
+test-slow: $(INSTALLED)  ## two minutes: exports of real weights, the package
 	$(PY) -m pytest tests/slow --ignore tests/slow/test_soak.py
 
 soak: $(INSTALLED)  ## fifteen minutes, or SOAK_MINUTES=N, of good and bad requests; memory stays
 	$(PY) -m pytest tests/slow/test_soak.py --log-cli-level=INFO
+
+package: $(INSTALLED)  ## a minute: build wheel and sdist into build/dist, install and try them elsewhere
+	$(PY) -m pytest tests/slow/test_package.py
 
 lint: $(INSTALLED)  ## ruff and mypy, as pre-commit and CI run them
 	$(VENV)/bin/ruff check .

@@ -286,8 +286,7 @@ class GraphSet:
             OSError: a file cannot be written.
         """
         if self.labels:
-            text = "".join(f"{label}\n" for label in self.labels)
-            (folder / LABELS).write_text(text, "utf-8")
+            (folder / LABELS).write_text(label_lines(self.labels), "utf-8")
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
         fresh = folder / f".{NAME}"
         fresh.write_text(text + "\n", "utf-8")
@@ -365,6 +364,11 @@ _PLAIN = (
 )
 _ABOUT = ("source", "head", "opset", "ir_version", "parity")
 _NOTES = ("fidelity", "checks")
+
+
+def label_lines(labels: Iterable[str]) -> str:
+    """The text of `labels.txt`: one label per line, for whatever takes a character for its end."""
+    return "".join(f"{' '.join(label.split())}\n" for label in labels)
 
 
 def _graph(name: str, folder: Path, entry: Mapping[str, Any]) -> Graph:

@@ -152,7 +152,8 @@ def served(
     """
     try:
         tls = Tls(ca, certificate, key) if ca or certificate or key else None
-        secrets = None if tls is None else tls.grpc_credentials()
+        if tls is not None:
+            tls.grpc_credentials()  # refuses files that are not what they should be
     except InvalidRequestError as error:
         raise ServedError(str(error)) from None
     if url is None:
@@ -160,7 +161,7 @@ def served(
             raise ServedError("--tls-ca is for a server; give its --url")
         yield None
         return
-    with ServedRungs(url, graph_set, secrets) as asked:
+    with ServedRungs(url, graph_set, tls) as asked:
         if graph_set.reference_record is not None:
             BARS.say(
                 "the reference is another graph than the full rung, is not served, and runs here"

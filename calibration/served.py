@@ -13,13 +13,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import grpc
 import numpy as np
 import tritonclient.grpc as triton
 from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
 
 from bundle.graphs import LOW, GraphSet
+from client import Tls
+from client.grpc_clients import CHANNEL_ARGUMENTS
+from client.proxies import grpc_options, is_here
+from client.tls import wants_tls
 from routing import RUNGS, RungOutputs, is_outage
 from routing.provenance import processor
 
@@ -30,7 +33,7 @@ VERSION = "1"  # of the rungs in an assembled repository
 _TIMEOUT_S = 120.0
 _TRIES = 5  # of a batch that a server with other clients refuses
 _PAUSE_S = 0.5
-_HERE = ("127.0.0.1", "localhost", "[::1]")
+_NO_CONNECTION = "failed to connect"  # in gRPC's words
 PROBES = 8  # images that show which model a server has loaded
 # How far, of their norm, answers of one graph may be apart on two runtimes. Seen: 5e-5 between
 # releases and 1e-3 in half precision; int8 embeddings of one image 0.13, and logits move more.
@@ -51,7 +54,7 @@ class ServedRungs:
     Args:
         url: HOST:PORT of its gRPC port.
         graph_set: what it serves: the shapes are looked at here, the answers by `check_answers`.
-        credentials: for TLS; None connects in the clear.
+        tls: files for an encrypted connection; None connects in the clear.
 
     Attributes:
         url: as given.
@@ -61,11 +64,15 @@ class ServedRungs:
         ServedError: no server there, or not these rungs.
     """
 
-    def __init__(
-        self, url: str, graph_set: GraphSet, credentials: grpc.ChannelCredentials | None = None
-    ) -> None:
+    def __init__(self, url: str, graph_set: GraphSet, tls: Tls | None = None) -> None:
         self.url = url
-        self._client = triton.InferenceServerClient(url, creds=credentials)
+        self._tls = tls
+        credentials = None if tls is None else tls.grpc_credentials()
+        options = [
+            *CHANNEL_ARGUMENTS,
+            *grpc_options(url, "http" if credentials is None else "https"),
+        ]
+        self._client = triton.InferenceServerClient(url, creds=credentials, channel_args=options)
         head = [] if graph_set.classes is None else ["logits"]
         self._outputs = {
             "vit_low": ["embedding", "cls_layers", *head],
@@ -78,10 +85,9 @@ class ServedRungs:
         except BaseException:
             self._client.close()
             raise
-        is_here = url.rpartition(":")[0] in _HERE
         self.runtime: dict[str, Any] = {
             "name": f"tritonserver {server.version}",
-            "processor": processor() if is_here else None,
+            "processor": processor() if is_here(url) else None,
         }
 
     def __enter__(self) -> ServedRungs:
@@ -119,6 +125,9 @@ class ServedRungs:
                 if tries_left and is_outage(reason):
                     time.sleep(_PAUSE_S)
                     continue
+                look = wants_tls if self._tls is None else self._tls.why_refused
+                if _NO_CONNECTION in reason and (why := look(self.url)) is not None:
+                    raise ServedError(why) from None
                 raise ServedError(
                     f"no answer from the server at {self.url} ({reason}); is it the gRPC port of "
                     "one that serves these rungs?"

@@ -10,11 +10,19 @@ import functools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from numpy.typing import NDArray
 
-from .errors import ClientError, InvalidRequestError, check_url, server_errors
+from .errors import (
+    AccessDeniedError,
+    ClientError,
+    InvalidRequestError,
+    NotServedError,
+    check_url,
+    server_errors,
+)
 from .messages import (
     ENSEMBLE,
     ROUTER,
@@ -28,7 +36,7 @@ from .messages import (
     request_parameters,
 )
 from .retry import DEFAULT_RETRY, Retry, Tries
-from .tls import Tls
+from .tls import LOOK_S, Tls, wants_tls
 
 DEFAULT_TIMEOUT_S = 60.0
 
@@ -217,8 +225,20 @@ class ClientCore(ABC):
             except ClientError as error:
                 pause_s = tries.pause_s(error)
                 if pause_s is None:
+                    if error.is_connecting:
+                        await self._explain(error, tries)
                     raise
             await self._sleep(pause_s)
+
+    async def _explain(self, error: ClientError, tries: Tries) -> None:
+        """Raise what a TLS handshake tells more exactly than a failed connection."""
+        with suppress(TimeoutError):  # no time is left to find out
+            left_s = tries.left_s()
+            timeout_s = LOOK_S if left_s is None else min(left_s, LOOK_S)
+            look = wants_tls if self._tls is None else self._tls.why_refused
+            why = await self._aside(functools.partial(look, self.url, timeout_s))
+            if why is not None:
+                raise (NotServedError if self._tls is None else AccessDeniedError)(why) from None
 
     @abstractmethod
     async def _send(self, request: Request, left_s: float | None) -> Any:
@@ -230,6 +250,10 @@ class ClientCore(ABC):
 
     @abstractmethod
     async def _sleep(self, seconds: float) -> None: ...
+
+    @abstractmethod
+    async def _aside(self, call: Callable[[], Found]) -> Found:
+        """What a call returns that blocks for a moment."""
 
 
 class BlockingCore(ClientCore):
@@ -246,6 +270,9 @@ class BlockingCore(ClientCore):
 
     async def _sleep(self, seconds: float) -> None:
         time.sleep(seconds)
+
+    async def _aside(self, call: Callable[[], Found]) -> Found:
+        return call()
 
     @abstractmethod
     def close(self) -> None:

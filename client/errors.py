@@ -15,9 +15,11 @@ class ClientError(Exception):
 
     Attributes:
         retryable: the same request may well succeed if it is sent again.
+        is_connecting: no word of the server's came; with TLS a handshake may tell why.
     """
 
     retryable = False
+    is_connecting = False
 
 
 class InvalidRequestError(ClientError):
@@ -92,7 +94,7 @@ _BY_TEXT: tuple[tuple[re.Pattern[str], type[ClientError]], ...] = (
 _URL = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s/:]+):\d{1,5}")
 _NO_SERVER = re.compile(r"failed to connect|connection refused|errors resolving", re.I)
 _WRONG_PROTOCOL = re.compile(r"failed to connect.*Socket closed|http1\.x", re.I)
-_DISTRUST = re.compile(r"handshake failed|SSL_ERROR", re.I)
+_DISTRUST = re.compile(r"handshake failed|SSL_ERROR|verification check failed", re.I)
 _OPENSSL = re.compile(r"OPENSSL_internal:(.+?)(?:: OK)?$", re.S)  # in gRPC's texts
 _SILENT = re.compile(r"settings frame", re.I)  # gRPC waits 20 s for the server's first word
 # Triton's wrappings around the sentence that matters.
@@ -128,9 +130,11 @@ def check_url(url: str) -> str:
     return url
 
 
-def no_server(url: str) -> UnavailableError:
+def no_server(url: str) -> ClientError:
     """Nothing listens there."""
-    return UnavailableError(f"no server answers at {url}; start one with python -m server")
+    return _connecting(
+        UnavailableError(f"no server answers at {url}; start one with python -m server")
+    )
 
 
 def closed_client() -> ClientError:
@@ -138,20 +142,30 @@ def closed_client() -> ClientError:
     return InvalidRequestError("this client is closed; make another one")
 
 
-def wrong_protocol(url: str) -> NotServedError:
+def wrong_protocol(url: str) -> ClientError:
     """What listens there speaks the other protocol, or none of ours."""
-    return NotServedError(
-        f"what answers at {url} does not speak this protocol: gRPC and HTTP have ports of their "
-        "own (8001 and 8000 by default), and a server may want TLS, or a client certificate with it"
+    return _connecting(
+        NotServedError(
+            f"what answers at {url} does not speak this protocol: gRPC and HTTP have ports of "
+            "their own (8001 and 8000 by default), and a server may want TLS, or a client "
+            "certificate with it"
+        )
     )
 
 
-def _distrusted(url: str, reason: str) -> AccessDeniedError:
+def _distrusted(url: str, reason: str) -> ClientError:
     known = _OPENSSL.search(reason)
-    return AccessDeniedError(
-        f"no TLS connection to {url}, check the certificates on both sides: "
-        f"{one_line(known[1].replace('_', ' ').lower() if known else reason)}"
+    return _connecting(
+        AccessDeniedError(
+            f"no TLS connection to {url}, check the certificates on both sides: "
+            f"{one_line(known[1].replace('_', ' ').lower() if known else reason)}"
+        )
     )
+
+
+def _connecting(error: ClientError) -> ClientError:
+    error.is_connecting = True
+    return error
 
 
 def _timed_out(url: str, timeout_s: float | None) -> DeadlineError:
@@ -212,4 +226,5 @@ def server_errors(url: str, timeout_s: float | None = None) -> Iterator[None]:
     except ssl.SSLError as error:
         raise _distrusted(url, str(error)) from None
     except OSError as error:  # a dropped connection, an unknown host name
-        raise UnavailableError(f"the connection to {url} failed: {one_line(str(error))}") from None
+        reason = one_line(str(error))
+        raise _connecting(UnavailableError(f"the connection to {url} failed: {reason}")) from None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from abc import abstractmethod
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from contextlib import ExitStack, aclosing, contextmanager, suppress
 from typing import Any
 
@@ -18,10 +18,11 @@ from google.protobuf.json_format import MessageToDict
 from tritonclient.grpc import InferResult, service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
-from .core import DEFAULT_TIMEOUT_S, BlockingCore, ClientCore
+from .core import DEFAULT_TIMEOUT_S, BlockingCore, ClientCore, Found
 from .errors import AnswerMismatchError, ClientError, RequestCancelledError, closed_client
 from .forks import channel_closed, forget_after_fork, grpc_call, notice_fork
 from .messages import Prediction, Request, own_answer
+from .proxies import grpc_options
 from .stream import in_order
 
 DEFAULT_GRPC_URL = "127.0.0.1:8001"
@@ -46,8 +47,6 @@ CHANNEL_ARGUMENTS = [
     # get its parent's, and a connection that is not to be trusted would go on in another client.
     ("grpc.use_local_subchannel_pool", 1),
 ]
-
-_LOOPBACK = ("127.0.0.1", "localhost", "[::1]")  # no proxy reaches what these mean here
 
 
 class _Line:
@@ -94,8 +93,8 @@ class _GrpcCore(ClientCore):
         self._lines = set()
 
     def _open(self) -> _Line:
-        is_local = self.url.rpartition(":")[0] in _LOOPBACK
-        arguments = [*CHANNEL_ARGUMENTS, ("grpc.enable_http_proxy", 0 if is_local else 1)]
+        scheme = "http" if self._tls is None else "https"
+        arguments = [*CHANNEL_ARGUMENTS, *grpc_options(self.url, scheme)]
         if self._tls is None:
             channel = grpc.insecure_channel(self.url, arguments)
         else:
@@ -199,8 +198,9 @@ class GrpcClient(BlockingCore, _GrpcCore):
 class AsyncGrpcClient(_GrpcCore):
     """gRPC client for asyncio: the methods of `GrpcClient`, awaited, and `stream`.
 
-    Use as `async with`, or await `close()`. Event loops of several threads may share one. A fork is
-    as for `GrpcClient`: one that an event loop's own thread makes waits for its requests too.
+    Use as `async with`, or await `close()`. It belongs to no event loop: it may be made where none
+    runs, used in one after another, and shared by those of several threads. A fork is as for
+    `GrpcClient`: one that an event loop's own thread makes waits for its requests too.
 
     Args:
         url: HOST:PORT, without a scheme.
@@ -281,6 +281,9 @@ class AsyncGrpcClient(_GrpcCore):
 
     async def _sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
+
+    async def _aside(self, call: Callable[[], Found]) -> Found:
+        return await asyncio.to_thread(call)
 
     async def close(self) -> None:
         """Close the channel; a closed client answers nothing any more."""

@@ -27,6 +27,7 @@ from .core import BlockingCore
 from .errors import InvalidRequestError, RequestCancelledError, closed_client, wrong_protocol
 from .forks import forget_after_fork, notice_fork
 from .messages import Request, own_answer
+from .proxies import Proxy, proxy_of
 from .retry import Tries
 
 DEFAULT_HTTP_URL = "127.0.0.1:8000"
@@ -51,7 +52,8 @@ class HttpClient(BlockingCore):
         options: as in `ClientCore`.
 
     Raises:
-        InvalidRequestError: `concurrency` is less than 1.
+        InvalidRequestError: `concurrency` is less than 1, or the environment names a proxy that is
+            not an HTTP one.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class HttpClient(BlockingCore):
             raise InvalidRequestError(f"concurrency must be at least 1; got {concurrency}")
         self._context = None if self._tls is None else self._tls.http_context()
         self._headers = {} if self._admin_key is None else {ADMIN_HEADER: self._admin_key}
+        self._proxy = proxy_of(self.url, "http" if self._tls is None else "https")
         self._limit = concurrency
         self._closed = False
         self._start()
@@ -139,7 +142,7 @@ class HttpClient(BlockingCore):
             connection.open(left)
             if self._closed:
                 raise ConnectionAbortedError
-            connection.request(method, path, body, {**self._headers, **headers})
+            connection.ask(method, path, body, {**self._headers, **headers})
             with connection.getresponse() as answer:
                 content = answer.read()
             if self._closed:  # where its end is the connection's, only a part may have come
@@ -179,17 +182,22 @@ class HttpClient(BlockingCore):
                 raise closed_client()
             while self._idle and self._idle[-1].is_stale():
                 self._idle.pop().let_go()
-            connection = self._idle.pop() if self._idle else _Connection(self.url, self._context)
+            connection = self._idle.pop() if self._idle else self._connection()
             self._busy.add(connection)
         return connection
+
+    def _connection(self) -> _Connection:
+        return _Connection(self.url, self._context, self._proxy)
 
 
 class _Connection(http.client.HTTPConnection):
     """One connection, for one request at a time, each with a deadline of its own."""
 
-    def __init__(self, url: str, context: ssl.SSLContext | None) -> None:
+    def __init__(self, url: str, context: ssl.SSLContext | None, proxy: Proxy | None) -> None:
         super().__init__(url)
+        self._url = url
         self._context = context
+        self._proxy = proxy
         self._left: LeftS = lambda: None
         # From before it is connected until it is closed; `http.client` lets go of its own earlier,
         # where a body is to be read up to the connection's end.
@@ -209,10 +217,11 @@ class _Connection(http.client.HTTPConnection):
             self.connect()
 
     def connect(self) -> None:
-        """Connect to the first of the host's addresses that answers."""
+        """Connect to the first of the host's addresses, or its proxy's, that answers."""
         # `socket.create_connection` would give every address the whole time.
-        failure = OSError(f"{self.host} has no address")
-        found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        peer = self._proxy or self
+        failure = OSError(f"{peer.host} has no address")
+        found = socket.getaddrinfo(peer.host, peer.port, type=socket.SOCK_STREAM)
         for family, kind, protocol, _, address in found:
             try:
                 self._held = held = socket.socket(family, kind, protocol)
@@ -226,12 +235,34 @@ class _Connection(http.client.HTTPConnection):
         else:
             raise failure
         if self._context is not None:
+            if self._proxy is not None:
+                self._tunnel_through(held, self._proxy)
             self._held = held = self._context.wrap_socket(
                 held, server_hostname=self.host, do_handshake_on_connect=False
             )
             held.settimeout(self._left())
             held.do_handshake()
         self.sock = held
+
+    def _tunnel_through(self, held: socket.socket, proxy: Proxy) -> None:
+        """Have a proxy pass on whatever comes."""
+        lines = [f"CONNECT {self._url} HTTP/1.1", f"Host: {self._url}"]
+        lines += [f"{name}: {value}" for name, value in _shown(proxy).items()]
+        held.settimeout(self._left())
+        held.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
+        answer = _response(self._left, held, method="CONNECT")
+        answer.begin()
+        if answer.status != 200:
+            raise InferenceServerException(
+                f"the proxy {proxy.host}:{proxy.port} refuses {self._url}: {answer.reason}",
+                status=str(answer.status),
+            )
+
+    def ask(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]) -> None:
+        """Send a request; a proxy of one in the clear is told whom it is for."""
+        if self._proxy is not None and self._context is None:
+            path, headers = f"http://{self._url}{path}", {**headers, **_shown(self._proxy)}
+        self.request(method, path, body, dict(headers))
 
     def send(self, data: Any) -> None:
         """Send bytes, all of them in the time that is left."""
@@ -299,6 +330,10 @@ class _Clocked(io.RawIOBase):
 
 def _response(left: LeftS, sock: socket.socket, **options: Any) -> http.client.HTTPResponse:
     return http.client.HTTPResponse(_Clocked(sock, left), **options)  # type: ignore[arg-type]
+
+
+def _shown(proxy: Proxy) -> dict[str, str]:
+    return {"Proxy-Authorization": proxy.authorization} if proxy.authorization else {}
 
 
 def _refuse(status: int, body: bytes) -> None:

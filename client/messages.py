@@ -26,6 +26,7 @@ ENSEMBLE = "adaptive_vit"
 TENSOR_ENSEMBLE = "adaptive_tensor"
 ROUTER = "router"
 LABEL_THRESHOLD = 0.5
+UNSCORED = float(np.finfo(np.float32).max)  # the router's finite word for a score that is none
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,7 +286,7 @@ def predictions(result: Any, count: int) -> list[Prediction]:
             embedding=embedding[row],
             logits=None if logits is None else logits[row],
             escalated=bool(escalated[row, 0]),
-            score=float(score[row, 0]),
+            score=math.nan if score[row, 0] >= UNSCORED else float(score[row, 0]),
             degraded=bool(degraded[row, 0]),
         )
         for row in range(count)

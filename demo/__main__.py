@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from tritonclient.utils import InferenceServerException
 
-from client import ClientError
+from client import DEFAULT_GRPC_URL, ClientError
 from report import terminal
 from server import ServerError
 
@@ -21,8 +21,6 @@ from .roads import MAX_RISK, MODELS, planned, prepare_road, resolutions
 from .run import serve_and_measure
 from .show import PAGE, print_summary
 from .steps import DemoError
-
-ROOT = Path(__file__).resolve().parent.parent
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -56,7 +54,7 @@ def demo(
 ) -> None:
     """Export, calibrate, serve, query and measure a Vision Transformer on crops of photographs.
 
-    Steps done before are not done again. Writes build/demo/.
+    Steps done before are not done again. Writes build/demo/ where it is started.
     """
     if context.invoked_subcommand is not None:
         return
@@ -67,7 +65,6 @@ def demo(
     if risk is not None and not 0 < risk < 1:
         raise DemoError(f"--risk {risk:g} is no share between 0 and 1, such as 0.02")
     started = time.monotonic()
-    os.chdir(ROOT)
     road = planned(model, risk or MAX_RISK) if plan else resolutions(model)
     prepare_road(road)
     if prepare:
@@ -85,7 +82,6 @@ def pictures_command(
     crops: Annotated[int, typer.Option(min=1, help="Of each picture, at several scales.")] = 1,
 ) -> None:
     """Fetch pictures of many kinds from Debian packages, once, for trying out and for judging."""
-    os.chdir(ROOT)
     for name, count in make_pictures(out, crops, terminal.Bars(Console(stderr=True))).items():
         print(f"{out / name}: {count:,} images")
 
@@ -109,9 +105,31 @@ def live_command(
     if not 0 < risk < 1:
         raise DemoError(f"--risk {risk:g} is no share between 0 and 1, such as 0.02")
     started = time.monotonic()
-    os.chdir(ROOT)
     print_live(run_live(risk, audited))
     print(f"took {time.monotonic() - started:.0f} s; open {LIVE_PAGE}")
+
+
+@app.command("page")
+def page_command(
+    url: Annotated[str, typer.Option(help="HOST:PORT of the server's gRPC.")] = DEFAULT_GRPC_URL,
+    port: Annotated[
+        int, typer.Option(min=0, max=65_535, help="Of the page, on loopback; 0: a free one.")
+    ] = 8010,
+    metrics_url: Annotated[
+        str | None,
+        typer.Option(
+            help="Where the server tells its threshold. [default: port 8002 beside gRPC's 8001]"
+        ),
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(help="Class names, one per line. [default: those of the server]"),
+    ] = None,
+) -> None:
+    """Try a served model in the browser: drop a picture, see its route, score and answer."""
+    from .page import run_page
+
+    run_page(url, port, metrics_url, labels, partial(print, flush=True))
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 
+ROOT = Path(__file__).resolve().parents[1]  # of the code; what is made lies where it is started
 OUT = Path("build/demo")
 # What every step depends on besides its command.
 CODE = ("bundle", "calibration", "export", "imaging", "model_repository", "routing")
@@ -92,8 +93,8 @@ def begin(number: int, steps: Sequence[Step], title: str) -> None:
 
 def code_hash(folders: Iterable[str] = CODE) -> str:
     """A hash over the files of these folders and the libraries they need."""
-    files = [path for folder in folders for path in Path(folder).rglob("*") if path.is_file()]
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+    files = [path.relative_to(ROOT) for path in (*files, *ROOT.glob("requirements*.txt"))]
     files = [path for path in files if "__pycache__" not in path.parts]
-    files += Path().glob("requirements*.txt")
-    content = b"".join(str(path).encode() + path.read_bytes() for path in sorted(files))
+    content = b"".join(str(path).encode() + (ROOT / path).read_bytes() for path in sorted(files))
     return hashlib.sha256(content).hexdigest()

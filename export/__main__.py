@@ -50,9 +50,16 @@ def rungs(
         typer.Option(
             metavar="NAME|PATH|ID",
             help="static-vit, dinov2-small, or a directory that save_pretrained wrote or a hub id: "
-            "of ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP, BEiT and their kin (see README).",
+            "of ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP, BEiT and their kin (see README); "
+            "timm:NAME with --checkpoint.",
         ),
     ],
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Weights of --model timm:NAME (.safetensors, .bin or .pth)."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Directory to write to.")] = Path("build/onnx"),
     low: Annotated[
         str | None,
@@ -117,6 +124,8 @@ def rungs(
     if prompt is not None and labels is None:
         raise UsageError("--prompt is the sentence around --labels; give those, too")
     texts = None if labels is None else Texts.read(labels, prompt)
+    if checkpoint is not None and not model.startswith("timm:"):
+        raise UsageError("--checkpoint FILE goes with --model timm:NAME, which says what it is")
     recipes = [None if text is None else Recipe.parse(text) for text in (low, high)]
     request = GraphsRequest(
         out=out,
@@ -136,7 +145,8 @@ def rungs(
 
     bars = Bars(Console(stderr=True))
     bars.say(f"load {model}")
-    graphs = export_graphs(load_backbone(model, texts), request, bars)
+    backbone = load_backbone(model, texts, checkpoint=checkpoint)
+    graphs = export_graphs(backbone, request, bars)
     if as_json:
         typer.echo(json.dumps(graphs.to_dict(), indent=2, ensure_ascii=False))
     else:

@@ -57,7 +57,7 @@ def align(graphs: GraphSet, name: str, alignment: Alignment) -> GraphSet:
             "python -m calibration collect and python -m calibration align with this one"
         )
     model = bake_alignment(onnx.load(graph.file, load_external_data=False), alignment)
-    onnx_graph.check_versions(model)
+    onnx_graph.settle_versions(model)
     file = folder / f"{name}_align.onnx"
     fresh = file.with_suffix(".aligned")  # os.replace puts it in place whole
     fresh.write_bytes(model.SerializeToString(deterministic=True))

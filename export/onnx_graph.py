@@ -11,6 +11,7 @@ from pathlib import Path
 
 import onnx
 import torch
+from onnx import helper
 from torch import nn
 
 from export.errors import ExportError, first_line
@@ -18,7 +19,6 @@ from export.errors import ExportError, first_line
 INPUT_NAME = "image"
 BATCH_AXIS = "batch"
 MAX_OPSET = 21  # older Triton images load no newer one
-MAX_IR_VERSION = 10
 # Only a bound for the exporter's shape reasoning; the graph itself accepts any batch.
 MAX_TRACED_BATCH = 1024
 
@@ -39,7 +39,7 @@ def export_onnx(
         The model as written.
 
     Raises:
-        ExportError: the exporter failed, or opset or IR version came out too new.
+        ExportError: the exporter failed, or the opset came out too new.
     """
     # Batch 2: a traced 1 would be taken for a constant.
     example = torch.zeros(2, 3, image_px, image_px)
@@ -61,7 +61,7 @@ def export_onnx(
     assert program is not None  # it is None without dynamo
     model = program.model_proto
     strip_provenance(model)
-    check_versions(model)
+    settle_versions(model)
     onnx.checker.check_model(model)
     file.write_bytes(model.SerializeToString(deterministic=True))
     return model
@@ -78,20 +78,44 @@ def strip_provenance(model: onnx.ModelProto) -> None:
         del item.metadata_props[:]
 
 
+def settle_versions(model: onnx.ModelProto) -> None:
+    """Give a graph the least IR version that its opset allows, and check both.
+
+    Exporters write the newest version they know, whatever the opset, and a server refuses an IR
+    version that is newer than itself: ONNX Runtime 1.17 one above 9, 1.16 the same.
+
+    Raises:
+        ExportError: as `check_versions`.
+    """
+    model.ir_version = least_ir_version(model)
+    check_versions(model)
+
+
+def least_ir_version(model: onnx.ModelProto) -> int:
+    """The IR version of the first ONNX release that had a graph's opset (18: 8, 20: 9, 21: 10).
+
+    By the table of releases in ONNX's docs/Versioning.md. Opsets that are not in it count for
+    nothing.
+    """
+    return int(helper.find_min_ir_version_for(model.opset_import, ignore_unknown=True))
+
+
 def check_versions(model: onnx.ModelProto) -> None:
     """Hold the graph to what older Triton images load.
 
     Raises:
-        ExportError: opset above 21, IR version above 10, or a custom operator domain.
+        ExportError: opset above 21, an IR version above the opset's own, or a custom operator
+            domain.
     """
     opsets = {entry.domain: entry.version for entry in model.opset_import}
     foreign = sorted(domain for domain in opsets if domain not in ("", "ai.onnx"))
-    newest = max(opsets.values())
-    if foreign or newest > MAX_OPSET or model.ir_version > MAX_IR_VERSION:
+    newest, ceiling = max(opsets.values()), least_ir_version(model)
+    if foreign or newest > MAX_OPSET or model.ir_version > ceiling:
         raise ExportError(
             f"the graph has opset {newest}, IR version {model.ir_version}"
             + (f" and domains {', '.join(foreign)}" if foreign else "")
-            + f"; the ceiling is opset {MAX_OPSET}, IR version {MAX_IR_VERSION}, no custom domain"
+            + f"; the ceiling is opset {MAX_OPSET}, the IR version that came with the opset "
+            f"({ceiling}), no custom domain"
         )
 
 

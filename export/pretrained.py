@@ -22,6 +22,7 @@ from export.processors import FILE, Processor
 from export.request import Texts
 from export.served import served
 from export.static_vit import static_vit
+from export.timm_checkpoint import HINT, is_timm, load
 from export.zero_shot import text_head
 
 # `problem_type` of config.json -> one of `routing.TASKS`.
@@ -41,12 +42,15 @@ _CHOICES = "give static-vit, dinov2-small, a folder that save_pretrained wrote, 
 _ANEW = "save it anew with save_pretrained"
 
 
-def load_backbone(model: str, texts: Texts | None = None) -> Backbone:
+def load_backbone(
+    model: str, texts: Texts | None = None, checkpoint: Path | None = None
+) -> Backbone:
     """Find a backbone by name, directory or hub id.
 
     Args:
         model: its name, directory or hub id.
         texts: labels in words, of which a model of images and texts gets its head.
+        checkpoint: the weights of `timm:NAME`.
 
     Raises:
         UsageError: it cannot be loaded, or has no use for texts.
@@ -54,6 +58,10 @@ def load_backbone(model: str, texts: Texts | None = None) -> Backbone:
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if is_timm(model):
+        if texts is not None:
+            raise UsageError(f"--labels needs a text tower, CLIP's or SigLIP's; {model} has none")
+        return load(model, checkpoint)
     named = {"static-vit": static_vit, "dinov2-small": dinov2_small}
     if model not in named:
         return pretrained(model, texts)
@@ -129,13 +137,20 @@ def _load_config(model: str) -> PretrainedConfig:
         raise UsageError(f"--model {model} cannot be loaded: {fault}")
     # Its retries would be a line of stderr each; the error below says what came of them.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    if model.startswith("timm/"):
+        raise UsageError(f"--model {model} is in {HINT}")
     try:
-        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # the hub client, JSON and transformers raise unrelated types
+        if "TimmWrapper" in str(error):  # it cannot be loaded without timm
+            raise UsageError(f"--model {model} is in {HINT}") from None
         reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
         if folder.is_dir():
             reason = f"{CONFIG} is none that transformers reads: {reason}"
         raise UsageError(f"--model {model} cannot be loaded ({reason}); {_CHOICES}") from error
+    if config.model_type == "timm_wrapper":
+        raise UsageError(f"--model {model} is in {HINT}")
+    return config
 
 
 def _folder_fault(folder: Path) -> str | None:

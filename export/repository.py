@@ -20,7 +20,7 @@ from typing import Literal
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 
 from bundle import config, manifest
-from bundle.graphs import HIGH, LOW, Graph, GraphSet
+from bundle.graphs import HIGH, LABELS, LOW, Graph, GraphSet, label_lines
 from bundle.placing import folder_beside, link_or_copy
 from export.errors import UsageError
 from imaging import Preprocessing, PreprocessingError, code_sha256
@@ -44,6 +44,8 @@ WARMUP_BATCHES = (1, 8)
 AUDIT_BATCHES = (1,)  # the audit asks about one image at a time
 NO_BYTECODE = shutil.ignore_patterns("__pycache__", "*.pyc")
 MAX_BATCH_SIZE = 32  # of every model, as written in model_repository/
+# Triton's classification extension takes a class's name from the very model that is asked.
+ANSWERING = ("adaptive_vit", "adaptive_tensor", "router")
 
 
 class RepositoryError(ValueError):
@@ -196,7 +198,8 @@ def assemble(
         path.write_text(json.dumps(preprocessing.to_dict(), indent=2) + "\n")
         complete_router(fresh / "router/1", calibration, answers)
         if graphs.labels:
-            (fresh / "labels.txt").write_text("\n".join(graphs.labels) + "\n")
+            for folder_of_labels in (fresh, *(fresh / model for model in ANSWERING)):
+                (folder_of_labels / LABELS).write_text(label_lines(graphs.labels), "utf-8")
         for name, graph in ((LOW, graphs.low), (HIGH, graphs.high)):
             _place(graph, fresh / name / "1", fresh)
             # The ensembles' stay: an empty version directory would not survive git.
@@ -277,10 +280,21 @@ def _configure(
             _drop_logits(message)
         if model == "adaptive_tensor":
             message.input[0].dims[:] = graphs.image_shape
+        if model in ANSWERING and graphs.labels:
+            _name_classes(message, graphs)
         if model == "router":
             for key, value in answer_parameters(calibration).items():
                 config.set_parameter(message, key, value)
         path.write_text(config.text(message))
+
+
+def _name_classes(message: ModelConfig, graphs: GraphSet) -> None:
+    """Give the logits the file of their names; the router's are declared here for its sake."""
+    logits = next((output for output in message.output if output.name == "logits"), None)
+    if logits is None:
+        logits = message.output.add(name="logits", data_type=DataType.TYPE_FP32)
+        logits.dims.append(graphs.classes)
+    logits.label_filename = LABELS
 
 
 def answer_parameters(calibration: Calibration) -> dict[str, str]:

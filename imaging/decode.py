@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from .mistaken import mistaken
+
 FORMATS = ("JPEG", "PNG", "WEBP")
 
 
@@ -63,7 +65,8 @@ def decode(data: bytes, limits: Limits | None = None) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
-        raise ImageError(f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image") from None
+        unknown = f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image"
+        raise ImageError(mistaken(data) or unknown) from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"the image has too many pixels: {error}") from None
     except Exception as error:  # Pillow's parsers raise many types on hostile headers

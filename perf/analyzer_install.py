@@ -17,6 +17,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from client.proxies import is_here
+
 from .figures import PerfError
 
 NEW_GLIBC = (2, 38)
@@ -47,9 +49,15 @@ class Analyzer:
     path: Path
     libraries: Path | None = field(default=None)
 
-    def environment(self) -> dict[str, str]:
-        """Environment variables to start it with."""
+    def environment(self, url: str = "") -> dict[str, str]:
+        """Environment variables to start it with.
+
+        Args:
+            url: whom it is to ask, HOST:PORT.
+        """
         environment = dict(os.environ)
+        if is_here(url):  # Nothing that it asks is behind a proxy.
+            environment = {k: v for k, v in environment.items() if not k.lower().endswith("_proxy")}
         if self.libraries is not None:
             others = environment.get("LD_LIBRARY_PATH")
             environment["LD_LIBRARY_PATH"] = os.pathsep.join(
@@ -171,7 +179,7 @@ def _carried_libraries() -> Path:
     if spec is None or spec.origin is None:
         raise PerfAnalyzerError(
             "perf_analyzer needs libraries from the nvidia-pytriton wheel; "
-            "pip install --no-deps -r requirements-wheels.txt first"
+            "pip install --no-deps nvidia-pytriton==0.7.0 first"
         )
     return Path(spec.origin).parent.parent / "nvidia_pytriton.libs"
 

@@ -22,7 +22,7 @@ import tritonclient.grpc as triton
 from numpy.typing import NDArray
 
 from client.errors import server_errors
-from routing import RungOutputs, fidelity_loss
+from routing import RungOutputs, fidelity_loss, score_of_answer
 
 from . import figures
 from .cpu import CpuMeter
@@ -167,7 +167,7 @@ class Asker:
                 embedding,
                 None if logits is None else logits[i],
                 False if escalated is None else bool(escalated[i].item()),
-                np.nan if score is None else float(score[i].item()),
+                np.nan if score is None else float(score_of_answer(score[i]).item()),
             )
             for i, embedding in enumerate(embeddings)
         ]

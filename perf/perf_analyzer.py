@@ -194,7 +194,7 @@ def _call(analyzer: Analyzer, arguments: list[str], timeout_s: float) -> str:
         try:
             ran = subprocess.run(
                 [str(analyzer.path), *arguments],
-                env=analyzer.environment(),
+                env=analyzer.environment(url),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 encoding="utf-8",

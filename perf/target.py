@@ -13,6 +13,8 @@ from calibration.running import open_session, run_session
 from calibration.served import ServedRungs, check_answers
 from client import ClientError, GrpcClient
 from client.errors import check_url, server_errors
+from client.grpc_clients import CHANNEL_ARGUMENTS
+from client.proxies import grpc_options
 from report.words import score_texts
 from routing import Calibration
 from server import TritonServer
@@ -48,7 +50,9 @@ class Target:
         self.grpc_url = check_url(grpc_url)
         self.http_url = None if http_url is None else check_url(http_url)
         self.server = server
-        self.client = triton.InferenceServerClient(self.grpc_url)
+        self.client = triton.InferenceServerClient(
+            self.grpc_url, channel_args=[*CHANNEL_ARGUMENTS, *grpc_options(self.grpc_url)]
+        )
         with server_errors(self.grpc_url):
             self.version = str(self.client.get_server_metadata(client_timeout=10.0).version)
             index = self.client.get_model_repository_index(client_timeout=10.0)

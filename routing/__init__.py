@@ -21,6 +21,7 @@ from .calibration import Calibration as Calibration
 from .calibration import CalibrationError as CalibrationError
 from .calibration import RungRecord as RungRecord
 from .calibration import answer_depends_on_batch as answer_depends_on_batch
+from .cascade import UNSCORED as UNSCORED
 from .cascade import Audit as Audit
 from .cascade import Audited as Audited
 from .cascade import CascadeAnswer as CascadeAnswer
@@ -29,8 +30,10 @@ from .cascade import Decision as Decision
 from .cascade import GoneError as GoneError
 from .cascade import RequestError as RequestError
 from .cascade import RungError as RungError
+from .cascade import answered_score as answered_score
 from .cascade import is_outage as is_outage
 from .cascade import run_cascade as run_cascade
+from .cascade import score_of_answer as score_of_answer
 from .fidelity import fidelity_loss as fidelity_loss
 from .manifest import ManifestError as ManifestError
 from .outputs import TASKS as TASKS

@@ -18,6 +18,20 @@ from .policy import Overrides, Relief, always_high, escalation_mask
 
 Rung = Callable[[FloatArray], RungOutputs]
 
+# Answered where there is no score: the largest FP32, for JSON knows neither NaN nor infinity. What
+# has no score escalates, as what is above every threshold does.
+UNSCORED = float(np.finfo(np.float32).max)
+
+
+def answered_score(score: FloatArray) -> FloatArray:
+    """Scores as they are answered, all of them finite: `UNSCORED` for NaN."""
+    return np.nan_to_num(score, nan=UNSCORED, posinf=UNSCORED, neginf=-UNSCORED)
+
+
+def score_of_answer(answered: FloatArray) -> FloatArray:
+    """The scores behind answered ones: NaN for `UNSCORED`."""
+    return np.where(answered >= UNSCORED, np.float32(np.nan), answered)
+
 
 class RequestError(Exception):
     """A request that cannot be answered because of what it contains."""
@@ -315,7 +329,8 @@ def _answer(case: _Case, degrade: bool) -> CascadeAnswer | Failure:
     else:
         chosen = _merge(case.low, case.high, case.asked)
     assert chosen is not None  # a sound case was answered by at least one rung
-    if not np.isfinite(chosen.embedding).all():
+    answered = (chosen.embedding, chosen.logits)
+    if not all(np.isfinite(values).all() for values in answered if values is not None):
         return RequestError("the model answers with NaN or Inf: is `image` normalised?")
     return CascadeAnswer(
         chosen.embedding,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-RELEASE = "0.1.0"  # as in pyproject.toml
+RELEASE = "0.1.0"  # of the distribution too: pyproject.toml reads it here
 # As Linux names them: the instructions among which ONNX Runtime chooses its int8 kernels.
 INT8_INSTRUCTIONS = (
     "amx_int8",

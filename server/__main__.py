@@ -24,7 +24,7 @@ from .admin_key import AdminKey
 from .check import check, check_answers
 from .errors import ServerError, ServerStartError, ServerUsageError
 from .launcher import TritonServer
-from .ports import Ports
+from .ports import Ports, public_urls
 from .probe import Finding, Memory, look
 from .rollout import RolloutInterruptedError, rollout
 from .security import Security, exposure_warning
@@ -307,10 +307,13 @@ def _event(line: str) -> None:
 
 
 def _report(server: TritonServer, as_json: bool) -> None:
+    http_url, grpc_url, metrics_url = public_urls(
+        server.addresses, server.ports, server.access.name
+    )
     facts = {
-        "http_url": server.http_url,
-        "grpc_url": server.grpc_url,
-        "metrics_url": server.metrics_url,
+        "http_url": http_url,
+        "grpc_url": grpc_url,
+        "metrics_url": metrics_url,
         "pid": server.pid,
         "triton_version": server.version,
         "tritonserver": str(server.installation.binary) if server.installation else "",
@@ -322,9 +325,9 @@ def _report(server: TritonServer, as_json: bool) -> None:
         print(json.dumps({**facts, **listed}), flush=True)
         return
     print(f"Triton {server.version} serves {server.repository}")
-    print(f"  HTTP     {server.http_url}")
-    print(f"  gRPC     {server.grpc_url}")
-    print(f"  metrics  {server.metrics_url}")
+    print(f"  HTTP     {http_url}")
+    print(f"  gRPC     {grpc_url}")
+    print(f"  metrics  {metrics_url}")
     print(f"  log      {server.log_path}")
     for control in controls:
         print(f"  {'on ' if control.is_on else 'OFF'}  {control.name:<20}  {control.detail}")

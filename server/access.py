@@ -18,11 +18,12 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from client import InvalidRequestError, Tls
+from client.proxies import grpc_options, is_here
+from client.tls import wants_tls
 from routing.reference import COMPARING, OTHER, VERDICTS
 
 from .admin_key import AdminKey
 from .errors import ServerUsageError
-from .ports import is_loopback
 
 ENTRY, TENSORS = "adaptive_vit", "adaptive_tensor"
 PREPROCESS, ROUTER, LOW, HIGH = "preprocess", "router", "vit_low", "vit_high"
@@ -37,6 +38,7 @@ WAY_OUT = (
     "to calibrate here, assemble with python -m export repository --reference-check warn and "
     "serve that, then collect --url, fit and assemble anew"
 )
+STOOD_STILL_S = 1.0  # A pause of ours took so much longer: the machine stood still.
 _POLL_S = 0.5
 _IMAGE_SIDE_PX = 64
 
@@ -51,12 +53,17 @@ class Access:
         name: the name that the server's certificate must hold, in place of the address: the
             certificate is for the name that clients use, and we call the loopback address.
         headers: what calls of restricted APIs carry.
+        tls: the files of `credentials`, where they are a user's.
+        is_ours: the server is one that this program started: no proxy is between the two, whatever
+            address it binds.
     """
 
     url: str
     credentials: grpc.ChannelCredentials | None = None
     name: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    tls: Tls | None = None
+    is_ours: bool = False
 
     @classmethod
     def of_files(
@@ -76,22 +83,29 @@ class Access:
         if ca is certificate is key is None:
             return cls(url, headers=headers)
         try:
-            credentials = Tls(ca, certificate, key).grpc_credentials()
+            tls = Tls(ca, certificate, key)
+            return cls(url, tls.grpc_credentials(), headers=headers, tls=tls)
         except InvalidRequestError as error:
             raise ServerUsageError(str(error)) from error
-        return cls(url, credentials, headers=headers)
+
+    def why_refused(self) -> str | None:
+        """Why no encrypted connection comes about; None where that is not what is wrong."""
+        return wants_tls(self.url) if self.tls is None else self.tls.why_refused(self.url)
 
     @property
     def is_here(self) -> bool:
         """Whether the address is this machine's own."""
-        return is_loopback(self.url.rpartition(":")[0].strip("[]"))
+        return is_here(self.url)
 
     def open(self) -> triton.InferenceServerClient:
         """Open a connection; the caller closes it."""
         # Without a limit, as the client library's own options have it.
         options: list[tuple[str, int | str]] = [("grpc.max_receive_message_length", -1)]
-        if self.is_here:  # A proxy in the environment is for other machines.
-            options.append(("grpc.enable_http_proxy", 0))
+        options += (
+            [("grpc.enable_http_proxy", 0)]
+            if self.is_ours
+            else grpc_options(self.url, "http" if self.credentials is None else "https")
+        )
         if self.name is not None:
             options.append(("grpc.ssl_target_name_override", self.name))
         return _Client(self.url, creds=self.credentials, channel_args=options)
@@ -144,7 +158,23 @@ def wait_out(ask: Callable[[], None], answers: int, timeout_s: float) -> None:
             if STILL_COMPARING not in error.message() or time.monotonic() > deadline:
                 raise
             in_a_row = 0
-            time.sleep(_POLL_S)
+            deadline = rest(_POLL_S, deadline)
+
+
+def rest(seconds: float, deadline: float) -> float:
+    """Sleep while something is waited for.
+
+    Args:
+        seconds: to sleep.
+        deadline: until when it is waited for, by `time.monotonic`.
+
+    Returns:
+        The deadline, later by what the machine or its container stood still meanwhile.
+    """
+    before = time.monotonic()
+    time.sleep(seconds)
+    still_s = time.monotonic() - before - seconds
+    return deadline + still_s if still_s > STOOD_STILL_S else deadline
 
 
 @cache

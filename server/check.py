@@ -18,6 +18,7 @@ from routing import (
     CascadeAnswer,
     ReferenceAnswers,
     answers_path,
+    score_of_answer,
 )
 from routing.outputs import FloatArray
 from routing.policy import Overrides
@@ -66,6 +67,7 @@ def check(access: Access, repository: Path | None, timeout_s: float) -> Checked:
     with Serving(access, local_processes(access)) as server:
         # None, too, where a tunnel's end listens here: it has no model's process below it.
         states, stubs = server.states(), server.stubs() or None
+        distrust = None
         if stubs is None:
             unseen.append("its processes, which are not on this machine")
         if states is None:
@@ -74,13 +76,16 @@ def check(access: Access, repository: Path | None, timeout_s: float) -> Checked:
                 unseen.append("whether a process is missing")
             expected = expected or _MODELS
             ready = {model for model in expected if server.is_ready(model)}
+            distrust = None if ready else access.why_refused()
         else:
             expected = expected or {model for model, _ in states}
             served = [key for key, state in states.items() if state == READY]
             ready = {model for model, _ in served}
             if stubs is not None:
                 memory.with_processes = {key for key in served if server.is_python(*key)}
-        if expected - ready and (states is not None or ready):
+        if distrust is not None:
+            finding = Finding(distrust)
+        elif expected - ready and (states is not None or ready):
             why = {model: f" ({state})" for (model, _), state in (states or {}).items() if state}
             missing = [model + why.get(model, "") for model in sorted(expected - ready)]
             finding = Finding(f"not ready: {', '.join(missing)}")
@@ -132,6 +137,8 @@ def check_answers(repository: Path, access: Access) -> Checked:
             return False, refused, [f"router/{version} refuses every request: {said}; {WAY_OUT}"]
         if STILL_COMPARING in said:
             raise ServerUsageError(f"router/{version} at {access.url}: {said}") from error
+        if (distrust := access.why_refused()) is not None:
+            raise ServerUsageError(distrust) from error
         raise ServerUsageError(
             f"no answer from router/{version} at {access.url} ({said}); give the --url of the "
             "server, and the --repository that it serves"
@@ -167,7 +174,7 @@ def _ask(
         answer.as_numpy("embedding"),
         answer.as_numpy("logits"),
         escalated,
-        score,
+        score_of_answer(score),
         degraded,
         relieved=np.zeros_like(degraded),
         wanted=escalated | degraded,

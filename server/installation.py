@@ -79,6 +79,11 @@ class Installation:
     libraries: tuple[Path, ...]
     stub_python: str | None
 
+    @property
+    def has_stand_in(self) -> bool:
+        """Whether our stand-in runs the rungs, each in a process, and not the C++ onnxruntime."""
+        return not (self.backends / "onnxruntime" / "libtriton_onnxruntime.so").is_file()
+
     def environment(self) -> dict[str, str]:
         """The environment that it and its Python models start with, made of this process's own.
 

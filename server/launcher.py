@@ -30,6 +30,7 @@ from .access import (
     WAY_OUT,
     Access,
     image_input,
+    rest,
     wait_out,
 )
 from .controls import Control, controls
@@ -243,9 +244,10 @@ class TritonServer:
         if patience_s is None:
             patience_s = self._stop_patience_s if self._is_ready else _ABORT_TIMEOUT_S
         with self._undo:
-            process, self._process, self._is_ready = self._process, None, False
-            if process is not None:
-                process.stop(patience_s)
+            self._is_ready = False
+            if self._process is not None:
+                self._process.stop(patience_s)
+            self._process = None  # Not before: what would not stop can be told again.
 
     def __enter__(self) -> TritonServer:
         self.start()
@@ -331,7 +333,7 @@ class TritonServer:
                     what, missing = f"{what} after {self._timeout_s:g} s", waiting
                 if what:
                     raise triton_log.start_error(what, self.log_path, missing)
-                time.sleep(_POLL_S)
+                deadline = rest(_POLL_S, deadline)
 
     def _wait_for_first_answer(self) -> None:
         """Send an image through the whole ensemble.

@@ -22,6 +22,7 @@ from .access import (
     TENSORS,
     WAY_OUT,
     Access,
+    rest,
     wait_out,
     zeros_input,
 )
@@ -96,7 +97,7 @@ class LoadingServer:
                 self.silence = str(error)
             if (seen is not None and wanted in (None, seen)) or time.monotonic() >= deadline:
                 return seen
-            time.sleep(_POLL_S)
+            deadline = rest(_POLL_S, deadline)
 
     def load(self, model: str) -> None:
         """Load a model as the disk has it, and what it is made of; wait until that is done.

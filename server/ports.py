@@ -5,13 +5,14 @@ from __future__ import annotations
 import ipaddress
 import random
 import socket
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import ServerUsageError
 
 LOOPBACK = "127.0.0.1"
+ANY_HOST = "check"  # in place of a certificate's asterisk, for our own calls
 _EPHEMERAL_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _LOWEST_PORT = 20000
 _ATTEMPTS = 200
@@ -54,11 +55,49 @@ def is_loopback(address: str) -> bool:
         return address == "localhost"
 
 
+def is_wildcard(address: str) -> bool:
+    """Whether it stands for every address of this machine: one to bind, not one to call."""
+    try:
+        return ipaddress.ip_address(address).is_unspecified
+    except ValueError:
+        return False
+
+
 def url(address: str, port: int) -> str:
-    """`host:port` to call a server that binds this address."""
-    # A wildcard address is one to bind, not one to call.
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
+    """`host:port` to call, from here, a server that binds this address."""
+    host = address
+    if is_wildcard(address):
+        host = "::1" if ":" in address else LOOPBACK
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def public_url(address: str, port: int) -> str:
+    """`host:port` to call from another machine, as far as one can know here.
+
+    Of a wildcard address the one that this machine has on its way out; loopback where it has none.
+    """
+    ways = [(socket.AF_INET6, "2001:db8::1")] if ":" in address else []
+    for family, elsewhere in [*ways, (socket.AF_INET, "192.0.2.1")] if is_wildcard(address) else ():
+        with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as way:
+            way.connect((elsewhere, 9))  # of addresses for examples; UDP sends nothing for that
+            return url(way.getsockname()[0], port)
+    return url(address, port)
+
+
+def public_urls(addresses: Addresses, ports: Ports, name: str | None) -> tuple[str, str, str]:
+    """Where to call HTTP, gRPC and the metrics, for whom the server is open to.
+
+    Args:
+        addresses: that it binds.
+        ports: that it listens on.
+        name: that its certificate holds; None without TLS. By another address than one that the
+            certificate is for, a client would not trust it.
+    """
+    grpc = public_url(addresses.grpc, ports.grpc)
+    if name and is_wildcard(addresses.grpc) and not name.startswith(f"{ANY_HOST}."):
+        grpc = url(name, ports.grpc)
+    metrics = f"http://{public_url(addresses.metrics, ports.metrics)}/metrics"
+    return public_url(addresses.http, ports.http), grpc, metrics
 
 
 def check_ports(addresses: Addresses, ports: Ports) -> None:

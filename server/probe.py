@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from .access import ENTRY, HIGH, LOW, PREPROCESS, QUEUE_FULL, ROUTER, STILL_COMPARING
+from .access import ENTRY, HIGH, LOW, PREPROCESS, QUEUE_FULL, ROUTER, STILL_COMPARING, STOOD_STILL_S
 from .serving import READY, Canary, Key, Reply, Serving
 
 ASKED = (PREPROCESS, LOW, HIGH, ENTRY)
@@ -29,7 +29,6 @@ _BUSY_SHARE = 0.02
 # A model may be at work on one batch for so many times the canary's timeout, on a whole core.
 _BUSY_TIMEOUTS = 6
 _CONFIRM_S = 0.8  # A reload's processes come and go for moments; one that died stays away.
-_STOOD_STILL_S = 1.0  # One of our own pauses took so much longer: the machine stood still.
 _VOID_LOOKS = 3
 # The python backend's words for a process that has ended, was stopped or is stuck in C code.
 _DEAD_INSTANCE = re.compile(r"Stub process .* is not healthy")
@@ -90,6 +89,7 @@ def look(
     for is_void in [True] * _VOID_LOOKS + [False]:
         with suppress(_StoodStillError):
             return _Look(server, memory, timeout_s, clock, sleep, is_void, warnings).take()
+        memory.answered_at.clear()  # That time was nobody's silence.
     raise AssertionError("the last look is never void")
 
 
@@ -312,7 +312,7 @@ class _Look:
     def _pause(self, seconds: float) -> None:
         before = self.clock()
         self.sleep(seconds)
-        if self.is_void and self.clock() - before > seconds + _STOOD_STILL_S:
+        if self.is_void and self.clock() - before > seconds + STOOD_STILL_S:
             raise _StoodStillError
 
 

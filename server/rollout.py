@@ -82,7 +82,8 @@ def rollout(
             answering = server.answering()
         except NoAnswerError as error:
             raise ServerUsageError(
-                f"no answer from a server at {access.url} ({error}); start it with python -m "
+                access.why_refused()
+                or f"no answer from a server at {access.url} ({error}); start it with python -m "
                 "server --allow-reload, or give its --url"
             ) from error
         try:

@@ -102,7 +102,9 @@ class Security:
             ServerUsageError: as `ServingTls.access`.
         """
         headers = {} if self.admin_key is None else self.admin_key.grpc_headers
-        return Access(url, headers=headers) if self.tls is None else self.tls.access(url, headers)
+        if self.tls is None:
+            return Access(url, headers=headers, is_ours=True)
+        return self.tls.access(url, headers)
 
     def arguments(self, known: Collection[str] = ()) -> list[str]:
         """Tritonserver's arguments.

@@ -16,6 +16,7 @@ from client import Tls
 
 from .access import Access
 from .errors import ServerUsageError
+from .ports import ANY_HOST
 
 HOW_TO_MAKE = (
     "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 30 "
@@ -110,7 +111,7 @@ class ServingTls:
                 f"it; make one with a subjectAltName, such as {HOW_TO_MAKE}"
             )
         credentials = Tls(self.certificate, chain, secret).grpc_credentials()
-        return Access(url, credentials, name, headers)
+        return Access(url, credentials, name, headers, is_ours=True)
 
     def _handshake(self, chain: Path | None, secret: Path | None) -> dict[str, Any]:
         """Let a client and a server with these files meet; returns the server's certificate."""
@@ -175,5 +176,5 @@ def _name_of(certificate: dict[str, Any]) -> str | None:
     for wanted in ("DNS", "IP Address", "commonName"):
         for kind, value in names:
             if kind == wanted:
-                return str(value).replace("*", "check", 1)
+                return str(value).replace("*", ANY_HOST, 1)
     return None

@@ -32,6 +32,8 @@ LONG = (
     "test_readme",
     "test_perf_prices",
     "test_client",
+    "test_raw_http",
+    "test_page",
     "test_refusals",
 )
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
+import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+import pytest
 from PIL import Image
 
 from server import ServerStartError, TritonServer
+from server.installation import find_installation, find_wheel
 
 STUB = "triton_python_backend_stub"
 # Arguments of the stub: model file, segment, two sizes, server, backends, pipe, instance, ...
@@ -91,6 +95,23 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0) -> bool:
             return False
         time.sleep(0.05)
     return True
+
+
+def skip_stand_ins(items: Iterable[pytest.Item]) -> None:
+    """Skip tests marked `stand_in` where the server that the others use runs C++ onnxruntime.
+
+    Args:
+        items: tests, of any mark.
+    """
+    marked = [item for item in items if item.get_closest_marker("stand_in")]
+    if not marked or shutil.which("tritonserver") is None:  # the wheel has no such backend
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        found = find_installation(Path(folder) / "backends", wheel=find_wheel())
+        has_stand_in = found.has_stand_in
+    if not has_stand_in:
+        for item in marked:
+            item.add_marker(pytest.mark.skip(f"{found.binary} has the C++ onnxruntime backend"))
 
 
 def is_alive(pid: int) -> bool:

@@ -14,7 +14,7 @@ from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_floa
 from onnxruntime.transformers.onnx_model import OnnxModel
 
 from export.errors import ExportError, first_line
-from export.onnx_graph import INPUT_NAME, check_versions, strip_provenance
+from export.onnx_graph import INPUT_NAME, settle_versions, strip_provenance
 
 _FLOAT = onnx.TensorProto.FLOAT
 
@@ -45,7 +45,7 @@ def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
     # Some of what it records are types from before the conversion.
     del half.graph.value_info[:]
     strip_provenance(half)
-    check_versions(half)
+    settle_versions(half)
     onnx.checker.check_model(half)
     return half
 

@@ -27,7 +27,7 @@ from onnxruntime import quantization
 
 from bundle.head import find_head
 from export.errors import ExportError, first_line
-from export.onnx_graph import INPUT_NAME, check_versions, strip_provenance
+from export.onnx_graph import INPUT_NAME, settle_versions, strip_provenance
 
 # Bounds the memory of the calibration, which runs the graph without any optimisation.
 CALIBRATION_BATCH = 8
@@ -95,7 +95,7 @@ def quantise(model: onnx.ModelProto, images: NDArray[np.float32] | None = None) 
         if entry.domain not in ("", "ai.onnx", *used):
             quantised.opset_import.remove(entry)
     strip_provenance(quantised)
-    check_versions(quantised)
+    settle_versions(quantised)
     onnx.checker.check_model(quantised)
     return quantised
 

@@ -1,15 +1,16 @@
 """When the cascade is not whole: an artifact without a threshold, a full rung that fails."""
 
 import json
-import urllib.request
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
 
-from client import GrpcClient, UnavailableError
+from client import GrpcClient, HttpClient, UnavailableError
+from client.messages import UNSCORED
 from export.repository import RepositorySettings, assemble
+from tests.raw_http import bytes_input, framed, post
 from tests.servers import running
 from tests.triton.test_keystone import statistics
 
@@ -73,30 +74,26 @@ def test_without_a_threshold_a_request_may_bring_its_own(always_high, server, cr
     assert [p.escalated for p in found] == [score > np.median(scores) for score in scores]
 
 
-@pytest.mark.parametrize("binary", [False, True])
-def test_a_missing_score_is_no_strict_json_over_http_unless_asked_for_in_binary(
-    always_high, images, binary
-):
-    question = {
-        "inputs": [
-            {
-                "name": "image",
-                "shape": [1, *images.shape[1:]],
-                "datatype": "FP32",
-                "data": images[0].ravel().tolist(),
-            }
-        ],
-        "outputs": [{"name": "score", "parameters": {"binary_data": binary}}],
-    }
-    url = f"http://{always_high.http_url}/v2/models/router/infer"
-    request = urllib.request.Request(url, json.dumps(question).encode())
-    with urllib.request.urlopen(request, timeout=60) as response:
-        answer = response.read()
-    if binary:
-        assert b"NaN" not in answer
-        assert np.isnan(np.frombuffer(answer[-4:], np.float32)[0])
-    else:
-        assert b'"data":[NaN]' in answer
+def test_a_missing_score_is_a_number_that_strict_json_parsers_read(always_high, crops):
+    """The largest FP32, above any threshold as what escalates is."""
+
+    def strict(word):
+        raise ValueError(f"{word} is no JSON")
+
+    for policy in ("auto", "high"):  # no threshold, and the cheap rung not asked for
+        head = {
+            "inputs": [bytes_input([crops[0]])],
+            "outputs": [{"name": "score"}, {"name": "logits"}, {"name": "embedding"}],
+            "parameters": {"policy": policy},
+        }
+        status, answer = post(always_high, "adaptive_vit", head, framed(crops[0]))
+        assert status == 200
+        outputs = json.loads(answer, parse_constant=strict)["outputs"]
+        (score,) = (output["data"] for output in outputs if output["name"] == "score")
+        assert score == [UNSCORED]
+    # Our clients know what it stands for.
+    with HttpClient(always_high.http_url) as client:
+        assert np.isnan(client.infer(crops[:1])[0].score)
 
 
 # --- a full rung that fails --------------------------------------------------------------------

@@ -186,6 +186,7 @@ def test_concurrent_requests_share_one_run(client):
     assert [answer.as_numpy("rows").item() for answer in answers] == [4, 4, 4, 4]
 
 
+@pytest.mark.stand_in
 def test_a_bad_request_does_not_fail_its_neighbours(client):
     answers = together(client, [0, 99, 2, 1])
     assert isinstance(answers[1], InferenceServerException)
@@ -229,6 +230,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.stand_in
 def test_what_does_not_match_the_file_is_refused_at_load(tmp_path: Path):
     for name, (config, batch, _) in BROKEN.items():
         save(tmp_path, name, MINIMAL + config, projection(batch))

@@ -11,6 +11,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +20,11 @@ import psutil
 import pytest
 import tritonclient.grpc as triton
 
-from client import GrpcClient
+from client import GrpcClient, HttpClient
+from perf.target import Target
 from server.shared_memory import SHM_DIRECTORY
-from tests.servers import is_alive, running, stubs
+from tests.servers import is_alive, running, stubs, wait_for
+from tests.triton.conftest import reference_outcome
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -95,13 +99,23 @@ def supervised(build: Path) -> Iterator[Supervised]:
     running.end()
 
 
+IMPATIENT_S = 1.5
+
+
+@pytest.fixture
+def supervised_impatiently(build: Path) -> Iterator[Supervised]:
+    running = Supervised(build / "model_repository", "--canary-timeout-s", IMPATIENT_S)
+    yield running
+    running.end()
+
+
 @pytest.mark.parametrize(
     ("model", "number", "what"),
     [
         ("router", signal.SIGKILL, "1 of 2 instances of router (version 1) ended"),
         ("preprocess", signal.SIGKILL, "1 of 2 instances of preprocess (version 1) ended"),
-        ("vit_low", signal.SIGSTOP, "vit_low"),
-        ("vit_high", signal.SIGSTOP, "vit_high"),
+        pytest.param("vit_low", signal.SIGSTOP, "vit_low", marks=pytest.mark.stand_in),
+        pytest.param("vit_high", signal.SIGSTOP, "vit_high", marks=pytest.mark.stand_in),
         ("", signal.SIGKILL, "tritonserver ended by itself (exit code 137)"),
     ],
 )
@@ -204,13 +218,26 @@ def healthcheck(url: str) -> int:
     return subprocess.run(command, env=BEHIND_A_PROXY, stderr=subprocess.DEVNULL).returncode
 
 
+@pytest.mark.stand_in  # with a process for each rung, six in all
 @pytest.mark.parametrize("model", ["router", "vit_high"])
 def test_check_and_the_containers_health_check_tell_a_server_with_a_dead_model(
-    build: Path, model: str
+    build: Path, crops: list[bytes], model: str, monkeypatch: pytest.MonkeyPatch
 ):
     repository = build / "model_repository"
+    for name in ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy"):
+        for variable in (name, name.upper()):  # Nobody listens there.
+            monkeypatch.setenv(variable, "http://127.0.0.1:9")
     with running(repository) as server:
         url, http = server.grpc_url, server.http_url
+        for client in (
+            GrpcClient(url),
+            HttpClient(http),
+            GrpcClient(f"0.0.0.0:{server.ports.grpc}"),
+        ):
+            with client:
+                assert len(client.infer(crops[:1])) == 1
+        with Target(url, http, server) as target:
+            assert target.version == server.version
         well = look(url, "--repository", repository)
         assert (well.returncode, well.stderr) == (0, "")
         assert well.stdout.startswith("6 models ready, 6 processes alive, answered in ")
@@ -223,6 +250,82 @@ def test_check_and_the_containers_health_check_tell_a_server_with_a_dead_model(
         if model == "router":
             assert healthcheck(http) == 1
     assert look(url).returncode == 1 and healthcheck(http) == 1
+
+
+# --- a pause -----------------------------------------------------------------------------------
+
+
+def hold_still(pids: list[int], seconds: float) -> None:
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(seconds)
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.alone
+def test_a_pause_of_a_whole_server_replaces_nothing_and_one_of_a_rung_alone_ends_it(
+    build: Path, crops: list[bytes]
+):
+    """Nobody supervises here: whoever runs the server sees that it is gone, not a 200."""
+    with running(build / "model_repository") as server, GrpcClient(server.grpc_url) as client:
+        reference_outcome(server)  # From then on no rung is at work.
+        time.sleep(1)  # Models load at different times, and look for each other again.
+        before = server.process_ids()
+        guard = psutil.Process(server.pid).ppid()
+        with ThreadPoolExecutor() as pool:
+            pause = pool.submit(hold_still, [guard, *before], 2.5)
+            time.sleep(0.5)
+            waited = pool.submit(client.infer, crops[:8], policy="high", timeout_s=60)
+            pause.result()
+            assert {answer.escalated for answer in waited.result()} == {True}
+        assert len(client.infer(crops[:8])) == 8
+        assert sorted(server.process_ids()) == sorted(before)
+        hold_still(stubs(before, "vit_low"), 1.5)
+        assert wait_for(lambda: not server.is_running(), 20)
+        assert "stood still for 1." in server.log_path.read_text()
+
+
+@contextmanager
+def slowed(pids: list[int], share: float) -> Iterator[None]:
+    """Let processes run for a share of each tenth of a second, as a CPU quota does."""
+    over = threading.Event()
+
+    def take_turns() -> None:
+        while not over.is_set():
+            hold_still(pids, 0.1 * (1 - share))
+            time.sleep(0.1 * share)
+
+    thread = threading.Thread(target=take_turns)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+@pytest.mark.alone
+def test_a_server_that_is_slow_is_let_work_and_loses_no_request(
+    supervised_impatiently: Supervised, crops: list[bytes]
+):
+    supervised = supervised_impatiently
+    first, end = supervised.servers(), time.monotonic() + 8
+    latencies_s: list[float] = []
+
+    def ask(number: int) -> None:
+        with GrpcClient(supervised.url, retry=None) as client:
+            while time.monotonic() < end:
+                began = time.monotonic()
+                client.infer(crops[number : number + 1], policy="high", timeout_s=60)
+                latencies_s.append(time.monotonic() - began)
+
+    family = [process.pid for process in supervised.below()]
+    with slowed(family, 0.2), ThreadPoolExecutor(16) as pool:
+        list(pool.map(ask, range(16)))
+    assert max(latencies_s) > IMPATIENT_S and len(latencies_s) >= 16
+    assert supervised.servers() == first
+    assert not any("failure" in line for line in supervised.lines)
 
 
 # --- a deadlock --------------------------------------------------------------------------------

@@ -142,7 +142,12 @@ def refusal(text, status="StatusCode.INVALID_ARGUMENT"):
 
 def roll(repository, triton, to=None, timeout_s=120.0, headers=()):
     """A rollout to that server."""
-    access = SimpleNamespace(url="127.0.0.1:8001", headers=dict(headers), open=lambda: triton)
+    access = SimpleNamespace(
+        url="127.0.0.1:8001",
+        headers=dict(headers),
+        open=lambda: triton,
+        why_refused=lambda: None,
+    )
     return rollout(repository, access, to, timeout_s)
 
 

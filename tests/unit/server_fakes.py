@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from server.ports import Ports
 from server.serving import READY, Canary, Key, Reply, Stub
@@ -58,14 +58,14 @@ class FakeServer:
         diary: list[str],
         ports: Ports,
         start_error: Exception | None = None,
-        stop_error: Exception | None = None,
+        stop_errors: Sequence[Exception] = (),
     ) -> None:
         self.ports = ports
         self.pid = 1
         self.runs = False
         self._diary = diary
         self._start_error = start_error
-        self._stop_error = stop_error
+        self._stop_errors = stop_errors
 
     def process_ids(self) -> list[int]:
         return [1] if self.runs else []
@@ -79,8 +79,8 @@ class FakeServer:
     def stop(self, patience_s: float | None = None) -> None:
         self._diary.append("stop")
         self.runs = False
-        if self._stop_error is not None:
-            raise self._stop_error
+        for error in self._stop_errors:
+            raise error
 
 
 class Stand:

@@ -26,7 +26,9 @@ def served(tmp_path):
     """A repository and its server."""
     site = Site(tmp_path)
     triton = LoadingTriton(site.repository)
-    site.access = SimpleNamespace(url="127.0.0.1:8001", headers={}, open=lambda: triton)
+    site.access = SimpleNamespace(
+        url="127.0.0.1:8001", headers={}, open=lambda: triton, why_refused=lambda: None
+    )
     return site, triton
 
 

@@ -28,7 +28,7 @@ class FakeTriton:
         self.version, self.refusals, self.shapes = version, list(refusals), shapes or {}
         self.asked, self.closed = [], False
 
-    def __call__(self, url, creds):
+    def __call__(self, url, creds, **options):
         self.url, self.creds = url, creds
         return self
 

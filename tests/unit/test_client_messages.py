@@ -5,8 +5,10 @@ import pytest
 import tritonclient.grpc as grpc_protocol
 from tritonclient.grpc._utils import _get_inference_request
 
+import routing
 from client import InvalidRequestError, Prediction, ServerError
 from client.messages import (
+    UNSCORED,
     Request,
     as_batch,
     encode_images,
@@ -43,6 +45,13 @@ def test_each_image_gets_its_own_row_in_order():
     assert [p.escalated for p in found] == [False, True, False]
     assert [p.score for p in found] == [0.0, 0.5, 1.0]
     assert all(type(p.degraded) is bool and type(p.score) is float for p in found)
+
+
+def test_where_the_cheap_rung_was_not_asked_there_is_no_score():
+    assert UNSCORED == routing.UNSCORED
+    answered = np.array([[0.5], [UNSCORED], [np.nan]], np.float32)  # NaN: a router before this one
+    found = [p.score for p in predictions(outputs(3, score=answered), 3)]
+    assert found[0] == 0.5 and np.isnan(found[1:]).all()
 
 
 def answer(*logits):

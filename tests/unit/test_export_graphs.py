@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import helper
 from onnx.external_data_helper import uses_external_data
 
 from bundle.graphs import SCHEMA_VERSION, GraphSet
@@ -16,7 +17,7 @@ from bundle.manifest import sha256_file
 from bundle.prints import encode, look_of
 from bundle.recipe import Recipe
 from export.graphs import export_graphs
-from export.onnx_graph import check_versions
+from export.onnx_graph import check_versions, settle_versions
 from export.parity import ParityError, sample_images, structure_failures
 from export.pretrained import pretrained
 from export.request import GraphsRequest
@@ -81,7 +82,7 @@ def test_the_record_says_what_the_model_is_and_how_it_was_exported(record, expor
     assert record["head"] == {"kind": "own"} and record["fitted_on"] == ""
     assert Preprocessing.from_dict(record["preprocessing"]).height == PX
     assert (record["opset"], record["parity"]["batches"]) == (20, [1, 3, 8])
-    assert record["ir_version"] <= 10
+    assert record["ir_version"] == 9
 
 
 def test_entries_say_what_was_asked_for(record, exported):
@@ -133,6 +134,7 @@ def test_every_graph_is_within_the_contract_and_answers_at_any_batch(name, expor
     file = exported / f"{name}.onnx"
     graph = onnx.load(file, load_external_data=False)
     check_versions(graph)
+    assert graph.ir_version == 9
     onnx.checker.check_model(str(file))
     recipe = Recipe.parse(RECIPES[name]).at(PX)
     shapes = {"embedding": (WIDTH,), "cls_layers": ((recipe.depth or LAYERS) + 1, WIDTH)}
@@ -150,6 +152,30 @@ def test_every_graph_is_within_the_contract_and_answers_at_any_batch(name, expor
             np.testing.assert_allclose(
                 value, whole[output][:batch], rtol=tolerance, atol=tolerance, err_msg=output
             )
+
+
+# Which ONNX release had an opset first, by docs/Versioning.md of ONNX: 1.13, 1.14, 1.15, 1.16.
+@pytest.mark.parametrize(("opset", "ir_version"), [(18, 8), (19, 9), (20, 9), (21, 10)])
+def test_a_graph_gets_the_least_ir_version_of_its_opset(opset, ir_version):
+    graph = helper.make_graph([], "empty", [], [])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=11)
+    settle_versions(model)
+    assert model.ir_version == ir_version
+
+
+def test_the_ir_version_follows_the_opset_whatever_the_recipe(model, fit_images, tmp_path):
+    recipes = ("int8", "int8=static", "fp16", "px=8,tome=2,depth=1")
+    beside = [argument for recipe in recipes for argument in ("--beside", recipe)]
+    options = ["--fit-images", fit_images, "--out", tmp_path / "onnx", "--opset", 18]
+    result = run_export("rungs", "--model", model, "--low", "px=8", *options, *beside)
+    assert result.code == 0, result.err
+    graphs = GraphSet.load(tmp_path / "onnx")
+    assert graphs.about["ir_version"] == 8 and len(graphs.graphs) == 6
+    for graph in graphs.graphs.values():
+        stored = onnx.load(graph.file, load_external_data=False)
+        assert [entry.version for entry in stored.opset_import] == [18]
+        assert stored.ir_version == 8
+        assert set(ask(graph.file, IMAGES)) == {"embedding", "cls_layers", "logits"}
 
 
 @pytest.mark.parametrize("name", ["full", "px8", "depth1", "tome2"])

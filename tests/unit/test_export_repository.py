@@ -132,7 +132,33 @@ def test_everything_a_server_needs_is_there_and_listed(inputs, repository):
         assert configs[ensemble].ensemble_scheduling.step[-1].model_version == 1
 
 
-def test_the_defaults_are_what_stands_in_git(repository):
+ANSWERING = ("adaptive_tensor", "adaptive_vit", "router")
+
+
+def test_the_logits_of_whatever_answers_have_the_names_of_their_classes(inputs, tmp_path, out):
+    graphs, artifact = inputs
+    odd = ("tench, Tinca tinca", "cock:bird", "two\nlines\u2028or three", "twice")
+    assemble(replace(graphs, labels=odd), artifact, out)
+    for model in ANSWERING:
+        (logits,) = (o for o in read_configs(out)[model].output if o.name == "logits")
+        named = (out / model / logits.label_filename).read_text("utf-8")
+        assert named == "tench, Tinca tinca\ncock:bird\ntwo lines or three\ntwice\n"
+        assert f"{model}/labels.txt" in manifest.listed(out)
+    assert list(logits.dims) == [CLASSES]  # the router's: Triton takes no other from the artifact
+    replace(Calibration.load(artifact), threshold=9.0).save(tmp_path / "next.json")
+    assert add_version(out, tmp_path / "next.json") == 2
+    assert read_configs(out)["router"].output[0].label_filename == "labels.txt"
+
+
+def test_where_nobody_named_the_classes_no_configuration_asks_for_names(inputs, out):
+    assemble(replace(inputs[0], labels=None), inputs[1], out)
+    assert not [name for name in manifest.listed(out) if name.endswith("labels.txt")]
+    for model in ANSWERING:
+        assert not any(output.label_filename for output in read_configs(out)[model].output)
+
+
+def test_the_defaults_are_what_stands_in_git(inputs, out):
+    repository = assemble(replace(inputs[0], labels=None), inputs[1], out)
     ours, theirs = read_configs(repository), read_configs(Path("model_repository"))
     for name in ("router", "preprocess", "adaptive_vit"):
         assert ours[name] == theirs[name]

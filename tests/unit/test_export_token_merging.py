@@ -237,6 +237,7 @@ def test_the_graph_equals_torch_at_any_batch(exported, batch, images):
 def test_the_graph_has_standard_operators_and_no_shape_that_depends_on_the_image(exported):
     graph = onnx.load(exported[1])
     check_versions(graph)
+    assert graph.ir_version == {18: 8, 21: 10}[graph.opset_import[0].version]
     kinds = {node.op_type for node in graph.graph.node}
     assert not kinds & {"NonZero", "Compress", "Unique", "Loop", "If", "Scan", "SequenceAt"}
     inferred = onnx.shape_inference.infer_shapes(graph, strict_mode=True, data_prop=True)

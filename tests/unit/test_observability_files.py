@@ -24,6 +24,8 @@ from tests.unit.router_parts import CERTIFIED, backend, deployed, make_metrics
 
 __all__ = ["backend", "deployed", "make_metrics"]  # fixtures
 
+ROOT = FOLDER.parents[1]
+
 # --- the dashboard -----------------------------------------------------------------------------
 
 
@@ -144,6 +146,22 @@ def test_every_series_of_the_router_is_on_the_dashboard_or_in_the_rules_and_desc
     assert set(exported) <= used
     described = (FOLDER.parents[1] / "docs/operations.md").read_text()
     assert [name for name in exported if f"`{name}" not in described] == []
+
+
+def test_every_metric_that_the_documents_name_is_one_that_is_exported(exported):
+    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "deploy").rglob("*.*")]
+    named = {
+        re.sub(r"_(bucket|count|sum)$", "", name)
+        for document in documents
+        if document.name != "CHANGELOG.md" and document.is_file()
+        for name in re.findall(r"\b(?:nv|adaptive_vit)_[a-z_]+\b", document.read_text("utf-8"))
+    }
+    groups = {group["name"] for group in read("alerts.yml")["groups"]}
+    # tests/triton/test_observability.py asks the real server for all that the files name.
+    tritons = {metric(s) for e in expressions() for s in selectors(e) if s.startswith("nv_")}
+    tritons = {re.sub(r"_(bucket|count|sum)$", "", name) for name in tritons}
+    assert len(tritons) >= 4 and len(named) > 20
+    assert sorted(named - set(exported) - groups - tritons) == []
 
 
 # --- compose -----------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from perf.harness import Asker, Load
 from perf.images import SCORED_TOGETHER as BATCH
 from perf.images import Pool, score_pool
 from perf.systems import NEVER
+from routing import UNSCORED
 from tests.unit.perf_measured import make_system
 
 RNG = np.random.default_rng(0)
@@ -78,6 +79,11 @@ def test_the_router_is_asked_for_its_decision_with_the_threshold_as_a_number(cli
     assert (model, names) == ("router", ["embedding", "logits", "escalated", "score"])
     assert parameters == {"threshold": 0.25, "policy": "auto"}
     assert answer.escalated is True and answer.score == 0.75
+
+
+def test_an_image_that_was_not_scored_has_no_score(client, monkeypatch):
+    monkeypatch.setitem(OUTPUTS, "score", np.array([[UNSCORED]], np.float32))
+    assert np.isnan(ask(client, make_system("adaptive")).score)
 
 
 def test_the_ensemble_is_sent_the_file_as_it_is(client):

@@ -28,7 +28,7 @@ class FakeServer:
         self.models, self.score, self.error = models, score, error
         self.closed, self.checked = False, []
 
-    def __call__(self, *arguments):
+    def __call__(self, *arguments, **options):
         return self
 
     def __enter__(self):

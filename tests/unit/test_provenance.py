@@ -46,9 +46,11 @@ def test_what_is_not_known_is_said():
     assert runtime_words(served) == "tritonserver 2.51.0, a processor that is not known"
 
 
-def test_the_release_is_that_of_the_project():
+def test_the_release_is_that_of_the_distribution():
     text = (ROOT / "pyproject.toml").read_text()
-    assert re.search(r'^version = "(.*)"$', text, re.M)[1] == RELEASE
+    assert 'dynamic = ["version"]' in text and 'path = "routing/provenance.py"' in text
+    pattern = re.search(r"^pattern = '(.*)'$", text, re.M)[1]
+    assert re.search(pattern, (ROOT / "routing/provenance.py").read_text())["version"] == RELEASE
 
 
 def test_an_artifact_names_runtime_processor_and_releases(tmp_path):

@@ -200,10 +200,11 @@ def test_a_folder_that_cannot_be_written_is_told_once_and_answers_go_on(router, 
 
 
 def test_an_audit_that_fails_reaches_no_client(router, folder, backend):
-    """Here the full rung's answers hold nothing to compare."""
+    """Here the answers hold nothing to compare."""
     _, send = router()
+    low, high = FakeRung(1.0, classes=None), FakeRung(2.0, classes=None)
     for _ in range(2):
-        answer = send(batch(0.1, 0.2), low=FakeRung(1.0), high=FakeRung(2.0, classes=None))
+        answer = send(batch(0.1, 0.2), low=low, high=high)
         assert answer.escalated.all() or answer.audited.all()
     assert backend.value("audit_dropped_total") == 4 and len(backend.warnings) == 1
     assert not folder.exists()

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -166,9 +167,30 @@ def test_what_the_server_does_not_take_costs_no_other_count(make_metrics, backen
 def test_identity_threshold_and_certified_risk_are_told(make_metrics, backend):
     make_metrics()
     identity = {"artifact": "ab" * 6, "signal": "cls_path", "low": "0" * 12, "high": "1" * 12}
-    assert backend.value("router_info", **identity) == 1
+    assert backend.value("router_info", **identity, weights="") == 1
     assert backend.value("queue_limit") == 64
     assert (backend.value("threshold"), backend.value("certified_risk")) == (0.5, 0.05)
+
+
+def test_rungs_that_share_weights_are_told_by_the_hashes_of_their_files(make_metrics, backend):
+    calibration = make_calibration()
+    rungs = {
+        name: replace(rung, weights_sha256="c" * 64) for name, rung in calibration.rungs.items()
+    }
+    make_metrics(replace(calibration, rungs=rungs))
+    identity = {"artifact": "ab" * 6, "signal": "cls_path", "low": "0" * 12, "high": "1" * 12}
+    assert backend.value("router_info", **identity, weights="c" * 12) == 1
+
+
+def test_a_server_without_histograms_gets_the_other_metrics(make_metrics, backend):
+    del backend.MetricFamily.HISTOGRAM  # Triton had none before 2.51.0
+    metrics = make_metrics()
+    metrics.observe("score", [0.1])
+    metrics.count("images_total", 2, path="low")
+    metrics.stop()
+    assert backend.value("images_total", path="low") == 2
+    assert not {"adaptive_vit_score", "adaptive_vit_request_duration_seconds"} & set(backend.series)
+    assert len(backend.warnings) == 1 and "too old for histograms" in backend.warnings[0]
 
 
 def test_without_a_certificate_there_is_no_certified_risk(make_metrics, backend):

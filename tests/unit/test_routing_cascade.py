@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from routing import (
+    UNSCORED,
     CascadeAnswer,
     CascadeRequest,
     GoneError,
@@ -12,7 +13,9 @@ from routing import (
     Relief,
     RequestError,
     RungError,
+    answered_score,
     run_cascade,
+    score_of_answer,
 )
 from tests.unit.fakes import FakeRung, images, make_calibration
 
@@ -94,6 +97,29 @@ def test_pixels_whose_sum_overflows_are_accepted():
     image[:, 0, 0, 0] = 0.0  # the pixel the fake rung computes with
     answers, *_ = run([ask(image, policy=Policy.LOW)])
     assert isinstance(answers[0], CascadeAnswer)
+
+
+def test_a_logit_that_is_no_number_is_an_error_too():
+    def overflowing(image):
+        outputs = FakeRung(1.0)(image)
+        outputs.logits[-1, 0] = np.inf
+        return outputs
+
+    answers, *_ = run([ask(images(0.1)), ask(images(0.2, 0.3))], low=overflowing)
+    assert isinstance(answers[0], CascadeAnswer)
+    assert isinstance(answers[1], RequestError) and "NaN or Inf" in str(answers[1])
+
+
+def test_every_score_is_answered_as_a_number_that_any_json_parser_reads():
+    scores = np.array([0.25, -1.5, np.nan, np.inf, -np.inf], np.float32)
+    answered = answered_score(scores)
+    assert answered.dtype == np.float32 and np.isfinite(answered).all()
+    assert answered[:2].tolist() == [0.25, -1.5]
+    # What has no score escalates: it is above any threshold that a request may bring.
+    assert answered[2] == answered[3] == UNSCORED and answered[4] == -UNSCORED
+    back = score_of_answer(answered)
+    assert back.dtype == np.float32 and back[:2].tolist() == [0.25, -1.5]
+    assert np.isnan(back[2:4]).all()
 
 
 def test_an_answer_that_is_no_number_is_an_error_of_its_own_request():

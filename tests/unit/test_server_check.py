@@ -17,7 +17,7 @@ import server.__main__ as command_line
 import server.check
 from calibration.running import open_session, run_session
 from export.repository import assemble
-from routing import PROBE_ID, Calibration, CascadeRequest, run_cascade
+from routing import PROBE_ID, Calibration, CascadeRequest, answered_score, run_cascade
 from routing.policy import parse_overrides
 from routing.reference import COMPARING, OTHER, VERDICTS
 from server.access import Access
@@ -82,6 +82,7 @@ class FakeTriton:
             lambda rows: run_session(self.sessions["vit_high"], rows, layers=False),
         )
         found = self.change({name: getattr(answer, name) for name in vars(answer)})
+        found["score"] = answered_score(found["score"])
         columns = {name: found[name][:, None] for name in ("escalated", "score", "degraded")}
         return SimpleNamespace(as_numpy=lambda name: {**found, **columns}[name])
 

@@ -2,7 +2,9 @@
 
 import errno
 import io
+import json
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -17,6 +19,7 @@ from export.repository import assemble
 from export.versions import add_version
 from server.access import Access
 from server.errors import ServerUsageError
+from server.launcher import TritonServer
 from server.probe import Finding
 from server.rollout import RolloutError, RolloutInterruptedError
 from tests.unit.test_export_repository import write_inputs
@@ -239,3 +242,45 @@ def test_a_bad_option_is_one_line(
     assert command_line.main([verb, *options.split()]) == 2
     out, err = capsys.readouterr()
     assert out == "" and message in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize(
+    ("host", "name", "grpc_host"),
+    [
+        ("127.0.0.1", None, "127.0.0.1"),
+        ("0.0.0.0", None, "10.0.0.7"),
+        ("0.0.0.0", "vit.example", "vit.example"),  # which its certificate holds
+        ("0.0.0.0", "check.example", "10.0.0.7"),  # of *.example
+        ("::", None, "[fd00::7]"),
+        ("10.0.0.1", "vit.example", "10.0.0.1"),
+    ],
+)
+def test_addresses_are_told_as_others_can_call_them(
+    as_json: bool,
+    host: str,
+    name: str | None,
+    grpc_host: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    server = TritonServer(tmp_path, host=host)
+    server._access = Access("", name=name)
+    monkeypatch.setattr(TritonServer, "pid", 7)
+    way_out = {"AF_INET": "10.0.0.7", "AF_INET6": "fd00::7"}
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: None)
+    monkeypatch.setattr(socket.socket, "getsockname", lambda way: (way_out[way.family.name], 1))
+    command_line._report(server, as_json)
+    shown = capsys.readouterr().out
+    http_host = {"0.0.0.0": "10.0.0.7", "::": "[fd00::7]"}.get(host, host)
+    if as_json:
+        facts = json.loads(shown)
+        assert facts["grpc_url"] == f"{grpc_host}:8001"
+        assert facts["http_url"] == f"{http_host}:8000"
+        assert facts["metrics_url"] == f"http://{http_host}:8002/metrics"
+    else:
+        lines = [f"  HTTP     {http_host}:8000", f"  gRPC     {grpc_host}:8001"]
+        assert set(lines) < set(shown.splitlines())
+    here = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
+    assert server.access.url == f"{here}:8001"  # of our own calls

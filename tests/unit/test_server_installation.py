@@ -12,6 +12,7 @@ import pytest
 from server import Installation, ServerUsageError, Wheel, find_wheel, installation
 from server.installation import RUNNING_PYTHON, STAND_IN, find_installation
 from server.ports import Addresses, Ports
+from tests.servers import skip_stand_ins
 
 PYTHON = ("python/libtriton_python.so", "python/triton_python_backend_stub")
 ONNXRUNTIME = "onnxruntime/libtriton_onnxruntime.so"
@@ -55,6 +56,36 @@ def native(tmp_path: Path, *files: str) -> Path:
     for file in files:
         write(tmp_path / "backends" / file, STUB if file.endswith("stub") else b"native")
     return write(tmp_path / "bin" / "tritonserver", b"#!/bin/sh\n", 0o755)
+
+
+# --- what the tests of a server ask -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("files", "skipped"),
+    [((*PYTHON, ONNXRUNTIME), ["its"]), ((ONNXRUNTIME,), ["its"]), (PYTHON, []), (None, [])],
+)
+def test_tests_of_the_stand_in_are_skipped_where_the_cpp_backend_runs(
+    tmp_path: Path, find: Find, files: tuple[str, ...] | None, skipped: list[str]
+):
+    if files is not None:
+        native(tmp_path, *files)
+    items = [FakeTest("its", ["stand_in"]), FakeTest("another", ["alone"])]
+    skip_stand_ins(items)  # type: ignore[arg-type]
+    assert [item.name for item in items if "skip" in item.marks] == skipped
+
+
+class FakeTest:
+    """What is asked of a pytest item."""
+
+    def __init__(self, name: str, marks: list[str]) -> None:
+        self.name, self.marks = name, marks
+
+    def get_closest_marker(self, name: str) -> bool:
+        return name in self.marks
+
+    def add_marker(self, mark: pytest.MarkDecorator) -> None:
+        self.marks.append(mark.name)
 
 
 # --- found -------------------------------------------------------------------------------------
@@ -113,6 +144,7 @@ def test_a_server_gets_the_backends_that_it_has_not(
     libraries = (wheel.libraries,) if python == WHEELS else ()
     found = find() if has_wheel else find(wheel=None)
     assert found == Installation(binary, backends, libraries, stub_python)
+    assert found.has_stand_in is (onnxruntime == STAND_IN_S)
     assert (tmp_path / "out").exists() is not is_complete
     # Triton refuses a python-based backend whose library resolves to another directory.
     library = backends / "python/libtriton_python.so"

@@ -11,15 +11,23 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tritonclient.utils import InferenceServerException
 
 from bundle import manifest
 from routing.reference import COMPARING, OTHER, VERDICTS
-from server import ServerStartError, ServerUsageError, TritonServer, access, launcher
+from server import (
+    ServerError,
+    ServerStartError,
+    ServerUsageError,
+    TritonServer,
+    access,
+    launcher,
+)
 from server.launcher import models_in
-from tests.unit.server_fakes import Verdicts
+from tests.unit.server_fakes import FakeClock, Verdicts
 
 # --- a model that fails ------------------------------------------------------------------------
 
@@ -233,3 +241,36 @@ def test_only_new_bytecode_is_removed(tmp_path: Path):
     assert new.is_dir()
     server.stop()
     assert old.is_dir() and not new.exists() and new.parent.is_dir()
+
+
+def test_what_would_not_stop_can_be_told_again(tmp_path: Path):
+    told: list[float] = []
+
+    def stop(patience_s: float) -> None:
+        told.append(patience_s)
+        if len(told) == 1:
+            raise ServerError("processes of the server cannot be killed: 7")
+
+    server = TritonServer(tmp_path)
+    server._process = SimpleNamespace(stop=stop)
+    with pytest.raises(ServerError, match="cannot be killed: 7"):
+        server.stop(1.0)
+    server.stop(2.0)
+    server.stop(3.0)
+    assert told == [1.0, 2.0]
+
+
+def test_a_pause_is_no_part_of_the_time_that_is_waited(monkeypatch: pytest.MonkeyPatch):
+    clock = FakeClock()
+    monkeypatch.setattr(access, "time", SimpleNamespace(monotonic=clock, sleep=clock.sleep))
+
+    def once(seconds: float) -> None:
+        clock.now += 3600.0 if len(clock.slept) == 1 else 0.0
+
+    clock.each = once
+    comparing = InferenceServerException(COMPARING)
+    server = Verdicts(comparing, comparing, comparing, None)
+    access.wait_out(server.infer, 1, 5.0)
+    assert server.asked == 4
+    with pytest.raises(InferenceServerException):
+        access.wait_out(Verdicts(comparing).infer, 1, 5.0)

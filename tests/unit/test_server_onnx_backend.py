@@ -73,7 +73,7 @@ def backend(triton: FakeTriton, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mod
     monkeypatch.syspath_prepend(str(STAND_IN))
     module = importlib.import_module("model")
     # The real one would watch over this process, and end it after a pause.
-    monkeypatch.setattr(module, "StallGuard", lambda: SimpleNamespace(check=lambda: None))
+    monkeypatch.setattr(module, "StallGuard", lambda: SimpleNamespace(begin=lambda: None))
     yield module
     for name in BARE:
         del sys.modules[name]

@@ -6,7 +6,15 @@ from collections.abc import Iterator
 import pytest
 
 from server import ServerUsageError
-from server.ports import Addresses, Ports, check_ports, pick_free_ports
+from server.ports import (
+    Addresses,
+    Ports,
+    check_ports,
+    is_wildcard,
+    pick_free_ports,
+    public_url,
+    url,
+)
 
 HOST = "127.0.0.1"
 
@@ -74,3 +82,29 @@ def test_equal_ports_are_refused():
 def test_an_address_of_somebody_else_is_refused():
     with pytest.raises(ServerUsageError, match=r"no free port on 192\.0\.2\.1"):
         pick_free_ports("192.0.2.1")  # TEST-NET-1, never a local address.
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "::", "0:0:0:0:0:0:0:0"])
+def test_a_wildcard_address_is_told_as_one_to_call(address: str):
+    here, elsewhere = url(address, 8001), public_url(address, 8001)
+    assert here == ("[::1]:8001" if ":" in address else "127.0.0.1:8001")
+    host, _, port = elsewhere.rpartition(":")
+    assert port == "8001" and not is_wildcard(host.strip("[]"))
+    # It is this machine's: what binds it is called there.
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as listener:
+        listener.bind((host.strip("[]"), 0))
+
+
+def test_where_no_way_leads_out_loopback_is_told(monkeypatch: pytest.MonkeyPatch):
+    def no_way(*_: object) -> None:
+        raise OSError(101, "Network is unreachable")
+
+    monkeypatch.setattr(socket.socket, "connect", no_way)
+    assert public_url("0.0.0.0", 8001) == "127.0.0.1:8001"
+    assert public_url("::", 8001) == "[::1]:8001"
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1", "10.0.0.1", "vit.example"])
+def test_any_other_address_is_told_as_it_is(address: str):
+    assert public_url(address, 8001) == url(address, 8001)

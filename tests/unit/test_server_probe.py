@@ -181,6 +181,20 @@ def test_a_pause_of_the_whole_machine_voids_a_look(duty: Duty):
     assert duty.look() == "" and duty.warnings == []
 
 
+def test_the_time_of_a_pause_is_no_models_silence(duty: Duty):
+    duty.reply(None)
+    duty.work = dict.fromkeys(MODELS, 0.05)  # At work before and after.
+    pauses = [3600.0]
+
+    def paused(seconds: float) -> None:
+        duty._pass(seconds)
+        if pauses:
+            duty.clock.now += pauses.pop()
+
+    duty.clock.each = paused
+    assert duty.look() == ""
+
+
 def test_what_a_void_look_has_seen_is_told_by_the_one_that_counts(duty: Duty):
     """The memory has it by then, so the look after it would not say it again."""
     duty.server.absent = {"vit_high": "UNAVAILABLE (unloaded)"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 
+import psutil
 import pytest
 
 from server.errors import ServerError, ServerStartError, ServerUsageError
@@ -24,7 +25,7 @@ class Drill:
         max_restarts: int = 5,
         stop_error: Exception | None = None,
     ) -> None:
-        self.stop_error = stop_error
+        self.stop_errors = [] if stop_error is None else [stop_error]
         self.clock = FakeClock()
         self.said: list[str] = []
         self.diary: list[str] = []
@@ -47,7 +48,7 @@ class Drill:
         answers_s = self._plan.pop(0)
         error = answers_s if isinstance(answers_s, Exception) else None
         self._fails_at = None if error else self.clock() + answers_s
-        return FakeServer(self.diary, ports, error, self.stop_error)
+        return FakeServer(self.diary, ports, error, self.stop_errors)
 
     def _look(self, server: FakeServer, memory: Memory) -> Finding:
         assert server.runs and self.diary[-1] == "start"
@@ -66,6 +67,14 @@ class Drill:
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
 BROKEN = ServerStartError("calibration.json is broken", log_tail="E1")
 STUCK = ServerError("processes of the server cannot be killed: 7")
+TROUBLES = {
+    NO_SPACE: str(NO_SPACE),
+    STUCK: str(STUCK),
+    ServerUsageError("the port is taken"): "the port is taken",
+    RuntimeError("can't start new thread"): "RuntimeError: can't start new thread",
+    MemoryError(): "MemoryError: ",
+    psutil.NoSuchProcess(7): "NoSuchProcess: process no longer exists (pid=7)",
+}
 
 
 @pytest.mark.parametrize(
@@ -83,15 +92,9 @@ STUCK = ServerError("processes of the server cannot be killed: 7")
                 [0.0, trouble, 0.0],
                 {"max_restarts": 2},
                 [0, 1],
-                f"failure: restart 1 of 2 did not come up: {trouble}",
+                f"failure: restart 1 of 2 did not come up: {said}",
             )
-            for trouble in (NO_SPACE, ServerError("x"), ServerUsageError("the port is taken"))
-        ),
-        (
-            [0.0, 0.0],
-            {"max_restarts": 1, "stop_error": STUCK},
-            [0],
-            f"not all of it could be stopped: {STUCK}",
+            for trouble, said in TROUBLES.items()
         ),
     ],
 )
@@ -105,6 +108,76 @@ def test_one_server_after_another_runs_on_the_ports_of_the_first_until_it_gives_
     assert drill.diary == ["start", "stop"] * len(servers) and not drill.supervisor.server.runs
     assert drill.ports == [PORTS] * len(servers)
     assert f"gave up after {options['max_restarts']} restarts without 60 s of health" in str(error)
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_a_server_that_cannot_be_made_is_a_failed_restart(trouble: Exception):
+    drill = Drill(0.0, 0.0, max_restarts=2)
+    make, troubles = drill.supervisor._make_server, [trouble]
+
+    def make_server(ports: Ports) -> FakeServer:
+        if troubles:
+            raise troubles.pop()
+        return make(ports)
+
+    drill.supervisor._make_server = make_server
+    drill.run_until_it_gives_up()
+    assert f"failure: restart 1 of 2 did not come up: {TROUBLES[trouble]}" in drill.said
+    assert drill.delays == [0, 1] and drill.diary.count("start") == 2
+
+
+@pytest.mark.parametrize("where", ["look", "process_ids"])
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_a_look_that_cannot_be_taken_is_told_and_a_failure_where_that_lasts(
+    trouble: Exception, where: str
+):
+    drill = Drill(100.0, 0.0, max_restarts=1)
+    look, asked = drill.supervisor._look, []
+
+    def blind(*arguments: object) -> Finding:
+        asked.append(drill.clock.now)
+        if drill.clock.now < 1006 or drill.clock.now >= 1020:
+            raise trouble
+        return look(*arguments) if where == "look" else [1]
+
+    target = drill.supervisor if where == "look" else drill.supervisor.server
+    setattr(target, "_look" if where == "look" else where, blind)
+    drill.run_until_it_gives_up()
+    told = f"it cannot be looked at: {TROUBLES[trouble]}"
+    first = drill.said.index(f"failure: {told}")
+    assert drill.said[:first] == [f"warning: {told}"] * (3 + 5)
+    assert drill.clock.now < 1060
+
+
+@pytest.mark.parametrize("trouble", [NO_SPACE, ValueError("I/O operation on closed file")])
+def test_what_cannot_be_said_is_done_all_the_same(trouble: Exception):
+    drill = Drill(0.0, 0.0, max_restarts=1)
+
+    def say(line: str) -> None:
+        raise trouble
+
+    drill.supervisor._say = say
+    drill.run_until_it_gives_up()
+    assert drill.diary == ["start", "stop"] * 2
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_a_server_that_would_not_stop_is_told_again_before_each_restart(trouble: Exception):
+    drill = Drill(0.0, 0.0, 0.0, max_restarts=2, stop_error=trouble)
+    error = drill.run_until_it_gives_up()
+    assert drill.said.count(f"not all of it could be stopped: {TROUBLES[trouble]}") == 3
+    assert drill.diary[:3] == ["start", "stop", "start"] and drill.delays == [0, 1]
+    assert f"health between them, and {TROUBLES[trouble]}; the last failure" in str(error)
+    drill.supervisor.stop()  # It has been said.
+    drill.stop_errors.clear()
+    drill.supervisor.stop()
+    assert drill.supervisor._unstopped == set()
+
+
+def test_a_server_that_would_not_stop_at_the_end_is_an_error_of_one_line():
+    drill = Drill(0.0, stop_error=NO_SPACE)
+    with pytest.raises(ServerError, match="No space left"):
+        drill.supervisor.stop()
 
 
 def test_every_event_is_said_in_its_order():
@@ -128,6 +201,40 @@ def test_a_minute_of_failing_starts_is_no_healthy_minute():
     drill = Drill(0.0, *[ServerStartError("not ready")] * 3, max_restarts=3)
     drill.supervisor._sleep = lambda seconds: drill.clock.sleep(seconds + 100)
     assert "after 3 restarts" in str(drill.run_until_it_gives_up())
+
+
+def test_a_server_that_takes_long_to_answer_is_left_alone_for_longer():
+    drill = Drill(200.0, 0.0, max_restarts=0)
+    looks_s = [0.1, 5.0, 60.0]
+    began: list[float] = []
+
+    def slow(server: FakeServer, memory: Memory) -> Finding:
+        began.append(drill.clock.now)
+        drill.clock.now += looks_s.pop(0) if looks_s else 0.0
+        return Finding("" if looks_s else "gone")
+
+    drill.supervisor._look = slow
+    drill.run_until_it_gives_up()
+    first, second, third = began
+    assert second - first == pytest.approx(0.1 + 2, abs=0.3)
+    assert third - second == pytest.approx(5 + 20, abs=0.3)
+
+
+def test_the_time_of_a_pause_between_two_looks_is_no_models_silence():
+    drill = Drill(200.0, max_restarts=0)
+    seen: list[dict[str, float]] = []
+
+    def look(server: FakeServer, memory: Memory) -> Finding:
+        seen.append(dict(memory.answered_at))
+        memory.answered_at["vit_high"] = drill.clock.now
+        return Finding("gone" if len(seen) == 4 else "")
+
+    def paused(seconds: float) -> None:
+        drill.clock.now += 60.0 if len(seen) == 2 else 0.0
+
+    drill.supervisor._look, drill.clock.each = look, paused
+    drill.run_until_it_gives_up()
+    assert [bool(answered) for answered in seen] == [False, True, False, True]
 
 
 def test_it_looks_at_once_where_a_process_has_ended():

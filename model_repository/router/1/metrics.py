@@ -110,9 +110,11 @@ class Metrics:
             self._counts[_key(name, labels)] += amount  # type: ignore[assignment]
 
     def observe(self, name: str, values: Iterable[float], **labels: str) -> None:
-        """Add values to a histogram."""
-        with self._lock:
-            self._values[_key(name, labels)].extend(values)
+        """Add values to a histogram, where the server has histograms."""
+        key = _key(name, labels)
+        if key in self._metrics:
+            with self._lock:
+                self._values[key].extend(values)
 
     def set(self, name: str, value: float) -> None:
         """Set a gauge."""
@@ -195,11 +197,15 @@ class Metrics:
         text = "Requests that may wait for the router; more are refused."
         self._add("queue_limit", text, gauge, {}).set(queue_limit)
         self._add("images_in_flight", "Images that the router is working on.", gauge, {})
+        # Hashes of files, so that `sha256sum` in the repository shows the same.
+        low, high = calibration.rungs["vit_low"], calibration.rungs["vit_high"]
+        shared = low.weights_sha256 or high.weights_sha256 or ""  # there is one such file, or none
         identity = {
             "artifact": artifact[:_HASH_LENGTH],
             "signal": calibration.signal,
-            "low": calibration.rungs["vit_low"].fingerprint[:_HASH_LENGTH],
-            "high": calibration.rungs["vit_high"].fingerprint[:_HASH_LENGTH],
+            "low": low.sha256[:_HASH_LENGTH],
+            "high": high.sha256[:_HASH_LENGTH],
+            "weights": shared[:_HASH_LENGTH],
         }
         self._add("router_info", "1, with what is served as labels.", gauge, identity).set(1)
         text = "1 for how the answers compare with the calibration's; all 0: not compared."
@@ -221,7 +227,13 @@ class Metrics:
             self._add("certified_risk", text, gauge, {}).set(certificate["epsilon"])
 
     def _add_histograms(self, calibration: Calibration) -> None:
-        histogram = pb_utils.MetricFamily.HISTOGRAM
+        histogram = getattr(pb_utils.MetricFamily, "HISTOGRAM", None)
+        if histogram is None:
+            pb_utils.Logger.log_warn(
+                "router: this Triton is too old for histograms: request_duration_seconds and score "
+                "are left out of the metrics"
+            )
+            return
         for path in ("low", "high"):
             self._add(
                 "request_duration_seconds",

@@ -1,7 +1,8 @@
 """Triton adapter around `routing`: only translates tensors; every decision is made in `routing`.
 
 Input `image` FP32 [B, 3, H, W]. Outputs `embedding` FP32 [B, D], `logits` FP32 [B, C] (models with
-a head), `escalated` BOOL [B, 1], `score` FP32 [B, 1], `degraded` BOOL [B, 1].
+a head), `escalated` BOOL [B, 1], `score` FP32 [B, 1] (`routing.UNSCORED` where there is none),
+`degraded` BOOL [B, 1]; all numbers finite.
 Request parameters: `policy` (auto, low, high) and `threshold` (a float in oracle units, or its
 text), as far as config.pbtxt lets clients go. Requests with the id `routing.PROBE_ID` are in no
 audit and no figure about images.
@@ -29,6 +30,7 @@ from .routing import (
     GoneError,
     RequestError,
     RungError,
+    answered_score,
     manifest,
     parse_overrides,
     run_cascade,
@@ -283,7 +285,11 @@ def _response(result):
     tensors = [pb_utils.Tensor("embedding", result.embedding)]
     if result.logits is not None:
         tensors.append(pb_utils.Tensor("logits", result.logits))
-    for name in ("escalated", "score", "degraded"):
-        column = getattr(result, name)[:, np.newaxis]  # (b, 1)
-        tensors.append(pb_utils.Tensor(name, column))
+    columns = {
+        "escalated": result.escalated,
+        "score": answered_score(result.score),
+        "degraded": result.degraded,
+    }
+    for name, column in columns.items():
+        tensors.append(pb_utils.Tensor(name, column[:, np.newaxis]))  # (b, 1)
     return pb_utils.InferenceResponse(tensors)

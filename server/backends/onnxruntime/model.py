@@ -54,6 +54,7 @@ class TritonPythonModel:
 
         Requests that cannot run together run alone, so that each gets its own answer or error.
         """
+        self._guard.begin()
         answers = None
         if len(requests) > 1:
             try:
