@@ -40,6 +40,7 @@ class Alignment:
         cross_fitted: FP32 (n, D), the embedding that each of them gets by a map that was fitted
             without it and without the images of its group: what the aligned graph is worth on
             images that it has not learned is said by these.
+        layer_dim: W, width of the CLS tokens; None: D.
     """
 
     weights: NDArray[np.float32]
@@ -50,11 +51,12 @@ class Alignment:
     image_prints: str
     image_hashes: NDArray[np.str_]
     cross_fitted: NDArray[np.float32]
+    layer_dim: int | None = None
 
     @property
     def layers(self) -> int:
         """How many CLS tokens it reads besides the embedding."""
-        return len(self.weights) // len(self.bias) - 1
+        return (len(self.weights) - len(self.bias)) // (self.layer_dim or len(self.bias))
 
     def embedding(self, outputs: RungOutputs) -> NDArray[np.float32]:
         """The aligned embeddings of B images, FP32 (B, D)."""
@@ -65,7 +67,8 @@ class Alignment:
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_name(f".{path.name}")
         with fresh.open("wb") as file:
-            np.savez(file, **{name: getattr(self, name) for name in self.__dataclass_fields__})
+            fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+            np.savez(file, **{name: value for name, value in fields.items() if value is not None})
         os.replace(fresh, path)
 
     @classmethod
@@ -78,11 +81,13 @@ class Alignment:
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays: dict[str, Any] = dict(file)
-            fields = {name: arrays[name] for name in cls.__dataclass_fields__}
+            layer_dim = int(arrays.pop("layer_dim")) if "layer_dim" in arrays else None
+            names = [name for name in cls.__dataclass_fields__ if name != "layer_dim"]
+            fields = {name: arrays[name] for name in names}
             texts = {name: str(value) for name, value in fields.items() if value.shape == ()}
-            alignment = cls(**{**fields, **texts})
+            alignment = cls(**{**fields, **texts}, layer_dim=layer_dim)
             inputs, width = alignment.weights.shape
-            if inputs % width or alignment.bias.shape != (width,):
+            if (inputs - width) % (layer_dim or width) or alignment.bias.shape != (width,):
                 raise ValueError(f"weights of {inputs, width}, a bias of {alignment.bias.shape}")
             if alignment.cross_fitted.shape != (len(alignment.image_hashes), width):
                 raise ValueError(f"cross-fitted embeddings of {alignment.cross_fitted.shape}")
@@ -97,7 +102,7 @@ def tokens(outputs: RungOutputs) -> NDArray[np.float32]:
     """What an alignment reads: the embedding and the CLS tokens of the last blocks but one.
 
     Returns:
-        FP32 (B, F), F = (1 + K) D with K = min(`LAYERS`, L).
+        FP32 (B, F), F = D + K W with K = min(`LAYERS`, L), W the width of the CLS tokens.
     """
     if outputs.cls_layers is None:
         raise ValueError("an alignment reads cls_layers")

@@ -122,6 +122,7 @@ class GraphSet:
         fitted_on: prints of the images that a head was fitted on, which is in every graph.
         release: of this project that exported them; None: not known.
         about: where the model comes from and how it was exported, for people to read.
+        layer_dim: width of `cls_layers`; None: D, as of every model without a projection.
     """
 
     backbone: str
@@ -137,6 +138,7 @@ class GraphSet:
     fitted_on: str = ""
     release: str | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
+    layer_dim: int | None = None
 
     def __post_init__(self) -> None:
         """Fill the task where it was not said.
@@ -255,6 +257,7 @@ class GraphSet:
                 labels=tuple(content["labels"]) if content["labels"] else None,
                 graphs={n: _graph(n, folder, entry) for n, entry in content["graphs"].items()},
                 roles=dict(content["roles"]),
+                layer_dim=content.get("layer_dim"),
                 about={name: content.get(name) for name in _ABOUT if name in content},
                 **{name: content[name] for name in _PLAIN},
             )
@@ -342,6 +345,7 @@ class GraphSet:
             **{name: getattr(self, name) for name in _PLAIN},
             "image": {"shape": list(self.image_shape)},
             "labels": list(self.labels) if self.labels else None,
+            **({} if self.layer_dim is None else {"layer_dim": self.layer_dim}),
             **self.about,
             "roles": dict(self.roles),
             "graphs": {

@@ -13,6 +13,10 @@ from onnx import numpy_helper
 from onnx.external_data_helper import ExternalDataInfo
 
 LOGITS = "logits"
+EMBEDDING = "embedding"
+# What ends a mean over tokens. A head that reads one reads no embedding, unless that is the mean.
+_MEANS = ("ReduceMean", "ReduceSum", "Div")
+_PASSED = ("Cast", "Gather", "Reshape", "Slice", "Squeeze")
 
 
 @dataclass(frozen=True)
@@ -23,10 +27,12 @@ class Head:
         nodes: a product with constant weights, then what adds its bias and casts; the last one
             makes `logits`. A graph in int8 sets the bias apart, one in FP16 ends in a Cast.
         constants: the graph's, by name.
+        reads_mean: whether the product reads a mean over tokens that is not the embedding.
     """
 
     nodes: tuple[onnx.NodeProto, ...]
     constants: Mapping[str, onnx.TensorProto]
+    reads_mean: bool
 
     @property
     def weights(self) -> onnx.TensorProto:
@@ -42,6 +48,14 @@ class Head:
     def width(self) -> int:
         """D: of how many numbers each logit is a sum."""
         return int(self.weights.dims[1 if self.transposed else 0])
+
+    def follows(self, width: int) -> bool:
+        """Whether it is linear on the embedding, of so many numbers.
+
+        The exporter may compute what the head reads once more, so its name does not tell. Of
+        another width, it reads other tokens too.
+        """
+        return self.width == width and not self.reads_mean
 
     @property
     def offsets(self) -> list[onnx.TensorProto]:
@@ -66,7 +80,13 @@ def find_head(graph: onnx.GraphProto) -> Head | None:
     product = nodes[0]
     if product.op_type not in ("Gemm", "MatMul") or not set(product.input[1:]) <= set(constants):
         return None
-    return Head(tuple(nodes), constants)
+    return Head(tuple(nodes), constants, _is_mean(product.input[0], makers))
+
+
+def _is_mean(name: str, makers: Mapping[str, onnx.NodeProto]) -> bool:
+    while name != EMBEDDING and name in makers and makers[name].op_type in _PASSED:
+        name = makers[name].input[0]
+    return name != EMBEDDING and name in makers and makers[name].op_type in _MEANS
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,9 +106,9 @@ class LinearHead:
         """The head of a graph; None where it has none, or one that is not linear on the CLS."""
         graph = onnx.load(file, load_external_data=False).graph
         head = find_head(graph)
-        embedding = {output.name: output for output in graph.output}["embedding"]
+        embedding = {output.name: output for output in graph.output}[EMBEDDING]
         width = embedding.type.tensor_type.shape.dim[1].dim_value
-        if head is None or head.width != width:  # of another width, it reads other tokens too
+        if head is None or not head.follows(width):
             return None
         weights = _array(head.weights, file)
         weights = weights.T if head.transposed else weights

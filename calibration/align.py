@@ -120,8 +120,16 @@ def fit_alignment(
         image_prints=encode(sample.hashes, sample.looks),
         image_hashes=np.array(sample.hashes),
         cross_fitted=embedding,
+        layer_dim=_other_width(sample.low),
     )
     return Aligned(alignment, growth)
+
+
+def _other_width(low: RungOutputs) -> int | None:
+    """Width of the CLS tokens where it is another than the embedding's."""
+    assert low.cls_layers is not None
+    width = low.cls_layers.shape[2]
+    return None if width == low.embedding.shape[1] else width
 
 
 class _Ridges:

@@ -193,6 +193,7 @@ def fit(
         preprocessing_sha256=graph_set.preprocessing_sha256(),
         imaging_sha256=outputs.made.imaging_sha256,
         embedding_dim=graph_set.embedding_dim,
+        layer_dim=graph_set.layer_dim,
         layers=graph_set.low_layers,
         classes=graph_set.classes,
         signal=name,

@@ -146,7 +146,8 @@ class ServedRungs:
             "embedding": ("FP32", [graph_set.embedding_dim]),
         }
         if name == LOW:
-            expected["cls_layers"] = ("FP32", [graph_set.low_layers + 1, graph_set.embedding_dim])
+            width = graph_set.layer_dim or graph_set.embedding_dim
+            expected["cls_layers"] = ("FP32", [graph_set.low_layers + 1, width])
         if graph_set.classes is not None or "logits" in found:
             expected["logits"] = ("FP32", [graph_set.classes or 0])
         for tensor, (datatype, shape) in expected.items():

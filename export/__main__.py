@@ -18,7 +18,7 @@ from bundle.versions import drop as drop_version
 from export.errors import ExportError, UsageError
 from export.repository import RepositoryError
 from export.repository_command import repository_command
-from export.request import DEFAULT_ATOL, DEFAULT_OPSET, DEFAULT_RTOL, GraphsRequest
+from export.request import DEFAULT_ATOL, DEFAULT_OPSET, DEFAULT_RTOL, GraphsRequest, Texts
 from report.terminal import Bars, run, table
 from routing import WEIGHTS, CalibrationError, ManifestError
 
@@ -49,8 +49,9 @@ def rungs(
         str,
         typer.Option(
             metavar="NAME|PATH|ID",
-            help="static-vit, dinov2-small, a directory that save_pretrained wrote, or a hub id "
-            "of a ViT, DeiT or DINOv2; timm:NAME with --checkpoint.",
+            help="static-vit, dinov2-small, or a directory that save_pretrained wrote or a hub id: "
+            "of ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP, BEiT and their kin (see README); "
+            "timm:NAME with --checkpoint.",
         ),
     ],
     checkpoint: Annotated[
@@ -83,6 +84,19 @@ def rungs(
         Path | None,
         typer.Option(help="Images that int8=static learns ranges from (default: --images)."),
     ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT|FILE",
+            help='Zero-shot head of CLIP or SigLIP: labels as "cat,dog", or a file, one a line.',
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT", help='Sentence around a label (default: as "a photo of a {}.").'
+        ),
+    ] = None,
     task: Annotated[
         Literal["classes", "labels", "value"] | None,
         typer.Option(
@@ -105,6 +119,11 @@ def rungs(
     """
     if (head is None) != (images is None):
         raise UsageError("--head linear and --images DIR go together")
+    if head is not None and labels is not None:
+        raise UsageError("--head linear and --labels are two heads; give one")
+    if prompt is not None and labels is None:
+        raise UsageError("--prompt is the sentence around --labels; give those, too")
+    texts = None if labels is None else Texts.read(labels, prompt)
     if checkpoint is not None and not model.startswith("timm:"):
         raise UsageError("--checkpoint FILE goes with --model timm:NAME, which says what it is")
     recipes = [None if text is None else Recipe.parse(text) for text in (low, high)]
@@ -126,7 +145,8 @@ def rungs(
 
     bars = Bars(Console(stderr=True))
     bars.say(f"load {model}")
-    graphs = export_graphs(load_backbone(model, checkpoint=checkpoint), request, bars)
+    backbone = load_backbone(model, texts, checkpoint=checkpoint)
+    graphs = export_graphs(backbone, request, bars)
     if as_json:
         typer.echo(json.dumps(graphs.to_dict(), indent=2, ensure_ascii=False))
     else:

@@ -105,7 +105,7 @@ def bake_alignment(model: onnx.ModelProto, alignment: Alignment) -> onnx.ModelPr
 def _take_head(graph: onnx.GraphProto, width: int) -> list[onnx.NodeProto]:
     """Remove the nodes that make the logits, a linear layer, and return them on `embedding`."""
     found = find_head(graph)
-    if found is None or found.width != width:
+    if found is None or not found.follows(width):
         raise UsageError("align needs a linear head on the CLS token; this model's head is another")
     head = []
     for node in found.nodes:

@@ -1,26 +1,23 @@
 """What every backbone offers, and the torch module of one rung of it.
 
-A backbone is a `transformers` ViT, DeiT or DINOv2. Per-layer CLS tokens are the library's own
-`hidden_states` and logits its own head's, so nothing of a model's forward is copied here; only
-`tome` runs the library's weights by a forward of our own.
+A backbone is a `transformers` model of a family in `export.families`. Per-layer CLS tokens are the
+library's own `hidden_states` and logits its own head's, so nothing of a model's forward is copied
+here; only `tome` runs the library's weights by a forward of our own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    DeiTForImageClassification,
-    PreTrainedModel,
-    ViTForImageClassification,
-)
+from transformers import PreTrainedModel
 
 from bundle.recipe import Recipe
 from export.errors import UsageError
+from export.families import Family, family_of, has_head, tower
 from export.recipes.smaller import bake_positions, downsample, first_blocks
 from export.recipes.token_merging import MergingVit
 from imaging import Preprocessing
@@ -29,9 +26,6 @@ from routing import default_task
 # The attention matrix of 4,096 patches (64 x 64) takes 3 GB at batch 8 and 6 heads, the largest
 # batch of the parity check.
 MAX_PATCHES = 64 * 64
-# Their head is one linear layer on the final CLS token. Dinov2ForImageClassification's also reads
-# the mean of the patch tokens, DeiTForImageClassificationWithTeacher is two heads on two tokens.
-_CLS_HEADS = (DeiTForImageClassification, ViTForImageClassification)
 
 
 @dataclass(frozen=True)
@@ -46,10 +40,12 @@ class Backbone:
         labels: one per class, or None.
         default_px: (low, high) used when the user gives none.
         preprocessing: from a resolution in pixels to the preprocessing the model was trained with.
-        probe: a linear head fitted here, on the final CLS embedding; it takes the place of the
-            model's own head.
-        own_task: what the model's own head answers, see `routing.TASKS`; None: its default.
+        probe: a linear head fitted here, on the embedding, or made of texts; it takes the place of
+            the model's own head.
+        own_task: what the head answers, see `routing.TASKS`; None: its default.
         notices: what the user should know about how the model was read.
+        texts: how `probe` was made of texts, ready for JSON; embeddings then have length 1. None:
+            it was not.
     """
 
     name: str
@@ -61,26 +57,38 @@ class Backbone:
     probe: nn.Linear | None = None
     own_task: str | None = None
     notices: tuple[str, ...] = ()
+    texts: Mapping[str, Any] | None = None
+
+    @property
+    def family(self) -> Family:
+        """What is particular about the model's family."""
+        return family_of(self.model)
 
     @property
     def patch_size(self) -> int:
         """Side of a patch, in pixels."""
-        return int(self.model.config.patch_size)
+        return int(tower(self.model).config.patch_size)
 
     @property
     def embedding_dim(self) -> int:
-        """D, the width of the model."""
-        return int(self.model.config.hidden_size)
+        """D, the width of the model, or of what it projects to."""
+        projection = getattr(self.model, "visual_projection", None)
+        return self.layer_dim if projection is None else int(projection.out_features)
+
+    @property
+    def layer_dim(self) -> int:
+        """The width of the model."""
+        return int(tower(self.model).config.hidden_size)
 
     @property
     def layers(self) -> int:
         """L, the number of transformer blocks."""
-        return int(self.model.config.num_hidden_layers)
+        return int(tower(self.model).config.num_hidden_layers)
 
     @property
     def has_own_head(self) -> bool:
         """Whether the model itself answers with logits."""
-        return self.model.base_model is not self.model
+        return has_head(self.model)
 
     @property
     def classes(self) -> int | None:
@@ -92,17 +100,17 @@ class Backbone:
     @property
     def task(self) -> str | None:
         """What the logits mean, one of `routing.TASKS`; None without a head."""
-        if self.probe is not None:
-            return "classes"
-        return None if self.classes is None else self.own_task or default_task(self.classes)
+        if self.classes is None:
+            return None
+        return self.own_task or ("classes" if self.probe else default_task(self.classes))
 
     def answering(self, task: str) -> Backbone:
         """The same backbone, its own head taken to answer another task.
 
         Raises:
-            UsageError: without a head of its own, or one output as classes.
+            UsageError: without a head of its own or of texts, or one output as classes.
         """
-        if self.probe is not None or self.classes is None:
+        if self.classes is None or (self.probe is not None and self.texts is None):
             raise UsageError(f"--task {task} is about the model's own head, and it has none")
         if task == "classes" and self.classes == 1:
             raise UsageError("--task classes: one output names no class; give labels or value")
@@ -113,7 +121,7 @@ class Backbone:
         layers = self.layers if recipe is None or recipe.depth is None else recipe.depth
         shapes: dict[str, tuple[int, ...]] = {
             "embedding": (self.embedding_dim,),
-            "cls_layers": (layers + 1, self.embedding_dim),
+            "cls_layers": (layers + 1, self.layer_dim),
         }
         if self.classes is not None:
             shapes["logits"] = (self.classes,)
@@ -121,7 +129,8 @@ class Backbone:
 
     def with_probe(self, probe: nn.Linear, labels: tuple[str, ...]) -> Backbone:
         """The same backbone under a fitted linear head, its own head dropped."""
-        return replace(self, model=self.model.base_model, probe=probe.eval(), labels=labels)
+        model = tower(self.model) if self.has_own_head else self.model
+        return replace(self, model=model, probe=probe.eval(), labels=labels, own_task=None)
 
     def check_px(self, px: int) -> None:
         """Refuse a resolution that the model cannot run at.
@@ -143,8 +152,8 @@ class Backbone:
     @property
     def aligns(self) -> bool:
         """Whether logits follow from the embedding alone, so that an alignment reaches them."""
-        reads_more = self.has_own_head and not isinstance(self.model, _CLS_HEADS)
-        return self.probe is not None or not reads_more
+        own = self.probe is None and self.has_own_head
+        return not own or type(self.model).__name__ in self.family.linear
 
     def check(self, recipe: Recipe, image_px: int) -> None:
         """Refuse a recipe that the model cannot be run by, before anything is exported.
@@ -168,6 +177,11 @@ class Backbone:
             )
         if recipe.tome and recipe.px < 2 * self.patch_size:
             raise UsageError(f"tome={recipe.tome} has one patch at {recipe.px} px, none to merge")
+        if recipe.tome and self.family.unmergeable is not None:
+            raise UsageError(
+                f"tome={recipe.tome} is not for {self.family.title}: {self.family.unmergeable}; "
+                "leave tome out"
+            )
         if recipe.align and not self.aligns:
             raise UsageError(
                 "align does not reach this model's head, which reads more than the CLS token; "
@@ -185,48 +199,58 @@ class Backbone:
         model = bake_positions(self.model, recipe.px)
         if recipe.depth is not None:
             model = first_blocks(model, recipe.depth)
+        unit_length = self.texts is not None
         if recipe.tome:
-            return MergingVit(model, recipe.px, recipe.tome, self.probe)
-        return RungModule(model, recipe.px, self.probe)
+            return MergingVit(model, recipe.px, recipe.tome, self.probe, unit_length)
+        return RungModule(model, recipe.px, self.probe, unit_length)
 
     @torch.inference_mode()
     def reference(self, image: torch.Tensor, px: int) -> dict[str, torch.Tensor]:
         """What the library itself answers: the truth that a rung is checked against.
 
-        The unaltered model, interpolating its position table as it runs; the embedding comes from
-        the base model's normalised output and the logits from the model's own head, each through
-        its own forward.
+        The unaltered model, interpolating its positions as it runs; the embedding comes from the
+        base model's own output and the logits from the model's own head, each through its own
+        forward.
 
         Args:
             image: FP32 (B, 3, H, W).
             px: the rung's resolution.
 
         Returns:
-            `embedding` (B, D), `cls_layers` (B, L+1, D) and, with a head, `logits` (B, C).
+            `embedding` (B, D), `cls_layers` (B, L+1, W) and, with a head, `logits` (B, C).
         """
-        pixels = downsample(image, px)
-        dinov2 = self.model.config.model_type == "dinov2"  # interpolates without being told to
-        options = {} if dinov2 else {"interpolate_pos_encoding": True}
-        base = self.model.base_model(pixels, output_hidden_states=True, **options)
+        pixels, family = downsample(image, px), self.family
+        base = tower(self.model)(pixels, output_hidden_states=True, **family.options)
+        embedding = family.truth(self.model, base, pixels)
+        if self.texts is not None:
+            embedding = embedding / embedding.norm(dim=-1, keepdim=True)
         outputs = {
-            "embedding": base.last_hidden_state[:, 0],
-            "cls_layers": torch.stack([hidden[:, 0] for hidden in base.hidden_states], dim=1),
+            "embedding": embedding,
+            "cls_layers": torch.stack([family.cls(h) for h in base.hidden_states], dim=1),
         }
         if self.probe is not None:
             outputs["logits"] = self.probe(outputs["embedding"])
         elif self.has_own_head:
-            outputs["logits"] = self.model(pixels, **options).logits
+            outputs["logits"] = self.model(pixels, **family.options).logits
         return outputs
 
 
 class RungModule(nn.Module):
     """`image` at full resolution to `embedding`, `cls_layers` and, with a head, `logits`."""
 
-    def __init__(self, model: PreTrainedModel, px: int, probe: nn.Linear | None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        px: int,
+        probe: nn.Linear | None,
+        unit_length: bool = False,
+    ) -> None:
         super().__init__()
         self.model = model
         self.px = px
         self.probe = probe
+        self.unit_length = unit_length
+        self.family = family_of(model)
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run the rung.
@@ -235,16 +259,14 @@ class RungModule(nn.Module):
             image: FP32 (B, 3, H, W), normalised, at the full rung's resolution.
 
         Returns:
-            embedding (B, D), cls_layers (B, L+1, D)[, logits (B, C)].
+            embedding (B, D), cls_layers (B, L+1, W)[, logits (B, C)].
         """
         output = self.model(pixel_values=downsample(image, self.px), output_hidden_states=True)
-        cls_layers = torch.stack([hidden[:, 0] for hidden in output.hidden_states], dim=1)
-        if "last_hidden_state" in output:
-            embedding = output.last_hidden_state[:, 0]
-        else:
-            # Models with a head do not return the normalised tokens. LayerNorm works token by
-            # token, so normalising the last block's CLS alone gives the same vector.
-            embedding = self.model.base_model.layernorm(cls_layers[:, -1])
+        hidden_states = output.hidden_states
+        cls_layers = torch.stack([self.family.cls(hidden) for hidden in hidden_states], dim=1)
+        embedding = self.family.embedding(self.model, output, cls_layers)
+        if self.unit_length:
+            embedding = nn.functional.normalize(embedding)
         if self.probe is not None:
             return embedding, cls_layers, self.probe(embedding)
         if "logits" in output:

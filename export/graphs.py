@@ -73,7 +73,8 @@ def export_graphs(backbone: Backbone, request: GraphsRequest, bars: Bars) -> Gra
         recipes = [recipe for recipe in recipes if recipe.slug(px) not in kept]
         if not recipes:
             return earlier
-    head_prints, head = "", {"kind": "own"} if backbone.classes else None
+    own = {"kind": "own"} if backbone.classes else None
+    head_prints, head = "", own if backbone.texts is None else dict(backbone.texts)
     if request.head_images is not None:
         if earlier is not None:
             probe = earlier_probe(earlier)
@@ -97,6 +98,9 @@ def export_graphs(backbone: Backbone, request: GraphsRequest, bars: Bars) -> Gra
             roles={LOW: low.slug(px), HIGH: high.slug(px), REFERENCE: Recipe(px).slug(px)},
             task=backbone.task,
             fitted_on=head_prints,
+            layer_dim=(
+                None if backbone.layer_dim == backbone.embedding_dim else backbone.layer_dim
+            ),
             release=RELEASE,
             about={
                 "source": backbone.source,

@@ -69,6 +69,7 @@ def live_artifact(
         preprocessing_sha256=graphs.preprocessing_sha256(),
         imaging_sha256=code_sha256(),
         embedding_dim=graphs.embedding_dim,
+        layer_dim=graphs.layer_dim,
         layers=graphs.low_layers,
         classes=graphs.classes,
         signal=signal,

@@ -6,6 +6,7 @@ Needs no torch, which takes seconds to import.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,55 @@ class LearnedImages:
             return None
         tensors, hashes, looks = zip(*found, strict=True)
         return cls(np.stack(tensors), encode(hashes, np.stack(looks)))
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Labels in words, of which CLIP and SigLIP make a zero-shot head.
+
+    Attributes:
+        labels: at least two, each another.
+        prompt: the sentence around a label, which stands for its `{}`; None: the family's usual.
+
+    Raises:
+        UsageError: labels or a prompt of which no head can be made.
+    """
+
+    labels: tuple[str, ...]
+    prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse before a model is loaded."""
+        if len(self.labels) < 2:
+            raise UsageError(
+                f'--labels names {len(self.labels)}; give two or more, as "cat,dog", or a file '
+                "with one on each line"
+            )
+        twice = [label for label, count in Counter(self.labels).items() if count > 1]
+        if twice:
+            raise UsageError(f"--labels names {twice[0]!r} twice; once is enough")
+        if self.prompt is not None and "{}" not in self.prompt:
+            raise UsageError(f"--prompt {self.prompt!r} has no {{}}, where the label goes")
+
+    @classmethod
+    def read(cls, labels: str, prompt: str | None) -> Texts:
+        """Labels with commas between them, or the name of a file with one on each line.
+
+        Raises:
+            UsageError: as above, or the file cannot be read.
+        """
+        file = Path(labels)
+        with contextlib.suppress(OSError, ValueError):  # a text may be too long for a name
+            if file.is_file():
+                return cls(_labels(file.read_text("utf-8").splitlines()), prompt)
+        if "," not in labels and file.suffix:
+            raise UsageError(f"--labels {labels}: no such file, or it is no text in UTF-8")
+        return cls(_labels(labels.split(",")), prompt)
+
+
+def _labels(parts: Iterable[str]) -> tuple[str, ...]:
+    """Spaces around and between words count once; what is empty does not count."""
+    return tuple(filter(None, (" ".join(part.split()) for part in parts)))
 
 
 def spread(count: int, most: int = MOST) -> NDArray[np.intp]:

@@ -117,7 +117,8 @@ def scoring_ms(calibration: Calibration) -> float:
 
     The outputs are random: the cost of a signal depends on shapes, not on values.
     """
-    outputs = _outputs(1, calibration.layers, calibration.embedding_dim, calibration.classes)
+    dim, width = calibration.embedding_dim, calibration.layer_dim
+    outputs = _outputs(1, calibration.layers, dim, calibration.classes, width)
     return _medians_ms({"own": calibration.score}, outputs, SCORING_ROUNDS)["own"]
 
 
@@ -160,11 +161,16 @@ def _medians_ms(
     return {name: 1e3 * median(taken) for name, taken in times.items()}
 
 
-def _outputs(batch: int, layers: int, dim: int, classes: int | None) -> RungOutputs:
-    """Random outputs of a cheap rung: L = `layers` blocks, D = `dim`, C = `classes`."""
+def _outputs(
+    batch: int, layers: int, dim: int, classes: int | None, width: int | None = None
+) -> RungOutputs:
+    """Random outputs of a cheap rung: L = `layers` blocks, D = `dim`, C = `classes`.
+
+    `width` is that of its `cls_layers`; None: D.
+    """
     rng = np.random.default_rng(0)
     return RungOutputs(
         rng.standard_normal((batch, dim), dtype=np.float32),
-        rng.standard_normal((batch, layers + 1, dim), dtype=np.float32),
+        rng.standard_normal((batch, layers + 1, width or dim), dtype=np.float32),
         None if classes is None else rng.standard_normal((batch, classes), dtype=np.float32),
     )

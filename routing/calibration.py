@@ -140,6 +140,7 @@ class Calibration:
             the artifact (`reference.ReferenceAnswers`); None: there is none.
         imaging_sha256: of the code that made the tensors, `imaging.code_sha256`; empty in files of
             earlier releases.
+        layer_dim: width of `cls_layers`; None: D.
     """
 
     backbone: str
@@ -162,6 +163,7 @@ class Calibration:
     task: str | None = None
     reference_answers: Mapping[str, Any] | None = None
     imaging_sha256: str = ""
+    layer_dim: int | None = None
 
     def __post_init__(self) -> None:
         """Validate.
@@ -219,7 +221,7 @@ class Calibration:
         """Score one blank image: coefficients of another shape fail here, not in production."""
         blank = RungOutputs(
             np.zeros((1, self.embedding_dim), np.float32),
-            np.zeros((1, self.layers + 1, self.embedding_dim), np.float32),
+            np.zeros((1, self.layers + 1, self.layer_dim or self.embedding_dim), np.float32),
             None if self.classes is None else np.zeros((1, self.classes), np.float32),
         )
         try:
@@ -302,6 +304,8 @@ class Calibration:
             "schema_version": SCHEMA_VERSION,
             **{name: getattr(self, name) for name in self.__dataclass_fields__},
         }
+        if self.layer_dim is None:
+            del content["layer_dim"]
         content["rungs"] = {name: asdict(self.rungs[name]) for name in RUNGS}
         content["reference"] = None if self.reference is None else asdict(self.reference)
         content["image_shape"] = list(self.image_shape)

@@ -10,10 +10,13 @@ al. 2023, "the tuned lens"), without which an early exit is rarely worth anythin
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+from export.families import keep_blocks, tower
 
 
 def downsample(image: torch.Tensor, px: int) -> torch.Tensor:
@@ -30,42 +33,108 @@ def downsample(image: torch.Tensor, px: int) -> torch.Tensor:
 
 
 def bake_positions(model: PreTrainedModel, px: int) -> PreTrainedModel:
-    """A copy of the model whose stored position table fits one resolution.
+    """A copy of the model whose positions fit one resolution.
 
-    The table is the library's own interpolation, computed once; the exported graph then holds a
-    constant instead of a bicubic resize of constants.
+    Tables are the library's own interpolation, computed once; the exported graph then holds
+    constants instead of a resize of constants. BEiT's biases of relative positions become one
+    table for each block and the places in it, DINOv3's rotations their cosines and sines.
 
     Args:
-        model: a ViT, DeiT or DINOv2, with or without its head.
+        model: of a family in `export.families`, with or without its head.
         px: the resolution, a multiple of the patch size.
     """
     baked = copy.deepcopy(model)
-    embeddings = baked.base_model.embeddings
-    table = embeddings.position_embeddings  # (1, S + N, D), S special tokens: CLS (and DeiT's)
-    special = table.shape[1] - embeddings.patch_embeddings.num_patches
-    patches = (px // int(model.config.patch_size)) ** 2
-    tokens = torch.zeros(1, special + patches, table.shape[2])
+    base = tower(baked)
     with torch.no_grad():
-        fitted = embeddings.interpolate_pos_encoding(tokens, px, px)
-    embeddings.position_embeddings = nn.Parameter(fitted.clone(), requires_grad=False)
-    embeddings.image_size = (px, px)  # ViT and DeiT compare the input with it
+        _bake_table(base, px)
+        _bake_biases(base, px // int(base.config.patch_size))
+        if hasattr(base, "rope_embeddings"):
+            base.rope_embeddings = _Rotations(*base.rope_embeddings(torch.zeros(1, 3, px, px)))
     return baked.eval()
 
 
-def blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The transformer blocks of a ViT, DeiT or DINOv2, first to last."""
-    base = model.base_model
-    layers: nn.ModuleList = base.encoder.layer if hasattr(base, "encoder") else base.layers
-    return layers
+def _bake_table(base: Any, px: int) -> None:
+    """Absolute positions, of every family but those that have none."""
+    embeddings = base.embeddings
+    patches = (px // int(base.config.patch_size)) ** 2
+    embeddings.image_size = (px, px)  # ViT and its kin compare the input with it
+    if hasattr(embeddings, "position_embedding"):  # CLIP and SigLIP, (S + N, D) in an Embedding
+        table = embeddings.position_embedding.weight
+        special = len(table) - embeddings.num_patches
+        tokens = torch.zeros(1, special + patches, table.shape[1])
+        fitted = embeddings.interpolate_pos_encoding(tokens, px, px)
+        embeddings.position_embedding = _Table(fitted.clone())
+        embeddings.image_size = px
+    elif getattr(embeddings, "position_embeddings", None) is not None:
+        table = embeddings.position_embeddings  # (1, S + N, D), S special tokens: CLS (and DeiT's)
+        special = table.shape[1] - embeddings.patch_embeddings.num_patches
+        tokens = torch.zeros(1, special + patches, table.shape[2])
+        fitted = embeddings.interpolate_pos_encoding(tokens, px, px)
+        embeddings.position_embeddings = nn.Parameter(fitted.clone(), requires_grad=False)
+
+
+def _bake_biases(base: nn.Module, side: int) -> None:
+    """The biases of relative positions, of side x side patches, in every module that has some."""
+    found = [name for name, part in base.named_modules() if _is_bias(part)]
+    index = None
+    for name in found:
+        part: Any = base.get_submodule(name)
+        if index is None:
+            index = part.generate_relative_position_index((side, side))
+        base.set_submodule(name, _Biases(part((side, side))[0], index))
+
+
+def _is_bias(module: nn.Module) -> bool:
+    return hasattr(module, "relative_position_bias_table")
+
+
+class _Table(nn.Module):
+    """All rows of a table, (1, N, D), whichever are asked for."""
+
+    table: torch.Tensor
+
+    def __init__(self, table: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("table", table)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.table
+
+
+class _Biases(nn.Module):
+    """Biases of attention, (1, heads, N, N), looked up in a table as small as it can be."""
+
+    table: torch.Tensor
+    index: torch.Tensor
+
+    def __init__(self, biases: torch.Tensor, index: torch.Tensor) -> None:
+        super().__init__()
+        table = torch.zeros(int(index.max()) + 1, len(biases))
+        table[index.flatten()] = biases.flatten(1).T
+        self.register_buffer("table", table)
+        self.register_buffer("index", index)
+
+    def forward(self, *args: Any, **options: Any) -> torch.Tensor:
+        return self.table[self.index].permute(2, 0, 1)[None]
+
+
+class _Rotations(nn.Module):
+    """Cosines and sines of the patches' positions, each (N, head width)."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def __init__(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("cos", cos)
+        self.register_buffer("sin", sin)
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.cos, self.sin
 
 
 def first_blocks(model: PreTrainedModel, depth: int) -> PreTrainedModel:
     """A copy of the model that stops after its first `depth` blocks."""
     shallow = copy.deepcopy(model)
-    kept, base = blocks(shallow)[:depth], shallow.base_model
-    if hasattr(base, "encoder"):
-        base.encoder.layer = kept
-    else:
-        base.layers = kept
-    shallow.config.num_hidden_layers = depth
+    keep_blocks(shallow, depth)
     return shallow

@@ -13,13 +13,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from transformers import (
+    CLIPForImageClassification,
     DeiTForImageClassificationWithTeacher,
     Dinov2ForImageClassification,
+    Dinov2WithRegistersForImageClassification,
     PreTrainedModel,
 )
-from transformers.models.dinov2.modeling_dinov2 import Dinov2Layer
 
-from export.recipes.smaller import blocks, downsample
+from export.families import blocks, family_of, has_head, tower
+from export.recipes.smaller import downsample
+
+# Their heads read the CLS token and the mean of the patch tokens.
+_READ_BOTH = (Dinov2ForImageClassification, Dinov2WithRegistersForImageClassification)
 
 
 class MergingVit(nn.Module):
@@ -30,19 +35,32 @@ class MergingVit(nn.Module):
     another one and differ for that image.
 
     Args:
-        model: a ViT, DeiT or DINOv2, with or without its head, in eval mode; its position table
-            fits `px`.
+        model: of a family that merges tokens, with or without its head, in eval mode; its position
+            table fits `px`.
         px: the resolution that the transformer sees.
         r: pairs that each block merges, at most half of the tokens that may be merged.
         probe: a linear head on the embedding, in place of the model's own.
+        unit_length: whether embeddings are scaled to length 1.
     """
 
-    def __init__(self, model: PreTrainedModel, px: int, r: int, probe: nn.Linear | None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        px: int,
+        r: int,
+        probe: nn.Linear | None,
+        unit_length: bool = False,
+    ) -> None:
         super().__init__()
         self.model = model
         self.px = px
         self.probe = probe
-        self.special = 1 + hasattr(model.base_model.embeddings, "distillation_token")
+        self.unit_length = unit_length
+        self.family = family_of(model)
+        embeddings = tower(model).embeddings
+        registers = getattr(embeddings, "register_tokens", None)
+        self.special = 1 + hasattr(embeddings, "distillation_token")
+        self.special += 0 if registers is None else registers.shape[1]
         self.blocks = nn.ModuleList(
             _MergingBlock(block, r, self.special) for block in blocks(model)
         )
@@ -56,35 +74,43 @@ class MergingVit(nn.Module):
         Returns:
             embedding (B, D), cls_layers (B, L+1, D)[, logits (B, C)].
         """
-        base = self.model.base_model
-        hidden = base.embeddings(downsample(image, self.px))  # (B, N, D)
+        base = tower(self.model)
+        hidden = self.family.tokens(base, downsample(image, self.px))  # (B, N, D)
         sizes = torch.ones_like(hidden[..., :1])  # (B, N, 1), patches that a token stands for
         cls_layers = [hidden[:, 0]]
         for block in self.blocks:
             hidden, sizes = block(hidden, sizes)
             cls_layers.append(hidden[:, 0])
-        tokens = base.layernorm(hidden)
-        return tokens[:, 0], torch.stack(cls_layers, dim=1), *self._logits(tokens, sizes)
+        tokens = getattr(base, self.family.norm)(hidden)
+        embedding = self.family.projected(self.model, tokens[:, 0])
+        embedding = nn.functional.normalize(embedding) if self.unit_length else embedding
+        layers = torch.stack(cls_layers, dim=1)
+        if self.probe is not None:
+            return embedding, layers, self.probe(embedding)
+        if isinstance(self.model, CLIPForImageClassification):
+            return embedding, layers, self.model.classifier(self._mean(hidden, sizes))
+        return embedding, layers, *self._logits(tokens, sizes)
+
+    def _mean(self, tokens: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+        """Of the patch tokens (B, N, D), each patch once: (B, D)."""
+        patches, counts = tokens[:, self.special :], sizes[:, self.special :]
+        return (patches * counts).sum(dim=1) / counts.sum(dim=1)
 
     def _logits(self, tokens: torch.Tensor, sizes: torch.Tensor) -> list[torch.Tensor]:
-        """What the head makes of the normalised tokens (B, N, D): (B, C), or none."""
+        """What the model's own head makes of the normalised tokens (B, N, D): (B, C), or none."""
         cls, model = tokens[:, 0], self.model
-        if self.probe is not None:
-            return [self.probe(cls)]
-        if model.base_model is model:
+        if not has_head(model):
             return []
         if isinstance(model, DeiTForImageClassificationWithTeacher):
             distilled = model.distillation_classifier(tokens[:, 1])
             return [(model.cls_classifier(cls) + distilled) / 2]
-        if isinstance(model, Dinov2ForImageClassification):
-            patches, counts = tokens[:, self.special :], sizes[:, self.special :]
-            mean = (patches * counts).sum(dim=1) / counts.sum(dim=1)  # each patch once
-            cls = torch.cat([cls, mean], dim=1)
+        if isinstance(model, _READ_BOTH):
+            cls = torch.cat([cls, self._mean(tokens, sizes)], dim=1)
         return [model.classifier(cls)]
 
 
 class _MergingBlock(nn.Module):
-    """One block of ViT, DeiT or DINOv2, its parts called in the block's own order.
+    """One block, its parts called in the block's own order, whatever they are called there.
 
     Args:
         block: the library's.
@@ -99,14 +125,12 @@ class _MergingBlock(nn.Module):
         super().__init__()
         self.r = r
         self.special = special
-        self.attention = block.attention
+        self.attention = _part(block, "attention", "self_attn")
         self.mlp = block.mlp
-        if isinstance(block, Dinov2Layer):
-            self.norm1, self.norm2 = block.norm1, block.norm2
-            self.scale1, self.scale2 = block.layer_scale1, block.layer_scale2
-        else:
-            self.norm1, self.norm2 = block.layernorm_before, block.layernorm_after
-            self.scale1, self.scale2 = nn.Identity(), nn.Identity()
+        self.norm1 = _part(block, "norm1", "layernorm_before", "layer_norm1")
+        self.norm2 = _part(block, "norm2", "layernorm_after", "layer_norm2")
+        self.scale1 = getattr(block, "layer_scale1", nn.Identity())  # DINOv2's
+        self.scale2 = getattr(block, "layer_scale2", nn.Identity())
 
     def forward(
         self, hidden: torch.Tensor, sizes: torch.Tensor
@@ -128,11 +152,18 @@ class _MergingBlock(nn.Module):
             project(normed).unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
             for project in (attention.q_proj, attention.k_proj, attention.v_proj)
         )  # each (B, heads, N, K)
-        likeness = query @ key.transpose(2, 3) * attention.scaling  # (B, heads, N, N)
+        scale = _part(attention, "scaling", "scale")
+        likeness = query @ key.transpose(2, 3) * scale  # (B, heads, N, N)
         # A token that stands for s patches draws attention as s tokens would.
         likeness = likeness + sizes.log().transpose(1, 2)[:, None]
         attended = likeness.softmax(dim=3) @ value
-        return attention.o_proj(attended.transpose(1, 2).flatten(2)), key.mean(dim=1)
+        output = _part(attention, "o_proj", "out_proj")
+        return output(attended.transpose(1, 2).flatten(2)), key.mean(dim=1)
+
+
+def _part(module: nn.Module, *names: str) -> Any:
+    """What a module has by one of these names."""
+    return next(getattr(module, name) for name in names if hasattr(module, name))
 
 
 class Matching(NamedTuple):

@@ -136,3 +136,17 @@ def test_the_head_of_a_rung_of_the_other_tests(tmp_path):
     assert LinearHead.read(tmp_path / "a.onnx").weights.shape == (D, CLASSES)
     write_rung(tmp_path / "b.onnx", seed=1, classes=None)
     assert LinearHead.read(tmp_path / "b.onnx") is None
+
+
+@pytest.mark.parametrize("mean", ["ReduceMean", "Div"])
+def test_a_head_on_a_mean_of_tokens_is_not_linear_on_the_embedding(mean, tmp_path):
+    # As wide as the embedding, as CLIP's and SigLIP's classifiers are.
+    inputs = ["embedding"] if mean == "ReduceMean" else ["embedding", "embedding"]
+    fields = {"keepdims": 1, "noop_with_empty_axes": 1} if mean == "ReduceMean" else {}
+    pooled = helper.make_node(mean, inputs, ["pooled"], "mean", **fields)
+    passed = helper.make_node("Cast", ["pooled"], ["read"], "cast", to=TensorProto.FLOAT)
+    model = graph(pooled, passed, gemm("read", "H"), H=array(D, CLASSES))
+    (tmp_path / "a.onnx").write_bytes(model.SerializeToString())
+    assert LinearHead.read(tmp_path / "a.onnx") is None
+    (tmp_path / "b.onnx").write_bytes(HEADS["gemm"].SerializeToString())
+    assert LinearHead.read(tmp_path / "b.onnx") is not None

@@ -8,9 +8,10 @@ import torch
 from bundle.recipe import Recipe
 from export.backbones import RungModule
 from export.errors import UsageError
+from export.families import blocks
 from export.parity import sample_images
 from export.pretrained import pretrained
-from export.recipes.smaller import blocks, downsample, first_blocks
+from export.recipes.smaller import downsample, first_blocks
 from tests.unit.export_tiny import LAYERS, PX, WIDTH, save_tiny
 
 CLASSES = (

@@ -18,7 +18,8 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from bundle.recipe import Recipe
 from export import onnx_graph
 from export.errors import UsageError
-from export.pretrained import Processor, pretrained
+from export.pretrained import pretrained
+from export.processors import Processor
 from export.recipes.smaller import downsample
 from tests.unit.export_tiny import LAYERS, PX, WIDTH, save_tiny, saved_library_model
 
@@ -91,7 +92,8 @@ def test_labels_and_source_come_from_the_checkpoint(tmp_path):
 def test_unsupported_architectures_are_named_with_the_supported_ones(tmp_path):
     config = transformers.SwinConfig(architectures=["SwinForImageClassification"])
     config.save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="is a SwinForImageClassification.*Dinov2Model") as caught:
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UsageError, match="is a SwinForImageClassification.*DINOv2") as caught:
         pretrained(str(tmp_path))
     assert "\n" not in str(caught.value)
 
@@ -113,7 +115,8 @@ def test_damaged_checkpoints(damage, tmp_path):
         weights.unlink()
     else:
         weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(UsageError, match="weights cannot be loaded") as caught:
+    expected = {"delete": "no model.safetensors nor", "truncate": "weights cannot be loaded"}
+    with pytest.raises(UsageError, match=expected[damage]) as caught:
         pretrained(str(folder))
     assert "\n" not in str(caught.value)
 
@@ -229,7 +232,8 @@ def test_a_model_without_a_processor_gets_its_familys_and_a_notice(
 @pytest.mark.parametrize(
     "fields",
     [
-        {"do_resize": False},
+        {"do_resize": False, "do_center_crop": True},
+        {"do_rescale": False},
         {"rescale_factor": 1.0},
         {"resample": 99},
         {"image_std": [0, 0, 0]},

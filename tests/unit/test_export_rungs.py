@@ -15,8 +15,9 @@ from bundle.manifest import sha256_file
 from bundle.recipe import Recipe
 from export import onnx_graph
 from export.errors import UsageError
+from export.families import SUPPORTED
 from export.graphs import export_graphs
-from export.pretrained import SUPPORTED, pretrained
+from export.pretrained import pretrained
 from export.request import GraphsRequest
 from report.terminal import Bars
 from tests.unit.export_tiny import PX, QUIET, WIDTH, run_export, save_tiny
@@ -164,6 +165,13 @@ def test_ranges_without_images_are_refused_before_the_model_is_loaded(model, tmp
 
 
 WITH_HEAD = [name for name in SUPPORTED if "Classification" in name]
+LINEAR = {
+    "ViTForImageClassification",
+    "DeiTForImageClassification",
+    "ViTMSNForImageClassification",
+    "BeitForImageClassification",
+    "Data2VecVisionForImageClassification",
+}
 
 
 @pytest.mark.parametrize("class_name", WITH_HEAD)
@@ -178,7 +186,7 @@ def test_align_is_said_to_reach_exactly_the_heads_that_are_linear_on_the_cls_tok
     rest = np.linalg.lstsq(inputs, logits.numpy().astype(np.float64), rcond=None)[1]
     linear = bool((rest / len(images) < 1e-8 * logits.numpy().var()).all())
     assert backbone.aligns == linear
-    assert linear == (class_name in ("ViTForImageClassification", "DeiTForImageClassification"))
+    assert linear == (class_name in LINEAR)
 
 
 def test_depth_and_tokens_are_checked_at_the_recipes_own_resolution(model):

@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 
 from export import onnx_graph
 from export.backbones import RungModule
+from export.families import blocks
 from export.onnx_graph import check_versions
 from export.parity import sample_images
 from export.pretrained import pretrained
-from export.recipes.smaller import bake_positions, blocks
+from export.recipes.smaller import bake_positions
 from export.recipes.token_merging import MergingVit, match, merge
 from tests.unit.export_tiny import LAYERS, PATCH, PX, WIDTH, save_tiny
 

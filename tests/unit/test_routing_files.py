@@ -61,6 +61,27 @@ def test_always_high_is_written_as_null(tmp_path):
     assert Calibration.load(tmp_path / "a.json").threshold is None
 
 
+def test_cls_layers_of_another_width_than_the_embedding(tmp_path):
+    layers, width, classes = 3, 7, 5  # the embedding has 4 numbers
+    fields = {
+        "signal": "layer_lens",
+        "coefficients": {
+            "lens_weights": np.zeros((2, width, classes), np.float32),
+            "lens_bias": np.zeros((2, classes), np.float32),
+            "weights": np.zeros(6),
+            "bias": np.zeros(1),
+        },
+        "layers": layers,
+        "classes": classes,
+    }
+    with pytest.raises(CalibrationError, match="do not fit the model"):
+        make_calibration(**fields)
+    made = make_calibration(**fields, layer_dim=width)
+    made.save(tmp_path / "a.json")
+    assert Calibration.load(tmp_path / "a.json") == made
+    assert "layer_dim" not in make_calibration().to_dict()  # of most models, as before
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
