@@ -286,7 +286,8 @@ class GraphSet:
             (folder / LABELS).write_text(label_lines(self.labels), "utf-8")
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
         fresh = folder / f".{NAME}"
-        fresh.write_text(text + "\n", "utf-8")
+        # What is no Unicode in a name is escaped, which JSON reads as what it was.
+        fresh.write_text(text + "\n", "utf-8", "backslashreplace")
         os.replace(fresh, folder / NAME)
 
     def place(self, folder: Path, names: Iterable[str] | None = None) -> GraphSet:
@@ -363,8 +364,12 @@ _NOTES = ("fidelity", "checks")
 
 
 def label_lines(labels: Iterable[str]) -> str:
-    """The text of `labels.txt`: one label per line, for whatever takes a character for its end."""
-    return "".join(f"{' '.join(label.split())}\n" for label in labels)
+    """The text of `labels.txt`: one label per line, for whatever takes a character for its end.
+
+    What is no Unicode in a label, which may be a folder's name, is escaped.
+    """
+    lines = "".join(f"{' '.join(label.split())}\n" for label in labels)
+    return lines.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _graph(name: str, folder: Path, entry: Mapping[str, Any]) -> Graph:

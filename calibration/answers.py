@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from bundle.graphs import HIGH, LOW, Graph, GraphsError, GraphSet
 from bundle.prints import looks_sha256
+from client.files import shown
 from imaging import Preprocessing, code_sha256
 from routing import RungOutputs
 
@@ -329,7 +330,7 @@ class _Filling:
         names, graph = self._cache.source.names, self._asked[folder].graph.name
         for row in np.array(rows)[~outputs.finite()].tolist():
             if row in self._wanted:
-                self.lines.setdefault(row, f"{names[row]}: {graph} answers with NaN or Inf")
+                self.lines.setdefault(row, f"{shown(names[row])}: {graph} answers with NaN or Inf")
 
     def _check(self) -> None:
         if len(self.lines) > MAX_UNREADABLE * len(self._rows):

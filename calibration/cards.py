@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from client.files import shown
 from imaging import decode, pixels_sha256
 from report.page import thumbnail
 from routing.fidelity import LABEL_THRESHOLD, label_sets
@@ -44,7 +45,7 @@ class Cards:
         image, problem = self._thumbnail(row)
         change = [f"L2 {self._l2[row]:.3g}", f"cosine {self._cosine[row]:.3f}"]
         return {
-            "name": self._outputs.names[row],
+            "name": shown(self._outputs.names[row]),
             "image": image,
             "problem": problem,
             "lines": [*lines, *change, *self._answers(row)],

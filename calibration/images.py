@@ -9,7 +9,7 @@ A folder's labels follow its layout:
   two rungs agree there more often than on the images it will be served;
 - every other file has no label.
 
-Sub-folders that are links are followed; hidden files and folders are passed over.
+Which files are images is said by `client.files.find_files`.
 
 The sample stream is real pixels without a download. Crop `i` of seed `s` is drawn by a generator of
 its own, numpy's default one seeded with `(s, i)`: it chooses a photograph, a side between 15 % and
@@ -34,9 +34,9 @@ import numpy as np
 import PIL
 from PIL import Image
 
+from client.files import SUFFIXES, FilesError, find_files, shown
 from imaging import ImageError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # in any case
 SAMPLE_COUNT = 600
 ANNOTATIONS = "val_annotations.txt"
 MIN_SIDE, MAX_SIDE = 0.15, 1.0  # of the shorter edge
@@ -64,7 +64,7 @@ class SourceImage:
         name: unique within its source.
         group: images of one group stay in one split.
         label: the class name, or None.
-        data: JPEG, PNG or WebP bytes.
+        data: the bytes of an image file.
         independent: drawn at random from one stream, so that it looks like another image by
             chance and is no copy of it.
     """
@@ -83,12 +83,15 @@ class ImageSource(Protocol):
         spec: `images.open_images` makes the same source of it, or, of a folder that was opened
             with a limit, one that holds all its names.
         title: the source in words, without a path.
-        names: the names of all N images, known without reading one.
+        names: the names of all N images, known without reading one. One that is no Unicode is
+            fit to open a file with; `client.files.shown` makes it fit to be shown.
+        note: one line about files that were skipped, and why; empty where none was.
     """
 
     spec: str
     title: str
     names: tuple[str, ...]
+    note: str = ""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -152,20 +155,25 @@ class FolderImages(ImageSource):
         """
         self._folder = Path(os.path.abspath(folder))
         if not self._folder.is_dir():
-            raise ImagesError(f"no such folder: {folder}")
+            raise ImagesError(f"no such folder: {shown(folder)}")
         annotated = _annotated(self._folder)
-        names = _list(annotated or self._folder)
+        try:
+            found = find_files(annotated or self._folder)
+        except FilesError as error:
+            raise ImagesError(str(error)) from None
+        names, self.note = list(found.names), found.note
         if annotated is None:
-            self.title = f"folder {self._folder.name}"
+            self.title = f"folder {shown(self._folder.name)}"
             labels = [_label_of_place(name) for name in names]
         else:
-            self.title = f"validation images of {annotated.parent.name}"
+            self.title = f"validation images of {shown(annotated.parent.name)}"
             known = _read_annotations(annotated / ANNOTATIONS)
             labels = [known.get(name.rpartition("/")[2], _label_of_place(name)) for name in names]
             if annotated != self._folder:
                 names = [f"{annotated.name}/{name}" for name in names]
         if not names:
-            raise ImagesError(f"no {', '.join(SUFFIXES)} file below {folder}")
+            skipped = f"; {self.note}" if self.note else ""
+            raise ImagesError(f"no {', '.join(SUFFIXES)} file below {shown(folder)}{skipped}")
         rows = _spread(len(names), limit)
         self.spec = str(self._folder)
         self.names = tuple(names[row] for row in rows)
@@ -192,30 +200,6 @@ class FolderImages(ImageSource):
         return digest.hexdigest()
 
 
-def _list(folder: Path) -> list[str]:
-    """Paths of the image files below a folder, relative to it, sorted."""
-
-    def refuse(error: OSError) -> None:
-        raise ImagesError(f"cannot list {error.filename}: {error.strerror}; change that or move it")
-
-    found: list[str] = []
-    seen: set[tuple[int, int]] = set()
-    for place, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
-        status = os.stat(place)
-        if (status.st_dev, status.st_ino) in seen:  # links may lead in circles
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        prefix = "" if place == str(folder) else os.path.relpath(place, folder) + "/"
-        found += [
-            prefix + name
-            for name in files
-            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-        ]
-    return sorted(found)
-
-
 def _annotated(folder: Path) -> Path | None:
     """The folder or its `val/`, whichever holds tiny-imagenet-200's annotations first."""
     for place in (folder, folder / "val"):
@@ -228,7 +212,7 @@ def _label_of_place(name: str) -> str | None:
     folders = name.split("/")[:-1]
     if folders[-1:] == ["images"]:
         folders.pop()
-    return folders[0] if len(folders) == 1 else None
+    return shown(folders[0]) if len(folders) == 1 else None
 
 
 def _read_annotations(file: Path) -> dict[str, str]:

@@ -134,7 +134,10 @@ def source(images: str, limit: int | None, seed: int, crops: int = SAMPLE_CROPS)
     """
     if images == "sample":
         return open_images(f"sample:{seed}", limit or crops)
-    return open_images(images, limit)
+    found = open_images(images, limit)
+    if found.note:
+        BARS.say(found.note)
+    return found
 
 
 @contextmanager

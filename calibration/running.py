@@ -19,6 +19,7 @@ from onnx import TensorProto, helper
 
 from bundle.graphs import GraphsError
 from bundle.prints import Looks, look_of, no_looks
+from client.files import shown
 from imaging import ImageError, Preprocessing, decode, pixels_sha256
 from routing import RungOutputs
 from routing.provenance import processor
@@ -76,7 +77,7 @@ def _read(source: ImageSource, index: int, preprocessing: Preprocessing) -> Deco
         tensor = preprocessing(decoded)
     except ImageError as error:
         name = source.names[index]
-        return f"{name if name.isprintable() else ascii(name)}: {error}"
+        return f"{shown(name)}: {error}"
     sha256 = pixels_sha256(decoded)
     look = no_looks(1)[0] if image.independent else look_of(decoded)
     return DecodedImage(image.name, image.group, image.label, sha256, look, tensor)

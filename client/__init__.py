@@ -15,6 +15,7 @@ from .errors import (
 )
 from .grpc_clients import DEFAULT_GRPC_URL, AsyncGrpcClient, GrpcClient
 from .http_client import DEFAULT_HTTP_URL, HttpClient
+from .images import ImageLike
 from .messages import ENSEMBLE, Prediction, Task
 from .retry import Retry
 from .tls import Tls
@@ -31,6 +32,7 @@ __all__ = [
     "ForkedError",
     "GrpcClient",
     "HttpClient",
+    "ImageLike",
     "InvalidRequestError",
     "NotServedError",
     "OverloadedError",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
@@ -16,14 +17,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .core import DEFAULT_TIMEOUT_S, BlockingCore
 from .errors import AccessDeniedError, ClientError, NotServedError
+from .files import SUFFIXES, FilesError, find_files
+from .files import shown as file_name
 from .grpc_clients import DEFAULT_GRPC_URL, GrpcClient
 from .http_client import DEFAULT_HTTP_URL, HttpClient
 from .messages import Task
 from .outcomes import Shown, as_dict, ask, sentence, summarise, table
 from .retry import DEFAULT_RETRY, Retry
 from .tls import Tls
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class UsageError(ValueError):
@@ -90,10 +91,12 @@ def infer(
         raise UsageError(f"--timeout-s must be a positive number of seconds; got {timeout_s:g}")
     if threshold is not None and policy != "auto":
         raise UsageError(f"--threshold has no meaning with --policy {policy}")
-    files = find_images(paths)
+    files, notes = find_images(paths)
+    for note in notes:
+        print(note, file=sys.stderr)
     names = read_text(labels, "labels").splitlines() if labels else []
     if labels and not names:
-        raise UsageError(f"{labels} holds no labels; it needs one class name per line")
+        raise UsageError(f"{file_name(labels)} holds no labels; it needs one class name per line")
     options: dict[str, Any] = {
         "retry": Retry(attempts=retries + 1),
         "tls": Tls(tls_ca, tls_cert, tls_key) if tls_ca or tls_cert or tls_key else None,
@@ -125,27 +128,35 @@ def infer(
         raise typer.Exit(1 if len(outcomes) == len(files) else 130)
 
 
-def find_images(paths: Sequence[Path]) -> list[Path]:
-    """The images that files, whatever their suffix, and folders, at every depth, stand for.
+def find_images(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """The images that files, whatever their names, and folders, by `find_files`, stand for.
 
     Returns:
-        Files in the order of `paths`, sorted within a folder, each once.
+        Files in the order of `paths`, sorted within a folder, each once; and a line for each
+        folder in which others were skipped.
 
     Raises:
-        UsageError: a path does not exist, or a folder holds no image.
+        UsageError: a path does not exist, or a folder cannot be searched or holds no image.
     """
     found: dict[Path, None] = {}
+    notes = []
     for path in paths:
         if not path.exists():
-            raise UsageError(f"{path} does not exist")
+            raise UsageError(f"{file_name(path)} does not exist")
         if not path.is_dir():
             found[path] = None
             continue
-        inside = [f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file()]
-        if not inside:
-            raise UsageError(f"{path} holds no image ({', '.join(SUFFIXES)})")
-        found.update(dict.fromkeys(sorted(inside)))
-    return list(found)
+        try:
+            inside = find_files(path)
+        except FilesError as error:
+            raise UsageError(str(error)) from None
+        note = f"{file_name(path)}: {inside.note}" if inside.note else ""
+        if not inside.names:
+            holds = f"{file_name(path)} holds no image ({', '.join(SUFFIXES)})"
+            raise UsageError(f"{holds}; {inside.note}" if note else holds)
+        found.update(dict.fromkeys(path / name for name in inside.names))
+        notes += [note] * bool(note)
+    return list(found), notes
 
 
 def read_text(path: Path, what: str) -> str:
@@ -154,7 +165,7 @@ def read_text(path: Path, what: str) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UsageError(f"cannot read {what} from {path}: {reason}") from None
+        raise UsageError(f"cannot read {what} from {file_name(path)}: {reason}") from None
 
 
 def _look_at_server(client: BlockingCore, labels: list[str]) -> tuple[str, Task]:
@@ -180,6 +191,8 @@ def _look_at_server(client: BlockingCore, labels: list[str]) -> tuple[str, Task]
 
 def main() -> None:
     """Run the command line; a foreseeable error is one line and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal need not know every letter
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = app(standalone_mode=False)
     except typer.TyperException as error:

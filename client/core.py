@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from contextlib import suppress
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -23,6 +23,7 @@ from .errors import (
     check_url,
     server_errors,
 )
+from .images import ImageLike, as_rows
 from .messages import (
     ENSEMBLE,
     ROUTER,
@@ -31,7 +32,6 @@ from .messages import (
     Request,
     Task,
     as_batch,
-    encode_images,
     predictions,
     request_parameters,
 )
@@ -108,7 +108,7 @@ class ClientCore(ABC):
 
     async def _infer(
         self,
-        images: Sequence[bytes],
+        images: ImageLike | Iterable[ImageLike],
         *,
         policy: str = "auto",
         threshold: float | None = None,
@@ -117,8 +117,9 @@ class ClientCore(ABC):
         """Ask about encoded images.
 
         Args:
-            images: N JPEG, PNG or WebP files as bytes. More than the model's maximum batch are
-                sent in several requests, one after the other.
+            images: N image files (`docs/guide.md` lists the formats), each as bytes or as a path;
+                one of them stands for a list of one. More than the model's maximum batch are sent
+                in several requests, one after the other; files are read as their request comes.
             policy: `auto` lets the score decide, `low` and `high` force a rung.
             threshold: replaces the calibrated threshold, in oracle units.
             timeout_s: allowed per request with all its tries, in seconds; None waits for ever.
@@ -128,7 +129,8 @@ class ClientCore(ABC):
             N predictions in the order of the images.
 
         Raises:
-            InvalidRequestError: the server refused an image or a parameter.
+            InvalidRequestError: the server refused an image or a parameter, or a file cannot be
+                read. The image is named by its place among the N, from 1, and by its path.
             UnavailableError: no server there, or not now; `OverloadedError` where it has too much
                 to do, `NotServedError` where it does not serve the model.
             AccessDeniedError: a certificate or key is missing or wrong.
@@ -136,8 +138,11 @@ class ClientCore(ABC):
             RequestCancelledError: somebody cancelled it.
             ServerError: the server failed; `AnswerMismatchError` where it answered another request.
             ForkedError: gRPC cannot be used in this process; see `client.forks`.
+
+        Each of them keeps the answers to the images before those of the failed request, in
+        `answers`.
         """
-        rows, parameters = encode_images(images), request_parameters(policy, threshold)
+        rows, parameters = as_rows(images), request_parameters(policy, threshold)
         return await self._run(Request(self.model, "image_bytes", rows, parameters), timeout_s)
 
     async def _infer_tensor(
@@ -194,8 +199,19 @@ class ClientCore(ABC):
         several = len(request.rows) > 1
         max_batch = await self._batch_limit(request.model, timeout_s) if several else 1
         for piece in request.split(max_batch):
-            result = await self._tried(functools.partial(self._send, piece), timeout_s, timeout_s)
-            answers.extend(predictions(result, len(piece.rows)))
+            try:
+                sent = piece.read()
+                call = functools.partial(self._send, sent)
+                result = await self._tried(call, timeout_s, timeout_s)
+                answers.extend(predictions(result, len(piece.rows)))
+            except ClientError as error:
+                said, total = str(error), len(request.rows)
+                if isinstance(error, InvalidRequestError):
+                    said = piece.about(said, len(answers), total)
+                if answers:
+                    said += f" (answers to the {len(answers)} before: this error's `answers`)"
+                error.args, error.answers = (said,), tuple(answers)
+                raise
         return answers
 
     async def _batch_limit(self, model: str, timeout_s: float | None) -> int:

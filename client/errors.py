@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from tritonclient.utils import InferenceServerException
+
+if TYPE_CHECKING:
+    from .messages import Prediction
 
 
 class ClientError(Exception):
@@ -16,10 +20,14 @@ class ClientError(Exception):
     Attributes:
         retryable: the same request may well succeed if it is sent again.
         is_connecting: no word of the server's came; with TLS a handshake may tell why.
+        answers: where images were asked about in several requests, what those before this one were
+            answered: a prediction for each of the first `len(answers)` images, in their order. The
+            images from place `len(answers)` on (counted from 0) have no answer.
     """
 
     retryable = False
     is_connecting = False
+    answers: Sequence[Prediction] = ()
 
 
 class InvalidRequestError(ClientError):

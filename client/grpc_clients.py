@@ -21,6 +21,7 @@ from tritonclient.utils import InferenceServerException
 from .core import DEFAULT_TIMEOUT_S, BlockingCore, ClientCore, Found
 from .errors import AnswerMismatchError, ClientError, RequestCancelledError, closed_client
 from .forks import channel_closed, forget_after_fork, grpc_call, notice_fork
+from .images import ImageLike
 from .messages import Prediction, Request, own_answer
 from .proxies import grpc_options
 from .stream import in_order
@@ -215,7 +216,7 @@ class AsyncGrpcClient(_GrpcCore):
 
     async def stream(
         self,
-        images: Iterable[bytes] | AsyncIterable[bytes],
+        images: Iterable[ImageLike] | AsyncIterable[ImageLike],
         *,
         concurrency: int = 8,
         policy: str = "auto",
@@ -243,7 +244,7 @@ class AsyncGrpcClient(_GrpcCore):
             InvalidRequestError: `concurrency` is less than 1.
         """
 
-        async def ask(image: bytes) -> Prediction | ClientError:
+        async def ask(image: ImageLike) -> Prediction | ClientError:
             try:
                 (answer,) = await self.infer(
                     [image], policy=policy, threshold=threshold, timeout_s=timeout_s

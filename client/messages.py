@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -21,6 +23,8 @@ from tritonclient.utils import (
 )
 
 from .errors import AnswerMismatchError, InvalidRequestError, ServerError, named_request
+from .files import shown
+from .images import encoded, is_path
 
 ENSEMBLE = "adaptive_vit"
 TENSOR_ENSEMBLE = "adaptive_tensor"
@@ -118,14 +122,6 @@ class Task:
         return self.kind or ("value" if len(prediction.logits) == 1 else "classes")
 
 
-def encode_images(images: Sequence[bytes]) -> NDArray[np.object_]:
-    """Encoded images as the BYTES tensor of the ensemble, shape (N, 1)."""
-    rows = np.empty((len(images), 1), dtype=np.object_)
-    for index, image in enumerate(images):
-        rows[index, 0] = bytes(image)
-    return rows
-
-
 def as_batch(image: NDArray[Any]) -> NDArray[Any]:
     """An image tensor with its batch axis: (3, H, W) becomes (1, 3, H, W).
 
@@ -179,6 +175,46 @@ class Request:
         for start in range(0, len(self.rows), max_batch):
             yield replace(self, rows=self.rows[start : start + max_batch])
 
+    def read(self) -> Request:
+        """The same with files read; a request that holds tensors as it is.
+
+        Raises:
+            InvalidRequestError: a file cannot be read; its message begins as a server's refusal of
+                one image of several.
+        """
+        if self.rows.dtype != np.object_:
+            return self
+        rows = np.empty_like(self.rows)
+        for index, image in enumerate(self.rows[:, 0]):
+            try:
+                rows[index, 0] = encoded(image)
+            except InvalidRequestError as error:
+                place = f"image {index + 1} of {len(rows)}: "
+                raise InvalidRequestError(f"{place if len(rows) > 1 else ''}{error}") from None
+        return replace(self, rows=rows)
+
+    def about(self, refusal: str, first: int, total: int) -> str:
+        """What a refusal of this piece says, with the image's place among all of them or its path.
+
+        Args:
+            refusal: names an image by its place in this piece, or none: it is about the only one,
+                or begins with the name of a parameter.
+            first: the place of the piece's first image, from 0.
+            total: the images of the whole call.
+        """
+        named = _PLACE.match(refusal)
+        if named is None and len(self.rows) > 1:
+            return refusal
+        row = int(named[1]) - 1 if named else 0
+        if not 0 <= row < len(self.rows) or refusal.split(" ")[0] in self.parameters:
+            return refusal
+        place = f"image {first + row + 1} of {total}" if total > 1 else ""
+        image: Any = self.rows[row, 0] if self.rows.dtype == np.object_ else None
+        path = shown(os.fspath(image)) if is_path(image) else ""
+        both = f"{place} ({path})" if place and path else place or path
+        said = refusal[named.end() :] if named else refusal
+        return f"{both}{named[3] if named else ': '}{said}" if both else refusal
+
     def message(self, left_s: float | None) -> service_pb2.ModelInferRequest:
         """One try, for gRPC.
 
@@ -224,6 +260,7 @@ class Request:
         return str(datatype)
 
 
+_PLACE = re.compile(r"image (\d+) of (\d+)(:? )")  # as `preprocess` and `router` name one
 _PARAMETER_FIELDS = {
     str: "string_param",
     bool: "bool_param",

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from .core import BlockingCore
 from .errors import ClientError
+from .files import shown as file_name
 from .messages import Prediction, Task
 
 
@@ -168,11 +169,11 @@ def table(outcomes: Sequence[Outcome], shown: Shown) -> Table:
     for outcome in outcomes:
         prediction = outcome.prediction
         if prediction is None:
-            rows.add_row(Text(str(outcome.file)), Text(str(outcome.error), style="red"))
+            rows.add_row(Text(file_name(outcome.file)), Text(str(outcome.error), style="red"))
             continue
         path = "yes" if prediction.escalated else "no"
         rows.add_row(
-            Text(str(outcome.file)),
+            Text(file_name(outcome.file)),
             Text(shown.as_text(prediction)),
             # Four digits would show scores on both sides of a threshold as one number.
             "-" if math.isnan(prediction.score) else str(np.float32(prediction.score)),
@@ -184,7 +185,7 @@ def table(outcomes: Sequence[Outcome], shown: Shown) -> Table:
 
 def as_dict(outcome: Outcome, shown: Shown) -> dict[str, Any]:
     """What the table says of a file, ready for JSON."""
-    fields: dict[str, Any] = {"file": str(outcome.file), "error": outcome.error}
+    fields: dict[str, Any] = {"file": file_name(outcome.file), "error": outcome.error}
     prediction = outcome.prediction
     if prediction is None:
         return fields

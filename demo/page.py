@@ -38,7 +38,7 @@ from client import (
     Prediction,
     Task,
 )
-from client.messages import encode_images
+from client.images import as_rows
 from client.outcomes import Shown
 from imaging import Limits
 from routing import PROBE_ID, threshold_text
@@ -150,7 +150,7 @@ def served_labels(client: GrpcClient, classes: int) -> tuple[str, ...]:
     """
     picture = io.BytesIO()
     Image.new("RGB", (64, 64), (128, 128, 128)).save(picture, "PNG")
-    rows = encode_images([picture.getvalue()])
+    rows = as_rows([picture.getvalue()])
     tensor = triton.InferInput("image_bytes", list(rows.shape), "BYTES")
     tensor.set_data_from_numpy(rows)
     asked = triton.InferRequestedOutput("logits", class_count=classes)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from rich.console import Console
 
+from imaging import decode
 from perf.figures import TOO_BUSY
 from perf.harness import Paired
 from perf.systems import ADAPTIVE, HIGH, LOW
@@ -183,7 +182,7 @@ def write_page(
             said = "as full" if agrees else f"full says {labels[high[row].top1]}"
         card = {
             "name": labels[mine.top1],
-            "image": thumbnail(Image.open(io.BytesIO(crops[row]))),
+            "image": thumbnail(decode(crops[row])),
             "lines": [f"score {score}", said],
             "right": agrees,
         }

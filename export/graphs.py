@@ -66,7 +66,7 @@ def export_graphs(backbone: Backbone, request: GraphsRequest, bars: Bars) -> Gra
         backbone = _with_task(backbone, request.task, bars)
     low, high, recipes = _recipes(backbone, request)
     px = high.px or 0
-    learned = _fit_images(request, recipes, backbone, px)
+    learned = _fit_images(request, recipes, backbone, px, bars)
     earlier, kept = _earlier(request), dict[str, Graph]()
     if earlier is not None:
         kept = _kept(earlier, px, learned)
@@ -200,14 +200,14 @@ def _kept(earlier: GraphSet, px: int, learned: LearnedImages | None) -> dict[str
 
 
 def _fit_images(
-    request: GraphsRequest, recipes: list[Recipe], backbone: Backbone, px: int
+    request: GraphsRequest, recipes: list[Recipe], backbone: Backbone, px: int, bars: Bars
 ) -> LearnedImages | None:
     images = request.fit_images or request.head_images
     if all(recipe.precision != "int8=static" for recipe in recipes):
         return None
     if not isinstance(images, Path):
         return images
-    return LearnedImages.read(images, backbone.preprocessing(px))
+    return LearnedImages.read(images, backbone.preprocessing(px), bars.say)
 
 
 class _Exporter:

@@ -19,6 +19,7 @@ from bundle.graphs import GraphSet
 from bundle.head import LinearHead
 from bundle.prints import Looks, encode
 from bundle.recipe import Recipe
+from client.files import FilesError, FoundFiles, find_files, shown
 from export.backbones import Backbone
 from export.errors import UsageError
 from export.request import see
@@ -56,16 +57,20 @@ def fit_probe(backbone: Backbone, px: int, root: Path, bars: Bars) -> Probe:
     Args:
         backbone: its own head, if any, is not used.
         px: the full rung's resolution.
-        root: folder of one folder per class, whose names are the labels; hidden ones do not count.
+        root: folder of one folder per class, whose names are the labels; all images below it are
+            of that class. See `client.files.find_files`.
         bars: shows the progress, and which files cannot be read.
 
     Raises:
         UsageError: no such folder, fewer than two classes, a class without a readable image, or
             more than 5 % of the files cannot be read.
     """
-    labelled = _labelled(root)
-    labels = tuple(folder.name for folder in labelled)
-    files = [(file, index) for index, found in enumerate(labelled.values()) for file in found]
+    found = _found(root)
+    labels, files = _labelled(root, found)
+    loose = sum("/" not in name for name in found.names)
+    for note in (found.note, f"skipped {loose} images in no class folder" if loose else ""):
+        if note:
+            bars.say(note)
     preprocessing, module = backbone.preprocessing(px), backbone.rung(Recipe(px)).eval()
     digest = hashlib.sha256()
     embeddings = [np.empty((0, backbone.embedding_dim), np.float32)]
@@ -76,15 +81,15 @@ def fit_probe(backbone: Backbone, px: int, root: Path, bars: Bars) -> Probe:
     with bars.stage(f"embed {len(files)} images at {px} px", len(files)) as bar:
         for first in range(0, len(files), BATCH):
             tensors = []
-            for file, index in files[first : first + BATCH]:
-                name = file.relative_to(root).as_posix()
+            for name, index in files[first : first + BATCH]:
                 try:
-                    data = file.read_bytes()
+                    data = (root / name).read_bytes()
                     tensor, pixels, look = see(data, preprocessing)
                 except (ImageError, OSError) as error:
-                    skipped.append((name, str(error)))
+                    skipped.append((shown(name), str(error)))
                     continue
-                digest.update(f"{name}\0{len(data)}\0".encode() + data)
+                head = f"{name}\0{len(data)}\0".encode("utf-8", "surrogateescape")
+                digest.update(head + data)
                 classes.append(index)
                 hashes.append(pixels)
                 looks.append(look)
@@ -140,23 +145,30 @@ def earlier_probe(graphs: GraphSet) -> Probe:
     return Probe(linear.eval(), graphs.labels, graphs.about["head"], graphs.fitted_on)
 
 
-def _labelled(root: Path) -> dict[Path, list[Path]]:
-    """The files of each class folder."""
+def _found(root: Path) -> FoundFiles:
+    """The images below a folder."""
     if not root.is_dir():
-        raise UsageError(f"--images {root}: no such directory")
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+        raise UsageError(f"--images {shown(root)}: no such directory")
+    try:
+        return find_files(root)
+    except FilesError as error:
+        raise UsageError(f"--images: {error}") from None
+
+
+def _labelled(root: Path, found: FoundFiles) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
+    """The classes, and the images below their folders, each with its class's number."""
+    folders = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != ".")
     if len(folders) < 2:
         raise UsageError(
-            f"--images {root} has {len(folders)} class folders; a linear head needs at least two, "
-            "one folder of images per class"
+            f"--images {shown(root)} has {len(folders)} class folders; a linear head needs at "
+            "least two, one folder of images per class"
         )
-    found = {
-        folder: sorted(p for p in folder.iterdir() if p.is_file() and p.name[0] != ".")
-        for folder in folders
-    }
-    if empty := [folder.name for folder, files in found.items() if not files]:
-        raise UsageError(f"--images: the class folder {empty[0]} is empty")
-    return found
+    numbers = {name: number for number, name in enumerate(folders)}
+    files = [(name, numbers[name.split("/")[0]]) for name in found.names if "/" in name]
+    for folder, number in numbers.items():
+        if all(number != one for _, one in files):
+            raise UsageError(f"--images: the class folder {shown(folder)} holds no image")
+    return tuple(map(shown, folders)), files
 
 
 def fit_linear(

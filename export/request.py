@@ -6,7 +6,7 @@ Needs no torch, which takes seconds to import.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from bundle.prints import Looks, encode, look_of
 from bundle.recipe import Recipe
+from client.files import FilesError, find_files, shown
 from export.errors import UsageError
 from imaging import ImageError, Preprocessing, decode, pixels_sha256
 
@@ -39,19 +40,32 @@ class LearnedImages:
     prints: str
 
     @classmethod
-    def read(cls, folder: Path, preprocessing: Preprocessing) -> LearnedImages:
+    def read(
+        cls,
+        folder: Path,
+        preprocessing: Preprocessing,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> LearnedImages:
         """Read at most `MOST` images, evenly spread over a folder and the folders in it.
+
+        What is skipped there is told to `say`; see `client.files.find_files`.
 
         Raises:
             UsageError: no such folder, or none of its files is an image.
         """
         if not folder.is_dir():
-            raise UsageError(f"--fit-images {folder}: no such directory")
-        files = sorted(file for file in folder.rglob("*") if file.is_file())
-        chosen = [files[row] for row in spread(len(files))] if files else []
-        found = cls.of((file.read_bytes() for file in chosen), preprocessing)
+            raise UsageError(f"--fit-images {shown(folder)}: no such directory")
+        try:
+            files = find_files(folder)
+        except FilesError as error:
+            raise UsageError(f"--fit-images: {error}") from None
+        chosen = [files.names[row] for row in spread(len(files.names))] if files.names else []
+        found = cls.of(((folder / name).read_bytes() for name in chosen), preprocessing)
         if found is None:
-            raise UsageError(f"--fit-images {folder}: no image there can be read")
+            said = f"no image there can be read{'; ' if files.note else ''}{files.note}"
+            raise UsageError(f"--fit-images {shown(folder)}: {said}")
+        if files.note:
+            say(files.note)
         return found
 
     @classmethod

@@ -2,7 +2,8 @@
 
 Depends on numpy and Pillow only (Python 3.10+), because `export repository` copies this folder
 into the `preprocess` model, where Triton's own Python runs it. Calibration and the linear probe
-import the same code, so the tensor a rung was calibrated on is the tensor it is served.
+import the same code, so the tensor a rung was calibrated on is the tensor it is served. HEIC is
+read where `pi-heif` is installed.
 
 Import it relatively inside a deployed model (`from .imaging import ...`).
 """

@@ -196,6 +196,8 @@ def variants_command(
 
     bars = terminal.Bars(Console(stderr=True))
     pool = load_pool(GraphSet.load(onnx), images, limit, stage=bars.stage)
+    if pool.note:
+        bars.say(pool.note)
     requests = rounds * len(pool) * len(repositories) * len(variants.SYSTEMS)
     with bars.stage("requests in turn", requests) as bar:
         found = variants.measure(repositories, pool, rounds, bar.advance)
@@ -237,6 +239,8 @@ def serving(
     names = [name.strip() for name in graphs.split(",") if name.strip()]
     bars = terminal.Bars(Console(stderr=True))
     pool = load_pool(graph_set, images, limit, stage=bars.stage)
+    if pool.note:
+        bars.say(pool.note)
     found = prices.price(graph_set, names, pool, served, bars)
     if as_json:
         typer.echo(json.dumps({**asdict(served), "images": len(pool), "graphs": found}, indent=2))

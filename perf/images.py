@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from rich.console import Console
 from bundle.graphs import GraphSet
 from calibration.images import ImageSource, SourceImage, open_images
 from client import GrpcClient
+from client.files import shown
 from imaging import ImageError, Preprocessing, decode
 from report.terminal import Bar, Bars
 
@@ -37,6 +38,7 @@ class Pool:
         tensors: FP32 (3, H, W) each.
         labels: class names, or None.
         unreadable: one line for each image that was left out.
+        note: one line about files that are no images; empty where there are none.
     """
 
     title: str
@@ -44,6 +46,7 @@ class Pool:
     tensors: Sequence[NDArray[np.float32]]
     labels: Sequence[str | None]
     unreadable: Sequence[str]
+    note: str = ""
 
     def __len__(self) -> int:
         return len(self.encoded)
@@ -66,7 +69,7 @@ def readable(
             image = source[index]
             found = image, decode(image.data)
         except ImageError as error:
-            unreadable.append(f"{ascii(name)[1:-1]}: {error}")
+            unreadable.append(f"{shown(name)}: {error}")
             yield None
         else:
             yield found
@@ -92,7 +95,8 @@ def load_pool(
     """
     source = open_images(f"sample:{seed}" if spec == "sample" else spec, limit)
     with stage("read images", len(source)) as bar:
-        return read_pool(source, Preprocessing.from_dict(graphs.preprocessing), bar.advance)
+        pool = read_pool(source, Preprocessing.from_dict(graphs.preprocessing), bar.advance)
+    return replace(pool, note=source.note)
 
 
 def read_pool(

@@ -132,6 +132,8 @@ def image_round(spec: str, limit: int) -> Iterator[bytes]:
         PerfError: not one image can be read.
     """
     source = open_images(f"sample:{SAMPLE_SEED}" if spec == "sample" else spec, limit)
+    if source.note:
+        logger.warning("%s", source.note)
     unreadable: list[str] = []
     images = [image.data for image, _ in filter(None, readable(source, unreadable))]
     if unreadable:

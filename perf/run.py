@@ -151,6 +151,8 @@ def measure(options: Options, console: Console) -> Record:
     with Record(options.out, console, header) as record:
         limit = options.suite.pool
         pool = load_pool(graphs, options.images, limit, SEED, record.stage)
+        if pool.note:
+            record.note(pool.note)
         for line in pool.unreadable:
             record.note(f"left out {line}")
         with _target(options, graphs, record) as target:

@@ -151,8 +151,9 @@ def plan_command(
     if planned.chosen is not None:
         choose_rungs(planned, workshop, bars)
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "plan.json"
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    path, fresh = out / "plan.json", out / ".plan.json"
+    fresh.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    fresh.replace(path)
     chosen = content["chosen"]
     shown = None if chosen is None else threshold_text(chosen["threshold"])
     write_plan(out / "plan.html", content, shown)

@@ -42,7 +42,8 @@ def render(path: Path, template: str, **data: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        fresh.write_text(page.lstrip(), encoding="utf-8")
+        # What is no Unicode in a name is no reason to lose a page.
+        fresh.write_text(page.lstrip(), encoding="utf-8", errors="backslashreplace")
         fresh.replace(path)
     finally:
         fresh.unlink(missing_ok=True)

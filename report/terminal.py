@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
@@ -99,8 +100,11 @@ class Bars:
 def run(app: Callable[..., object], errors: tuple[type[Exception], ...]) -> NoReturn:
     """Run a command line; a foreseeable error is one line on stderr and exit code 2.
 
-    Foreseeable are `errors`, whose text is meant for the user, and an OSError.
+    Foreseeable are `errors`, whose text is meant for the user, and an OSError. What the terminal
+    cannot show, such as a name that is no Unicode, is escaped.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = app(standalone_mode=False)
     except typer.TyperException as error:

@@ -287,9 +287,14 @@ class Calibration:
                 )
 
     def save(self, path: Path) -> None:
-        """Write the artifact; equal artifacts give equal bytes."""
+        """Write the artifact, whole or not at all; equal artifacts give equal bytes."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
+        fresh = path.with_name(f".{path.name}")
+        try:
+            fresh.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
+            fresh.replace(path)
+        finally:
+            fresh.unlink(missing_ok=True)
 
     def to_dict(self) -> dict[str, Any]:
         """The artifact as JSON types, `schema_version` first."""

@@ -21,7 +21,7 @@ from .probe import Finding, Memory
 
 _POLL_S = 0.25
 _INTERVAL_S = 2.0  # Between the end of one look and the next.
-# Nor sooner than so many times what the look took: where the server is slow, as under a small CPU
+# Nor sooner than so many times what the look took beyond that: where the server is slow, as under a small CPU
 # quota, its canaries would take from the requests of others what these need.
 _REST, _LONGEST_INTERVAL_S = 4.0, 30.0
 # A server that failed has little to finish: what still runs there gets a moment, no more.
@@ -118,7 +118,7 @@ class Supervisor:
             if finding.failure:
                 return finding.failure
             ended = self._clock()
-            rest_s = min(_LONGEST_INTERVAL_S, _REST * (ended - began))
+            rest_s = min(_LONGEST_INTERVAL_S, _REST * (ended - began - _INTERVAL_S))
             next_at = ended + max(_INTERVAL_S, rest_s)
             # Sooner where a process has ended: the server's own, or one of a model.
             while (now := self._clock()) < next_at and (blind or self._has_all(process_ids)):

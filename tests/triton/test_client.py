@@ -20,7 +20,7 @@ from client import (
     InvalidRequestError,
     NotServedError,
 )
-from client.messages import encode_images
+from client.images import as_rows
 from tests.unit.client_servers import AwaitedClient
 
 MODELS = ("adaptive_tensor", "adaptive_vit", "preprocess", "router", "vit_high", "vit_low")
@@ -58,7 +58,7 @@ def test_every_model_answers_over_both_protocols(server, crops, images, model, p
     url = server.grpc_url if protocol == "grpc" else server.http_url
     takes_bytes = model in ("adaptive_vit", "preprocess")
     name = "image_bytes" if takes_bytes else "image"
-    rows = encode_images(crops[:2]) if takes_bytes else images[:2]
+    rows = as_rows(crops[:2]) if takes_bytes else images[:2]
     tensor = module.InferInput(name, list(rows.shape), "BYTES" if takes_bytes else "FP32")
     with module.InferenceServerClient(url) as connection:
         result = connection.infer(model, [tensor.set_data_from_numpy(rows)])

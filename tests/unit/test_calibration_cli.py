@@ -1,6 +1,7 @@
 """`python -m calibration` from a folder of unlabelled images to a certified artifact."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -262,3 +263,23 @@ def test_misuse_is_one_line_and_exit_code_2(workplace, capsys, arguments, messag
     assert message in error
     assert len([line for line in error.splitlines() if line.startswith("error: ")]) == 1
     assert "Traceback" not in error
+
+
+def test_names_of_any_bytes_are_collected_shown_and_found_again(tmp_path, capsys):
+    """Also by a second `collect`, which reads nothing anew."""
+    write_graph_set(tmp_path / "build/onnx", seeds=(1, 2))
+    images = tmp_path / os.fsdecode(b"\xe9t\xe9")
+    write_images(images, 20, seed=0)
+    for number, name in enumerate((b"caf\xe9", b"two\nlines", b"<script>", b"[red]\x1b[31m")):
+        (images / f"{number:03d}.png").rename(images / (os.fsdecode(name) + ".png"))
+    (images / os.fsdecode(b"\xff.mov")).write_bytes(b"")
+    for _ in range(2):
+        capsys.readouterr()
+        assert run(tmp_path, "collect", "--images", images) == 0
+        assert "of other kinds (.mov 1): \\xff.mov" in capsys.readouterr().err
+    assert run(tmp_path, "report") == 0
+    page = (tmp_path / "build/calibration/report.html").read_text("utf-8")
+    for shown in (r"caf\xe9.png", r"two\nlines.png", "&lt;script&gt;.png", r"[red]\x1b[31m.png"):
+        assert shown in page, shown
+    assert "<script>.png" not in page and "image not" not in page
+    assert r"\xe9t\xe9" in page  # the folder, as the source's title

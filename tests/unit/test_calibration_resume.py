@@ -122,9 +122,9 @@ def test_only_a_torn_file_is_made_again(graph_set, answering, tmp_path, damage):
 def test_a_few_unreadable_images_are_listed_in_order_and_skipped(answering):
     source = MemorySource(COUNT, broken=[60, 7], gone=[8, COUNT - 1])
     expected = [
-        "7.png: not a JPEG, PNG or WEBP image",
+        "7.png: not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC image",
         "8.png: cannot be read: No such file or directory",
-        "60.png: not a JPEG, PNG or WEBP image",
+        "60.png: not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC image",
         f"{COUNT - 1}.png: cannot be read: No such file or directory",
     ]
     assert answering.fill(source) == answering.fill(source) == expected
@@ -188,8 +188,8 @@ def test_files_of_a_folder_that_are_no_images_or_vanish_are_skipped(answering, t
     (folder / "class 3/03.png").unlink()
     source.fingerprint = lambda: key  # it was there when the source was listed
     assert answering.fill(source) == [
-        "class 1/01.png: not a JPEG, PNG or WEBP image",
-        r"'class 2/line\nbreak \udce9.png': the image is empty (0 bytes)",
+        "class 1/01.png: not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC image",
+        r"class 2/line\nbreak \xe9.png: the image is empty (0 bytes)",
         "class 3/03.png: cannot be read: No such file or directory",
     ]
     pictures = answering.read(source).pictures

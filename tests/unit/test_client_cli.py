@@ -52,11 +52,9 @@ def folder(tmp_path):
 
 
 def test_folders_are_searched_and_files_taken_as_they_are(folder):
-    names = [
-        path.name
-        for path in command_line.find_images([folder / "notes.txt", folder, folder / "a.png"])
-    ]
-    assert names == ["notes.txt", "a.png", "b.JPG", "c.webp"]  # a.png once
+    found, notes = command_line.find_images([folder / "notes.txt", folder, folder / "a.png"])
+    assert [file.name for file in found] == ["notes.txt", "a.png", "b.JPG", "c.webp"]  # a.png once
+    assert notes == [f"{folder}: skipped 1 file of other kinds (.txt 1): notes.txt"]
 
 
 # --- many files --------------------------------------------------------------------------------
@@ -76,7 +74,7 @@ class FakeClient:
 
 @pytest.mark.parametrize("concurrency", [1, 2, 9])
 def test_a_refused_or_unreadable_file_does_not_stop_the_rest(concurrency, folder):
-    files = [*command_line.find_images([folder]), folder / "gone.jpg"]
+    files = [*command_line.find_images([folder])[0], folder / "gone.jpg"]
     ticks = []
     outcomes = ask(FakeClient(), files, concurrency, lambda: ticks.append(1), policy="low")
     assert [o.file for o in outcomes] == files

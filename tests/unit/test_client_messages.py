@@ -7,11 +7,11 @@ from tritonclient.grpc._utils import _get_inference_request
 
 import routing
 from client import InvalidRequestError, Prediction, ServerError
+from client.images import as_rows
 from client.messages import (
     UNSCORED,
     Request,
     as_batch,
-    encode_images,
     predictions,
     request_parameters,
 )
@@ -103,11 +103,11 @@ def test_top_gives_softmax_probabilities_likeliest_first():
 
 def test_images_become_one_bytes_element_each_whatever_they_end_in():
     images = [b"a\x00\x00", b"", b"\xff\xd8" * 3]  # numpy's own bytes dtype would cut the zeros
-    rows = encode_images(images)
+    rows = as_rows(images)
     assert rows.shape == (3, 1)
     assert rows.dtype == np.object_
     assert rows[:, 0].tolist() == images
-    assert encode_images([]).shape == (0, 1)
+    assert as_rows([]).shape == (0, 1)
 
 
 def test_a_single_image_tensor_gets_a_batch_axis_and_keeps_its_dtype():
@@ -153,7 +153,7 @@ def test_a_message_is_what_tritonclient_would_send():
     assert message == _get_inference_request(
         **whole, inputs=inputs, priority=0, timeout=1_500_000, parameters=asked.parameters, **unset
     )
-    images = Request("adaptive_vit", "image_bytes", encode_images([b"a\x00", b""]), {})
+    images = Request("adaptive_vit", "image_bytes", as_rows([b"a\x00", b""]), {})
     (tensor,), (content,) = (images.message(1).inputs, images.message(1).raw_input_contents)
     assert (tensor.datatype, list(tensor.shape)) == ("BYTES", [2, 1])
     assert content == b"\x02\0\0\0a\0" + b"\0\0\0\0"

@@ -20,7 +20,9 @@ PREPROCESSING = Preprocessing(8, 8, None, "bilinear", (0.5,) * 3, (0.25,) * 3)
 def test_images_of_a_folder_and_those_in_it_are_remembered_as_calibration_knows_them(tmp_path):
     write_images(tmp_path, "a.png", "cats/b.png", "dogs/c.jpg")
     (tmp_path / "notes.txt").write_text("not an image")  # is passed over
-    found = LearnedImages.read(tmp_path, PREPROCESSING)
+    said = []
+    found = LearnedImages.read(tmp_path, PREPROCESSING, said.append)
+    assert said == ["skipped 1 file of other kinds (.txt 1): notes.txt"]
     (images,) = decode_ahead(FolderImages(tmp_path), [range(3)], PREPROCESSING)
     assert found.tensors.dtype == np.float32
     np.testing.assert_array_equal(found.tensors, [image.tensor for image in images])

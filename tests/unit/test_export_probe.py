@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -108,12 +109,22 @@ def test_a_probe_takes_the_place_of_the_models_own_head(tmp_path):
 
 def test_unreadable_files_are_skipped_and_listed(model, tmp_path):
     root = write_images(tmp_path / "images")
-    (root / "blue" / "0.png").write_bytes(b"not an image")
+    (root / "blue" / "0.png").unlink()
+    (root / "blue" / os.fsdecode(b"caf\xe9.png")).write_bytes(b"not an image")
+    (root / "green").rename(root / os.fsdecode(b"gr\xfcn"))
+    (root / "blue" / "notes.txt").write_text("no image")
+    (root / "loose.png").write_bytes((root / "blue" / "1.png").read_bytes())
     said = io.StringIO()
     bars = Bars(Console(file=said, width=200))
     probe = fit_probe(pretrained(str(model)), PX, root, bars)
-    assert "skipped blue/0.png: not a JPEG, PNG or WEBP image" in said.getvalue()
-    assert probe.record["skipped"] == ["blue/0.png"]
+    assert (
+        "skipped blue/caf\\xe9.png: not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC image"
+        in said.getvalue()
+    )
+    assert "skipped 1 file of other kinds (.txt 1): blue/notes.txt" in said.getvalue()
+    assert "skipped 1 images in no class folder" in said.getvalue()
+    assert probe.record["skipped"] == ["blue/caf\\xe9.png"]
+    assert probe.labels == ("blue", "gr\\xfcn", "red")
     assert probe.record["images"] == 23
 
 
@@ -140,7 +151,7 @@ def test_a_folder_without_classes_is_refused(model, tmp_path):
     for root, message in (
         (one, "has 1 class folders; .* at least two"),
         (one / "red", "has 0 class folders"),
-        (empty, "class folder white is empty"),
+        (empty, "class folder white holds no image"),
     ):
         with pytest.raises(UsageError, match=message):
             fit_probe(pretrained(str(model)), PX, root, QUIET)

@@ -82,7 +82,7 @@ def test_good_requests_are_answered_around_a_bad_one(model):
     requests = [FakeRequest(png()), FakeRequest(b"x"), FakeRequest(png(), png(20, 30))]
     good, bad, batch = model.execute(requests)
     assert bad.error.code == "INVALID_ARG"
-    assert str(bad.error) == "not a JPEG, PNG or WEBP image"
+    assert str(bad.error) == "not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC image"
     for response, images in ((good, 1), (batch, 2)):
         ((name, tensor),) = response.tensors
         assert response.error is None and name == "image"

@@ -205,7 +205,7 @@ def test_a_minute_of_failing_starts_is_no_healthy_minute():
 
 def test_a_server_that_takes_long_to_answer_is_left_alone_for_longer():
     drill = Drill(200.0, 0.0, max_restarts=0)
-    looks_s = [0.1, 5.0, 60.0]
+    looks_s = [1.5, 5.0, 60.0]
     began: list[float] = []
 
     def slow(server: FakeServer, memory: Memory) -> Finding:
@@ -216,8 +216,8 @@ def test_a_server_that_takes_long_to_answer_is_left_alone_for_longer():
     drill.supervisor._look = slow
     drill.run_until_it_gives_up()
     first, second, third = began
-    assert second - first == pytest.approx(0.1 + 2, abs=0.3)
-    assert third - second == pytest.approx(5 + 20, abs=0.3)
+    assert second - first == pytest.approx(1.5 + 2, abs=0.3)
+    assert third - second == pytest.approx(5 + 12, abs=0.3)
 
 
 def test_the_time_of_a_pause_between_two_looks_is_no_models_silence():

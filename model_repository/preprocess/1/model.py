@@ -1,4 +1,4 @@
-"""Triton adapter around `imaging`: JPEG, PNG or WebP bytes to the `image` tensor.
+"""Triton adapter around `imaging`: the bytes of image files to the `image` tensor.
 
 Input `image_bytes` BYTES [B, 1]; output `image` FP32 [B, 3, H, W]. A request with an image that
 cannot be decoded gets INVALID_ARG and a one-line reason; whatever goes wrong with one request, the
