@@ -238,11 +238,12 @@ def drop_2(repository, artifact):
     drop(repository, 2)
 
 
-# Each time the manifest, three configs, the manifest; a switch by way of both versions loaded.
+# A new version's artifact, which is still apart; then each time the manifest, three configs, the
+# manifest; a switch by way of both versions loaded.
 @pytest.mark.parametrize(
     ("before", "change", "renames"),
     [
-        (nothing, add_with_shadow, 5),
+        (nothing, add_with_shadow, 6),
         (add_with_shadow, switch_to_2, 10),
         (add_with_shadow, drop_2, 5),
     ],

@@ -39,9 +39,10 @@ def test_a_router_faster_than_its_own_rung_is_not_believed():
 
 def test_no_ratio_of_a_disturbed_variant_is_printed(monkeypatch):
     found = [variant([20], [18], [25]), variant([20], [22], [33])]
+    pool = Pool("crops", [b""] * 50, [], [None] * 50, [])
     monkeypatch.setattr(variants, "measure", lambda *arguments: found)
     monkeypatch.setattr("perf.__main__.GraphSet.load", lambda folder: None)
-    monkeypatch.setattr("perf.images.load_pool", lambda *arguments, **stage: range(50))
+    monkeypatch.setattr("perf.images.load_pool", lambda *arguments, **stage: pool)
     printed = CliRunner().invoke(app, ["variants", "one", "other"]).stdout
     assert "0.900" not in printed and "1.389" not in printed
     assert "1.100" in printed and "1.500" in printed
