@@ -6,11 +6,13 @@ import json
 import logging
 import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from bundle import manifest
@@ -252,7 +254,7 @@ def _load_network(config: PretrainedConfig, model: str) -> tuple[PreTrainedModel
             raise UsageError(
                 f"--model {model}: its weights cannot be loaded ({first_line(error)}); {_ANEW}"
             ) from error
-        # A mask token serves pretraining only. Surplus weights (a decoder) do no harm.
+        # A mask token serves pretraining only.
         missing = sorted(key for key in info["missing_keys"] if not key.endswith("mask_token"))
         if not missing and not info["mismatched_keys"]:
             break
@@ -268,6 +270,10 @@ def _load_network(config: PretrainedConfig, model: str) -> tuple[PreTrainedModel
             f"--model {model}: its weights do not fit its {CONFIG}: {key} is {list(found)} in the "
             f"file and {list(wanted)} by {CONFIG}; {_ANEW}"
         )
+    if (fault := _lost_in_blocks(network, info["unexpected_keys"])) is not None:
+        raise UsageError(
+            f"--model {model}: its weights do not fit its {CONFIG}: {fault}, or {_ANEW}"
+        )
     notices: tuple[str, ...] = ()
     if name in OPTIONS and any(key.startswith("pooler.") for key in info["unexpected_keys"]):
         notices = (
@@ -275,6 +281,25 @@ def _load_network(config: PretrainedConfig, model: str) -> tuple[PreTrainedModel
             "pooler_output is not exported",
         )
     return network, notices
+
+
+def _lost_in_blocks(network: PreTrainedModel, surplus: Iterable[str]) -> str | None:
+    """Which weights were left out though blocks would answer otherwise with them; None: none.
+
+    Other surplus weights, such as those of a decoder or a pooler, do no harm.
+    """
+    own = f"{network.base_model_prefix}."  # base models and those with a head differ by it
+    for name, blocks in network.named_modules():
+        if not isinstance(blocks, nn.ModuleList):
+            continue
+        block = re.compile(re.escape(name.removeprefix(own)) + r"\.(\d+)\..*")
+        found = {key: block.fullmatch(key.removeprefix(own)) for key in surplus}
+        lost = sorted((int(match[1]), key) for key, match in found.items() if match is not None)
+        if lost and (held := lost[-1][0] + 1) > len(blocks):
+            return f"{name} has {held} blocks in the file and {len(blocks)} by {CONFIG}; correct it"
+        if lost:
+            return f"{lost[0][1]} is in the file and {CONFIG} says a model without; correct it"
+    return None
 
 
 def _labels(config: PretrainedConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -107,6 +107,46 @@ def test_missing_weights_are_not_made_up(tmp_path):
         pretrained(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("class_name", "part", "change", "message"),
+    [
+        *(
+            (name, None, {"num_hidden_layers": LAYERS - 1}, f"{blocks} has {LAYERS} blocks in the")
+            for name, blocks in (
+                ("ViTForImageClassification", "vit.layers"),
+                ("ViTMAEForPreTraining", "layers"),
+                ("Dinov2Model", "encoder.layer"),
+                ("DINOv3ViTModel", "model.layer"),
+                ("CLIPVisionModel", "encoder.layers"),
+            )
+        ),
+        (
+            *("CLIPModel", "vision_config", {"num_hidden_layers": LAYERS - 1}),
+            "vision_model.encoder.layers has 2 blocks in the",
+        ),
+        (
+            *("SiglipModel", "text_config", {"num_hidden_layers": 0}),
+            "text_model.encoder.layers has 1 blocks in the",
+        ),
+        (
+            *("ViTModel", None, {"qkv_bias": False}),
+            "layers.0.attention.k_proj.bias is in the file and config.json says a model without",
+        ),
+    ],
+)
+def test_no_weights_of_blocks_are_left_out(class_name, part, change, message, tmp_path):
+    folder = save_tiny(tmp_path, class_name)
+    pretrained(str(folder))
+    config = json.loads((folder / "config.json").read_text())
+    for stages in ("out_features", "out_indices", "stage_names"):  # the library looks at them first
+        config.pop(stages, None)
+    (config if part is None else config[part]).update(change)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=f"do not fit its config.json: {message}") as caught:
+        pretrained(str(folder))
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("damage", ["delete", "truncate"])
 def test_damaged_checkpoints(damage, tmp_path):
     folder = save_tiny(tmp_path, "ViTModel")
