@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from bundle import labels
 from bundle.alignment import Alignment
 from bundle.placing import folder_beside, link_or_copy
 from bundle.prints import joined, without
@@ -23,7 +24,6 @@ from bundle.recipe import Recipe
 from routing import RUNGS, TASKS, WEIGHTS, RungRecord, default_task
 
 NAME = "graphs.json"
-LABELS = "labels.txt"
 SCHEMA_VERSION = 3  # 1 and 2 were those of rungs.json
 EARLIER = "rungs.json"
 # Roles of graphs. The rungs have the names of the models that they are deployed as, which an
@@ -286,8 +286,7 @@ class GraphSet:
             OSError: a file cannot be written.
         """
         if self.labels:
-            text = label_lines(self.labels)
-            (folder / LABELS).write_text(text, "utf-8", "backslashreplace")
+            labels.write(folder, self.labels)
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
         fresh = folder / f".{NAME}"
         # What is no Unicode in a name is escaped, which JSON reads as what it was.
@@ -368,15 +367,6 @@ _ABOUT = ("source", "head", "opset", "ir_version", "parity")
 _NOTES = ("fidelity", "checks")
 
 
-def label_lines(labels: Iterable[str]) -> str:
-    """The text of `labels.txt`: one label per line, for whatever takes a character for its end.
-
-    What is no Unicode in a label, which may be a folder's name, is escaped.
-    """
-    lines = "".join(f"{' '.join(label.split())}\n" for label in labels)
-    return lines.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
 def _graph(name: str, folder: Path, entry: Mapping[str, Any]) -> Graph:
     record = RungRecord(
         entry["px"],
@@ -393,7 +383,7 @@ def _graph(name: str, folder: Path, entry: Mapping[str, Any]) -> Graph:
 
 def _earlier(folder: Path) -> list[str]:
     """Names of the files that an earlier set left in a folder, its record first."""
-    found = [NAME, EARLIER, LABELS, WEIGHTS]
+    found = [NAME, EARLIER, labels.NAME, WEIGHTS]
     if (folder / EARLIER).exists():
         found += [f"{name}.onnx" for name in (*RUNGS, REFERENCE)]
         found += [file.name for file in folder.glob("static_*.onnx")]

@@ -19,8 +19,8 @@ from typing import Literal
 
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 
-from bundle import config, manifest
-from bundle.graphs import HIGH, LABELS, LOW, Graph, GraphSet, label_lines
+from bundle import config, labels, manifest
+from bundle.graphs import HIGH, LOW, Graph, GraphSet
 from bundle.placing import folder_beside, link_or_copy
 from export.errors import UsageError
 from imaging import Preprocessing, PreprocessingError, code_sha256
@@ -198,7 +198,7 @@ def assemble(
         complete_router(fresh / "router/1", calibration, answers)
         if graphs.labels:
             for folder_of_labels in (fresh, *(fresh / model for model in ANSWERING)):
-                (folder_of_labels / LABELS).write_text(label_lines(graphs.labels), "utf-8")
+                labels.write(folder_of_labels, graphs.labels)
         for name, graph in ((LOW, graphs.low), (HIGH, graphs.high)):
             _place(graph, fresh / name / "1", fresh)
             # The ensembles' stay: an empty version directory would not survive git.
@@ -293,7 +293,7 @@ def _name_classes(message: ModelConfig, graphs: GraphSet) -> None:
     if logits is None:
         logits = message.output.add(name="logits", data_type=DataType.TYPE_FP32)
         logits.dims.append(graphs.classes)
-    logits.label_filename = LABELS
+    logits.label_filename = labels.NAME
 
 
 def answer_parameters(calibration: Calibration) -> dict[str, str]:

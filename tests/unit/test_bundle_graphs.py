@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from bundle import manifest, placing
-from bundle.graphs import HIGH, LOW, REFERENCE, Graph, GraphsError, GraphSet, label_lines
+from bundle import labels, manifest, placing
+from bundle.graphs import HIGH, LOW, REFERENCE, Graph, GraphsError, GraphSet
 from bundle.recipe import Recipe
 from routing import WEIGHTS, RungRecord
 from tests.unit.onnx_files import graph_at, write_graph_set, write_rung
@@ -57,9 +57,10 @@ def test_what_is_saved_is_what_is_loaded(graphs, tmp_path):
     assert all(graph.fault() is None for graph in graphs.graphs.values())
 
 
-def test_each_label_has_its_line_whatever_is_in_it():
-    labels = ("a\nb", "c\x85d", "", "e  f", "g\u2028")
-    assert label_lines(labels).splitlines() == ["a b", "c d", "", "e f", "g"]
+def test_each_label_has_its_line_whatever_is_in_it(tmp_path):
+    labels.write(tmp_path, ("a\nb", "c\x85d", "", "e  f", "g\u2028", "\udce9"))
+    lines = (tmp_path / "labels.txt").read_text("utf-8").splitlines()
+    assert lines == ["a b", "c d", "", "e f", "g", "\\udce9"]
 
 
 def test_a_file_that_is_not_the_exported_one_is_named(graphs):
