@@ -15,6 +15,7 @@ from PIL import Image, ImageCms
 
 from imaging import ImageError, Limits, decode
 from imaging.display import BACKGROUND
+from tests.unit.image_files import chunk, encode, png_of, tiff_of
 
 ROOT = Path(__file__).resolve().parents[2]
 HEIC = ROOT / "tests/unit/data/turned.heic"
@@ -23,36 +24,8 @@ PIXELS = RNG.integers(0, 256, (30, 40, 3), dtype=np.uint8)
 PHOTO = Image.fromarray(PIXELS)
 
 
-def encode(image, form, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()
-
-
 def seen(data):
     return np.asarray(decode(data)).astype(int)
-
-
-def chunk(kind, body):
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-
-def png(rows, width, depth, colour, *chunks):
-    header = struct.pack(">IIBBBBB", width, len(rows), depth, colour, 0, 0, 0)
-    data = zlib.compress(b"".join(b"\0" + row for row in rows))
-    parts = [(b"IHDR", header), *chunks, (b"IDAT", data), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
-
-
-def tiff(values, bits, photometric=1, sample_format=1, **tags):
-    """One row of grey values."""
-    data = values.tobytes()
-    entries = {256: len(values), 257: 1, 258: bits, 259: 1, 262: photometric, 273: None, 277: 1}
-    entries |= {278: 1, 279: len(data), 339: sample_format}
-    entries |= {int(name[1:]): value for name, value in tags.items()}
-    entries[273] = 8 + 2 + 12 * len(entries) + 4
-    body = b"".join(struct.pack("<HHII", tag, 4, 1, entries[tag]) for tag in sorted(entries))
-    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + body + bytes(4) + data
 
 
 # --- orientation -------------------------------------------------------------------------------
@@ -149,18 +122,18 @@ def test_what_is_transparent_shows_the_background():
 
 WHITE = 255
 TRANSPARENT = {
-    "1 bit": (png([b"\x0f"], 8, 1, 0, (b"tRNS", b"\0\1")), [0] * 4 + [WHITE] * 4),
-    "2 bits": (png([b"\x1b"], 4, 2, 0, (b"tRNS", b"\0\1")), [0, WHITE, 170, 255]),
-    "4 bits": (png([b"\x50"], 2, 4, 0, (b"tRNS", b"\0\5")), [WHITE, 0]),
-    "8 bits": (png([b"\x50\x30"], 2, 8, 0, (b"tRNS", b"\0\x50")), [WHITE, 48]),
-    "16 bits": (png([b"\x50\x30\x50\x31"], 2, 16, 0, (b"tRNS", b"\x50\x30")), [WHITE, 80]),
-    "RGB": (png([b"\1\1\1\2\2\2"], 2, 8, 2, (b"tRNS", b"\0\1\0\1\0\1")), [WHITE, 2]),
+    "1 bit": (png_of([b"\x0f"], 8, 1, 0, (b"tRNS", b"\0\1")), [0] * 4 + [WHITE] * 4),
+    "2 bits": (png_of([b"\x1b"], 4, 2, 0, (b"tRNS", b"\0\1")), [0, WHITE, 170, 255]),
+    "4 bits": (png_of([b"\x50"], 2, 4, 0, (b"tRNS", b"\0\5")), [WHITE, 0]),
+    "8 bits": (png_of([b"\x50\x30"], 2, 8, 0, (b"tRNS", b"\0\x50")), [WHITE, 48]),
+    "16 bits": (png_of([b"\x50\x30\x50\x31"], 2, 16, 0, (b"tRNS", b"\x50\x30")), [WHITE, 80]),
+    "RGB": (png_of([b"\1\1\1\2\2\2"], 2, 8, 2, (b"tRNS", b"\0\1\0\1\0\1")), [WHITE, 2]),
     "RGB of 16 bits": (
-        png([b"\x41\2" * 3 + b"\x31\2" * 3], 2, 16, 2, (b"tRNS", b"\x41\2" * 3)),
+        png_of([b"\x41\2" * 3 + b"\x31\2" * 3], 2, 16, 2, (b"tRNS", b"\x41\2" * 3)),
         [WHITE, 49],
     ),
     "palette": (
-        png([b"\0\1\2"], 3, 8, 3, (b"PLTE", bytes([9] * 9)), (b"tRNS", b"\xff\0")),
+        png_of([b"\0\1\2"], 3, 8, 3, (b"PLTE", bytes([9] * 9)), (b"tRNS", b"\xff\0")),
         [9, WHITE, 9],
     ),
 }
@@ -175,16 +148,16 @@ def test_one_transparent_colour_of_a_png_is_that_of_its_depth(name):
 U2, U4, I2, I4, F4 = (np.dtype(name) for name in ("<u2", "<u4", "<i2", "<i4", "<f4"))
 NOT_FINITE = [np.nan, np.inf, -5, 1]
 GREYS = {
-    "16 bits": (tiff(np.array([0, 257, 32896, 65535], U2), 16), [0, 1, 128, 255]),
-    "16 bits, dark": (tiff(np.array([0, 100, 200, 300], U2), 16), [0, 0, 1, 1]),
-    "0 is white": (tiff(np.array([0, 257, 32896, 65535], U2), 16, 0), [255, 254, 127, 0]),
-    "signed": (tiff(np.array([-100, 0, 50, 100], I2), 16, 1, 2), [0, 128, 191, 255]),
-    "32 bits": (tiff(np.array([0, 2**30, 2**31, 2**32 - 1], U4), 32), [0, 64, 128, 255]),
-    "32 bits, signed": (tiff(np.array([0, 10, 20, 30], I4), 32, 1, 2), [0, 85, 170, 255]),
-    "floating point": (tiff(np.array([0, 0.25, 0.5, 1], F4), 32, 1, 3), [0, 64, 128, 255]),
-    "not finite": (tiff(np.array(NOT_FINITE, F4), 32, 1, 3), [0, 255, 0, 255]),
-    "one value": (tiff(np.full(4, 0.5, F4), 32, 1, 3), [128] * 4),
-    "8 bits": (tiff(np.array([0, 10, 128, 255], np.uint8), 8), [0, 10, 128, 255]),
+    "16 bits": (tiff_of(np.array([0, 257, 32896, 65535], U2), 16), [0, 1, 128, 255]),
+    "16 bits, dark": (tiff_of(np.array([0, 100, 200, 300], U2), 16), [0, 0, 1, 1]),
+    "0 is white": (tiff_of(np.array([0, 257, 32896, 65535], U2), 16, 0), [255, 254, 127, 0]),
+    "signed": (tiff_of(np.array([-100, 0, 50, 100], I2), 16, 1, 2), [0, 128, 191, 255]),
+    "32 bits": (tiff_of(np.array([0, 2**30, 2**31, 2**32 - 1], U4), 32), [0, 64, 128, 255]),
+    "32 bits, signed": (tiff_of(np.array([0, 10, 20, 30], I4), 32, 1, 2), [0, 85, 170, 255]),
+    "floating point": (tiff_of(np.array([0, 0.25, 0.5, 1], F4), 32, 1, 3), [0, 64, 128, 255]),
+    "not finite": (tiff_of(np.array(NOT_FINITE, F4), 32, 1, 3), [0, 255, 0, 255]),
+    "one value": (tiff_of(np.full(4, 0.5, F4), 32, 1, 3), [128] * 4),
+    "8 bits": (tiff_of(np.array([0, 10, 128, 255], np.uint8), 8), [0, 10, 128, 255]),
 }
 
 
@@ -364,9 +337,9 @@ def bmp_of(side):
 
 TILED = {"t322": 30_000, "t323": 30_000, "t324": 8, "t325": 50, "t259": 8}
 HOSTILE = {
-    "tiles": (tiff(np.zeros(1, np.uint8), 8, **TILED), "tiles of 30000 x 30000 pixels"),
-    "TIFF": (tiff(np.zeros(1, np.uint8), 8, t256=60_000, t257=60_000), "60000 x 60000 pixels"),
-    "samples": (tiff(np.zeros(1, np.uint8), 8, t277=65_535), "TIFF header is damaged"),
+    "tiles": (tiff_of(np.zeros(1, np.uint8), 8, **TILED), "tiles of 30000 x 30000 pixels"),
+    "TIFF": (tiff_of(np.zeros(1, np.uint8), 8, t256=60_000, t257=60_000), "60000 x 60000 pixels"),
+    "samples": (tiff_of(np.zeros(1, np.uint8), 8, t277=65_535), "TIFF header is damaged"),
     "GIF": (gif_of_a_large_frame(9_000), "9000 x 9000 pixels, the limit"),
     "large GIF": (gif_of_a_large_frame(60_000), "too many pixels"),
     "BMP": (bmp_of(20_000), "20000 x 20000 pixels"),

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from imaging import ImageError, decode
-from tests.unit.test_imaging import encode, photo
+from tests.unit.image_files import encode
+from tests.unit.test_imaging import photo
 
 FORMS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 BASE64 = "the image is base64 text, which is not decoded here; send the file's own bytes: "
