@@ -15,10 +15,11 @@ from bundle.graphs import GraphsError, GraphSet
 from bundle.recipe import Recipe, RecipeError
 from bundle.versions import VersionError, Versions, switch
 from bundle.versions import drop as drop_version
+from export import options
 from export.errors import ExportError, UsageError
 from export.repository import RepositoryError
 from export.repository_command import repository_command
-from export.request import DEFAULT_ATOL, DEFAULT_OPSET, DEFAULT_RTOL, GraphsRequest, Texts
+from export.request import DEFAULT_ATOL, DEFAULT_OPSET, DEFAULT_RTOL, GraphsRequest
 from report.terminal import Bars, run, table
 from routing import WEIGHTS, CalibrationError, ManifestError
 
@@ -54,12 +55,7 @@ def rungs(
             "timm:NAME with --checkpoint.",
         ),
     ],
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Weights of --model timm:NAME (.safetensors, .bin or .pth)."
-        ),
-    ] = None,
+    checkpoint: options.Checkpoint = None,
     out: Annotated[Path, typer.Option(help="Directory to write to.")] = Path("build/onnx"),
     low: Annotated[
         str | None,
@@ -84,19 +80,8 @@ def rungs(
         Path | None,
         typer.Option(help="Images that int8=static learns ranges from (default: --images)."),
     ] = None,
-    labels: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT|FILE",
-            help='Zero-shot head of CLIP or SigLIP: labels as "cat,dog", or a file, one a line.',
-        ),
-    ] = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT", help='Sentence around a label (default: as "a photo of a {}.").'
-        ),
-    ] = None,
+    labels: options.Labels = None,
+    prompt: options.Prompt = None,
     task: Annotated[
         Literal["classes", "labels", "value"] | None,
         typer.Option(
@@ -119,13 +104,8 @@ def rungs(
     """
     if (head is None) != (images is None):
         raise UsageError("--head linear and --images DIR go together")
-    if head is not None and labels is not None:
-        raise UsageError("--head linear and --labels are two heads; give one")
-    if prompt is not None and labels is None:
-        raise UsageError("--prompt is the sentence around --labels; give those, too")
-    texts = None if labels is None else Texts.read(labels, prompt)
-    if checkpoint is not None and not model.startswith("timm:"):
-        raise UsageError("--checkpoint FILE goes with --model timm:NAME, which says what it is")
+    fitted = None if head is None else "--head linear"
+    texts = options.texts_of(model, checkpoint, labels, prompt, fitted)
     recipes = [None if text is None else Recipe.parse(text) for text in (low, high)]
     request = GraphsRequest(
         out=out,

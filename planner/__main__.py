@@ -20,6 +20,7 @@ from calibration.scoring import flat_score
 from calibration.splits import GROUPINGS
 from calibration.tables import outlook_lines
 from client.errors import ClientError
+from export import options
 from export.errors import ExportError
 from perf.figures import PerfError
 from report.plan_page import cascade_marks, write_plan
@@ -93,6 +94,9 @@ def plan_command(
     ] = "",
     px: Annotated[int | None, typer.Option(help="Full resolution (default: the model's).")] = None,
     head_images: HeadImages = None,
+    labels: options.Labels = None,
+    prompt: options.Prompt = None,
+    checkpoint: options.Checkpoint = None,
     latency_budget_ms: Annotated[
         float | None,
         typer.Option(help="Most for a lone image that runs through both graphs, without router."),
@@ -124,6 +128,8 @@ def plan_command(
     `python -m export repository`. A RECIPE is a list of px=N, depth=N, tome=N, int8=static, fp16
     and align.
     """
+    fitted = None if head_images is None else "--head-images DIR"
+    texts = options.texts_of(model, checkpoint, labels, prompt, fitted)
     request = Request(
         model=model,
         source=given.source(images, limit, seed, SAMPLE_CROPS),
@@ -132,6 +138,8 @@ def plan_command(
         beside=recipes("--beside", beside),
         px=px,
         head_images=head_images,
+        texts=texts,
+        checkpoint=checkpoint,
         goal=Goal(max_risk, confidence, "ltt"),
         fidelity=lambda task: Fidelity.asked(task, fidelity, tolerance, relative, label_threshold),
         group_by=group_by,
@@ -177,6 +185,9 @@ def study_command(
     highs: Highs = HIGHS,
     confidence: Confidence = 0.9,
     head_images: HeadImages = None,
+    labels: options.Labels = None,
+    prompt: options.Prompt = None,
+    checkpoint: options.Checkpoint = None,
     fidelity: given.FidelityKind = None,
     tolerance: given.Tolerance = None,
     relative: given.Relative = False,
@@ -202,6 +213,8 @@ def study_command(
 ) -> None:
     """Compare ways of dividing images by the certified speed-up over many random divisions."""
     goals = [Goal(risk, confidence, "ltt") for risk in max_risk]
+    fitted = None if head_images is None else "--head-images DIR"
+    texts = options.texts_of(model, checkpoint, labels, prompt, fitted)
     request = Request(
         model=model,
         source=given.source(images, None, seed, SAMPLE_CROPS),
@@ -210,6 +223,8 @@ def study_command(
         beside=(),
         px=None,
         head_images=head_images,
+        texts=texts,
+        checkpoint=checkpoint,
         goal=max(goals, key=lambda goal: goal.max_risk),
         fidelity=lambda task: Fidelity.asked(task, fidelity, tolerance, relative, label_threshold),
         group_by=group_by,

@@ -65,7 +65,7 @@ def exported(
     if any(recipe.precision == "int8=static" for recipe in recipes):
         images = _fit_images(request.source, places, backbone.preprocessing(full.px or 0))
     asked = GraphsRequest(
-        *(request.cache / _identity(request, full), full, full, tuple(recipes)),
+        *(request.cache / _identity(request, full, backbone), full, full, tuple(recipes)),
         head_images=request.head_images,
         fit_images=images,
         adds=True,
@@ -138,13 +138,17 @@ def _fit_images(
     return images
 
 
-def _identity(request: Request, full: Recipe) -> str:
+def _identity(request: Request, full: Recipe, backbone: Backbone) -> str:
     """The name of the folder: a hash over everything that decides what lies in it.
 
     But for the images that ranges and alignments learned from: each graph says its own.
     """
     content = {
         "model": [request.model, _stamp(Path(request.model))],
+        "source": backbone.source,  # of `timm:NAME` the checkpoint's hash, of a hub id its revision
+        "labels": backbone.labels,
+        "texts": None if backbone.texts is None else dict(backbone.texts),
+        "preprocessing": backbone.preprocessing(full.px or 0).to_dict(),
         "full": str(full),
         "head": None if request.head_images is None else _stamp(request.head_images),
         "imaging": code_sha256(),  # makes what a head and ranges are fitted on

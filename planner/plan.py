@@ -124,7 +124,7 @@ def lay_ground(request: Request, workshop: Workshop, bars: Bars) -> Ground:
     for folder in (request.cache, request.answers):
         folder.mkdir(parents=True, exist_ok=True)
     bars.say(f"load {request.model}")
-    backbone = workshop.load(request.model)
+    backbone = workshop.load(request)
     asked = checks.check_recipes(request, backbone, bars)
     fidelity = request.fidelity(asked.task)
     notes = [*asked.notes, *checks.check_images(request, asked, bars)]

@@ -11,6 +11,7 @@ from calibration.certify import Goal
 from calibration.fidelity import Fidelity
 from calibration.images import ImageSource
 from calibration.reference import REFERENCE_IMAGES
+from export.request import Texts
 from routing import answer_depends_on_batch
 
 Recipes = tuple[Recipe, ...]
@@ -32,7 +33,7 @@ class Request:
         highs: recipes of full graphs.
         beside: recipes of graphs to compare with.
         px: the full resolution; None: the model's own.
-        head_images: one folder per class, to fit a linear head on; None: the model's own head.
+        head_images: one folder per class, to fit a linear head on; None: of texts, or the model's.
         goal: what to certify.
         fidelity: when an answer is a loss, by the model's task; a FidelityError where it means
             nothing for that.
@@ -47,6 +48,8 @@ class Request:
         answers: folder of what graphs answered, shared with `collect`.
         out: folder of the result.
         reference_images: how many images travel with the artifact, see `reference`.
+        texts: labels in words, of which the model gets a zero-shot head; None: it has another.
+        checkpoint: the weights of `timm:NAME`; None: the model has its own.
     """
 
     model: str
@@ -68,6 +71,8 @@ class Request:
     out: Path
     reference_images: int = REFERENCE_IMAGES
     test_share: float | None = None
+    texts: Texts | None = None
+    checkpoint: Path | None = None
 
 
 def recipes(option: str, text: str) -> Recipes:

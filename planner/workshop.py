@@ -31,11 +31,11 @@ Prices = Mapping[str, Mapping[str, Any]]  # by the graph's name, as `perf.prices
 class Workshop:
     """What the planner has others do; tests hand in another."""
 
-    def load(self, model: str) -> Backbone:
-        """A model by its name, folder or hub id."""
+    def load(self, request: Request) -> Backbone:
+        """The model, with its head of texts where one is asked for."""
         from export.pretrained import load_backbone
 
-        return load_backbone(model)
+        return load_backbone(request.model, request.texts, request.checkpoint)
 
     def export(self, backbone: Backbone, request: GraphsRequest, bars: Bars) -> GraphSet:
         """Graphs of a loaded model, each checked against it."""

@@ -189,7 +189,8 @@ def tiny_backbone(class_name="ViTForImageClassification", task=None):
 class FakeWorkshop:
     """A workshop without torch and Triton, and how often each of its tools was used.
 
-    `used["export"]` counts graphs, whose names stand in `made`; `exports` is what was asked for.
+    `used["export"]` counts graphs, whose names stand in `made`; `exports` is what was asked for,
+    and `loaded` for which requests a model was.
     The head has learned from the images of the prints `taught`. The clock of the first `busy`
     pricings shows every graph but the full one `BUSY` times as dear, both times that they are
     measured.
@@ -197,13 +198,14 @@ class FakeWorkshop:
 
     def __init__(self, ms=None, head=True, model=None, task=None, busy=0, taught=""):
         self.used = Counter()
-        self.exports, self.made, self.priced = [], [], []
+        self.loaded, self.exports, self.made, self.priced = [], [], [], []
         self._taught = taught
         self._busy, self._ms, self._head, self._task = busy, ms or MS, head, task
         self._model = model or ("ViTForImageClassification" if head else "ViTModel")
 
-    def load(self, name):
+    def load(self, request):
         self.used["load"] += 1
+        self.loaded.append(request)
         return tiny_backbone(self._model, self._task)
 
     def export(self, backbone, asked, bars):

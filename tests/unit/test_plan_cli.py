@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from export.request import Texts
 from planner.__main__ import _chosen, main
 from tests import commands
 from tests.unit.image_files import write_images
@@ -176,6 +177,46 @@ def test_misuse_is_one_line_and_exit_code_2(run, arguments, message):
     assert len(errors) == 1 and message in errors[0], err
     assert "Traceback" not in err
     assert not run.workshop.used["export"]
+
+
+STUDY = ("study", "--model", "tiny", "--candidates", "px=4")
+
+
+@pytest.mark.parametrize("verb", [PLAN, STUDY])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--labels", "cat"), "--labels names 1; give two or more"),
+        (("--labels", "cat,dog,cat"), "--labels names 'cat' twice"),
+        (("--labels", "none.txt"), "--labels none.txt: no such file"),
+        (("--labels", "cat,dog", "--prompt", "a photo"), "--prompt 'a photo' has no {}"),
+        (("--prompt", "a {}"), "--prompt is the sentence around --labels"),
+        (
+            ("--labels", "cat,dog", "--head-images", "images"),
+            "--head-images DIR and --labels are two heads; give one",
+        ),
+        (("--checkpoint", "x.pth"), "--checkpoint FILE goes with --model timm:NAME"),
+    ],
+)
+def test_a_head_of_texts_that_cannot_be_is_refused_before_a_model_is_loaded(
+    run, verb, options, message
+):
+    code, out, err = run(*verb, "--images", "images", *RISK, *options)
+    assert code == 2 and out == ""
+    assert err.startswith(f"error: {message}") and len(err.splitlines()) == 1
+    assert not run.workshop.used
+
+
+@pytest.mark.parametrize("verb", [PLAN, STUDY])
+def test_labels_prompt_and_checkpoint_are_what_the_model_is_loaded_by(run, verb, tmp_path):
+    (tmp_path / "labels.txt").write_text("cat\ngrey  dog\n")
+    asked = (*verb, "--images", "images", "--max-risk", 0.001)  # refused once the model is known
+    assert run(*asked, "--labels", "labels.txt", "--prompt", "a {}")[0] == 2
+    timm = ("--model", "timm:vit_tiny_patch4_16", "--checkpoint", "weights.pth")
+    assert run(*asked, *timm)[0] == 2
+    texts, weights = run.workshop.loaded
+    assert (texts.texts, texts.checkpoint) == (Texts(("cat", "grey dog"), "a {}"), None)
+    assert (weights.model, weights.texts, weights.checkpoint) == (timm[1], None, Path(timm[3]))
 
 
 def test_images_that_cannot_be_read_are_one_line(run, tmp_path):

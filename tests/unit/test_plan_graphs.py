@@ -1,5 +1,7 @@
 """The planner's graphs: what decides the folder they lie in, and aligning them there."""
 
+import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -12,10 +14,11 @@ from bundle.head import LinearHead
 from bundle.prints import encode, look_of
 from bundle.recipe import Recipe
 from calibration.align import fit_alignment
+from calibration.answers import AnswerCache
 from calibration.certify import Goal
 from calibration.fidelity import Fidelity
 from calibration.outputs import Made
-from export.request import MOST, spread
+from export.request import MOST, Texts, spread
 from imaging import decode, pixels_sha256
 from perf import prices
 from planner import graphs as module
@@ -24,7 +27,9 @@ from planner.request import PlanError
 from planner.workshop import PRICED_IMAGES, Workshop
 from report.terminal import Bars
 from routing import RungOutputs
+from tests.unit import timm_files
 from tests.unit.calibration_outputs import outputs_of
+from tests.unit.export_tiny import PX, save_tiny, save_tokenizer
 from tests.unit.plan_workplace import (
     LAYERS,
     QUIET,
@@ -36,6 +41,8 @@ from tests.unit.plan_workplace import (
     tiny_backbone,
     write_shelf,
 )
+
+pytestmark = pytest.mark.usefixtures("remembered_exports")
 
 FULL = Recipe(SIZE)
 RECIPES = (Recipe(4, precision="int8=static"), Recipe(SIZE, precision="int8=static"), Recipe(6))
@@ -154,6 +161,62 @@ def test_whatever_decides_what_the_full_model_is_makes_another_folder(
         found.append(export())
     assert len(set(found)) == len(found) == 10
     assert export() == found[0]
+
+
+@pytest.fixture
+def of_texts(tmp_path):
+    """Export the full graph of a tiny CLIP with these labels; returns the graphs."""
+    model = str(save_tokenizer(save_tiny(tmp_path / "clip", "CLIPModel")))
+
+    def of_texts(workshop, labels, prompt=None):
+        request = make_request(tmp_path, model=model, texts=Texts(labels, prompt))
+        backbone = Workshop().load(request)
+        return exported(request, Recipe(PX), (), backbone, workshop, QUIET)
+
+    return of_texts
+
+
+def test_other_labels_get_graphs_and_answers_of_their_own(tmp_path, of_texts):
+    keys = []
+    for labels in (("cat", "dog"), ("cat", "emu"), ("cat", "dog")):
+        graphs = of_texts(Workshop(), labels)
+        assert graphs.labels == labels
+        assert graphs.about["head"]["prompt"] == "a photo of a {}."
+        cache = AnswerCache(tmp_path / "answers", TwoColours(9), graphs)
+        keys.append((graphs.reference.file, cache.key(graphs.reference)))
+    assert keys[0] == keys[2]
+    assert keys[0][0] != keys[1][0] and keys[0][1] != keys[1][1]
+
+
+def test_another_prompt_gets_graphs_of_its_own_and_the_usual_one_in_words_does_not(
+    workshop, of_texts
+):
+    prompts = (None, "a photo of a {}.", "This is a {}.")
+    found = [of_texts(workshop, ("cat", "dog"), p).reference.file.parent for p in prompts]
+    assert found[0] == found[1] != found[2]
+
+
+def test_graphs_are_of_what_a_checkpoint_holds_and_of_the_file_beside_it(tmp_path, workshop):
+    model, weights = f"timm:{timm_files.NAME}", timm_files.checkpoint()
+
+    def folder():
+        file = timm_files.save(tmp_path / "timm", weights)
+        os.utime(file, (0, 0))  # of one name, size and time
+        request = make_request(tmp_path, model=model, checkpoint=file)
+        backbone = Workshop().load(request)
+        graphs = exported(request, Recipe(timm_files.PX), (), backbone, workshop, QUIET)
+        return graphs.reference.file.parent
+
+    found = [folder()]
+    assert folder() == found[0]
+    weights["head.bias"] += 1
+    found.append(folder())
+    hub = {"architecture": timm_files.NAME, "pretrained_cfg": {"label_names": [*"abcde"]}}
+    for more in ({}, {"mean": [0.1, 0.2, 0.3]}):
+        hub["pretrained_cfg"] |= more
+        (tmp_path / "timm/config.json").write_text(json.dumps(hub))
+        found.append(folder())
+    assert len(set(found)) == 4
 
 
 def made_of(graphs, n=200, seed=0):
