@@ -469,7 +469,7 @@ def test_over_tls_and_with_the_admin_key_and_not_without(repository, artifacts, 
     trusting = ("--tls-ca", ca.certificate)
     with running(repository, security=security) as server:
         code, complaint = refused_rollout(server, repository, "--to", 2)
-        assert code == 2 and "no answer from a server" in complaint
+        assert code == 2 and "wants TLS" in complaint
         code, complaint = refused_rollout(server, repository, "--to", 2, *trusting)
         assert code == 1 and "--admin-key-file" in complaint and "0123456789" not in complaint
         assert Versions.load(repository).live == 1

@@ -90,7 +90,7 @@ class StallGuard:
         self._sibling = sibling or Sibling(server).ticks
         self._lock = threading.Lock()
         self._answering = False
-        self._ticked, self._sibling_ticks = clock(), self._sibling()
+        self._note()
         threading.Thread(target=self._tick, name=_THREAD, daemon=True).start()
 
     def begin(self) -> None:
@@ -122,7 +122,9 @@ class StallGuard:
             )
 
     def _note(self) -> None:
-        self._ticked, self._sibling_ticks = self._clock(), self._sibling()
+        # In this order: to look for the other takes long on a busy machine, and is no stall.
+        self._sibling_ticks = self._sibling()
+        self._ticked = self._clock()
 
     def _tick(self) -> None:
         with suppress(OSError):  # A system without: no other finds this one.
