@@ -13,6 +13,7 @@ import pytest
 
 from bundle import placing
 from bundle.placing import folder_beside, make_working_folder, remove_dead_folders, working_folder
+from tests.tools import in_a_process_namespace
 
 ROOT = Path(__file__).resolve().parents[2]
 OWNER = """
@@ -80,9 +81,9 @@ def test_what_a_killed_run_left_goes_at_the_next_start_and_a_live_runs_stays(out
 
 
 def test_the_folder_of_an_owner_in_another_process_namespace_stays(out: Path):
-    """Its process id means nothing here; its lock does."""
+    """Its process id means nothing there; its lock does."""
     folder, lock = make_working_folder("adaptive-vit-", Path(tempfile.gettempdir()))
-    elsewhere = ["unshare", "--map-root-user", "--pid", "--fork", sys.executable, "-c"]
+    elsewhere = [*in_a_process_namespace(), sys.executable, "-c"]
     clear = (
         "import sys; from pathlib import Path; from bundle.placing import *; "
         "print(remove_dead_folders(Path(sys.argv[1]), 'adaptive-vit-'))"
