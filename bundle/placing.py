@@ -92,7 +92,7 @@ def remove_dead_folders(parent: Path, prefix: str) -> list[str]:
 
     Args:
         parent: where they lie.
-        prefix: what their names begin with.
+        prefix: what their names begin with; `PREFIX`, or all but the random part, without a "-".
 
     Returns:
         Their names, sorted.
@@ -100,7 +100,10 @@ def remove_dead_folders(parent: Path, prefix: str) -> list[str]:
     removed = []
     with contextlib.suppress(OSError):
         for folder in sorted(parent.iterdir()):
-            if folder.name.startswith(prefix) and not folder.is_symlink():
+            # Of another output, whose name begins with this one's, after it comes one more "-".
+            rest = folder.name.removeprefix(prefix)
+            is_ours = rest != folder.name and (prefix == PREFIX or "-" not in rest)
+            if is_ours and not folder.is_symlink():
                 with abandoned(folder / _OWNER) as is_dead:
                     if is_dead:
                         shutil.rmtree(folder, ignore_errors=True)

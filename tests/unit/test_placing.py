@@ -126,6 +126,19 @@ def test_other_folders_are_left_alone(tmp_path: Path):
     assert remove_dead_folders(tmp_path, "adaptive-vit-") == [folder.name]
 
 
+def test_what_a_killed_run_left_of_an_output_with_a_longer_name_stays(tmp_path: Path):
+    """It may hold the only copy of that one."""
+    (tmp_path / "out").mkdir()
+    left, lock = make_working_folder(".out-b-", tmp_path)
+    os.close(lock)
+    with folder_beside(tmp_path / "out"):
+        assert left.is_dir()
+    assert left.is_dir()
+    (tmp_path / "out-b").mkdir()
+    with folder_beside(tmp_path / "out-b"):
+        assert not left.exists()
+
+
 def test_while_there_is_no_output_nothing_beside_it_goes(tmp_path: Path):
     """Killed between two renames, a run may have the earlier output in its folder."""
     out = tmp_path / "out"
