@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import shutil
 import tempfile
@@ -35,8 +36,7 @@ def working_folder(purpose: str) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        _remove(folder, lock)
 
 
 @contextlib.contextmanager
@@ -51,7 +51,10 @@ def folder_beside(out: Path) -> Iterator[Path]:
     # Of a file in the place of the parent, mkdir(exist_ok=True) would say that it exists.
     if not out.parent.exists():
         out.parent.mkdir(parents=True)
-    prefix = f".{out.name[:_LONGEST_NAME]}-"
+    name = out.name
+    if len(name) > _LONGEST_NAME:  # Others may begin alike.
+        name = f"{name[:_LONGEST_NAME]}{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}"
+    prefix = f".{name}-"
     if out.exists():
         remove_dead_folders(out.parent, prefix)
     whole, lock = make_working_folder(prefix, out.parent)
@@ -60,8 +63,7 @@ def folder_beside(out: Path) -> Iterator[Path]:
         folder.mkdir()
         yield folder
     finally:
-        shutil.rmtree(whole, ignore_errors=True)
-        os.close(lock)
+        _remove(whole, lock)
         if out.exists():
             remove_dead_folders(out.parent, prefix)
 
@@ -108,7 +110,15 @@ def remove_dead_folders(parent: Path, prefix: str) -> list[str]:
                     if is_dead:
                         shutil.rmtree(folder, ignore_errors=True)
                         removed.append(folder.name)
+                if is_dead:
+                    shutil.rmtree(folder, ignore_errors=True)  # as in _remove
     return removed
+
+
+def _remove(folder: Path, lock: int) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(lock)
+    shutil.rmtree(folder, ignore_errors=True)  # NFS keeps the folder of a file that is open.
 
 
 def claim(path: Path) -> int:

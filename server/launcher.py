@@ -240,6 +240,8 @@ class TritonServer:
             self._undo.callback(os.close, lock)
             self._undo.callback(remove_segments, self._server_id)
             self._work, held = make_working_folder(f"{PREFIX}server-", temporary)
+            # Twice, as NFS keeps the folder of a file that is open.
+            self._undo.callback(shutil.rmtree, self._work, ignore_errors=True)
             self._undo.callback(os.close, held)
             self._undo.callback(shutil.rmtree, self._work, ignore_errors=True)
             self._served = plain(self.repository, self._work, "repository")

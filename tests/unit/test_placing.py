@@ -1,6 +1,7 @@
 """Working folders: whole while their owner lives, gone once it is dead; real processes, locks."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,6 +149,37 @@ def test_while_there_is_no_output_nothing_beside_it_goes(tmp_path: Path):
         assert left.is_dir()
         folder.rename(out)
     assert not left.exists() and list(tmp_path.iterdir()) == [out]
+
+
+def test_on_nfs_which_keeps_the_folder_of_an_open_file_none_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    remove = shutil.rmtree
+
+    def rmtree(folder: Path, ignore_errors: bool) -> None:
+        opened = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
+        if any(path.startswith(f"{folder}/") for path in opened):
+            (folder / ".owner").rename(folder / ".nfs0001")  # It goes when it is closed.
+        else:
+            remove(folder, ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    abandoned_folder(tmp_path)
+    with folder_beside(tmp_path / "out"), working_folder("run"):
+        assert len(list(tmp_path.iterdir())) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_outputs_whose_long_names_begin_alike_each_clears_its_own(tmp_path: Path):
+    out, other = tmp_path / ("o" * 60), tmp_path / ("o" * 61)
+    out.mkdir()
+    with folder_beside(other) as folder:
+        prefix, _, _ = folder.parent.name.rpartition("-")
+    left, lock = make_working_folder(f"{prefix}-", tmp_path)
+    os.close(lock)
+    with folder_beside(out):
+        assert left.is_dir()
 
 
 def test_an_output_may_have_as_long_a_name_as_there_can_be(tmp_path: Path):
