@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import shutil
 import tempfile
@@ -35,8 +36,7 @@ def working_folder(purpose: str) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        _remove(folder, lock)
 
 
 @contextlib.contextmanager
@@ -51,7 +51,10 @@ def folder_beside(out: Path) -> Iterator[Path]:
     # Of a file in the place of the parent, mkdir(exist_ok=True) would say that it exists.
     if not out.parent.exists():
         out.parent.mkdir(parents=True)
-    prefix = f".{out.name[:_LONGEST_NAME]}-"
+    name = out.name
+    if len(name) > _LONGEST_NAME:  # Others may begin alike.
+        name = f"{name[:_LONGEST_NAME]}{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}"
+    prefix = f".{name}-"
     if out.exists():
         remove_dead_folders(out.parent, prefix)
     whole, lock = make_working_folder(prefix, out.parent)
@@ -60,8 +63,7 @@ def folder_beside(out: Path) -> Iterator[Path]:
         folder.mkdir()
         yield folder
     finally:
-        shutil.rmtree(whole, ignore_errors=True)
-        os.close(lock)
+        _remove(whole, lock)
         if out.exists():
             remove_dead_folders(out.parent, prefix)
 
@@ -92,7 +94,7 @@ def remove_dead_folders(parent: Path, prefix: str) -> list[str]:
 
     Args:
         parent: where they lie.
-        prefix: what their names begin with.
+        prefix: what their names begin with; `PREFIX`, or all but the random part, without a "-".
 
     Returns:
         Their names, sorted.
@@ -100,12 +102,23 @@ def remove_dead_folders(parent: Path, prefix: str) -> list[str]:
     removed = []
     with contextlib.suppress(OSError):
         for folder in sorted(parent.iterdir()):
-            if folder.name.startswith(prefix) and not folder.is_symlink():
+            # Of another output, whose name begins with this one's, after it comes one more "-".
+            rest = folder.name.removeprefix(prefix)
+            is_ours = rest != folder.name and (prefix == PREFIX or "-" not in rest)
+            if is_ours and not folder.is_symlink():
                 with abandoned(folder / _OWNER) as is_dead:
                     if is_dead:
                         shutil.rmtree(folder, ignore_errors=True)
                         removed.append(folder.name)
+                if is_dead:
+                    shutil.rmtree(folder, ignore_errors=True)  # as in _remove
     return removed
+
+
+def _remove(folder: Path, lock: int) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(lock)
+    shutil.rmtree(folder, ignore_errors=True)  # NFS keeps the folder of a file that is open.
 
 
 def claim(path: Path) -> int:

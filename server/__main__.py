@@ -176,7 +176,7 @@ def serve(
         return
     events.as_json = log_format is LogFormat.JSON
     if events.as_json and log is None:
-        log = Path(STANDARD_OUTPUT)
+        log = Path(STANDARD_OUTPUT[0])
     security = Security(
         production=production,
         tls=ServingTls.of_options(tls_cert, tls_key, tls_client_ca, tls_own_cert, tls_own_key),

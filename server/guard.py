@@ -162,12 +162,21 @@ class _File:
         self._path = path
         self._longest_bytes = longest_bytes
         self._descriptor = -1
+        self._is_torn = False  # in the middle of a line, the rest of which is lost
 
     def write(self, data: bytes) -> None:
         self._open()
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(self._descriptor, rest) :]
+        if self._is_torn:
+            data = b"\n" + data
+        written = 0
+        try:
+            while written < len(data):
+                written += os.write(self._descriptor, memoryview(data)[written:])
+            self._is_torn = False
+        except OSError:
+            if written:
+                self._is_torn = data[written - 1 : written] != b"\n"
+            raise
         size = os.fstat(self._descriptor).st_size
         if self._longest_bytes is not None and size > self._longest_bytes:
             end = os.pread(self._descriptor, _KEPT_BYTES, size - _KEPT_BYTES)
@@ -180,10 +189,15 @@ class _File:
                 there = os.stat(self._path)
                 if os.path.samestat(there, os.fstat(self._descriptor)):
                     return
-        fresh = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        try:
+            fresh = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        except OSError:
+            if self._descriptor < 0:
+                raise
+            return  # It goes on in the one that was moved.
         if self._descriptor >= 0:
             os.close(self._descriptor)
-        self._descriptor = fresh
+        self._descriptor, self._is_torn = fresh, False
 
 
 class _Stdout:

@@ -49,7 +49,7 @@ _ABORT_TIMEOUT_S = 0.2  # What has not served has nothing to finish.
 _LAST_NEWS_S = 10.0
 _PORT_ATTEMPTS = 3
 _POLL_S = 0.1
-STANDARD_OUTPUT = "-"
+STANDARD_OUTPUT = ("-", "/dev/stdout")  # The guard has another, and opens no such name.
 _CALL_TIMEOUT_S = 5.0
 _FIRST_ANSWER_TIMEOUT_S = 60.0
 
@@ -118,7 +118,7 @@ class TritonServer:
         self._timeout_s = timeout_s
         self._explicit = Path(tritonserver) if tritonserver is not None else None
         self._backend_directory = Path(backend_directory) if backend_directory is not None else None
-        file = Path(log).absolute() if log is not None and str(log) != STANDARD_OUTPUT else None
+        file = Path(log).absolute() if log is not None and str(log) not in STANDARD_OUTPUT else None
         self._log = LogCopy(file, log_as_json) if log is not None else None
         self._models = models
         self._extra_args = list(extra_args)
@@ -240,6 +240,8 @@ class TritonServer:
             self._undo.callback(os.close, lock)
             self._undo.callback(remove_segments, self._server_id)
             self._work, held = make_working_folder(f"{PREFIX}server-", temporary)
+            # Twice, as NFS keeps the folder of a file that is open.
+            self._undo.callback(shutil.rmtree, self._work, ignore_errors=True)
             self._undo.callback(os.close, held)
             self._undo.callback(shutil.rmtree, self._work, ignore_errors=True)
             self._served = plain(self.repository, self._work, "repository")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -45,10 +46,18 @@ def make_writable(path: Path) -> None:
     """Make the log's file and folder, before a server is started for nothing.
 
     Raises:
-        ServerUsageError: they cannot be made.
+        ServerUsageError: they cannot be made, or it is a device, a pipe or one of this process's
+            own descriptors, which the server's guard cannot open by that name.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        named = [path, path.parent / path.readlink()] if path.is_symlink() else [path]
+        is_descriptor = any(name.parent.resolve().is_relative_to("/proc") for name in named)
+        is_other = path.exists() and not (path.is_file() or path.is_dir())
+        if is_descriptor or (is_other and str(path) != os.devnull):
+            raise ServerUsageError(
+                f"the log {path} is no file; give one with --log, or - for the standard output"
+            )
         path.open("ab").close()
     except OSError as error:
         raise ServerUsageError(

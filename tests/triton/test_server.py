@@ -288,20 +288,20 @@ def test_a_server_does_not_outlive_a_program_that_ends_without_stopping_it(
 def test_what_killed_servers_left_goes_at_the_next_start_and_live_ones_stay(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    environment = {**os.environ, "TMPDIR": str(temporary)}
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
     program = [sys.executable, "-c", PROGRAM, str(repository)]
     killed, lives = (
         subprocess.Popen(program, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
         for _ in range(2)
     )
     works = [Path(json.loads(p.stdout.readline())["log"]).parent for p in (killed, lives)]
-    for process in [*psutil.Process(killed.pid).children(recursive=True), killed]:
+    family = psutil.Process(killed.pid).children(recursive=True)
+    for process in [*family, killed]:
         process.kill()  # The guard, too, which would clear away.
     killed.communicate()
+    assert wait_for(lambda: not any(is_alive(process.pid) for process in family))
     assert wait_for(lambda: works[0].is_dir() and segments(killed.pid))
-    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with running(repository):
         assert not works[0].exists() and not segments(killed.pid)
         assert works[1].is_dir() and segments(lives.pid)

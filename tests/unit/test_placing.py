@@ -1,6 +1,7 @@
 """Working folders: whole while their owner lives, gone once it is dead; real processes, locks."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from bundle import placing
 from bundle.placing import folder_beside, make_working_folder, remove_dead_folders, working_folder
+from tests.tools import in_a_process_namespace
 
 ROOT = Path(__file__).resolve().parents[2]
 OWNER = """
@@ -80,9 +82,9 @@ def test_what_a_killed_run_left_goes_at_the_next_start_and_a_live_runs_stays(out
 
 
 def test_the_folder_of_an_owner_in_another_process_namespace_stays(out: Path):
-    """Its process id means nothing here; its lock does."""
+    """Its process id means nothing there; its lock does."""
     folder, lock = make_working_folder("adaptive-vit-", Path(tempfile.gettempdir()))
-    elsewhere = ["unshare", "--map-root-user", "--pid", "--fork", sys.executable, "-c"]
+    elsewhere = [*in_a_process_namespace(), sys.executable, "-c"]
     clear = (
         "import sys; from pathlib import Path; from bundle.placing import *; "
         "print(remove_dead_folders(Path(sys.argv[1]), 'adaptive-vit-'))"
@@ -125,6 +127,19 @@ def test_other_folders_are_left_alone(tmp_path: Path):
     assert remove_dead_folders(tmp_path, "adaptive-vit-") == [folder.name]
 
 
+def test_what_a_killed_run_left_of_an_output_with_a_longer_name_stays(tmp_path: Path):
+    """It may hold the only copy of that one."""
+    (tmp_path / "out").mkdir()
+    left, lock = make_working_folder(".out-b-", tmp_path)
+    os.close(lock)
+    with folder_beside(tmp_path / "out"):
+        assert left.is_dir()
+    assert left.is_dir()
+    (tmp_path / "out-b").mkdir()
+    with folder_beside(tmp_path / "out-b"):
+        assert not left.exists()
+
+
 def test_while_there_is_no_output_nothing_beside_it_goes(tmp_path: Path):
     """Killed between two renames, a run may have the earlier output in its folder."""
     out = tmp_path / "out"
@@ -134,6 +149,37 @@ def test_while_there_is_no_output_nothing_beside_it_goes(tmp_path: Path):
         assert left.is_dir()
         folder.rename(out)
     assert not left.exists() and list(tmp_path.iterdir()) == [out]
+
+
+def test_on_nfs_which_keeps_the_folder_of_an_open_file_none_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    remove = shutil.rmtree
+
+    def rmtree(folder: Path, ignore_errors: bool) -> None:
+        opened = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
+        if any(path.startswith(f"{folder}/") for path in opened):
+            (folder / ".owner").rename(folder / ".nfs0001")  # It goes when it is closed.
+        else:
+            remove(folder, ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    abandoned_folder(tmp_path)
+    with folder_beside(tmp_path / "out"), working_folder("run"):
+        assert len(list(tmp_path.iterdir())) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_outputs_whose_long_names_begin_alike_each_clears_its_own(tmp_path: Path):
+    out, other = tmp_path / ("o" * 60), tmp_path / ("o" * 61)
+    out.mkdir()
+    with folder_beside(other) as folder:
+        prefix, _, _ = folder.parent.name.rpartition("-")
+    left, lock = make_working_folder(f"{prefix}-", tmp_path)
+    os.close(lock)
+    with folder_beside(out):
+        assert left.is_dir()
 
 
 def test_an_output_may_have_as_long_a_name_as_there_can_be(tmp_path: Path):

@@ -1,11 +1,12 @@
 """Reading reasons out of Triton's log."""
 
+import os
 import tracemalloc
 from pathlib import Path
 
 import pytest
 
-from server import ServerUsageError
+from server import ServerUsageError, TritonServer
 from server.triton_log import (
     failure_reasons,
     is_port_taken,
@@ -148,3 +149,20 @@ def test_a_log_that_cannot_be_written_is_refused(tmp_path: Path, place: str, rea
     with pytest.raises(ServerUsageError, match=rf"{reason}\); give another --log") as caught:
         make_writable(tmp_path / place)
     assert str(tmp_path / place) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["/dev/stderr", "/dev/tty", "/dev/fd/FD", "/proc/self/fd/FD", ""])
+def test_a_log_that_the_guard_could_not_open_by_its_name_is_refused(tmp_path: Path, name: str):
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "file").open("ab") as file:  # What it leads to is a file all the same.
+        log = Path(name.replace("FD", str(file.fileno())) or tmp_path / "pipe")
+        with pytest.raises(ServerUsageError, match=f"^the log {log} is no file; .* - for the stan"):
+            make_writable(log)
+
+
+def test_the_name_of_the_standard_output_means_it_and_what_is_written_to_null_is_let_go(
+    tmp_path: Path,
+):
+    for name in ("-", "/dev/stdout"):
+        assert TritonServer(tmp_path, log=name)._log.path is None
+    make_writable(Path(os.devnull))

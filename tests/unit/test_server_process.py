@@ -1,5 +1,6 @@
 """A command ends with its launcher, however that goes. Real processes, no server."""
 
+import errno
 import gzip
 import json
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from server import guard
 from server.process import LogCopy, ProcessGroup
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -205,7 +207,7 @@ def test_logrotate_needs_no_more_than_its_few_lines(scratch: Path, tmp_path: Pat
     running.stop(timeout_s=1)
 
 
-def test_a_log_that_cannot_be_written_costs_lines_and_nothing_else(scratch: Path, tmp_path: Path):
+def test_a_log_that_cannot_be_made_anew_goes_on_where_it_was_moved(scratch: Path, tmp_path: Path):
     (tmp_path / "logs").mkdir()
     running = copied(scratch, LogCopy(tmp_path / "logs" / "log"), STEP_BY_STEP)
     assert wait_until(lambda: (tmp_path / "logs" / "log").exists())
@@ -213,7 +215,28 @@ def test_a_log_that_cannot_be_written_costs_lines_and_nothing_else(scratch: Path
     (scratch / "go").touch()
     assert running.wait() == 0
     assert (scratch / "log").read_text() == "one\ntwo\n"
+    assert (tmp_path / "elsewhere" / "log").read_text() == "one\ntwo\n"
     running.stop(timeout_s=1)
+
+
+def test_a_full_disk_costs_lines_and_what_comes_after_begins_on_a_line_of_its_own(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch
+):
+    room, write = [7, 0, 99, 99], os.write
+
+    def short(descriptor: int, data: bytes) -> int:
+        if not (left := room.pop(0)):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, bytes(data)[:left])
+
+    monkeypatch.setattr(guard.os, "write", short)
+    file = guard._File(str(scratch / "log"))
+    with pytest.raises(OSError, match="No space"):
+        file.write(b"one\ntwo and more\n")
+    file.write(b"three\n")
+    file.write(b"four\n")
+    monkeypatch.undo()
+    assert (scratch / "log").read_text() == "one\ntwo\nthree\nfour\n"
 
 
 ENTRIES = r"""
@@ -258,8 +281,8 @@ WRITES_TO_STDOUT = """
 
 @pytest.mark.parametrize("reader", ["reads", "stands still", "is gone", "was never there"])
 def test_who_reads_the_standard_output_stops_nobody(scratch: Path, reader: str):
-    # More than a pipe and the queue before it hold; the command has to end all the same.
-    lines = 4000 if reader == "reads" else 20_000
+    # What a pipe holds, or more than it and the queue before it do: the command has to end.
+    lines = 2000 if reader == "reads" else 20_000
     script = f"yes a line of a log as any other | head -n {lines}"
     command = [sys.executable, "-c", textwrap.dedent(WRITES_TO_STDOUT), str(scratch), script]
     reading, writing = os.pipe()

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,13 +43,30 @@ class Drill:
 
 
 def test_a_process_that_moves_is_left_alone():
-    ended = []
-    guard = load().StallGuard(ended.append)
-    for _ in range(10):
-        time.sleep(0.02)
+    """The thread is a real one; the clock waits for it, as a busy machine would not."""
+    ended, now = [], 0.0
+    guard = load().StallGuard(ended.append, lambda: now)
+    for _ in range(4):
+        now += 0.5
+        deadline = time.monotonic() + 20
+        while guard._ticked != now and time.monotonic() < deadline:
+            time.sleep(0.02)
         guard.begin()
         guard.check()
     assert ended == []
+
+
+def test_a_sibling_that_loads_later_is_found_within_two_seconds():
+    module, now, searches = load(), 1000.0, []
+    module.time = SimpleNamespace(monotonic=lambda: now)
+    sibling = module.Sibling(0)
+    sibling._search = lambda: searches.append(now)
+    for _ in range(4000):
+        assert sibling.ticks() is None
+        now += 0.1
+    pauses_s = [(at, after - at) for at, after in pairwise(searches)]
+    assert max(pause_s for at, pause_s in pauses_s if at < 1055) < 2.2
+    assert 55 < max(pause_s for _, pause_s in pauses_s) < 65  # Where there is none it costs little.
 
 
 @pytest.mark.parametrize("look", ["begin", "check", "_look"])
@@ -107,7 +125,7 @@ def test_a_stopped_process_ends_its_server_when_it_goes_on_and_a_stop_of_all_is_
     ) as server:
         models = [int(server.stdout.readline()) for _ in range(2)]
         try:
-            stop_for([models[0]], 0.3)
+            stop_for([models[0]], 0.1)
             stop_for([server.pid, *models], 1.6)
             time.sleep(0.5)
             assert server.poll() is None

@@ -22,7 +22,9 @@ from pathlib import Path
 
 _TICK_S = 0.1
 _STILL_S = 0.9  # a little less than Triton's patience
-_FIRST_SEARCH_S, _LONGEST_SEARCH_S = 0.5, 60.0  # models load at different times
+# Models load at different times, most of them in the first minute.
+_FIRST_SEARCH_S, _LONGEST_SEARCH_S = 0.5, 60.0
+_LOADING_S, _LONGEST_WHILE_LOADING_S = 60.0, 2.0
 _THREAD = "stall-guard"  # at most 15 characters, as Linux keeps them
 _PROC = Path("/proc")
 
@@ -37,13 +39,15 @@ class Sibling:
     def __init__(self, server: int) -> None:
         self._server = server
         self._status: Path | None = None
-        self._search_at, self._wait_s = 0.0, _FIRST_SEARCH_S
+        self._began, self._search_at, self._wait_s = time.monotonic(), 0.0, _FIRST_SEARCH_S
 
     def ticks(self) -> int | None:
         """How often its guard has gone to sleep so far; None where there is no other."""
-        if self._status is None and time.monotonic() >= self._search_at:
-            self._search_at = time.monotonic() + self._wait_s
-            self._wait_s = min(2 * self._wait_s, _LONGEST_SEARCH_S)
+        if self._status is None and (now := time.monotonic()) >= self._search_at:
+            self._search_at = now + self._wait_s
+            loads = now - self._began < _LOADING_S
+            longest_s = _LONGEST_WHILE_LOADING_S if loads else _LONGEST_SEARCH_S
+            self._wait_s = min(2 * self._wait_s, longest_s)
             self._status = self._search()
         if self._status is not None:
             with suppress(OSError, ValueError, IndexError):  # it has ended
