@@ -13,6 +13,7 @@ from calibration.served import ServedError, ServedRungs
 from client import ClientError, GrpcClient, HttpClient, InvalidRequestError, Tls, UnavailableError
 from client.proxies import Proxy, grpc_options, is_here, proxy_of
 from demo.live import _served_figures
+from demo.page import served_labels
 from perf.analyzer_install import Analyzer
 from perf.target import Target
 from server import access
@@ -305,6 +306,20 @@ def test_the_demo_reads_its_servers_metrics_directly(environment):
     with http_server() as (_, url):
         environment(**everywhere("127.0.0.1:9"))
         assert _served_figures(f"http://{url}/metrics")["requests"] == 0
+
+
+def failing(*_):
+    return grpc.StatusCode.INTERNAL, "it names no classes"
+
+
+def test_the_page_asks_its_server_as_clients_do(environment):
+    with grpc_server(failing) as (service, url), proxy(url) as (address, heads):
+        environment(**everywhere(address))
+        here = SimpleNamespace(url=url.replace("127.0.0.1", "0.0.0.0"), model="adaptive_vit")
+        assert served_labels(here, 3) == () and len(service.asked) == 1 and heads == []
+        environment(ALL_PROXY=address)
+        there = SimpleNamespace(url=f"{NAME}:8001", model="adaptive_vit")
+        assert served_labels(there, 3) == () and len(service.asked) == 2 and len(heads) == 1
 
 
 def test_perf_analyzer_is_told_of_no_proxy_to_this_machine(environment, tmp_path):
