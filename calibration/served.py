@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
 
 from bundle.graphs import LOW, GraphSet
-from client import Tls
+from client import InvalidRequestError, Tls
 from client.grpc_clients import CHANNEL_ARGUMENTS
 from client.proxies import grpc_options, is_here
 from client.tls import wants_tls
@@ -68,10 +68,11 @@ class ServedRungs:
         self.url = url
         self._tls = tls
         credentials = None if tls is None else tls.grpc_credentials()
-        options = [
-            *CHANNEL_ARGUMENTS,
-            *grpc_options(url, "http" if credentials is None else "https"),
-        ]
+        try:
+            proxies = grpc_options(url, "http" if credentials is None else "https")
+        except InvalidRequestError as error:
+            raise ServedError(str(error)) from None
+        options = [*CHANNEL_ARGUMENTS, *proxies]
         self._client = triton.InferenceServerClient(url, creds=credentials, channel_args=options)
         head = [] if graph_set.classes is None else ["logits"]
         self._outputs = {

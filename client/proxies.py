@@ -51,10 +51,30 @@ def proxy_of(url: str, scheme: str) -> Proxy | None:
         InvalidRequestError: it is of a kind that is not spoken here.
     """
     named = _named(url, scheme)
+    return None if named is None else _spoken(url, *named)
+
+
+def grpc_options(url: str, scheme: str = "http") -> GrpcOptions:
+    """What a gRPC channel to HOST:PORT is to be told about proxies.
+
+    Raises:
+        InvalidRequestError: as `proxy_of`.
+    """
+    host = _host(url)
+    if is_here(url) or _is_exempt(host) or _is_exempt(host, "no_grpc_proxy"):
+        return [("grpc.enable_http_proxy", 0)]
+    own = ((variable, os.environ.get(variable)) for variable in _GRPC_READS)
+    named = next(((variable, value) for variable, value in own if value), _named(url, scheme))
     if named is None:
-        return None
-    variable, value = named
-    parts = urlsplit(value if "://" in value else f"http://{value}")
+        return []
+    # Of what it cannot read itself gRPC only logs a line, and goes without a proxy.
+    _spoken(url, *named)
+    return [("grpc.http_proxy", _with_scheme(named[1]))]
+
+
+def _spoken(url: str, variable: str, value: str) -> Proxy:
+    """The proxy for HOST:PORT that a variable names, if it is of a kind that is spoken here."""
+    parts = urlsplit(_with_scheme(value))
     try:
         host, port = parts.hostname, parts.port or _DEFAULT_PORT
     except ValueError:
@@ -69,15 +89,8 @@ def proxy_of(url: str, scheme: str) -> Proxy | None:
     return Proxy(host, port, "" if parts.username is None else f"Basic {basic}")
 
 
-def grpc_options(url: str, scheme: str = "http") -> GrpcOptions:
-    """What a gRPC channel to HOST:PORT is to be told about proxies."""
-    if is_here(url) or _is_exempt(_host(url)):
-        return [("grpc.enable_http_proxy", 0)]
-    if not any(os.environ.get(variable) for variable in _GRPC_READS):
-        named = _named(url, scheme)
-        if named is not None:
-            return [("grpc.http_proxy", named[1])]
-    return []
+def _with_scheme(value: str) -> str:
+    return value if "://" in value else f"http://{value}"
 
 
 def _named(url: str, scheme: str) -> tuple[str, str] | None:
@@ -92,8 +105,9 @@ def _named(url: str, scheme: str) -> tuple[str, str] | None:
     return None
 
 
-def _is_exempt(host: str) -> bool:
-    said = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+def _is_exempt(host: str, *variables: str) -> bool:
+    names = variables or ("no_proxy", "NO_PROXY")
+    said = next((value for name in names if (value := os.environ.get(name))), "")
     return any(_matches(host, each) for each in said.lower().replace(",", " ").split())
 
 

@@ -38,8 +38,10 @@ from client import (
     Prediction,
     Task,
 )
+from client.grpc_clients import CHANNEL_ARGUMENTS
 from client.images import as_rows
 from client.outcomes import Shown
+from client.proxies import grpc_options, is_here
 from imaging import Limits
 from routing import PROBE_ID, threshold_text
 
@@ -57,6 +59,7 @@ POLICY = (
 )
 _GRPC_PORT, _METRICS_PORT = "8001", 8002  # what `python -m server` listens on
 _METRICS_TIMEOUT_S = 2.0
+_LABELS_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -154,10 +157,16 @@ def served_labels(client: GrpcClient, classes: int) -> tuple[str, ...]:
     tensor = triton.InferInput("image_bytes", list(rows.shape), "BYTES")
     tensor.set_data_from_numpy(rows)
     asked = triton.InferRequestedOutput("logits", class_count=classes)
-    arguments = [("grpc.enable_http_proxy", 0 if is_here(client.url) else 1)]
+    arguments = [*CHANNEL_ARGUMENTS, *grpc_options(client.url)]
     try:
         with triton.InferenceServerClient(client.url, channel_args=arguments) as connection:
-            answer = connection.infer(client.model, [tensor], outputs=[asked], request_id=PROBE_ID)
+            answer = connection.infer(
+                client.model,
+                [tensor],
+                outputs=[asked],
+                request_id=PROBE_ID,
+                client_timeout=_LABELS_TIMEOUT_S,
+            )
     except InferenceServerException:
         return ()
     names = {}
@@ -167,12 +176,6 @@ def served_labels(client: GrpcClient, classes: int) -> tuple[str, ...]:
     if not any(names.values()):
         return ()
     return tuple(names.get(index) or f"class {index}" for index in range(classes))
-
-
-def is_here(url: str) -> bool:
-    """Whether HOST:PORT, or the URL of a page, is this machine's own, which no proxy reaches."""
-    host = urlsplit(url if "//" in url else f"//{url}").hostname
-    return host in (*HOSTS, "::1")
 
 
 def usual_metrics_url(url: str) -> str | None:
@@ -186,8 +189,9 @@ def served_threshold(metrics_url: str) -> float | None:
 
     None where that has none, so that every image escalates, or the metrics cannot be read.
     """
-    proxies = urllib.request.ProxyHandler({} if is_here(metrics_url) else None)
     try:
+        here = is_here(urlsplit(metrics_url).netloc)
+        proxies = urllib.request.ProxyHandler({} if here else None)
         with urllib.request.build_opener(proxies).open(
             metrics_url, timeout=_METRICS_TIMEOUT_S
         ) as answer:

@@ -98,14 +98,21 @@ class Access:
         return is_here(self.url)
 
     def open(self) -> triton.InferenceServerClient:
-        """Open a connection; the caller closes it."""
+        """Open a connection; the caller closes it.
+
+        Raises:
+            ServerUsageError: the environment names a proxy that is not spoken here.
+        """
         # Without a limit, as the client library's own options have it.
         options: list[tuple[str, int | str]] = [("grpc.max_receive_message_length", -1)]
-        options += (
-            [("grpc.enable_http_proxy", 0)]
-            if self.is_ours
-            else grpc_options(self.url, "http" if self.credentials is None else "https")
-        )
+        try:
+            options += (
+                [("grpc.enable_http_proxy", 0)]
+                if self.is_ours
+                else grpc_options(self.url, "http" if self.credentials is None else "https")
+            )
+        except InvalidRequestError as error:
+            raise ServerUsageError(str(error)) from None
         if self.name is not None:
             options.append(("grpc.ssl_target_name_override", self.name))
         return _Client(self.url, creds=self.credentials, channel_args=options)

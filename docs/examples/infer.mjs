@@ -3,6 +3,9 @@ import { readFile } from "node:fs/promises";
 
 const [file, server = "127.0.0.1:8000"] = process.argv.slice(2);
 const image = await readFile(file);
+const model = `http://${server}/v2/models/adaptive_vit`;
+const { outputs = [] } = await (await fetch(model)).json();
+const hasHead = outputs.some(({ name }) => name === "logits");
 const length = Buffer.alloc(4);
 length.writeUInt32LE(image.length);
 const question = Buffer.from(JSON.stringify({
@@ -12,10 +15,10 @@ const question = Buffer.from(JSON.stringify({
   }],
   outputs: [
     { name: "escalated" }, { name: "score" },
-    { name: "logits", parameters: { classification: 3 } },
+    hasHead ? { name: "logits", parameters: { classification: 3 } } : { name: "embedding" },
   ],
 }));
-const response = await fetch(`http://${server}/v2/models/adaptive_vit/infer`, {
+const response = await fetch(`${model}/infer`, {
   method: "POST",
   headers: { "Inference-Header-Content-Length": String(question.length) },
   body: Buffer.concat([question, length, image]),

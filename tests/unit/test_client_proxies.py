@@ -9,14 +9,16 @@ from types import SimpleNamespace
 import grpc
 import pytest
 
-from calibration.served import ServedRungs
+from calibration.served import ServedError, ServedRungs
 from client import ClientError, GrpcClient, HttpClient, InvalidRequestError, Tls, UnavailableError
 from client.proxies import Proxy, grpc_options, is_here, proxy_of
 from demo.live import _served_figures
+from demo.page import served_labels
 from perf.analyzer_install import Analyzer
 from perf.target import Target
 from server import access
 from server.access import Access
+from server.errors import ServerUsageError
 from server.security import Security
 from tests.unit.certificate_files import authority, issued
 from tests.unit.client_servers import (
@@ -167,6 +169,14 @@ def test_grpc_takes_from_curls_variables_what_its_own_do_not_say(tmp_path, envir
             assert heads[0].startswith(f"CONNECT {NAME}:8001 HTTP/1.1")
 
 
+@pytest.mark.parametrize("variable", ["grpc_proxy", "https_proxy", "http_proxy", "ALL_PROXY"])
+def test_grpc_finds_a_proxy_whose_address_has_no_scheme(variable, environment):
+    with grpc_server() as (_, url), proxy(url) as (address, heads):
+        environment(**{variable: address})
+        assert score(GrpcClient, f"{NAME}:8001") == 7
+        assert heads[0].startswith(f"CONNECT {NAME}:8001 HTTP/1.1")
+
+
 @both
 def test_a_proxy_that_nobody_answers_at_is_an_error_of_a_client(kind, environment):
     environment(http_proxy="http://127.0.0.1:9")
@@ -222,14 +232,30 @@ def test_the_environment_is_read_as_curl_reads_it(variables, url, scheme, port, 
         assert grpc_options(url) == [("grpc.enable_http_proxy", 0)]
 
 
+@both
 @pytest.mark.parametrize(
     "value", ["socks5h://127.0.0.1:1", "https://p:1", "http://p:port", "http://"]
 )
-def test_a_proxy_of_another_kind_is_refused_with_the_way_out(value, environment):
+def test_a_proxy_of_another_kind_is_refused_with_the_way_out(value, kind, environment):
     environment(all_proxy=value)
     with pytest.raises(InvalidRequestError, match=f"all_proxy .*put {NAME} into no_proxy"):
-        HttpClient(f"{NAME}:8000")
-    HttpClient("localhost:8000").close()
+        kind(f"{NAME}:8000")
+    kind("localhost:8000").close()
+
+
+def test_commands_refuse_it_as_bad_usage(environment):
+    environment(ALL_PROXY="socks5h://127.0.0.1:1")
+    with pytest.raises(ServerUsageError, match="ALL_PROXY names a proxy"):
+        Access(f"{NAME}:8001").open()
+    with pytest.raises(ServedError, match="ALL_PROXY names a proxy"):
+        ServedRungs(f"{NAME}:8001", SimpleNamespace(classes=None))
+
+
+def test_grpcs_own_variables_go_before_the_others(environment):
+    environment(grpc_proxy="p:1", http_proxy="socks5h://p:2")
+    assert grpc_options(f"{NAME}:8001") == [("grpc.http_proxy", "http://p:1")]
+    environment(https_proxy="socks5h://p:2", no_grpc_proxy=NAME)
+    assert grpc_options(f"{NAME}:8001") == [("grpc.enable_http_proxy", 0)]
 
 
 @pytest.mark.parametrize(
@@ -280,6 +306,20 @@ def test_the_demo_reads_its_servers_metrics_directly(environment):
     with http_server() as (_, url):
         environment(**everywhere("127.0.0.1:9"))
         assert _served_figures(f"http://{url}/metrics")["requests"] == 0
+
+
+def failing(*_):
+    return grpc.StatusCode.INTERNAL, "it names no classes"
+
+
+def test_the_page_asks_its_server_as_clients_do(environment):
+    with grpc_server(failing) as (service, url), proxy(url) as (address, heads):
+        environment(**everywhere(address))
+        here = SimpleNamespace(url=url.replace("127.0.0.1", "0.0.0.0"), model="adaptive_vit")
+        assert served_labels(here, 3) == () and len(service.asked) == 1 and heads == []
+        environment(ALL_PROXY=address)
+        there = SimpleNamespace(url=f"{NAME}:8001", model="adaptive_vit")
+        assert served_labels(there, 3) == () and len(service.asked) == 2 and len(heads) == 1
 
 
 def test_perf_analyzer_is_told_of_no_proxy_to_this_machine(environment, tmp_path):

@@ -13,6 +13,7 @@ import pytest
 
 from client import InvalidRequestError, OverloadedError, Prediction, Task, UnavailableError
 from client.outcomes import Shown
+from demo import page
 from demo.page import (
     MAX_BYTES,
     POLICY,
@@ -25,6 +26,7 @@ from demo.page import (
 )
 from demo.steps import DemoError
 from tests.commands import run
+from tests.unit.client_servers import grpc_server
 
 FILES = Path(__file__).resolve().parents[2] / "demo/page"
 OWN = {"Origin": "http://127.0.0.1:8010", "Host": "127.0.0.1:8010"}
@@ -176,6 +178,7 @@ def test_the_threshold_is_that_of_the_version_that_answers(text, threshold, monk
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # no way to this machine
     with metrics_of(text) as url:
         assert served_threshold(url) == threshold
+        assert served_threshold(url.replace("127.0.0.1", "0.0.0.0")) == threshold
 
 
 def test_where_no_metrics_are_there_is_no_threshold():
@@ -183,12 +186,24 @@ def test_where_no_metrics_are_there_is_no_threshold():
         pass
     assert served_threshold(url) is None
     assert served_threshold("no url") is None
+    assert served_threshold("http://[no-address/metrics") is None
 
 
 def test_metrics_are_looked_for_only_beside_the_usual_port():
     assert usual_metrics_url("10.0.0.7:8001") == "http://10.0.0.7:8002/metrics"
     # What listens on 8002 there may be another server.
     assert usual_metrics_url("127.0.0.1:9001") is None
+
+
+def test_a_server_that_stands_still_names_no_classes_and_holds_nobody_up(monkeypatch):
+    monkeypatch.setattr(page, "_LABELS_TIMEOUT_S", 0.5)
+    told, waited = threading.Event(), []
+    with grpc_server(lambda *_: waited.append(told.wait(30))) as (_, url):
+        try:
+            client = SimpleNamespace(url=url, model="adaptive_vit")
+            assert page.served_labels(client, 3) == () and waited == []
+        finally:
+            told.set()
 
 
 # --- the command -------------------------------------------------------------------------------
