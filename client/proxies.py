@@ -54,12 +54,12 @@ def proxy_of(url: str, scheme: str) -> Proxy | None:
     if named is None:
         return None
     variable, value = named
-    parts = urlsplit(value if "://" in value else f"http://{value}")
     try:
+        parts = urlsplit(value if "://" in value else f"http://{value}")
         host, port = parts.hostname, parts.port or _DEFAULT_PORT
-    except ValueError:
+    except ValueError:  # brackets that do not close, a port that is no number
         host = None
-    if parts.scheme != "http" or not host:
+    if not host or parts.scheme != "http":
         raise InvalidRequestError(
             f"{variable} names a proxy that is not http://HOST:PORT; for {url} name one that is, "
             f"or put {_host(url)} into no_proxy"
