@@ -200,7 +200,7 @@ class ClientCore(ABC):
         max_batch = await self._batch_limit(request.model, timeout_s) if several else 1
         for piece in request.split(max_batch):
             try:
-                sent = piece.read()
+                sent = await self._aside(piece.read) if piece.has_files else piece.read()
                 call = functools.partial(self._send, sent)
                 result = await self._tried(call, timeout_s, timeout_s)
                 answers.extend(predictions(result, len(piece.rows)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -42,10 +43,15 @@ def is_path(image: object) -> bool:
     return isinstance(image, str | os.PathLike)
 
 
+def is_file(image: object) -> bool:
+    """Whether it is read from somewhere, which may take a while."""
+    return is_path(image) or _is_open(image)
+
+
 def _is_image(image: object) -> bool:
     if isinstance(image, np.ndarray):  # of bytes, as numpy reads a file
         return image.dtype == np.uint8 and image.ndim == 1
-    return is_path(image) or isinstance(image, bytes | bytearray | memoryview) or _is_open(image)
+    return is_file(image) or isinstance(image, bytes | bytearray | memoryview)
 
 
 def _is_open(image: object) -> bool:
@@ -64,5 +70,13 @@ def encoded(image: Any) -> bytes:
     except IsADirectoryError:
         raise InvalidRequestError("it is a folder; give the paths of files") from None
     except (OSError, ValueError) as error:  # a NUL in the name
+        if isinstance(image, str) and (image.startswith("data:") or _is_too_long(error)):
+            raise InvalidRequestError(
+                "it is a text, no path; give the image's bytes, of base64 base64.b64decode(text)"
+            ) from None
         reason = error.strerror if isinstance(error, OSError) else error
         raise InvalidRequestError(f"cannot read it: {reason}") from None
+
+
+def _is_too_long(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG

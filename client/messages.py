@@ -24,7 +24,7 @@ from tritonclient.utils import (
 
 from .errors import AnswerMismatchError, InvalidRequestError, ServerError, named_request
 from .files import shown
-from .images import encoded, is_path
+from .images import encoded, is_file, is_path
 
 ENSEMBLE = "adaptive_vit"
 TENSOR_ENSEMBLE = "adaptive_tensor"
@@ -175,6 +175,11 @@ class Request:
         for start in range(0, len(self.rows), max_batch):
             yield replace(self, rows=self.rows[start : start + max_batch])
 
+    @property
+    def has_files(self) -> bool:
+        """Whether `read` reads any."""
+        return self.rows.dtype == np.object_ and any(map(is_file, self.rows[:, 0]))
+
     def read(self) -> Request:
         """The same with files read; a request that holds tensors as it is.
 
@@ -210,7 +215,8 @@ class Request:
             return refusal
         place = f"image {first + row + 1} of {total}" if total > 1 else ""
         image: Any = self.rows[row, 0] if self.rows.dtype == np.object_ else None
-        path = shown(os.fspath(image)) if is_path(image) else ""
+        path = os.fspath(image) if is_path(image) else ""
+        path = shown(path if len(path) <= _SHOWN else f"{path[:_SHOWN]}…")
         both = f"{place} ({path})" if place and path else place or path
         said = refusal[named.end() :] if named else refusal
         return f"{both}{named[3] if named else ': '}{said}" if both else refusal
@@ -260,6 +266,7 @@ class Request:
         return str(datatype)
 
 
+_SHOWN = 300  # characters of a path
 _PLACE = re.compile(r"image (\d+) of (\d+)(:? )")  # as `preprocess` and `router` name one
 _PARAMETER_FIELDS = {
     str: "string_param",

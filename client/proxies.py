@@ -74,12 +74,12 @@ def grpc_options(url: str, scheme: str = "http") -> GrpcOptions:
 
 def _spoken(url: str, variable: str, value: str) -> Proxy:
     """The proxy for HOST:PORT that a variable names, if it is of a kind that is spoken here."""
-    parts = urlsplit(_with_scheme(value))
     try:
+        parts = urlsplit(_with_scheme(value))
         host, port = parts.hostname, parts.port or _DEFAULT_PORT
-    except ValueError:
+    except ValueError:  # brackets that do not close, a port that is no number
         host = None
-    if parts.scheme != "http" or not host:
+    if not host or parts.scheme != "http":
         raise InvalidRequestError(
             f"{variable} names a proxy that is not http://HOST:PORT; for {url} name one that is, "
             f"or put {_host(url)} into no_proxy"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import warnings
@@ -75,6 +76,7 @@ _WITHOUT_READER = {
     "AVIF": "install Pillow 11.3 or later where images are decoded, or convert it",
     "HEIC": "pip install pi-heif where images are decoded, or convert it to JPEG",
 }
+_BAND_PX = 64
 _TILE_TAGS = (322, 323)  # of TIFF: width and height
 
 
@@ -129,30 +131,24 @@ def decode(data: bytes, limits: Limits | None = None) -> Image.Image:
         unknown = f"not a {_listed(FORMATS, 'or')} image"
         raise ImageError(said if kind else mistaken(data) or unknown)
     about: dict[str, bytes] = {}  # what Pillow is not shown, as it would have told it
-    if kind == "PNG":
-        data, about["icc_profile"] = png.shown_parts(data)
-    elif kind == "JPEG":
-        data, about["exif"] = jpeg.shown_parts(data)
-    elif kind == "HEIC":
-        data = heic.shown_parts(data)
-    image = _opened(kind, data, limits)
-    with image:
-        try:
-            try:
-                image.load()
-            except OSError:
-                whole = _without_end(data, limits) if kind == "JPEG" else None
-                if whole is None:
-                    raise
-                image = whole
+    try:
+        if kind == "PNG":
+            data, about["icc_profile"] = png.shown_parts(data)
+        elif kind == "JPEG":
+            data, about["exif"] = jpeg.shown_parts(data)
+        elif kind == "HEIC":
+            data = heic.shown_parts(data)
+    except ValueError as error:
+        raise ImageError(str(error)) from None
+    try:
+        with _loaded(kind, data, limits) as image:
             _check_size(image, limits)  # HEIC may have told another before
-            image.info.update(about)
+            image.info.update({name: part for name, part in about.items() if part})
             return displayed(image)
-        except ImageError:
-            raise
-        except Exception as error:  # struct.error, SyntaxError, OSError, ValueError ...
-            said = f"the image is damaged or truncated: {_one_line(error)}"
-            raise ImageError(said) from None
+    except ImageError:
+        raise
+    except Exception as error:  # struct.error, SyntaxError, OSError, ValueError ...
+        raise ImageError(f"the image is damaged or truncated: {_one_line(error)}") from None
 
 
 def _kind(data: bytes) -> str | None:
@@ -188,6 +184,23 @@ def _opened(kind: str, data: bytes, limits: Limits) -> Image.Image:
     return image
 
 
+def _loaded(kind: str, data: bytes, limits: Limits) -> Image.Image:
+    """The image with its pixels."""
+    image = _opened(kind, data, limits)
+    try:
+        image.load()
+        return image
+    except OSError as error:
+        if kind != "JPEG":
+            raise
+        said = str(error)  # not the error, whose frames hold the pixels
+    del image
+    whole = _without_end(data, limits)
+    if whole is None:
+        raise OSError(said)
+    return whole
+
+
 def _check_size(image: Image.Image, limits: Limits) -> None:
     width, height = image.size
     if width * height > limits.max_pixels:
@@ -208,15 +221,28 @@ def _without_end(data: bytes, limits: Limits) -> Image.Image | None:
     Whatever is put in the place of what is missing, the pixels are the same; where the file is cut
     off earlier, they are not.
     """
-    found = []
+    image, first = None, ""
     for filling in (b"", b"\x5a" * 64, b"\xa5" * 64):
+        image = None  # one at a time: each may fill a good part of the memory
         image = _opened("JPEG", data.rstrip(b"\xff") + filling + jpeg.END, limits)
         try:
             image.load()
         except Exception:
             return None
-        found.append(image)
-    return found[0] if len({image.tobytes() for image in found}) == 1 else None
+        seen = _fingerprint(image)
+        first = first or seen
+        if seen != first:
+            return None
+    return image
+
+
+def _fingerprint(image: Image.Image) -> str:
+    """Of its pixels, which are never copied all at once."""
+    digest = hashlib.sha256()
+    for top in range(0, image.height, _BAND_PX):
+        bottom = min(top + _BAND_PX, image.height)
+        digest.update(image.crop((0, top, image.width, bottom)).tobytes())
+    return digest.hexdigest()
 
 
 def _listed(names: tuple[str, ...], last: str) -> str:

@@ -11,7 +11,8 @@ from PIL import Image, ImageCms
 
 BACKGROUND = (255, 255, 255)  # what lies under transparency, as in most viewers and on paper
 
-_ORIENTATION, _SHORT = 0x0112, 3  # EXIF's tag, and the type of its value
+_ORIENTATION = 0x0112  # EXIF's tag
+_SIZES = {3: 2, 4: 4}  # bytes of its value, by the type that it is stored as
 _PHOTOMETRIC, _SAMPLE_FORMAT, _UNSIGNED = 262, 339, 1  # of TIFF
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -71,8 +72,9 @@ def _turn(exif: bytes) -> Image.Transpose | None:
 
     start = number(4, 4)
     for place in range(start + 2, min(start + 2 + 12 * number(start, 2), len(block)), 12):
-        if number(place, 2) == _ORIENTATION and number(place + 2, 2) == _SHORT:
-            return _TURNS.get(number(place + 8, 2))
+        size = _SIZES.get(number(place + 2, 2))
+        if number(place, 2) == _ORIENTATION and size is not None:
+            return _TURNS.get(number(place + 8, size))
     return None
 
 
@@ -112,9 +114,14 @@ def _by_own_range(values: NDArray[Any]) -> NDArray[np.uint8]:
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
     if low == high:
         low, high = min(low, 0.0), max(high, 1.0)
-    values = np.nan_to_num(values.astype(np.float32), nan=low, posinf=high, neginf=low)
-    scaled: NDArray[np.uint8] = ((values - low) * (255 / (high - low))).round().astype(np.uint8)
-    return scaled
+    # The difference of two finite numbers of 32 bits may be none.
+    scaled = values.astype(np.float64)
+    np.nan_to_num(scaled, copy=False, nan=low, posinf=high, neginf=low)
+    scaled -= low
+    scaled *= 255
+    scaled /= high - low
+    greys: NDArray[np.uint8] = scaled.round(out=scaled).astype(np.uint8)
+    return greys
 
 
 def _in_srgb(image: Image.Image, icc: bytes | None) -> Image.Image:

@@ -6,8 +6,13 @@ refuses the file for some of it.
 
 from __future__ import annotations
 
+import re
+
 SIGNATURE = b"\xff\xd8\xff"
 END = b"\xff\xd9"
+MAX_SEGMENTS = 4096  # before the pixels; one of four bytes takes as long as one of 64 KiB
+_MARKER = re.compile(rb"\xff[^\x00\xff]")  # what lies before one shows nothing
+_ALONE = (0x01, *range(0xD0, 0xDA))  # markers without a segment
 _START_OF_SCAN, _COMMENT, _EXIF = 0xDA, 0xFE, (0xE1, b"Exif\0\0")
 # Of the application segments: how what counts begins, and how long it is at least.
 _KEPT = {
@@ -26,20 +31,26 @@ def shown_parts(data: bytes) -> tuple[bytes, bytes]:
     Returns:
         A JPEG file of the same pixels, and its EXIF block, which says how it was held; empty where
         there is none.
+
+    Raises:
+        ValueError: more than `MAX_SEGMENTS`.
     """
-    parts, exif, place = [data[:2]], b"", 2
-    while data[place : place + 1] == b"\xff":
-        kind = data[place + 1 : place + 2]
-        if kind == b"\xff":  # filling
-            place += 1
-            continue
-        size = 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-        if size < 4 or place + size > len(data) or kind[0] == _START_OF_SCAN:
+    parts, exif, place, count = [data[:2]], b"", 2, 0
+    while marker := _MARKER.search(data, place):
+        place, kind = marker.start(), data[marker.end() - 1]
+        size = 2 + max(2, int.from_bytes(data[place + 2 : place + 4], "big"))
+        if kind not in _ALONE and (place + size > len(data) or kind == _START_OF_SCAN):
             break
-        begins, least = _KEPT.get(kind[0], (b"", 0))
+        count += 1
+        if count > MAX_SEGMENTS:
+            raise ValueError(f"the image has more than {MAX_SEGMENTS:,} segments; save it anew")
+        if kind in _ALONE:
+            place += 2
+            continue
+        begins, least = _KEPT.get(kind, (b"", 0))
         body = data[place + 4 : place + size]
-        other = kind[0] == _COMMENT or (0xE0 <= kind[0] <= 0xEF and kind[0] not in _KEPT)
-        if kind[0] == _EXIF[0] and body.startswith(_EXIF[1]):
+        other = kind == _COMMENT or (0xE0 <= kind <= 0xEF and kind not in _KEPT)
+        if kind == _EXIF[0] and body.startswith(_EXIF[1]):
             exif = exif or body
         elif not other and body.startswith(begins) and len(body) >= least:
             parts.append(data[place : place + size])

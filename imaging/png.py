@@ -13,6 +13,8 @@ from collections.abc import Iterator
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Profiles of printers take some mebibytes; a hostile one inflates to a thousand times its size.
 MAX_PROFILE_BYTES = 16 * 1024 * 1024
+# Of a sound file of 20 MiB each would have 320 bytes; writers make them of 4 KiB and more.
+MAX_CHUNKS = 65_536
 _HEADER, _PROFILE, _TRANSPARENT, _END = b"IHDR", b"iCCP", b"tRNS", b"IEND"
 _KEPT = (_TRANSPARENT, b"eXIf")  # of the chunks that a reader may pass over; eXIf says what is up
 _GREY, _RGB = 0, 2
@@ -27,6 +29,9 @@ def shown_parts(data: bytes) -> tuple[bytes, bytes]:
     Returns:
         A PNG file of the same pixels, and the ICC profile of their colours; empty where there is
         none, or one that is damaged or inflates to more than `MAX_PROFILE_BYTES`.
+
+    Raises:
+        ValueError: more than `MAX_CHUNKS`.
     """
     parts, profile, depth, colour = [SIGNATURE], b"", 8, _RGB
     for kind, body, whole in _chunks(data):
@@ -43,8 +48,11 @@ def shown_parts(data: bytes) -> tuple[bytes, bytes]:
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
     """Kind, body and the chunk as a whole, up to the end; one that is cut off comes as it is."""
-    place = len(SIGNATURE)
+    place, count = len(SIGNATURE), 0
     while place < len(data):
+        count += 1
+        if count > MAX_CHUNKS:
+            raise ValueError(f"the image has more than {MAX_CHUNKS:,} chunks; save it anew")
         size = int.from_bytes(data[place : place + 4], "big")
         whole = data[place : place + size + 12]
         kind = whole[4:8]

@@ -60,6 +60,7 @@ def test_bytes_paths_and_open_files_are_images_alone_and_in_lists(kind, tmp_path
 
 @every
 def test_what_is_no_image_is_one_clear_line_and_nothing_is_sent(kind, tmp_path):
+    text = r"it is a text, no path; give the image's bytes, of base64 base64.b64decode\(text\)$"
     gone, (path, *_) = tmp_path / "gone\n.jpg", files(tmp_path)
     cases = [
         (str(gone), rf"^{tmp_path}/gone\\n.jpg: cannot read it: No such file or directory$"),
@@ -68,6 +69,8 @@ def test_what_is_no_image_is_one_clear_line_and_nothing_is_sent(kind, tmp_path):
         ([path, 7], r"^image 2 of 2 is of type int; give the bytes of an image file, or its path"),
         (np.zeros((4, 4, 3), np.uint8), r"image 1 of 4 is of type uint8 array \(4, 3\)"),
         (None, r"of type NoneType"),
+        ("data:image/png;base64,iVBOR", f"^data:image/png;base64,iVBOR: {text}"),
+        ("iVBOR" * 1000, f"^{'iVBOR' * 60}…: {text}"),
         (io.StringIO("text"), "open it with mode 'rb'"),
     ]
     with served(kind) as (asked, url), kind(url) as client:

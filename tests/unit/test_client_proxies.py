@@ -232,9 +232,9 @@ def test_the_environment_is_read_as_curl_reads_it(variables, url, scheme, port, 
         assert grpc_options(url) == [("grpc.enable_http_proxy", 0)]
 
 
-@both
+@every
 @pytest.mark.parametrize(
-    "value", ["socks5h://127.0.0.1:1", "https://p:1", "http://p:port", "http://"]
+    "value", ["socks5h://127.0.0.1:1", "https://p:1", "http://p:port", "http://", "http://[::1"]
 )
 def test_a_proxy_of_another_kind_is_refused_with_the_way_out(value, kind, environment):
     environment(all_proxy=value)

@@ -1,6 +1,7 @@
 """Streams: order, bounded concurrency, back-pressure, one image's error, leaving early."""
 
 import asyncio
+import os
 import threading
 import time
 from contextlib import aclosing
@@ -8,7 +9,7 @@ from contextlib import aclosing
 import grpc
 import pytest
 
-from client import AsyncGrpcClient, InvalidRequestError, Prediction, UnavailableError
+from client import AsyncGrpcClient, GrpcClient, InvalidRequestError, Prediction, UnavailableError
 from client.stream import WINDOW, in_order
 from tests.unit.client_servers import grpc_server, image
 
@@ -213,6 +214,30 @@ def test_a_stream_gives_predictions_and_the_error_of_one_image_in_order_and_trie
     assert len(service.asked) == 19 + 3 and all(len(asked.images) == 1 for asked in service.asked)
     assert {asked.parameters["policy"] for asked in service.asked} == {"high"}
     assert 2 <= most <= 4
+
+
+def test_files_are_read_beside_the_event_loop(tmp_path):
+    """A slow disk holds up no other task; a caller without an event loop reads them itself."""
+
+    class Noted(os.PathLike):
+        def __fspath__(self):
+            readers.append(threading.get_ident())
+            return str(tmp_path / "a.jpg")
+
+    async def main(url):
+        async with AsyncGrpcClient(url) as client:
+            answers = [*(await client.infer([Noted(), Noted()]))]
+            return answers + [found async for found in client.stream([Noted()])]
+
+    readers = []
+    (tmp_path / "a.jpg").write_bytes(image(7))
+    with grpc_server() as (_, url):
+        assert [answer.score for answer in run(main(url))] == [7, 7, 7]
+        assert len(readers) >= 3 and threading.get_ident() not in readers
+        readers.clear()
+        with GrpcClient(url) as client:
+            client.infer(Noted())
+        assert set(readers) == {threading.get_ident()}
 
 
 def test_a_cancelled_stream_cancels_its_requests_at_the_server():

@@ -1,8 +1,11 @@
 import dataclasses
+import gc
 import io
 import json
 import shutil
 import struct
+import sys
+import weakref
 import zlib
 from pathlib import Path
 
@@ -18,10 +21,13 @@ from imaging import (
     PreprocessingError,
     code_sha256,
     decode,
+    jpeg,
     pixels_sha256,
 )
 from tests.unit.image_files import chunk, encode
 
+decode_module = sys.modules["imaging.decode"]  # the package has a function of that name
+HEIC = (Path(__file__).parent / "data/turned.heic").read_bytes()
 SPEC = Preprocessing(8, 8, 10, "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -250,3 +256,57 @@ def test_the_code_has_a_hash_that_every_change_of_a_source_file_changes(tmp_path
     after = code_sha256(copy)
     changed.rename(copy / "decoding.py")
     assert len({before, after, code_sha256(copy)}) == 3
+
+
+# Each takes Python, and Pillow, as long as one of many kilobytes.
+SMALLEST_PARTS = {
+    "JPEG segments": (JPEG, 2, b"\xff\xe1\0\2", 4096, "segments"),
+    "JPEG segments without a length": (JPEG, 2, b"\xff\xe1\0\0", 4096, "segments"),
+    "JPEG markers": (JPEG, 2, b"\xff\xd0", 4096, "segments"),
+    "PNG chunks": (encode(photo(), "PNG"), 33, chunk(b"teXt", b""), 65_536, "chunks"),
+    "PNG data": (encode(photo(), "PNG"), 33, chunk(b"IDAT", b""), 65_536, "chunks"),
+    "HEIC boxes": (HEIC, len(HEIC), b"\0\0\0\x08free", 4096, "boxes"),
+}
+
+
+@pytest.mark.parametrize("name", SMALLEST_PARTS)
+def test_a_file_of_countless_parts_is_refused_before_they_are_read(name):
+    data, place, part, most, called = SMALLEST_PARTS[name]
+    few = data[:place] + part * (most // 2) + data[place:]
+    assert pixels_sha256(decode(few)) == pixels_sha256(decode(data))
+    with pytest.raises(ImageError, match=rf"^the image has more than {most:,} {called}; save it"):
+        decode(data[:place] + part * most + data[place:])
+
+
+def test_filling_and_junk_before_a_segment_never_reach_pillows_own_loop():
+    for junk in (b"\xff" * 1000, b"abcd" * 1000, b"\xff\0" * 1000):
+        shown, _ = jpeg.shown_parts(JPEG[:2] + junk + JPEG[2:])
+        assert shown == jpeg.shown_parts(JPEG)[0]
+
+
+def test_a_jpeg_cut_off_is_decoded_again_with_one_image_in_memory(monkeypatch):
+    opened, together = [], []
+
+    def watched(*arguments):
+        gc.collect()
+        together.append(sum(image() is not None for image in opened))
+        image = original(*arguments)
+        opened.append(weakref.ref(image))
+        return image
+
+    original = decode_module._opened
+    monkeypatch.setattr(decode_module, "_opened", watched)
+    assert decode(JPEG[:-2]).size == (40, 30)
+    assert together == [0, 0, 0, 0]  # as it is, then with three ends
+    opened, together = [], []
+    with pytest.raises(ImageError, match="truncated"):
+        decode(JPEG[: len(JPEG) // 2])
+    assert together == [0, 0, 0]  # the second end shows it
+
+
+def test_what_pillow_found_of_exif_is_kept_where_nothing_else_did(monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(photo(), "JPEG", exif=exif)
+    monkeypatch.setattr(jpeg, "shown_parts", lambda data: (data, b""))
+    assert decode(data).size == (30, 40)

@@ -67,6 +67,13 @@ def test_an_image_stands_upright_whatever_its_file_says_it_with(orientation):
         np.testing.assert_array_equal(turned, expected[orientation], err_msg=form)
 
 
+@pytest.mark.parametrize("order", "<>")
+def test_an_orientation_stored_as_a_long_number_counts(order):
+    mark = b"II*\0\x08\0\0\0" if order == "<" else b"MM\0*\0\0\0\x08"
+    block = b"Exif\0\0" + mark + struct.pack(f"{order}HHHIII", 1, 0x0112, 4, 1, 6, 0)
+    assert decode(encode(PHOTO, "JPEG", exif=block)).size == (30, 40)
+
+
 @pytest.mark.parametrize("block", [b"", b"MM\0*" + b"\xff" * 60, b"II*\0\x08\0\0\0\xff\xff"])
 def test_a_damaged_exif_block_turns_nothing(block):
     plain = encode(PHOTO, "JPEG")
@@ -156,6 +163,8 @@ GREYS = {
     "32 bits, signed": (tiff_of(np.array([0, 10, 20, 30], I4), 32, 1, 2), [0, 85, 170, 255]),
     "floating point": (tiff_of(np.array([0, 0.25, 0.5, 1], F4), 32, 1, 3), [0, 64, 128, 255]),
     "not finite": (tiff_of(np.array(NOT_FINITE, F4), 32, 1, 3), [0, 255, 0, 255]),
+    "beyond 32 bits": (tiff_of(np.array([-3e38, 0, 3e38], F4), 32, 1, 3), [0, 128, 255]),
+    "next to none": (tiff_of(np.array([0, 1e-44], F4), 32, 1, 3), [0, 255]),
     "one value": (tiff_of(np.full(4, 0.5, F4), 32, 1, 3), [128] * 4),
     "8 bits": (tiff_of(np.array([0, 10, 128, 255], np.uint8), 8), [0, 10, 128, 255]),
 }
