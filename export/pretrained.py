@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from bundle import labels as class_labels
 from bundle import manifest
 from export.backbones import Backbone
 from export.dinov2_small import dinov2_small
@@ -305,15 +305,7 @@ def _lost_in_blocks(network: PreTrainedModel, surplus: Iterable[str]) -> str | N
 def _labels(config: PretrainedConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """One label per class, each another, and what to say of them."""
     found = config.id2label or {}
-    texts = (found.get(index, f"LABEL_{index}") for index in range(config.num_labels))
-    # One label per line in labels.txt.
-    names = [" ".join(str(text).split()) or f"LABEL_{i}" for i, text in enumerate(texts)]
-    notices = []
-    # ImageNet has two cranes, a bird and a machine.
-    while twice := [name for name, count in Counter(names).items() if count > 1]:
-        notices += [f"{CONFIG} has several classes called {twice[0]}: told apart by their numbers"]
-        names = [f"{name} ({i})" if name in twice else name for i, name in enumerate(names)]
-    return tuple(names), tuple(notices)
+    return class_labels.distinct(found.get(index, "") for index in range(config.num_labels))
 
 
 def _source(model: str, config: PretrainedConfig) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from bundle import labels as class_labels
 from bundle import manifest
 from export.backbones import Backbone
 from export.errors import UsageError, first_line
@@ -91,6 +92,7 @@ def load(model: str, checkpoint: Path | None) -> Backbone:
         transform, assumed = _transform(name, network.config.image_size, config)
     except UsageError as error:
         raise UsageError(f"--checkpoint {checkpoint}: {error}") from None
+    labels, more = _labels(config, classes)
     px, patch = network.config.image_size, network.config.patch_size
     return Backbone(
         name=name,
@@ -101,10 +103,10 @@ def load(model: str, checkpoint: Path | None) -> Backbone:
             "sha256": manifest.sha256_file(checkpoint),
         },
         model=network,
-        labels=_labels(config, classes),
+        labels=labels,
         default_px=(max(patch, round(px / 2 / patch) * patch), px),
         preprocessing=transform,
-        notices=(*notices, *assumed),
+        notices=(*notices, *assumed, *more),
     )
 
 
@@ -166,11 +168,14 @@ def _read(file: Path) -> tuple[Tensors, tuple[str, ...]]:
     }, notices
 
 
-def _labels(config: Mapping[str, Any], classes: int) -> tuple[str, ...] | None:
+def _labels(
+    config: Mapping[str, Any], classes: int
+) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+    """One label per class, None where the file names none, and what to say of them."""
     given = config.get("pretrained_cfg", {}).get("label_names") or config.get("label_names")
     if not isinstance(given, list) or not classes or len(given) != classes:
-        return None
-    return tuple(" ".join(str(name).split()) for name in given)
+        return None, ()
+    return class_labels.distinct(given)
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,10 @@ class _Shape:
         _refuse_foreign(tensors)
         if "cls_token" not in tensors:
             raise UsageError("there is no cls_token: the model pools its patch tokens")
-        if config.get("global_pool", "token") != "token" or "_gap_" in name:
+        pools = [
+            part.get("global_pool", "token") for part in (config, config.get("model_args", {}))
+        ]
+        if pools != ["token", "token"] or "_gap_" in name:
             raise UsageError("the head reads pooled patch tokens (global_pool), not the CLS token")
         if "_rope_" in name:
             raise UsageError("positions are rotary (rope), which no tensor of the file shows")

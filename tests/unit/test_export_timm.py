@@ -191,6 +191,24 @@ def test_a_folder_in_timms_hub_format_is_a_model(tmp_path):
     assert replace(beside, model=backbone.model) == backbone
 
 
+def test_classes_of_one_name_or_none_are_told_apart(tmp_path):
+    names = {**HUB["pretrained_cfg"], "label_names": ["crane", "", "crane", "d", " "]}
+    save(tmp_path / "mine", checkpoint(), "model.safetensors")
+    (tmp_path / "mine/config.json").write_text(json.dumps({**HUB, "pretrained_cfg": names}))
+    backbone = load_backbone(str(tmp_path / "mine"))
+    assert backbone.labels == ("crane (0)", "LABEL_1", "crane (2)", "d", "LABEL_4")
+    (notice,) = backbone.notices
+    assert notice == "there are several classes called crane: told apart by their numbers"
+
+
+@pytest.mark.parametrize("told", [{"global_pool": "avg"}, {"model_args": {"global_pool": "avg"}}])
+def test_a_head_that_reads_pooled_tokens_is_refused_wherever_the_file_says_so(told, tmp_path):
+    save(tmp_path / "mine", checkpoint(), "model.safetensors")
+    (tmp_path / "mine/config.json").write_text(json.dumps({**HUB, **told}))
+    with pytest.raises(UsageError, match="the head reads pooled patch tokens .global_pool."):
+        load_backbone(str(tmp_path / "mine"))
+
+
 HALF, IMAGENET = (0.5, 0.5, 0.5), (0.485, 0.456, 0.406)
 
 
