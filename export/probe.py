@@ -165,9 +165,11 @@ def _labelled(root: Path, found: FoundFiles) -> tuple[tuple[str, ...], list[tupl
         )
     numbers = {name: number for number, name in enumerate(folders)}
     files = [(name, numbers[name.split("/")[0]]) for name in found.names if "/" in name]
+    held = {number for _, number in files}
     for folder, number in numbers.items():
-        if all(number != one for _, one in files):
-            raise UsageError(f"--images: the class folder {shown(folder)} holds no image")
+        if number not in held:
+            why = f"; {found.note}" if found.note else ""
+            raise UsageError(f"--images: the class folder {shown(folder)} holds no image{why}")
     return tuple(map(shown, folders)), files
 
 

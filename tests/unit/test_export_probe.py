@@ -148,10 +148,11 @@ def test_a_folder_without_classes_is_refused(model, tmp_path):
     one = write_images(tmp_path / "one", colours={"red": COLOURS["red"]})
     empty = write_images(tmp_path / "empty")
     (empty / "white").mkdir()
+    (empty / "white/0.psd").write_bytes(b"8BPS")
     for root, message in (
         (one, "has 1 class folders; .* at least two"),
         (one / "red", "has 0 class folders"),
-        (empty, "class folder white holds no image"),
+        (empty, r"white holds no image; skipped 1 file of other kinds \(.psd 1\): white/0.psd"),
     ):
         with pytest.raises(UsageError, match=message):
             fit_probe(pretrained(str(model)), PX, root, QUIET)
