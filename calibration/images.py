@@ -218,7 +218,7 @@ def _label_of_place(name: str) -> str | None:
 def _read_annotations(file: Path) -> dict[str, str]:
     """Labels by file name; a line is the name, the label and a box, parted by tabs."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
         return {name: label for name, label, *_ in (line.split("\t") for line in lines if line)}
     except (OSError, ValueError) as error:
         raise ImagesError(

@@ -162,7 +162,7 @@ def find_images(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
 def read_text(path: Path, what: str) -> str:
     """A text file; UsageError where it cannot be read as UTF-8."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # some editors put a mark before the text
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UsageError(f"cannot read {what} from {file_name(path)}: {reason}") from None

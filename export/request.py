@@ -120,7 +120,7 @@ class Texts:
         file = Path(labels)
         with contextlib.suppress(OSError, ValueError):  # a text may be too long for a name
             if file.is_file():
-                return cls(_labels(file.read_text("utf-8").splitlines()), prompt)
+                return cls(_labels(file.read_text("utf-8-sig").splitlines()), prompt)
         if "," not in labels and file.suffix:
             raise UsageError(f"--labels {labels}: no such file, or it is no text in UTF-8")
         return cls(_labels(labels.split(",")), prompt)

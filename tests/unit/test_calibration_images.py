@@ -78,6 +78,13 @@ def test_a_part_of_tiny_imagenet_can_be_given_itself(tiny_imagenet):
     assert labels(open_images(str(tiny_imagenet / "test"))) == {"images/test_0.JPEG": None}
 
 
+def test_annotations_may_begin_with_a_byte_order_mark(tiny_imagenet):
+    file = tiny_imagenet / "val/val_annotations.txt"
+    before = labels(open_images(str(tiny_imagenet)))
+    file.write_text(file.read_text(), "utf-8-sig")
+    assert labels(open_images(str(tiny_imagenet))) == before
+
+
 def test_validation_images_sorted_into_classes_keep_their_annotations(tiny_imagenet):
     val = tiny_imagenet / "val"
     (val / "images").rename(val / "n02")

@@ -133,6 +133,11 @@ def test_a_server_that_hides_its_configuration_can_still_be_asked(kind):
     assert command_line._look_at_server(Hiding(), []) == ("2.51.0", Task())
 
 
+def test_a_text_file_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "labels.txt").write_text("ant\nbee\n", "utf-8-sig")
+    assert command_line.read_text(tmp_path / "labels.txt", "labels") == "ant\nbee\n"
+
+
 @pytest.mark.parametrize(
     ("outputs", "said"),
     [

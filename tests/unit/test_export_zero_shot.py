@@ -93,6 +93,11 @@ def test_graphs_answer_with_the_librarys_logits_per_image(checkpoint, tmp_path):
         np.testing.assert_allclose(linear(embedding), logits, rtol=1e-4, atol=1e-4)
 
 
+def test_a_file_of_labels_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "labels.txt").write_text("cat\ndog\n", "utf-8-sig")
+    assert Texts.read(str(tmp_path / "labels.txt"), None).labels == ("cat", "dog")
+
+
 def test_a_prompt_and_a_file_of_labels_and_merged_tokens(checkpoint, tmp_path):
     class_name, folder = checkpoint
     (tmp_path / "labels.txt").write_text("cat\n\ngrey dog\nemu\n")
