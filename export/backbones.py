@@ -44,8 +44,8 @@ class Backbone:
             the model's own head.
         own_task: what the head answers, see `routing.TASKS`; None: its default.
         notices: what the user should know about how the model was read.
-        texts: how `probe` was made of texts, ready for JSON; embeddings then have length 1. None:
-            it was not.
+        texts: how `probe` was made of texts, ready for JSON; embeddings then have length 1, but
+            for those of a rung that is aligned. None: it was not.
     """
 
     name: str

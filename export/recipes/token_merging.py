@@ -72,10 +72,11 @@ class MergingVit(nn.Module):
             image: FP32 (B, 3, H, W), normalised, at the full rung's resolution.
 
         Returns:
-            embedding (B, D), cls_layers (B, L+1, D)[, logits (B, C)].
+            embedding (B, D), cls_layers (B, L+1, W)[, logits (B, C)]; W is the width of the model,
+            which D is, too, but where it projects.
         """
         base = tower(self.model)
-        hidden = self.family.tokens(base, downsample(image, self.px))  # (B, N, D)
+        hidden = self.family.tokens(base, downsample(image, self.px))  # (B, N, W)
         sizes = torch.ones_like(hidden[..., :1])  # (B, N, 1), patches that a token stands for
         cls_layers = [hidden[:, 0]]
         for block in self.blocks:
