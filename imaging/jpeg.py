@@ -55,4 +55,6 @@ def shown_parts(data: bytes) -> tuple[bytes, bytes]:
         elif not other and body.startswith(begins) and len(body) >= least:
             parts.append(data[place : place + size])
         place += size
+    else:
+        place = len(data)  # no marker, so no pixels either
     return b"".join(parts) + data[place:], exif

@@ -282,6 +282,7 @@ def test_filling_and_junk_before_a_segment_never_reach_pillows_own_loop():
     for junk in (b"\xff" * 1000, b"abcd" * 1000, b"\xff\0" * 1000):
         shown, _ = jpeg.shown_parts(JPEG[:2] + junk + JPEG[2:])
         assert shown == jpeg.shown_parts(JPEG)[0]
+    assert jpeg.shown_parts(JPEG[:20] + bytes(1000))[0] == JPEG[:20]
 
 
 def test_a_jpeg_cut_off_is_decoded_again_with_one_image_in_memory(monkeypatch):
