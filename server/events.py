@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+import threading
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -13,6 +16,7 @@ import typer
 from .launcher import TritonServer
 from .ports import public_urls
 
+_PATIENCE_S = 1.0  # with who reads the standard output
 _SOURCE = "server"  # Triton's own lines have "tritonserver" (`guard.py`).
 
 
@@ -26,6 +30,7 @@ class Events:
     def __init__(self, as_json: bool = False) -> None:
         """Say in what form events are told."""
         self.as_json = as_json
+        self._writer: threading.Thread | None = None
 
     def say(self, line: str, level: str = "info") -> None:
         """Tell an event; does nothing where nobody can be told, for the server is worth more."""
@@ -74,5 +79,19 @@ class Events:
     def _say_json(self, what: dict[str, Any]) -> None:
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         line = {"time": now.replace("+00:00", "Z"), "source": _SOURCE, **what}
-        with suppress(OSError):
-            typer.echo(json.dumps(line))
+        if self._writer is not None and self._writer.is_alive():
+            return  # Who reads stands still: the line is lost, as those of Triton are.
+        self._writer = threading.Thread(target=_write, args=(f"{json.dumps(line)}\n",), daemon=True)
+        self._writer.start()
+        self._writer.join(_PATIENCE_S)
+
+
+def _write(line: str) -> None:
+    with suppress(OSError, ValueError):
+        try:
+            descriptor = sys.stdout.fileno()
+        except (AttributeError, ValueError):  # closed, or no file
+            typer.echo(line, nl=False)
+            return
+        # Past Python's buffer, whose lock a thread that never comes back would hold at the end.
+        os.write(descriptor, line.encode())

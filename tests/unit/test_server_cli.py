@@ -4,9 +4,13 @@ import configparser
 import errno
 import io
 import json
+import os
 import shlex
 import signal
 import socket
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -23,6 +27,7 @@ from export.versions import add_version
 from server import launcher
 from server.access import Access
 from server.errors import ServerStartError, ServerUsageError
+from server.events import Events
 from server.launcher import TritonServer
 from server.probe import Finding
 from server.rollout import RolloutError, RolloutInterruptedError
@@ -324,6 +329,30 @@ def test_every_line_on_the_standard_output_is_json_where_that_is_asked_for(
     assert command_line.main([]) == 1  # The next command line is for people again.
     assert "E1121 of Triton's\nerror: " in capsys.readouterr().err
     assert (Failing.options["log"], Failing.options["log_as_json"]) == (None, False)
+
+
+def test_who_does_not_read_the_standard_output_holds_up_no_event(monkeypatch: pytest.MonkeyPatch):
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writing, b"x" * 2**12)
+    os.set_blocking(writing, True)
+    with open(reading, "rb", buffering=0) as reader, open(writing, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        events = Events(as_json=True)
+        for _ in range(3):
+            saying = threading.Thread(target=events.say, args=("lost",), daemon=True)
+            saying.start()
+            saying.join(20)
+            assert not saying.is_alive()
+        while b"lost" not in reader.read(2**16):  # The one that waited.
+            pass
+        deadline = time.monotonic() + 20
+        while events._writer.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        events.say("again")
+        assert json.loads(reader.read(2**16))["message"] == "again"
 
 
 def test_a_disk_that_is_full_is_one_line(
