@@ -295,7 +295,7 @@ def read_labels(path: Path) -> list[str]:
         DemoError: the file cannot be read as UTF-8, or holds none.
     """
     try:
-        names = path.read_text("utf-8").splitlines()
+        names = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise DemoError(f"cannot read labels from {path}: {reason}") from None

@@ -84,8 +84,8 @@ def measure_original(build: Path, images: int, bars: Bars) -> dict[str, Any]:
     repository = assembled(build / "model_repository")
     forward_ms = measure_forward(graphs, bars)
     pool = load_pool(graphs, "sample", images, SEED, bars.stage)
-    with folder_beside(build / "original") as folder:  # weights are links
-        served = undisturbed(repository, folder / "model_repository")
+    with folder_beside(repository) as folder:  # weights are links
+        served = undisturbed(repository, folder / "served")
         measured, version = measure_in_turn(served, pool, graphs.classes is not None, bars)
         rows, memory = range(len(pool)), {}
         with bars.stage("peak memory", len(SYSTEMS)) as bar:

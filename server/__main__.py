@@ -175,6 +175,10 @@ def serve(
     if context.invoked_subcommand is not None:
         return
     events.as_json = log_format is LogFormat.JSON
+    if as_json and not events.as_json and str(log) in STANDARD_OUTPUT:
+        raise ServerUsageError(
+            "--json prints one line, and --log - more; give --log FILE, or --log-format json"
+        )
     if events.as_json and log is None:
         log = Path(STANDARD_OUTPUT[0])
     security = Security(

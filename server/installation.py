@@ -22,6 +22,7 @@ from pathlib import Path
 from .errors import ServerUsageError
 from .paths import plain
 from .ports import Addresses, Ports
+from .preconditions import check_runs_programs
 
 # Triton's own default, used by NVIDIA's images.
 IMAGE_BACKEND_DIRECTORY = Path("/opt/tritonserver/backends")
@@ -205,6 +206,7 @@ def find_installation(
     else:
         python, stub = _wheels_python(binary, wheel)
         libraries = (wheel.libraries,) if wheel is not None else ()
+    check_runs_programs(destination)
     # Copies, not links: Triton refuses a python-based backend whose libtriton_python.so resolves to
     # somewhere outside the backend directory.
     target = destination / "python"

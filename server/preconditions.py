@@ -78,7 +78,7 @@ def temporary_folder() -> Path:
     """Where the server's own files lie meanwhile: a folder with a plain path.
 
     Raises:
-        ServerUsageError: there is none, or programs in it may not run.
+        ServerUsageError: there is none that is plain, writable and large enough.
     """
     way_out = "set TMPDIR to a folder of yours"
     try:
@@ -92,11 +92,8 @@ def temporary_folder() -> Path:
     for place in places:
         try:
             _usable(place, way_out)
-            if os.statvfs(place).f_flag & os.ST_NOEXEC:
-                raise ServerUsageError(
-                    f"{place} is mounted noexec, and Triton's python backend is run from the "
-                    "folder for temporary files; set TMPDIR to a folder where programs may run"
-                )
+            if place is not asked:  # Else it is asked for, and may have to run nothing.
+                check_runs_programs(place)
             if _free_mib(place) < _LEAST_TEMPORARY_MIB:
                 raise ServerUsageError(
                     f"{place} has {_free_mib(place):.0f} MiB left, and the server's own files "
@@ -112,6 +109,19 @@ def temporary_folder() -> Path:
         f"misread, and no other serves ({'; '.join(refusals)}); set TMPDIR to a folder whose path "
         "has only letters, digits and /_.-"
     )
+
+
+def check_runs_programs(folder: Path) -> None:
+    """See that programs may run in a folder for temporary files.
+
+    Raises:
+        ServerUsageError: it is mounted otherwise.
+    """
+    if os.statvfs(folder).f_flag & os.ST_NOEXEC:
+        raise ServerUsageError(
+            f"{folder} is mounted noexec, and Triton's python backend is run from the folder for "
+            "temporary files; set TMPDIR to a folder where programs may run"
+        )
 
 
 def _usable(folder: Path, way_out: str) -> None:

@@ -27,8 +27,8 @@ def check_repository(repository: Path, models: Sequence[str] | None = None) -> l
     Raises:
         ServerUsageError: it is not there, cannot be read, or holds what was not assembled.
     """
-    found = models_in(repository) if models is None else list(models)
-    check_names(repository, found)
+    loaded = models_in(repository)  # all of them, whichever must be ready
+    check_names(repository, loaded)
     if (repository / manifest.NAME).is_file():
         # Its router compares files with their hashes, but Triton has loaded by then what is not
         # listed. And Python takes bytecode for a listed source's whose time and size it names.
@@ -37,7 +37,7 @@ def check_repository(repository: Path, models: Sequence[str] | None = None) -> l
             manifest.remove_unlisted_bytecode(repository)
         except ManifestError as error:
             raise ServerUsageError(f"{repository}: {error}") from error
-    return found
+    return loaded if models is None else list(models)
 
 
 def models_in(repository: Path) -> list[str]:

@@ -338,7 +338,8 @@ def test_who_does_not_read_the_standard_output_holds_up_no_event(monkeypatch: py
         while True:
             os.write(writing, b"x" * 2**12)
     os.set_blocking(writing, True)
-    with open(reading, "rb", buffering=0) as reader, open(writing, "w") as stdout:
+    # The reader is closed first: what still waits for it then ends.
+    with open(writing, "w") as stdout, open(reading, "rb", buffering=0) as reader:
         monkeypatch.setattr(sys, "stdout", stdout)
         events = Events(as_json=True)
         for _ in range(3):
@@ -353,6 +354,13 @@ def test_who_does_not_read_the_standard_output_holds_up_no_event(monkeypatch: py
             time.sleep(0.01)
         events.say("again")
         assert json.loads(reader.read(2**16))["message"] == "again"
+
+
+def test_one_line_of_json_has_the_standard_output_to_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert command_line.main(["--repository", str(tmp_path), "--json", "--log", "-"]) == 2
+    assert "give --log FILE, or --log-format json" in capsys.readouterr().err
 
 
 def test_a_disk_that_is_full_is_one_line(

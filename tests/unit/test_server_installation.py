@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -250,6 +251,16 @@ def test_lists_of_folders_hold_only_plain_paths(tmp_path: Path, monkeypatch: pyt
     assert (links / "python").resolve() == odd / "venv"
     assert environment["LD_LIBRARY_PATH"] == f"{links}/libraries-0"
     assert (links / "libraries-0").resolve() == odd / "libraries"
+
+
+def test_where_no_program_may_run_only_a_stub_that_would_be_copied_there_is_refused(
+    tmp_path: Path, find: Find, monkeypatch: pytest.MonkeyPatch
+):
+    binary = native(tmp_path / "own", *PYTHON, ONNXRUNTIME)
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=os.ST_NOEXEC))
+    assert find(binary).backends == tmp_path / "own" / "backends"
+    with pytest.raises(ServerUsageError, match="is mounted noexec.*set TMPDIR to a folder where"):
+        find()
 
 
 def test_complete_backends_of_an_odd_path_are_handed_on_by_a_link(tmp_path: Path, find: Find):

@@ -9,6 +9,7 @@ import pytest
 
 from server import ServerUsageError
 from server.paths import check_names, is_plain, plain
+from server.repository import check_repository
 from tests.servers import ECHO_CONFIG
 
 ODD = [
@@ -69,6 +70,13 @@ def test_a_model_that_a_shell_would_misread_is_refused(
     with pytest.raises(ServerUsageError) as caught:
         check_names(tmp_path, [name])
     assert re.search(message, str(caught.value))
+
+
+def test_models_that_need_not_be_ready_are_looked_at_too(tmp_path: Path):
+    for name in ("echo", "$(id)"):  # Triton loads every folder
+        (tmp_path / name).mkdir()
+    with pytest.raises(ServerUsageError, match="rename its folder"):
+        check_repository(tmp_path, ["echo"])
 
 
 def test_only_paths_of_plain_signs_are_plain():

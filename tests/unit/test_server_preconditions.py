@@ -55,20 +55,26 @@ def test_what_is_missing_is_named_before_anything_else(
         TritonServer(tmp_path / "no repository").start()
 
 
-@pytest.mark.parametrize(
-    ("found", "message"),
-    [
-        (disk(flags=os.ST_NOEXEC), "is mounted noexec.*set TMPDIR to a folder where programs"),
-        (disk(free_mib=3), "has 3 MiB left.*make room, or set TMPDIR"),
-    ],
-)
-def test_a_folder_for_temporary_files_that_does_not_serve_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: SimpleNamespace, message: str
+def test_a_folder_for_temporary_files_that_is_full_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(os, "statvfs", lambda path: found)
-    with pytest.raises(ServerUsageError, match=f"^{tmp_path} {message}"):
+    monkeypatch.setattr(os, "statvfs", lambda path: disk(free_mib=3))
+    with pytest.raises(ServerUsageError, match="has 3 MiB left.*make room, or set TMPDIR"):
         temporary_folder()
+
+
+def test_where_no_program_may_run_another_folder_is_preferred_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    odd, first, second = tmp_path / "it's", tmp_path / "noexec", tmp_path / "plain"
+    for folder in (odd, first, second):
+        folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(odd))
+    monkeypatch.setattr(preconditions, "_PLAIN_FOLDERS", (first, second))
+    flags = {first: os.ST_NOEXEC}
+    monkeypatch.setattr(os, "statvfs", lambda path: disk(flags=flags.get(path, 0)))
+    assert temporary_folder() == second
 
 
 def test_no_folder_for_temporary_files_is_said(monkeypatch: pytest.MonkeyPatch):
