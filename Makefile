@@ -67,7 +67,7 @@ test: test-unit test-triton  ## unit tests, then tests against a real tritonserv
 # A file's fixtures are made once, by the process it goes to; tests/conftest.py has long files go first.
 SIDE_BY_SIDE := --dist loadfile --no-loadscope-reorder
 # One process a core, each with one thread.
-test-unit: $(INSTALLED)  ## three minutes on two cores, four where its exports are not remembered yet
+test-unit: $(INSTALLED)  ## some minutes on two cores, fewer where its exports are remembered
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/unit -n auto $(SIDE_BY_SIDE)
 
 # What measures the machine itself has it alone; the others, which
