@@ -93,15 +93,7 @@ class Processor:
             PreprocessingError: the crop is larger than the resized image, or a bad mean or std.
         """
         resized_px = round(px * self.resized_px / self.native_px)
-        return Preprocessing(
-            height=px,
-            width=px,
-            resize_shortest_edge=None if self.stretches else resized_px,
-            resample=self.resample,
-            mean=self.mean,
-            std=self.std,
-            stretch_to=(resized_px, resized_px) if self.stretches else None,
-        )
+        return cropped(px, resized_px, self.stretches, self.resample, self.mean, self.std)
 
 
 def _found(model: str) -> PilBackend:
@@ -210,3 +202,35 @@ def _rgb(values: Any) -> tuple[float, float, float]:
     if len(numbers) != 3:
         raise ValueError(f"{values} are not three numbers, one for each of red, green and blue")
     return numbers[0], numbers[1], numbers[2]
+
+
+def cropped(
+    px: int,
+    resized_px: int,
+    stretches: bool,
+    resample: str,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+) -> Preprocessing:
+    """A square from the middle of the resized image.
+
+    Args:
+        px: its side.
+        resized_px: of the shorter edge, or of both where the image is stretched.
+        stretches: whether it is.
+        resample: as in `Preprocessing`, like `mean` and `std`.
+        mean: per channel.
+        std: per channel.
+
+    Raises:
+        PreprocessingError: the crop is larger than the resized image, or a bad mean or std.
+    """
+    return Preprocessing(
+        height=px,
+        width=px,
+        resize_shortest_edge=None if stretches else resized_px,
+        resample=resample,
+        mean=mean,
+        std=std,
+        stretch_to=(resized_px, resized_px) if stretches else None,
+    )

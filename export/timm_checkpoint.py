@@ -24,6 +24,7 @@ from bundle import labels as class_labels
 from bundle import manifest
 from export.backbones import Backbone
 from export.errors import UsageError, first_line
+from export.processors import cropped
 from export.static_vit import IMAGENET_MEAN, IMAGENET_STD
 from export.timm_vit import PATCHES, Tensors, convert
 from imaging import Preprocessing, PreprocessingError
@@ -191,15 +192,7 @@ class _Transform:
     def __call__(self, px: int) -> Preprocessing:
         """Raises PreprocessingError for figures that mean nothing."""
         resized_px = math.floor(px / self.crop_pct)
-        return Preprocessing(
-            height=px,
-            width=px,
-            resize_shortest_edge=None if self.squashes else resized_px,
-            resample=self.interpolation,
-            mean=self.mean,
-            std=self.std,
-            stretch_to=(resized_px, resized_px) if self.squashes else None,
-        )
+        return cropped(px, resized_px, self.squashes, self.interpolation, self.mean, self.std)
 
 
 def _transform(name: str, px: int, config: Mapping[str, Any]) -> tuple[_Transform, tuple[str, ...]]:

@@ -1,6 +1,7 @@
 """Image files, well made and odd, and sources of them."""
 
 import io
+import os
 import struct
 import zlib
 
@@ -77,3 +78,15 @@ class MemorySource:
 
     def fingerprint(self):
         return self._fingerprint
+
+
+def forbid_listing(folder, monkeypatch):
+    """Let a folder refuse to be listed, which the superuser's rights would not."""
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path) == str(folder):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)

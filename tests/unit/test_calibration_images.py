@@ -15,7 +15,7 @@ from calibration.images import (
     write_sample,
 )
 from imaging import ImageError
-from tests.unit.image_files import write_images
+from tests.unit.image_files import forbid_listing, write_images
 
 
 def labels(source):
@@ -135,14 +135,7 @@ def test_a_folder_without_images_is_an_error(tmp_path):
 
 def test_a_sub_folder_that_cannot_be_listed_is_not_passed_over(tmp_path, monkeypatch):
     write_images(tmp_path, "a/1.png", "b/2.png")
-    scan = os.scandir
-
-    def refuse(path):
-        if str(path).endswith("b"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return scan(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
+    forbid_listing(tmp_path / "b", monkeypatch)
     with pytest.raises(ImagesError, match=r"cannot list .*/b: Permission denied"):
         open_images(str(tmp_path))
 

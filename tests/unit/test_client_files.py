@@ -10,7 +10,7 @@ import pytest
 from calibration.images import open_images
 from client.__main__ import find_images
 from client.files import SUFFIXES, FilesError, find_files, shown
-from tests.unit.image_files import write_images
+from tests.unit.image_files import forbid_listing, write_images
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,14 +57,7 @@ def test_a_hidden_folder_that_is_asked_for_is_searched(tmp_path):
 
 def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
     write_images(tmp_path, "a/1.png", "b/2.png")
-    scan = os.scandir
-
-    def refuse(path):
-        if str(path).endswith("b"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return scan(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
+    forbid_listing(tmp_path / "b", monkeypatch)
     with pytest.raises(FilesError, match=r"cannot list .*/b: Permission denied; change that or"):
         find_files(tmp_path)
 

@@ -110,17 +110,6 @@ def test_without_a_reason_the_models_are_named(tmp_path: Path):
     assert str(error) == "not ready after 5 s; not ready: router"
 
 
-def test_of_a_long_log_the_end_is_read(tmp_path: Path):
-    log = tmp_path / "log"
-    with log.open("wb") as file:
-        file.truncate(3 * 2**20)
-        file.seek(0, 2)
-        file.write(f"\n{ROUTER}".encode())
-    assert len(read(log)) == 2**20
-    assert "model 'router' failed to load" in str(start_error("ended", log))
-    assert read(tmp_path / "nowhere") == ""
-
-
 def test_a_log_of_many_months_takes_no_more_memory_than_a_short_one(tmp_path: Path):
     log = tmp_path / "log"
     with log.open("wb") as file:
@@ -131,6 +120,7 @@ def test_a_log_of_many_months_takes_no_more_memory_than_a_short_one(tmp_path: Pa
     try:
         assert "model 'router' failed to load" in str(start_error("ended", log))
         assert tracemalloc.get_traced_memory()[1] < 64 * 2**20
+        assert len(read(log)) == 2**20 and read(tmp_path / "nowhere") == ""
     finally:
         tracemalloc.stop()
 
