@@ -60,16 +60,12 @@ def load_backbone(
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    if is_timm(model):
-        if texts is not None:
-            raise UsageError(f"--labels needs a text tower, CLIP's or SigLIP's; {model} has none")
-        return load(model, checkpoint)
     named = {"static-vit": static_vit, "dinov2-small": dinov2_small}
-    if model not in named:
+    if model not in named and not is_timm(model):
         return pretrained(model, texts)
     if texts is not None:
         raise UsageError(f"--labels needs a text tower, CLIP's or SigLIP's; {model} has none")
-    return named[model]()
+    return named[model]() if model in named else load(model, checkpoint)
 
 
 def pretrained(model: str, texts: Texts | None = None) -> Backbone:
