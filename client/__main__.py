@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .core import DEFAULT_TIMEOUT_S, BlockingCore
 from .errors import AccessDeniedError, ClientError, NotServedError
-from .files import SUFFIXES, FilesError, find_files
+from .files import SUFFIXES, FilesError, find_files, read_labels, read_text
 from .files import shown as file_name
 from .grpc_clients import DEFAULT_GRPC_URL, GrpcClient
 from .http_client import DEFAULT_HTTP_URL, HttpClient
@@ -94,9 +94,7 @@ def infer(
     files, notes = find_images(paths)
     for note in notes:
         print(note, file=sys.stderr)
-    names = read_text(labels, "labels").splitlines() if labels else []
-    if labels and not names:
-        raise UsageError(f"{file_name(labels)} holds no labels; it needs one class name per line")
+    names = read_labels(labels) if labels else []
     options: dict[str, Any] = {
         "retry": Retry(attempts=retries + 1),
         "tls": Tls(tls_ca, tls_cert, tls_key) if tls_ca or tls_cert or tls_key else None,
@@ -136,7 +134,8 @@ def find_images(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
         folder in which others were skipped.
 
     Raises:
-        UsageError: a path does not exist, or a folder cannot be searched or holds no image.
+        UsageError: a path does not exist, or a folder holds no image.
+        FilesError: a folder cannot be searched.
     """
     found: dict[Path, None] = {}
     notes = []
@@ -146,10 +145,7 @@ def find_images(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
         if not path.is_dir():
             found[path] = None
             continue
-        try:
-            inside = find_files(path)
-        except FilesError as error:
-            raise UsageError(str(error)) from None
+        inside = find_files(path)
         note = f"{file_name(path)}: {inside.note}" if inside.note else ""
         if not inside.names:
             holds = f"{file_name(path)} holds no image ({', '.join(SUFFIXES)})"
@@ -157,15 +153,6 @@ def find_images(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
         found.update(dict.fromkeys(path / name for name in inside.names))
         notes += [note] * bool(note)
     return list(found), notes
-
-
-def read_text(path: Path, what: str) -> str:
-    """A text file; UsageError where it cannot be read as UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8-sig")  # some editors put a mark before the text
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UsageError(f"cannot read {what} from {file_name(path)}: {reason}") from None
 
 
 def _look_at_server(client: BlockingCore, labels: list[str]) -> tuple[str, Task]:
@@ -197,7 +184,7 @@ def main() -> None:
         code = app(standalone_mode=False)
     except typer.TyperException as error:
         message = " ".join(error.format_message().split())
-    except (ClientError, UsageError) as error:
+    except (ClientError, FilesError, UsageError) as error:
         message = str(error)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)

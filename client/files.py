@@ -1,4 +1,4 @@
-"""Which files of a folder are images, the same for every command, and names fit to be shown."""
+"""Which files of a folder are images, the same for every command; names fit to be shown; texts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BIDIRECTIONAL = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # sho
 
 
 class FilesError(ValueError):
-    """A folder cannot be searched. One line that says what to do."""
+    """A folder cannot be searched, or a file not be read. One line that says what to do."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,35 @@ def find_files(folder: Path) -> FoundFiles:
             else:
                 others.append(name)
     return FoundFiles(*(tuple(sorted(found)) for found in (names, others, hidden, repeated)))
+
+
+def read_text(file: Path, what: str) -> str:
+    """A file of UTF-8 text, without the mark that some editors put before it.
+
+    Args:
+        file: that is read.
+        what: is in it, in words.
+
+    Raises:
+        FilesError: it cannot be read as that.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise FilesError(f"cannot read {what} from {shown(file)}: {reason}") from None
+
+
+def read_labels(file: Path) -> list[str]:
+    """Names of classes, one a line.
+
+    Raises:
+        FilesError: the file cannot be read as text, or holds none.
+    """
+    names = read_text(file, "labels").splitlines()
+    if not names:
+        raise FilesError(f"{shown(file)} holds no labels; it needs one class name per line")
+    return names
 
 
 def shown(name: str | PurePath) -> str:

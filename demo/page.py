@@ -38,6 +38,7 @@ from client import (
     Prediction,
     Task,
 )
+from client.files import read_labels
 from client.grpc_clients import CHANNEL_ARGUMENTS
 from client.images import as_rows
 from client.outcomes import Shown
@@ -288,22 +289,6 @@ def open_page(served: Served, port: int) -> BaseWSGIServer:
         return make_server(HOST, port, make_app(served), threaded=True, fd=fd)
 
 
-def read_labels(path: Path) -> list[str]:
-    """Class names, one per line.
-
-    Raises:
-        DemoError: the file cannot be read as UTF-8, or holds none.
-    """
-    try:
-        names = path.read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise DemoError(f"cannot read labels from {path}: {reason}") from None
-    if not names:
-        raise DemoError(f"{path} holds no labels; it needs one class name per line")
-    return names
-
-
 def run_page(
     url: str,
     port: int,
@@ -322,7 +307,8 @@ def run_page(
 
     Raises:
         ClientError: no server at `url`, or it serves no adaptive ViT.
-        DemoError: the labels or the port cannot be used.
+        FilesError: the labels cannot be read.
+        DemoError: they are more or fewer than classes, or the port cannot be used.
     """
     names = read_labels(labels) if labels else []
     metrics_url = metrics_url or usual_metrics_url(url)

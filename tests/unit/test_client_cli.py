@@ -135,7 +135,7 @@ def test_a_server_that_hides_its_configuration_can_still_be_asked(kind):
 
 def test_a_text_file_may_begin_with_a_byte_order_mark(tmp_path):
     (tmp_path / "labels.txt").write_text("ant\nbee\n", "utf-8-sig")
-    assert command_line.read_text(tmp_path / "labels.txt", "labels") == "ant\nbee\n"
+    assert command_line.read_labels(tmp_path / "labels.txt") == ["ant", "bee"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from calibration.images import open_images
 from client.__main__ import find_images
-from client.files import SUFFIXES, FilesError, find_files, shown
+from client.files import SUFFIXES, FilesError, find_files, read_labels, shown
 from tests.unit.image_files import forbid_listing, write_images
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,3 +104,12 @@ def test_finding_files_needs_nothing_but_the_standard_library():
     child = "import sys, client.files; print({'imaging', 'PIL', 'torch'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", child], cwd=ROOT, capture_output=True, text=True)
     assert found.stdout == "set()\n"
+
+
+def test_labels_that_cannot_be_read_are_one_line(tmp_path):
+    empty, binary = tmp_path / "empty.txt", tmp_path / "binary.txt"
+    empty.touch()
+    binary.write_bytes(b"\xff\xfe")
+    for path, said in ((empty, "no labels"), (binary, "not UTF-8"), (tmp_path, "Is a directory")):
+        with pytest.raises(FilesError, match=said):
+            read_labels(path)

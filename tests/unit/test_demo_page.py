@@ -20,7 +20,6 @@ from demo.page import (
     Served,
     make_app,
     open_page,
-    read_labels,
     served_threshold,
     usual_metrics_url,
 )
@@ -230,12 +229,3 @@ def test_a_port_that_is_taken_is_one_line():
 def test_the_page_listens_on_loopback_only():
     with open_page(served(prediction()), 0) as page:
         assert page.socket.getsockname() == ("127.0.0.1", page.port)
-
-
-def test_labels_that_cannot_be_read_are_one_line(tmp_path):
-    empty, binary = tmp_path / "empty.txt", tmp_path / "binary.txt"
-    empty.touch()
-    binary.write_bytes(b"\xff\xfe")
-    for path, said in ((empty, "no labels"), (binary, "not UTF-8"), (tmp_path, "Is a directory")):
-        with pytest.raises(DemoError, match=said):
-            read_labels(path)
