@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from typing import Any, Literal
 
@@ -30,6 +31,10 @@ _CLASSES = ("scnr", "mntr", "prtr", "spac")  # kinds of profile that say what co
 # A profile that changes no colour by more than this many of 255 levels is sRGB in all but its
 # rounding: there are hundreds of files of it, and none may make another image of the same pixels.
 _SRGB_LEVELS = 2
+# To find that out takes longer than to decode a small image, so it is remembered, by the mode of
+# the image and the profile's hash.
+_known_srgb: set[tuple[str, bytes]] = set()
+_MOST_KNOWN = 256
 _GREYS = ((np.arange(65536) + 128) // 257).astype(np.uint8)  # 0..65535 to 0..255
 
 
@@ -131,20 +136,26 @@ def _in_srgb(image: Image.Image, icc: bytes | None) -> Image.Image:
     try:
         return _converted(image if image.mode == mode else image.convert(mode), icc)
     except Exception:  # lcms refuses a damaged profile, in many ways
-        return image if image.mode == "RGB" else image.convert("RGB")
+        return _rgb(image)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Not a copy where there is nothing to do: every image comes by here."""
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _converted(image: Image.Image, icc: bytes | None) -> Image.Image:
+    kind = (image.mode, hashlib.sha256(icc or b"").digest())
     if image.mode == "LAB":
         profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
-    elif icc:
+    elif icc and kind not in _known_srgb:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
     else:
-        return image.convert("RGB")
+        return _rgb(image)
     about = profile.profile
     modes = _MODES.get(about.xcolor_space.strip(), ())
     if image.mode not in modes or (image.mode != "LAB" and about.device_class not in _CLASSES):
-        return image.convert("RGB")
+        return _rgb(image)
     image = image if image.mode == modes[0] else image.convert(modes[0])
     # Made for each image: none is shared between threads.
     transform = ImageCms.buildTransform(
@@ -155,7 +166,9 @@ def _converted(image: Image.Image, icc: bytes | None) -> Image.Image:
         ImageCms.Intent.PERCEPTUAL,
     )
     if image.mode in _PROBES and _is_srgb(transform, _PROBES[image.mode]):
-        return image.convert("RGB")
+        if len(_known_srgb) < _MOST_KNOWN:
+            _known_srgb.add(kind)
+        return _rgb(image)
     return transform.apply(image)
 
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from imaging import ImageError, Limits, decode
-from imaging.display import BACKGROUND
+from imaging.display import BACKGROUND, displayed
 from tests.unit.image_files import chunk, encode, png_of, tiff_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -230,6 +230,18 @@ def test_a_profile_that_is_srgb_damaged_or_of_another_kind_changes_no_pixel():
         cmyk = PHOTO.convert("CMYK")
         plain = seen(encode(cmyk, "TIFF"))
         np.testing.assert_array_equal(seen(encode(cmyk, "TIFF", icc_profile=given)), plain)
+
+
+def test_what_needs_no_change_is_not_copied_nor_is_its_profile_looked_at_again(monkeypatch):
+    image = PHOTO.copy()
+    assert displayed(image) is image
+    image.info["icc_profile"] = almost_srgb()
+    assert displayed(image) is image
+    with monkeypatch.context() as patched:
+        patched.setattr(ImageCms, "buildTransform", None)
+        assert displayed(image) is image
+    image.info["icc_profile"] = swapped()
+    assert (np.asarray(displayed(image)) != PIXELS).any()
 
 
 def test_cmyk_and_lab_become_the_colours_that_they_mean():
