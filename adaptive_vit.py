@@ -35,6 +35,12 @@ VERBS = {
     "rollout": Verb("server", ("rollout",), "server", "Make a running server serve what is new."),
     "export": Verb("export", (), "export", "Turn a Vision Transformer into what Triton serves."),
     "calibrate": Verb("calibration", (), "calibration", "Fit and certify the threshold."),
+    "distil": Verb(
+        "adaptation",
+        ("distil",),
+        "adaptation",
+        "Train a cheap rung, without labels, on your images.",
+    ),
     "plan": Verb("planner", ("plan",), "all", "Find the cheapest cascade that can be certified."),
     "study": Verb("planner", ("study",), "all", "Judge the ways to plan on random divisions."),
     "perf": Verb("perf", (), "perf", "Measure what the cascade costs beside its alternatives."),

@@ -46,6 +46,7 @@ class Graph:
         file: where its ONNX file lies.
         fitted_on: prints of the images that this graph has learned from by its ranges or by its
             alignment, see `bundle.prints`.
+        adapted_on: prints of the images that its weights were adapted to, see `bundle.adapted`.
         notes: what its export measured (`checks`, `fidelity`), for people to read.
     """
 
@@ -53,6 +54,7 @@ class Graph:
     record: RungRecord
     file: Path
     fitted_on: str = ""
+    adapted_on: str = ""
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -212,9 +214,21 @@ class GraphSet:
 
         Nothing may be certified on those images.
         """
+        names = list(self.roles.values() if names is None else names)
+        prints = self.left_out(names)
+        for name in names:
+            prints = joined(prints, without(self.graphs[name].fitted_on, prints))
+        return prints
+
+    def left_out(self, names: Iterable[str] | None = None) -> str:
+        """Prints of the images that the head, or the weights of graphs, learned from.
+
+        Nothing says what graphs would answer that had not learned them, so nothing may be fitted on
+        them either. The graphs are by default those in a role.
+        """
         prints = self.fitted_on
         for name in self.roles.values() if names is None else names:
-            prints = joined(prints, without(self.graphs[name].fitted_on, prints))
+            prints = joined(prints, without(self.graphs[name].adapted_on, prints))
         return prints
 
     def cast(self, low: str, high: str) -> GraphSet:
@@ -352,6 +366,7 @@ class GraphSet:
                     **asdict(graph.record),
                     "file": graph.file.name,
                     "fitted_on": graph.fitted_on,
+                    **({"adapted_on": graph.adapted_on} if graph.adapted_on else {}),
                     **graph.notes,
                 }
                 for name, graph in self.graphs.items()
@@ -378,7 +393,8 @@ def _graph(name: str, folder: Path, entry: Mapping[str, Any]) -> Graph:
         entry["weights_size_bytes"],
     )
     notes = {key: entry[key] for key in _NOTES if key in entry}
-    return Graph(name, record, folder / entry["file"], entry["fitted_on"], notes)
+    learned = entry["fitted_on"], entry.get("adapted_on", "")
+    return Graph(name, record, folder / entry["file"], *learned, notes)
 
 
 def _earlier(folder: Path) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 PRECISIONS = ("fp32", "fp16", "int8", "int8=static")
 _NUMBERS = ("px", "depth", "tome")
-KNOWN = "px=N, depth=N, tome=N, int8, int8=static, fp16, fp32 and align"
+KNOWN = "px=N, depth=N, tome=N, adapted=DIR, int8, int8=static, fp16, fp32 and align"
 
 
 class RecipeError(ValueError):
@@ -21,6 +21,9 @@ class Recipe:
         px: side of the square image the transformer itself sees; None: the model's full one.
         depth: transformer blocks that run, the first ones; None: all.
         tome: tokens merged in each block.
+        adapted: the folder of a state that `python -m adaptation distil` wrote; in the recipe of a
+            graph the first digits of the SHA-256 of its weights, see `bundle.adapted`. None: the
+            weights are the model's own.
         precision: one of `PRECISIONS`.
         align: whether a fitted map takes its CLS tokens to the full model's embedding.
     """
@@ -28,6 +31,7 @@ class Recipe:
     px: int | None = None
     depth: int | None = None
     tome: int = 0
+    adapted: str | None = None
     precision: str = "fp32"
     align: bool = False
 
@@ -40,14 +44,17 @@ class Recipe:
         """
         fields: dict[str, int | str | bool] = {}
         found: int | str | bool
-        for part in text.replace(" ", "").split(","):
-            name, _, value = part.partition("=")
+        for part in text.split(","):
+            name, _, value = (word.strip() for word in part.partition("="))
+            part = "".join(part.split())
             if part in PRECISIONS:
                 name, found = "precision", part
             elif part == "align":
                 found = True
             elif name in _NUMBERS:
-                found = _number(part, value)
+                found = _number(part, "".join(value.split()))
+            elif name == "adapted" and value:
+                found = value  # a folder's name may hold spaces, but no comma
             else:
                 raise RecipeError(f"recipe {text!r}: {part!r} is unknown; known are {KNOWN}")
             if name in fields:
@@ -64,6 +71,7 @@ class Recipe:
         numbers = {"depth": self.depth or 0, "tome": self.tome}
         parts = [f"px{self.px}"] if self.px not in (None, full_px) else []
         parts += [f"{name}{value}" for name, value in numbers.items() if value]
+        parts += [f"adapted{self.adapted}"] if self.adapted else []
         parts += [self.precision.replace("=", "")] if self.precision != "fp32" else []
         parts += ["align"] if self.align else []
         return "_".join(parts) or "full"
@@ -73,6 +81,7 @@ class Recipe:
         parts = [f"px={self.px}"] if self.px is not None else []
         parts += [f"depth={self.depth}"] if self.depth is not None else []
         parts += [f"tome={self.tome}"] if self.tome else []
+        parts += [f"adapted={self.adapted}"] if self.adapted else []
         parts += [self.precision] if self.precision != "fp32" else []
         parts += ["align"] if self.align else []
         return ",".join(parts) or "fp32"

@@ -125,6 +125,28 @@ def fit_alignment(
     return Aligned(alignment, growth)
 
 
+def fit_map(
+    inputs: FloatMatrix, lacking: FloatMatrix, groups: NDArray[Any], seed: int
+) -> tuple[FloatMatrix, FloatMatrix]:
+    """What embeddings lack as a map of tokens, its strength chosen by cross-validation.
+
+    Args:
+        inputs: `bundle.alignment.tokens` of n images, (n, F).
+        lacking: the full model's embedding minus the rung's own, (n, D).
+        groups: of the n images; cross-validation divides none.
+        seed: of the folds.
+
+    Returns:
+        Weights (F, D) and a bias (D,); zeros where no map is better than any.
+    """
+    folds = GroupKFold(FOLDS, shuffle=True, random_state=seed).split(inputs, groups=groups)
+    learned = []
+    for train, held_out in folds:
+        ridges = _Ridges(inputs[train], lacking[train])
+        learned.append((ridges, ridges.coordinates(inputs[held_out]), held_out))
+    return _Ridges(inputs, lacking).map(_best(learned, lacking))
+
+
 def _other_width(low: RungOutputs) -> int | None:
     """Width of the CLS tokens where it is another than the embedding's."""
     assert low.cls_layers is not None

@@ -218,13 +218,13 @@ def usable(outputs: Outputs, graphs: GraphSet) -> Outputs:
     Images that a graph has learned from without labels, by its ranges or its alignment, are marked
     as `taught`. On those that an alignment has learned the rung answers better than on any other,
     so its answers for them give way to cross-fitted ones. Left out are images for which nothing
-    says what a graph that had not learned them would answer: those that a head was fitted on, and
-    other forms of an image that an alignment has learned.
+    says what a graph that had not learned them would answer: those that a head was fitted on or
+    weights were adapted to, and other forms of an image that an alignment has learned.
     """
     learned = among(outputs.hashes, outputs.looks, graphs.learned())
     if not learned.any():
         return outputs
-    low, out = outputs.low, among(outputs.hashes, outputs.looks, graphs.fitted_on)
+    low, out = outputs.low, among(outputs.hashes, outputs.looks, graphs.left_out())
     if graphs.low.recipe.align:
         alignment = graphs.low.alignment()
         prints = graphs.low.fitted_on if alignment is None else alignment.image_prints

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
+from bundle.adapted import AdaptedError
 from bundle.alignment import Alignment, AlignmentError
 from bundle.fidelity import FidelityError
 from bundle.graphs import GraphsError, GraphSet
@@ -25,6 +26,7 @@ from routing import WEIGHTS, CalibrationError, ManifestError
 
 RECIPE = "RECIPE"
 ERRORS = (
+    AdaptedError,
     AlignmentError,
     CalibrationError,
     ExportError,
@@ -98,9 +100,9 @@ def rungs(
     """Export the cheap and the full rung of a model to ONNX, checked against torch.
 
     A RECIPE is a list of px=N (resolution inside the graph), depth=N (first blocks only), tome=N
-    (tokens merged in each block), and int8, int8=static or fp16. Writes a graph for each, as
-    full.onnx and px112_int8static.onnx, graphs.json, labels.txt where there are labels, and
-    weights.bin where graphs share weights.
+    (tokens merged in each block), adapted=DIR (weights that python -m adaptation distil trained),
+    and int8, int8=static or fp16. Writes a graph for each, as full.onnx and px112_int8static.onnx,
+    graphs.json, labels.txt where there are labels, and weights.bin where graphs share weights.
     """
     if (head is None) != (images is None):
         raise UsageError("--head linear and --images DIR go together")

@@ -75,7 +75,7 @@ def align(graphs: GraphSet, name: str, alignment: Alignment) -> GraphSet:
     alignment.save(file.with_suffix(".npz"))
     os.replace(fresh, file)
     learned = joined(graph.fitted_on, alignment.image_prints)
-    more = graphs.adding(Graph(file.stem, record, file, learned))
+    more = graphs.adding(Graph(file.stem, record, file, learned, graph.adapted_on))
     more.save(folder)
     return more
 

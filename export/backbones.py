@@ -8,16 +8,19 @@ here; only `tome` runs the library's weights by a forward of our own.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from bundle.adapted import Adapted
 from bundle.recipe import Recipe
 from export.errors import UsageError
 from export.families import Family, family_of, has_head, tower
+from export.recipes.adapted import AdaptedRung, sha256_of
 from export.recipes.smaller import bake_positions, downsample, first_blocks
 from export.recipes.token_merging import MergingVit
 from imaging import Preprocessing
@@ -45,7 +48,8 @@ class Backbone:
         own_task: what the head answers, see `routing.TASKS`; None: its default.
         notices: what the user should know about how the model was read.
         texts: how `probe` was made of texts, ready for JSON; embeddings then have length 1, but
-            for those of a rung that is aligned. None: it was not.
+            for those of a rung that is aligned or adapted. None: it was not.
+        adapted: states that recipes may name, by their keys.
     """
 
     name: str
@@ -58,6 +62,7 @@ class Backbone:
     own_task: str | None = None
     notices: tuple[str, ...] = ()
     texts: Mapping[str, Any] | None = None
+    adapted: Mapping[str, Adapted] = field(default_factory=dict)
 
     @property
     def family(self) -> Family:
@@ -132,6 +137,39 @@ class Backbone:
         model = tower(self.model) if self.has_own_head else self.model
         return replace(self, model=model, probe=probe.eval(), labels=labels, own_task=None)
 
+    def knowing(self, recipe: Recipe, image_px: int) -> tuple[Backbone, Recipe]:
+        """Read the adapted state that a recipe names, if it names one.
+
+        Args:
+            recipe: its `adapted` is a folder, or the key of a state that is known.
+            image_px: H = W of the input `image`, the resolution where the recipe names none.
+
+        Returns:
+            The backbone that knows the state, and the recipe with the state's key.
+
+        Raises:
+            AdaptedError: no such state, or it is of another recipe or another model.
+        """
+        recipe = recipe.at(image_px)
+        if recipe.adapted is None:
+            return self, recipe
+        state = self.adapted.get(recipe.adapted) or Adapted.load(Path(recipe.adapted))
+        state.check_teacher(self.weights_sha256, image_px)
+        return replace(self, adapted={**self.adapted, state.key: state}), state.of(recipe)
+
+    @property
+    def weights_sha256(self) -> str:
+        """Hex SHA-256 over the weights of the transformer, without a head."""
+        return sha256_of(tower(self.model))
+
+    @property
+    def linear_head(self) -> nn.Linear | None:
+        """What makes logits of the embedding alone; None: there are none, or they need more."""
+        if self.probe is not None or not self.has_own_head or not self.aligns:
+            return self.probe
+        head: nn.Linear = self.model.classifier
+        return head
+
     def check_px(self, px: int) -> None:
         """Refuse a resolution that the model cannot run at.
 
@@ -195,6 +233,26 @@ class Backbone:
             recipe: one that `check` lets pass, its resolution written out; its precision and
                 alignment are the graph's business.
         """
+        if recipe.adapted is not None:
+            return self.trainable(recipe).adopt(self.adapted[recipe.adapted])
+        return self._module(recipe)
+
+    def trainable(self, recipe: Recipe) -> AdaptedRung:
+        """The same module with the model's own weights, and an alignment that changes nothing.
+
+        `adaptation` trains it; its weights are copies.
+        """
+        module = self._module(recipe)
+        return AdaptedRung(
+            module,
+            module.model,
+            (self.embedding_dim, self.layer_dim),
+            self.layers if recipe.depth is None else recipe.depth,
+            self.aligns,
+            self.linear_head,
+        )
+
+    def _module(self, recipe: Recipe) -> RungModule | MergingVit:
         assert recipe.px is not None
         model = bake_positions(self.model, recipe.px)
         if recipe.depth is not None:

@@ -56,6 +56,7 @@ def export_graphs(backbone: Backbone, request: GraphsRequest, bars: Bars) -> Gra
 
     Raises:
         UsageError: the request cannot be carried out with this model.
+        AdaptedError: no such adapted state, or it is of something else.
         ParityError: a graph differs from the model.
         ExportError: anything else that is not a defect of this code.
         OSError: `out` cannot be written.
@@ -64,7 +65,7 @@ def export_graphs(backbone: Backbone, request: GraphsRequest, bars: Bars) -> Gra
         bars.say(f"note: {notice}")
     if request.head_images is None:
         backbone = _with_task(backbone, request.task, bars)
-    low, high, recipes = _recipes(backbone, request)
+    backbone, low, high, recipes = _recipes(backbone, request)
     px = high.px or 0
     learned = _fit_images(request, recipes, backbone, px, bars)
     earlier, kept = _earlier(request), dict[str, Graph]()
@@ -166,21 +167,29 @@ def _with_task(backbone: Backbone, asked: str | None, bars: Bars) -> Backbone:
     return backbone
 
 
-def _recipes(backbone: Backbone, request: GraphsRequest) -> tuple[Recipe, Recipe, list[Recipe]]:
-    """The cheap rung, the full rung, and all: the reference if that is another, and the rest."""
+def _recipes(
+    backbone: Backbone, request: GraphsRequest
+) -> tuple[Backbone, Recipe, Recipe, list[Recipe]]:
+    """The cheap rung, the full rung, and all: the reference if that is another, and the rest.
+
+    The backbone knows the adapted states that they name, which have become their keys.
+    """
     low_px, high_px = backbone.default_px
     high = (request.high or Recipe()).at(high_px)
     px = high.px or 0
-    low, full = (request.low or Recipe(low_px)).at(px), Recipe(px)
-    recipes = [low, high, *([full] if high != full else [])]
-    recipes += [recipe.at(px) for recipe in request.beside]
+    asked = [request.low or Recipe(low_px), high, *([Recipe(px)] if high != Recipe(px) else [])]
+    recipes: list[Recipe] = []
+    for recipe in (*asked, *request.beside):
+        backbone, known = backbone.knowing(recipe, px)
+        recipes.append(known)
+    low, high = recipes[:2]
     recipes = list(dict.fromkeys(recipes)) if request.adds else recipes
     for recipe in recipes:
         backbone.check(recipe, px)
     (recipe, count), *_ = Counter(recipes).most_common()
     if count > 1:
         raise UsageError(f"{recipe} is asked for {count} times; each graph needs another recipe")
-    return low, high, recipes
+    return backbone, low, high, recipes
 
 
 def _earlier(request: GraphsRequest) -> GraphSet | None:
@@ -228,7 +237,7 @@ class _Exporter:
     ) -> None:
         self._folder, self._backbone, self._px = folder, backbone, px
         self._request, self._learned, self._bar = request, learned, bar
-        # The FP32 graphs, one for each resolution, depth and merging, whatever the precision.
+        # The FP32 graphs, one for each torch module, whatever the precision.
         self._bodies: dict[Recipe, Path] = {}
         self._images = (
             parity.sample_images(FIDELITY_IMAGES, px, seed=1)
@@ -274,7 +283,9 @@ class _Exporter:
             record = self._record(recipe, file, weights if refers[file] else None)
             learned = self._learned if recipe.precision == "int8=static" else None
             prints = "" if learned is None else learned.prints
-            graphs.append(Graph(file.stem, record, file, prints, notes))
+            state = self._backbone.adapted.get(recipe.adapted or "")
+            adapted = "" if state is None else state.image_prints
+            graphs.append(Graph(file.stem, record, file, prints, adapted, notes))
             self._bar.advance()
         for file in self._bodies.values():
             file.unlink()
@@ -284,7 +295,7 @@ class _Exporter:
 
     def _body(self, recipe: Recipe) -> Path:
         """The graph of a recipe in FP32 and without its alignment."""
-        key = Recipe(recipe.px, recipe.depth, recipe.tome)
+        key = replace(recipe, precision="fp32", align=False)
         if key not in self._bodies:
             file = self._folder / f".body-{key.slug(0)}.onnx"
             module, names = self._backbone.rung(key), list(self._backbone.output_shapes(key))

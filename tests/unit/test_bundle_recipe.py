@@ -78,7 +78,7 @@ def test_texts_and_slugs(text, canonical, slug):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "recipe '': '' is unknown; known are px=N, depth=N, tome=N, int8, int8=static"),
+        ("", "recipe '': '' is unknown; known are px=N, depth=N, tome=N, adapted=DIR"),
         ("px=112,", "recipe 'px=112,': '' is unknown"),
         ("px=112;tome=4", "'px=112;tome=4' in a recipe must be a whole number, as px=112"),
         ("112", "'112' is unknown"),

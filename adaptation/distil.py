@@ -1,0 +1,438 @@
+"""The road from a model and unlabelled images to an adapted state, or to "it did not help".
+
+A tenth of the images are held out by their groups; nothing is learned from them, and they choose
+the start, the settings, the state and whether it helped. The student starts from the model's own
+weights and, where that answers better, an alignment fitted by ridge regression.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+
+from bundle.adapted import WEIGHTS, Adapted
+from bundle.fidelity import FidelityLoss
+from bundle.prints import encode
+from bundle.recipe import Recipe
+from calibration.align import fit_map
+from calibration.splits import group_keys
+from export.backbones import Backbone
+from export.errors import first_line
+from report.terminal import Bars
+from routing.provenance import RELEASE, processor
+
+from .device import Device
+from .objective import Objective
+from .request import MINUTES, AdaptationError, Request, check_images
+from .teacher import Images, Teacher, View
+from .training import DivergedError, Held, Lesson, Run, Settings, Weights
+
+HELD_OUT = 0.1  # of the groups
+FEWEST_HELD_OUT, MOST_HELD_OUT = 10, 400  # groups; images: each look runs the student on them
+VIEWS = 2  # of each image to learn from
+LOOKS = 12  # at the held-out images in a training
+# The gentle rate keeps what the weights know; the others are faster where images abound.
+SETTINGS = (Settings(3e-5), Settings(1e-4, 0.8))
+TRIAL = 0.05  # of the steps, for each of the settings
+UNFINISHED = ".unfinished.pt"
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What a training came to.
+
+    Attributes:
+        adapted: the state that was written; None: it did not help, and nothing was.
+        plain: what the recipe is worth as it is, on the held-out images.
+        start: what training began with: that, or aligned.
+        best: what the best state is worth.
+        minutes: that search and training took.
+        about: the record, ready for JSON.
+    """
+
+    adapted: Adapted | None
+    plain: Held
+    start: Held
+    best: Held
+    minutes: float
+    about: dict[str, Any]
+
+    def lines(self) -> list[str]:
+        """For people to read."""
+        held_out = self.about["images"]["held_out"]
+        said = f"on {held_out} held-out images: {_words(self.plain)} as it is; "
+        said += f"{_words(self.start)} at the start; {_words(self.best)} adapted"
+        if self.adapted is None:
+            return [said, "it did not help: nothing is written"]
+        folder = self.adapted.folder
+        return [
+            said,
+            f"wrote {folder} in {self.minutes:.1f} minutes of training",
+            f'next: python -m export rungs --low "{self.adapted.recipe},adapted={folder}" …',
+        ]
+
+
+def judged_by(task: str | None, kind: str | None, tolerance: float | None) -> FidelityLoss:
+    """When an answer is acceptable; of a value, unless it is said, by the cosine of embeddings.
+
+    Raises:
+        FidelityError: it means nothing for what the model answers.
+    """
+    if task == "value" and kind is None:
+        kind = "cosine"
+    return FidelityLoss.asked(task, kind, tolerance)
+
+
+def distil(backbone: Backbone, request: Request, fidelity: FidelityLoss, bars: Bars) -> Result:
+    """Train a recipe's weights to answer as the full model, and write them where that helped.
+
+    Args:
+        backbone: the model, with its head.
+        request: what is wanted.
+        fidelity: when an answer is acceptable.
+        bars: where to show progress.
+
+    Raises:
+        AdaptationError: a request that cannot be met, or training that left the numbers before it
+            was worth anything.
+        UsageError: the recipe is not for this model.
+        OSError: a file cannot be written.
+        KeyboardInterrupt: stopped; the best state so far lies in `out` if it helped.
+    """
+    request = request.at(backbone.default_px[1])
+    px, recipe = request.px or 0, request.recipe
+    backbone.check(recipe, px)
+    if recipe == Recipe(px):
+        raise AdaptationError(f"{recipe} is the full model itself; give a cheaper recipe")
+    unfinished = request.out / UNFINISHED
+    if request.resume != unfinished.is_file():
+        raise AdaptationError(
+            f"nothing to resume in {request.out}; leave --resume out"
+            if request.resume
+            else f"{request.out} holds a training that was stopped; add --resume to go on with it, "
+            f"or remove {unfinished}"
+        )
+    request.out.mkdir(parents=True, exist_ok=True)
+    device = Device.find()
+    bars.say(f"train on {device.words}")
+    teacher = Teacher(backbone, px, request.cache, request.seed, device)
+    images = teacher.read_images(request.source, request.rows, bars)
+    learned, held_out = divide(images, request)
+    teacher.answer(request.source, images, learned, VIEWS, bars)
+    lesson = Lesson(
+        teacher=teacher,
+        learned=[images.keys[row] for row in learned],
+        held_out=[images.keys[row] for row in held_out],
+        views=VIEWS,
+        seed=request.seed,
+        objective=Objective(backbone.task),
+        fidelity=fidelity,
+        device=device,
+    )
+    groups = np.array(group_keys(images.pictures, request.group_by))[learned]
+    return _Training(backbone, request, lesson, images, groups, bars).run()
+
+
+def divide(images: Images, request: Request) -> tuple[list[int], list[int]]:
+    """The images to learn from and those to hold out; no group, and no picture, is on both sides.
+
+    Raises:
+        AdaptationError: too few.
+    """
+    groups = np.array(group_keys(images.pictures, request.group_by))
+    names = np.unique(groups)
+    check_images(len(names))
+    rng = np.random.default_rng(request.seed)
+    share = min(HELD_OUT, MOST_HELD_OUT / len(groups))
+    chosen = rng.permutation(names)[: max(FEWEST_HELD_OUT, round(share * len(names)))]
+    held_out = np.isin(groups, chosen)
+    return np.flatnonzero(~held_out).tolist(), np.flatnonzero(held_out).tolist()
+
+
+class _Training:
+    """Start, search, training and verdict of one student."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        request: Request,
+        lesson: Lesson,
+        images: Images,
+        groups: NDArray[np.str_],  # of the images to learn from
+        bars: Bars,
+    ) -> None:
+        self._request, self._lesson, self._bars = request, lesson, bars
+        self._images, self._groups = images, groups
+        self._student = lesson.device.take(backbone.trainable(request.recipe))
+        self._began = time.monotonic()
+        self._spent = 0.0  # seconds of the run that is resumed
+        # Everything that decides what a step does: a run is only resumed as what it was.
+        self._identity = {
+            "recipe": str(request.recipe),
+            "teacher": backbone.weights_sha256,
+            "image_px": request.px,
+            "seed": request.seed,
+            "learned": _sha256(lesson.learned),
+            "held_out": _sha256(lesson.held_out),
+            "objective": asdict(lesson.objective),
+            "views": lesson.views,
+            "batch": lesson.batch,
+            "minutes": request.minutes,
+            "epochs": request.epochs,
+        }
+
+    def run(self) -> Result:
+        """Train and write what came of it."""
+        unfinished = self._request.out / UNFINISHED
+        if self._request.resume:
+            run, notes = self._resumed(unfinished)
+        else:
+            run, notes = self._begun()
+        with _interrupts() as stopped:
+            try:
+                self._train(run, notes, stopped)
+            except DivergedError as error:
+                if not run.best:
+                    raise
+                self._bars.say(f"{error}; training ends with the best state before")
+        result = self._verdict(run, notes)
+        if stopped:
+            self._bars.say("stopped; the same command with --resume goes on")
+            raise KeyboardInterrupt
+        unfinished.unlink(missing_ok=True)
+        return result
+
+    def _begun(self) -> tuple[Run, dict[str, Any]]:
+        """A run at its first step, its start and its settings chosen."""
+        lesson, student = self._lesson, self._student
+        plain = lesson.judge(student)
+        start = plain
+        if student.alignment is not None:
+            self._align()
+            start = lesson.judge(student)
+            if not start.beats(plain):
+                start = plain
+                torch.nn.init.zeros_(student.alignment.weight)
+                torch.nn.init.zeros_(student.alignment.bias)
+        notes = {"plain": asdict(plain), "start": asdict(start), "aligned": start is not plain}
+        self._bars.say(f"begins with {_words(start)} (as it is: {_words(plain)})")
+        weights = {name: value.clone() for name, value in student.weights().items()}
+        settings, steps, trials = self._search(weights)
+        notes["trials"] = trials
+        student.load(weights)
+        return Run(student, lesson, settings, steps), notes
+
+    def _align(self) -> None:
+        """Let the alignment be what a ridge regression on the images to learn from finds."""
+        lesson, student = self._lesson, self._student
+        assert student.alignment is not None
+        inputs, lacking = [], []
+        keys = lesson.learned
+        with self._bars.stage("align", len(keys)) as bar, torch.inference_mode():
+            for start in range(0, len(keys), 2 * lesson.batch):
+                some = keys[start : start + 2 * lesson.batch]
+                truth = lesson.teacher.batch([View(key, 0) for key in some])
+                with lesson.device.autocast():
+                    embedding, layers, *_ = student(truth.image)
+                inputs.append(student.tokens(embedding, layers).float().cpu().numpy())
+                lacking.append((truth.embedding - embedding.float()).cpu().numpy())
+                bar.advance(len(some))
+        weights, bias = fit_map(
+            np.concatenate(inputs).astype(np.float64),
+            np.concatenate(lacking).astype(np.float64),
+            self._groups,
+            self._request.seed,
+        )
+        with torch.no_grad():
+            put = lesson.device.put
+            student.alignment.weight.copy_(put(weights.T.astype(np.float32)))
+            student.alignment.bias.copy_(put(bias.astype(np.float32)))
+
+    def _search(self, start: Weights) -> tuple[Settings, int, list[dict[str, Any]]]:
+        """Short trainings by each of `SETTINGS`; the one with the least distance, and all steps."""
+        lesson, request = self._lesson, self._request
+        steps = (request.epochs or 1) * lesson.steps_per_epoch
+        if request.epochs is None:
+            steps = self._affordable(start)
+        trial = max(2, round(TRIAL * steps))
+        found: list[tuple[float, Settings]] = []
+        trials = []
+        with self._bars.stage("try settings", trial * len(SETTINGS)) as bar:
+            for settings in SETTINGS:
+                self._student.load(start)
+                run = Run(self._student, lesson, settings, trial)
+                with contextlib.suppress(DivergedError):
+                    for _ in range(trial):
+                        run.take_step()
+                        bar.advance()
+                    held = run.look().held_out
+                    found.append((held.distance, settings))
+                    trials.append({**asdict(settings), "steps": trial, "held_out": asdict(held)})
+        if not found:
+            raise AdaptationError("every setting left the numbers at once; is the model sound?")
+        settings = min(found, key=lambda trial: trial[0])[1]
+        self._bars.say(f"{settings}, {steps:,} steps of {lesson.batch}")
+        return settings, steps, trials
+
+    def _affordable(self, start: Weights) -> int:
+        """How many steps fit into the minutes, trials and looks included."""
+        lesson = self._lesson
+        run = Run(self._student, lesson, SETTINGS[0], 8)
+        run.take_step()
+        began = time.monotonic()
+        for _ in range(4):
+            run.take_step()
+        step = (time.monotonic() - began) / 4
+        began = time.monotonic()
+        lesson.judge(self._student)
+        look = time.monotonic() - began
+        minutes = self._request.minutes or MINUTES
+        left = 60 * minutes - (time.monotonic() - self._began) - (LOOKS + len(SETTINGS)) * look
+        steps = int(left / step / (1 + TRIAL * len(SETTINGS)))
+        if steps < LOOKS:
+            raise AdaptationError(
+                f"{minutes:g} minutes are too few: a step takes {step:.1f} s here, a look at the "
+                f"held-out images {look:.1f} s; give --minutes {math.ceil(minutes + 1)} or more"
+            )
+        return steps
+
+    def _train(self, run: Run, notes: dict[str, Any], stopped: list[int]) -> None:
+        """Take steps, with looks in between, to the end or until it is stopped."""
+        marks = {round(run.steps * look / LOOKS) for look in range(1, LOOKS + 1)}
+        if not run.curve:
+            run.look()
+        title = f"train {self._request.recipe}"
+        with self._bars.stage(title, run.steps) as bar:
+            bar.advance(run.step)
+            while not run.is_done and not stopped:
+                loss = run.take_step()
+                if run.step in marks:
+                    held = run.look().held_out
+                    self._keep(run, notes)
+                    title = f"train {self._request.recipe}: held-out {held.acceptable:.1%}"
+                bar.describe(f"{title}, loss {loss:.3f}")
+                bar.advance()
+        if stopped:
+            self._keep(run, notes)
+
+    def _keep(self, run: Run, notes: dict[str, Any]) -> None:
+        """Write what `--resume` goes on with; training goes on where that cannot be."""
+        file = self._request.out / UNFINISHED
+        fresh = file.with_suffix(".fresh")
+        seconds = self._spent + time.monotonic() - self._began
+        content = {"identity": self._identity, "notes": notes, "seconds": seconds, **run.state()}
+        try:
+            torch.save(content, fresh)
+            os.replace(fresh, file)
+        except (OSError, RuntimeError) as error:  # torch says RuntimeError where a disk is full
+            fresh.unlink(missing_ok=True)
+            self._bars.say(f"the state so far cannot be kept ({first_line(error)})")
+
+    def _resumed(self, file: Path) -> tuple[Run, dict[str, Any]]:
+        """The run that was stopped.
+
+        Raises:
+            AdaptationError: the file is damaged, or of a run with other images or options.
+        """
+        try:
+            state = torch.load(file, map_location=self._lesson.device.name, weights_only=True)
+            identity = state["identity"]
+        except Exception as error:  # whatever a damaged file makes torch raise
+            raise AdaptationError(
+                f"{file} is not readable ({first_line(error)}); remove it and begin again"
+            ) from None
+        other = [name for name, value in self._identity.items() if identity.get(name) != value]
+        if other:
+            raise AdaptationError(
+                f"{file} is of a training with another {', '.join(other)}; give the same command, "
+                "or remove it and begin again"
+            )
+        self._spent = state["seconds"]
+        run = Run(self._student, self._lesson, Settings(**state["settings"]), state["steps"])
+        run.restore(state)
+        return run, state["notes"]
+
+    def _verdict(self, run: Run, notes: dict[str, Any]) -> Result:
+        """Write the best state where it is better than what it began with."""
+        request, lesson = self._request, self._lesson
+        minutes = (self._spent + time.monotonic() - self._began) / 60
+        plain, start = Held(**notes["plain"]), Held(**notes["start"])
+        point = run.best_point
+        about = {
+            "release": RELEASE,
+            "environment": {
+                "device": lesson.device.words,
+                "torch": torch.__version__,
+                "processor": processor(),
+            },
+            "minutes": minutes,
+            "seed": request.seed,
+            "images": {"learned": len(lesson.learned), "held_out": len(lesson.held_out)},
+            "views": lesson.views,
+            "batch": lesson.batch,
+            "steps": {"taken": run.step, "of": run.steps, "best": point.step},
+            "settings": asdict(run.settings),
+            **notes,
+            "curve": [asdict(look) for look in run.curve],
+        }
+        if point.step == 0 or not point.held_out.beats(start):
+            return Result(None, plain, start, point.held_out, minutes, about)
+        pictures = self._images.pictures
+        fresh = request.out / f".{WEIGHTS}"
+        save_file({k: value.cpu().contiguous() for k, value in run.best.items()}, fresh)
+        os.replace(fresh, request.out / WEIGHTS)
+        adapted = Adapted(
+            folder=request.out,
+            recipe=request.recipe,
+            teacher=str(self._identity["teacher"]),
+            image_px=request.px or 0,
+            sha256="",
+            image_prints=encode(pictures.hashes, pictures.looks),
+            about=about,
+        ).save()
+        return Result(adapted, plain, start, point.held_out, minutes, about)
+
+
+def _words(held: Held) -> str:
+    return f"{held.acceptable:.1%} acceptable, cosine {held.cosine:.3f}"
+
+
+def _sha256(keys: Sequence[bytes]) -> str:
+    return sha256(b"".join(keys)).hexdigest()
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """The interrupts so far: the first lets the step end, the second does not wait.
+
+    Where this is no main thread, none is noticed.
+    """
+    seen: list[int] = []
+
+    def notice(number: int, frame: Any) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield seen
+        return
+    before = signal.signal(signal.SIGINT, notice)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)

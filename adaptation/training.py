@@ -1,0 +1,296 @@
+"""Training a student step by step: what a step does follows from its number alone.
+
+The learning rate rises over the first tenth of the steps and falls as a cosine to nothing; AdamW
+(Loshchilov and Hutter 2019, "Decoupled weight decay regularization") with gradients clipped to
+length 1. The rate shrinks from each block to the one before (Howard and Ruder 2018, "Universal
+language model fine-tuning"). Order and views are drawn by generators seeded with the epoch, so that
+a run that was stopped and resumed ends, on a CPU, in the same bits. The head is never trained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from bundle.fidelity import FidelityLoss
+from export.families import blocks
+from export.recipes.adapted import AdaptedRung
+from routing import RungOutputs
+from routing.fidelity import cosine, fidelity_loss
+
+from .device import Device
+from .objective import Objective
+from .request import AdaptationError
+from .teacher import Batch, Teacher, View
+
+WARM_UP = 0.1  # of the steps
+WEIGHT_DECAY = 0.05
+BATCH = 32
+PATIENCE = 4  # held-out looks without a better one, after which training stops
+Weights = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the search chooses.
+
+    Attributes:
+        rate: the highest learning rate, of the last block.
+        decay: of the rate from each block to the one before; 1: all learn alike.
+    """
+
+    rate: float
+    decay: float = 1.0
+
+    def __str__(self) -> str:
+        """For people to read."""
+        return f"learning rate {self.rate:g}, layer-wise decay {self.decay:g}"
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What is learned, and what it is judged by.
+
+    Attributes:
+        teacher: has answered all of it.
+        learned: the images to learn from, by the SHA-256 of their bytes.
+        held_out: others.
+        views: of each image to learn from.
+        seed: of the order.
+        objective: what is made small.
+        fidelity: when an answer is acceptable in place of the full model's.
+        device: where it runs.
+        batch: views in a step.
+    """
+
+    teacher: Teacher
+    learned: Sequence[bytes]
+    held_out: Sequence[bytes]
+    views: int
+    seed: int
+    objective: Objective
+    fidelity: FidelityLoss
+    device: Device
+    batch: int = BATCH
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which each image is learned from once, but for less than a batch."""
+        return max(1, len(self.learned) // self.batch)
+
+    def at(self, step: int) -> Batch:
+        """The views of a step: each epoch shows another view of each image, in another order."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.learned))
+        rows = order[place * self.batch : (place + 1) * self.batch]
+        return self.teacher.batch(
+            [View(self.learned[row], (epoch + int(row)) % self.views) for row in rows]
+        )
+
+    def judge(self, student: AdaptedRung) -> Held:
+        """What a student is worth on the images that are held out."""
+        found: list[list[torch.Tensor]] = []
+        distances = []
+        with torch.inference_mode():
+            for start in range(0, len(self.held_out), 2 * self.batch):
+                keys = self.held_out[start : start + 2 * self.batch]
+                truth = self.teacher.batch([View(key, 0) for key in keys])
+                with self.device.autocast():
+                    answers = student(truth.image)
+                distances.append(float(self.objective(answers, truth)) * len(keys))
+                low = [answers[0], *answers[2:]]
+                high = [truth.embedding, *([] if truth.logits is None else [truth.logits])]
+                found.append([*low, *high])
+        arrays = [torch.cat(parts).float().cpu().numpy() for parts in zip(*found, strict=True)]
+        half = len(arrays) // 2
+        answered, wanted = (
+            RungOutputs(part[0], None, part[1] if half > 1 else None)
+            for part in (arrays[:half], arrays[half:])
+        )
+        lost = fidelity_loss(self.fidelity.to_dict(), answered, wanted)
+        return Held(
+            sum(distances) / len(self.held_out),
+            float(1 - lost.mean()),
+            float(cosine(answered.embedding, wanted.embedding).mean()),
+        )
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a student is worth on images it has not learned.
+
+    Attributes:
+        distance: the objective.
+        acceptable: share of the answers that could stand in for the full model's.
+        cosine: mean, of the embeddings.
+    """
+
+    distance: float
+    acceptable: float
+    cosine: float
+
+    def beats(self, other: Held) -> bool:
+        """Whether more answers are acceptable, or as many and nearer ones."""
+        return (self.acceptable, -self.distance) > (other.acceptable, -other.distance)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One look at the held-out images.
+
+    Attributes:
+        step: steps taken.
+        loss: mean objective of the steps since the look before; None: before the first step.
+        held_out: what the student was worth.
+    """
+
+    step: int
+    loss: float | None
+    held_out: Held
+
+
+@dataclass
+class Run:
+    """A student under training.
+
+    Attributes:
+        student: with all weights of its transformer trainable.
+        lesson: what it learns.
+        settings: how.
+        steps: of the whole schedule.
+        step: steps taken.
+        curve: looks at the held-out images; the first is at the weights it began with.
+        best: the weights of the look with the least distance.
+    """
+
+    student: AdaptedRung
+    lesson: Lesson
+    settings: Settings
+    steps: int
+    step: int = 0
+    curve: list[Point] = field(default_factory=list)
+    best: Weights = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Make the optimiser."""
+        self._losses: list[float] = []
+        self.student.eval().requires_grad_(False)  # no dropout: its draws could not be resumed
+        groups = _groups(self.student, self.settings)
+        for group in groups:
+            group["params"][0].requires_grad_(True)
+        self._optimiser = torch.optim.AdamW(groups, lr=self.settings.rate)
+        self._rates = [float(group["lr"]) for group in groups]
+        self._parameters = [group["params"][0] for group in groups]
+
+    @property
+    def best_point(self) -> Point:
+        """The look with the least distance."""
+        return min(self.curve, key=lambda point: point.held_out.distance)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all steps are taken, or the last looks were all worse than one before."""
+        late = len(self.curve) - 1 - self.curve.index(self.best_point) if self.curve else 0
+        return self.step >= self.steps or late >= PATIENCE
+
+    def look(self) -> Point:
+        """Judge the student as it is, and keep its weights where they are the best so far."""
+        loss = float(np.mean(self._losses)) if self._losses else None
+        point = Point(self.step, loss, self.lesson.judge(self.student))
+        if not math.isfinite(point.held_out.distance):
+            raise DivergedError(self.step)
+        self.curve.append(point)
+        self._losses = []
+        if point is self.best_point:
+            self.best = {k: value.clone() for k, value in self.student.weights().items()}
+        return point
+
+    def take_step(self) -> float:
+        """One step of the optimiser; returns its objective.
+
+        Raises:
+            DivergedError: the objective or a gradient is no number; no weight has changed.
+        """
+        truth = self.lesson.at(self.step)
+        factor = schedule(self.step, self.steps)
+        for group, rate in zip(self._optimiser.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
+        with self.lesson.device.autocast():
+            answers = self.student(truth.image)
+        distance = self.lesson.objective(answers, truth)
+        self._optimiser.zero_grad(set_to_none=True)
+        distance.backward()  # type: ignore[no-untyped-call]
+        length = nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        value = float(distance.detach())
+        if not (math.isfinite(value) and math.isfinite(float(length))):
+            raise DivergedError(self.step)
+        self._optimiser.step()
+        self.step += 1
+        self._losses.append(value)
+        return value
+
+    def state(self) -> dict[str, Any]:
+        """Everything that `restore` needs, of tensors and JSON types."""
+        return {
+            "step": self.step,
+            "steps": self.steps,
+            "settings": asdict(self.settings),
+            "losses": self._losses,
+            "curve": [asdict(point) for point in self.curve],
+            "student": self.student.weights(),
+            "optimiser": self._optimiser.state_dict(),
+            "best": self.best,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where a run with the same lesson, settings and steps was."""
+        self.step, self._losses = state["step"], list(state["losses"])
+        self.curve = [Point(**{**p, "held_out": Held(**p["held_out"])}) for p in state["curve"]]
+        self.student.load(state["student"])
+        self._optimiser.load_state_dict(state["optimiser"])
+        self.best = state["best"]
+
+
+class DivergedError(AdaptationError):
+    """Training left the numbers.
+
+    Attributes:
+        step: at which.
+    """
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"the objective is no number at step {step}")
+        self.step = step
+
+
+def schedule(step: int, steps: int) -> float:
+    """The learning rate of a step as a share of the highest."""
+    warm = max(1, round(WARM_UP * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def _groups(student: AdaptedRung, settings: Settings) -> list[dict[str, Any]]:
+    """Each weight that is trained, with its rate; vectors are not decayed."""
+    layers = blocks(student.model)
+    below = {id(p): len(layers) - n for n, b in enumerate(layers) for p in b.parameters()}
+    embeddings = student.tower.get_submodule("embeddings")
+    below |= dict.fromkeys(map(id, embeddings.parameters()), len(layers) + 1)
+    groups = [(weight, below.get(id(weight), 0)) for weight in student.tower.parameters()]
+    if student.alignment is not None:
+        groups += [(weight, 0) for weight in student.alignment.parameters()]
+    return [
+        {
+            "params": [weight],
+            "lr": settings.rate * settings.decay**depth,
+            "weight_decay": WEIGHT_DECAY if weight.ndim > 1 else 0.0,
+        }
+        for weight, depth in groups
+    ]
