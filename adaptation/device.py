@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -52,8 +53,8 @@ class Device:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.name)
 
     def take(self, module: Module) -> Module:
-        """A module there, for answers."""
-        return module.eval().to(self.name)
+        """A copy of a module there, for answers; what it shares with others stays where it is."""
+        return copy.deepcopy(module).eval().to(self.name)
 
 
 def _has_bf16() -> bool:

@@ -8,7 +8,6 @@ there is neither drawn nor answered again, whatever else is adapted, and memory 
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import sqlite3
@@ -28,7 +27,7 @@ from PIL import Image
 from bundle.prints import Looks, look_of, looks_sha256, no_looks
 from bundle.recipe import Recipe
 from calibration.chunks import Pictures
-from calibration.images import ImageSource, SourceImage
+from calibration.images import ImageSource
 from client.files import shown
 from export.backbones import Backbone
 from imaging import ImageError, Preprocessing, code_sha256, decode, pixels_sha256
@@ -94,7 +93,8 @@ class Images:
 @dataclass(frozen=True, eq=False)
 class _Read:
     row: int
-    image: SourceImage
+    name: str
+    group: str
     key: bytes
     sha256: str
     look: Looks
@@ -123,7 +123,7 @@ class Teacher:
     ) -> None:
         self._module = device.take(backbone.rung(Recipe(px)))
         head = backbone.linear_head
-        self._head = None if head is None else device.take(copy.deepcopy(head))
+        self._head = None if head is None else device.take(head)
         self._preprocessing = backbone.preprocessing(px)
         self._width, self._px = backbone.layer_dim, px
         self._seed, self._device = seed, device
@@ -170,8 +170,8 @@ class Teacher:
             )
         pictures = Pictures(
             places=np.array([read.row for read in found], np.int64),
-            names=tuple(read.image.name for read in found),
-            groups=tuple(read.image.group for read in found),
+            names=tuple(read.name for read in found),
+            groups=tuple(read.group for read in found),
             labels=np.full(len(found), -1, np.int64),
             hashes=tuple(read.sha256 for read in found),
             looks=np.stack([read.look for read in found]) if found else no_looks(0),
@@ -258,7 +258,8 @@ class Teacher:
             key = hashlib.sha256(image.data).digest()
             if key in known:
                 sha256, kept = known[key]
-                return _Read(row, image, key, sha256, np.frombuffer(kept, np.uint8), None)
+                look = np.frombuffer(kept, np.uint8)
+                return _Read(row, image.name, image.group, key, sha256, look, None)
             decoded = decode(image.data)
             view = drawn(decoded, key, self._seed, number)
             planes = _planes(self._preprocessing(view.picture), self._preprocessing)
@@ -266,7 +267,8 @@ class Teacher:
             return f"{shown(source.names[row])}: {error}"
         look = no_looks(1)[0] if image.independent else look_of(decoded)
         planes = planes[:, :, ::-1] if view.flipped else planes
-        return _Read(row, image, key, pixels_sha256(decoded), look, planes)
+        sha256 = pixels_sha256(decoded)
+        return _Read(row, image.name, image.group, key, sha256, look, planes)
 
     def _keep(self, reads: Sequence[_Read], number: int) -> None:
         """Let the model answer for the views that are new, and keep them."""
@@ -278,8 +280,9 @@ class Teacher:
             image = self._device.put(_normalised(planes, self._preprocessing))
             answers = self._module(image)
         embedding, layers, *logits = (answer.float().cpu().numpy() for answer in answers)
-        if not np.isfinite(embedding).all():
-            raise AdaptationError(f"the full model's answer for {new[0].image.name} is no number")
+        if not (finite := np.isfinite(embedding).all(axis=1)).all():
+            name = shown(new[int(np.argmin(finite))].name)
+            raise AdaptationError(f"the full model's answer for {name} is no number; leave it out")
         kept = None if self._head is not None or not logits else logits[0]
         values = [
             (

@@ -136,9 +136,9 @@ class Adapted:
             found = cls(
                 folder=folder,
                 recipe=Recipe.parse(content.pop("recipe")),
-                teacher=content.pop("teacher"),
-                image_px=content.pop("image_px"),
-                sha256=content.pop("sha256"),
+                teacher=str(content.pop("teacher")),
+                image_px=int(content.pop("image_px")),
+                sha256=str(content.pop("sha256")),
                 image_prints=prints,
                 about=content,
             )

@@ -7,6 +7,7 @@ here; only `tome` runs the library's weights by a forward of our own.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -159,8 +160,15 @@ class Backbone:
 
     @property
     def weights_sha256(self) -> str:
-        """Hex SHA-256 over the weights of the transformer, without a head."""
-        return sha256_of(tower(self.model))
+        """Hex SHA-256 over all that makes embeddings: the weights without a head, and their length.
+
+        What a model with a projection answers, or one whose embeddings are made to have length 1,
+        is another full model's answer than the bare transformer's.
+        """
+        found = sha256_of(tower(self.model) if self.has_own_head else self.model)
+        if self.texts is None:
+            return found
+        return hashlib.sha256(f"{found} of length 1".encode()).hexdigest()
 
     @property
     def linear_head(self) -> nn.Linear | None:
