@@ -17,7 +17,7 @@ from export import options
 from export.errors import ExportError
 from report.terminal import Bars, run
 
-from .request import CACHE, MINUTES, AdaptationError, Request
+from .request import BATCH, CACHE, MINUTES, AdaptationError, Request
 
 SAMPLE_CROPS = 1200
 ERRORS = (*given.ERRORS, AdaptationError, AdaptedError, ExportError, RecipeError)
@@ -57,6 +57,7 @@ def distil_command(
     tolerance: given.Tolerance = None,
     group_by: given.GroupBy = GROUPINGS[0],
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many images.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Views in a step.")] = BATCH,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of everything drawn.")] = 0,
     cache: Annotated[
         Path, typer.Option(help="Where the full model's answers are kept for other recipes.")
@@ -81,6 +82,7 @@ def distil_command(
         seed=seed,
         cache=cache,
         resume=resume,
+        batch=batch,
     )
     # torch and transformers take seconds to import; --help and the checks above do not need them.
     from export.pretrained import load_backbone

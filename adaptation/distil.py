@@ -10,11 +10,9 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 
-from bundle.adapted import WEIGHTS, Adapted
+from bundle.adapted import Adapted
 from bundle.fidelity import FidelityLoss
 from bundle.prints import encode
 from bundle.recipe import Recipe
@@ -32,14 +29,17 @@ from calibration.align import fit_map
 from calibration.splits import group_keys
 from export.backbones import Backbone
 from export.errors import first_line
+from export.recipes.adapted import sha256_of
 from report.terminal import Bars
 from routing.provenance import RELEASE, processor
 
 from .device import Device
+from .interrupts import interrupts
 from .objective import Objective
 from .request import MINUTES, AdaptationError, Request, check_images
+from .result import Result, in_words, written
 from .teacher import Images, Teacher, View
-from .training import DivergedError, Held, Lesson, Run, Settings, Weights
+from .training import DivergedError, Held, Lesson, Run, Settings, Weights, fitting
 
 HELD_OUT = 0.1  # of the groups
 FEWEST_HELD_OUT, MOST_HELD_OUT = 10, 400  # groups; images: each look runs the student on them
@@ -49,41 +49,6 @@ LOOKS = 12  # at the held-out images in a training
 SETTINGS = (Settings(3e-5), Settings(1e-4, 0.8))
 TRIAL = 0.05  # of the steps, for each of the settings
 UNFINISHED = ".unfinished.pt"
-
-
-@dataclass(frozen=True, eq=False)
-class Result:
-    """What a training came to.
-
-    Attributes:
-        adapted: the state that was written; None: it did not help, and nothing was.
-        plain: what the recipe is worth as it is, on the held-out images.
-        start: what training began with: that, or aligned.
-        best: what the best state is worth.
-        minutes: that search and training took.
-        about: the record, ready for JSON.
-    """
-
-    adapted: Adapted | None
-    plain: Held
-    start: Held
-    best: Held
-    minutes: float
-    about: dict[str, Any]
-
-    def lines(self) -> list[str]:
-        """For people to read."""
-        held_out = self.about["images"]["held_out"]
-        said = f"on {held_out} held-out images: {_words(self.plain)} as it is; "
-        said += f"{_words(self.start)} at the start; {_words(self.best)} adapted"
-        if self.adapted is None:
-            return [said, "it did not help: nothing is written"]
-        folder = self.adapted.folder
-        return [
-            said,
-            f"wrote {folder} in {self.minutes:.1f} minutes of training",
-            f'next: python -m export rungs --low "{self.adapted.recipe},adapted={folder}" …',
-        ]
 
 
 def judged_by(task: str | None, kind: str | None, tolerance: float | None) -> FidelityLoss:
@@ -129,7 +94,7 @@ def distil(backbone: Backbone, request: Request, fidelity: FidelityLoss, bars: B
     request.out.mkdir(parents=True, exist_ok=True)
     device = Device.find()
     bars.say(f"train on {device.words}")
-    teacher = Teacher(backbone, px, request.cache, request.seed, device)
+    teacher = Teacher(backbone, px, request.cache, request.seed, device, request.batch)
     images = teacher.read_images(request.source, request.rows, bars)
     learned, held_out = divide(images, request)
     teacher.answer(request.source, images, learned, VIEWS, bars)
@@ -142,6 +107,7 @@ def distil(backbone: Backbone, request: Request, fidelity: FidelityLoss, bars: B
         objective=Objective(backbone.task),
         fidelity=fidelity,
         device=device,
+        batch=request.batch,
     )
     groups = np.array(group_keys(images.pictures, request.group_by))[learned]
     return _Training(backbone, request, lesson, images, groups, bars).run()
@@ -189,6 +155,8 @@ class _Training:
             "learned": _sha256(lesson.learned),
             "held_out": _sha256(lesson.held_out),
             "objective": asdict(lesson.objective),
+            "fidelity": lesson.fidelity.to_dict(),
+            "head": None if backbone.linear_head is None else sha256_of(backbone.linear_head),
             "views": lesson.views,
             "batch": lesson.batch,
             "minutes": request.minutes,
@@ -197,12 +165,31 @@ class _Training:
 
     def run(self) -> Result:
         """Train and write what came of it."""
+        try:
+            return self._run()
+        except torch.cuda.OutOfMemoryError:
+            pass  # what the error holds goes first: its frames have the tensors of the step
+        raise AdaptationError(self._too_large())
+
+    def _too_large(self) -> str:
+        """What to do where a step does not fit into the memory of the GPU."""
+        size, unfinished = fitting(self._student, self._lesson), self._request.out / UNFINISHED
+        if not size:
+            return "the GPU has no room for a step with one view; free memory, or adapt another"
+        way_out = f"give --batch {size}"
+        if unfinished.is_file():
+            way_out = f"free memory and add --resume, or remove {unfinished} and {way_out}"
+        return (
+            f"the GPU has no room for steps with {self._lesson.batch} views, {size} fit; {way_out}"
+        )
+
+    def _run(self) -> Result:
         unfinished = self._request.out / UNFINISHED
         if self._request.resume:
             run, notes = self._resumed(unfinished)
         else:
             run, notes = self._begun()
-        with _interrupts() as stopped:
+        with interrupts() as stopped:
             try:
                 self._train(run, notes, stopped)
             except DivergedError as error:
@@ -229,7 +216,7 @@ class _Training:
                 torch.nn.init.zeros_(student.alignment.weight)
                 torch.nn.init.zeros_(student.alignment.bias)
         notes = {"plain": asdict(plain), "start": asdict(start), "aligned": start is not plain}
-        self._bars.say(f"begins with {_words(start)} (as it is: {_words(plain)})")
+        self._bars.say(f"begins with {in_words(start)} (as it is: {in_words(plain)})")
         weights = {name: value.clone() for name, value in student.weights().items()}
         settings, steps, trials = self._search(weights)
         notes["trials"] = trials
@@ -301,12 +288,14 @@ class _Training:
         lesson.judge(self._student)
         look = time.monotonic() - began
         minutes = self._request.minutes or MINUTES
-        left = 60 * minutes - (time.monotonic() - self._began) - (LOOKS + len(SETTINGS)) * look
-        steps = int(left / step / (1 + TRIAL * len(SETTINGS)))
+        taken = time.monotonic() - self._began + (LOOKS + len(SETTINGS)) * look
+        step *= 1 + TRIAL * len(SETTINGS)
+        steps = int((60 * minutes - taken) / step)
         if steps < LOOKS:
+            needed = math.ceil((taken + 2 * LOOKS * step) / 60)  # twice as many as at the least
             raise AdaptationError(
                 f"{minutes:g} minutes are too few: a step takes {step:.1f} s here, a look at the "
-                f"held-out images {look:.1f} s; give --minutes {math.ceil(minutes + 1)} or more"
+                f"held-out images {look:.1f} s; give --minutes {needed} or more"
             )
         return steps
 
@@ -389,13 +378,11 @@ class _Training:
             **notes,
             "curve": [asdict(look) for look in run.curve],
         }
+        found = Result(None, plain, start, point.held_out, minutes, about)
         if point.step == 0 or not point.held_out.beats(start):
-            return Result(None, plain, start, point.held_out, minutes, about)
+            return found
         pictures = self._images.pictures
-        fresh = request.out / f".{WEIGHTS}"
-        save_file({k: value.cpu().contiguous() for k, value in run.best.items()}, fresh)
-        os.replace(fresh, request.out / WEIGHTS)
-        adapted = Adapted(
+        state = Adapted(
             folder=request.out,
             recipe=request.recipe,
             teacher=str(self._identity["teacher"]),
@@ -403,36 +390,9 @@ class _Training:
             sha256="",
             image_prints=encode(pictures.hashes, pictures.looks),
             about=about,
-        ).save()
-        return Result(adapted, plain, start, point.held_out, minutes, about)
-
-
-def _words(held: Held) -> str:
-    return f"{held.acceptable:.1%} acceptable, cosine {held.cosine:.3f}"
+        )
+        return replace(found, adapted=written(state, run.best))
 
 
 def _sha256(keys: Sequence[bytes]) -> str:
     return sha256(b"".join(keys)).hexdigest()
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """The interrupts so far: the first lets the step end, the second does not wait.
-
-    Where this is no main thread, none is noticed.
-    """
-    seen: list[int] = []
-
-    def notice(number: int, frame: Any) -> None:
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield seen
-        return
-    before = signal.signal(signal.SIGINT, notice)
-    try:
-        yield seen
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -15,6 +15,7 @@ from calibration.splits import GROUPINGS, check_grouping
 
 CACHE = Path("build/teacher-cache")
 MINUTES = 15.0
+BATCH = 32
 LEAST_GROUPS = 50  # below, a tenth of them cannot tell whether anything helped
 
 
@@ -38,6 +39,7 @@ class Request:
         seed: of crops, flips, order and what is held out.
         cache: folder of what full models answered, kept for other recipes.
         resume: whether to continue what lies in `out`.
+        batch: views in a step.
 
     Raises:
         AdaptationError: something that is refused whatever the model.
@@ -55,6 +57,7 @@ class Request:
     seed: int = 0
     cache: Path = CACHE
     resume: bool = False
+    batch: int = BATCH
 
     def __post_init__(self) -> None:
         """Refuse before a model is loaded."""

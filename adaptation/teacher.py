@@ -113,20 +113,27 @@ class Teacher:
         folder: of such files.
         seed: of the views.
         device: runs it.
+        batch: images that it answers at once, but for more than `BATCH`.
 
     Raises:
         OSError: the folder cannot be made.
     """
 
     def __init__(
-        self, backbone: Backbone, px: int, folder: Path, seed: int, device: Device
+        self,
+        backbone: Backbone,
+        px: int,
+        folder: Path,
+        seed: int,
+        device: Device,
+        batch: int = BATCH,
     ) -> None:
         self._module = device.take(backbone.rung(Recipe(px)))
         head = backbone.linear_head
         self._head = None if head is None else device.take(head)
         self._preprocessing = backbone.preprocessing(px)
         self._width, self._px = backbone.layer_dim, px
-        self._seed, self._device = seed, device
+        self._seed, self._device, self._batch = seed, device, min(batch, BATCH)
         content = {
             "weights": backbone.weights_sha256,
             "head": None if backbone.aligns else backbone.source,
@@ -242,8 +249,8 @@ class Teacher:
         known = self._known(number)
         with ThreadPoolExecutor(THREADS) as pool:
             ahead: deque[list[Future[_Read | str]]] = deque()
-            for start in range(0, len(rows), BATCH):
-                batch = rows[start : start + BATCH]
+            for start in range(0, len(rows), self._batch):
+                batch = rows[start : start + self._batch]
                 ahead.append([pool.submit(self._read, source, row, number, known) for row in batch])
                 if len(ahead) > 1:
                     yield [future.result() for future in ahead.popleft()]
@@ -276,9 +283,15 @@ class Teacher:
         if not new:
             return
         planes = np.stack([read.planes for read in new if read.planes is not None])
-        with torch.inference_mode():
-            image = self._device.put(_normalised(planes, self._preprocessing))
-            answers = self._module(image)
+        try:
+            with torch.inference_mode():
+                image = self._device.put(_normalised(planes, self._preprocessing))
+                answers = self._module(image)
+        except torch.cuda.OutOfMemoryError:
+            raise AdaptationError(
+                f"the GPU has no room for the full model with {len(new)} images; free its memory, "
+                f"or give --batch {max(1, len(new) // 2)}"
+            ) from None
         embedding, layers, *logits = (answer.float().cpu().numpy() for answer in answers)
         if not (finite := np.isfinite(embedding).all(axis=1)).all():
             name = shown(new[int(np.argmin(finite))].name)

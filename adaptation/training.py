@@ -9,9 +9,10 @@ a run that was stopped and resumed ends, on a CPU, in the same bits. The head is
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,6 @@ from .teacher import Batch, Teacher, View
 
 WARM_UP = 0.1  # of the steps
 WEIGHT_DECAY = 0.05
-BATCH = 32
 PATIENCE = 4  # held-out looks without a better one, after which training stops
 Weights = dict[str, torch.Tensor]
 
@@ -77,7 +77,7 @@ class Lesson:
     objective: Objective
     fidelity: FidelityLoss
     device: Device
-    batch: int = BATCH
+    batch: int
 
     @property
     def steps_per_epoch(self) -> int:
@@ -267,6 +267,20 @@ class DivergedError(AdaptationError):
     def __init__(self, step: int) -> None:
         super().__init__(f"the objective is no number at step {step}")
         self.step = step
+
+
+def fitting(student: AdaptedRung, lesson: Lesson) -> int:
+    """How many views of a step fit into the GPU's memory: the batch halved until it does, or 0.
+
+    The student's weights are others afterwards.
+    """
+    batch = lesson.batch // 2
+    while batch:
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            Run(student, replace(lesson, batch=batch), Settings(0.0), 2).take_step()
+            return batch
+        batch //= 2
+    return 0
 
 
 def schedule(step: int, steps: int) -> float:
