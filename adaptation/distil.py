@@ -36,6 +36,7 @@ from routing.provenance import RELEASE, processor
 from .device import Device
 from .interrupts import interrupts
 from .objective import Objective
+from .patches import Patches
 from .request import MINUTES, AdaptationError, Request, check_images
 from .result import Result, in_words, written
 from .teacher import Images, Teacher, View
@@ -144,6 +145,7 @@ class _Training:
         self._request, self._lesson, self._bars = request, lesson, bars
         self._images, self._groups = images, groups
         self._student = lesson.device.take(backbone.trainable(request.recipe))
+        self._patches = Patches(self._student.model, request.recipe.px or 0)
         self._began = time.monotonic()
         self._spent = 0.0  # seconds of the run that is resumed
         # Everything that decides what a step does: a run is only resumed as what it was.
@@ -221,7 +223,7 @@ class _Training:
         settings, steps, trials = self._search(weights)
         notes["trials"] = trials
         student.load(weights)
-        return Run(student, lesson, settings, steps), notes
+        return Run(student, lesson, settings, steps, self._patches), notes
 
     def _align(self) -> None:
         """Let the alignment be what a ridge regression on the images to learn from finds."""
@@ -261,7 +263,7 @@ class _Training:
         with self._bars.stage("try settings", trial * len(SETTINGS)) as bar:
             for settings in SETTINGS:
                 self._student.load(start)
-                run = Run(self._student, lesson, settings, trial)
+                run = Run(self._student, lesson, settings, trial, self._patches)
                 with contextlib.suppress(DivergedError):
                     for _ in range(trial):
                         run.take_step()
@@ -278,7 +280,7 @@ class _Training:
     def _affordable(self, start: Weights) -> int:
         """How many steps fit into the minutes, trials and looks included."""
         lesson = self._lesson
-        run = Run(self._student, lesson, SETTINGS[0], 8)
+        run = Run(self._student, lesson, SETTINGS[0], 8, self._patches)
         run.take_step()
         began = time.monotonic()
         for _ in range(4):
@@ -351,7 +353,13 @@ class _Training:
                 "or remove it and begin again"
             )
         self._spent = state["seconds"]
-        run = Run(self._student, self._lesson, Settings(**state["settings"]), state["steps"])
+        run = Run(
+            self._student,
+            self._lesson,
+            Settings(**state["settings"]),
+            state["steps"],
+            self._patches,
+        )
         run.restore(state)
         return run, state["notes"]
 
