@@ -31,7 +31,7 @@ from export.backbones import Backbone
 from export.errors import first_line
 from export.recipes.adapted import sha256_of
 from report.terminal import Bars
-from routing.provenance import RELEASE, processor
+from routing.provenance import RELEASE
 
 from .device import Device
 from .interrupts import interrupts
@@ -44,7 +44,6 @@ from .training import DivergedError, Held, Lesson, Run, Settings, Weights, fitti
 
 HELD_OUT = 0.1  # of the groups
 FEWEST_HELD_OUT, MOST_HELD_OUT = 10, 400  # groups; images: each look runs the student on them
-VIEWS = 2  # of each image to learn from
 LOOKS = 12  # at the held-out images in a training
 # The gentle rate keeps what the weights know; the others are faster where images abound.
 SETTINGS = (Settings(3e-5), Settings(1e-4, 0.8))
@@ -98,12 +97,12 @@ def distil(backbone: Backbone, request: Request, fidelity: FidelityLoss, bars: B
     teacher = Teacher(backbone, px, request.cache, request.seed, device, request.batch)
     images = teacher.read_images(request.source, request.rows, bars)
     learned, held_out = divide(images, request)
-    teacher.answer(request.source, images, learned, VIEWS, bars)
+    teacher.answer(request.source, images, learned, request.views, bars)
     lesson = Lesson(
         teacher=teacher,
         learned=[images.keys[row] for row in learned],
         held_out=[images.keys[row] for row in held_out],
-        views=VIEWS,
+        views=request.views,
         seed=request.seed,
         objective=Objective(backbone.task),
         fidelity=fidelity,
@@ -371,11 +370,7 @@ class _Training:
         point = run.best_point
         about = {
             "release": RELEASE,
-            "environment": {
-                "device": lesson.device.words,
-                "torch": torch.__version__,
-                "processor": processor(),
-            },
+            "environment": lesson.device.environment(),
             "minutes": minutes,
             "seed": request.seed,
             "images": {"learned": len(lesson.learned), "held_out": len(lesson.held_out)},

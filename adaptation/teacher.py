@@ -133,7 +133,7 @@ class Teacher:
     ) -> None:
         self._module = device.take(backbone.rung(Recipe(px)))
         head = backbone.linear_head
-        self._head = None if head is None else device.take(head)
+        self._head = None if head is None else device.take(head).requires_grad_(False)
         self._preprocessing = backbone.preprocessing(px)
         self._width, self._px = backbone.layer_dim, px
         self._patches = Patches(self._module.model, px)
