@@ -18,9 +18,10 @@ from adaptation import distil as road
 from adaptation.device import Device
 from adaptation.objective import Objective
 from adaptation.request import Request
-from adaptation.result import Result
+from adaptation.result import Result, written
 from adaptation.teacher import Teacher
 from adaptation.training import Lesson, Settings
+from bundle.adapted import Adapted
 from bundle.fidelity import FidelityLoss
 from bundle.recipe import Recipe
 from calibration.images import FolderImages
@@ -121,3 +122,16 @@ def interrupting(step: int, times: int = 1) -> Watching:
                 os.kill(os.getpid(), signal.SIGINT)
 
     return Watching(press)
+
+
+def disturbed(backbone: Backbone, recipe: Recipe, folder: Path, prints: str = "") -> Adapted:
+    """A state with weights that differ from the model's in every place, as training leaves one."""
+    student = backbone.trainable(recipe)
+    torch.manual_seed(3)
+    weights = {
+        name: value + 0.1 * torch.randn_like(value) if value.is_floating_point() else value
+        for name, value in student.weights().items()
+    }
+    folder.mkdir(parents=True)
+    teacher = backbone.weights_sha256
+    return written(Adapted(folder, recipe, teacher, PX, "", prints, {"seed": 3}), weights)

@@ -1,0 +1,75 @@
+"""What a training came to, in words and on disk."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from bundle.adapted import WEIGHTS, Adapted
+from export.errors import first_line
+
+from .request import AdaptationError
+from .training import Held, Weights
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What a training came to.
+
+    Attributes:
+        adapted: the state that was written; None: it did not help, and nothing was.
+        plain: what the recipe is worth as it is, on the held-out images.
+        start: what training began with: that, or aligned.
+        best: what the best state is worth.
+        minutes: that search and training took.
+        about: the record, ready for JSON.
+    """
+
+    adapted: Adapted | None
+    plain: Held
+    start: Held
+    best: Held
+    minutes: float
+    about: dict[str, Any]
+
+    def lines(self) -> list[str]:
+        """For people to read."""
+        held_out = self.about["images"]["held_out"]
+        said = f"on {held_out} held-out images: {in_words(self.plain)} as it is; "
+        said += f"{in_words(self.start)} at the start; {in_words(self.best)} adapted"
+        if self.adapted is None:
+            return [said, "it did not help: nothing is written"]
+        folder = self.adapted.folder
+        return [
+            said,
+            f"wrote {folder} in {self.minutes:.1f} minutes of training",
+            f'next: python -m export rungs --low "{self.adapted.recipe},adapted={folder}" …',
+        ]
+
+
+def in_words(held: Held) -> str:
+    """What a student is worth, for people to read."""
+    return f"{held.acceptable:.1%} acceptable, cosine {held.cosine:.3f}"
+
+
+def written(state: Adapted, weights: Weights) -> Adapted:
+    """Write a state and its weights in place of one that lay there; returns it with their hash.
+
+    Raises:
+        AdaptationError: the files cannot be written.
+    """
+    fresh = state.folder / f".{WEIGHTS}"
+    try:
+        save_file({k: value.cpu().contiguous() for k, value in weights.items()}, fresh)
+        os.replace(fresh, state.file)
+        return state.save()
+    except (OSError, SafetensorError) as error:
+        fresh.unlink(missing_ok=True)
+        raise AdaptationError(
+            f"the state cannot be written to {state.folder} ({first_line(error)}); see that there "
+            "is room, then give the same command with --resume"
+        ) from None
