@@ -24,6 +24,7 @@ NAME = "adapted.json"
 WEIGHTS = "adapted.safetensors"
 SCHEMA_VERSION = 1
 DIGITS = 12  # of the weights' SHA-256 that stand for them in the recipe of a graph
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 class AdaptedError(ValueError):
@@ -153,7 +154,7 @@ class Adapted:
             ) from None
         except AdaptedError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        except (*_DAMAGE, SafetensorError) as error:
             words = " ".join(f"{type(error).__name__} {error}".split())
             raise AdaptedError(f"{path} is not readable ({words}); {again}") from None
         return found

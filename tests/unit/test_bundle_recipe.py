@@ -16,6 +16,7 @@ recipes = st.builds(
     px=st.none() | st.integers(1, FULL_PX),
     depth=st.none() | st.integers(1, 48),
     tome=st.integers(0, 128),
+    adapted=st.none() | st.text("0123456789abcdef", min_size=12, max_size=12),
     precision=st.sampled_from(PRECISIONS),
     align=st.booleans(),
 )
@@ -46,6 +47,20 @@ def test_a_slug_fits_a_model_name_and_the_full_resolution_is_not_said(recipe):
     assert recipe.at(FULL_PX).slug(FULL_PX) == slug
 
 
+@given(st.text(st.characters(exclude_characters=",")), st.randoms(use_true_random=False))
+def test_a_folder_of_any_name_without_a_comma_is_read(folder, random):
+    folder = folder.strip()
+    parts = [f"adapted={folder}", "px=112", "int8", "align"]
+    random.shuffle(parts)
+    if not folder:
+        with pytest.raises(RecipeError, match="'adapted=' is unknown"):
+            Recipe.parse(",".join(parts))
+        return
+    recipe = Recipe.parse(" , ".join(parts))
+    assert recipe == Recipe(112, adapted=folder, precision="int8", align=True)
+    assert Recipe.parse(str(recipe)) == recipe
+
+
 @given(st.text())
 def test_any_other_text_is_refused_in_one_line(text):
     try:
@@ -68,6 +83,7 @@ def test_any_other_text_is_refused_in_one_line(text):
         ("align,int8=static,px=112", "px=112,int8=static,align", "px112_int8static_align"),
         ("int8,tome=4,depth=9", "depth=9,tome=4,int8", "depth9_tome4_int8"),
         ("fp16,px=0168", "px=168,fp16", "px168_fp16"),
+        ("int8,adapted=0a1b2c,px=8", "px=8,adapted=0a1b2c,int8", "px8_adapted0a1b2c_int8"),
     ],
 )
 def test_texts_and_slugs(text, canonical, slug):
@@ -91,6 +107,10 @@ def test_texts_and_slugs(text, canonical, slug):
         ("px=112,px=112", "says its px twice"),
         ("int8,fp16", "recipe 'int8,fp16' says its precision twice; once is enough"),
         ("align,align", "says its align twice"),
+        ("adapted=a,px=8,adapted=a", "says its adapted twice"),
+        ("px=8,adapted=", "'adapted=' is unknown"),
+        ("adapted", "'adapted' is unknown"),
+        ("adapted=a,b", "'b' is unknown"),
     ],
 )
 def test_a_bad_part_is_named_in_one_line(text, message):
