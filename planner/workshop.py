@@ -25,7 +25,7 @@ from report.terminal import Bars
 from .request import Request
 
 if TYPE_CHECKING:
-    from adaptation.distil import Result
+    from adaptation.result import Result
     from export.backbones import Backbone
 
 PRICED_IMAGES = 32
