@@ -37,6 +37,9 @@ Px = Annotated[int | None, typer.Option(help="Full resolution (default: the mode
 HeadImages = Annotated[
     Path | None, typer.Option(help="Fit a linear head on these, one folder per class.")
 ]
+Epochs = Annotated[
+    int | None, typer.Option(min=1, help="Instead: times that each image is learned from.")
+]
 Batch = Annotated[int, typer.Option(min=1, help="Views in a step.")]
 Views = Annotated[
     int, typer.Option(min=1, help="Of each image to learn from: itself, and crops of it.")
@@ -67,9 +70,7 @@ def distil_command(
         float | None,
         typer.Option(help=f"For training, once the full model answered (default: {MINUTES:g})."),
     ] = None,
-    epochs: Annotated[
-        int | None, typer.Option(min=1, help="Instead: times that each image is learned from.")
-    ] = None,
+    epochs: Epochs = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where it was stopped.")] = False,
     head_images: HeadImages = None,
     labels: options.Labels = None,
@@ -130,6 +131,7 @@ def study_command(
     minutes: Annotated[
         float, typer.Option(help="For all trainings together, once the full model answered.")
     ] = STUDY_MINUTES,
+    epochs: Epochs = None,
     head_images: HeadImages = None,
     labels: options.Labels = None,
     prompt: options.Prompt = None,
@@ -154,7 +156,7 @@ def study_command(
         source=given.source(images, None, seed, SAMPLE_CROPS),
         out=out / "states",
         px=px,
-        minutes=minutes,
+        epochs=epochs,
         group_by=group_by,
         seed=seed,
         cache=cache,

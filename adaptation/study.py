@@ -73,7 +73,8 @@ class Subject:
         backbone: the model, with its head.
         recipes: of cheap graphs.
         test: the images to judge by.
-        minutes: for all trainings together; each gets its share by images and by pixels.
+        minutes: for all trainings together; each gets its share by images and by pixels. Not
+            looked at where the request names epochs.
         request: everything else that a training is asked for, its recipe aside.
         fidelity: when an answer is acceptable.
     """
@@ -133,7 +134,7 @@ def study(subject: Subject, bars: Bars) -> Iterator[Row]:
             recipe=recipe,
             out=request.out / name,
             places=learn.pictures.places[rows].tolist(),
-            minutes=subject.minutes * weight / sum(weights.values()),
+            minutes=None if request.epochs else subject.minutes * weight / sum(weights.values()),
         )
         shutil.rmtree(asked.out, ignore_errors=True)
         result = distil(subject.backbone, asked, subject.fidelity, bars)
