@@ -80,7 +80,8 @@ def distil(backbone: Backbone, request: Request, fidelity: FidelityLoss, bars: B
     """
     request = request.at(backbone.default_px[1])
     px, recipe = request.px or 0, request.recipe
-    backbone.check(recipe, px)
+    for one in (Recipe(px), recipe):
+        backbone.check(one, px)
     if recipe == Recipe(px):
         raise AdaptationError(f"{recipe} is the full model itself; give a cheaper recipe")
     unfinished = request.out / UNFINISHED

@@ -22,7 +22,6 @@ from adaptation.result import Result, written
 from adaptation.teacher import Teacher
 from adaptation.training import Lesson, Settings
 from bundle.adapted import Adapted
-from bundle.fidelity import FidelityLoss
 from bundle.recipe import Recipe
 from calibration.images import FolderImages
 from export.backbones import Backbone
@@ -79,7 +78,7 @@ def lesson(backbone: Backbone, asked: Request, device: Device | None = None) -> 
         asked.views,
         asked.seed,
         Objective(backbone.task),
-        FidelityLoss.asked(backbone.task, None, None),
+        road.judged_by(backbone.task, None, None),
         device,
         asked.batch,
     )
