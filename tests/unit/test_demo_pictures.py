@@ -8,8 +8,16 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from demo import pictures
-from demo.pictures import FEWEST, SHARES, STAMPS, WALLPAPERS, make_pictures
+from bundle.recipe import Recipe
+from demo import adapt, pictures
+from demo.pictures import (
+    FEWEST,
+    SHARES,
+    STAMPS,
+    WALLPAPERS,
+    divide_in_two,
+    make_pictures,
+)
 from demo.steps import DemoError
 from report.terminal import Bars
 
@@ -106,3 +114,41 @@ def test_without_the_client_or_a_package_it_is_one_line_and_nothing_is_left(
     with pytest.raises(DemoError, match="there is no apt-get here"):
         make_pictures(tmp_path / "out", 1, QUIET)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_to_judge_by_are_no_pictures_to_learn_from(packages, tmp_path):
+    make_pictures(tmp_path / "out", 3, QUIET)
+    counts = divide_in_two(tmp_path / "out", tmp_path / "divided")
+    pictures = {
+        side: {file.parent.resolve() for file in (tmp_path / "divided" / side).glob("*/*/*.jpg")}
+        for side in ("learn", "test")
+    }
+    assert {side: len(found) for side, found in pictures.items()} == counts
+    assert not pictures["learn"] & pictures["test"] and all(counts.values())
+    everything = {file.parent.resolve() for file in (tmp_path / "out").rglob("*.jpg")}
+    assert pictures["learn"] | pictures["test"] == everything
+    parts = {picture.parts[-3] for picture in pictures["test"]}
+    assert parts == {"judge", "images"}  # a head has learned what those in `head` are
+    assert divide_in_two(tmp_path / "out", tmp_path / "divided") == counts  # again, no harm
+
+
+def test_adapting_is_a_command_that_a_user_can_type(packages, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def study(command, **_):
+        asked.append(command)
+        return subprocess.CompletedProcess(command, len(asked) - 1)
+
+    monkeypatch.setattr(adapt, "CROPS", 2)
+    make_pictures(pictures.OUT, 1, QUIET)
+    make_pictures(adapt.OUT / "pictures", 2, QUIET)
+    monkeypatch.setattr(adapt.subprocess, "run", study)
+    adapt.run_adapt(QUIET)
+    options = dict(zip(asked[0][4::2], asked[0][5::2], strict=True))
+    for name in ("--images", "--test", "--head-images"):
+        assert list((tmp_path / options[name]).glob("*/*"))
+    for recipe in options["--recipes"].split(";"):
+        Recipe.parse(recipe)
+    with pytest.raises(DemoError, match="failed with exit code 1"):
+        adapt.run_adapt(QUIET)
