@@ -97,7 +97,7 @@ def test_tasks_of_labels_and_of_a_value_and_texts(models, images, tmp_path):
     for task, backbone in kinds.items():
         assert backbone.task == task
         found = adapt(backbone, request(tmp_path, images, out=tmp_path / task))
-        assert found.best.distance < found.start.distance, task
+        assert found.best.distance < found.plain.distance, task
         assert 0 <= found.best.acceptable <= 1
 
 
