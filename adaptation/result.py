@@ -63,7 +63,7 @@ def written(state: Adapted, weights: Weights) -> Adapted:
     """
     fresh = state.folder / f".{WEIGHTS}"
     try:
-        save_file({k: value.cpu().contiguous() for k, value in weights.items()}, fresh)
+        save_file({k: value.cpu().clone() for k, value in weights.items()}, fresh)
         return state.save(fresh)
     except (OSError, SafetensorError) as error:
         fresh.unlink(missing_ok=True)
