@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,13 +59,12 @@ def written(state: Adapted, weights: Weights) -> Adapted:
     """Write a state and its weights in place of one that lay there; returns it with their hash.
 
     Raises:
-        AdaptationError: the files cannot be written.
+        AdaptationError: the files cannot be written; what lay there still does.
     """
     fresh = state.folder / f".{WEIGHTS}"
     try:
-        save_file({k: value.cpu().contiguous() for k, value in weights.items()}, fresh)
-        os.replace(fresh, state.file)
-        return state.save()
+        save_file({k: value.cpu().clone() for k, value in weights.items()}, fresh)
+        return state.save(fresh)
     except (OSError, SafetensorError) as error:
         fresh.unlink(missing_ok=True)
         raise AdaptationError(

@@ -98,13 +98,16 @@ class Adapted:
                 f"not at {image_px} px; adapt it again"
             )
 
-    def save(self) -> Adapted:
-        """Write the record beside weights that lie in the folder; returns it with their hash.
+    def save(self, weights: Path | None = None) -> Adapted:
+        """Write the record beside the weights in the folder; returns it with their hash.
+
+        Args:
+            weights: a file in the folder that takes the place of those; None: they stay.
 
         Raises:
-            OSError: a file cannot be written.
+            OSError: a file cannot be written; what lay there still does.
         """
-        known = replace(self, sha256=manifest.sha256_file(self.file))
+        known = replace(self, sha256=manifest.sha256_file(weights or self.file))
         content = {
             "schema_version": SCHEMA_VERSION,
             "recipe": str(self.recipe),
@@ -115,7 +118,13 @@ class Adapted:
             "image_prints": self.image_prints,  # long: people read what stands above it
         }
         fresh = self.folder / f".{NAME}"
-        fresh.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", "utf-8")
+        try:
+            fresh.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", "utf-8")
+        except OSError:
+            fresh.unlink(missing_ok=True)
+            raise
+        if weights is not None:
+            os.replace(weights, self.file)
         os.replace(fresh, self.folder / NAME)
         return known
 

@@ -91,11 +91,9 @@ def _is_bias(module: nn.Module) -> bool:
 class _Table(nn.Module):
     """All rows of a table, (1, N, D), whichever are asked for."""
 
-    table: torch.Tensor
-
     def __init__(self, table: torch.Tensor) -> None:
         super().__init__()
-        self.register_buffer("table", table)
+        self.table = nn.Parameter(table)  # `adaptation` trains it
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.table
@@ -104,14 +102,13 @@ class _Table(nn.Module):
 class _Biases(nn.Module):
     """Biases of attention, (1, heads, N, N), looked up in a table as small as it can be."""
 
-    table: torch.Tensor
     index: torch.Tensor
 
     def __init__(self, biases: torch.Tensor, index: torch.Tensor) -> None:
         super().__init__()
         table = torch.zeros(int(index.max()) + 1, len(biases))
         table[index.flatten()] = biases.flatten(1).T
-        self.register_buffer("table", table)
+        self.table = nn.Parameter(table)  # `adaptation` trains it
         self.register_buffer("index", index)
 
     def forward(self, *args: Any, **options: Any) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,6 +54,23 @@ def test_it_may_be_saved_again_over_another(state):
     save_file({"tower.weight": np.ones(6, np.float32)}, state.file)
     again = replace(state, about={"seed": 4}).save()
     assert again.sha256 != state.sha256 and Adapted.load(state.folder) == again
+
+
+def test_where_a_record_cannot_be_written_what_lay_there_stays(state):
+    other = state.folder / ".other"
+    save_file({"tower.weight": np.ones(6, np.float32)}, other)
+    before = {file.name: file.read_bytes() for file in state.folder.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))  # as on a disk that is full
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            replace(state, about={"seed": 4}).save(other)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {file.name: file.read_bytes() for file in state.folder.iterdir()} == before
+    assert Adapted.load(state.folder) == state
+    again = replace(state, about={"seed": 4}).save(other)
+    assert Adapted.load(state.folder) == again and not other.exists()
 
 
 def test_what_is_missing_is_named(state, tmp_path):

@@ -97,6 +97,18 @@ def test_commands_point_the_same_way(folder):
         assert set(commands(path)) <= allowed, f"{path} starts {set(commands(path)) - allowed}"
 
 
+def test_only_the_planner_and_the_demo_adapt():
+    users = {f for f in ARROWS if "adaptation" in ARROWS[f] | COMMANDS.get(f, set())}
+    assert "planner" in users <= {"planner", "demo"}
+    may = {"adaptation", "planner", "demo", "adaptive_vit.py", "tests"}
+    others = [path for path in ROOT.glob("*") if path.name not in {*may, "build"}]
+    files = [p for o in others if o.name[:1] != "." for p in ([o] if o.is_file() else o.rglob("*"))]
+    files = [path for path in files if path.suffix == ".py"]
+    assert len(files) > 100
+    for path in files:
+        assert "adaptation" not in {*imports(path), *commands(path)}, path
+
+
 def test_the_commands_are_seen():
     assert {"calibration", "export", "planner"} <= set(commands(ROOT / "demo/roads.py"))
 
