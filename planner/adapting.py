@@ -243,9 +243,11 @@ class Adapting:
         try:
             result = workshop.adapt(self._backbone, self._graphs, lesson, self._fidelity, bars)
         except AdaptationError as error:
-            shared = f", shared by {sharing} recipes" if sharing > 1 else ""
-            asked = f"--adapt {self._request.adapt_minutes:g}{shared}"
-            return Trained(recipe, None, f"{recipe} is not adapted ({asked}): {error}")
+            words = str(error).replace("--minutes", "--adapt")  # as it is called here
+            if sharing > 1:
+                words += f" (of --adapt {self._request.adapt_minutes:g} each of {sharing} recipes"
+                words += f" gets {minutes:g})"
+            return Trained(recipe, None, f"{recipe} is not adapted: {words}")
         said = result.lines()[0]
         if result.adapted is None:
             line = f"{recipe}: adapting does not help ({said}); the plan goes on without"

@@ -338,11 +338,17 @@ def test_adapting_that_does_not_help_leaves_the_plan_as_it_was(tmp_path):
     assert not again.lessons
 
 
-def test_a_training_that_cannot_be_is_a_note_and_is_tried_again(tmp_path):
-    workshop = FakeWorkshop(DEAR, helps=AdaptationError("3 minutes are too few: …"))
+def test_a_training_that_cannot_be_is_a_note_and_is_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("planner.plan.wanted", lambda *_: (PX4, Recipe(2)))
+    said = "3 minutes are too few: …; give --minutes 5 or more"
+    workshop = FakeWorkshop(DEAR, helps=AdaptationError(said))
     planned = make_plan(adapting(tmp_path), workshop, QUIET)
     assert planned.chosen is not None
-    assert "px=4 is not adapted (--adapt 6): 3 minutes are too few: …" in planned.notes
+    for recipe in ("px=4", "px=2"):
+        assert (
+            f"{recipe} is not adapted: 3 minutes are too few: …; give --adapt 5 or more "
+            "(of --adapt 6 each of 2 recipes gets 3)"
+        ) in planned.notes
     again = FakeWorkshop(DEAR)
     make_plan(adapting(tmp_path), again, QUIET)
     assert again.lessons
