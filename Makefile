@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo perf live original test test-unit test-triton test-faults soak test-slow package lint format clean
+.PHONY: help install demo perf live adapt original test test-unit test-triton test-faults soak test-slow package lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -49,6 +49,9 @@ perf: $(INSTALLED)  ## what the cascade costs beside its alternatives, in four m
 
 live: $(INSTALLED)  ## serve without a calibration: a stream of pictures certifies a threshold, then changes
 	$(PY) -m demo live$(if $(RISK), --risk $(RISK))$(if $(AUDITED), --audited $(AUDITED))
+
+adapt: $(INSTALLED)  ## train cheap rungs, without labels, on varied pictures; a table of what it is worth
+	$(PY) -m demo adapt
 
 ORIGINAL := build/original
 original: $(INSTALLED)  ## the tables of the research script this began with, measured here

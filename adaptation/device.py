@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from routing.provenance import processor
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -43,6 +45,10 @@ class Device:
         if self.name == "cuda":
             return f"{torch.cuda.get_device_name()} with {precision}"
         return f"{torch.get_num_threads()} CPU threads with {precision}"
+
+    def environment(self) -> dict[str, Any]:
+        """Where something was trained, ready for JSON."""
+        return {"device": self.words, "torch": torch.__version__, "processor": processor()}
 
     def autocast(self) -> AbstractContextManager[Any]:
         """What the student's forward pass runs in."""

@@ -31,11 +31,12 @@ from export.backbones import Backbone
 from export.errors import first_line
 from export.recipes.adapted import sha256_of
 from report.terminal import Bars
-from routing.provenance import RELEASE, processor
+from routing.provenance import RELEASE
 
 from .device import Device
 from .interrupts import interrupts
 from .objective import Objective
+from .patches import Patches
 from .request import MINUTES, AdaptationError, Request, check_images
 from .result import Result, in_words, written
 from .teacher import Images, Teacher, View
@@ -43,7 +44,6 @@ from .training import DivergedError, Held, Lesson, Run, Settings, Weights, fitti
 
 HELD_OUT = 0.1  # of the groups
 FEWEST_HELD_OUT, MOST_HELD_OUT = 10, 400  # groups; images: each look runs the student on them
-VIEWS = 2  # of each image to learn from
 LOOKS = 12  # at the held-out images in a training
 # The gentle rate keeps what the weights know; the others are faster where images abound.
 SETTINGS = (Settings(3e-5), Settings(1e-4, 0.8))
@@ -98,12 +98,12 @@ def distil(backbone: Backbone, request: Request, fidelity: FidelityLoss, bars: B
     teacher = Teacher(backbone, px, request.cache, request.seed, device, request.batch)
     images = teacher.read_images(request.source, request.rows, bars)
     learned, held_out = divide(images, request)
-    teacher.answer(request.source, images, learned, VIEWS, bars)
+    teacher.answer(request.source, images, learned, request.views, bars)
     lesson = Lesson(
         teacher=teacher,
         learned=[images.keys[row] for row in learned],
         held_out=[images.keys[row] for row in held_out],
-        views=VIEWS,
+        views=request.views,
         seed=request.seed,
         objective=Objective(backbone.task),
         fidelity=fidelity,
@@ -145,6 +145,7 @@ class _Training:
         self._request, self._lesson, self._bars = request, lesson, bars
         self._images, self._groups = images, groups
         self._student = lesson.device.take(backbone.trainable(request.recipe))
+        self._patches = Patches(self._student.model, request.recipe.px or 0)
         self._began = time.monotonic()
         self._spent = 0.0  # seconds of the run that is resumed
         # Everything that decides what a step does: a run is only resumed as what it was.
@@ -222,7 +223,7 @@ class _Training:
         settings, steps, trials = self._search(weights)
         notes["trials"] = trials
         student.load(weights)
-        return Run(student, lesson, settings, steps), notes
+        return Run(student, lesson, settings, steps, self._patches), notes
 
     def _align(self) -> None:
         """Let the alignment be what a ridge regression on the images to learn from finds."""
@@ -262,7 +263,7 @@ class _Training:
         with self._bars.stage("try settings", trial * len(SETTINGS)) as bar:
             for settings in SETTINGS:
                 self._student.load(start)
-                run = Run(self._student, lesson, settings, trial)
+                run = Run(self._student, lesson, settings, trial, self._patches)
                 with contextlib.suppress(DivergedError):
                     for _ in range(trial):
                         run.take_step()
@@ -279,7 +280,7 @@ class _Training:
     def _affordable(self, start: Weights) -> int:
         """How many steps fit into the minutes, trials and looks included."""
         lesson = self._lesson
-        run = Run(self._student, lesson, SETTINGS[0], 8)
+        run = Run(self._student, lesson, SETTINGS[0], 8, self._patches)
         run.take_step()
         began = time.monotonic()
         for _ in range(4):
@@ -352,7 +353,13 @@ class _Training:
                 "or remove it and begin again"
             )
         self._spent = state["seconds"]
-        run = Run(self._student, self._lesson, Settings(**state["settings"]), state["steps"])
+        run = Run(
+            self._student,
+            self._lesson,
+            Settings(**state["settings"]),
+            state["steps"],
+            self._patches,
+        )
         run.restore(state)
         return run, state["notes"]
 
@@ -364,11 +371,7 @@ class _Training:
         point = run.best_point
         about = {
             "release": RELEASE,
-            "environment": {
-                "device": lesson.device.words,
-                "torch": torch.__version__,
-                "processor": processor(),
-            },
+            "environment": lesson.device.environment(),
             "minutes": minutes,
             "seed": request.seed,
             "images": {"learned": len(lesson.learned), "held_out": len(lesson.held_out)},

@@ -16,6 +16,7 @@ from calibration.splits import GROUPINGS, check_grouping
 CACHE = Path("build/teacher-cache")
 MINUTES = 15.0
 BATCH = 32
+VIEWS = 2
 LEAST_GROUPS = 50  # below, a tenth of them cannot tell whether anything helped
 
 
@@ -40,6 +41,7 @@ class Request:
         cache: folder of what full models answered, kept for other recipes.
         resume: whether to continue what lies in `out`.
         batch: views in a step.
+        views: of each image: the image itself, and crops of it.
 
     Raises:
         AdaptationError: something that is refused whatever the model.
@@ -58,6 +60,7 @@ class Request:
     cache: Path = CACHE
     resume: bool = False
     batch: int = BATCH
+    views: int = VIEWS
 
     def __post_init__(self) -> None:
         """Refuse before a model is loaded."""

@@ -2,7 +2,7 @@
 
 A view is an image as it is served (number 0), or a square crop of at least half its shorter edge,
 flipped or not, that is drawn by a generator seeded with the image's bytes, the seed and the number.
-Views and answers lie in one SQLite file for each full model, some 0.17 MB a view at 224 px: what is
+Views and answers lie in one SQLite file for each full model, some 0.2 MB a view at 224 px: what is
 there is neither drawn nor answered again, whatever else is adapted, and memory holds one batch.
 """
 
@@ -34,6 +34,7 @@ from imaging import ImageError, Preprocessing, code_sha256, decode, pixels_sha25
 from report.terminal import Bars
 
 from .device import Device
+from .patches import Patches
 from .request import AdaptationError
 
 BATCH = 16
@@ -43,7 +44,7 @@ THREADS = 2
 _SCHEMA = """
 create table if not exists view (
   image blob, seed integer, number integer, sha256 text, look blob,
-  planes blob, embedding blob, layers blob, logits blob,
+  planes blob, embedding blob, layers blob, patches blob, logits blob,
   primary key (image, seed, number)
 )
 """
@@ -68,12 +69,14 @@ class Batch(NamedTuple):
         image: FP32 (B, 3, H, W), normalised.
         embedding: FP32 (B, D).
         cls_layers: FP32 (B, L + 1, W).
+        patches: FP32 (B, S, S, W), normalised, averaged to a grid of S x S.
         logits: FP32 (B, C); None: there is no head.
     """
 
     image: torch.Tensor
     embedding: torch.Tensor
     cls_layers: torch.Tensor
+    patches: torch.Tensor
     logits: torch.Tensor | None
 
 
@@ -130,9 +133,12 @@ class Teacher:
     ) -> None:
         self._module = device.take(backbone.rung(Recipe(px)))
         head = backbone.linear_head
-        self._head = None if head is None else device.take(head)
+        self._head = None if head is None else device.take(head).requires_grad_(False)
         self._preprocessing = backbone.preprocessing(px)
         self._width, self._px = backbone.layer_dim, px
+        self._patches = Patches(self._module.model, px)
+        side = -(-self._patches.side // 2)  # cheap graphs see half of the full resolution, or less
+        self._grid = (side, side, backbone.layer_dim)
         self._seed, self._device, self._batch = seed, device, min(batch, BATCH)
         content = {
             "weights": backbone.weights_sha256,
@@ -141,7 +147,7 @@ class Teacher:
             "preprocessing": self._preprocessing.to_dict(),
             "imaging": code_sha256(),
             "looks": looks_sha256(),
-            "views": LEAST_SIDE,
+            "views": [LEAST_SIDE, self._grid],
         }
         text = json.dumps(content, sort_keys=True)
         folder.mkdir(parents=True, exist_ok=True)
@@ -224,14 +230,14 @@ class Teacher:
         with self._open() as database:
             for image, number in views:
                 row = database.execute(
-                    "select planes, embedding, layers, logits from view "
+                    "select planes, embedding, layers, patches, logits from view "
                     "where image = ? and seed = ? and number = ?",
                     (image, self._seed if number else 0, number),
                 ).fetchone()
                 if row is None:
                     raise AdaptationError(f"{self.file} has lost answers; remove it, begin again")
                 rows.append(row)
-        planes, embedding, layers, logits = zip(*rows, strict=True)
+        planes, embedding, layers, patches, logits = zip(*rows, strict=True)
         side, put = self._px, self._device.put
         there = put(_stacked(embedding, np.float32, (-1,)))
         answered = None if logits[0] is None else put(_stacked(logits, np.float32, (-1,)))
@@ -239,6 +245,7 @@ class Teacher:
             put(_normalised(_stacked(planes, np.uint8, (3, side, side)), self._preprocessing)),
             there,
             put(_stacked(layers, np.float16, (-1, self._width)).astype(np.float32)),
+            put(_stacked(patches, np.float16, self._grid).astype(np.float32)),
             answered if self._head is None else self._head(there),
         )
 
@@ -287,6 +294,9 @@ class Teacher:
             with torch.inference_mode():
                 image = self._device.put(_normalised(planes, self._preprocessing))
                 answers = self._module(image)
+                grid = self._patches.take(self._grid[0])
+            assert grid is not None  # the full model runs its own blocks
+            patches = grid.cpu().numpy().astype(np.float16)
         except torch.cuda.OutOfMemoryError:
             raise AdaptationError(
                 f"the GPU has no room for the full model with {len(new)} images; free its memory, "
@@ -301,13 +311,13 @@ class Teacher:
             (
                 *(read.key, self._seed if number else 0, number, read.sha256, read.look.tobytes()),
                 *(planes[row].tobytes(), embedding[row].tobytes()),
-                layers[row].astype(np.float16).tobytes(),
+                *(layers[row].astype(np.float16).tobytes(), patches[row].tobytes()),
                 None if kept is None else kept[row].tobytes(),
             )
             for row, read in enumerate(new)
         ]
         with self._open() as database:
-            database.executemany("insert or replace into view values (?,?,?,?,?,?,?,?,?)", values)
+            database.executemany("insert or replace into view values (?,?,?,?,?,?,?,?,?,?)", values)
 
     def _known(self, number: int) -> dict[bytes, tuple[str, bytes]]:
         """The images of which this view is there, with their hashes and looks."""

@@ -27,6 +27,7 @@ from routing.fidelity import cosine, fidelity_loss
 
 from .device import Device
 from .objective import Objective
+from .patches import Patches
 from .request import AdaptationError
 from .teacher import Batch, Teacher, View
 
@@ -164,6 +165,7 @@ class Run:
         lesson: what it learns.
         settings: how.
         steps: of the whole schedule.
+        patches: reads the student's patch tokens; None: they are not matched.
         step: steps taken.
         curve: looks at the held-out images; the first is at the weights it began with.
         best: the weights of the look with the least distance.
@@ -173,6 +175,7 @@ class Run:
     lesson: Lesson
     settings: Settings
     steps: int
+    patches: Patches | None = None
     step: int = 0
     curve: list[Point] = field(default_factory=list)
     best: Weights = field(default_factory=dict)
@@ -223,7 +226,8 @@ class Run:
             group["lr"] = rate * factor
         with self.lesson.device.autocast():
             answers = self.student(truth.image)
-        distance = self.lesson.objective(answers, truth)
+        patches = None if self.patches is None else self.patches.take(truth.patches.shape[1])
+        distance = self.lesson.objective(answers, truth, patches)
         self._optimiser.zero_grad(set_to_none=True)
         distance.backward()  # type: ignore[no-untyped-call]
         length = nn.utils.clip_grad_norm_(self._parameters, 1.0)

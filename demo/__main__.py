@@ -15,6 +15,7 @@ from client import DEFAULT_GRPC_URL, ClientError
 from report import terminal
 from server import ServerError
 
+from .adapt import run_adapt
 from .pictures import OUT as PICTURES
 from .pictures import make_pictures
 from .roads import MAX_RISK, MODELS, planned, prepare_road, resolutions
@@ -84,6 +85,17 @@ def pictures_command(
     """Fetch pictures of many kinds from Debian packages, once, for trying out and for judging."""
     for name, count in make_pictures(out, crops, terminal.Bars(Console(stderr=True))).items():
         print(f"{out / name}: {count:,} images")
+
+
+@app.command("adapt")
+def adapt_command() -> None:
+    """Adapt two cheap graphs to pictures of many kinds, and compare them with what they were.
+
+    Writes build/adapt/.
+    """
+    started = time.monotonic()
+    run_adapt(terminal.Bars(Console(stderr=True)))
+    print(f"took {time.monotonic() - started:.0f} s")
 
 
 @app.command("live")

@@ -36,6 +36,7 @@ SCENERY = "scenery"
 FEWEST, MOST = 15, 160  # pictures of a kind: fewer teach no head, more would be most of all
 SHARES = {"head": 0.33, "images": 0.57, "judge": 0.1}
 LONGEST_PX = 512
+TEST_SHARE = 0.29  # of the folder `images`, for `divide_in_two`
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -60,6 +61,31 @@ def make_pictures(out: Path, crops: int, bars: Bars) -> dict[str, int]:
             _write(folder, crops, bars)
             folder.rename(out)
     return {name: sum(1 for file in (out / name).rglob("*.jpg")) for name in SHARES}
+
+
+def divide_in_two(pictures: Path, out: Path) -> dict[str, int]:
+    """Pictures to learn from and others to judge by, as links; returns their numbers.
+
+    `judge` and a part of `images` judge; the rest of `images` and `head`, whose labels are not
+    looked at, are learned from.
+
+    Args:
+        pictures: what `make_pictures` wrote with several crops of each picture.
+        out: folder to write; an earlier one goes.
+    """
+    shutil.rmtree(out, ignore_errors=True)
+    counts = {"learn": 0, "test": 0}
+    for part in SHARES:
+        for kind in sorted((pictures / part).iterdir()):
+            names = sorted((picture.name for picture in kind.iterdir()), key=_drawn)
+            tests = {"head": 0, "images": round(TEST_SHARE * len(names))}.get(part, len(names))
+            for number, name in enumerate(names):
+                target = "test" if number < tests else "learn"
+                link = out / target / kind.name / name
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to((kind / name).resolve())
+                counts[target] += 1
+    return counts
 
 
 def _write(folder: Path, crops: int, bars: Bars) -> None:

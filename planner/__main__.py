@@ -11,6 +11,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from adaptation.request import AdaptationError
+from bundle.adapted import AdaptedError
 from bundle.recipe import RecipeError
 from calibration import options as given
 from calibration.certify import Goal
@@ -63,7 +65,8 @@ app = typer.Typer(
 console = Console(highlight=False, markup=False)
 ERRORS = (
     *given.ERRORS,
-    *(ClientError, ExportError, PerfError, PlanError, RecipeError, ServerError),
+    *(AdaptationError, AdaptedError, ClientError, ExportError, PerfError, PlanError),
+    *(RecipeError, ServerError),
 )
 
 
@@ -92,6 +95,13 @@ def plan_command(
     beside: Annotated[
         str, typer.Option(metavar="RECIPE;...", help="Graphs to compare with, as px=168; tome=8.")
     ] = "",
+    adapt: Annotated[
+        float | None,
+        typer.Option(
+            metavar="MINUTES",
+            help="Train cheap graphs of the shortlist, on half of the images and without labels.",
+        ),
+    ] = None,
     px: Annotated[int | None, typer.Option(help="Full resolution (default: the model's).")] = None,
     head_images: HeadImages = None,
     labels: options.Labels = None,
@@ -125,8 +135,8 @@ def plan_command(
     """Find the cheapest certified cascade: export, run, price as served, certify, choose.
 
     Writes plan.json and plan.html and, where something is chosen, onnx/ and calibration.json for
-    `python -m export repository`. A RECIPE is a list of px=N, depth=N, tome=N, int8=static, fp16
-    and align.
+    `python -m export repository`. A RECIPE is a list of px=N, depth=N, tome=N, adapted=DIR,
+    int8=static, fp16 and align.
     """
     fitted = None if head_images is None else "--head-images DIR"
     texts = options.texts_of(model, checkpoint, labels, prompt, fitted)
@@ -152,6 +162,7 @@ def plan_command(
         out=out,
         reference_images=reference_images,
         test_share=test_share,
+        adapt_minutes=adapt,
     )
     bars, workshop = Bars(Console(stderr=True)), Workshop()
     planned = make_plan(request, workshop, bars)
@@ -333,8 +344,8 @@ def _chosen(content: dict[str, Any], request: Request) -> list[str]:
     return [
         "",
         "chosen",
-        f"  cheap graph: {chosen['low_recipe']}",
-        f"  full graph:  {chosen['high_recipe']}",
+        f"  cheap graph: {chosen['low_recipe']}{_adapted(content, chosen['low'])}",
+        f"  full graph:  {chosen['high_recipe']}{_adapted(content, chosen['high'])}",
         f"  signal:      {chosen['signal']}",
         f"  threshold:   {threshold_text(chosen['threshold'])}; images with a larger score go to "
         "the full graph",
@@ -347,6 +358,14 @@ def _chosen(content: dict[str, Any], request: Request) -> list[str]:
         f"  certificate: {chosen['certificate']['statement']}",
         f"next: {shlex.join(map(str, command))}",
     ]
+
+
+def _adapted(content: dict[str, Any], name: str) -> str:
+    """In how many minutes and to how many images a graph was adapted; empty: it was not."""
+    if (found := content["graphs"][name]["adapted"]) is None:
+        return ""
+    took = "" if found["minutes"] is None else f" in {found['minutes']:.1f} minutes"
+    return f" (adapted{took} to {found['images']:,} images)"
 
 
 def main() -> None:

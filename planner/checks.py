@@ -5,14 +5,16 @@ An export of several graphs takes minutes; whatever would fail after it is looke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bundle.adapted import Adapted, AdaptedError
+from bundle.prints import joined
 from bundle.recipe import Recipe
 from calibration.certify import Goal, allowed_errors, goal_words, images_needed, too_few
 from calibration.fit import MIN_IMAGES
@@ -20,6 +22,7 @@ from calibration.splits import MIN_GROUPS, SplitError, shares_of, split_by_group
 from export.errors import UsageError
 from report.terminal import Bars
 
+from . import adapting
 from .request import PlanError, Recipes, Request, default_candidates
 from .select import MOST
 
@@ -38,6 +41,7 @@ class Asked:
         beside: graphs to compare with.
         notes: what the user should know about them, one line each.
         task: what the model's logits will mean, see `routing.TASKS`; None: it has none.
+        states: the adapted states that recipes name, by the keys that stand for them there.
     """
 
     full: Recipe
@@ -46,12 +50,21 @@ class Asked:
     beside: Recipes
     notes: Sequence[str] = ()
     task: str | None = None
+    states: Mapping[str, Adapted] = field(default_factory=dict)
 
     @property
     def exported(self) -> Recipes:
         """The graphs to export besides `full`, without alignments, each once."""
         found = (replace(r, align=False) for r in (*self.lows, *self.highs, *self.beside))
         return tuple(recipe for recipe in dict.fromkeys(found) if recipe != self.full)
+
+    @property
+    def learned(self) -> str:
+        """Prints of the images that the states have learned from, which have no other part."""
+        prints = ""
+        for state in self.states.values():
+            prints = joined(prints, state.image_prints)
+        return prints
 
 
 def check_recipes(request: Request, backbone: Backbone, bars: Bars) -> Asked:
@@ -83,21 +96,28 @@ def check_recipes(request: Request, backbone: Backbone, bars: Bars) -> Asked:
     problems: list[str] = []
     options = ("--candidates", "--highs", "--beside")
     for option, recipes in zip(options, (lows, request.highs, request.beside), strict=True):
-        at_px.append(tuple(recipe.at(px) for recipe in recipes))
-        for index, recipe in enumerate(recipes):
+        found: list[Recipe] = []
+        for recipe in recipes:
+            known = recipe.at(px)
             try:
                 backbone.check(replace(recipe, align=recipe.align and not fits_head), px)
-            except UsageError as error:
+                backbone, known = backbone.knowing(recipe, px)
+            except (UsageError, AdaptedError) as error:
                 problems.append(f"{option} {recipe}: {error}")
-            if at_px[-1][index] in at_px[-1][:index]:
+            if known in found:
                 problems.append(f"{recipe} is named more than once; once is enough")
+            found.append(known)
+        at_px.append(tuple(found))
     full = Recipe(px)
     if any(replace(recipe, align=False) == full for recipe in at_px[0]):
         problems.append("--candidates names the full model itself; a cheap graph must be cheaper")
+    problems += adapting.problems(request, at_px[0], full)
     if problems:
         raise PlanError("; ".join(problems))
     lows, highs, beside = at_px
-    return Asked(full, lows, highs, beside, notes, "classes" if fits_head else backbone.task)
+    notes += map(adapting.described, backbone.adapted.values())
+    task = "classes" if fits_head else backbone.task
+    return Asked(full, lows, highs, beside, notes, task, backbone.adapted)
 
 
 def check_images(request: Request, asked: Asked, bars: Bars) -> list[str]:
@@ -117,11 +137,12 @@ def check_images(request: Request, asked: Asked, bars: Bars) -> list[str]:
         groups = tuple(name.rpartition("/")[0] for name in names)
     rest = tuple(groups[row] for row in np.flatnonzero(~_teach_the_head(request)))
     try:
-        found = certify_groups(rest, request.test_share, request.seed)
+        found = certify_groups(rest, request.test_share, request.seed, _adapts(request))
     except SplitError as error:
-        raise PlanError(f"{error}; {needed(request)}") from None
-    check_certify_images(found, groups, request)
-    most = min(MOST, len(asked.lows) * len(asked.highs))
+        raise PlanError(f"{error}; {needed(request, asked)}") from None
+    check_certify_images(found, groups, request, asked)
+    lows = len(asked.lows) * (2 if _adapts(request) else 1)  # as they are, and adapted
+    most = min(MOST, lows * len(asked.highs))
     goal = replace(request.goal, choices=choices_for(found, request.goal, most))
     allowed = allowed_errors(found, goal)
     if goal.choices == most and allowed > 0:
@@ -135,7 +156,7 @@ def check_images(request: Request, asked: Asked, bars: Bars) -> list[str]:
     return [warning]
 
 
-def check_certify_images(found: int, groups: Sequence[str], request: Request) -> None:
+def check_certify_images(found: int, groups: Sequence[str], request: Request, asked: Asked) -> None:
     """Refuse a certify split of `found` independent images, of the images of all these groups.
 
     Raises:
@@ -144,7 +165,7 @@ def check_certify_images(found: int, groups: Sequence[str], request: Request) ->
     if found < images_needed(request.goal):
         raise PlanError(
             f"{_counted(groups)} are too few: {goal_words(request.goal)} "
-            f"{too_few(request.goal, found)}; {needed(request)}"
+            f"{too_few(request.goal, found)}; {needed(request, asked)}"
         )
 
 
@@ -154,9 +175,9 @@ def _counted(groups: Sequence[str]) -> str:
     return f"{len(groups):,} images{grouped}"
 
 
-def needed(request: Request) -> str:
+def needed(request: Request, asked: Asked) -> str:
     """What to do about too few images."""
-    enough = images_for(request.goal, request.test_share)
+    enough = images_for(request.goal, request.test_share, _adapts(request))
     what = "images" if request.group_by != "folder" else "folders of images"
     head = ""
     if teach := int(_teach_the_head(request).sum()):
@@ -165,10 +186,17 @@ def needed(request: Request) -> str:
             "head and are left out; "
         )
         what += " that it does not learn from"
-    return (
-        f"{head}give about {enough:,} {what}, or ask for a larger --max-risk or a smaller "
-        "--confidence"
-    )
+    elif asked.states:
+        what += " that no adapted candidate has learned from"
+    otherwise = "or ask for a larger --max-risk or a smaller --confidence"
+    if _adapts(request):
+        head += f"--adapt takes {adapting.SHARE:.0%} of them; "
+        otherwise = f"leave --adapt out, {otherwise}"
+    return f"{head}give about {enough:,} {what}, {otherwise}"
+
+
+def _adapts(request: Request) -> bool:
+    return request.adapt_minutes is not None
 
 
 def _teach_the_head(request: Request) -> NDArray[np.bool_]:
@@ -191,13 +219,13 @@ def choices_for(certify_images: int, goal: Goal, most: int) -> int:
     return 1
 
 
-def images_for(goal: Goal, test_share: float | None = None) -> int:
+def images_for(goal: Goal, test_share: float | None = None, adapts: bool = False) -> int:
     """How many images of as many groups it takes so that a cascade can be certified."""
 
     def suffice(count: int) -> bool:
         groups = tuple(f"{row:09d}" for row in range(count))
         try:
-            return certify_groups(groups, test_share, 0) >= images_needed(goal)
+            return certify_groups(groups, test_share, 0, adapts) >= images_needed(goal)
         except SplitError:
             return False
 
@@ -210,12 +238,19 @@ def images_for(goal: Goal, test_share: float | None = None) -> int:
     return many
 
 
-def certify_groups(groups: Sequence[str], test_share: float | None, seed: int) -> int:
+def certify_groups(
+    groups: Sequence[str], test_share: float | None, seed: int, adapts: bool = False
+) -> int:
     """How many groups the certify split has if every image can be read; see `Parts.divide`.
+
+    With `adapts` a part of the images is set aside first.
 
     Raises:
         SplitError: too few images or groups to split.
     """
+    if adapts:
+        _, rest = adapting.set_aside(groups, seed)
+        groups = [groups[row] for row in rest]
     check_count(len(groups))
     shares = shares_of(groups, test=test_share)
     rows = split_by_group(tuple(groups), shares, seed)["certify"]

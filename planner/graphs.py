@@ -65,7 +65,7 @@ def exported(
     if any(recipe.precision == "int8=static" for recipe in recipes):
         images = _fit_images(request.source, places, backbone.preprocessing(full.px or 0))
     asked = GraphsRequest(
-        *(request.cache / _identity(request, full, backbone), full, full, tuple(recipes)),
+        *(request.cache / identity(request, full, backbone), full, full, tuple(recipes)),
         head_images=request.head_images,
         fit_images=images,
         adds=True,
@@ -138,7 +138,7 @@ def _fit_images(
     return images
 
 
-def _identity(request: Request, full: Recipe, backbone: Backbone) -> str:
+def identity(request: Request, full: Recipe, backbone: Backbone) -> str:
     """The name of the folder: a hash over everything that decides what lies in it.
 
     But for the images that ranges and alignments learned from: each graph says its own.

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundle.graphs import GraphSet
-from bundle.prints import among, find_copies
+from bundle.prints import among, encode, find_copies
 from calibration.answers import AnswerCache, Wanted
 from calibration.certify import one_per_group
 from calibration.chunks import Answered
@@ -20,13 +20,14 @@ from calibration.record import measured_split
 from calibration.splits import Rows, group_keys, shares_of, split_by_group
 from report.terminal import Bars
 
+from .adapting import set_aside
 from .request import PlanError, Request
 from .select import Pair
 
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """The parts of all images that can be read, but for those that a head was fitted on.
+    """The parts of all images that can be read, but for those that heads and weights learned from.
 
     Attributes:
         request: of the plan.
@@ -34,6 +35,8 @@ class Parts:
         places: of the n images in the source.
         splits: positions among them of `fit`, `certify` and perhaps `test`.
         groups: of the n images.
+        set_aside: places in the source of the images that weights will be adapted to; nothing else
+            sees them, and none of the n images is like one of them.
     """
 
     request: Request
@@ -41,15 +44,19 @@ class Parts:
     places: NDArray[np.int64]
     splits: Mapping[str, Rows]
     groups: NDArray[np.str_]
+    set_aside: Sequence[int] = ()
 
     @classmethod
-    def divide(cls, request: Request, cache: AnswerCache, head: str, bars: Bars) -> Parts:
+    def divide(
+        cls, request: Request, cache: AnswerCache, head: str, states: str, bars: Bars
+    ) -> Parts:
         """Give each image its part, once the full model has answered all of them.
 
         Args:
             request: of the plan.
             cache: of answers.
             head: prints of the images that a head was fitted on.
+            states: prints of the images that weights of candidates were adapted to.
             bars: where to show progress.
 
         Raises:
@@ -61,15 +68,23 @@ class Parts:
             for line in cache.fill(full, None, bar.advance):
                 bars.say(f"left out: {line}")
         pictures = cache.read(full).pictures
-        taught = among(pictures.hashes, pictures.looks, head)
-        if taught.any():
-            bars.say(f"{taught.sum()} images taught the head and are left out")
-        pictures = pictures.only(np.flatnonzero(~taught))
+        for prints, taught in ((head, "the head"), (states, "an adapted graph its weights")):
+            known = among(pictures.hashes, pictures.looks, prints)
+            if known.any():
+                bars.say(f"{known.sum()} images taught {taught} and are left out")
+                pictures = pictures.only(np.flatnonzero(~known))
         if sentence := find_copies(pictures.hashes, pictures.looks).sentence:
             bars.say(sentence)
-        groups = group_keys(pictures, request.group_by)
+        groups, aside = group_keys(pictures, request.group_by), list[int]()
+        if request.adapt_minutes is not None:
+            chosen, others = set_aside(groups, request.seed)
+            learned = pictures.only(chosen)
+            prints = encode(learned.hashes, learned.looks)
+            others = others[~among(pictures.hashes, pictures.looks, prints)[others]]
+            pictures, groups = pictures.only(others), tuple(groups[row] for row in others)
+            aside = [int(place) for place in learned.places]
         splits = split_by_group(groups, shares_of(groups, test=request.test_share), request.seed)
-        return cls(request, cache, pictures.places, splits, np.array(groups))
+        return cls(request, cache, pictures.places, splits, np.array(groups), aside)
 
     @property
     def measured(self) -> str:

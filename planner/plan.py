@@ -3,13 +3,16 @@
 Images play two parts, each image one: *fit* teaches the ranges of int8, alignments and signals, and
 makes the shortlist by cross-fitted answers; *certify* tests it, and only the graphs of the
 shortlist answer these images. A *test* split, where images abound, measures and decides nothing.
+Where cheap graphs are to be adapted, images are set aside for that before (`adapting`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
+from bundle.adapted import Adapted
 from bundle.graphs import GraphSet
 from bundle.recipe import Recipe
 from calibration.align import Aligned
@@ -20,15 +23,20 @@ from calibration.fit import Options, fit
 from calibration.outputs import Made, Outputs, refer
 from calibration.reference import with_reference_answers
 from calibration.splits import SplitError, check_grouping
+from export.errors import ExportError
 from report.terminal import Bars
 from routing import Overrides, escalation_mask
 
 from . import checks
+from .adapting import Adapting, Trained, bodies, twins, wanted
 from .graphs import aligned_graph, exported
 from .parts import Parts
 from .request import PlanError, Request
 from .select import MOST, Candidate, Pair, Tested, cascade_ms, choose, predict, shortlist
 from .workshop import Prices, Workshop
+
+if TYPE_CHECKING:  # torch takes seconds to import
+    from export.backbones import Backbone
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +60,8 @@ class Planned:
         tested: the shortlist, tested.
         chosen: the cascade to serve; None: nothing certified is cheaper than the full model.
         notes: on what was asked for, one line each.
+        states: the adapted states that graphs hold, by their keys.
+        trained: what was trained for this plan, or for an earlier one like it.
     """
 
     request: Request
@@ -68,6 +78,8 @@ class Planned:
     tested: Sequence[Tested]
     chosen: Tested | None
     notes: Sequence[str] = ()
+    states: Mapping[str, Adapted] = field(default_factory=dict)
+    trained: Sequence[Trained] = ()
 
     @property
     def full(self) -> str:
@@ -95,6 +107,7 @@ class Ground:
         notes: on what was asked for, one line each.
         graphs: every recipe's, not aligned.
         parts: of the images, which the full model has answered.
+        backbone: the model, which knows the adapted states that recipes name.
     """
 
     asked: checks.Asked
@@ -102,6 +115,7 @@ class Ground:
     notes: Sequence[str]
     graphs: GraphSet
     parts: Parts
+    backbone: Backbone
 
     def names(self, recipes: Iterable[Recipe]) -> list[str]:
         """The graphs of some recipes, without their alignments."""
@@ -126,6 +140,7 @@ def lay_ground(request: Request, workshop: Workshop, bars: Bars) -> Ground:
     bars.say(f"load {request.model}")
     backbone = workshop.load(request)
     asked = checks.check_recipes(request, backbone, bars)
+    backbone = replace(backbone, adapted=asked.states)
     fidelity = request.fidelity(asked.task)
     notes = [*asked.notes, *checks.check_images(request, asked, bars)]
     graphs = exported(request, asked.full, (), backbone, workshop, bars)
@@ -133,11 +148,11 @@ def lay_ground(request: Request, workshop: Workshop, bars: Bars) -> Ground:
     parts = _divide(request, asked, cache, graphs.fitted_on, bars)
     rows = parts.rows("fit")
     graphs = exported(request, asked.full, asked.exported, backbone, workshop, bars, rows)
-    return Ground(asked, fidelity, notes, graphs, parts)
+    return Ground(asked, fidelity, notes, graphs, parts, backbone)
 
 
 def make_plan(request: Request, workshop: Workshop, bars: Bars) -> Planned:
-    """Lay the ground, align, price, predict, certify, choose.
+    """Lay the ground, align, price, predict, perhaps adapt and predict anew, certify, choose.
 
     Raises:
         PlanError, ExportError, ImagesError, SplitError, FidelityError, OSError: as `lay_ground`.
@@ -145,47 +160,144 @@ def make_plan(request: Request, workshop: Workshop, bars: Bars) -> Planned:
         PerfError, ServerError, ClientError: the graphs cannot be priced.
     """
     ground = lay_ground(request, workshop, bars)
-    asked, fidelity, graphs, parts = ground.asked, ground.fidelity, ground.graphs, ground.parts
-    full, highs = graphs.reference.name, ground.names(asked.highs)
-    beside = ground.names(asked.beside)
-    pairs: dict[Pair, Outputs] = {}
-    aligned: dict[str, Aligned] = {}
-    for recipe in asked.lows:
-        (name,) = ground.names([recipe])
-        if recipe.align:
-            outputs = parts.outputs(name, [full], graphs, "fit", bars)[name, full]
-            graphs, name, aligned[name] = aligned_graph(
-                graphs, name, outputs, fidelity, request, workshop, bars
-            )
-        pairs |= parts.outputs(name, highs, graphs, "fit", bars)
-    lows = list(dict.fromkeys(low for low, _ in pairs))
-    names = list(dict.fromkeys([*lows, *highs, *beside, full]))
-    agreement = parts.agreements(names, graphs, fidelity, bars)
-    prices = workshop.price(graphs, names, request, bars)
-
-    ms = costs_ms(prices, full)
-    most = checks.choices_for(parts.certify_images, request.goal, MOST)
-    with bars.stage("predict on the fit split", len(lows)) as bar:
-        candidates = predict(
-            pairs,
-            parts.groups[parts.splits["fit"]],
-            fidelity,
-            request.goal,
-            parts.certify_images,
-            ms,
-            ms[full],
-            request.seed,
-            bar.advance,
-        )
-    listed = shortlist(candidates, lambda pair: _within_budget(pair, prices, request), most)
-    goal = replace(request.goal, choices=max(1, len(listed)))  # each its share of δ
-    tested = [_test(candidate, graphs, ms, goal, fidelity, parts, bars) for candidate in listed]
+    asked, fidelity, parts = ground.asked, ground.fidelity, ground.parts
+    road = _Road(ground, request, workshop, bars)
+    road.answer(asked.lows)
+    trained: list[Trained] = []
+    if request.adapt_minutes is None:
+        road.shortlist()
+    else:
+        trained = _adapt(road)
+    graphs, prices, ms = road.graphs, road.prices, costs_ms(road.prices, road.full)
+    agreement = parts.agreements(list(prices), graphs, fidelity, bars)
+    goal = replace(request.goal, choices=max(1, len(road.listed)))  # each its share of δ
+    tested = [_test(one, graphs, ms, goal, fidelity, parts, bars) for one in road.listed]
     best = choose(tested)
-    chosen = best if best is not None and best.ms_per_image < ms[full] else None
+    chosen = best if best is not None and best.ms_per_image < ms[road.full] else None
     return Planned(
-        request, graphs, lows, highs, beside, parts, fidelity, aligned, prices, agreement,
-        candidates, tested, chosen, ground.notes,
+        request, graphs, road.lows, road.highs, road.beside, parts, fidelity, road.aligned, prices,
+        agreement, road.candidates, tested, chosen,
+        [*road.notes, *(found.line for found in trained)], road.backbone.adapted, trained,
     )  # fmt: skip
+
+
+class _Road:
+    """What a plan has found so far, from the ground to the shortlist.
+
+    Attributes:
+        backbone: the model, which knows all adapted states.
+        graphs: all that were exported and aligned.
+        pairs: outputs for the fit images, by (cheap, full) graph.
+        aligned, prices, candidates: as of `Planned`.
+        listed: the shortlist.
+        notes: as of `Planned`, without those of trainings.
+        full, highs, beside: names of graphs.
+    """
+
+    def __init__(self, ground: Ground, request: Request, workshop: Workshop, bars: Bars) -> None:
+        self.ground, self.request, self.workshop, self.bars = ground, request, workshop, bars
+        self.backbone, self.graphs = ground.backbone, ground.graphs
+        self.full = ground.graphs.reference.name
+        self.highs, self.beside = (
+            ground.names(ground.asked.highs),
+            ground.names(ground.asked.beside),
+        )
+        self.pairs: dict[Pair, Outputs] = {}
+        self.aligned: dict[str, Aligned] = {}
+        self.prices: Prices = {}
+        self.candidates: list[Candidate] = []
+        self.listed: list[Candidate] = []
+        self.notes = list(ground.notes)
+
+    @property
+    def lows(self) -> list[str]:
+        """Names of the cheap graphs."""
+        return list(dict.fromkeys(low for low, _ in self.pairs))
+
+    def answer(self, recipes: Iterable[Recipe]) -> None:
+        """Let cheap graphs answer the fit images, aligned where that is asked for and helps."""
+        ground, bars = self.ground, self.bars
+        for recipe in recipes:
+            (name,) = ground.names([recipe])
+            if recipe.align:
+                outputs = ground.parts.outputs(name, [self.full], self.graphs, "fit", bars)
+                self.graphs, name, self.aligned[name] = aligned_graph(
+                    *(self.graphs, name, outputs[name, self.full], ground.fidelity),
+                    *(self.request, self.workshop, bars),
+                )
+            self.pairs |= ground.parts.outputs(name, self.highs, self.graphs, "fit", bars)
+
+    def adopt(self, trained: Sequence[Trained]) -> bool:
+        """Export the adapted twins of the candidates, and let them answer.
+
+        A twin that does not export as it should is left out with its like, with a note.
+
+        Returns:
+            Whether there are new candidates.
+        """
+        asked, backbone = self.ground.asked, self.backbone
+        states = {found.state.key: found.state for found in trained if found.state is not None}
+        recipes = twins(asked.lows, trained)
+        if not recipes:
+            return False
+        backbone = replace(backbone, adapted={**backbone.adapted, **states})
+        try:
+            self.graphs = exported(
+                *(self.request, asked.full, replace(asked, lows=recipes).exported, backbone),
+                *(self.workshop, self.bars, self.ground.parts.rows("fit")),
+            )
+        except ExportError as error:
+            self.notes.append(f"adapted graphs are left out: {error}")
+            return False
+        self.backbone = backbone
+        self.answer(recipes)
+        return True
+
+    def allows(self, pair: Pair) -> bool:
+        """Whether a lone image through both graphs stays within the latency budget."""
+        latency = sum(float(self.prices[name]["latency_ms"]["median"]) for name in pair)
+        budget = self.request.latency_budget_ms
+        return budget is None or latency <= budget
+
+    def shortlist(self) -> None:
+        """Price all graphs in one run, predict every cascade, list those that are worth a test."""
+        request, parts = self.request, self.ground.parts
+        names = list(dict.fromkeys([*self.lows, *self.highs, *self.beside, self.full]))
+        self.prices = self.workshop.price(self.graphs, names, request, self.bars)
+        ms = costs_ms(self.prices, self.full)
+        with self.bars.stage("predict on the fit split", len(self.lows)) as bar:
+            self.candidates = predict(
+                self.pairs,
+                parts.groups[parts.splits["fit"]],
+                self.ground.fidelity,
+                request.goal,
+                parts.certify_images,
+                ms,
+                ms[self.full],
+                request.seed,
+                bar.advance,
+            )
+        most = checks.choices_for(parts.certify_images, request.goal, MOST)
+        self.listed = shortlist(self.candidates, self.allows, most)
+
+
+def _adapt(road: _Road) -> list[Trained]:
+    """Train what the shortlist asks for, and make it anew with what came of that."""
+    ground, asked, fidelity = road.ground, road.ground.asked, road.ground.fidelity
+    adapting = Adapting(
+        *(road.request, ground.backbone, asked.full, road.graphs, ground.parts, fidelity),
+        (asked.lows, asked.highs),
+    )
+    recipes = adapting.remembered()
+    if recipes is None:
+        road.shortlist()
+        offered = bodies(asked.lows, asked.full)
+        recipes = wanted(offered, road.listed, road.pairs, road.graphs, fidelity, road.allows)
+        adapting.remember(recipes)
+    trained = adapting.train(recipes, road.workshop, road.bars)
+    if road.adopt(trained) or not road.prices:
+        road.shortlist()
+    return trained
 
 
 def costs_ms(prices: Prices, full: str) -> dict[str, float]:
@@ -234,17 +346,12 @@ def _divide(
 ) -> Parts:
     """The parts; images that cannot be read, or that are one group, are known only now."""
     try:
-        parts = Parts.divide(request, cache, head, bars)
+        parts = Parts.divide(request, cache, head, asked.learned, bars)
         checks.check_count(len(parts.places))
     except SplitError as error:
-        raise PlanError(f"{error}; {checks.needed(request)}") from None
-    checks.check_certify_images(parts.certify_images, parts.groups.tolist(), request)
+        raise PlanError(f"{error}; {checks.needed(request, asked)}") from None
+    checks.check_certify_images(parts.certify_images, parts.groups.tolist(), request, asked)
     return parts
-
-
-def _within_budget(pair: Pair, prices: Prices, request: Request) -> bool:
-    latency = sum(float(prices[name]["latency_ms"]["median"]) for name in pair)
-    return request.latency_budget_ms is None or latency <= request.latency_budget_ms
 
 
 def _test(

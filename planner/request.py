@@ -50,6 +50,7 @@ class Request:
         reference_images: how many images travel with the artifact, see `reference`.
         texts: labels in words, of which the model gets a zero-shot head; None: it has another.
         checkpoint: the weights of `timm:NAME`; None: the model has its own.
+        adapt_minutes: that training cheap graphs may take, together; None: none is trained.
     """
 
     model: str
@@ -73,6 +74,7 @@ class Request:
     test_share: float | None = None
     texts: Texts | None = None
     checkpoint: Path | None = None
+    adapt_minutes: float | None = None
 
 
 def recipes(option: str, text: str) -> Recipes:

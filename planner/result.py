@@ -10,6 +10,7 @@ from calibration.certify import images_needed
 from report.plan_page import cascade_marks, reference_name
 from report.words import milliseconds, setting
 
+from .adapting import figures
 from .plan import Planned
 from .select import Candidate, Tested, cascade_ms
 
@@ -20,6 +21,9 @@ PROCEDURE = (
     "at an equal share of delta (Bonferroni), thresholds within a cascade as a fixed sequence with "
     "exact binomial p-values. So with the stated confidence all certificates hold at once, and "
     "that of the chosen cascade holds whatever it was chosen by."
+)
+_ADAPTED = (
+    " Weights were adapted to images of neither split, nor to any that look like one of theirs."
 )
 
 
@@ -43,12 +47,14 @@ def to_dict(planned: Planned, notes: list[str]) -> dict[str, Any]:
             "loss": planned.fidelity.words("full model"),  # to be read after "an answer that"
             "latency_budget_ms": request.latency_budget_ms,
             "certify_images_needed": images_needed(request.goal),  # if none of them is lost
-            "procedure": PROCEDURE,
+            "procedure": PROCEDURE + (_ADAPTED if planned.states else ""),
         },
         "images": {
             "source": request.source.title,
+            **({"adapt": len(parts.set_aside)} if parts.set_aside else {}),
             **{name: len(rows) for name, rows in parts.splits.items()},
         },
+        "adaptation": _adaptation(planned),
         "measured_on": parts.measured,  # fit: cross-fitted
         "served": {
             "instances": request.instances,
@@ -119,6 +125,23 @@ def outcome(content: Mapping[str, Any]) -> dict[str, str]:
     return {"case": case, "sentence": sentence}
 
 
+def _adaptation(planned: Planned) -> dict[str, Any] | None:
+    """What was trained for the plan; None: nothing was to be."""
+    if planned.request.adapt_minutes is None:
+        return None
+    return {
+        "minutes": planned.request.adapt_minutes,
+        "trained": [
+            {
+                "recipe": str(found.recipe),
+                "adapted": None if found.state is None else found.state.key,
+                "line": found.line,
+            }
+            for found in planned.trained
+        ],
+    }
+
+
 def _best_alternative(planned: Planned) -> dict[str, Any] | None:
     """The cheapest single graph that agrees with the reference at least as often as the cascade.
 
@@ -163,6 +186,7 @@ def _graph(planned: Planned, name: str) -> dict[str, Any]:
         "reference": name == planned.full,
     }
     aligned, price = planned.aligned.get(name), planned.prices[name]
+    state = planned.states.get(planned.graphs.graphs[name].recipe.adapted or "")
     return {
         "recipe": planned.graphs.graphs[name].record.recipe,
         "roles": [role for role, plays in roles.items() if plays],
@@ -170,6 +194,7 @@ def _graph(planned: Planned, name: str) -> dict[str, Any]:
         "ms_per_image": planned.ms[name],
         **{key: price[key] for key in _PRICED},
         "alignment": None if aligned is None else aligned.to_dict(),
+        "adapted": None if state is None else figures(state),
     }
 
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adaptation.request import Request as Lesson
 from bundle.alignment import Alignment
+from bundle.fidelity import FidelityLoss
 from bundle.graphs import GraphSet
 from calibration.images import ImageSource
 from export.request import GraphsRequest, spread
@@ -22,6 +25,7 @@ from report.terminal import Bars
 from .request import Request
 
 if TYPE_CHECKING:
+    from adaptation.result import Result
     from export.backbones import Backbone
 
 PRICED_IMAGES = 32
@@ -48,6 +52,27 @@ class Workshop:
         from export.align import align
 
         return align(graphs, name, alignment)
+
+    def adapt(
+        self,
+        backbone: Backbone,
+        graphs: GraphSet,
+        lesson: Lesson,
+        fidelity: FidelityLoss,
+        bars: Bars,
+    ) -> Result:
+        """Train a recipe of a loaded model, or go on where that was stopped.
+
+        A head that was fitted for the graphs is what the answers are judged by.
+        """
+        from adaptation.distil import UNFINISHED, distil
+        from export.probe import earlier_probe
+
+        if graphs.fitted_on:
+            probe = earlier_probe(graphs)
+            backbone = backbone.with_probe(probe.linear, probe.labels)
+        lesson = replace(lesson, resume=(lesson.out / UNFINISHED).is_file())
+        return distil(backbone, lesson, fidelity, bars)
 
     def share(self, graphs: GraphSet, folder: Path) -> GraphSet:
         """Store once what graphs in a folder share."""

@@ -106,4 +106,6 @@ def _part_words(part: str) -> str:
         return count_of(int(value), "block")
     if name == "tome":
         return f"{count_of(int(value), 'token')} merged per block"
+    if name == "adapted":
+        return f"adapted ({value})"
     return _PRECISIONS.get(part, part)

@@ -70,12 +70,12 @@ def lesson(backbone: Backbone, asked: Request, device: Device | None = None) -> 
     teacher = Teacher(backbone, PX, asked.cache, asked.seed, device)
     images = teacher.read_images(asked.source, asked.rows, QUIET)
     learned, held_out = road.divide(images, asked)
-    teacher.answer(asked.source, images, learned, road.VIEWS, QUIET)
+    teacher.answer(asked.source, images, learned, asked.views, QUIET)
     return Lesson(
         teacher,
         [images.keys[row] for row in learned],
         [images.keys[row] for row in held_out],
-        road.VIEWS,
+        asked.views,
         asked.seed,
         Objective(backbone.task),
         road.judged_by(backbone.task, None, None),

@@ -60,6 +60,7 @@ def graph(name):
         "cpu_cost_ratio": spread(ratio) if name != "vit_high" else spread(1.0, 0.0),
         "disturbed": False,
         "alignment": curve if recipe.endswith("align") else None,
+        "adapted": None,
     }
 
 
@@ -144,6 +145,7 @@ def plan_content(**changes):
             "procedure": "The shortlist was made on the fit split; each cascade was tested.",
         },
         "images": {"source": "crops", "fit": 576, "certify": 560, "test": 288},
+        "adaptation": None,
         "measured_on": "test",
         "served": {"instances": 2, "threads": 1, "batch": 8},
         "disturbed": False,

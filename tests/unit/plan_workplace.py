@@ -9,22 +9,28 @@ import contextlib
 import io
 from collections import Counter
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
+import torch
 import transformers
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from rich.console import Console
+from safetensors.numpy import save_file
 
 from bundle import manifest
+from bundle.adapted import Adapted
 from bundle.graphs import HIGH, LOW, REFERENCE, Graph, GraphsError, GraphSet
+from bundle.prints import encode
 from bundle.recipe import Recipe
 from calibration.certify import Goal
 from calibration.fidelity import Fidelity
 from calibration.images import SourceImage
 from export.align import align
 from export.backbones import Backbone
+from export.request import see
 from imaging import ImageError, Preprocessing
 from planner.plan import choose_rungs, make_plan
 from planner.request import Request, recipes
@@ -121,10 +127,13 @@ def write_graph(path, seen, shift, head=True):
     onnx.save(model, path)
 
 
-def write_shelf(folder, texts, learned="", head=True, task="classes", adds=False, taught=""):
+def write_shelf(
+    folder, texts, learned="", head=True, task="classes", adds=False, taught="", states=None
+):
     """What an export leaves: graphs by their recipes, the full model the last; the first is low.
 
     With `adds`, graphs of before stay, as the exporter's do: all but those of other int8 ranges.
+    Adapted graphs, of these states by their keys, look at more of the image, hardly shifted.
     """
     folder.mkdir(parents=True, exist_ok=True)
     graphs = _of_before(folder, learned) if adds else {}
@@ -134,13 +143,17 @@ def write_shelf(folder, texts, learned="", head=True, task="classes", adds=False
         if name in graphs:
             continue
         file = folder / f"{name}.onnx"
-        cheap = recipe.px < SIZE  # a graph of merged tokens answers as the full model does
+        cheap = (
+            recipe.px < SIZE and not recipe.adapted
+        )  # a graph of merged tokens answers as the full model does
         shift = 1.5 * cheap + 0.05 * (recipe.precision != "fp32") + 0.01 * (recipe.depth or 0)
         shift += 0.001 * recipe.px  # no two graphs are the same file
-        write_graph(file, SIZE // 2 if cheap else SIZE, shift, head)
+        seen = SIZE - 3 if recipe.adapted else SIZE // 2 if cheap else SIZE
+        write_graph(file, seen, shift, head)
         record = RungRecord(recipe.px, str(recipe), manifest.sha256_file(file), layers=LAYERS)
         ranges = learned if recipe.precision == "int8=static" else ""
-        graphs[name] = Graph(name, record, file, ranges)
+        adapted = states[recipe.adapted].image_prints if recipe.adapted else ""
+        graphs[name] = Graph(name, record, file, ranges, adapted)
     GraphSet(
         backbone="tiny",
         image_shape=(3, SIZE, SIZE),
@@ -180,10 +193,28 @@ def tiny_backbone(class_name="ViTForImageClassification", task=None):
         patch_size=1,
         num_labels=CLASSES,
     )
+    torch.manual_seed(0)  # a state is of these weights
     model = getattr(transformers, class_name)(config)
     return Backbone(
         "tiny", {}, model, None, (SIZE // 2, SIZE), lambda px: PREPROCESSING, own_task=task
     )
+
+
+def write_state(folder, recipe, source, places, minutes=3.0, backbone=None):
+    """What `python -m adaptation distil` leaves, learned from these images of a source."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = np.array([*str(recipe).encode(), minutes, *places])  # others from other images
+    save_file({"w": weights}, folder / "adapted.safetensors")
+    seen = [see(source[place].data, PREPROCESSING)[1:] for place in places]
+    return Adapted(
+        folder=folder,
+        recipe=recipe,
+        teacher=(backbone or tiny_backbone()).weights_sha256,
+        image_px=SIZE,
+        sha256="",
+        image_prints=encode([sha256 for sha256, _ in seen], np.stack([look for _, look in seen])),
+        about={"minutes": minutes},
+    ).save()
 
 
 class FakeWorkshop:
@@ -193,13 +224,13 @@ class FakeWorkshop:
     and `loaded` for which requests a model was.
     The head has learned from the images of the prints `taught`. The clock of the first `busy`
     pricings shows every graph but the full one `BUSY` times as dear, both times that they are
-    measured.
+    measured. `lessons` are the trainings that were asked for; one `helps`, or raises it.
     """
 
-    def __init__(self, ms=None, head=True, model=None, task=None, busy=0, taught=""):
+    def __init__(self, ms=None, head=True, model=None, task=None, busy=0, taught="", helps=True):
         self.used = Counter()
         self.loaded, self.exports, self.made, self.priced = [], [], [], []
-        self._taught = taught
+        self._taught, self.helps, self.lessons = taught, helps, []
         self._busy, self._ms, self._head, self._task = busy, ms or MS, head, task
         self._model = model or ("ViTForImageClassification" if head else "ViTModel")
 
@@ -213,7 +244,7 @@ class FakeWorkshop:
         learned = "" if asked.fit_images is None else asked.fit_images.prints
         texts, task = map(str, (asked.low, *asked.beside)), self._task or "classes"
         before = dict(_of_before(asked.out, learned)) if asked.adds else {}
-        more = {"adds": asked.adds, "taught": self._taught}
+        more = {"adds": asked.adds, "taught": self._taught, "states": backbone.adapted}
         graphs = write_shelf(asked.out, texts, learned, self._head, task, **more)
         self.made += [name for name in graphs.graphs if name not in before]
         self.used["export"] += len(graphs.graphs) - len(before)
@@ -222,6 +253,17 @@ class FakeWorkshop:
     def align(self, graphs, name, alignment):
         self.used["align"] += 1
         return align(graphs, name, alignment)
+
+    def adapt(self, backbone, graphs, lesson, fidelity, bars):
+        self.used["adapt"] += 1
+        self.lessons.append(lesson)
+        if isinstance(self.helps, BaseException):
+            raise self.helps
+        state = None
+        if self.helps:
+            more = {"minutes": lesson.minutes, "backbone": backbone}
+            state = write_state(lesson.out, lesson.recipe, lesson.source, lesson.rows, **more)
+        return SimpleNamespace(adapted=state, lines=lambda: ["on 35 held-out images: …", "next"])
 
     def share(self, graphs, folder):
         return Workshop().share(graphs, folder)

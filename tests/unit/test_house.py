@@ -50,7 +50,7 @@ ARROWS = {
     "demo": {"bundle", "calibration", "client", "imaging", "perf", "report", "routing", "server"},
 }
 # What it may start as a command besides: the demo is the commands of the README.
-COMMANDS = {"demo": {"export", "planner"}}
+COMMANDS = {"demo": {"adaptation", "export", "planner"}}
 OPTIONS = {"pi_heif"}  # used where it is installed
 IN_TRITON = sorted(
     path.relative_to(ROOT).as_posix()

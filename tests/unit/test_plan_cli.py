@@ -81,6 +81,24 @@ def test_a_plan_is_printed_and_written_with_its_page_and_its_rungs(run, tmp_path
     assert (tmp_path / "build/plan/plan.html").stat().st_size > 10_000
 
 
+def test_a_plan_that_adapts_says_so_wherever_it_is_read(run, tmp_path):
+    code, out, err = run(*PLAN, "--images", "images", "--max-risk", 0.07, "--adapt", 2.5)
+    assert code == 0, err
+    content = json.loads((tmp_path / "build/plan/plan.json").read_text())
+    recipe, lines = content["chosen"]["low_recipe"], out.splitlines()
+    assert "adapted=" in recipe and content["images"]["adapt"] == 350
+    assert f"  cheap graph: {recipe} (adapted in 2.5 minutes to 350 images)" in lines
+    (trained,) = content["adaptation"]["trained"]
+    assert trained["line"] in lines and trained["line"] in err.replace("\n", "")
+    page = " ".join(" ".join(Page(tmp_path / "build/plan/plan.html").sections.values()).split())
+    assert f"4 px, adapted ({trained['adapted']})" in page
+    assert "cheap candidate; adapted in 2.5 minutes to 350 images" in page
+    assert "adapt 350 set aside to adapt the weights of cheap graphs to" in page
+    _try_next_command(next(line for line in lines if line.startswith("next: ")))
+    served = json.loads((tmp_path / "build/plan/onnx/graphs.json").read_text())
+    assert served["graphs"][content["chosen"]["low"]]["adapted_on"]
+
+
 def _try_next_command(line):
     """The command that was printed, but for where it writes, is one that works."""
     _, _, _, module, *arguments = shlex.split(line)
@@ -162,6 +180,12 @@ def test_where_nothing_is_certified_it_says_so_and_can_fail(run, tmp_path):
         ),
         (("--images", "images", *RISK, "--group-by", "colour"), "'colour' is none of"),
         (("--images", "images", *RISK, "--limit", 0), "--limit"),
+        (("--images", "images", *RISK, "--adapt", 0.5), "--adapt 0.5 is no time to train in"),
+        (("--images", "images", *RISK, "--adapt", 9, "--limit", 90), "90 groups of images are too"),
+        (
+            ("--images", "images", *RISK, "--candidates", "px=4,adapted=nowhere"),
+            "--candidates px=4,adapted=nowhere: adapted=nowhere: no",
+        ),
         (("--images", "images", *RISK, "--instances", 0), "--instances"),
         (("--images", "images", *RISK, "--limit", 20), "20 images are too few to split"),
         (("--images", "images", *RISK, "--test-share", 0.9), "--test-share"),

@@ -52,6 +52,7 @@ def test_counts():
         ("px=224,int8", "224 px, int8 (dynamic)"),
         ("depth=1,tome=1,fp16", "1 block, 1 token merged per block, fp16"),
         ("fp32", "fp32"),
+        ("px=98,adapted=0123456789ab,int8", "98 px, adapted (0123456789ab), int8 (dynamic)"),
         ("px=98,sparse=2", "98 px, sparse=2"),
     ],
 )

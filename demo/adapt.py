@@ -1,0 +1,44 @@
+"""What adaptation is worth on pictures of many kinds: cheap graphs as they are, aligned, adapted.
+
+Six crops of each picture, at several scales; no picture is on both sides. A linear head knows the
+kinds of some of the pictures to learn from; training sees no label.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from report.terminal import Bars
+
+from .pictures import OUT as PICTURES
+from .pictures import divide_in_two, make_pictures
+from .steps import DemoError, console
+
+OUT = Path("build/adapt")
+CROPS = 6
+# The trainings; all else takes some ten minutes on two cores.
+MINUTES = 24
+
+
+def run_adapt(bars: Bars) -> None:
+    """Make the pictures and run the study.
+
+    Raises:
+        DemoError: the pictures cannot be had, or the study failed.
+    """
+    make_pictures(PICTURES, 1, bars)
+    make_pictures(OUT / "pictures", CROPS, bars)
+    counts = divide_in_two(OUT / "pictures", OUT / "divided")
+    bars.say(f"{counts['learn']} pictures to learn from, {counts['test']} others to judge by")
+    command = (
+        "adaptation study --model dinov2-small --recipes 'px=84; px=112' "
+        f"--images {OUT}/divided/learn --test {OUT}/divided/test --head-images {PICTURES}/head "
+        f"--group-by folder --views 1 --minutes {MINUTES} --cache {OUT}/teacher --out {OUT}"
+    )
+    console.print(f"$ python -m {command}", style="dim", markup=False, highlight=False)
+    done = subprocess.run([sys.executable, "-m", *shlex.split(command)])
+    if done.returncode != 0:
+        raise DemoError(f"the study failed with exit code {done.returncode}")
