@@ -19,7 +19,7 @@ from export.errors import ExportError
 from export.request import Texts
 from report.terminal import Bars, run, table
 
-from .request import BATCH, CACHE, MINUTES, VIEWS, AdaptationError, Request
+from .request import BATCH, CACHE, MINUTES, VIEWS, AdaptationError, Request, judged_by
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from bundle.fidelity import FidelityLoss
@@ -207,8 +207,6 @@ def _loaded(
     # torch and transformers take seconds to import; --help and other checks do not need them.
     from export.pretrained import load_backbone
     from export.probe import fit_probe
-
-    from .distil import judged_by
 
     bars.say(f"load {model}")
     backbone = load_backbone(model, texts, checkpoint=checkpoint)

@@ -51,17 +51,6 @@ TRIAL = 0.05  # of the steps, for each of the settings
 UNFINISHED = ".unfinished.pt"
 
 
-def judged_by(task: str | None, kind: str | None, tolerance: float | None) -> FidelityLoss:
-    """When an answer is acceptable; of a value, unless it is said, by the cosine of embeddings.
-
-    Raises:
-        FidelityError: it means nothing for what the model answers.
-    """
-    if task == "value" and kind is None:
-        kind = "cosine"
-    return FidelityLoss.asked(task, kind, tolerance)
-
-
 def distil(backbone: Backbone, request: Request, fidelity: FidelityLoss, bars: Bars) -> Result:
     """Train a recipe's weights to answer as the full model, and write them where that helped.
 

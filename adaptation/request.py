@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from bundle.fidelity import FidelityLoss
 from bundle.recipe import Recipe
 from calibration.images import ImageSource
 from calibration.splits import GROUPINGS, check_grouping
@@ -108,3 +109,14 @@ def check_images(groups: int) -> None:
             f"{groups} images or groups of them are too few to learn from, {LEAST_GROUPS} are "
             "needed; some hundreds are worth the time"
         )
+
+
+def judged_by(task: str | None, kind: str | None, tolerance: float | None) -> FidelityLoss:
+    """When an answer is acceptable; of a value, unless it is said, by the cosine of embeddings.
+
+    Raises:
+        FidelityError: it means nothing for what the model answers.
+    """
+    if task == "value" and kind is None:
+        kind = "cosine"
+    return FidelityLoss.asked(task, kind, tolerance)

@@ -17,7 +17,7 @@ from rich.console import Console
 from adaptation import distil as road
 from adaptation.device import Device
 from adaptation.objective import Objective
-from adaptation.request import Request
+from adaptation.request import Request, judged_by
 from adaptation.result import Result, written
 from adaptation.teacher import Teacher
 from adaptation.training import Lesson, Settings
@@ -61,7 +61,7 @@ def adapt(backbone: Backbone, asked: Request, bars: Bars = QUIET) -> Result:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(road, "SETTINGS", QUICK)
         patch.setattr(Device, "find", one_thread)
-        return road.distil(backbone, asked, road.judged_by(backbone.task, None, None), bars)
+        return road.distil(backbone, asked, judged_by(backbone.task, None, None), bars)
 
 
 def lesson(backbone: Backbone, asked: Request, device: Device | None = None) -> Lesson:
@@ -78,7 +78,7 @@ def lesson(backbone: Backbone, asked: Request, device: Device | None = None) -> 
         asked.views,
         asked.seed,
         Objective(backbone.task),
-        road.judged_by(backbone.task, None, None),
+        judged_by(backbone.task, None, None),
         device,
         asked.batch,
     )

@@ -13,7 +13,7 @@ import torch
 from adaptation import distil as road
 from adaptation.__main__ import ERRORS
 from adaptation.device import Device
-from adaptation.request import AdaptationError
+from adaptation.request import AdaptationError, judged_by
 from adaptation.study import SHARES, Subject, study
 from bundle.adapted import Adapted
 from bundle.recipe import Recipe
@@ -52,7 +52,7 @@ def quick(monkeypatch):
 
 def subject(backbone, folder: Path, learn: Path, test: Path, recipes=("px=8",)) -> Subject:
     asked = replace(request(folder, learn, epochs=6, views=1), out=folder / "states")
-    fidelity = road.judged_by(backbone.task, None, None)
+    fidelity = judged_by(backbone.task, None, None)
     found = [Recipe.parse(recipe) for recipe in recipes]
     return Subject(backbone, found, FolderImages(test), 1.0, asked, fidelity)
 

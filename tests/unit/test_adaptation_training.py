@@ -11,9 +11,8 @@ import torch
 
 from adaptation import distil as road
 from adaptation import training
-from adaptation.distil import judged_by
 from adaptation.objective import Objective
-from adaptation.request import AdaptationError
+from adaptation.request import AdaptationError, judged_by
 from adaptation.result import written
 from adaptation.training import Held, Run, Settings, fitting, schedule
 from bundle.adapted import Adapted
