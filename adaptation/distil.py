@@ -119,6 +119,10 @@ def divide(images: Images, request: Request) -> tuple[list[int], list[int]]:
     return np.flatnonzero(~held_out).tolist(), np.flatnonzero(held_out).tolist()
 
 
+class _StoppedError(Exception):
+    """Training was stopped by the user, between two steps."""
+
+
 class _Training:
     """Start, search, training and verdict of one student."""
 
@@ -180,7 +184,7 @@ class _Training:
             run, notes = self._resumed(unfinished)
         else:
             run, notes = self._begun()
-        with interrupts() as stopped:
+        with interrupts() as stopped, contextlib.suppress(_StoppedError):
             try:
                 self._train(run, notes, stopped)
             except DivergedError as error:
@@ -306,8 +310,9 @@ class _Training:
                     title = f"train {self._request.recipe}: held-out {held.acceptable:.1%}"
                 bar.describe(f"{title}, loss {loss:.3f}")
                 bar.advance()
-        if stopped:
-            self._keep(run, notes)
+            if stopped:
+                self._keep(run, notes)
+                raise _StoppedError  # out of the stage, whose bar stays where it is
 
     def _keep(self, run: Run, notes: dict[str, Any]) -> None:
         """Write what `--resume` goes on with; training goes on where that cannot be."""

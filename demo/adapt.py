@@ -13,7 +13,6 @@ from pathlib import Path
 
 from report.terminal import Bars
 
-from .pictures import OUT as PICTURES
 from .pictures import divide_in_two, make_pictures
 from .steps import DemoError, console
 
@@ -29,13 +28,13 @@ def run_adapt(bars: Bars) -> None:
     Raises:
         DemoError: the pictures cannot be had, or the study failed.
     """
-    make_pictures(PICTURES, 1, bars)
-    make_pictures(OUT / "pictures", CROPS, bars)
-    counts = divide_in_two(OUT / "pictures", OUT / "divided")
+    pictures = OUT / "pictures"
+    make_pictures(pictures, CROPS, bars)
+    counts = divide_in_two(pictures, OUT / "divided")
     bars.say(f"{counts['learn']} pictures to learn from, {counts['test']} others to judge by")
     command = (
         "adaptation study --model dinov2-small --recipes 'px=84; px=112' "
-        f"--images {OUT}/divided/learn --test {OUT}/divided/test --head-images {PICTURES}/head "
+        f"--images {OUT}/divided/learn --test {OUT}/divided/test --head-images {pictures}/head "
         f"--group-by folder --views 1 --minutes {MINUTES} --cache {OUT}/teacher --out {OUT}"
     )
     console.print(f"$ python -m {command}", style="dim", markup=False, highlight=False)

@@ -141,7 +141,6 @@ def test_adapting_is_a_command_that_a_user_can_type(packages, tmp_path, monkeypa
         return subprocess.CompletedProcess(command, len(asked) - 1)
 
     monkeypatch.setattr(adapt, "CROPS", 2)
-    make_pictures(pictures.OUT, 1, QUIET)
     make_pictures(adapt.OUT / "pictures", 2, QUIET)
     monkeypatch.setattr(adapt.subprocess, "run", study)
     adapt.run_adapt(QUIET)
