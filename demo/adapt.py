@@ -18,8 +18,8 @@ from .steps import DemoError, console
 
 OUT = Path("build/adapt")
 CROPS = 6
-# The trainings; all else takes some ten minutes on two cores.
-MINUTES = 24
+# The trainings; all else takes some sixteen minutes on two cores.
+MINUTES = 21
 
 
 def run_adapt(bars: Bars) -> None:
