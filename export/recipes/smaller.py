@@ -80,7 +80,8 @@ def _bake_biases(base: nn.Module, side: int) -> None:
     for name in found:
         part: Any = base.get_submodule(name)
         if index is None:
-            index = part.generate_relative_position_index((side, side))
+            # The library remembers it, perhaps from inference mode, which no training takes.
+            index = part.generate_relative_position_index((side, side)).clone()
         base.set_submodule(name, _Biases(part((side, side))[0], index))
 
 

@@ -290,3 +290,13 @@ def test_minutes_bound_the_training_and_too_few_say_how_many(models, images, tmp
     found = adapt(backbone, replace(asked, minutes=0.05), bars)
     assert found.about["steps"]["of"] >= road.LOOKS and found.minutes < 1
     assert found.about["steps"]["taken"] > 0 and np.isfinite(found.best.distance)
+
+
+def test_a_model_that_has_answered_in_inference_mode_can_learn(images, tmp_path):
+    # BEiT's places of patches are remembered by the library, from whoever asked first.
+    folder = save_tiny(tmp_path / "beit", "BeitModel")
+    with torch.inference_mode():
+        pretrained(str(folder)).reference(torch.zeros(1, 3, PX, PX), 8)
+    backbone = pretrained(str(folder))
+    run = Run(backbone.trainable(Recipe(8)), taught(backbone, tmp_path, images), Settings(1e-3), 2)
+    run.take_step()
