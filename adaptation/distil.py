@@ -249,7 +249,7 @@ class _Training:
         lesson, request = self._lesson, self._request
         steps = (request.epochs or 1) * lesson.steps_per_epoch
         if request.epochs is None:
-            steps = self._affordable(start)
+            steps = self._affordable()
         trial = max(2, round(TRIAL * steps))
         found: list[tuple[float, Settings]] = []
         trials = []
@@ -270,7 +270,7 @@ class _Training:
         self._bars.say(f"{settings}, {steps:,} steps of {lesson.batch}")
         return settings, steps, trials
 
-    def _affordable(self, start: Weights) -> int:
+    def _affordable(self) -> int:
         """How many steps fit into the minutes, trials and looks included."""
         lesson = self._lesson
         run = Run(self._student, lesson, SETTINGS[0], 8, self._patches)
