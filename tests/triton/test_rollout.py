@@ -363,9 +363,10 @@ def test_a_switched_repository_is_served_by_a_new_server_and_can_be_measured(
         time.sleep(0.5)  # a request is counted a moment after its answer
         asker = Asker(target, pool, has_head=False)
         found = attribute(target, asker, ensemble, range(BATCH), 0.0, lambda: None)
-    # Both versions have counters; a share of time that is nobody's would be below zero.
+    # Both versions have counters; time that is nobody's would be far below zero. A server may
+    # count a little of the time after its answer has arrived.
     assert found["requests"] == BATCH
-    assert all(part["ms"] >= 0 for part in found["parts"]), found
+    assert all(part["ms"] >= -0.05 * found["total_ms"] for part in found["parts"]), found
 
 
 # --- refused, and the old version goes on --------------------------------------------------------
