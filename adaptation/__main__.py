@@ -107,11 +107,16 @@ def distil_command(
         batch=batch,
         views=views,
     )
-    from .distil import distil
+    from .distil import UNFINISHED, distil
 
     bars = Bars(Console(stderr=True))
     backbone, asked = _loaded(model, texts, checkpoint, head_images, px, fidelity, tolerance, bars)
-    result = distil(backbone, request, asked, bars)
+    try:
+        result = distil(backbone, request, asked, bars)
+    except KeyboardInterrupt:
+        if (out / UNFINISHED).is_file():
+            bars.say("the same command with --resume goes on")
+        raise
     if as_json:
         typer.echo(json.dumps(result.about, allow_nan=False))
     for line in result.lines():

@@ -46,8 +46,8 @@ HELD_OUT = 0.1  # of the groups
 FEWEST_HELD_OUT, MOST_HELD_OUT = 10, 400  # groups; images: each look runs the student on them
 LOOKS = 12  # at the held-out images in a training
 # Gentle rates keep what the weights know: at 1e-4 they first forget much of it.
-SETTINGS = (Settings(1e-5), Settings(3e-5))
-TRIAL = 0.05  # of the steps, for each of the settings
+SETTINGS = (Settings(1e-5), Settings(3e-5), Settings(3e-5, decay=0.8), Settings(3e-5, frozen=0.5))
+TRIAL = 0.03  # of the steps, for each of the settings
 UNFINISHED = ".unfinished.pt"
 
 
@@ -193,7 +193,7 @@ class _Training:
                 self._bars.say(f"{error}; training ends with the best state before")
         result = self._verdict(run, notes)
         if stopped:
-            self._bars.say("stopped; the same command with --resume goes on")
+            self._bars.say("stopped; what was learned is kept")
             raise KeyboardInterrupt
         unfinished.unlink(missing_ok=True)
         return result

@@ -44,14 +44,18 @@ class Settings:
     Attributes:
         rate: the highest learning rate, of the last block.
         decay: of the rate from each block to the one before; 1: all learn alike.
+        frozen: share of the blocks, from the first, that keep their weights, with the embeddings
+            before them; 0: everything learns.
     """
 
     rate: float
     decay: float = 1.0
+    frozen: float = 0.0
 
     def __str__(self) -> str:
         """For people to read."""
-        return f"learning rate {self.rate:g}, layer-wise decay {self.decay:g}"
+        said = f"learning rate {self.rate:g}, layer-wise decay {self.decay:g}"
+        return f"{said}, the first {self.frozen:.0%} frozen" if self.frozen else said
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,7 @@ class Run:
     """A student under training.
 
     Attributes:
-        student: with all weights of its transformer trainable.
+        student: with all weights of its transformer.
         lesson: what it learns.
         settings: how.
         steps: of the whole schedule.
@@ -296,12 +300,15 @@ def schedule(step: int, steps: int) -> float:
 
 
 def _groups(student: AdaptedRung, settings: Settings) -> list[dict[str, Any]]:
-    """Each weight that is trained, with its rate; vectors are not decayed."""
+    """Each weight that is trained, with its rate; vectors have no weight decay."""
     layers = blocks(student.model)
     below = {id(p): len(layers) - n for n, b in enumerate(layers) for p in b.parameters()}
     embeddings = student.tower.get_submodule("embeddings")
     below |= dict.fromkeys(map(id, embeddings.parameters()), len(layers) + 1)
+    frozen = round(settings.frozen * len(layers))
+    least = len(layers) - frozen if frozen else len(layers) + 1  # depth of the lowest that learns
     groups = [(weight, below.get(id(weight), 0)) for weight in student.tower.parameters()]
+    groups = [(weight, depth) for weight, depth in groups if depth <= least]
     if student.alignment is not None:
         groups += [(weight, 0) for weight in student.alignment.parameters()]
     return [

@@ -243,7 +243,8 @@ class Adapting:
         try:
             result = workshop.adapt(self._backbone, self._graphs, lesson, self._fidelity, bars)
         except AdaptationError as error:
-            words = str(error).replace("--minutes", "--adapt")  # as it is called here
+            # As it is called here; a training that was stopped goes on by itself.
+            words = str(error).replace("--minutes", "--adapt").replace(" with --resume", " again")
             if sharing > 1:
                 words += f" (of --adapt {self._request.adapt_minutes:g} each of {sharing} recipes"
                 words += f" gets {minutes:g})"

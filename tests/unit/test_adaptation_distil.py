@@ -134,7 +134,7 @@ def test_the_first_interrupt_keeps_the_best_state(backbone, asked):
     assert files(asked.out) == {NAME, WEIGHTS, UNFINISHED}
     state = Adapted.load(asked.out)
     assert state.about["steps"]["taken"] == 6 < state.about["steps"]["of"]
-    assert bars.lines[-1] == "stopped; the same command with --resume goes on"
+    assert bars.lines[-1] == "stopped; what was learned is kept"
     # It can be begun again only by going on, or by removing what is there.
     with pytest.raises(AdaptationError, match="was stopped; add --resume to go on with it, or rem"):
         adapt(backbone, asked)
@@ -148,7 +148,7 @@ def test_the_second_interrupt_does_not_wait(backbone, asked):
     with pytest.raises(KeyboardInterrupt):
         adapt(backbone, asked, bars)
     assert steps[-1] == 3 and NAME not in files(asked.out)
-    assert "stopped; the same command with --resume goes on" not in bars.lines
+    assert "stopped; what was learned is kept" not in bars.lines
     # What was kept at the looks before is still there to go on with.
     assert adapt(backbone, replace(asked, resume=True)).adapted is not None
 

@@ -247,7 +247,9 @@ def test_ctrl_c_at_the_command_line_and_going_on(arguments, tmp_path, monkeypatc
         patch.setattr(command_line, "Bars", lambda console: bars)
         done = commands.run("adaptation", *arguments, "--epochs", "12")
     assert done.code == 130 and "Traceback" not in done.err
-    assert bars.lines[-1] == "stopped; the same command with --resume goes on"
+    assert bars.lines[-2] == "stopped; what was learned is kept"
+    assert bars.lines[-1] == "the same command with --resume goes on"
+    assert done.err.splitlines()[-1] == "interrupted"
     refused = commands.run("adaptation", *arguments, "--epochs", "12")
     assert refused.code == 2 and "add --resume to go on with it" in refused.err
     done = commands.run("adaptation", *arguments, "--epochs", "12", "--resume")

@@ -224,6 +224,21 @@ def test_the_rate_rises_and_falls_and_shrinks_from_block_to_block(models):
     assert len(groups) == len(list(student.tower.parameters())) + 2
 
 
+def test_frozen_blocks_and_the_embeddings_before_them_keep_their_weights(models, tmp_path, images):
+    backbone = models["Dinov2Model"]
+    student = backbone.trainable(Recipe(8))
+    layers = blocks(student.model)
+    half = len(layers) // 2
+    parts = [student.tower.embeddings, *layers[:half]], layers[half:]
+    kept, trained = ([p for part in some for p in part.parameters()] for some in parts)
+    before = [[weight.detach().clone() for weight in some] for some in (kept, trained)]
+    run = Run(student, taught(backbone, tmp_path, images), Settings(1e-3, frozen=0.5), 2)
+    run.take_step()
+    assert all(map(torch.equal, kept, before[0])) and kept
+    assert not all(map(torch.equal, trained, before[1])) and trained
+    assert all(weight.grad is None for weight in kept)
+
+
 class SmallGpu:
     """A student's forward pass that takes so many views at most while it learns."""
 
