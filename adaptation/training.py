@@ -42,10 +42,12 @@ class Settings:
     """What the search chooses.
 
     Attributes:
-        rate: the highest learning rate, of the last block.
-        decay: of the rate from each block to the one before; 1: all learn alike.
-        frozen: share of the blocks, from the first, that keep their weights, with the embeddings
-            before them; 0: everything learns.
+        rate: the highest learning rate, of what follows the blocks; the last block's is
+            `rate * decay`.
+        decay: of the rate from each block to the one before, and from the first block to all that
+            precedes it; 1: all learn alike.
+        frozen: share of the blocks, from the first, that keep their weights, with all that precedes
+            them; 0: everything learns.
     """
 
     rate: float
@@ -303,8 +305,9 @@ def _groups(student: AdaptedRung, settings: Settings) -> list[dict[str, Any]]:
     """Each weight that is trained, with its rate; vectors have no weight decay."""
     layers = blocks(student.model)
     below = {id(p): len(layers) - n for n, b in enumerate(layers) for p in b.parameters()}
-    embeddings = student.tower.get_submodule("embeddings")
-    below |= dict.fromkeys(map(id, embeddings.parameters()), len(layers) + 1)
+    order = list(map(id, student.tower.parameters()))  # every family has them in the order it runs
+    first = next(n for n, weight in enumerate(order) if weight in below)
+    below |= dict.fromkeys(order[:first], len(layers) + 1)
     frozen = round(settings.frozen * len(layers))
     least = len(layers) - frozen if frozen else len(layers) + 1  # depth of the lowest that learns
     groups = [(weight, below.get(id(weight), 0)) for weight in student.tower.parameters()]

@@ -224,19 +224,50 @@ def test_the_rate_rises_and_falls_and_shrinks_from_block_to_block(models):
     assert len(groups) == len(list(student.tower.parameters())) + 2
 
 
-def test_frozen_blocks_and_the_embeddings_before_them_keep_their_weights(models, tmp_path, images):
-    backbone = models["Dinov2Model"]
+SHARED = {"use_relative_position_bias": False, "use_shared_relative_position_bias": True}
+# What lies before the blocks, beside the embeddings.
+BEFORE = [
+    ("Dinov2Model", {}, []),
+    ("CLIPVisionModel", {}, ["pre_layrnorm"]),
+    ("BeitForImageClassification", SHARED, ["shared_position_bias"]),
+    ("Data2VecVisionModel", SHARED, ["encoder.relative_position_bias"]),
+]
+
+
+@pytest.mark.parametrize(("name", "config", "before"), BEFORE)
+def test_frozen_blocks_and_the_embeddings_before_them_keep_their_weights(
+    name, config, before, tmp_path, images
+):
+    backbone = pretrained(str(save_tiny(tmp_path / "model", name, **config)))
     student = backbone.trainable(Recipe(8))
     layers = blocks(student.model)
     half = len(layers) // 2
-    parts = [student.tower.embeddings, *layers[:half]], layers[half:]
+    first = [student.tower.get_submodule(part) for part in ["embeddings", *before]]
+    parts = [*first, *layers[:half]], layers[half:]
     kept, trained = ([p for part in some for p in part.parameters()] for some in parts)
-    before = [[weight.detach().clone() for weight in some] for some in (kept, trained)]
+    was = [[weight.detach().clone() for weight in some] for some in (kept, trained)]
     run = Run(student, taught(backbone, tmp_path, images), Settings(1e-3, frozen=0.5), 2)
     run.take_step()
-    assert all(map(torch.equal, kept, before[0])) and kept
-    assert not all(map(torch.equal, trained, before[1])) and trained
+    assert all(map(torch.equal, kept, was[0])) and all(list(p.parameters()) for p in first)
+    assert not all(map(torch.equal, trained, was[1])) and trained
     assert all(weight.grad is None for weight in kept)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"), [*((n, {}) for n in FAMILIES), *((n, c) for n, c, _ in BEFORE if c)]
+)
+def test_the_lowest_rate_is_of_all_that_runs_before_the_first_block(name, config, tmp_path):
+    student = pretrained(str(save_tiny(tmp_path / name, name, **config))).trainable(Recipe(8))
+    layers, ran = blocks(student.model), []
+    for part in student.tower.modules():
+        part.register_forward_pre_hook(lambda part, given: ran.append(part))
+    student(torch.zeros(1, 3, PX, PX))
+    early = [p for part in ran[: ran.index(layers[0])] for p in part.parameters(recurse=False)]
+    groups = training._groups(student, Settings(1.0, 0.5))
+    least = 0.5 ** (len(layers) + 1)
+    assert {id(g["params"][0]) for g in groups if g["lr"] == least} == set(map(id, early)) != set()
+    late = getattr(student.tower, student.rung.family.norm).parameters()
+    assert {g["lr"] for weight in late for g in groups if g["params"][0] is weight} <= {1.0}
 
 
 class SmallGpu:
