@@ -20,14 +20,25 @@ from export.families import blocks, family_of, tower
 class Patches:
     """Reads the tokens that leave the last block, each time the model runs.
 
+    Attributes:
+        side: S of their grid, S x S.
+        bare: whether the model itself does not normalise them, as BEiT where it pools them first;
+            each is then normalised here, without weights: a few large channels would outweigh all
+            others, and may be too large for FP16.
+
     Args:
         model: whose blocks run.
         px: the resolution that they see.
     """
 
     def __init__(self, model: PreTrainedModel, px: int) -> None:
-        self.side = px // int(tower(model).config.patch_size)
-        self._norm: nn.Module = getattr(tower(model), family_of(model).norm)
+        config = tower(model).config
+        self.side = px // int(config.patch_size)
+        norm: nn.Module = getattr(tower(model), family_of(model).norm)
+        self.bare = isinstance(norm, nn.Identity)
+        self._norm = (
+            nn.LayerNorm(config.hidden_size, elementwise_affine=False) if self.bare else norm
+        )
         self._tokens: torch.Tensor | None = None
         blocks(model)[-1].register_forward_hook(self._notice)
 

@@ -148,6 +148,7 @@ class Teacher:
             "imaging": code_sha256(),
             "looks": looks_sha256(),
             "views": [LEAST_SIDE, self._grid],
+            **({"patches": "layer_norm"} if self._patches.bare else {}),
         }
         text = json.dumps(content, sort_keys=True)
         folder.mkdir(parents=True, exist_ok=True)

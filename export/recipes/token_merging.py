@@ -195,7 +195,7 @@ def match(keys: torch.Tensor, special: int, pairs: int) -> Matching:
     # No runtime promises a sound sort of NaN, and a broken image may spoil no other's answer.
     best = torch.where(best.isnan(), -1.0, best)
     order = _descending(best)
-    numbers = torch.arange(batch * tokens).view(batch, tokens)
+    numbers = torch.arange(batch * tokens, device=keys.device).view(batch, tokens)
     left, right = numbers[:, special::2], numbers[:, special + 1 :: 2]
     staying = left.gather(1, order[:, pairs:])
     # Back in the order of the image: the next matching then finds neighbours on opposite sides,
