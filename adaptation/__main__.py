@@ -26,7 +26,6 @@ if TYPE_CHECKING:  # torch takes seconds to import
     from export.backbones import Backbone
 
 SAMPLE_CROPS = 1200
-STUDY_MINUTES = 25.0
 ERRORS = (*given.ERRORS, AdaptationError, AdaptedError, ExportError, RecipeError)
 
 Model = Annotated[str, typer.Option(metavar="NAME|PATH|ID", help="As export rungs --model.")]
@@ -110,7 +109,9 @@ def distil_command(
     from .distil import UNFINISHED, distil
 
     bars = Bars(Console(stderr=True))
-    backbone, asked = _loaded(model, texts, checkpoint, head_images, px, fidelity, tolerance, bars)
+    backbone, asked, _ = _loaded(
+        model, texts, checkpoint, head_images, px, fidelity, tolerance, bars
+    )
     try:
         result = distil(backbone, request, asked, bars)
     except KeyboardInterrupt:
@@ -134,8 +135,11 @@ def study_command(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     px: Px = None,
     minutes: Annotated[
-        float, typer.Option(help="For all trainings together, once the full model answered.")
-    ] = STUDY_MINUTES,
+        float | None,
+        typer.Option(
+            help="For all trainings together, once the full model answered (default: 25)."
+        ),
+    ] = None,
     epochs: Epochs = None,
     head_images: HeadImages = None,
     labels: options.Labels = None,
@@ -161,6 +165,7 @@ def study_command(
         source=given.source(images, None, seed, SAMPLE_CROPS),
         out=out / "states",
         px=px,
+        minutes=minutes,
         epochs=epochs,
         group_by=group_by,
         seed=seed,
@@ -172,9 +177,11 @@ def study_command(
     from .study import Subject, study, to_dict
 
     bars = Bars(Console(stderr=True))
-    backbone, asked = _loaded(model, texts, checkpoint, head_images, px, fidelity, tolerance, bars)
+    backbone, asked, prints = _loaded(
+        model, texts, checkpoint, head_images, px, fidelity, tolerance, bars
+    )
+    subject = Subject(backbone, found, judged, request, asked, prints)
     out.mkdir(parents=True, exist_ok=True)
-    subject = Subject(backbone, found, judged, minutes, request, asked)
     rows = []
     for row in study(subject, bars):
         rows.append(row)
@@ -207,8 +214,8 @@ def _loaded(
     fidelity: str | None,
     tolerance: float | None,
     bars: Bars,
-) -> tuple[Backbone, FidelityLoss]:
-    """The model with its head, and when an answer of it is acceptable."""
+) -> tuple[Backbone, FidelityLoss, str]:
+    """The model with its head, when an answer is acceptable, and prints of the head's images."""
     # torch and transformers take seconds to import; --help and other checks do not need them.
     from export.pretrained import load_backbone
     from export.probe import fit_probe
@@ -218,8 +225,8 @@ def _loaded(
     asked = judged_by(backbone.task if head_images is None else "classes", fidelity, tolerance)
     if head_images is not None:
         probe = fit_probe(backbone, px or backbone.default_px[1], head_images, bars)
-        backbone = backbone.with_probe(probe.linear, probe.labels)
-    return backbone, asked
+        return backbone.with_probe(probe.linear, probe.labels), asked, probe.prints
+    return backbone, asked, ""
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
@@ -68,11 +68,9 @@ def distil(backbone: Backbone, request: Request, fidelity: FidelityLoss, bars: B
         KeyboardInterrupt: stopped; the best state so far lies in `out` if it helped.
     """
     request = request.at(backbone.default_px[1])
-    px, recipe = request.px or 0, request.recipe
-    for one in (Recipe(px), recipe):
+    px = request.px or 0
+    for one in (Recipe(px), request.recipe):
         backbone.check(one, px)
-    if recipe == Recipe(px):
-        raise AdaptationError(f"{recipe} is the full model itself; give a cheaper recipe")
     unfinished = request.out / UNFINISHED
     if request.resume != unfinished.is_file():
         raise AdaptationError(
@@ -81,6 +79,9 @@ def distil(backbone: Backbone, request: Request, fidelity: FidelityLoss, bars: B
             else f"{request.out} holds a training that was stopped; add --resume to go on with it, "
             f"or remove {unfinished}"
         )
+    objective = Objective(backbone.task)
+    identity = _identity(backbone, request, objective, fidelity)
+    resumed = _unfinished(unfinished, identity) if request.resume else None
     request.out.mkdir(parents=True, exist_ok=True)
     device = Device.find()
     bars.say(f"train on {device.words}")
@@ -94,13 +95,65 @@ def distil(backbone: Backbone, request: Request, fidelity: FidelityLoss, bars: B
         held_out=[images.keys[row] for row in held_out],
         views=request.views,
         seed=request.seed,
-        objective=Objective(backbone.task),
+        objective=objective,
         fidelity=fidelity,
         device=device,
         batch=request.batch,
     )
     groups = np.array(group_keys(images.pictures, request.group_by))[learned]
-    return _Training(backbone, request, lesson, images, groups, bars).run()
+    identity |= {"learned": _sha256(lesson.learned), "held_out": _sha256(lesson.held_out)}
+    if resumed is not None:
+        _check(resumed, identity, unfinished)
+    return _Training(backbone, request, lesson, images, groups, identity, bars).run(resumed)
+
+
+def _identity(
+    backbone: Backbone, request: Request, objective: Objective, fidelity: FidelityLoss
+) -> dict[str, Any]:
+    """What decides what a step does, but for the images: a run is only resumed as what it was."""
+    return {
+        "recipe": str(request.recipe),
+        "teacher": backbone.weights_sha256,
+        "image_px": request.px,
+        "seed": request.seed,
+        "objective": asdict(objective),
+        "fidelity": fidelity.to_dict(),
+        "head": None if backbone.linear_head is None else sha256_of(backbone.linear_head),
+        "views": request.views,
+        "batch": request.batch,
+        "minutes": request.minutes,
+        "epochs": request.epochs,
+    }
+
+
+def _unfinished(file: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of a run that was stopped, its tensors on the CPU.
+
+    Raises:
+        AdaptationError: the file is damaged, or of a run with other options.
+        OSError: it cannot be read.
+    """
+    with file.open("rb") as stream:
+        try:
+            state: dict[str, Any] = torch.load(stream, map_location="cpu", weights_only=True)
+            _check(state, identity, file)
+        except AdaptationError:
+            raise
+        except Exception as error:  # whatever a damaged file makes torch raise
+            raise AdaptationError(
+                f"{file} is not readable ({first_line(error)}); remove it and begin again"
+            ) from None
+    return state
+
+
+def _check(state: Mapping[str, Any], identity: Mapping[str, Any], file: Path) -> None:
+    """Refuse to go on with a run that was another."""
+    other = [name for name, value in identity.items() if state["identity"].get(name) != value]
+    if other:
+        raise AdaptationError(
+            f"{file} is of a training with another {', '.join(other)}; give the same command, "
+            "or remove it and begin again"
+        )
 
 
 def divide(images: Images, request: Request) -> tuple[list[int], list[int]]:
@@ -133,6 +186,7 @@ class _Training:
         lesson: Lesson,
         images: Images,
         groups: NDArray[np.str_],  # of the images to learn from
+        identity: Mapping[str, Any],
         bars: Bars,
     ) -> None:
         self._request, self._lesson, self._bars = request, lesson, bars
@@ -141,27 +195,12 @@ class _Training:
         self._patches = Patches(self._student.model, request.recipe.px or 0)
         self._began = time.monotonic()
         self._spent = 0.0  # seconds of the run that is resumed
-        # Everything that decides what a step does: a run is only resumed as what it was.
-        self._identity = {
-            "recipe": str(request.recipe),
-            "teacher": backbone.weights_sha256,
-            "image_px": request.px,
-            "seed": request.seed,
-            "learned": _sha256(lesson.learned),
-            "held_out": _sha256(lesson.held_out),
-            "objective": asdict(lesson.objective),
-            "fidelity": lesson.fidelity.to_dict(),
-            "head": None if backbone.linear_head is None else sha256_of(backbone.linear_head),
-            "views": lesson.views,
-            "batch": lesson.batch,
-            "minutes": request.minutes,
-            "epochs": request.epochs,
-        }
+        self._identity = dict(identity)
 
-    def run(self) -> Result:
-        """Train and write what came of it."""
+    def run(self, resumed: Mapping[str, Any] | None) -> Result:
+        """Train, perhaps from the state of a run that was stopped, and write what came of it."""
         try:
-            return self._run()
+            return self._run(resumed)
         except torch.cuda.OutOfMemoryError:
             pass  # what the error holds goes first: its frames have the tensors of the step
         raise AdaptationError(self._too_large())
@@ -178,12 +217,9 @@ class _Training:
             f"the GPU has no room for steps with {self._lesson.batch} views, {size} fit; {way_out}"
         )
 
-    def _run(self) -> Result:
+    def _run(self, resumed: Mapping[str, Any] | None) -> Result:
         unfinished = self._request.out / UNFINISHED
-        if self._request.resume:
-            run, notes = self._resumed(unfinished)
-        else:
-            run, notes = self._begun()
+        run, notes = self._begun() if resumed is None else self._resumed(resumed)
         with interrupts() as stopped, contextlib.suppress(_StoppedError):
             try:
                 self._train(run, notes, stopped)
@@ -283,11 +319,13 @@ class _Training:
         lesson.judge(self._student)
         look = time.monotonic() - began
         minutes = self._request.minutes or MINUTES
-        taken = time.monotonic() - self._began + (LOOKS + len(SETTINGS)) * look
-        step *= 1 + TRIAL * len(SETTINGS)
-        steps = int((60 * minutes - taken) / step)
+        taken = time.monotonic() - self._began + (LOOKS + 1 + len(SETTINGS)) * look
+        affordable = (60 * minutes - taken) / step
+        least_trials = 2 * len(SETTINGS)
+        steps = int(min(affordable - least_trials, affordable / (1 + TRIAL * len(SETTINGS))))
         if steps < LOOKS:
-            needed = math.ceil((taken + 2 * LOOKS * step) / 60)  # twice as many as at the least
+            # Twice as many as at the least.
+            needed = math.ceil((taken + 2 * (LOOKS + least_trials) * step) / 60)
             raise AdaptationError(
                 f"{minutes:g} minutes are too few: a step takes {step:.1f} s here, a look at the "
                 f"held-out images {look:.1f} s; give --minutes {needed} or more"
@@ -327,33 +365,11 @@ class _Training:
             fresh.unlink(missing_ok=True)
             self._bars.say(f"the state so far cannot be kept ({first_line(error)})")
 
-    def _resumed(self, file: Path) -> tuple[Run, dict[str, Any]]:
-        """The run that was stopped.
-
-        Raises:
-            AdaptationError: the file is damaged, or of a run with other images or options.
-        """
-        try:
-            state = torch.load(file, map_location=self._lesson.device.name, weights_only=True)
-            identity = state["identity"]
-        except Exception as error:  # whatever a damaged file makes torch raise
-            raise AdaptationError(
-                f"{file} is not readable ({first_line(error)}); remove it and begin again"
-            ) from None
-        other = [name for name, value in self._identity.items() if identity.get(name) != value]
-        if other:
-            raise AdaptationError(
-                f"{file} is of a training with another {', '.join(other)}; give the same command, "
-                "or remove it and begin again"
-            )
+    def _resumed(self, state: Mapping[str, Any]) -> tuple[Run, dict[str, Any]]:
+        """The run that was stopped."""
         self._spent = state["seconds"]
-        run = Run(
-            self._student,
-            self._lesson,
-            Settings(**state["settings"]),
-            state["steps"],
-            self._patches,
-        )
+        settings = Settings(**state["settings"])
+        run = Run(self._student, self._lesson, settings, state["steps"], self._patches)
         run.restore(state)
         return run, state["notes"]
 
@@ -377,7 +393,7 @@ class _Training:
             "curve": [asdict(look) for look in run.curve],
         }
         found = Result(None, plain, start, point.held_out, minutes, about)
-        if point.step == 0 or not point.held_out.beats(start):
+        if not point.held_out.beats(start):
             return found
         pictures = self._images.pictures
         state = Adapted(
@@ -389,7 +405,8 @@ class _Training:
             image_prints=encode(pictures.hashes, pictures.looks),
             about=about,
         )
-        return replace(found, adapted=written(state, run.best))
+        resumable = (request.out / UNFINISHED).is_file()
+        return replace(found, adapted=written(state, run.best, resumable))
 
 
 def _sha256(keys: Sequence[bytes]) -> str:

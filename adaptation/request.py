@@ -45,7 +45,7 @@ class Request:
         views: of each image: the image itself, and crops of it.
 
     Raises:
-        AdaptationError: something that is refused whatever the model.
+        AdaptationError: something that is refused whatever the model, too few images among it.
         SplitError: an unknown grouping.
     """
 
@@ -85,17 +85,32 @@ class Request:
             raise AdaptationError(f"--out {self.out} is a file; give a folder")
         if "," in str(self.out):
             raise AdaptationError(f"--out {self.out} has a comma, which ends it in a recipe")
-        check_images(len(self.rows))
+        check_images(self.groups)
 
     @property
     def rows(self) -> Sequence[int]:
         """Places of the images that may be used."""
         return range(len(self.source)) if self.places is None else self.places
 
+    @property
+    def groups(self) -> int:
+        """How many groups there are by the images' names; copies can only make them fewer."""
+        names = {self.source.names[row] for row in self.rows}
+        if self.group_by == "folder":  # as `group_keys`
+            names = {name.rpartition("/")[0] for name in names}
+        return len(names)
+
     def at(self, px: int) -> Request:
-        """The same request with both resolutions written out."""
+        """The same request with both resolutions written out.
+
+        Raises:
+            AdaptationError: the recipe is the full model's.
+        """
         px = self.px or px
-        return replace(self, px=px, recipe=self.recipe.at(px))
+        recipe = self.recipe.at(px)
+        if recipe == Recipe(px):
+            raise AdaptationError(f"{recipe} is the full model itself; give a cheaper recipe")
+        return replace(self, px=px, recipe=recipe)
 
 
 def check_images(groups: int) -> None:

@@ -55,8 +55,13 @@ def in_words(held: Held) -> str:
     return f"{held.acceptable:.1%} acceptable, cosine {held.cosine:.3f}"
 
 
-def written(state: Adapted, weights: Weights) -> Adapted:
+def written(state: Adapted, weights: Weights, resumable: bool) -> Adapted:
     """Write a state and its weights in place of one that lay there; returns it with their hash.
+
+    Args:
+        state: what to write.
+        weights: of it.
+        resumable: whether training can go on to its end without beginning again.
 
     Raises:
         AdaptationError: the files cannot be written; what lay there still does.
@@ -69,5 +74,5 @@ def written(state: Adapted, weights: Weights) -> Adapted:
         fresh.unlink(missing_ok=True)
         raise AdaptationError(
             f"the state cannot be written to {state.folder} ({first_line(error)}); see that there "
-            "is room, then give the same command with --resume"
+            "is room, then give the same command " + ("with --resume" if resumable else "again")
         ) from None

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from bundle.alignment import tokens
 from bundle.fidelity import FidelityLoss
-from bundle.prints import among, encode
+from bundle.prints import among, encode, joined, without
 from bundle.recipe import Recipe
 from calibration.align import fit_map
 from calibration.images import ImageSource
@@ -32,10 +32,11 @@ from routing.signals import margin
 
 from .device import Device
 from .distil import distil, divide
-from .request import AdaptationError, Request
+from .request import AdaptationError, Request, check_images
 from .teacher import Batch, Images, Teacher, View
 
 RISKS = (0.05, 0.02)
+STUDY_MINUTES = 25.0
 SHARES = (0.25, 1.0)  # of the images to learn from
 
 
@@ -51,7 +52,7 @@ class Row:
         agreement: share of them whose answer could stand in for the full model's.
         needed_at_5, needed_at_2: share of them that must escalate, those with the smallest margin
             first, so that at most 5 or 2 % of all answers are lost, if that threshold were known;
-            None: the model has no classes.
+            None: a loss is no other class.
         minutes: of training.
     """
 
@@ -73,34 +74,37 @@ class Subject:
         backbone: the model, with its head.
         recipes: of cheap graphs.
         test: the images to judge by.
-        minutes: for all trainings together; each gets its share by images and by pixels. Not
-            looked at where the request names epochs.
-        request: everything else that a training is asked for, its recipe aside.
+        request: what else a training is asked for. Its recipe is not looked at; its minutes are
+            for all trainings together, each gets its share by images and by pixels.
         fidelity: when an answer is acceptable.
+        head_prints: of the images that a head was fitted on, `bundle.prints.encode`.
     """
 
     backbone: Backbone
     recipes: Sequence[Recipe]
     test: ImageSource
-    minutes: float
     request: Request
     fidelity: FidelityLoss
+    head_prints: str = ""
 
     def __post_init__(self) -> None:
         """Refuse before the full model answers."""
         px = self.request.px or self.backbone.default_px[1]
         for recipe in self.recipes:
             self.backbone.check(recipe, px)
-            replace(self.request, recipe=recipe)
+            replace(self.request, recipe=recipe).at(px)
+        check_images(round(SHARES[0] * self.request.groups))
 
 
 def study(subject: Subject, bars: Bars) -> Iterator[Row]:
     """Judge each recipe in each state, by each share of the images to learn from.
 
-    A training that does not help leaves the aligned start, which is then what the row says.
+    A training that does not help leaves the aligned start, which is then what the row says; one
+    that cannot be has no row, but a line.
 
     Raises:
-        AdaptationError: no test image is another picture than those to learn from; or as `distil`.
+        AdaptationError: no test image is another picture than those to learn from, or the full
+            model's answers cannot be had.
     """
     request = subject.request.at(subject.backbone.default_px[1])
     device = Device.find()
@@ -109,7 +113,7 @@ def study(subject: Subject, bars: Bars) -> Iterator[Row]:
     )
     learn = teacher.read_images(request.source, request.rows, bars)
     test = teacher.read_images(subject.test, range(len(subject.test)), bars)
-    test_keys = _unlearned(test, learn, bars)
+    test_keys = _unlearned(test, learn, subject.head_prints, bars)
     groups = np.array(group_keys(learn.pictures, request.group_by))
     names = np.random.default_rng(request.seed).permutation(np.unique(groups))
     weights = {
@@ -117,6 +121,7 @@ def study(subject: Subject, bars: Bars) -> Iterator[Row]:
         for recipe in (recipe.at(request.px or 0) for recipe in subject.recipes)
         for share in SHARES
     }
+    minutes = request.minutes or STUDY_MINUTES
     judge = _Judge(subject, teacher, test_keys, device)
     for (recipe, share), weight in weights.items():
         some = np.isin(groups, names[: round(share * len(names))])
@@ -134,10 +139,14 @@ def study(subject: Subject, bars: Bars) -> Iterator[Row]:
             recipe=recipe,
             out=request.out / name,
             places=learn.pictures.places[rows].tolist(),
-            minutes=None if request.epochs else subject.minutes * weight / sum(weights.values()),
+            minutes=None if request.epochs else minutes * weight / sum(weights.values()),
         )
         shutil.rmtree(asked.out, ignore_errors=True)
-        result = distil(subject.backbone, asked, subject.fidelity, bars)
+        try:
+            result = distil(subject.backbone, asked, subject.fidelity, bars)
+        except AdaptationError as error:
+            bars.say(f"{recipe} does not learn from {len(rows):,} images: {error}")
+            continue
         for line in result.lines():
             bars.say(line)
         adapted = aligned
@@ -161,19 +170,27 @@ class _Judge:
     ) -> None:
         self._subject, self._teacher, self._device = subject, teacher, device
         self._head = subject.backbone.linear_head
-        truths = list(self._batches(keys))
-        logits = [batch.logits for batch in truths if batch.logits is not None]
-        self._truth = RungOutputs(
-            _joined([batch.embedding for batch in truths]),
-            None,
-            _joined(logits) if logits else None,
-        )
+        truths = [
+            [batch.embedding.cpu(), *([] if batch.logits is None else [batch.logits.cpu()])]
+            for batch in self._batches(keys)
+        ]
+        embedding, *logits = (_joined(some) for some in zip(*truths, strict=True))
+        self._truth = RungOutputs(embedding, None, logits[0] if logits else None)
 
     def answers(self, student: AdaptedRung, keys: Sequence[bytes]) -> RungOutputs:
         """What a student answers for images as they are served, in FP32."""
-        with torch.inference_mode():
-            parts = [student(batch.image) for batch in self._batches(keys)]
-        embedding, layers, *logits = (_joined(list(some)) for some in zip(*parts, strict=True))
+        try:
+            with torch.inference_mode():
+                parts = [
+                    [answer.cpu() for answer in student(batch.image)]
+                    for batch in self._batches(keys)
+                ]
+        except torch.cuda.OutOfMemoryError:
+            size = self._subject.request.batch
+            raise AdaptationError(
+                f"the GPU has no room for {2 * size} images; give --batch {max(1, size // 2)}"
+            ) from None
+        embedding, layers, *logits = (_joined(some) for some in zip(*parts, strict=True))
         return RungOutputs(embedding, layers, logits[0] if logits else None)
 
     def aligned(
@@ -188,7 +205,7 @@ class _Judge:
         if student.alignment is None:
             return answered
         found = self.answers(student, keys)
-        wanted = _joined([batch.embedding for batch in self._batches(keys)])
+        wanted = _joined([batch.embedding.cpu() for batch in self._batches(keys)])
         lacking = (wanted - found.embedding).astype(np.float64)
         weights, bias = fit_map(tokens(found).astype(np.float64), lacking, groups, seed)
         embedding = answered.embedding + tokens(answered) @ weights + bias
@@ -219,20 +236,22 @@ class _Judge:
             yield self._teacher.batch([View(key, 0) for key in keys[start : start + size]])
 
 
-def _unlearned(test: Images, learn: Images, bars: Bars) -> list[bytes]:
-    """The test images that are no other form of an image to learn from."""
+def _unlearned(test: Images, learn: Images, head_prints: str, bars: Bars) -> list[bytes]:
+    """The test images that are no form of an image to learn from, or of one that taught a head."""
     pictures = learn.pictures
     prints = encode(pictures.hashes, pictures.looks)
+    prints = joined(prints, without(head_prints, prints))
     seen = among(test.pictures.hashes, test.pictures.looks, prints)
     if seen.any():
-        bars.say(f"{seen.sum()} test images are to be learned from, too, and are left out")
+        what = "test images are to be learned from or taught the head, and are left out"
+        bars.say(f"{seen.sum()} {what}")
     if seen.all():
-        raise AdaptationError("no test image is left: all are among those to learn from")
+        raise AdaptationError("no test image is left: all are to be learned from or the head's")
     return [key for key, known in zip(test.keys, seen.tolist(), strict=True) if not known]
 
 
 def _joined(parts: Sequence[torch.Tensor]) -> NDArray[np.float32]:
-    return torch.cat(list(parts)).float().cpu().numpy()
+    return torch.cat(list(parts)).float().numpy()
 
 
 def to_dict(rows: Sequence[Row]) -> dict[str, Any]:

@@ -101,7 +101,17 @@ class _Read:
     key: bytes
     sha256: str
     look: Looks
+    independent: bool  # nothing that looks alike is a copy of it
     planes: NDArray[np.uint8] | None  # None: its answer is there
+
+
+def _looks(reads: Sequence[_Read]) -> Looks:
+    """What is like what: an image of which nothing else is a copy has an empty look."""
+    looks = no_looks(len(reads))
+    for row, read in enumerate(reads):
+        if not read.independent:
+            looks[row] = read.look
+    return looks
 
 
 class Teacher:
@@ -188,7 +198,7 @@ class Teacher:
             groups=tuple(read.group for read in found),
             labels=np.full(len(found), -1, np.int64),
             hashes=tuple(read.sha256 for read in found),
-            looks=np.stack([read.look for read in found]) if found else no_looks(0),
+            looks=_looks(found),
         )
         return Images(pictures, tuple(read.key for read in found))
 
@@ -274,16 +284,16 @@ class Teacher:
             if key in known:
                 sha256, kept = known[key]
                 look = np.frombuffer(kept, np.uint8)
-                return _Read(row, image.name, image.group, key, sha256, look, None)
+                who = row, image.name, image.group, key, sha256
+                return _Read(*who, look, image.independent, None)
             decoded = decode(image.data)
             view = drawn(decoded, key, self._seed, number)
             planes = _planes(self._preprocessing(view.picture), self._preprocessing)
         except ImageError as error:
             return f"{shown(source.names[row])}: {error}"
-        look = no_looks(1)[0] if image.independent else look_of(decoded)
         planes = planes[:, :, ::-1] if view.flipped else planes
-        sha256 = pixels_sha256(decoded)
-        return _Read(row, image.name, image.group, key, sha256, look, planes)
+        who = row, image.name, image.group, key, pixels_sha256(decoded)
+        return _Read(*who, look_of(decoded), image.independent, planes)
 
     def _keep(self, reads: Sequence[_Read], number: int) -> None:
         """Let the model answer for the views that are new, and keep them."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -174,7 +174,7 @@ class Run:
         patches: reads the student's patch tokens; None: they are not matched.
         step: steps taken.
         curve: looks at the held-out images; the first is at the weights it began with.
-        best: the weights of the look with the least distance.
+        best: the weights of `best_point`.
     """
 
     student: AdaptedRung
@@ -199,13 +199,15 @@ class Run:
 
     @property
     def best_point(self) -> Point:
-        """The look with the least distance."""
-        return min(self.curve, key=lambda point: point.held_out.distance)
+        """The look with the least distance of those that beat the first, or else the first."""
+        better = [point for point in self.curve if point.held_out.beats(self.curve[0].held_out)]
+        return min(better or self.curve[:1], key=_distance)
 
     @property
     def is_done(self) -> bool:
-        """Whether all steps are taken, or the last looks were all worse than one before."""
-        late = len(self.curve) - 1 - self.curve.index(self.best_point) if self.curve else 0
+        """Whether all steps are taken, or the last looks were all farther off than one before."""
+        nearest = min(self.curve, key=_distance, default=None)
+        late = 0 if nearest is None else len(self.curve) - 1 - self.curve.index(nearest)
         return self.step >= self.steps or late >= PATIENCE
 
     def look(self) -> Point:
@@ -217,7 +219,7 @@ class Run:
         self.curve.append(point)
         self._losses = []
         if point is self.best_point:
-            self.best = {k: value.clone() for k, value in self.student.weights().items()}
+            self.best = {k: value.cpu().clone() for k, value in self.student.weights().items()}
         return point
 
     def take_step(self) -> float:
@@ -258,13 +260,17 @@ class Run:
             "best": self.best,
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Go on where a run with the same lesson, settings and steps was."""
         self.step, self._losses = state["step"], list(state["losses"])
         self.curve = [Point(**{**p, "held_out": Held(**p["held_out"])}) for p in state["curve"]]
         self.student.load(state["student"])
         self._optimiser.load_state_dict(state["optimiser"])
         self.best = state["best"]
+
+
+def _distance(point: Point) -> float:
+    return point.held_out.distance
 
 
 class DivergedError(AdaptationError):

@@ -159,7 +159,7 @@ def fit_command(
     if not isinstance(target, Goal) and (reason := depends_on_batch(graph_set)) is not None:
         given.BARS.console.print(f"warning: {reason}", style="yellow", highlight=False)
     collected = Outputs.load(outputs)
-    stored = _usable(collected, graph_set)
+    stored = _usable(collected, graph_set, group_by)
     left_out = len(collected) - len(stored)
     _tell_copies(stored.hashes, stored.looks)
     try:
@@ -168,7 +168,7 @@ def fit_command(
     except (FitError, SplitError) as error:
         if not left_out:
             raise
-        raise FitError(f"{error}; {_learned(left_out)}, and were left out") from None
+        raise FitError(f"{error}; {_left(left_out)}, and were left out") from None
     fitted = with_reference_answers(fitted, stored, graph_set, reference_images, say)
     fitted.save(out)
     calibration = fitted.calibration
@@ -207,7 +207,7 @@ def align_command(
     The images it learns from are the fit images of the aligned rung's calibration. Where it does
     not help on images that it has not learned, it is dropped.
     """
-    stored, graph_set = _collected(outputs, onnx)
+    stored, graph_set = _collected(outputs, onnx, group_by)
     groups = group_keys(stored, group_by)
     shares = {"fit": share, "certify": 1 - share}
     rows = split_by_group(groups, shares, seed, taught_groups(stored, groups))["fit"]
@@ -272,9 +272,9 @@ def evaluate_command(
         cache = AnswerCache(answers, source, graph_set, served)
         _fill(cache, lambda progress: cache.fill(graphs, progress=progress))
     outputs = Outputs.of(cache.read(graphs), graph_set, cache)
-    unlearned = without_learned(outputs, graph_set)
+    unlearned = without_learned(outputs, graph_set, _group_by(artifact))
     if len(unlearned) < len(outputs):
-        say(f"{_learned(len(outputs) - len(unlearned))}; they are left out")
+        say(f"{_left(len(outputs) - len(unlearned))}; they are left out")
     evaluation = evaluate(artifact, unlearned)
     if as_json:
         print(json.dumps({"images": source.title, **evaluation.to_dict()}))
@@ -303,10 +303,11 @@ def report_command(
     the full rung changes the outcome. --fidelity and what goes with it say what the analysis calls
     a loss; by default it is that of the artifact.
     """
-    stored, graph_set = _collected(outputs, onnx)
+    is_fitted = calibration != given.ARTIFACT or calibration.exists()
+    group_by = _group_by(Calibration.load(calibration)) if is_fitted else GROUPINGS[0]
+    stored, graph_set = _collected(outputs, onnx, group_by)
     if not len(stored):
         raise OutputsError("no image is left to show; collect others")
-    is_fitted = calibration != given.ARTIFACT or calibration.exists()
     options = (tolerance, label_threshold) != (None, None) or relative
     if is_fitted and options and fidelity is None:
         raise FidelityError("--tolerance, --relative and --label-threshold go with --fidelity")
@@ -333,19 +334,24 @@ def report_command(
         print(f"wrote {out}")
 
 
-def _collected(outputs: Path, onnx: Path) -> tuple[Outputs, GraphSet]:
+def _group_by(artifact: Calibration) -> str:
+    """What the images of an artifact were grouped by."""
+    return str(artifact.data.get("group_by", GROUPINGS[0]))
+
+
+def _collected(outputs: Path, onnx: Path, group_by: str) -> tuple[Outputs, GraphSet]:
     """Outputs without the images that a graph has learned from, and the graphs they are of."""
     stored, graph_set = Outputs.load(outputs), GraphSet.load(onnx)
     if (difference := stored.made.difference(Made.by(graph_set))) is not None:
         raise OutputsError(f"the outputs are not of these graphs: {difference}; collect again")
-    return _usable(stored, graph_set), graph_set
+    return _usable(stored, graph_set, group_by), graph_set
 
 
-def _usable(outputs: Outputs, graph_set: GraphSet) -> Outputs:
+def _usable(outputs: Outputs, graph_set: GraphSet, group_by: str) -> Outputs:
     """What a fit may use, saying what it may not."""
-    kept = usable(outputs, graph_set)
+    kept = usable(outputs, graph_set, group_by)
     if len(kept) < len(outputs):
-        say(f"{_learned(len(outputs) - len(kept))}; they are left out")
+        say(f"{_left(len(outputs) - len(kept))}; they are left out")
     if kept.taught is not None and (taught := int(kept.taught.sum())):
         say(f"{taught:,} images taught a graph without labels: they are fit images")
     return kept
@@ -353,6 +359,10 @@ def _usable(outputs: Outputs, graph_set: GraphSet) -> Outputs:
 
 def _learned(count: int) -> str:
     return f"{count:,} images taught a graph or its head, in this or another form"
+
+
+def _left(count: int) -> str:
+    return f"{_learned(count)}, or are of the group of one that did"
 
 
 def _fill(cache: AnswerCache, fill: Callable[[Progress], list[str]]) -> None:

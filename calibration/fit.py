@@ -29,7 +29,7 @@ from .held_out import HeldOut
 from .outputs import Made, Outputs
 from .record import Fit, measured_split
 from .scoring import fit_score_map, learn_sign, score_spread, threshold_for_rate
-from .splits import Rows, group_keys, shares_of, split_by_group
+from .splits import GROUPINGS, Rows, group_keys, shares_of, split_by_group, with_groups
 
 FloatVector = NDArray[np.float64]
 
@@ -281,13 +281,15 @@ def depends_on_batch(graph_set: GraphSet) -> str | None:
     return None
 
 
-def without_learned(outputs: Outputs, graph_set: GraphSet) -> Outputs:
+def without_learned(outputs: Outputs, graph_set: GraphSet, group_by: str = GROUPINGS[0]) -> Outputs:
     """The outputs without those of images that something in a graph has learned from.
 
     `int8=static` learns ranges, `align` a map, and `--head linear` a head. On those images, in
-    whatever form, a graph answers better than on any other, so no artifact is held against them.
+    whatever form, and perhaps on others of their groups, a graph answers better than on any other,
+    so no artifact is held against them.
     """
-    return outputs.rows(np.flatnonzero(~among(outputs.hashes, outputs.looks, graph_set.learned())))
+    learned = among(outputs.hashes, outputs.looks, graph_set.learned())
+    return outputs.rows(np.flatnonzero(~with_groups(learned, outputs, group_by)))
 
 
 def cross_validated_costs(

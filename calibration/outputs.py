@@ -27,6 +27,7 @@ from routing.calibration import FULL_RUNG
 
 from .answers import AnswerCache, Progress, Wanted
 from .chunks import Answered, MissingAnswersError, Pictures, read_answers
+from .splits import GROUPINGS, with_groups
 
 SCHEMA_VERSION = 1
 FULL_MODEL = "full FP32 model"  # what answers are held against where it is not the full rung
@@ -212,19 +213,26 @@ class Outputs(Pictures):
             raise OutputsError(f"{path} is not readable ({words}); collect again") from None
 
 
-def usable(outputs: Outputs, graphs: GraphSet) -> Outputs:
+def usable(outputs: Outputs, graphs: GraphSet, group_by: str = GROUPINGS[0]) -> Outputs:
     """The outputs that a fit may use, of those that `collect` found.
 
     Images that a graph has learned from without labels, by its ranges or its alignment, are marked
     as `taught`. On those that an alignment has learned the rung answers better than on any other,
     so its answers for them give way to cross-fitted ones. Left out are images for which nothing
     says what a graph that had not learned them would answer: those that a head was fitted on or
-    weights were adapted to, and other forms of an image that an alignment has learned.
+    weights were adapted to, with their whole groups, and other forms of an image that an alignment
+    has learned.
+
+    Args:
+        outputs: what `collect` found.
+        graphs: of which they are.
+        group_by: what belongs together, see `splits.group_keys`.
     """
     learned = among(outputs.hashes, outputs.looks, graphs.learned())
     if not learned.any():
         return outputs
-    low, out = outputs.low, among(outputs.hashes, outputs.looks, graphs.left_out())
+    low = outputs.low
+    out = with_groups(among(outputs.hashes, outputs.looks, graphs.left_out()), outputs, group_by)
     if graphs.low.recipe.align:
         alignment = graphs.low.alignment()
         prints = graphs.low.fitted_on if alignment is None else alignment.image_prints

@@ -82,6 +82,14 @@ def group_keys(outputs: Pictures, grouping: str) -> tuple[str, ...]:
     return tuple(first[group] for group in groups.tolist())  # called as its first image's
 
 
+def with_groups(chosen: NDArray[np.bool_], pictures: Pictures, grouping: str) -> NDArray[np.bool_]:
+    """Which of N images are chosen, or of the group of one that is; see `group_keys`."""
+    if not chosen.any():
+        return chosen
+    groups = np.array(group_keys(pictures, grouping))
+    return np.isin(groups, groups[chosen])
+
+
 def split_by_group(
     groups: tuple[str, ...],
     shares: Mapping[str, float],

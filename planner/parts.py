@@ -17,7 +17,7 @@ from calibration.fidelity import Fidelity
 from calibration.images import ImagesError
 from calibration.outputs import Outputs, usable
 from calibration.record import measured_split
-from calibration.splits import Rows, group_keys, shares_of, split_by_group
+from calibration.splits import Rows, group_keys, shares_of, split_by_group, with_groups
 from report.terminal import Bars
 
 from .adapting import set_aside
@@ -70,8 +70,12 @@ class Parts:
         pictures = cache.read(full).pictures
         for prints, taught in ((head, "the head"), (states, "an adapted graph its weights")):
             known = among(pictures.hashes, pictures.looks, prints)
+            known = with_groups(known, pictures, request.group_by)
             if known.any():
-                bars.say(f"{known.sum()} images taught {taught} and are left out")
+                bars.say(
+                    f"{known.sum()} images, or others of their group, taught {taught} and are left "
+                    "out"
+                )
                 pictures = pictures.only(np.flatnonzero(~known))
         if sentence := find_copies(pictures.hashes, pictures.looks).sentence:
             bars.say(sentence)

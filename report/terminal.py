@@ -105,6 +105,7 @@ def run(app: Callable[..., object], errors: tuple[type[Exception], ...]) -> NoRe
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+    message: str | None = None
     try:
         code = app(standalone_mode=False)
     except typer.TyperException as error:
@@ -116,9 +117,10 @@ def run(app: Callable[..., object], errors: tuple[type[Exception], ...]) -> NoRe
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("interrupted", err=True)
-        sys.exit(130)
-    else:
+        code = 130
+    if message is None:
+        if code == 130:  # what typer makes of Ctrl-C
+            typer.echo("interrupted", err=True)
         sys.exit(code if isinstance(code, int) else 0)
     typer.echo("error: " + " ".join(message.split()), err=True)
     sys.exit(2)

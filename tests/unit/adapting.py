@@ -133,4 +133,4 @@ def disturbed(backbone: Backbone, recipe: Recipe, folder: Path, prints: str = ""
     }
     folder.mkdir(parents=True)
     teacher = backbone.weights_sha256
-    return written(Adapted(folder, recipe, teacher, PX, "", prints, {"seed": 3}), weights)
+    return written(Adapted(folder, recipe, teacher, PX, "", prints, {"seed": 3}), weights, False)

@@ -238,6 +238,15 @@ def test_a_training_is_only_resumed_as_what_it_was(changes, word, stopped, backb
     assert {name: (asked.out / name).read_bytes() for name in files(asked.out)} == before
 
 
+def test_other_options_are_noticed_before_the_full_model_answers(
+    stopped, backbone, asked, monkeypatch
+):
+    shutil.copytree(stopped, asked.out)
+    monkeypatch.setattr(road, "Teacher", raising(AssertionError("the full model is asked")))
+    with pytest.raises(AdaptationError, match="with another seed, views; give the same command"):
+        adapt(backbone, replace(asked, resume=True, views=5, seed=9))
+
+
 @pytest.fixture(scope="module")
 def stopped(backbone, images, cache, tmp_path_factory):
     asked = request(tmp_path_factory.mktemp("stopped"), images, cache=cache)

@@ -97,10 +97,9 @@ def test_a_recipe_that_is_not_for_the_model_writes_nothing(
 
 
 def test_a_cheap_recipe_of_another_full_resolution(backbone, images, tmp_path):
-    found = adapt(backbone, request(tmp_path, images, "px=16", px=32, epochs=2))
+    found = adapt(backbone, request(tmp_path, images, "px=16", px=32, epochs=8))
     assert found.about["images"]["learned"] == 50
-    if found.adapted is not None:
-        assert found.adapted.image_px == 32
+    assert found.adapted is not None and found.adapted.image_px == 32
 
 
 def test_images_that_are_one_picture_are_too_few(backbone, tmp_path):
@@ -109,6 +108,15 @@ def test_images_that_are_one_picture_are_too_few(backbone, tmp_path):
         image.save(tmp_path / "one" / f"{index:03d}.png", compress_level=index % 9)
     with pytest.raises(AdaptationError, match="1 images or groups of them are too few"):
         adapt(backbone, request(tmp_path, tmp_path / "one"))
+
+
+def test_too_few_folders_are_refused_before_the_full_model_answers(images, tmp_path):
+    for index, file in enumerate(sorted(images.iterdir())):
+        (tmp_path / f"few/{index % 49}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"few/{index % 49}/{file.name}").write_bytes(file.read_bytes())
+    assert request(tmp_path, tmp_path / "few").groups == 60
+    with pytest.raises(AdaptationError, match="49 images or groups of them are too few"):
+        request(tmp_path, tmp_path / "few", group_by="folder")
 
 
 def test_unreadable_images_are_said_and_counted(backbone, tmp_path):

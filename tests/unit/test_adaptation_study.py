@@ -15,7 +15,9 @@ from adaptation.__main__ import ERRORS
 from adaptation.device import Device
 from adaptation.request import AdaptationError, judged_by
 from adaptation.study import SHARES, Subject, study
+from adaptation.teacher import Teacher
 from bundle.adapted import Adapted
+from bundle.prints import encode
 from bundle.recipe import Recipe
 from calibration.images import FolderImages
 from export.pretrained import pretrained
@@ -54,7 +56,7 @@ def subject(backbone, folder: Path, learn: Path, test: Path, recipes=("px=8",)) 
     asked = replace(request(folder, learn, epochs=6, views=1), out=folder / "states")
     fidelity = judged_by(backbone.task, None, None)
     found = [Recipe.parse(recipe) for recipe in recipes]
-    return Subject(backbone, found, FolderImages(test), 1.0, asked, fidelity)
+    return Subject(backbone, found, FolderImages(test), asked, fidelity)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +118,7 @@ def test_no_picture_is_on_both_sides(backbone, pictures, tmp_path):
     bars = Watching()
     first = next(study(subject(backbone, tmp_path, learn, both), bars))
     assert first.test_images == 20
-    assert "7 test images are to be learned from, too, and are left out" in bars.lines
+    assert "7 test images are to be learned from or taught the head, and are left out" in bars.lines
 
 
 def test_a_test_of_nothing_new_is_refused(backbone, pictures, tmp_path):
@@ -125,9 +127,37 @@ def test_a_test_of_nothing_new_is_refused(backbone, pictures, tmp_path):
         next(study(subject(backbone, tmp_path, learn, learn), QUIET))
 
 
+def test_images_of_the_head_are_not_judged_by(backbone, pictures, tmp_path):
+    learn, test = pictures
+    head = Teacher(backbone, PX, tmp_path / "head", 0, Device("cpu", half=False))
+    source = FolderImages(test)
+    found = head.read_images(source, range(9), QUIET).pictures
+    asked = subject(backbone, tmp_path, learn, test)
+    asked = replace(asked, head_prints=encode(found.hashes, found.looks))
+    assert next(study(asked, QUIET)).test_images == TEST - 9
+
+
+def test_a_training_that_cannot_be_is_a_line_and_the_others_go_on(backbone, pictures, tmp_path):
+    asked = subject(backbone, tmp_path, *pictures)
+    quickly = replace(asked, request=replace(asked.request, epochs=None, minutes=1e-6))
+    bars = Watching()
+    rows = list(study(quickly, bars))
+    assert [row.state for row in rows] == ["plain", "aligned", "aligned"]
+    assert sum("does not learn from" in line and "too few" in line for line in bars.lines) == 2
+
+
+def test_too_few_images_for_a_quarter_are_refused_at_once(backbone, pictures, tmp_path):
+    few = write_pictures(tmp_path / "few", 196, 1)
+    with pytest.raises(AdaptationError, match="49 images or groups of them are too few"):
+        subject(backbone, tmp_path, few, pictures[1])
+    subject(backbone, tmp_path, write_pictures(few, 200, 1), pictures[1])
+
+
 def test_every_recipe_is_looked_at_before_the_full_model_answers(backbone, pictures, tmp_path):
     with pytest.raises(ERRORS, match="no positive multiple of the patch size"):
         subject(backbone, tmp_path, *pictures, recipes=("px=8", "px=9"))
+    with pytest.raises(ERRORS, match="px=16 is the full model itself"):
+        subject(backbone, tmp_path, *pictures, recipes=("px=8", "px=16"))
     with pytest.raises(ERRORS, match="weights are adapted in FP32"):
         subject(backbone, tmp_path, *pictures, recipes=("px=8", "px=8,int8"))
     assert not (tmp_path / "cache").exists()

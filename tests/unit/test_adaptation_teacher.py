@@ -251,6 +251,25 @@ def test_a_full_disk_is_one_line_and_what_was_answered_stays(models, images, tmp
     )
 
 
+def test_what_an_image_looks_like_is_kept_whoever_asked_first(models, images, tmp_path):
+    source = FolderImages(images)
+
+    class Independent:
+        title, names = source.title, source.names
+
+        def __len__(self):
+            return len(source)
+
+        def __getitem__(self, row):
+            return replace(source[row], independent=True)
+
+    looks = [
+        made(models["Dinov2Model"], tmp_path).read_images(asked, range(8), QUIET).pictures.looks
+        for asked in (Independent(), source, Independent())
+    ]
+    assert not looks[0].any() and looks[1].any(axis=1).all() and not looks[2].any()
+
+
 def test_a_damaged_file_or_a_lost_answer_is_one_line(models, images, tmp_path):
     teacher = made(models["Dinov2Model"], tmp_path)
     with pytest.raises(AdaptationError, match="has lost answers; remove it, begin again"):

@@ -102,7 +102,7 @@ def test_all_weights_of_every_family_learn_and_are_written(name, images, tmp_pat
     same = [key for key, value in student.weights().items() if value.equal(before[key])]
     assert all(key.endswith(UNTRAINED) for key in same), same
     state = Adapted(tmp_path, Recipe(8), backbone.weights_sha256, PX, "", "")
-    saved = replace(backbone, adapted={"a": written(state, student.weights())})
+    saved = replace(backbone, adapted={"a": written(state, student.weights(), False)})
     image = learned.at(0).image
     with torch.inference_mode():
         answers = saved.rung(Recipe(8, adapted="a"))(image)
@@ -336,6 +336,63 @@ def test_minutes_bound_the_training_and_too_few_say_how_many(models, images, tmp
     found = adapt(backbone, replace(asked, minutes=0.05), bars)
     assert found.about["steps"]["of"] >= road.LOOKS and found.minutes < 1
     assert found.about["steps"]["taken"] > 0 and np.isfinite(found.best.distance)
+
+
+@pytest.mark.parametrize("minutes", [2, 10])
+def test_search_looks_and_steps_end_within_the_minutes(
+    minutes, models, images, tmp_path, monkeypatch
+):
+    clock = SlowClock(monkeypatch, step_s=2.0, look_s=1.0)
+    asked = request(tmp_path, images, epochs=None, minutes=minutes)
+    found = adapt(models["Dinov2Model"], asked)
+    assert found.about["steps"]["taken"] == found.about["steps"]["of"]
+    assert 0.95 * minutes < found.minutes <= minutes
+    assert clock.seconds >= 60 * found.minutes
+
+
+class SlowClock:
+    """A clock on which only steps and looks at the held-out images take time."""
+
+    def __init__(self, monkeypatch, step_s, look_s):
+        self.seconds = 0.0
+        monkeypatch.setattr(road, "time", self)
+        monkeypatch.setattr(training, "PATIENCE", 1000)
+        self._slow(monkeypatch, training.Run, "take_step", step_s)
+        self._slow(monkeypatch, training.Lesson, "judge", look_s)
+
+    def _slow(self, monkeypatch, owner, name, seconds):
+        quick = getattr(owner, name)
+
+        def slow(*arguments):
+            self.seconds += seconds
+            return quick(*arguments)
+
+        monkeypatch.setattr(owner, name, slow)
+
+    def monotonic(self):
+        return self.seconds
+
+
+def held(acceptable, distance):
+    return training.Held(distance, acceptable, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("looks", "best"),
+    [
+        ([(0.80, 1.0), (0.86, 0.9), (0.70, 0.5)], 1),  # nearer, and worse than at the start
+        ([(0.80, 1.0), (0.81, 0.9), (0.83, 0.8), (0.90, 0.85)], 2),
+        ([(0.80, 1.0), (0.79, 0.2), (0.75, 0.1)], 0),
+        ([(0.80, 1.0), (0.80, 0.9)], 1),
+        ([(0.80, 1.0), (0.80, 1.1)], 0),
+    ],
+)
+def test_the_best_look_is_the_nearest_that_beats_the_start(looks, best, models, images, tmp_path):
+    backbone = models["Dinov2Model"]
+    student = backbone.trainable(Recipe(8))
+    run = Run(student, taught(backbone, tmp_path, images), Settings(1e-3), 100)
+    run.curve = [training.Point(n, None, held(*look)) for n, look in enumerate(looks)]
+    assert run.best_point.step == best and not run.is_done
 
 
 def test_a_model_that_has_answered_in_inference_mode_can_learn(images, tmp_path):

@@ -80,11 +80,27 @@ def test_they_and_their_other_forms_are_left_out(workplace):
     assert usable(collected, plain) is collected  # it is the record that says so
 
 
+def test_others_of_their_groups_are_left_out_with_them(workplace):
+    collected, graphs = loaded(workplace)
+    # Folders of four; the last of those that were learned from has two that were not.
+    names = tuple(
+        name if name.startswith("copy") else f"{int(name[:3]) // 4}/{name}"
+        for name in collected.names
+    )
+    collected = replace(collected, names=names)
+    learned = {name.partition("/")[0] for name in names if "/" in name and is_learned(name[-7:])}
+    wanted = [n for n in names if "/" in n and n.partition("/")[0] not in learned]
+    assert len(wanted) == IMAGES - LEARNED - 2
+    for found in (usable, without_learned):
+        assert list(found(collected, graphs, "folder").names) == wanted
+        assert len(found(collected, graphs)) == IMAGES - LEARNED
+
+
 def test_they_are_in_no_split(workplace, capsys):
     assert run(workplace, "fit", "--max-risk", 0.3, "--test-share", 0.2) == 0
     said = " ".join(capsys.readouterr().err.split())
     left_out = f"{LEARNED + COPIES} images taught a graph or its head, in this or another form"
-    assert f"{left_out}; they are left out" in said
+    assert f"{left_out}, or are of the group of one that did; they are left out" in said
     collected, graphs = loaded(workplace)
     found = usable(collected, graphs)
     fitted = Fit.load(workplace / "build/calibration/calibration.json", found)
