@@ -17,12 +17,12 @@ from bundle.adapted import Adapted
 from bundle.graphs import GraphSet
 from bundle.prints import among
 from bundle.recipe import Recipe
-from calibration.certify import Goal, allowed_errors, one_per_group
+from calibration.certify import Goal, allowed_errors, images_needed, one_per_group
 from calibration.fidelity import Fidelity
 from calibration.splits import SplitError
 from planner import result
 from planner.adapting import MOST_RECIPES, set_aside, wanted
-from planner.checks import check_recipes, images_for
+from planner.checks import certify_groups, check_recipes, images_for
 from planner.graphs import exported
 from planner.plan import make_plan
 from planner.request import PlanError
@@ -394,7 +394,12 @@ def test_a_cache_that_no_recipe_could_name_is_refused_before_anything_is_exporte
 def test_as_many_images_as_are_asked_for_are_just_enough_with_a_part_to_adapt_to():
     for goal in (Goal(0.05, 0.9, "ltt"), Goal(0.2, 0.9, "ltt")):
         enough = images_for(goal, adapts=True)
-        assert enough >= images_for(goal) and enough >= 99
+        needed, few = images_needed(goal), tuple(map(str, range(enough - 1)))
+        assert certify_groups((*few, "more"), None, 0, True) >= needed
+        try:
+            assert certify_groups(few, None, 0, True) < needed
+        except SplitError:  # too few to adapt to
+            assert enough == 99
 
 
 def test_a_group_is_never_divided_and_few_groups_are_refused():
