@@ -128,6 +128,29 @@ def test_nothing_is_held_against_them_later(workplace, tmp_path, capsys):
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
 
 
+def test_every_command_leaves_out_their_groups(workplace, tmp_path, capsys):
+    folder = tmp_path / "user"
+    shutil.copytree(workplace / "build", folder / "build")
+    by_folder = ("--group-by", "folder")  # one folder, of which some were learned from
+    all_of_them = f"{IMAGES + COPIES} images taught a graph or its head, in this or another form"
+    for arguments in (("fit", "--max-risk", 0.3, *by_folder), ("align", *by_folder)):
+        capsys.readouterr()
+        assert run(folder, *arguments) == 2
+        assert all_of_them in " ".join(capsys.readouterr().err.split())
+    assert run(folder, "fit", "--escalation-rate", 0.3) == 0
+    artifact = folder / "build/calibration/calibration.json"
+    content = json.loads(artifact.read_text())
+    content["data"]["group_by"] = "folder"
+    artifact.write_text(json.dumps(content))
+    capsys.readouterr()
+    assert run(folder, "report") == 2
+    assert all_of_them in " ".join(capsys.readouterr().err.split())
+    later = adapting.write_pictures(tmp_path / "later", 10, seed=1)
+    shutil.copy(workplace / "images/000.png", later / "known.png")
+    assert run(folder, "evaluate", "--images", later) == 2
+    assert "11 images taught a graph" in " ".join(capsys.readouterr().err.split())
+
+
 def test_an_alignment_on_top_learns_from_others(workplace, tmp_path, capsys):
     folder = tmp_path / "user"
     shutil.copytree(workplace / "build", folder / "build")

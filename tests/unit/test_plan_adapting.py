@@ -24,6 +24,7 @@ from planner import result
 from planner.adapting import MOST_RECIPES, set_aside, wanted
 from planner.checks import certify_groups, check_recipes, images_for
 from planner.graphs import exported
+from planner.parts import Parts
 from planner.plan import make_plan
 from planner.request import PlanError
 from planner.study import study
@@ -88,6 +89,25 @@ def test_an_adapted_candidate_is_one_among_all_under_the_key_of_its_state(given)
     assert "adapt" not in content["images"]
     assert f"px=4,adapted={state.key}: adapted in 3.0 minutes to 60 images" in content["notes"][0]
     assert str(state.folder) not in json.dumps(content)
+
+
+def test_others_of_their_groups_have_no_part_either(given):
+    planned, state, _ = given
+    cache, request = planned.parts.cache, replace(planned.parts.request, group_by="folder")
+
+    class Foldered:
+        """The same answers, of images in folders of four."""
+
+        graphs, fill = cache.graphs, staticmethod(cache.fill)
+
+        def read(self, wanted):
+            pictures = cache.read(wanted).pictures
+            names = tuple(f"{int(name[:4]) // 4}/{name}" for name in pictures.names)
+            return SimpleNamespace(pictures=replace(pictures, names=names))
+
+    parts = Parts.divide(request, Foldered(), "", state.image_prints, QUIET)
+    folders = {place // 4 for place in parts.places.tolist()}
+    assert folders and not folders & {place // 4 for place in LEARNED}
 
 
 def test_images_that_a_given_state_learned_from_have_no_part(given):
