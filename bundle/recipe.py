@@ -92,7 +92,7 @@ class Recipe:
         return self if self.px is not None else replace(self, px=px)
 
     def slug(self, full_px: int) -> str:
-        """A short name for files and models: `full`, `tome8`, `apt5p5`, `px112_int8static_align`."""
+        """A short name for files and models: `full`, `apt5p5`, `px112_int8static_align`."""
         numbers = {"depth": self.depth or 0, "tome": self.tome}
         parts = [f"px{self.px}"] if self.px not in (None, full_px) else []
         parts += [f"{name}{value}" for name, value in numbers.items() if value]
