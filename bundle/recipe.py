@@ -55,7 +55,7 @@ class Recipe:
             RecipeError: a part that is unknown, no such number, or said twice.
         """
         fields: dict[str, Any] = {}
-        found: int | float | str | bool | tuple[float, ...]
+        found: Any
         for part in text.split(","):
             name, _, value = (word.strip() for word in part.partition("="))
             part = "".join(part.split())
