@@ -2,7 +2,7 @@
 
 A backbone is a `transformers` model of a family in `export.families`. Per-layer CLS tokens are the
 library's own `hidden_states` and logits its own head's, so nothing of a model's forward is copied
-here; only `tome` runs the library's weights by a forward of our own.
+here; only `tome`, `apt` and `halt` run the library's weights by forwards of our own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from bundle.adapted import Adapted
 from bundle.recipe import Recipe
 from export.errors import UsageError
 from export.families import Family, family_of, has_head, tower
+from export.onnx_graph import COUNTS
 from export.recipes.adapted import AdaptedRung, sha256_of
+from export.recipes.halting import Gate, HaltingVit
+from export.recipes.patch_sizes import Cells, PatchSizesVit, cell_tables, read_detail
 from export.recipes.smaller import bake_positions, downsample, first_blocks
 from export.recipes.token_merging import MergingVit
 from imaging import Preprocessing
@@ -30,6 +33,7 @@ from routing import default_task
 # The attention matrix of 4,096 patches (64 x 64) takes 3 GB at batch 8 and 6 heads, the largest
 # batch of the parity check.
 MAX_PATCHES = 64 * 64
+UNTRAINED_GATE = (10.0, 30.0)  # where `adaptation` begins before it has looked at the model
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,9 @@ class Backbone:
         texts: how `probe` was made of texts, ready for JSON; embeddings then have length 1, but
             for those of a rung that is aligned or adapted. None: it was not.
         adapted: states that recipes may name, by their keys.
+        gate: scale and centre by which the model itself halts tokens; None: it does not.
+        detail: what an APT state adds to coarse cells, see `patch_sizes.read_detail`; None: the
+            model is of no such state.
     """
 
     name: str
@@ -64,6 +71,8 @@ class Backbone:
     notices: tuple[str, ...] = ()
     texts: Mapping[str, Any] | None = None
     adapted: Mapping[str, Adapted] = field(default_factory=dict)
+    gate: tuple[float, float] | None = None
+    detail: Mapping[str, torch.Tensor] | None = None
 
     @property
     def family(self) -> Family:
@@ -131,6 +140,10 @@ class Backbone:
         }
         if self.classes is not None:
             shapes["logits"] = (self.classes,)
+        if recipe is not None and recipe.varies:
+            patches = ((recipe.px or self.default_px[1]) // self.patch_size) ** 2
+            counted = (1 if recipe.apt else layers,)
+            shapes |= zip(COUNTS, (counted, (patches,)), strict=True)
         return shapes
 
     def with_probe(self, probe: nn.Linear, labels: tuple[str, ...]) -> Backbone:
@@ -160,15 +173,18 @@ class Backbone:
 
     @property
     def weights_sha256(self) -> str:
-        """Hex SHA-256 over all that makes embeddings: the weights without a head, and their length.
+        """Hex SHA-256 over all that makes embeddings: weights without a head, length, and gate.
 
         What a model with a projection answers, or one whose embeddings are made to have length 1,
         is another full model's answer than the bare transformer's.
         """
         found = sha256_of(tower(self.model) if self.has_own_head else self.model)
-        if self.texts is None:
-            return found
-        return hashlib.sha256(f"{found} of length 1".encode()).hexdigest()
+        if self.texts is not None:
+            found = hashlib.sha256(f"{found} of length 1".encode()).hexdigest()
+        if self.gate is not None:
+            scale, centre = self.gate
+            found = hashlib.sha256(f"{found} halts by {scale}, {centre}".encode()).hexdigest()
+        return found
 
     @property
     def linear_head(self) -> nn.Linear | None:
@@ -201,12 +217,13 @@ class Backbone:
         own = self.probe is None and self.has_own_head
         return not own or type(self.model).__name__ in self.family.linear
 
-    def check(self, recipe: Recipe, image_px: int) -> None:
+    def check(self, recipe: Recipe, image_px: int, trains: bool = False) -> None:
         """Refuse a recipe that the model cannot be run by, before anything is exported.
 
         Args:
             recipe: of a graph.
             image_px: H = W of the input `image`, the resolution where the recipe names none.
+            trains: whether its weights will be trained, so that they need not be there yet.
 
         Raises:
             UsageError: saying which part and why.
@@ -221,17 +238,62 @@ class Backbone:
                 f"depth={recipe.depth} must be between 1 and {self.layers - 1}; the model has "
                 f"{self.layers} blocks"
             )
-        if recipe.tome and recipe.px < 2 * self.patch_size:
-            raise UsageError(f"tome={recipe.tome} has one patch at {recipe.px} px, none to merge")
-        if recipe.tome and self.family.unmergeable is not None:
-            raise UsageError(
-                f"tome={recipe.tome} is not for {self.family.title}: {self.family.unmergeable}; "
-                "leave tome out"
-            )
+        self._check_tokens(recipe, trains)
         if recipe.align and not self.aligns:
             raise UsageError(
                 "align does not reach this model's head, which reads more than the CLS token; "
                 "leave align out"
+            )
+
+    def _check_tokens(self, recipe: Recipe, trains: bool) -> None:
+        """The parts of `check` about fewer tokens: `tome`, `apt` and `halt`."""
+        px, patch = recipe.px or 0, self.patch_size
+        halts = "the model" if self.gate else "halt" if recipe.halt is not None else ""
+        named = {"tome": bool(recipe.tome), "apt": bool(recipe.apt), halts: bool(halts)}
+        ways = [way for way, is_there in named.items() if is_there]
+        if len(ways) > 1:
+            raise UsageError(
+                f"{recipe}: {ways[0]} and {ways[1]} both take tokens away; leave {ways[0]} out"
+            )
+        if recipe.tome and px < 2 * patch:
+            raise UsageError(f"tome={recipe.tome} has one patch at {px} px, none to merge")
+        if ways and self.family.unmergeable is not None:
+            raise UsageError(
+                f"{recipe} is not for {self.family.title}: {self.family.unmergeable}; leave "
+                f"{ways[0]} out"
+            )
+        if recipe.varies and recipe.precision in ("int8", "fp16"):
+            why = {
+                "int8": "scales of the whole batch would let images that keep other tokens decide",
+                "fp16": "what decides which tokens stay needs FP32",
+            }
+            raise UsageError(f"{recipe}: {why[recipe.precision]}; use int8=static, or none")
+        coarsest = patch * 2 ** len(recipe.apt)
+        if recipe.apt and px % coarsest:
+            sizes = [n * coarsest for n in (px // coarsest, px // coarsest + 1) if n]
+            raise UsageError(
+                f"{recipe}: cells of {coarsest} px do not divide {px} px; give px="
+                f"{' or px='.join(map(str, sizes))}"
+            )
+        if recipe.halt is not None:
+            self._check_halting(recipe, trains)
+
+    def _check_halting(self, recipe: Recipe, trains: bool) -> None:
+        depth = recipe.depth or self.layers
+        if recipe.halt and not 1 <= recipe.halt < depth:
+            raise UsageError(f"{recipe}: tokens can halt after 1 to fewer than {depth} blocks")
+        if not self.aligns:
+            raise UsageError(
+                f"{recipe} does not reach this model's head, which reads tokens that halt; leave "
+                "halt out"
+            )
+        if trains and not recipe.halt and self.gate is None:
+            raise UsageError("halt says no depth to train for; give as halt=8")
+        if not trains and recipe.adapted is None and (recipe.halt or self.gate is None):
+            said = f"halt={recipe.halt:g}" if recipe.halt else "halt=8"
+            raise UsageError(
+                f"{recipe}: no gate was trained for it; train one with python -m adaptation distil "
+                f"--recipe {said}, and give {said},adapted=DIR"
             )
 
     def rung(self, recipe: Recipe) -> nn.Module:
@@ -250,7 +312,7 @@ class Backbone:
 
         `adaptation` trains it; its weights are copies.
         """
-        module = self._module(recipe)
+        module = self._module(recipe, trains=True)
         return AdaptedRung(
             module,
             module.model,
@@ -260,7 +322,9 @@ class Backbone:
             self.linear_head,
         )
 
-    def _module(self, recipe: Recipe) -> RungModule | MergingVit:
+    def _module(
+        self, recipe: Recipe, trains: bool = False
+    ) -> RungModule | MergingVit | PatchSizesVit | HaltingVit:
         assert recipe.px is not None
         model = bake_positions(self.model, recipe.px)
         if recipe.depth is not None:
@@ -268,7 +332,22 @@ class Backbone:
         unit_length = self.texts is not None
         if recipe.tome:
             return MergingVit(model, recipe.px, recipe.tome, self.probe, unit_length)
+        if recipe.apt:
+            transform = self.preprocessing(recipe.px)
+            return PatchSizesVit(
+                *(model, recipe.px, recipe.apt, (transform.mean, transform.std)),
+                *(self._cells(recipe, trains), self.probe, unit_length),
+            )
+        if recipe.halt is not None or self.gate is not None:
+            gate, removes = Gate(*(self.gate or UNTRAINED_GATE)), recipe.halt is not None
+            return HaltingVit(model, recipe.px, gate, self.probe, unit_length, removes)
         return RungModule(model, recipe.px, self.probe, unit_length)
+
+    def _cells(self, recipe: Recipe, trains: bool) -> Cells:
+        side = (recipe.px or 0) // self.patch_size
+        tables = cell_tables(self.model, side, len(recipe.apt))
+        cells = Cells(tables, trains or self.detail is not None)
+        return cells if self.detail is None else read_detail(cells, self.detail)
 
     @torch.inference_mode()
     def reference(self, image: torch.Tensor, px: int) -> dict[str, torch.Tensor]:
@@ -276,7 +355,7 @@ class Backbone:
 
         The unaltered model, interpolating its positions as it runs; the embedding comes from the
         base model's own output and the logits from the model's own head, each through its own
-        forward.
+        forward. No library has a model that halts tokens: of one, our own forward, which masks.
 
         Args:
             image: FP32 (B, 3, H, W).
@@ -285,6 +364,9 @@ class Backbone:
         Returns:
             `embedding` (B, D), `cls_layers` (B, L+1, W) and, with a head, `logits` (B, C).
         """
+        if self.gate is not None:
+            module, names = self._module(Recipe(px)).eval(), list(self.output_shapes())
+            return dict(zip(names, module(image), strict=True))
         pixels, family = downsample(image, px), self.family
         base = tower(self.model)(pixels, output_hidden_states=True, **family.options)
         embedding = family.truth(self.model, base, pixels)

@@ -17,6 +17,10 @@ from torch import nn
 from export.errors import ExportError, first_line
 
 INPUT_NAME = "image"
+COUNTS = (
+    "tokens",
+    "patches",
+)  # INT32 outputs, the last ones, of graphs whose images differ in cost
 BATCH_AXIS = "batch"
 MAX_OPSET = 21  # older Triton images load no newer one
 # Only a bound for the exporter's shape reasoning; the graph itself accepts any batch.

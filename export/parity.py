@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from export.errors import ExportError
-from export.onnx_graph import INPUT_NAME, check_versions
+from export.onnx_graph import COUNTS, INPUT_NAME, check_versions
 from export.request import DEFAULT_ATOL, DEFAULT_RTOL
 
 # Other sizes than the traced batch of 2, and odd ones, so that a batch baked into a shape shows.
@@ -191,9 +191,10 @@ def _tensor_failures(
         if value.name not in expected:
             continue
         tensor = value.type.tensor_type
-        if tensor.elem_type != onnx.TensorProto.FLOAT:
-            kind = onnx.TensorProto.DataType.Name(tensor.elem_type)
-            failures.append(Failure(rung, value.name, f"type is {kind}, expected FLOAT"))
+        wanted = onnx.TensorProto.INT32 if value.name in COUNTS else onnx.TensorProto.FLOAT
+        if tensor.elem_type != wanted:
+            kind, other = map(onnx.TensorProto.DataType.Name, (tensor.elem_type, wanted))
+            failures.append(Failure(rung, value.name, f"type is {kind}, expected {other}"))
         batch, *shape = (d.dim_param or d.dim_value for d in tensor.shape.dim) or (None,)
         if not isinstance(batch, str):
             failures.append(Failure(rung, value.name, f"batch axis is fixed at {batch}"))

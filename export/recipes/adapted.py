@@ -21,13 +21,16 @@ from export.families import tower
 
 _TOWER = "tower."
 _ALIGNMENT = "alignment."
+_OWN = "own."
 
 
 class AdaptedRung(nn.Module):
     """A rung, and what its weights are trained as.
 
     Args:
-        rung: `image` to embedding (B, D), cls_layers (B, L+1, W)[, logits (B, C)].
+        rung: `image` to embedding (B, D), cls_layers (B, L+1, W)[, logits (B, C)] and perhaps
+            counts of tokens, as its attribute `counts` says. What it has as `own` is learned or
+            chosen here, too.
         model: whose weights it runs.
         widths: D and W.
         layers: L.
@@ -48,6 +51,8 @@ class AdaptedRung(nn.Module):
         self.rung = rung
         self.model = model
         self.head = head
+        self.own: nn.Module | None = getattr(rung, "own", None)
+        self.counts = int(getattr(rung, "counts", 0))
         self.layers = min(LAYERS, layers)
         self.alignment: nn.Linear | None = None
         if aligns:
@@ -57,11 +62,12 @@ class AdaptedRung(nn.Module):
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run the rung; shapes are those of the rung."""
-        embedding, cls_layers, *logits = self.rung(image)
+        embedding, cls_layers, *rest = self.rung(image)
+        logits, counts = rest[: len(rest) - self.counts], rest[len(rest) - self.counts :]
         if self.alignment is not None:
             embedding = embedding + self.alignment(self.tokens(embedding, cls_layers))
             logits = [self.head(embedding)] if self.head is not None else []
-        return embedding, cls_layers, *logits
+        return embedding, cls_layers, *logits, *counts
 
     def tokens(self, embedding: torch.Tensor, cls_layers: torch.Tensor) -> torch.Tensor:
         """What an alignment reads, (B, F), as `bundle.alignment.tokens`."""
@@ -70,15 +76,16 @@ class AdaptedRung(nn.Module):
 
     @property
     def tower(self) -> nn.Module:
-        """The transformer without a head: what is trained, with the alignment."""
+        """The transformer without a head: what is trained, with `own` and the alignment."""
         found: nn.Module = tower(self.model)
         return found
 
     def weights(self) -> dict[str, torch.Tensor]:
         """What a state holds, by name."""
         found = {_TOWER + name: value for name, value in self.tower.state_dict().items()}
-        if self.alignment is not None:
-            found |= {_ALIGNMENT + k: value for k, value in self.alignment.state_dict().items()}
+        for prefix, part in ((_OWN, self.own), (_ALIGNMENT, self.alignment)):
+            if part is not None:
+                found |= {prefix + name: value for name, value in part.state_dict().items()}
         return {name: value.detach().contiguous() for name, value in found.items()}
 
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:
@@ -94,8 +101,9 @@ class AdaptedRung(nn.Module):
             odd = sorted(set(own) ^ set(weights)) or ["shapes"]
             raise ValueError(f"weights of another module ({len(odd)} differ, as {odd[0]})")
         self.tower.load_state_dict(_under(_TOWER, weights))
-        if self.alignment is not None:
-            self.alignment.load_state_dict(_under(_ALIGNMENT, weights))
+        for prefix, part in ((_OWN, self.own), (_ALIGNMENT, self.alignment)):
+            if part is not None:
+                part.load_state_dict(_under(prefix, weights))
 
     def adopt(self, state: Adapted) -> AdaptedRung:
         """Load a state from its file; returns this module.

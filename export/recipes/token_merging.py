@@ -12,19 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import (
-    CLIPForImageClassification,
-    DeiTForImageClassificationWithTeacher,
-    Dinov2ForImageClassification,
-    Dinov2WithRegistersForImageClassification,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
-from export.families import blocks, family_of, has_head, tower
+from export.families import blocks, family_of, tower
+from export.recipes.answering import Answering
+from export.recipes.ragged import RaggedBlock, part
 from export.recipes.smaller import downsample
-
-# Their heads read the CLS token and the mean of the patch tokens.
-_READ_BOTH = (Dinov2ForImageClassification, Dinov2WithRegistersForImageClassification)
 
 
 class MergingVit(nn.Module):
@@ -54,16 +47,10 @@ class MergingVit(nn.Module):
         super().__init__()
         self.model = model
         self.px = px
-        self.probe = probe
-        self.unit_length = unit_length
         self.family = family_of(model)
-        embeddings = tower(model).embeddings
-        registers = getattr(embeddings, "register_tokens", None)
-        self.special = 1 + hasattr(embeddings, "distillation_token")
-        self.special += 0 if registers is None else registers.shape[1]
-        self.blocks = nn.ModuleList(
-            _MergingBlock(block, r, self.special) for block in blocks(model)
-        )
+        self.answering = Answering(model, probe, unit_length)
+        special = self.answering.special
+        self.blocks = nn.ModuleList(_MergingBlock(block, r, special) for block in blocks(model))
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run the rung.
@@ -82,36 +69,12 @@ class MergingVit(nn.Module):
         for block in self.blocks:
             hidden, sizes = block(hidden, sizes)
             cls_layers.append(hidden[:, 0])
-        tokens = getattr(base, self.family.norm)(hidden)
-        embedding = self.family.projected(self.model, tokens[:, 0])
-        embedding = nn.functional.normalize(embedding) if self.unit_length else embedding
-        layers = torch.stack(cls_layers, dim=1)
-        if self.probe is not None:
-            return embedding, layers, self.probe(embedding)
-        if isinstance(self.model, CLIPForImageClassification):
-            return embedding, layers, self.model.classifier(self._mean(hidden, sizes))
-        return embedding, layers, *self._logits(tokens, sizes)
-
-    def _mean(self, tokens: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-        """Of the patch tokens (B, N, D), each patch once: (B, D)."""
-        patches, counts = tokens[:, self.special :], sizes[:, self.special :]
-        return (patches * counts).sum(dim=1) / counts.sum(dim=1)
-
-    def _logits(self, tokens: torch.Tensor, sizes: torch.Tensor) -> list[torch.Tensor]:
-        """What the model's own head makes of the normalised tokens (B, N, D): (B, C), or none."""
-        cls, model = tokens[:, 0], self.model
-        if not has_head(model):
-            return []
-        if isinstance(model, DeiTForImageClassificationWithTeacher):
-            distilled = model.distillation_classifier(tokens[:, 1])
-            return [(model.cls_classifier(cls) + distilled) / 2]
-        if isinstance(model, _READ_BOTH):
-            cls = torch.cat([cls, self._mean(tokens, sizes)], dim=1)
-        return [model.classifier(cls)]
+        embedding, logits = self.answering(hidden, sizes)
+        return embedding, torch.stack(cls_layers, dim=1), *logits
 
 
-class _MergingBlock(nn.Module):
-    """One block, its parts called in the block's own order, whatever they are called there.
+class _MergingBlock(RaggedBlock):
+    """One block that merges tokens between its attention and its MLP.
 
     Args:
         block: the library's.
@@ -119,32 +82,23 @@ class _MergingBlock(nn.Module):
         special: leading tokens that are never merged.
     """
 
-    attention: Any  # the library's, with projections of its own
-    mlp: nn.Module
-
     def __init__(self, block: Any, r: int, special: int) -> None:
-        super().__init__()
+        super().__init__(block)
         self.r = r
         self.special = special
-        self.attention = _part(block, "attention", "self_attn")
-        self.mlp = block.mlp
-        self.norm1 = _part(block, "norm1", "layernorm_before", "layer_norm1")
-        self.norm2 = _part(block, "norm2", "layernorm_after", "layer_norm2")
-        self.scale1 = getattr(block, "layer_scale1", nn.Identity())  # DINOv2's
-        self.scale2 = getattr(block, "layer_scale2", nn.Identity())
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, hidden: torch.Tensor, sizes: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden (B, N, D) and sizes (B, N, 1) to (B, N - P, D) and (B, N - P, 1)."""
-        attended, keys = self._attend(self.norm1(hidden), sizes)
+        attended, keys = self._attend_in_proportion(self.norm1(hidden), sizes)
         hidden = hidden + self.scale1(attended)
         pairs = min(self.r, (hidden.shape[1] - self.special) // 2)
         if pairs > 0:
             hidden, sizes = merge(hidden, sizes, match(keys, self.special, pairs))
         return hidden + self.scale2(self.mlp(self.norm2(hidden))), sizes
 
-    def _attend(
+    def _attend_in_proportion(
         self, normed: torch.Tensor, sizes: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the attention answers (B, N, D), and its keys averaged over the heads (B, N, K)."""
@@ -153,18 +107,13 @@ class _MergingBlock(nn.Module):
             project(normed).unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
             for project in (attention.q_proj, attention.k_proj, attention.v_proj)
         )  # each (B, heads, N, K)
-        scale = _part(attention, "scaling", "scale")
+        scale = part(attention, "scaling", "scale")
         likeness = query @ key.transpose(2, 3) * scale  # (B, heads, N, N)
         # A token that stands for s patches draws attention as s tokens would.
         likeness = likeness + sizes.log().transpose(1, 2)[:, None]
         attended = likeness.softmax(dim=3) @ value
-        output = _part(attention, "o_proj", "out_proj")
+        output = part(attention, "o_proj", "out_proj")
         return output(attended.transpose(1, 2).flatten(2)), key.mean(dim=1)
-
-
-def _part(module: nn.Module, *names: str) -> Any:
-    """What a module has by one of these names."""
-    return next(getattr(module, name) for name in names if hasattr(module, name))
 
 
 class Matching(NamedTuple):
