@@ -23,6 +23,7 @@ from export.errors import UsageError
 from export.families import Family, family_of, has_head, tower
 from export.onnx_graph import COUNTS
 from export.recipes.adapted import AdaptedRung, sha256_of
+from export.recipes.fewer_tokens import check_tokens
 from export.recipes.halting import Gate, HaltingVit
 from export.recipes.patch_sizes import Cells, PatchSizesVit, cell_tables, read_detail
 from export.recipes.smaller import bake_positions, downsample, first_blocks
@@ -238,62 +239,11 @@ class Backbone:
                 f"depth={recipe.depth} must be between 1 and {self.layers - 1}; the model has "
                 f"{self.layers} blocks"
             )
-        self._check_tokens(recipe, trains)
+        check_tokens(self, recipe, trains)
         if recipe.align and not self.aligns:
             raise UsageError(
                 "align does not reach this model's head, which reads more than the CLS token; "
                 "leave align out"
-            )
-
-    def _check_tokens(self, recipe: Recipe, trains: bool) -> None:
-        """The parts of `check` about fewer tokens: `tome`, `apt` and `halt`."""
-        px, patch = recipe.px or 0, self.patch_size
-        halts = "the model" if self.gate else "halt" if recipe.halt is not None else ""
-        named = {"tome": bool(recipe.tome), "apt": bool(recipe.apt), halts: bool(halts)}
-        ways = [way for way, is_there in named.items() if is_there]
-        if len(ways) > 1:
-            raise UsageError(
-                f"{recipe}: {ways[0]} and {ways[1]} both take tokens away; leave {ways[0]} out"
-            )
-        if recipe.tome and px < 2 * patch:
-            raise UsageError(f"tome={recipe.tome} has one patch at {px} px, none to merge")
-        if ways and self.family.unmergeable is not None:
-            raise UsageError(
-                f"{recipe} is not for {self.family.title}: {self.family.unmergeable}; leave "
-                f"{ways[0]} out"
-            )
-        if recipe.varies and recipe.precision in ("int8", "fp16"):
-            why = {
-                "int8": "scales of the whole batch would let images that keep other tokens decide",
-                "fp16": "what decides which tokens stay needs FP32",
-            }
-            raise UsageError(f"{recipe}: {why[recipe.precision]}; use int8=static, or none")
-        coarsest = patch * 2 ** len(recipe.apt)
-        if recipe.apt and px % coarsest:
-            sizes = [n * coarsest for n in (px // coarsest, px // coarsest + 1) if n]
-            raise UsageError(
-                f"{recipe}: cells of {coarsest} px do not divide {px} px; give px="
-                f"{' or px='.join(map(str, sizes))}"
-            )
-        if recipe.halt is not None:
-            self._check_halting(recipe, trains)
-
-    def _check_halting(self, recipe: Recipe, trains: bool) -> None:
-        depth = recipe.depth or self.layers
-        if recipe.halt and not 1 <= recipe.halt < depth:
-            raise UsageError(f"{recipe}: tokens can halt after 1 to fewer than {depth} blocks")
-        if not self.aligns:
-            raise UsageError(
-                f"{recipe} does not reach this model's head, which reads tokens that halt; leave "
-                "halt out"
-            )
-        if trains and not recipe.halt and self.gate is None:
-            raise UsageError("halt says no depth to train for; give as halt=8")
-        if not trains and recipe.adapted is None and (recipe.halt or self.gate is None):
-            said = f"halt={recipe.halt:g}" if recipe.halt else "halt=8"
-            raise UsageError(
-                f"{recipe}: no gate was trained for it; train one with python -m adaptation distil "
-                f"--recipe {said}, and give {said},adapted=DIR"
             )
 
     def rung(self, recipe: Recipe) -> nn.Module:
