@@ -38,7 +38,7 @@ def render(path: Path, template: str, **data: Any) -> None:
     A name that the template uses and that is not given is an error. The page is written whole or
     not at all: whoever looks meanwhile, or after an error, finds the one from before.
     """
-    page = _environment().get_template(template).render(data)
+    page = filled(template, **data)
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -47,6 +47,11 @@ def render(path: Path, template: str, **data: Any) -> None:
         fresh.replace(path)
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def filled(template: str, **data: Any) -> str:
+    """What a template of the folder `templates` makes of the data: HTML, escaped where it must."""
+    return _environment().get_template(template).render(data)
 
 
 @cache
