@@ -11,7 +11,7 @@ import pytest
 
 from server.installation import STAND_IN
 
-INPUTS, OUTPUTS = {"x": [3]}, {"y": [2]}
+INPUTS, OUTPUTS = {"x": ("TYPE_FP32", [3])}, {"y": ("TYPE_FP32", [2])}
 
 
 @dataclass
@@ -102,7 +102,7 @@ def test_what_triton_hands_on_by_itself_is_not_refused(rules: ModuleType):
         ("tensor(float)", [1, 3], r"\[-1,...\], a batch of any size, but 'x' .* shape \[1,3\]"),
     ],
 )
-def test_other_tensors_than_batches_of_fp32_are_refused(
+def test_other_tensors_than_batches_of_fp32_and_int32_are_refused(
     rules: ModuleType, type_: str, shape: list, said: str
 ):
     with pytest.raises(rules.ConfigError, match=f"model 'm'.*{said}.*C\\+\\+ onnxruntime backend"):
@@ -111,7 +111,7 @@ def test_other_tensors_than_batches_of_fp32_are_refused(
 
 def test_dynamic_dimensions_become_minus_one(rules: ModuleType):
     found = rules.file_tensors("m", [NodeArg("x", "tensor(float)", ["N", None, 3, -5])])
-    assert found == {"x": [-1, 3, -1]}
+    assert found == {"x": ("TYPE_FP32", [-1, 3, -1])}
 
 
 # --- completing and comparing ------------------------------------------------------------------
@@ -119,9 +119,13 @@ def test_dynamic_dimensions_become_minus_one(rules: ModuleType):
 
 def test_what_is_left_out_is_completed(rules: ModuleType):
     completed = config()
-    rules.complete(completed, {"image": [3, 8, 8]}, {"embedding": [5]})
+    nodes = [
+        NodeArg("embedding", "tensor(float)", ["N", 5]),
+        NodeArg("tokens", "tensor(int32)", ["N", 1]),
+    ]
+    rules.complete(completed, {"image": ("TYPE_FP32", [3, 8, 8])}, rules.file_tensors("m", nodes))
     assert completed["input"] == [io("image", [3, 8, 8])]
-    assert completed["output"] == [io("embedding", [5])]
+    assert completed["output"] == [io("embedding", [5]), io("tokens", [1], "TYPE_INT32")]
     assert completed["dynamic_batching"] == {}
     single = config(max_batch_size=1)
     rules.complete(single, INPUTS, OUTPUTS)

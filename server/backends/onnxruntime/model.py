@@ -2,7 +2,8 @@
 
 Triton runs it for models with `backend: "onnxruntime"` where its backend directory has no
 `libtriton_onnxruntime.so`. The model repository needs no change between the two. It runs our rungs,
-batches of FP32 tensors, and refuses what else a configuration may ask for (`onnx_config`).
+batches of FP32 and INT32 tensors, and refuses what else a configuration may ask for
+(`onnx_config`).
 
 Python imports this file twice per model (once to complete the configuration), so the import of
 ONNX Runtime waits until it is needed.

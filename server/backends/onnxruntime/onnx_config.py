@@ -18,8 +18,10 @@ from collections.abc import Iterable
 from typing import Any
 
 FILENAME = "model.onnx"
-# The dimensions of each tensor of an ONNX file, without the batch's; -1 is a dynamic one.
-FileTensors = dict[str, list[int]]
+# Of each tensor of an ONNX file the type, as a configuration names it, and the dimensions without
+# the batch's; -1 is a dynamic one.
+FileTensors = dict[str, tuple[str, list[int]]]
+_TYPES = {"tensor(float)": "TYPE_FP32", "tensor(int32)": "TYPE_INT32"}  # of images, and of counts
 # ONNX Runtime's name of a session option. With 1 a session on the CPU uses its weights as they lie
 # in the file, so that processes which map the same external weights share them. The C++ backend
 # passes over the key without a word (its issue 107 asks for it) and prepacks always.
@@ -77,20 +79,21 @@ def file_tensors(model: str, node_args: Iterable[Any]) -> FileTensors:
         node_args: objects with `name`, `type` and `shape`, as ONNX Runtime has them.
 
     Raises:
-        ConfigError: a tensor that is not FP32, whose first dimension does not vary with the batch,
-            or that has no other.
+        ConfigError: a tensor that is neither FP32 nor INT32, whose first dimension does not vary
+            with the batch, or that has no other.
     """
     found = {}
     for node in node_args:
         # A dynamic dimension is a name or None; some exporters write a negative number.
         shape = [d if isinstance(d, int) and d >= 0 else -1 for d in node.shape or []]
-        if node.type != "tensor(float)" or len(shape) < 2 or shape[0] != -1:
+        if node.type not in _TYPES or len(shape) < 2 or shape[0] != -1:
             raise ConfigError(
                 f"unable to load model '{model}': the stand-in onnxruntime backend takes FP32 "
-                f"tensors of shape [-1,...], a batch of any size, but '{node.name}' is {node.type} "
-                f"of shape {_shape(shape)}; run a tritonserver with the C++ onnxruntime backend"
+                f"and INT32 tensors of shape [-1,...], a batch of any size, but '{node.name}' is "
+                f"{node.type} of shape {_shape(shape)}; run a tritonserver with the C++ "
+                "onnxruntime backend"
             )
-        found[node.name] = shape[1:]
+        found[node.name] = _TYPES[node.type], shape[1:]
     return found
 
 
@@ -101,7 +104,8 @@ def complete(config: dict[str, Any], inputs: FileTensors, outputs: FileTensors) 
         config["dynamic_batching"] = {}
     for side, tensors in (("input", inputs), ("output", outputs)):
         config[side] = config.get(side) or [
-            {"name": name, "data_type": "TYPE_FP32", "dims": dims} for name, dims in tensors.items()
+            {"name": name, "data_type": data_type, "dims": dims}
+            for name, (data_type, dims) in tensors.items()
         ]
 
 
@@ -114,7 +118,7 @@ def validate(config: dict[str, Any], inputs: FileTensors, outputs: FileTensors) 
         ConfigError: naming the model, the tensor, and what each side says.
     """
     for side, tensors in (("input", inputs), ("output", outputs)):
-        known = {name: f"TYPE_FP32 {_shape(dims)}" for name, dims in tensors.items()}
+        known = {name: f"{data_type} {_shape(dims)}" for name, (data_type, dims) in tensors.items()}
         written = {io["name"]: f"{io['data_type']} {_shape(io['dims'])}" for io in config[side]}
         for name in written | (known if side == "input" else {}):
             says, has = written.get(name, "nothing"), known.get(name, "nothing")
