@@ -14,6 +14,7 @@ from rich.console import Console
 from bundle.graphs import GraphSet
 from client import ClientError
 from report import terminal
+from report.words import by_image
 from server import ServerError
 
 from .analyzer_install import install as install_analyzer
@@ -255,8 +256,21 @@ def serving(
     title = f"medians of {turns} turns; {instances} requests in flight; milliseconds"
     headings = ("graph", "lone request", f"per image, batch {batch}", "server's CPU")
     Console().print(terminal.table(title, (*headings, "cost / full model", "by CPU"), rows))
+    for name, entry in found.items():
+        if (own := entry["per_image"]) is not None:
+            typer.echo(f"{name}: {_by_image(own, entry['disturbed'])}")
     if prices.disturbed(found):
         typer.echo(f"–: {TOO_BUSY}, clock and CPU time differ by more than 15 %")
+
+
+def _by_image(own: dict[str, Any], disturbed: bool) -> str:
+    """A line on lone requests to a graph whose cost depends on the image."""
+    cost = "–" if disturbed else f"{by_image(own)} of the full model's cost"
+    latency = "{p50:.2f} ms, at the 95th percentile {p95:.2f} ms".format_map(own["latency_ms"])
+    line = f"a lone image, of {own['images']}: {cost}; {latency}"
+    if own["tokens"] is None:
+        return line
+    return line + "; {mean:.1f} tokens ({min:g} to {max:g})".format_map(own["tokens"])
 
 
 def _median(spread: dict[str, Any] | None, how: str) -> str:

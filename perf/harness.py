@@ -68,6 +68,7 @@ class Answer:
         score: oracle units; NaN for a static system.
         cpu_ms: CPU time of the server's processes meanwhile, per image; None where it is not
             measured.
+        tokens: that the graph kept of the image, of those of each block the mean; None: not asked.
     """
 
     latency_ms: float
@@ -76,6 +77,7 @@ class Answer:
     escalated: bool
     score: float
     cpu_ms: float | None = None
+    tokens: float | None = None
 
     @property
     def top1(self) -> int:
@@ -161,6 +163,7 @@ class Asker:
         values = {name: result.as_numpy(name) for name in names}
         embeddings, logits = values["embedding"], values.get("logits")
         escalated, score = values.get("escalated"), values.get("score")
+        tokens = values.get("tokens")  # (B, 1) or, of each block, (B, L)
         return [
             Answer(
                 latency_ms / len(embeddings),
@@ -168,6 +171,7 @@ class Asker:
                 None if logits is None else logits[i],
                 False if escalated is None else bool(escalated[i].item()),
                 np.nan if score is None else float(score_of_answer(score[i]).item()),
+                tokens=None if tokens is None else float(tokens[i].mean()),
             )
             for i, embedding in enumerate(embeddings)
         ]

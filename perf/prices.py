@@ -4,21 +4,27 @@ images ─► batches ─► as many requests in flight as instances ─► one 
 
 Two servers minutes apart differ by more than many graphs do. So graphs are served together and
 take turns every few batches, and each group of them holds the full model: ratios are taken within
-a turn.
+a turn. A graph that keeps as many tokens as an image needs has a price for each image; it is asked
+about more of them, and what it costs in batches is a mean over these.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
+import numpy as np
+import onnx
+
 from bundle import config
-from bundle.graphs import GraphSet
+from bundle.graphs import Graph, GraphSet
 from bundle.placing import working_folder
 from report.terminal import Bar, Bars
 from server import TritonServer
@@ -32,6 +38,7 @@ from .target import Target
 
 TOGETHER = 8  # graphs of one server; each instance holds the weights once more
 LONE = 8  # images that are asked one at a time in a turn
+VARIED = 32  # where what an image costs depends on it: so many, or all that there are
 SATURATED_S = 1.0  # that the full rung is asked for in a turn, about
 MOST_BLOCKS = 32
 _CONFIG = Path(__file__).resolve().parents[1] / "model_repository/vit_high" / "config.pbtxt"
@@ -45,6 +52,11 @@ Price = dict[str, Any]
 many requests in flight as there are instances. `cost_ratio` and `cpu_cost_ratio`: spreads of those
 over the full model's in the same turn. Figures of CPU time are None on a GPU, where it says
 nothing. `disturbed`: whether clock and CPU time tell different stories of the ratio.
+
+`per_image`: None where every image costs the same, else of lone requests, of each image the median
+over the turns: of how many `images`; `cost_ratio`, an image's over the full model's in the same
+turn, its `mean`, `std`, `p5` and `p95` over the images; `latency_ms`, its `p50` and `p95`; and
+`tokens`, their `mean`, `min` and `max`, None where the graph does not tell them.
 """
 
 
@@ -98,7 +110,8 @@ def price(
         raise PerfError(
             f"{len(pool)} images do not fill a batch of {served.batch}; give more --images"
         )
-    with bars.stage("price the graphs as served", 2 * served.turns * len(groups)) as bar:
+    rounds = sum(2 + any(_varies(graphs, name) for name in group) for group in groups)
+    with bars.stage("price the graphs as served", served.turns * rounds) as bar:
         found = _measure(graphs, groups, pool, served, bar)
         if not disturbed(found):
             return found
@@ -136,6 +149,10 @@ def _measure(
     alone: list[dict[str, list[Answer]]] = []  # of each turn of each group, answers by graph
     saturated: list[dict[str, list[Answer]]] = []
     full, head = graphs.reference.name, () if graphs.classes is None else ("logits",)
+    # Neighbours in a folder may be alike.
+    order = np.random.default_rng(0).permutation(len(pool)).tolist()
+    few, more = list(islice(cycle(order), LONE)), order[LONE:VARIED]
+    tokens: dict[str, list[float] | None] = {}
     for group in groups:
         # Each is asked what the router asks it: the full model not for the tokens of its layers.
         systems = [
@@ -143,14 +160,44 @@ def _measure(
             for name in group
             for layers in [() if name == full else ("cls_layers",)]
         ]
+        varying = [system for system in systems if _varies(graphs, system.name)]
         with _serving(graphs, group, pool, served) as asker:
-            block = _warm_up(asker, systems, pool, served)
-            lone = [row % len(pool) for row in range(LONE)]
-            for found, rows, load in ((alone, lone, ONE_BY_ONE), (saturated, block, served.load)):
-                turns = [rows] * served.turns
-                found += take_turns(asker, systems, turns, load, on_share=bar.advance).shares
-    names = dict.fromkeys(name for group in groups for name in group)
-    return {name: _price(name, full, alone, saturated, served.batch) for name in names}
+            block = _warm_up(asker, systems, order, served, VARIED if varying else 1)
+            for system in varying:
+                tokens[system.name] = _tokens(asker, graphs.graphs[system.name], order[:VARIED])
+            turns = [few] * served.turns
+            lone = take_turns(asker, systems, turns, ONE_BY_ONE, on_share=bar.advance).shares
+            if varying:
+                both = [system for system in systems if system.name == full or system in varying]
+                turns = [more] * served.turns
+                others = take_turns(asker, both, turns, ONE_BY_ONE, on_share=bar.advance).shares
+                for turn, rest in zip(lone, others, strict=True):
+                    for name, answers in rest.items():
+                        turn[name] += answers
+            alone += lone
+            turns = [block] * served.turns
+            saturated += take_turns(asker, systems, turns, served.load, on_share=bar.advance).shares
+    found = {}
+    for name in dict.fromkeys(name for group in groups for name in group):
+        found[name] = _price(name, full, alone, saturated, served.batch)
+        if _varies(graphs, name):
+            own = [turn for turn in alone if name in turn]
+            found[name]["per_image"] = _per_image(name, full, own, few + more, tokens[name])
+    return found
+
+
+def _varies(graphs: GraphSet, name: str) -> bool:
+    return graphs.graphs[name].recipe.varies
+
+
+def _tokens(asker: Asks, graph: Graph, rows: Sequence[int]) -> list[float] | None:
+    """How many tokens a graph keeps of each image; None: it does not tell."""
+    outputs = onnx.load(graph.file, load_external_data=False).graph.output
+    if "tokens" not in {output.name for output in outputs}:
+        return None
+    system = System(graph.name, graph.name, graph.name, outputs=("embedding", "tokens"))
+    answers = asker.ask(system, rows, ONE_BY_ONE)
+    return [answer.tokens for answer in answers if answer.tokens is not None]
 
 
 def _price(
@@ -171,22 +218,66 @@ def _price(
         "cost_ratio": paired.cost_ratio(name, to=full).to_dict(),
         "cpu_cost_ratio": None if cpu_ratio is None else cpu_ratio.to_dict(),
         "disturbed": paired.disturbed(name, full, cpu_counts=True),
+        "per_image": None,
     }
 
 
-def _warm_up(asker: Asks, systems: Sequence[System], pool: Pool, served: Served) -> list[int]:
+def _per_image(
+    name: str,
+    full: str,
+    turns: Sequence[dict[str, list[Answer]]],
+    rows: Sequence[int],
+    tokens: Sequence[float] | None,
+) -> dict[str, Any]:
+    """What a lone image costs, over the images; see `Price`.
+
+    Args:
+        name: of the graph.
+        full: name of the full model's.
+        turns: answers by graph, of both as many as there are rows.
+        rows: of the pool, an image perhaps more than once.
+        tokens: of each image.
+    """
+    by_image = defaultdict(list)
+    for turn in turns:
+        for row, mine, whole in zip(rows, turn[name], turn[full], strict=True):
+            by_image[row].append((mine.latency_ms, mine.latency_ms / whole.latency_ms))
+    latencies, ratios = np.array([np.median(both, axis=0) for both in by_image.values()]).T
+    p5, p95 = np.percentile(ratios, (5, 95))
+    middle, most = np.percentile(latencies, (50, 95))
+    ratio = {"mean": ratios.mean(), "std": ratios.std(), "p5": p5, "p95": p95}
+    return {
+        "images": len(by_image),
+        "cost_ratio": {key: float(value) for key, value in ratio.items()},
+        "latency_ms": {"p50": float(middle), "p95": float(most)},
+        "tokens": tokens and {"mean": mean(tokens), "min": min(tokens), "max": max(tokens)},
+    }
+
+
+def _warm_up(
+    asker: Asks, systems: Sequence[System], order: Sequence[int], served: Served, images: int
+) -> list[int]:
     """Send every instance a few requests of either size; rows of the pool that make a turn.
 
-    They are whole blocks, for about `SATURATED_S` of the full rung.
+    They are whole blocks, for about `SATURATED_S` of the full rung, and of at least so many images
+    where the pool has them.
+
+    Args:
+        asker: sends the requests.
+        systems: the full model's first.
+        order: every row of the pool once.
+        served: how they are asked.
+        images: of a turn, at the least.
     """
     size = served.load.block or 1
-    block = [row % len(pool) for row in range(size)]
+    block = list(islice(cycle(order), size))
     for system in systems:
         asker.ask(system, block[:1], ONE_BY_ONE)
         asker.ask(system, block, served.load)
     seconds = 1e-3 * sum(a.latency_ms for a in asker.ask(systems[0], block, served.load))
-    count = min(max(1, math.ceil(SATURATED_S / seconds)), MOST_BLOCKS)
-    return [row % len(pool) for row in range(count * size)]
+    least = math.ceil(min(images, len(order)) / size)
+    count = min(max(least, math.ceil(SATURATED_S / seconds)), MOST_BLOCKS)
+    return list(islice(cycle(order), count * size))
 
 
 @contextlib.contextmanager

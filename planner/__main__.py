@@ -25,15 +25,16 @@ from client.errors import ClientError
 from export import options
 from export.errors import ExportError
 from perf.figures import PerfError
-from report.plan_page import cascade_marks, write_plan
+from report.plan_page import cascade_marks, mean_words, varying, write_plan
 from report.terminal import Bars, run, table
+from report.words import by_image
 from routing import threshold_text
 from server.errors import ServerError
 
 from . import result
 from .graphs import without_help
 from .plan import Planned, choose_rungs, make_plan
-from .request import PlanError, Request, recipes
+from .request import LATENCY_PERCENTILE, PlanError, Request, recipes
 from .simulation import simulated
 from .study import designs, study
 from .workshop import Workshop
@@ -109,7 +110,10 @@ def plan_command(
     checkpoint: options.Checkpoint = None,
     latency_budget_ms: Annotated[
         float | None,
-        typer.Option(help="Most for a lone image that runs through both graphs, without router."),
+        typer.Option(
+            help="Most for a lone image that runs through both graphs, without router: the median, "
+            f"or of a graph whose cost depends on the image the {LATENCY_PERCENTILE}th percentile."
+        ),
     ] = None,
     fidelity: given.FidelityKind = None,
     tolerance: given.Tolerance = None,
@@ -135,8 +139,8 @@ def plan_command(
     """Find the cheapest certified cascade: export, run, price as served, certify, choose.
 
     Writes plan.json and plan.html and, where something is chosen, onnx/ and calibration.json for
-    `python -m export repository`. A RECIPE is a list of px=N, depth=N, tome=N, adapted=DIR,
-    int8=static, fp16 and align.
+    `python -m export repository`. A RECIPE is a list of px=N, depth=N, tome=N, apt=BITS,
+    halt=DEPTH, adapted=DIR, int8=static, fp16 and align.
     """
     fitted = None if head_images is None else "--head-images DIR"
     texts = options.texts_of(model, checkpoint, labels, prompt, fitted)
@@ -312,6 +316,12 @@ def _print(content: dict[str, Any], request: Request) -> None:
         headings = ("", "signal", "escalated", "ms/image", "speed-up", "certified")
         title = "cascades that were tested; costs without the router"
         console.print(table(title, headings, rows, left=(0, 1, 5)))
+    ran = [entry[key] for entry in content["tested"] for key in ("low", "high")]
+    for graph in (content["graphs"][name] for name in varying(content, ran)):
+        cost = "depends on the image"  # a ratio may not be believed
+        if not content["disturbed"]:
+            cost = f"{by_image(graph['per_image'])} of the full model's"
+        lines.append(f"{graph['recipe']}: cost of a lone image {cost}")
     lines += [*content["doubts"], *content["notes"]]
     if shown := content["chosen"] or next(iter(content["tested"]), None):
         lines += outlook_lines(shown["outlook"], content["goal"]["max_risk"])
@@ -330,7 +340,7 @@ def _chosen(content: dict[str, Any], request: Request) -> list[str]:
     if measured["speedup"] is not None:
         cost = (
             f"{measured['ms_per_image']:.2f} ms per image without the router, "
-            f"{measured['speedup']:.2f} times less than the full model"
+            f"{measured['speedup']:.2f} times less than the full model{mean_words(content, chosen)}"
         )
         worth = f": it costs {ratio:.2f} times as much as the cascade"
         if ratio < 1:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bundle.adapted import Adapted
 from bundle.graphs import GraphSet
@@ -31,7 +31,7 @@ from . import checks
 from .adapting import Adapting, Trained, bodies, twins, wanted
 from .graphs import aligned_graph, exported
 from .parts import Parts
-from .request import PlanError, Request
+from .request import LATENCY_PERCENTILE, PlanError, Request
 from .select import MOST, Candidate, Pair, Tested, cascade_ms, choose, predict, shortlist
 from .workshop import Prices, Workshop
 
@@ -53,7 +53,7 @@ class Planned:
         fidelity: when an answer is a loss.
         aligned: what each alignment is worth, by the name of the graph that is aligned, or, where
             it does not help, of the graph without it that takes its place.
-        prices: of each graph, measured once more where they were disturbed.
+        prices: of each graph, on fit images, measured once more where they were disturbed.
         agreement: share of the images that measure without a loss if a graph alone answers, by
             name.
         candidates: every cascade, the cheapest predicted first.
@@ -88,7 +88,7 @@ class Planned:
 
     @property
     def ms(self) -> dict[str, float]:
-        """Milliseconds per image of each graph."""
+        """Milliseconds per image of each graph, the mean where it depends on the image."""
         return costs_ms(self.prices, self.full)
 
     @property
@@ -255,7 +255,7 @@ class _Road:
 
     def allows(self, pair: Pair) -> bool:
         """Whether a lone image through both graphs stays within the latency budget."""
-        latency = sum(float(self.prices[name]["latency_ms"]["median"]) for name in pair)
+        latency = sum(budget_latency_ms(self.prices[name]) for name in pair)
         budget = self.request.latency_budget_ms
         return budget is None or latency <= budget
 
@@ -263,7 +263,8 @@ class _Road:
         """Price all graphs in one run, predict every cascade, list those that are worth a test."""
         request, parts = self.request, self.ground.parts
         names = list(dict.fromkeys([*self.lows, *self.highs, *self.beside, self.full]))
-        self.prices = self.workshop.price(self.graphs, names, request, self.bars)
+        rows = parts.rows("fit")
+        self.prices = self.workshop.price(self.graphs, names, request, rows, self.bars)
         ms = costs_ms(self.prices, self.full)
         with self.bars.stage("predict on the fit split", len(self.lows)) as bar:
             self.candidates = predict(
@@ -301,7 +302,7 @@ def _adapt(road: _Road) -> list[Trained]:
 
 
 def costs_ms(prices: Prices, full: str) -> dict[str, float]:
-    """Milliseconds per image of each graph, served as it was priced.
+    """Milliseconds per image of each graph, served as it was priced; a mean over the images.
 
     Of the full model the median; of every other graph its ratio to the full model, taken turn by
     turn in one run, times that: two servers minutes apart differ by more than many graphs do. Where
@@ -313,6 +314,16 @@ def costs_ms(prices: Prices, full: str) -> dict[str, float]:
     if disturbed(prices) and all(spread and spread["median"] > 0 for spread in by_cpu):
         ratio = "cpu_cost_ratio"
     return {name: full_ms * float(price[ratio]["median"]) for name, price in prices.items()}
+
+
+def budget_latency_ms(price: Mapping[str, Any]) -> float:
+    """What a lone image takes of a latency budget in a graph.
+
+    The median; where it depends on the image, the `LATENCY_PERCENTILE`-th percentile over images.
+    """
+    if price["per_image"] is None:
+        return float(price["latency_ms"]["median"])
+    return float(price["per_image"]["latency_ms"][f"p{LATENCY_PERCENTILE}"])
 
 
 def disturbed(prices: Prices) -> list[str]:

@@ -15,6 +15,7 @@ from export.request import Texts
 from routing import answer_depends_on_batch
 
 Recipes = tuple[Recipe, ...]
+LATENCY_PERCENTILE = 95  # over images, of a graph that takes longer for one than for another
 SHARES_OF_PX = (0.5, 0.4375, 0.375)
 
 
@@ -40,7 +41,8 @@ class Request:
         group_by: see `splits.group_keys`.
         test_share: of the images, to measure on alone; None: as `splits.shares_of`.
         latency_budget_ms: the most that an image may take that runs through both graphs, one
-            request in flight, without the router; None: anything.
+            request in flight, without the router, at the `LATENCY_PERCENTILE`-th percentile of a
+            graph whose cost depends on the image; None: anything.
         instances: of each graph, as they will be served.
         threads: of each instance.
         seed: of the splits.

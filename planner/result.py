@@ -7,15 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from calibration.certify import images_needed
-from report.plan_page import cascade_marks, reference_name
+from report.plan_page import cascade_marks, latency_words, reference_name
 from report.words import milliseconds, setting
 
 from .adapting import figures
-from .plan import Planned
+from .plan import Planned, budget_latency_ms
+from .request import LATENCY_PERCENTILE
 from .select import Candidate, Tested, cascade_ms
 
 SCHEMA_VERSION = 3  # 2 had an align and a test split always
-_PRICED = ("latency_ms", "cost_ratio", "cpu_cost_ratio", "disturbed")
+_PRICED = ("latency_ms", "cost_ratio", "cpu_cost_ratio", "disturbed", "per_image")
 PROCEDURE = (
     "The shortlist was made on the fit split; each of its cascades was tested on the certify split "
     "at an equal share of delta (Bonferroni), thresholds within a cascade as a fixed sequence with "
@@ -46,6 +47,7 @@ def to_dict(planned: Planned, notes: list[str]) -> dict[str, Any]:
             **planned.fidelity.to_dict(),
             "loss": planned.fidelity.words("full model"),  # to be read after "an answer that"
             "latency_budget_ms": request.latency_budget_ms,
+            "latency_percentile": LATENCY_PERCENTILE,  # where it depends on the image
             "certify_images_needed": images_needed(request.goal),  # if none of them is lost
             "procedure": PROCEDURE + (_ADAPTED if planned.states else ""),
         },
@@ -115,7 +117,7 @@ def outcome(content: Mapping[str, Any]) -> dict[str, str]:
         sentence = (
             f"Every cascade that could meet {limit} takes longer than the latency budget of "
             f"{milliseconds(goal['latency_budget_ms'])} for an image that runs through both "
-            "graphs, so none was tested."
+            f"graphs{latency_words(content)}, so none was tested."
         )
     else:
         case = "never"
@@ -193,6 +195,7 @@ def _graph(planned: Planned, name: str) -> dict[str, Any]:
         "acceptable": planned.agreement[name],  # of images that measure, if it answers alone
         "ms_per_image": planned.ms[name],
         **{key: price[key] for key in _PRICED},
+        "budget_latency_ms": budget_latency_ms(price),
         "alignment": None if aligned is None else aligned.to_dict(),
         "adapted": None if state is None else figures(state),
     }

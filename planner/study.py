@@ -179,7 +179,8 @@ def study(request: Request, workshop: Workshop, bars: Bars) -> Study:
     pairs: dict[Pair, Outputs] = {}
     for low in lows:
         pairs |= parts.outputs(low, highs, graphs, None, bars)
-    prices = workshop.price(graphs, list(dict.fromkeys([*lows, *highs, full])), request, bars)
+    names = list(dict.fromkeys([*lows, *highs, full]))
+    prices = workshop.price(graphs, names, request, parts.rows("fit"), bars)
     return Study(pairs, parts.groups, costs_ms(prices, full), full, ground.fidelity, head)
 
 

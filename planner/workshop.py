@@ -80,21 +80,36 @@ class Workshop:
 
         return share(graphs, folder)
 
-    def price(self, graphs: GraphSet, names: Sequence[str], request: Request, bars: Bars) -> Prices:
-        """What these graphs cost as Triton serves them here, twice where the machine was busy."""
+    def price(
+        self,
+        graphs: GraphSet,
+        names: Sequence[str],
+        request: Request,
+        rows: Sequence[int],
+        bars: Bars,
+    ) -> Prices:
+        """What these graphs cost as Triton serves them here, twice where the machine was busy.
+
+        Args:
+            graphs: `names` among them, and the full model.
+            names: of the graphs to price.
+            request: says how they will be served.
+            rows: places in the source of the images that may say what an image costs.
+            bars: show what goes on.
+        """
         from perf.prices import Served, price
 
-        pool = _pool(graphs, request.source)
+        pool = _pool(graphs, request.source, rows)
         return price(graphs, names, pool, Served(request.instances, request.threads), bars)
 
 
-def _pool(graphs: GraphSet, source: ImageSource) -> Pool:
-    """Some images of the source, evenly spread, as they are sent."""
+def _pool(graphs: GraphSet, source: ImageSource, rows: Sequence[int]) -> Pool:
+    """Some of these images of the source, evenly spread, as they are sent."""
     preprocessing = Preprocessing.from_dict(graphs.preprocessing)
     encoded, tensors = [], []
-    for row in spread(len(source), PRICED_IMAGES):
+    for place in spread(len(rows), PRICED_IMAGES):
         with contextlib.suppress(ImageError):  # there are others
-            data = source[int(row)].data
+            data = source[rows[place]].data
             tensors.append(preprocessing(decode(data)))
             encoded.append(data)
     return Pool(source.title, encoded, tensors, [None] * len(encoded), [])

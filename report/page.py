@@ -27,6 +27,7 @@ _FILTERS = (
     words.fine,
     words.times,
     words.interval,
+    words.by_image,
     words.recipe_words,
     words.moment,
 )

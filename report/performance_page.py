@@ -7,7 +7,7 @@ where one was not believed, the page says so.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,15 @@ _PARTS = {
     "full rung": HIGH_COLOUR,
     "queues": "#777777",
 }
+_FAMILIES = ("px", "tome", "depth", "apt", "halt")  # ways to be cheaper, each with its line
+_VARYING = {"apt", "halt"}  # of these, those in which one image costs more than another
 _GROUPS = {"kept": "kept low", "escalated": "escalated", "all": "all"}
 _LOOKS = {  # of alternatives by the one part of a recipe in which they differ, then of systems
     "px": Look("static, fewer pixels", "#777777", "8"),
     "tome": Look("static, merged tokens", OTHERS[0], "H"),
     "depth": Look("static, fewer blocks", OTHERS[6], "8"),
+    "apt": Look("static, flat areas in larger patches", OTHERS[3], "8"),
+    "halt": Look("static, tokens halt", OTHERS[4], "H"),
     "other": Look("static, other", OTHERS[7], "p"),
     "static-low": Look("cheap rung", LOW_COLOUR, "s", above=True),
     "static-high": Look("full rung", HIGH_COLOUR, "s", above=True),
@@ -56,6 +60,7 @@ def write_performance(path: Path, summary: Summary) -> None:
         answers={name: answers[name] for name in order},
         numbers={name: str(number) for number, name in enumerate(order, 1)},
         frontier=_frontier(answers, order),
+        varies=any(_ways(answers[name].get("recipe")) & _VARYING for name in order),
         groups={name: attribution[name] for name in _GROUPS if attribution.get(name)},
         group_names=_GROUPS,
         time_bars=_time_bars(attribution),
@@ -98,7 +103,7 @@ def _frontier(answers: Summary, order: Sequence[str]) -> str | None:
     if not shown:
         return None
     lines = []
-    for key in ("px", "tome", "depth"):
+    for key in _FAMILIES:
         if any(point["kind"] == key for point in shown.values()):
             joined = [point for point in shown.values() if point["family"] in (key, "full")]
             joined.sort(key=lambda point: point["cost"])
@@ -146,10 +151,15 @@ def _family(answer: Entry, full: Entry | None) -> str:
     if not recipe:
         return "other"
     whole = set(((full or {}).get("recipe") or "").split(",")) | {"fp32", "full"}
-    ways = [part.partition("=")[0] for part in recipe.split(",") if part not in whole]
+    ways = list(_ways(recipe, whole))
     if not ways:
         return "full"
-    return ways[0] if len(ways) == 1 and ways[0] in ("px", "tome", "depth") else "other"
+    return ways[0] if len(ways) == 1 and ways[0] in _FAMILIES else "other"
+
+
+def _ways(recipe: str | None, whole: Collection[str] = ()) -> set[str]:
+    """The names of a recipe's parts, but for those of the whole model."""
+    return {part.partition("=")[0] for part in (recipe or "").split(",") if part not in whole}
 
 
 def _time_bars(attribution: Summary) -> str | None:

@@ -6,7 +6,7 @@ with it, because minutes apart the same graph differs by more than many graphs d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -17,7 +17,8 @@ from .page import HIGH_COLOUR, LOW_COLOUR, RED, render
 from .words import milliseconds, recipe_words, setting
 
 Content = Mapping[str, Any]
-_FAMILIES = ("px", "tome")  # graphs that are cheaper in this one way are joined by a line
+# Graphs that are cheaper in this one way are joined by a line.
+_FAMILIES = ("px", "tome", "apt", "halt")
 _ROLES = ("reference", "low", "high")  # the first one that a graph plays decides its looks
 _LOOKS = {
     "low": Look("cheap candidate alone", LOW_COLOUR, "o", 12),
@@ -25,6 +26,8 @@ _LOOKS = {
     "reference": Look("full model", INK, "s"),
     "px": Look("alternative, fewer pixels", "#777777", "8"),
     "tome": Look("alternative, merged tokens", OTHERS[0], "H"),
+    "apt": Look("alternative, flat areas in larger patches", OTHERS[3], "8"),
+    "halt": Look("alternative, tokens halt", OTHERS[4], "H"),
     "other": Look("alternative, other", OTHERS[7], "p", 14),
     "refused": Look("cascade, not certified", RED, "D", 12, above=True),
     "certified": Look("cascade, certified", HIGH_COLOUR, "D", 12, above=True),
@@ -59,6 +62,9 @@ def write_plan(path: Path, content: Content, threshold: str | None) -> None:
         aligned=aligned,
         has_alternatives=any("beside" in graph["roles"] for graph in content["graphs"].values()),
         pairs=_pairs(content),
+        varying=varying(content, marks),
+        mean_words=mean_words,
+        latency_words=latency_words(content),
     )
 
 
@@ -93,6 +99,34 @@ def is_chosen(content: Content, entry: Mapping[str, Any]) -> bool:
     """Whether a tested cascade is the chosen one."""
     chosen = content["chosen"]
     return chosen is not None and all(chosen[key] == entry[key] for key in ("low", "high"))
+
+
+def varying(content: Content, names: Iterable[str]) -> list[str]:
+    """Those of the graphs that cost more for one image than for another, each once."""
+    return [name for name in dict.fromkeys(names) if content["graphs"][name]["per_image"]]
+
+
+def mean_words(content: Content, entry: Mapping[str, Any]) -> str:
+    """What to add to the cost of a cascade that takes more for one image; of others nothing."""
+    whose = varying(content, (entry["low"], entry["high"]))
+    if not whose:
+        return ""
+    graph = "cheap graph" if whose == [entry["low"]] else "full graph"
+    what = f"the {graph} costs" if len(whose) == 1 else "its graphs cost"
+    return (
+        f", as a mean over images: what {what} depends on the image, and the certificate is about "
+        "answers, not about cost"
+    )
+
+
+def latency_words(content: Content) -> str:
+    """How a latency budget counts a graph that takes longer for one image; of others nothing."""
+    if not varying(content, content["graphs"]):
+        return ""
+    return (
+        f" (at the {content['goal']['latency_percentile']}th percentile over images of a graph "
+        "whose cost depends on the image)"
+    )
 
 
 def points(content: Content) -> list[dict[str, Any]]:
@@ -205,7 +239,7 @@ def _outcome(
     if candidate["escalation"] is None:
         return "not tested: it would never be certified"
     graphs, budget = content["graphs"], content["goal"]["latency_budget_ms"]
-    latency = sum(graphs[candidate[key]]["latency_ms"]["median"] for key in ("low", "high"))
+    latency = sum(graphs[candidate[key]]["budget_latency_ms"] for key in ("low", "high"))
     if budget is not None and latency > budget:
         return f"not tested: {milliseconds(latency)} is over the latency budget"
     return "not tested: others are predicted to be cheaper, or surer of a certificate"

@@ -6,8 +6,9 @@ Numbers have as many digits as they carry; one that was not measured, `None`, is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
+from typing import Any
 
 NONE = "–"
 _SPACE = "\N{NO-BREAK SPACE}"
@@ -82,6 +83,16 @@ def interval(ends: tuple[float, float] | None, show: Callable[[float], str] = ra
     return NONE if ends is None else " to ".join(map(show, ends))
 
 
+def by_image(per_image: Mapping[str, Any]) -> str:
+    """A cost that depends on the image, of the full model's: `0.62 (0.41 to 0.88 by image)`.
+
+    Args:
+        per_image: of a price, see `perf.prices.Price`.
+    """
+    cost = per_image["cost_ratio"]
+    return f"{ratio(cost['mean'])} ({interval((cost['p5'], cost['p95']))} by image)"
+
+
 def moment(at: float) -> str:
     """Seconds since 1970 as a moment, such as `2024-05-01 09:30:00 UTC`; a dash if out of reach."""
     try:
@@ -106,6 +117,13 @@ def _part_words(part: str) -> str:
         return count_of(int(value), "block")
     if name == "tome":
         return f"{count_of(int(value), 'token')} merged per block"
+    if name == "apt":
+        one, _, other = value.partition("/")
+        still = f", still larger ones below {other}" if other else ""
+        return f"flat areas in larger patches (below {one} bits{still})"
+    if name == "halt":
+        about = f" after about {value} {'block' if value == '1' else 'blocks'}" if value else ""
+        return f"tokens halt{about}"
     if name == "adapted":
         return f"adapted ({value})"
     return _PRECISIONS.get(part, part)

@@ -39,6 +39,16 @@ def spread(value, share=0.05):
     return {"median": value, "min": low, "max": high, "runs": 3, "values": [low, value, high]}
 
 
+def varied(mean, least, most, latency_ms=(30.0, 50.0), tokens=(150.0, 90.0, 257.0)):
+    """`per_image` of a graph whose cost depends on the image, as `perf.prices` writes it."""
+    return {
+        "images": 32,
+        "cost_ratio": {"mean": mean, "std": 0.1, "p5": least, "p95": most},
+        "latency_ms": dict(zip(("p50", "p95"), latency_ms, strict=True)),
+        "tokens": tokens and dict(zip(("mean", "min", "max"), tokens, strict=True)),
+    }
+
+
 def growth(without, *fits):
     """Acceptable shares without, and by images that double up to 768."""
     images = [768 >> step for step in reversed(range(len(fits)))]
@@ -59,6 +69,8 @@ def graph(name):
         "cost_ratio": spread(ratio) if name != "vit_high" else spread(1.0, 0.0),
         "cpu_cost_ratio": spread(ratio) if name != "vit_high" else spread(1.0, 0.0),
         "disturbed": False,
+        "per_image": None,
+        "budget_latency_ms": FULL_MS * ratio * 1.3,
         "alignment": curve if recipe.endswith("align") else None,
         "adapted": None,
     }
@@ -141,6 +153,7 @@ def plan_content(**changes):
             "tolerance": None,
             "loss": "names another class than the full model",
             "latency_budget_ms": None,
+            "latency_percentile": 95,
             "certify_images_needed": 45,
             "procedure": "The shortlist was made on the fit split; each cascade was tested.",
         },

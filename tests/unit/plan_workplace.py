@@ -225,11 +225,15 @@ class FakeWorkshop:
     The head has learned from the images of the prints `taught`. The clock of the first `busy`
     pricings shows every graph but the full one `BUSY` times as dear, both times that they are
     measured. `lessons` are the trainings that were asked for; one `helps`, or raises it.
+    `varied` is what images cost of those graphs of which it depends on them.
     """
 
-    def __init__(self, ms=None, head=True, model=None, task=None, busy=0, taught="", helps=True):
+    def __init__(
+        self, ms=None, head=True, model=None, task=None, busy=0, taught="", helps=True, varied=None
+    ):
         self.used = Counter()
         self.loaded, self.exports, self.made, self.priced = [], [], [], []
+        self.priced_on, self._varied = [], varied or {}
         self._taught, self.helps, self.lessons = taught, helps, []
         self._busy, self._ms, self._head, self._task = busy, ms or MS, head, task
         self._model = model or ("ViTForImageClassification" if head else "ViTModel")
@@ -268,8 +272,9 @@ class FakeWorkshop:
     def share(self, graphs, folder):
         return Workshop().share(graphs, folder)
 
-    def price(self, graphs, names, request, bars):
+    def price(self, graphs, names, request, rows, bars):
         self.used["price"] += 1
+        self.priced_on.append(rows)
         self.priced.append(sorted(names))
         busy, self._busy = self._busy > 0, self._busy - 1
         return {name: self._price(name, busy) for name in names}
@@ -284,6 +289,7 @@ class FakeWorkshop:
             "cpu_cost_ratio": spread(ms / full),
             "batch": 8,
             "disturbed": clock_ms != ms,
+            "per_image": self._varied.get(name),
         }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import pytest
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
@@ -18,7 +19,7 @@ from perf.__main__ import app
 from perf.figures import PerfError
 from perf.harness import ONE_BY_ONE
 from perf.images import Pool
-from perf.prices import LONE, TOGETHER, Served, disturbed, groups_of, lay_out, price
+from perf.prices import LONE, TOGETHER, VARIED, Served, disturbed, groups_of, lay_out, price
 from tests.unit.onnx_files import SIZE
 from tests.unit.perf_measured import make_answer
 from tests.unit.perf_workplace import write_rungs
@@ -35,6 +36,7 @@ class FakeServers:
     def __init__(self):
         self.slower = 1.0
         self.works_harder = {}  # by graph, how many times as much CPU time it takes
+        self.by_image = lambda name, row: 1.0  # how many times as dear an image is as usual
         self.asked, self.started = [], []
         self.measures_cpu = True
 
@@ -48,7 +50,18 @@ class FakeServers:
         taken_ms = COST_MS[system.model] * self.slower
         cpu_ms = SERVER_CPU * taken_ms * self.works_harder.get(system.name, 1.0)
         cpu_ms = cpu_ms if self.measures_cpu else None
-        return [make_answer(taken_ms / load.in_flight, cpu_ms=cpu_ms) for _ in rows]
+        shares = [self.by_image(system.name, row) for row in rows]
+        if load.in_flight > 1:  # they share the time
+            shares = [np.mean(shares)] * len(rows)
+        return [
+            replace(
+                make_answer(
+                    taken_ms / load.in_flight * share, cpu_ms=cpu_ms and float(cpu_ms * share)
+                ),
+                tokens=10.0 + row if "tokens" in system.outputs else None,
+            )
+            for row, share in zip(rows, shares, strict=True)
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +69,14 @@ def graph_set(tmp_path_factory):
     return write_rungs(tmp_path_factory.mktemp("onnx"), alternatives=(5, 6))
 
 
+def pool_of(images):
+    tensors = [np.full((3, SIZE, SIZE), i, np.float32) for i in range(images)]
+    return Pool("made up", [b""] * images, tensors, [None] * images, [])
+
+
 @pytest.fixture
 def pool():
-    tensors = [np.full((3, SIZE, SIZE), i, np.float32) for i in range(IMAGES)]
-    return Pool("made up", [b""] * IMAGES, tensors, [None] * IMAGES, [])
+    return pool_of(IMAGES)
 
 
 @pytest.fixture
@@ -194,6 +211,100 @@ def test_each_graph_is_asked_what_the_router_asks_it(servers, graph_set, pool):
     assert outputs["vit_low"] == outputs["px5"] == ("embedding", "cls_layers", "logits")
     priced(replace(graph_set, classes=None), pool)
     assert servers.asked[-1][-1] in (("embedding",), ("embedding", "cls_layers"))
+
+
+# --- graphs whose cost depends on the image ----------------------------------------------------
+
+
+def varying(graph_set, tokens=True, folder=None):
+    """The set with a graph `apt`, whose file perhaps tells its tokens."""
+    model = onnx.load(graph_set.files["vit_low"])
+    if tokens:
+        model.graph.output.add().name = "tokens"
+    file = folder / "apt.onnx"
+    onnx.save(model, file)
+    record = replace(graph_set.low.record, recipe="px=4,apt=5.5")
+    return graph_set.adding(replace(graph_set.low, name="apt", record=record, file=file))
+
+
+@pytest.fixture
+def dear(servers, monkeypatch):
+    """Image i costs `apt` 1 + i / 10 times its usual cost, which is that of the cheap rung."""
+    monkeypatch.setitem(COST_MS, "apt", 100.0)
+    servers.by_image = lambda name, row: 1 + row / 10 if name == "apt" else 1.0
+    return servers
+
+
+def test_figures_by_image_by_hand(dear, graph_set, tmp_path):
+    n = 21
+    found = json.loads(json.dumps(priced(varying(graph_set, folder=tmp_path), pool_of(n))))
+    own = found["apt"]["per_image"]
+    factors = 1 + np.arange(n) / 10  # their percentiles lie on images: 1.1, 2 and 2.9
+    assert own["images"] == n
+    assert own["cost_ratio"] == pytest.approx(
+        {"mean": 0.25 * 2, "std": 0.25 * factors.std(), "p5": 0.25 * 1.1, "p95": 0.25 * 2.9}
+    )
+    assert own["latency_ms"] == pytest.approx({"p50": 200.0, "p95": 290.0})
+    assert own["tokens"] == {"mean": 20.0, "min": 10.0, "max": 30.0}
+    assert {name for name in found if found[name]["per_image"]} == {"apt"}
+
+
+def test_an_image_s_ratio_is_of_one_turn_and_the_median_of_them(dear, graph_set, tmp_path):
+    # The machine is 1, 8 and 2 times as slow, and something holds `apt` up in the first turn.
+    slower = iter((8.0, 2.0))
+    dear.by_image = lambda name, row: 10.0 if name == "apt" and dear.slower == 1 else 1.0
+
+    def next_turn():
+        dear.slower = next(slower, 2.0)
+
+    own = priced(varying(graph_set, folder=tmp_path), pool_of(8), ["apt"], on_step=next_turn)
+    assert own["apt"]["per_image"]["cost_ratio"]["mean"] == pytest.approx(0.25)
+    assert own["apt"]["per_image"]["latency_ms"]["p50"] == pytest.approx(800.0)  # 1000, 800, 200
+
+
+def test_only_graphs_whose_cost_varies_and_the_full_one_are_asked_about_more_images(
+    dear, graph_set, tmp_path
+):
+    images = 50
+    priced(varying(graph_set, folder=tmp_path), pool_of(images), served=replace(SERVED, turns=1))
+    lone = {name: [] for name in COST_MS}
+    timed = dear.asked[2 * len(COST_MS) + 1 :]
+    for name, rows, load, outputs in timed:
+        if load == ONE_BY_ONE and "tokens" not in outputs:
+            lone[name] += rows
+    assert {name: len(rows) for name, rows in lone.items()} == {
+        name: VARIED if name in ("vit_high", "apt") else LONE for name in COST_MS
+    }
+    assert lone["apt"] == lone["vit_high"] and len(set(lone["apt"])) == VARIED
+    assert max(lone["apt"]) >= VARIED  # drawn from all of them, not the first
+    # A block of the full rung takes more than a second, and has 8 images; a turn has more blocks.
+    blocks = [rows for name, rows, load, _ in timed if name == "apt" and load.batch == 2]
+    seen = [row for rows in blocks for row in rows]
+    assert len(seen) == VARIED and set(seen) == set(lone["apt"])
+
+
+def test_of_few_images_all_are_asked_and_each_counts_once(dear, graph_set, pool, tmp_path):
+    found = priced(varying(graph_set, tokens=False, folder=tmp_path), pool)["apt"]
+    assert found["per_image"]["images"] == IMAGES and found["per_image"]["tokens"] is None
+    assert found["per_image"]["cost_ratio"]["mean"] == pytest.approx(0.25 * 1.2)
+    assert not any("tokens" in outputs for *_, outputs in dear.asked)
+
+
+def test_what_depends_on_the_image_has_a_line_of_its_own(dear, graph_set, tmp_path, monkeypatch):
+    monkeypatch.setattr("perf.images.load_pool", lambda *arguments, **stage: pool_of(21))
+    folder = tmp_path / "onnx"
+    graphs = varying(write_rungs(folder), folder=folder)
+    graphs.save(folder)
+    arguments = ["serving", "--onnx", str(folder), "--batch", "2", "--turns", "1"]
+    printed = CliRunner().invoke(app, arguments).stdout
+    assert (
+        "apt: a lone image, of 21: 0.50 (0.28 to 0.72 by image) of the full model's cost; 200.00 "
+        "ms, at the 95th percentile 290.00 ms; 20.0 tokens (10 to 30)"
+    ) in printed
+    assert printed.count("a lone image") == 1
+    dear.works_harder = {"apt": 1.3}
+    busy = CliRunner().invoke(app, arguments).stdout
+    assert "of 21: –; 200.00 ms" in busy and "0.50" not in busy
 
 
 # --- disturbed ---------------------------------------------------------------------------------

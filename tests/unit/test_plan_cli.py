@@ -13,7 +13,7 @@ from planner.__main__ import _chosen, main
 from tests import commands
 from tests.unit.image_files import write_images
 from tests.unit.pages import Page
-from tests.unit.plan_content import plan_content
+from tests.unit.plan_content import plan_content, varied
 from tests.unit.plan_workplace import FakeWorkshop, TwoColours, make_request
 
 pytestmark = pytest.mark.usefixtures("remembered_fits")
@@ -114,6 +114,26 @@ def test_where_a_single_graph_costs_less_it_says_so(run, ratio, words):
     content = plan_content()
     content["best_alternative"]["cost_ratio_to_plan"] = ratio
     assert words in "\n".join(_chosen(content, make_request(Path("out"))))
+
+
+def test_what_depends_on_the_image_is_printed_with_its_spread_and_as_a_mean(run):
+    cheap = "px4_int8static_align"
+    run.workshop._varied = {cheap: varied(0.62, 0.41, 0.88), "px4": varied(0.62, 0.41, 0.88)}
+    code, out, err = run(*PLAN, "--images", "images", *RISK)
+    assert code == 0, err
+    lines = out.splitlines()
+    assert (
+        "px=4,int8=static,align: cost of a lone image 0.62 (0.41 to 0.88 by image) of the full "
+        "model's"
+    ) in lines
+    (cost,) = [line for line in lines if line.startswith("  cost: ")]
+    assert "than the full model, as a mean over images: what the cheap graph costs depends" in cost
+    run.workshop._busy = 1
+    code, out, _ = run(*PLAN, "--images", "images", *RISK)
+    assert code == 0 and "lone image depends on the image" in out and "0.62" not in out
+    run.workshop._varied = {}
+    assert "by image" not in (plain := run(*PLAN, "--images", "images", *RISK)[1])
+    assert "mean over images" not in plain
 
 
 def test_on_a_busy_machine_no_ratio_is_printed_or_drawn(run, tmp_path):

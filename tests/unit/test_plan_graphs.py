@@ -323,7 +323,7 @@ def test_a_model_without_a_head_is_aligned_all_the_same(tmp_path, align):
     assert name == "px6_align" and aligned.helps
 
 
-def test_graphs_are_priced_as_they_will_be_served_on_images_from_all_of_the_source(
+def test_graphs_are_priced_as_they_will_be_served_on_images_spread_over_those_given(
     tmp_path, monkeypatch
 ):
     asked = []
@@ -337,7 +337,9 @@ def test_graphs_are_priced_as_they_will_be_served_on_images_from_all_of_the_sour
     graphs = write_shelf(tmp_path / "graphs", ["px=4"])
     source = TwoColours(700, gone=[0])
     request = make_request(tmp_path, source=source, instances=3, threads=2)
-    found = Workshop().price(graphs, ["px4", "full"], request, QUIET)
+    rows = list(range(0, 700, 3))
+    found = Workshop().price(graphs, ["px4", "full"], request, rows, QUIET)
     assert set(found) == {"px4", "full"}
     assert asked == [(["px4", "full"], PRICED_IMAGES - 1, prices.Served(3, 2))]
     assert (source.read[0], source.read[-1], len(source.read)) == (0, 699, PRICED_IMAGES)
+    assert set(source.read) <= set(rows)

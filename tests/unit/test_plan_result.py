@@ -17,7 +17,7 @@ from planner import result
 from planner.checks import images_for
 from planner.select import cascade_ms
 from routing import Calibration, Overrides, escalation_mask
-from tests.unit.plan_content import STATEMENT, cascade, plan_content
+from tests.unit.plan_content import STATEMENT, cascade, plan_content, varied
 from tests.unit.plan_workplace import (
     CHEAP_MS,
     FakeWorkshop,
@@ -58,6 +58,7 @@ def test_graphs_have_their_roles_costs_and_what_their_answers_are_worth(made, co
     graphs, workshop = content["graphs"], made[1]
     assert workshop.used == {"load": 1, "export": 5, "align": 1, "price": 1}
     assert workshop.priced == [sorted(graphs)]  # together
+    assert workshop.priced_on == [made[0].parts.rows("fit")]  # what an image costs decides, too
     assert {name: graph["roles"] for name, graph in graphs.items()} == {
         ALIGNED: ["low"],
         "px4": ["low"],
@@ -242,6 +243,26 @@ def test_a_latency_budget_leaves_out_pairs_that_take_too_long(tmp_path):
     assert {entry.candidate.high for entry in planned.tested} == {"int8static"}
     nothing = plan(make_request(tmp_path, latency_budget_ms=10), FakeWorkshop())
     assert nothing.tested == [] and nothing.chosen is None
+
+
+def test_a_latency_budget_counts_the_95th_percentile_where_it_depends_on_the_image(tmp_path):
+    # By way of the int8 model 80 ms more; the median of px=4 is 16 ms, as of the aligned graph.
+    own = varied(0.2, 0.1, 0.6, latency_ms=(16.0, 41.0))
+    asked = {"latency_budget_ms": 120, "candidates": "px=4; px=3"}
+    planned = plan(make_request(tmp_path, **asked), FakeWorkshop(varied={"px4": own}))
+    content = result.to_dict(planned, [])
+    assert {entry.candidate.low for entry in planned.tested} == {"px3"}
+    assert content["goal"]["latency_percentile"] == 95
+    graphs = content["graphs"]
+    assert graphs["px4"]["budget_latency_ms"] == 41.0 and graphs["px4"]["per_image"] == own
+    assert graphs["px3"]["budget_latency_ms"] == 16.0 and graphs["px3"]["per_image"] is None
+    plenty = make_request(tmp_path, **asked | {"latency_budget_ms": 122})
+    planned = plan(plenty, FakeWorkshop(varied={"px4": own, "px3": own}))
+    assert planned.tested
+    nothing = make_request(tmp_path, **asked | {"latency_budget_ms": 12})
+    planned = plan(nothing, FakeWorkshop(varied={"px4": own}))
+    sentence = result.to_dict(planned, [])["outcome"]["sentence"]
+    assert "both graphs (at the 95th percentile over images of a graph whose cost" in sentence
 
 
 def test_without_a_head_cosines_are_held_against_the_tolerance(tmp_path):

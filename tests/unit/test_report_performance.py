@@ -405,6 +405,15 @@ def test_only_alternatives_that_differ_in_one_number_are_joined_and_end_at_the_f
     # A cheap rung that is more than a resolution stands for itself.
     aligned = with_alternatives("px=112,int8=static,align", **{"px=224,depth=9": 0.75})
     assert lines(aligned) == [[*mid, full], [0.75, full]]
+    by_image = with_alternatives(**{"px=224,apt=5.5": 0.6, "px=224,apt=5.75/4": 0.5, "halt=8": 0.8})
+    assert lines(by_image) == [[low, *mid, full], [0.5, 0.6, full], [0.8, full]]
+
+
+def test_where_a_cost_depends_on_the_image_the_page_says_what_it_is_a_mean_of(page, tmp_path):
+    words = "keeps as many tokens as an image needs, its cost is the mean over these images"
+    assert words not in page.text
+    for recipe in ("px=112,apt=5.5", "halt"):
+        assert words in page_of(tmp_path, with_alternatives(recipe)).text
 
 
 def test_systems_have_an_order():

@@ -7,7 +7,7 @@ import pytest
 from planner.result import outcome
 from report import frontier, plan_page
 from report.page import RED
-from report.plan_page import cascade_marks, graph_marks, points, write_plan
+from report.plan_page import cascade_marks, graph_marks, mean_words, points, write_plan
 from tests.unit.pages import Page, squeeze
 from tests.unit.plan_content import (
     FULL_MS,
@@ -18,6 +18,7 @@ from tests.unit.plan_content import (
     growth,
     plan_content,
     spread,
+    varied,
 )
 
 LOW, HIGH = "static_112_int8static_align", "static_int8static"
@@ -145,6 +146,57 @@ def test_pairs_over_the_latency_budget_are_named_as_that(tmp_path):
     assert "not tested: 59.3 ms" not in shown  # 98 px and int8
     assert "longer than the latency budget of 60.0 ms" in page.sections["Plan"]
     assert "60.0 ms latency budget" in page.sections["Plan"]
+    content["graphs"][LOW] |= {"per_image": varied(0.1, 0.1, 0.2), "budget_latency_ms": 11.0}
+    shown = write(tmp_path, content).sections["The cascades that were considered"]
+    assert "not tested: 62.1 ms is over the latency budget" in shown
+
+
+def varying(**changes):
+    """A plan whose chosen cheap graph, and one to compare with, keep tokens by the image."""
+    content = plan_content(**changes)
+    content["graphs"][LOW] |= {
+        "recipe": "px=112,apt=5.5,align",
+        "per_image": varied(0.62, 0.41, 0.88),
+        "budget_latency_ms": 50.0,
+    }
+    halting = graph("static_168") | {"recipe": "px=224,halt=8", "per_image": varied(0.7, 0.6, 0.8)}
+    content["graphs"]["halting"] = halting
+    return content
+
+
+def test_a_graph_whose_cost_depends_on_the_image_shows_its_spread_and_what_that_is(usual, tmp_path):
+    page = write(tmp_path, varying())
+    words = "112 px, flat areas in larger patches (below 5.5 bits), aligned"
+    table = page.sections["Every graph"]
+    cost = "0.100 [0.095, 0.105] 0.62 (0.41 to 0.88 by image)"
+    assert f"3 {words} 7.86 ms {cost} 95.5 % 10.2 ms 50.0 ms cheap candidate" in table
+    assert "mean over 32 fit images and, in brackets, their 5th to 95th percentile" in table
+    assert "the 95th percentile of their latency, which a latency budget counts" in table
+    assert f"{words} keeps 150 tokens of an image (90 to 257)" in table
+    saved = (
+        "cheaper, as a mean over images: what the cheap graph costs depends on the image, and the "
+        "certificate is about answers, not about cost."
+    )
+    assert saved in page.sections["Plan"]
+    assert "those that escalate may cost the full graph more" in page.text
+    for said in ("by image", "depends on the image", "percentile", "those that escalate may"):
+        assert said in page.text and said not in usual.text
+
+
+def test_a_saving_is_a_mean_by_whichever_graph_varies():
+    content = varying()
+    chosen = content["chosen"]
+    assert "the cheap graph costs" in mean_words(content, chosen)
+    content["graphs"][HIGH]["per_image"] = varied(0.5, 0.4, 0.6)
+    assert "what its graphs cost depends" in mean_words(content, chosen)
+    content["graphs"][LOW]["per_image"] = None
+    assert "the full graph costs" in mean_words(content, chosen)
+    assert mean_words(plan_content(), chosen) == ""
+
+
+def test_a_spread_by_image_is_not_told_where_costs_are_not_believed(tmp_path):
+    page = write(tmp_path, varying(disturbed=True, doubts=["the machine was too busy"]))
+    assert "0.62" not in page.text
 
 
 def test_points_stand_where_the_content_puts_them():
@@ -165,6 +217,11 @@ def test_only_graphs_cheaper_in_one_way_are_joined_by_a_line():
     found = {point["mark"]: point["family"] for point in points(plan_content())}
     assert [mark for mark in found if found[mark] == "px"] == ["4", "5", "7", "10"]
     assert [mark for mark in found if found[mark] == "tome"] == ["8", "11"]
+    content = varying()
+    content["graphs"]["flat"] = graph("static_168") | {"recipe": "px=224,apt=5.75/4"}
+    found = {point["mark"]: point for point in points(content)}
+    assert {p["family"] for p in found.values()} == {None, "px", "tome", "apt", "halt"}
+    assert {p["kind"] for p in found.values() if p["family"] == "halt"} == {"halt"}
 
 
 def crowded():

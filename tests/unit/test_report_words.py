@@ -54,6 +54,14 @@ def test_counts():
         ("fp32", "fp32"),
         ("px=98,adapted=0123456789ab,int8", "98 px, adapted (0123456789ab), int8 (dynamic)"),
         ("px=98,sparse=2", "98 px, sparse=2"),
+        ("apt=5.5,int8=static", "flat areas in larger patches (below 5.5 bits), int8"),
+        (
+            "apt=5.75/4,align",
+            "flat areas in larger patches (below 5.75 bits, still larger ones below 4), aligned",
+        ),
+        ("px=224,halt", "224 px, tokens halt"),
+        ("halt=8,adapted=01ab", "tokens halt after about 8 blocks, adapted (01ab)"),
+        ("halt=1", "tokens halt after about 1 block"),
     ],
 )
 def test_a_recipe_reads_in_words(recipe, text):
