@@ -135,7 +135,7 @@ def predict(
         fidelity: when an answer is a loss.
         goal: of one test.
         certify_images: independent ones that the test will have.
-        costs_ms: of an image, by graph.
+        costs_ms: of an image, by graph; the mean where it depends on the image.
         full_ms: of an image where nothing cheaper is certified.
         seed: of the folds and the plays.
         progress: called after each cheap graph.
