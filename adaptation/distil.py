@@ -29,11 +29,13 @@ from calibration.align import fit_map
 from calibration.splits import group_keys
 from export.backbones import Backbone
 from export.errors import first_line
+from export.families import blocks
 from export.recipes.adapted import sha256_of
 from report.terminal import Bars
 from routing.provenance import RELEASE
 
 from .device import Device
+from .halting import IMAGES, begin, halting_of
 from .interrupts import interrupts
 from .objective import Objective
 from .patches import Patches
@@ -70,7 +72,7 @@ def distil(backbone: Backbone, request: Request, fidelity: FidelityLoss, bars: B
     request = request.at(backbone.default_px[1])
     px = request.px or 0
     for one in (Recipe(px), request.recipe):
-        backbone.check(one, px)
+        backbone.check(one, px, trains=True)
     unfinished = request.out / UNFINISHED
     if request.resume != unfinished.is_file():
         raise AdaptationError(
@@ -99,6 +101,7 @@ def distil(backbone: Backbone, request: Request, fidelity: FidelityLoss, bars: B
         fidelity=fidelity,
         device=device,
         batch=request.batch,
+        depth=request.recipe.halt or None,
     )
     groups = np.array(group_keys(images.pictures, request.group_by))[learned]
     identity |= {"learned": _sha256(lesson.learned), "held_out": _sha256(lesson.held_out)}
@@ -190,6 +193,7 @@ class _Training:
         bars: Bars,
     ) -> None:
         self._request, self._lesson, self._bars = request, lesson, bars
+        self._backbone = backbone
         self._images, self._groups = images, groups
         self._student = lesson.device.take(backbone.trainable(request.recipe))
         self._patches = Patches(self._student.model, request.recipe.px or 0)
@@ -237,6 +241,7 @@ class _Training:
     def _begun(self) -> tuple[Run, dict[str, Any]]:
         """A run at its first step, its start and its settings chosen."""
         lesson, student = self._lesson, self._student
+        self._open_gate()
         plain = lesson.judge(student)
         start = plain
         if student.alignment is not None:
@@ -254,6 +259,15 @@ class _Training:
         student.load(weights)
         return Run(student, lesson, settings, steps, self._patches), notes
 
+    def _open_gate(self) -> None:
+        """Let tokens halt at the depth that is asked for; a gate that was trained stays."""
+        rung, lesson = halting_of(self._student), self._lesson
+        if rung is None or lesson.depth is None or self._backbone.gate is not None:
+            return
+        self._bars.say("fit the first coordinate of tokens, which says when they halt")
+        some = [View(key, 0) for key in lesson.learned[:IMAGES]]
+        begin(rung, lesson.teacher.batch(some).image, lesson.depth, self._request.seed)
+
     def _align(self) -> None:
         """Let the alignment be what a ridge regression on the images to learn from finds."""
         lesson, student = self._lesson, self._student
@@ -265,7 +279,7 @@ class _Training:
                 some = keys[start : start + 2 * lesson.batch]
                 truth = lesson.teacher.batch([View(key, 0) for key in some])
                 with lesson.device.autocast():
-                    embedding, layers, *_ = student(truth.image)
+                    embedding, layers, *_ = student.answers(truth.image)
                 inputs.append(student.tokens(embedding, layers).float().cpu().numpy())
                 lacking.append((truth.embedding - embedding.float()).cpu().numpy())
                 bar.advance(len(some))
@@ -389,11 +403,13 @@ class _Training:
             "batch": lesson.batch,
             "steps": {"taken": run.step, "of": run.steps, "best": point.step},
             "settings": asdict(run.settings),
+            "depth": lesson.depth,
+            "layers": len(blocks(self._student.model)),
             **notes,
             "curve": [asdict(look) for look in run.curve],
         }
         found = Result(None, plain, start, point.held_out, minutes, about)
-        if not point.held_out.beats(start):
+        if not lesson.helps(point, run.curve[0]):
             return found
         pictures = self._images.pictures
         state = Adapted(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 from bundle.adapted import WEIGHTS, Adapted
 from export.errors import first_line
 
+from .halting import MOST_DEPTH
 from .request import AdaptationError
 from .training import Held, Weights
 
@@ -41,7 +43,8 @@ class Result:
         said = f"on {held_out} held-out images: {in_words(self.plain)} as it is; "
         said += f"{in_words(self.start)} at the start; {in_words(self.best)} adapted"
         if self.adapted is None:
-            return [said, "it did not help: nothing is written"]
+            late = late_words(self.about)
+            return [said, late or "it did not help: nothing is written"]
         folder = self.adapted.folder
         return [
             said,
@@ -52,7 +55,22 @@ class Result:
 
 def in_words(held: Held) -> str:
     """What a student is worth, for people to read."""
-    return f"{held.acceptable:.1%} acceptable, cosine {held.cosine:.3f}"
+    said = f"{held.acceptable:.1%} acceptable, cosine {held.cosine:.3f}"
+    return said if held.depth is None else f"{said}, {held.depth:.1f} blocks a token"
+
+
+def late_words(about: Mapping[str, Any]) -> str | None:
+    """Why nothing is written where tokens halt too late; None: that is not why."""
+    depths = [look["held_out"]["depth"] for look in about["curve"][1:]]
+    asked, layers = about["depth"], about["layers"]
+    if asked is None or not depths or min(depths) <= MOST_DEPTH * asked:
+        return None
+    if min(depths) > layers - 0.05:
+        return "no token halts, the gate never opens: nothing is saved by it, and nothing written"
+    return (
+        f"tokens ran through {min(depths):.1f} blocks at the least where {asked:g} were asked for: "
+        "nothing is written; give more minutes, or a larger depth"
+    )
 
 
 def written(state: Adapted, weights: Weights, resumable: bool) -> Adapted:

@@ -91,7 +91,7 @@ class Subject:
         """Refuse before the full model answers."""
         px = self.request.px or self.backbone.default_px[1]
         for recipe in self.recipes:
-            self.backbone.check(recipe, px)
+            self.backbone.check(recipe, px, trains=True)
             replace(self.request, recipe=recipe).at(px)
         check_images(round(SHARES[0] * self.request.groups))
 
@@ -182,7 +182,7 @@ class _Judge:
         try:
             with torch.inference_mode():
                 parts = [
-                    [answer.cpu() for answer in student(batch.image)]
+                    [answer.cpu() for answer in student.answers(batch.image)]
                     for batch in self._batches(keys)
                 ]
         except torch.cuda.OutOfMemoryError:

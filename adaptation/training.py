@@ -26,6 +26,7 @@ from routing import RungOutputs
 from routing.fidelity import cosine, fidelity_loss
 
 from .device import Device
+from .halting import MOST_DEPTH, halting_of, penalty
 from .objective import Objective
 from .patches import Patches
 from .request import AdaptationError
@@ -74,6 +75,8 @@ class Lesson:
         fidelity: when an answer is acceptable in place of the full model's.
         device: where it runs.
         batch: views in a step.
+        depth: blocks that patch tokens shall run through on average; None: as their gate has it, or
+            none halts.
     """
 
     teacher: Teacher
@@ -85,6 +88,7 @@ class Lesson:
     fidelity: FidelityLoss
     device: Device
     batch: int
+    depth: float | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -100,16 +104,24 @@ class Lesson:
             [View(self.learned[row], (epoch + int(row)) % self.views) for row in rows]
         )
 
+    def helps(self, point: Point, start: Point) -> bool:
+        """Whether a student is worth more than it began with, and its tokens halt soon enough."""
+        depth, most = point.held_out.depth, MOST_DEPTH * (self.depth or math.inf)
+        return (depth is None or depth <= most) and point.held_out.beats(start.held_out)
+
     def judge(self, student: AdaptedRung) -> Held:
         """What a student is worth on the images that are held out."""
         found: list[list[torch.Tensor]] = []
         distances = []
+        halting, depth = halting_of(student), 0.0
         with torch.inference_mode():
             for start in range(0, len(self.held_out), 2 * self.batch):
                 keys = self.held_out[start : start + 2 * self.batch]
                 truth = self.teacher.batch([View(key, 0) for key in keys])
                 with self.device.autocast():
-                    answers = student(truth.image)
+                    answers = student.answers(truth.image)
+                if halting is not None and halting.seen is not None:
+                    depth += float(halting.seen.depth) * len(keys) / len(self.held_out)
                 distances.append(float(self.objective(answers, truth)) * len(keys))
                 low = [answers[0], *answers[2:]]
                 high = [truth.embedding, *([] if truth.logits is None else [truth.logits])]
@@ -125,6 +137,7 @@ class Lesson:
             sum(distances) / len(self.held_out),
             float(1 - lost.mean()),
             float(cosine(answered.embedding, wanted.embedding).mean()),
+            None if halting is None else depth,
         )
 
 
@@ -136,11 +149,13 @@ class Held:
         distance: the objective.
         acceptable: share of the answers that could stand in for the full model's.
         cosine: mean, of the embeddings.
+        depth: mean number of blocks that patch tokens ran through; None: none halts.
     """
 
     distance: float
     acceptable: float
     cosine: float
+    depth: float | None = None
 
     def beats(self, other: Held) -> bool:
         """Whether more answers are acceptable, or as many and nearer ones."""
@@ -200,7 +215,7 @@ class Run:
     @property
     def best_point(self) -> Point:
         """The look with the least distance of those that beat the first, or else the first."""
-        better = [point for point in self.curve if point.held_out.beats(self.curve[0].held_out)]
+        better = [point for point in self.curve[1:] if self.lesson.helps(point, self.curve[0])]
         return min(better or self.curve[:1], key=_distance)
 
     @property
@@ -233,9 +248,12 @@ class Run:
         for group, rate in zip(self._optimiser.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
         with self.lesson.device.autocast():
-            answers = self.student(truth.image)
+            answers = self.student.answers(truth.image)
         patches = None if self.patches is None else self.patches.take(truth.patches.shape[1])
         distance = self.lesson.objective(answers, truth, patches)
+        halting = halting_of(self.student)
+        if halting is not None and halting.seen is not None and self.lesson.depth:
+            distance = distance + penalty(halting.seen, self.lesson.depth)
         self._optimiser.zero_grad(set_to_none=True)
         distance.backward()  # type: ignore[no-untyped-call]
         length = nn.utils.clip_grad_norm_(self._parameters, 1.0)
@@ -314,10 +332,12 @@ def _groups(student: AdaptedRung, settings: Settings) -> list[dict[str, Any]]:
     order = list(map(id, student.tower.parameters()))  # every family has them in the order it runs
     first = next(n for n, weight in enumerate(order) if weight in below)
     below |= dict.fromkeys(order[:first], len(layers) + 1)
+    own = () if student.own is None else tuple(student.own.parameters())
     frozen = round(settings.frozen * len(layers))
     least = len(layers) - frozen if frozen else len(layers) + 1  # depth of the lowest that learns
     groups = [(weight, below.get(id(weight), 0)) for weight in student.tower.parameters()]
     groups = [(weight, depth) for weight, depth in groups if depth <= least]
+    groups += [(weight, 0) for weight in own]
     if student.alignment is not None:
         groups += [(weight, 0) for weight in student.alignment.parameters()]
     return [

@@ -69,6 +69,11 @@ class AdaptedRung(nn.Module):
             logits = [self.head(embedding)] if self.head is not None else []
         return embedding, cls_layers, *logits, *counts
 
+    def answers(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Run the rung; what it counts is left out."""
+        found = self(image)
+        return tuple(found[: len(found) - self.counts])
+
     def tokens(self, embedding: torch.Tensor, cls_layers: torch.Tensor) -> torch.Tensor:
         """What an alignment reads, (B, F), as `bundle.alignment.tokens`."""
         earlier = cls_layers[:, -1 - self.layers : -1].flatten(1)

@@ -77,10 +77,10 @@ class RaggedBlock(nn.Module):
 
     def forward(self, tokens: torch.Tensor, layout: Layout) -> torch.Tensor:
         """Tokens (1, n, W) to (1, n, W)."""
-        tokens = tokens + self.scale1(self._attend(self.norm1(tokens), layout))
+        tokens = tokens + self.scale1(self.attend(self.norm1(tokens), layout))
         return torch.as_tensor(tokens + self.scale2(self.mlp(self.norm2(tokens))))
 
-    def _attend(self, normed: torch.Tensor, layout: Layout) -> torch.Tensor:
+    def attend(self, normed: torch.Tensor, layout: Layout) -> torch.Tensor:
         """What the attention answers, (1, n, W)."""
         attention = self.attention
         query, key, value = (
