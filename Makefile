@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo perf live adapt original test test-unit test-triton test-faults soak test-slow package lint format clean
+.PHONY: help install demo perf live adapt tokens original test test-unit test-triton test-faults soak test-slow package lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -52,6 +52,9 @@ live: $(INSTALLED)  ## serve without a calibration: a stream of pictures certifi
 
 adapt: $(INSTALLED)  ## train cheap rungs, without labels, on varied pictures; a table of what it is worth
 	$(PY) -m demo adapt
+
+tokens: $(INSTALLED)  ## five ways to spend half of the cost, token removal among them, on varied pictures
+	$(PY) -m demo tokens
 
 ORIGINAL := build/original
 original: $(INSTALLED)  ## the tables of the research script this began with, measured here

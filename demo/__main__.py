@@ -98,6 +98,20 @@ def adapt_command() -> None:
     print(f"took {time.monotonic() - started:.0f} s")
 
 
+@app.command("tokens")
+def tokens_command() -> None:
+    """Compare five ways to spend half of the cost, as they are and trained, on varied pictures.
+
+    Writes build/tokens/.
+    """
+    from .tokens import PAGE as TOKENS_PAGE
+    from .tokens import print_tokens, run_tokens
+
+    started = time.monotonic()
+    print_tokens(run_tokens(terminal.Bars(Console(stderr=True))))
+    print(f"took {time.monotonic() - started:.0f} s; open {TOKENS_PAGE}")
+
+
 @app.command("live")
 def live_command(
     risk: Annotated[
