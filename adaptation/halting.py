@@ -6,12 +6,14 @@ the full model's answers tell the gate **which** token to halt: no gradient pass
 the tokens that are gone. Instead of from scratch, training begins with a first coordinate that
 knows: ridge regression fits, block by block, the row of the MLP's last layer that writes it, so
 that it grows where the full model's CLS token will look least in its later blocks. Weights change,
-none is added. Adapting from there, the network learns to answer from the tokens that are left.
+none is added. Adapting from there, the network learns to answer from the tokens that are left,
+while the centre of the gate follows the depth that is asked for.
 """
 
 from __future__ import annotations
 
 import math
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -24,17 +26,17 @@ from export.recipes.halting import EPSILON, Halting, HaltingVit
 from export.recipes.ragged import Layout, RaggedBlock, part
 from export.recipes.smaller import downsample
 
-PONDER = 5e-4
-PRIOR = 0.1
+PONDER = 5e-4  # weight of the ponder loss, that of the public code
+PRIOR = 0.1  # weight of the divergence
 SPREAD = 1.0  # of the prior, in blocks
 IMAGES = 24  # that the first coordinate is fitted on
 MOST_DEPTH = 1.05  # of the depth that was asked for: a state that halts later is not it
-# The first coordinate of tokens: its spread, small beside the other coordinates', so that what
-# reads all of them is little disturbed; and how far below the mean a CLS token's is, in spreads.
-_SPREAD_OF_X = 0.1
-_CLS = -6.0
+# How far the first coordinate of a CLS token is below the mean, in spreads; its spread is that of
+# all coordinates, so that what reads all of them is little disturbed.
+CLS = -6.0
 _STEEPNESS = 4.0  # the gate is open by sigmoid(4) a spread above its centre
 _FIRST_SPREAD = 1.5  # in blocks, of the depths at which patch tokens halt to begin with
+_FOLLOWS = 0.2  # how much of a block too few or too many moves the centre in a step
 _ROWS = 4000  # tokens that a fit sees
 _RIDGE = 1e-3
 _CLS_WEIGHT = 200.0  # in the fit, of one CLS token
@@ -69,10 +71,10 @@ def begin(rung: HaltingVit, images: torch.Tensor, depth: float, seed: int) -> No
         seed: of the tokens that a fit sees.
     """
     pixels = downsample(images, rung.px)
-    plain, wanted = _importance(rung, pixels, depth)
+    plain, wanted, spread = _importance(rung, pixels, depth)
     batch, count = wanted.shape
     special = rung.answering.special
-    scale = _STEEPNESS / _SPREAD_OF_X
+    scale = _STEEPNESS / spread
     rung.own.scale.fill_(scale)
     rung.own.centre.fill_(0.0)
     numbers = torch.arange(batch, device=images.device)
@@ -83,27 +85,49 @@ def begin(rung: HaltingVit, images: torch.Tensor, depth: float, seed: int) -> No
     for number, block in enumerate(rung.blocks, start=1):
         assert isinstance(block, RaggedBlock)
         last = number == len(rung.blocks)
-        goal = plain if last else _SPREAD_OF_X * wanted  # at the end as if nothing had been written
+        goal = plain if last else spread * wanted  # at the end as if nothing had been written
         fitted = _Fitted.of(block, tokens, layout)
         fitted.fit(goal.flatten(), count, rng)
         tokens = fitted.tokens()
         if last:
-            return
+            break
         first = tokens[0, :, 0].view(batch, count)[:, special:]
         share = 0.5 * (1 + math.erf((number - depth) / _FIRST_SPREAD / math.sqrt(2)))
         shift = _shift(first, reached, scale, share)
         fitted.move(shift)
         tokens = fitted.tokens()
         reached = reached + torch.sigmoid(scale * (first + shift))
+    _settle(rung, images, depth)
+
+
+@torch.no_grad()
+def follow(rung: HaltingVit, depth: float) -> None:
+    """Move the centre of the gate a little, by how deep the tokens of the last batch ran."""
+    if rung.seen is not None:
+        rung.own.centre += _FOLLOWS * (depth - float(rung.seen.depth))
+
+
+def _settle(rung: HaltingVit, images: torch.Tensor, depth: float) -> None:
+    """Set the centre of the gate so that tokens of images run through so many blocks on average."""
+    low, high = -10 * _STEEPNESS, 10 * _STEEPNESS
+    for _ in range(10):
+        rung.own.centre.fill_((low + high) / 2)
+        rung(images)
+        if rung.seen is not None and float(rung.seen.depth) < depth:
+            low = float(rung.own.centre)
+        else:
+            high = float(rung.own.centre)
 
 
 def _importance(
     rung: HaltingVit, pixels: torch.Tensor, depth: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, float]:
     """The first coordinate at the end of the plain model, and what it shall say, both (B, N).
 
-    In spreads: how little the CLS token looks at a token in the blocks from half the depth on.
+    In spreads: how little the CLS token looks at a token in the blocks from half the depth on. And
+    the spread: the median over the blocks of what all coordinates of their tokens spread by.
     """
+    spreads = []
     tokens = rung.family.tokens(tower(rung.model), pixels)
     looked = torch.zeros_like(tokens[:, :, 0])
     for number, block in enumerate(rung.blocks, start=1):
@@ -114,11 +138,12 @@ def _importance(
         numbers = torch.arange(batch, device=tokens.device)
         layout = Layout.of(numbers.repeat_interleave(count), torch.full_like(numbers, count))
         tokens = block(tokens.flatten(0, 1)[None], layout)[0].view_as(tokens)
+        spreads.append(float(tokens.std()))
     little = -looked.clamp(min=1e-9).log()
     patches = little[:, rung.answering.special :]
     wanted = (little - patches.mean()) / patches.std().clamp(min=1e-6)
-    wanted[:, 0] = _CLS
-    return tokens[:, :, 0], wanted
+    wanted[:, 0] = CLS
+    return tokens[:, :, 0], wanted, median(spreads)
 
 
 def _looks(block: RaggedBlock, tokens: torch.Tensor) -> torch.Tensor:
@@ -200,7 +225,7 @@ class _Fitted:
 
 def _shift(first: torch.Tensor, reached: torch.Tensor, scale: float, share: float) -> float:
     """What to add to first coordinates so that a share of the tokens has halted after the block."""
-    low, high = -50 * _SPREAD_OF_X, 50 * _SPREAD_OF_X
+    low, high = -200 / scale, 200 / scale
     for _ in range(40):
         shift = (low + high) / 2
         halted = reached + torch.sigmoid(scale * (first + shift)) > 1 - EPSILON

@@ -61,7 +61,7 @@ def in_words(held: Held) -> str:
 
 def late_words(about: Mapping[str, Any]) -> str | None:
     """Why nothing is written where tokens halt too late; None: that is not why."""
-    depths = [look["held_out"]["depth"] for look in about["curve"][1:]]
+    depths = [look["held_out"]["depth"] for look in about["curve"]]
     asked, layers = about["depth"], about["layers"]
     if asked is None or not depths or min(depths) <= MOST_DEPTH * asked:
         return None

@@ -26,7 +26,7 @@ from routing import RungOutputs
 from routing.fidelity import cosine, fidelity_loss
 
 from .device import Device
-from .halting import MOST_DEPTH, halting_of, penalty
+from .halting import MOST_DEPTH, follow, halting_of, penalty
 from .objective import Objective
 from .patches import Patches
 from .request import AdaptationError
@@ -105,9 +105,13 @@ class Lesson:
         )
 
     def helps(self, point: Point, start: Point) -> bool:
-        """Whether a student is worth more than it began with, and its tokens halt soon enough."""
+        """Whether a student is worth more than it began with, and its tokens halt soon enough.
+
+        Where tokens halt, what it began with is worth something, too: without it there is no gate.
+        """
         depth, most = point.held_out.depth, MOST_DEPTH * (self.depth or math.inf)
-        return (depth is None or depth <= most) and point.held_out.beats(start.held_out)
+        begins = self.depth is not None and point is start
+        return (depth is None or depth <= most) and (begins or point.held_out.beats(start.held_out))
 
     def judge(self, student: AdaptedRung) -> Held:
         """What a student is worth on the images that are held out."""
@@ -215,7 +219,7 @@ class Run:
     @property
     def best_point(self) -> Point:
         """The look with the least distance of those that beat the first, or else the first."""
-        better = [point for point in self.curve[1:] if self.lesson.helps(point, self.curve[0])]
+        better = [point for point in self.curve if self.lesson.helps(point, self.curve[0])]
         return min(better or self.curve[:1], key=_distance)
 
     @property
@@ -261,6 +265,8 @@ class Run:
         if not (math.isfinite(value) and math.isfinite(float(length))):
             raise DivergedError(self.step)
         self._optimiser.step()
+        if halting is not None and self.lesson.depth:
+            follow(halting, self.lesson.depth)
         self.step += 1
         self._losses.append(value)
         return value
