@@ -45,6 +45,7 @@ from .record import Fit
 from .reference import REFERENCE_IMAGES, with_reference_answers
 from .splits import FIT_SHARE, GROUPINGS, SplitError, group_keys, split_by_group
 from .tables import print_fit, print_growth
+from .token_counts import fit_counts
 
 app = typer.Typer(
     help="Run both rungs offline, fit the score, certify the threshold, show what it is worth.",
@@ -327,7 +328,8 @@ def report_command(
             say(f"no pictures: {error}")
         shown = None if fitted is None else fit_data(fitted, stored, source, graph_set.labels)
         analysis = analysis_data(stored, loss, source, graph_set.labels)
-        write_calibration(out, shown, analysis)
+        counts = [] if fitted is None else fit_counts(fitted, stored, source, graph_set)
+        write_calibration(out, shown, analysis, counts)
     if as_json:
         print(json.dumps({"page": str(out), **analysis["found"]}))
     else:

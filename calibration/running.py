@@ -147,3 +147,11 @@ def run_session(
     names = [name for name in names if layers or name != "cls_layers"]
     values = dict(zip(names, session.run(names, {"image": image}), strict=True))
     return RungOutputs(values["embedding"], values.get("cls_layers"), values.get("logits"))
+
+
+def run_counts(
+    session: ort.InferenceSession, image: NDArray[np.float32]
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """The `tokens` (B, 1 or L) and `patches` (B, S * S) of a graph whose recipe `varies`."""
+    tokens, patches = session.run(["tokens", "patches"], {"image": image})
+    return tokens, patches

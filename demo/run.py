@@ -71,7 +71,8 @@ def serve_and_measure(road: Road) -> dict[str, Any]:
     summary = summarise(graphs, calibration, every, measured, truth)
     summary |= {"triton_version": machine["triton_version"], "environment": machine}
     (OUT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    write_page(road, summary, measured[0].paired, calibration.threshold, pool.encoded, labels)
+    paired, threshold = measured[0].paired, calibration.threshold
+    write_page(road, graphs, summary, paired, threshold, pool.encoded, labels)
     return summary
 
 

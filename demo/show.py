@@ -6,15 +6,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 
-from imaging import decode
+from bundle.graphs import GraphSet
+from calibration.token_counts import as_seen, count_tokens
+from imaging import Preprocessing, decode
 from perf.figures import TOO_BUSY
 from perf.harness import Paired
 from perf.systems import ADAPTIVE, HIGH, LOW
 from report.demo_page import write_demo
 from report.page import thumbnail
 from report.terminal import table
+from report.token_maps import TokenCounts
 from report.words import percent, recipe_words, score_texts, times
 from routing import threshold_text
 
@@ -150,6 +154,7 @@ def plan_sentences(summary: Summary) -> list[str]:
 
 def write_page(
     road: Road,
+    graphs: GraphSet,
     summary: Summary,
     paired: Paired,
     threshold: float | None,
@@ -160,6 +165,7 @@ def write_page(
 
     Args:
         road: what was served.
+        graphs: of it.
         summary: content of summary.json.
         paired: answers for the crops, one request in flight.
         threshold: in oracle units; None: every crop escalates, unscored.
@@ -196,4 +202,22 @@ def write_page(
     planned = None
     if "plan" in summary:
         planned = {"rows": served_rows(summary), "sentences": plan_sentences(summary)}
-    write_demo(PAGE, summary, kept, escalated[::-1], drawn, links, planned)
+    above = np.array([answer.escalated for answer in adaptive])
+    names = [labels[answer.top1] for answer in adaptive]
+    tokens = _tokens(graphs, crops, names, above)
+    write_demo(PAGE, summary, kept, escalated[::-1], drawn, links, planned, tokens)
+
+
+def _tokens(
+    graphs: GraphSet, crops: Sequence[bytes], names: Sequence[str], escalated: NDArray[np.bool_]
+) -> list[TokenCounts]:
+    """Where the tokens of the crops went, of each rung whose images keep tokens of their own."""
+    preprocessing = Preprocessing.from_dict(graphs.preprocessing)
+
+    def picture(row: int) -> tuple[NDArray[np.uint8], str]:
+        return as_seen(crops[row], preprocessing), names[row]
+
+    rungs = {"cheap rung": graphs.low, "full rung": graphs.high}
+    tensors = (preprocessing(decode(crop))[np.newaxis] for crop in crops)
+    batches = (([row], tensor) for row, tensor in enumerate(tensors))
+    return count_tokens(rungs, "the crops", batches, escalated, picture)

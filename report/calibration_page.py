@@ -1,7 +1,8 @@
 """`report.html`: a calibration, or before one is made only what the full rung changes.
 
 A report has the certificate first, then what was measured on images that nothing was fitted on, or
-cross-fitted, then the images themselves, then how the two rungs differ on all images.
+cross-fitted, then the images themselves and where their tokens went, then how the two rungs differ
+on all images.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from .figures import GREY, INK, OTHERS, Axis, Rule, Series, chart, histogram, near
 from .page import HIGH_COLOUR, LOW_COLOUR, RED, render
+from .token_maps import TokenCounts, where_tokens_went
 from .words import setting
 
 MAX_POINTS = 2000  # of a scatter: more make the page heavy and the eye no wiser
@@ -28,11 +30,15 @@ _CURVES: dict[str, dict[str, Any]] = {
 
 
 def write_calibration(
-    path: Path, fit: Mapping[str, Any] | None, analysis: Mapping[str, Any]
+    path: Path,
+    fit: Mapping[str, Any] | None,
+    analysis: Mapping[str, Any],
+    tokens: Sequence[TokenCounts] = (),
 ) -> None:
     """Write the page of what `fit_data` and `analysis_data` of `calibration.page_data` give.
 
-    Without a fit it shows the analysis alone.
+    Without a fit it shows the analysis alone. `tokens` are of the rungs whose images keep tokens of
+    their own.
     """
     render(
         path,
@@ -44,6 +50,7 @@ def write_calibration(
         analysis=analysis,
         found=analysis["found"],
         figures=_analysis_figures(analysis),
+        tokens=where_tokens_went(tokens),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from .figures import INK, Rule, histogram, near
 from .page import render
+from .token_maps import TokenCounts, where_tokens_went
 
 
 def write_demo(
@@ -18,6 +19,7 @@ def write_demo(
     scores: Mapping[str, Any] | None,
     links: Mapping[str, str],
     planned: Mapping[str, Any] | None = None,
+    tokens: Sequence[TokenCounts] = (),
 ) -> None:
     """Write the page.
 
@@ -32,6 +34,7 @@ def write_demo(
             the `threshold`, and its `text`; None where no crop is scored.
         links: addresses of the `report` of the calibration and, of a plan, of the `plan`.
         planned: of a plan, the `rows` of everything that was served, and `sentences` about them.
+        tokens: of the rungs whose images keep tokens of their own.
     """
     drawn, rules = None, []
     if scores is not None:
@@ -55,4 +58,5 @@ def write_demo(
         is_threshold_drawn=bool(rules),
         links=links,
         plan=planned,
+        tokens=where_tokens_went(tokens),
     )

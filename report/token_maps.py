@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from .figures import histogram
 from .page import HIGH_COLOUR, LOW_COLOUR, data_uri, filled
 from .words import count_of, setting
 
-_PICTURE_PX = 224  # of the longer edge, as embedded
+_PICTURE_PX = 256  # of the longer edge, as embedded
 _SHADES = {"apt": LOW_COLOUR, "halt": HIGH_COLOUR}
 # Opacity of the shade over a cell, by its side; and over a patch that ran through all blocks.
-_COARSE, _DEEPEST = {1: 0.0, 2: 0.4, 4: 0.7}, 0.85
+_COARSE, _DEEPEST = {1: 0.0, 2: 0.3, 4: 0.6}, 0.85
+_MEASURED = {"apt": "tokens of an image", "halt": "blocks that a token of an image ran through"}
 _CELLS = {1: "one token for each patch", 2: "for 2 × 2 patches", 4: "for 4 × 4"}
 
 
@@ -75,6 +77,13 @@ class TokenMap:
         """The patches, (S, S)."""
         return self.patches.reshape(self.side, self.side)
 
+    @property
+    def all_tokens(self) -> int:
+        """Of `apt`, how many tokens there would be if each patch were one."""
+        cells = sum(n // cell**2 for cell, n in self.counts().items())
+        # Special tokens, such as CLS, are in no cell; every image has the same.
+        return int(self.tokens.flat[0]) - cells + int(self.patches.size)
+
     def counts(self) -> dict[int, int]:
         """How many patches have each number that there is."""
         values, counts = np.unique(self.patches, return_counts=True)
@@ -85,11 +94,8 @@ class TokenMap:
         if self.kind == "halt":
             mean = float(self.tokens.sum() / self.tokens.flat[0])
             return f"tokens ran through {mean:.1f} of {self.blocks} blocks on average"
-        tokens = int(self.tokens.flat[0])
-        # Every image has the same special tokens, such as CLS, which are in no cell.
-        all_tokens = tokens - sum(n // cell**2 for cell, n in self.counts().items())
-        all_tokens += self.patches.size
-        return f"{tokens:,} of {all_tokens:,} tokens ({setting(round(tokens / all_tokens, 2))})"
+        tokens, most = int(self.tokens.flat[0]), self.all_tokens
+        return f"{tokens:,} of {most:,} tokens ({setting(round(tokens / most, 2))})"
 
     def details(self) -> str:
         """How many cells there are of each size, or patches of each depth."""
@@ -137,6 +143,58 @@ class TokenMap:
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=80)
         return data_uri("image/jpeg", buffer.getvalue())
+
+
+@dataclass(frozen=True, eq=False)
+class TokenCounts:
+    """How many tokens one rung keeps of each of some images.
+
+    Attributes:
+        rung: what the page calls it.
+        recipe: of its graph.
+        images: what the images are, in words.
+        groups: the output `tokens` of the images, INT32 (n, 1 or L), by what became of them.
+        maps: some of the images, at least one.
+    """
+
+    rung: str
+    recipe: str
+    images: str
+    groups: Mapping[str, NDArray[Any]]
+    maps: Sequence[TokenMap]
+
+    @property
+    def kind(self) -> str:
+        """`apt` or `halt`."""
+        return self.maps[0].kind
+
+    @property
+    def most(self) -> int:
+        """The most there can be of `values`."""
+        return self.maps[0].blocks if self.kind == "halt" else self.maps[0].all_tokens
+
+    @property
+    def values(self) -> dict[str, NDArray[np.float64]]:
+        """Tokens of each image, or the mean of the blocks that they ran through, by group."""
+        halts = self.kind == "halt"
+        return {
+            name: tokens.sum(axis=1) / (tokens[:, 0] if halts else 1.0)
+            for name, tokens in self.groups.items()
+        }
+
+    def figure(self) -> str:
+        """How often each number of tokens occurs, as the address of an embedded file."""
+        values = {name: values.tolist() for name, values in self.values.items()}
+        return histogram(values, _MEASURED[self.kind], size=(5.6, 2.4))
+
+
+def where_tokens_went(counts: Sequence[TokenCounts]) -> str:
+    """The part of a page about the rungs whose images keep tokens of their own, as HTML.
+
+    Empty where there is no such rung; it needs the styles of `base.html.j2`.
+    """
+    rungs = [(one, np.concatenate(list(one.values.values()))) for one in counts]
+    return filled("token_counts.html.j2", rungs=rungs, token_maps=token_maps) if rungs else ""
 
 
 def token_maps(maps: Sequence[TokenMap]) -> str:

@@ -124,6 +124,9 @@ def _key(module, image_px, output_names, opset):
     found.update(repr((module, image_px, output_names, opset)).encode())
     for name, tensor in sorted([*module.named_parameters(), *module.named_buffers()]):
         found.update(name.encode() + tensor.detach().contiguous().numpy().tobytes())
+    for name, part in module.named_modules():  # a threshold of its own, say
+        plain = {key: value for key, value in vars(part).items() if _is_plain(value)}
+        found.update(repr((name, sorted(plain.items()))).encode())
     # Tables that were worked out beforehand may be neither: they show in what it answers.
     images = torch.randn(2, 3, image_px, image_px, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -131,6 +134,11 @@ def _key(module, image_px, output_names, opset):
     for answer in (answers,) if isinstance(answers, torch.Tensor) else answers:
         found.update(answer.contiguous().numpy().tobytes())
     return found.hexdigest()
+
+
+def _is_plain(value):
+    parts = value if isinstance(value, tuple) else (value,)
+    return all(isinstance(part, bool | int | float | str) for part in parts)
 
 
 def _forget():

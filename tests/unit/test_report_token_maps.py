@@ -121,7 +121,7 @@ def test_pictures_are_embedded_small_in_colour_under_cells_and_pale_under_depths
         head, _, body = svg.find("image").get("href").partition(",")
         image = Image.open(io.BytesIO(base64.b64decode(body)))
         assert (head, image.format) == ("data:image/jpeg;base64", "JPEG")
-        assert max(image.size) <= 224
+        assert max(image.size) <= 256
         colours.append(image.convert("RGB").getpixel((5, 5)))
     assert colours[0] == colours[1] == pytest.approx((200, 0, 0), abs=8)
     red, green, blue = colours[2]
