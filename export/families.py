@@ -90,7 +90,11 @@ class Family:
 
     def tokens(self, base: Any, pixels: torch.Tensor) -> torch.Tensor:
         """What the first block is given, (B, N, D), of pixels (B, 3, H, W)."""
-        return torch.as_tensor(base.embeddings(pixels))
+        return self.entering(base, base.embeddings(pixels))
+
+    def entering(self, base: Any, tokens: torch.Tensor) -> torch.Tensor:
+        """What the first block is given of embedded tokens that have their positions, (B, N, D)."""
+        return tokens
 
     def cls(self, hidden: torch.Tensor) -> torch.Tensor:
         """What stands for the image after a block, (B, D), of its tokens (B, N, D)."""
@@ -125,8 +129,8 @@ class Family:
 class _Clip(Family):
     """The pooled output is the normalised CLS token; a projection takes it to the texts' space."""
 
-    def tokens(self, base: Any, pixels: torch.Tensor) -> torch.Tensor:
-        return torch.as_tensor(base.pre_layrnorm(base.embeddings(pixels)))
+    def entering(self, base: Any, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(base.pre_layrnorm(tokens))
 
     def embedding(
         self, model: PreTrainedModel, output: Any, cls_layers: torch.Tensor

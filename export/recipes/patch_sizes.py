@@ -91,7 +91,6 @@ class PatchSizesVit(nn.Module):
 
     mean: torch.Tensor
     std: torch.Tensor
-    gray: torch.Tensor
 
     def __init__(
         self,
@@ -113,7 +112,7 @@ class PatchSizesVit(nn.Module):
         self.answering = Answering(model, probe, unit_length)
         self.blocks = nn.ModuleList(RaggedBlock(block) for block in blocks(model))
         self.patch_px = int(tower(model).config.patch_size)
-        for name, values in zip(("mean", "std", "gray"), (*scaling, GRAY), strict=True):
+        for name, values in zip(("mean", "std"), scaling, strict=True):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -147,9 +146,7 @@ class PatchSizesVit(nn.Module):
 
     def sides(self, pixels: torch.Tensor) -> torch.Tensor:
         """The side of the cell that each patch is in, INT64 (B, S, S), of (B, 3, px, px)."""
-        gray = ((pixels * self.std + self.mean) * 255).round().clamp(0, 255) * self.gray
-        # This order of product and quotient is the public code's: another one moves some values.
-        bins = (gray.sum(dim=1) * BINS / 255).long().clamp(max=BINS - 1)  # (B, px, px)
+        bins = bins_of(pixels * self.std + self.mean)
         side = self.px // self.patch_px
         sides = torch.ones_like(bins[:, :: self.patch_px, :: self.patch_px])
         histograms = _histograms(bins, 2 * self.patch_px)  # (B, M, M, BINS)
@@ -181,10 +178,22 @@ class PatchSizesVit(nn.Module):
             coarse = project(_smaller(pixels, cell)).flatten(2).transpose(1, 2) + table
             if self.own.zero is not None:
                 coarse = coarse + self.own.detailed(project(pixels), scale)
-            tokens.append(coarse)
+            tokens.append(self.family.entering(base, coarse))
             wanted.append((sides[:, ::cell, ::cell] == cell).flatten(1))
             sizes.append(torch.full_like(table[0, :, 0], cell**2))
         return torch.cat(tokens, dim=1), torch.cat(wanted, dim=1), torch.cat(sizes)
+
+
+def bins_of(pixels: torch.Tensor) -> torch.Tensor:
+    """The bin of each pixel's gray value, INT64 (B, H, W), of pixels from 0 to 1, (B, 3, H, W).
+
+    Gray is of whole levels, as in the picture itself; of a smaller one, as if it had been stored.
+    The order of sums, of product and of quotient counts: another one moves some values by a bin.
+    """
+    red, green, blue = (pixels * 255).round().clamp(0, 255).unbind(dim=1)
+    gray = red * GRAY[0] + green * GRAY[1] + blue * GRAY[2]
+    # Both ends: a value that is no number becomes any integer, and would be no bin.
+    return (gray * BINS / 255).long().clamp(0, BINS - 1)
 
 
 def entropy(histograms: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,8 @@ class Layout(NamedTuple):
         images: INT64 (n,), ascending, the image of each token.
         starts: INT64 (B,), the place of each image's first token.
         counts: INT64 (B,), how many tokens each image has; perhaps none.
-        padded: INT64 (B, T), the token at each place of the padded images; any where there is none.
+        padded: INT64 (B, T), the token at each place of the padded images; where there is none, the
+            image's own first, or any if it has none: numbers that are none spoil no other image.
         mask: FP32 (B, 1, 1, T), added to likenesses: 0 where there is a token.
         back: INT64 (n,), the place of each token among the B * T of the padded images.
     """
@@ -52,7 +53,8 @@ class Layout(NamedTuple):
         longest = counts.max()
         places = torch.arange(longest.item(), device=counts.device)
         held = places < counts[:, None]
-        padded = torch.where(held, starts[:, None] + places, 0)
+        last = images.shape[0] - 1
+        padded = (starts[:, None] + torch.where(held, places, 0)).clamp(max=last)
         mask = torch.where(held, 0.0, MASKED)[:, None, None]
         tokens = torch.arange(images.shape[0], device=counts.device)
         back = images * longest + tokens - starts[images]
