@@ -17,10 +17,8 @@ from torch import nn
 from export.errors import ExportError, first_line
 
 INPUT_NAME = "image"
-COUNTS = (
-    "tokens",
-    "patches",
-)  # INT32 outputs, the last ones, of graphs whose images differ in cost
+# INT32 outputs, the last ones, of graphs whose images differ in cost.
+COUNTS = ("tokens", "patches")
 BATCH_AXIS = "batch"
 MAX_OPSET = 21  # older Triton images load no newer one
 # Only a bound for the exporter's shape reasoning; the graph itself accepts any batch.
@@ -125,8 +123,12 @@ def check_versions(model: onnx.ModelProto) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporter's progress, deprecations and remarks on torchvision; not its errors."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
+    """Silence the exporter's progress, deprecations and remarks on torchvision; not its errors.
+
+    And what the library below it says each time that the exporter gives it an empty list.
+    """
+    names = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:

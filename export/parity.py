@@ -1,8 +1,9 @@
 """Is the ONNX file the model? Names, types, shapes and values against the library, or an error.
 
-Which tokens merge is a choice between numbers. Where the two best are the same to within rounding,
-torch and ONNX Runtime may choose another one each; both answers are then right, and they differ by
-more than rounding. Such images, near ties, may be left out where a graph merges tokens.
+Which tokens merge is a choice between numbers, as is whether an area's entropy is below a bound, or
+a token's gate. Where the two are the same to within rounding, torch and ONNX Runtime may choose
+another one each; both answers are then right, and they differ by more than rounding. Such images,
+near ties, may be left out where a graph chooses tokens.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from export.request import DEFAULT_ATOL, DEFAULT_RTOL
 
 # Other sizes than the traced batch of 2, and odd ones, so that a batch baked into a shape shows.
 BATCHES = (1, 3, 8)
-# What an image keeps whose tokens merged in another way. That is for a token or two, while a graph
-# that merges the wrong ones loses far more, for every image.
+# What an image keeps whose tokens were chosen in another way. That is for a token or two, or a
+# cell, while a graph that chooses the wrong ones loses far more, for every image.
 LEAST_COSINE = 0.9
 
 # (image (B, 3, H, W)) -> output name -> tensor
@@ -95,6 +96,7 @@ def check_parity(
     rtol: float = DEFAULT_RTOL,
     atol: float = DEFAULT_ATOL,
     may_differ: float = 0.0,
+    images: NDArray[np.float32] | None = None,
 ) -> list[Check]:
     """Compare a rung's ONNX file with the library's own answers.
 
@@ -107,7 +109,8 @@ def check_parity(
         rtol: accepted difference relative to the library's value.
         atol: accepted absolute difference, added to the relative one.
         may_differ: share of the images that may be answered in another way, see `_near_ties`; for
-            graphs that merge tokens.
+            graphs that choose tokens.
+        images: as many as the largest batch, FP32 (B, 3, H, W); None: `sample_images`.
 
     Returns:
         One record per output and batch size.
@@ -125,7 +128,8 @@ def check_parity(
         session = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         raise ExportError(f"ONNX Runtime does not load {file.name}: {error}") from error
-    images = sample_images(max(BATCHES), image_px, seed=0)
+    if images is None:
+        images = sample_images(max(BATCHES), image_px, seed=0)
     batches: list[Answers] = []
     for batch in BATCHES:
         expected = reference(torch.from_numpy(images[:batch]))
@@ -166,6 +170,37 @@ def sample_images(count: int, px: int, seed: int) -> NDArray[np.float32]:
     blobs = torch.nn.functional.interpolate(coarse, size=(px, px), mode="bicubic")
     noise = torch.randn(count, 3, px, px, generator=generator)
     return (blobs + 0.5 * noise).numpy()
+
+
+def mixed_images(
+    count: int, px: int, seed: int, mean: Sequence[float], std: Sequence[float]
+) -> NDArray[np.float32]:
+    """Images of which more and less is flat, so that they differ in the tokens that they keep.
+
+    Those of `sample_images`, their values in whole levels from 0 to 255 as those of pictures are.
+    From a line of its own on, each is of one colour at the left, and of levels that differ by one
+    at the right; one image is so altogether and one nowhere.
+
+    Args:
+        count: of images, no multiple of 5.
+        px: side of each.
+        seed: of all that is random.
+        mean: of the channels, that images are normalised by.
+        std: standard deviation of the channels, the same.
+
+    Returns:
+        FP32 (count, 3, px, px), normalised.
+    """
+    generator = np.random.default_rng(seed)
+    offset, scale = (np.reshape(values, (3, 1, 1)).astype(np.float32) for values in (mean, std))
+    levels = ((sample_images(count, px, seed) * scale + offset) * 255).round().clip(0, 255)
+    for number, image in enumerate(levels):
+        # In an order in which the first ones, the smaller batches, are mixed as well.
+        share = (5 * number + count // 2) % count / max(1, count - 1)
+        flat = image[:, round(px * (1 - share)) :]  # (3, rows, px)
+        flat[:] = generator.integers(0, 255, (3, 1, 1))
+        flat[:, :, px // 2 :] += generator.integers(0, 2, flat[:, :, px // 2 :].shape)
+    return np.asarray((levels / 255 - offset) / scale, dtype=np.float32)
 
 
 def _tensor_failures(

@@ -26,7 +26,7 @@ from export.backbones import Backbone
 from export.errors import UsageError, first_line
 from export.processors import cropped
 from export.static_vit import IMAGENET_MEAN, IMAGENET_STD
-from export.timm_vit import PATCHES, Tensors, convert
+from export.timm_vit import MIXED, PATCHES, Tensors, convert, split_detail
 from imaging import Preprocessing, PreprocessingError
 
 PREFIX = "timm:"
@@ -37,7 +37,7 @@ HINT = (
 )
 # Where training scripts keep the state dict; averaged weights first, as timm itself prefers them.
 _HOLDERS = ("state_dict_ema", "model_ema", "state_dict", "model")
-_WRAPPERS = re.compile(r"((module|model|_orig_mod)\.)*")
+_WRAPPERS = re.compile(r"((module|model|net|_orig_mod)\.)*")
 _NAME = re.compile(r"(vit|deit3?|flexivit)_\w+?(\.[\w-]+)?")
 _LEAST_PX_WHOLE = 384  # models this large are shown the whole image
 # Mean, std, crop_pct and interpolation of timm's configurations, by the first pattern in the name.
@@ -88,12 +88,15 @@ def load(model: str, checkpoint: Path | None) -> Backbone:
         )
     tensors, notices = _read(checkpoint)
     try:
+        tensors, detail = split_detail(tensors)
         network = convert(tensors, name, config)
         classes = network.config.num_labels if network.base_model is not network else 0
         transform, assumed = _transform(name, network.config.image_size, config)
     except UsageError as error:
         raise UsageError(f"--checkpoint {checkpoint}: {error}") from None
     labels, more = _labels(config, classes)
+    if detail is not None:
+        more += (f"{checkpoint.name} was trained with patches of several sizes, for apt=BITS",)
     px, patch = network.config.image_size, network.config.patch_size
     return Backbone(
         name=name,
@@ -108,6 +111,7 @@ def load(model: str, checkpoint: Path | None) -> Backbone:
         default_px=(max(patch, round(px / 2 / patch) * patch), px),
         preprocessing=transform,
         notices=(*notices, *assumed, *more),
+        detail=detail,
     )
 
 
@@ -143,10 +147,15 @@ def _read(file: Path) -> tuple[Tensors, tuple[str, ...]]:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # both libraries raise many types on foreign files
-        raise UsageError(
-            f"--checkpoint {file} cannot be read ({first_line(error)}); give a .safetensors file, "
-            "or a state dict that torch.save wrote"
-        ) from None
+        reason = first_line(error)
+        how = "give a .safetensors file, or a state dict that torch.save wrote"
+        if stranger := re.search(r"GLOBAL (\S+) was not an allowed", str(error)):
+            reason = f"it holds a {stranger[1]}, which would be run"
+            how += (
+                '; where you trust it: python -c "import torch; torch.save(torch.load('
+                f"'{file}', 'cpu', weights_only=False)['state_dict'], 'weights.pth')\""
+            )
+        raise UsageError(f"--checkpoint {file} cannot be read ({reason}); {how}") from None
     for holder in _HOLDERS:
         if isinstance(content, Mapping) and isinstance(content.get(holder), Mapping):
             content = content[holder]
@@ -155,7 +164,8 @@ def _read(file: Path) -> tuple[Tensors, tuple[str, ...]]:
             break
     found = content if isinstance(content, Mapping) else {}
     names = [str(name) for name in found]
-    first = next((name for name in names if name.endswith(PATCHES)), "")
+    ends = [name for name in names if name.endswith(PATCHES) and MIXED not in name]
+    first = next(iter(ends), "")
     prefix = first.removesuffix(PATCHES)
     if not first or not _WRAPPERS.fullmatch(prefix):
         raise UsageError(

@@ -24,6 +24,14 @@ from export.errors import UsageError, first_line
 
 Tensors = dict[str, torch.Tensor]
 PATCHES = "patch_embed.proj.weight"
+MIXED = "mixed_patch."
+# A state that APT trained has its class token, and copies of these, under `MIXED` + name.
+_COPIES = {
+    "patch_embed.proj.weight": "patch_embed.proj.weight",
+    "patch_embed.proj.bias": "patch_embed.proj.bias",
+    "base_pos_embed": "pos_embed",
+}
+_UNUSED = "base_mini_pos_embed"
 # Words of a name that say how wide the model is. A width has 64 numbers per head, but:
 _WIDTHS: dict[str, tuple[int, ...]] = {
     **{"tiny": (192,), "small": (384,), "medium": (512,), "base": (768,), "large": (1024,)},
@@ -94,6 +102,54 @@ def convert(tensors: Tensors, name: str, config: Mapping[str, Any]) -> PreTraine
     absent = [key for key in info.missing_keys if not key.endswith("mask_token")]
     assert not absent and not info.unexpected_keys, (absent, info.unexpected_keys)
     return model.eval()
+
+
+def split_detail(tensors: Tensors) -> tuple[Tensors, Tensors | None]:
+    """Take apart a state that the public code of APT has trained.
+
+    Choudhury et al. 2025, "Accelerating Vision Transformers with Adaptive Patch Sizes"; that code
+    itself loses the class token when it loads such a state.
+
+    Args:
+        tensors: by timm's names, and by those under `MIXED`, if it is one.
+
+    Returns:
+        The ViT's own, and what is added to coarse cells, see `patch_sizes.read_detail`; of any
+        other state all of it, and None.
+
+    Raises:
+        UsageError: a tensor is missing, left over or of another shape, or two copies differ.
+    """
+    mixed = {k.removeprefix(MIXED): v for k, v in tensors.items() if k.startswith(MIXED)}
+    if not mixed:
+        return tensors, None
+    own = {key: value for key, value in tensors.items() if not key.startswith(MIXED)}
+    mixed.pop(_UNUSED, None)
+    if "cls_token" not in mixed:
+        raise UsageError(f"there is no {MIXED}cls_token, which a state of APT has")
+    own.setdefault("cls_token", mixed["cls_token"])
+    for copy, name in {**_COPIES, "cls_token": "cls_token"}.items():
+        if (copy in mixed) != (name in own):
+            absent = name if copy in mixed else MIXED + copy
+            raise UsageError(f"there is no {absent}, which a state of APT has")
+        if copy in mixed and not torch.equal(mixed.pop(copy), own[name]):
+            raise UsageError(f"{MIXED}{copy} is not the same as {name}, which it is a copy of")
+    width = own["cls_token"].shape[-1]
+    detail = {
+        "patch_attn.weight": (width, width, 2, 2),
+        "patch_attn.bias": (width,),
+        "zero_conv.weight": (width, width),
+        "zero_conv.bias": (width,),
+    }
+    for key, shape in detail.items():
+        if key not in mixed:
+            raise UsageError(f"there is no {MIXED}{key}, which a state of APT has")
+        if mixed[key].shape != shape:
+            found = tuple(mixed[key].shape)
+            raise UsageError(f"{MIXED}{key} has the shape {found}; {shape} fits the class token")
+    if more := sorted(set(mixed) - set(detail)):
+        raise UsageError(f"{MIXED}{more[0]} is no tensor of APT; it maps onto nothing")
+    return own, mixed
 
 
 @dataclass(frozen=True)
