@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,12 +12,13 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
 from bundle.recipe import Recipe
 from export.backbones import Backbone
 from export.errors import ExportError
 from export.onnx_graph import export_onnx, strip_provenance
-from export.parity import BATCHES, ParityError, check_parity
+from export.parity import BATCHES, ParityError, check_parity, mixed_images
 from export.pretrained import pretrained
 from tests.unit.export_tiny import LAYERS, PX, WIDTH, save_tiny
 
@@ -233,3 +235,29 @@ def test_provenance_is_stripped(graph, exported):
     strip_provenance(graph)
     assert graph == exported
     assert b".py" not in exported.SerializeToString()
+
+
+class _Counting(nn.Module):
+    """How often each place is named, as graphs whose images keep tokens of their own count."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        named = torch.zeros_like(image[:, 0, 0, 0], dtype=torch.int64)
+        return named.index_add(0, torch.zeros_like(named), torch.ones_like(named))
+
+
+def test_what_the_exporter_says_of_empty_lists_is_silenced(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        export_onnx(_Counting(), 4, ["named"], tmp_path / "counting.onnx", 18)
+    assert not [record.name for record in caplog.records if record.name.startswith("onnx_ir")]
+
+
+def test_mixed_images_are_of_whole_levels_and_flat_to_different_extents():
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.1)
+    images = mixed_images(8, PX, 0, mean, std)
+    assert images.dtype == np.float32 and images.shape == (8, 3, PX, PX)
+    levels = images * np.reshape(std, (3, 1, 1)) + np.reshape(mean, (3, 1, 1))
+    np.testing.assert_allclose(255 * levels, (255 * levels).round(), atol=1e-3)
+    assert levels.min() >= -1e-6 and levels.max() <= 1 + 1e-6
+    flat = (images[:, :, :, :1] == images[:, :, :, 1:2]).all(axis=(1, 3)).sum(axis=1)
+    assert sorted(flat) == [round(PX * share / 7) for share in range(8)]
+    assert 0 < flat[0] < PX and flat[1] < flat[0] < flat[2]
