@@ -144,6 +144,10 @@ class PatchSizesVit(nn.Module):
         layers = torch.stack(cls_layers, dim=1)
         return embedding, layers, *logits, seen, sides.flatten(1).to(torch.int32)
 
+    def extra_repr(self) -> str:
+        """What no weight of it shows."""
+        return f"px={self.px}, bits={self.bits}"
+
     def sides(self, pixels: torch.Tensor) -> torch.Tensor:
         """The side of the cell that each patch is in, INT64 (B, S, S), of (B, 3, px, px)."""
         bins = bins_of(pixels * self.std + self.mean)

@@ -1,4 +1,4 @@
-"""Tiny models that run `apt`, pictures of which parts are flat, and what the equations answer."""
+"""Tiny models that run `apt`, pictures with areas of two colours, and the equations' answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.unit.export_tiny import save_tiny
 from tests.unit.patch_sizes_reference import choose, embed
 
 PX, PATCH = 32, 4
-TWO, THREE = "apt=4", "apt=4/3"
+TWO, THREE = "apt=4", "apt=4/2.5"
 # Class, its patch in pixels, recipe, whether coarse cells have detail of their own.
 MODELS = {
     "ViT": ("ViTForImageClassification", PATCH, THREE, False),
@@ -64,7 +64,7 @@ def rung_of(name: str, backbone: Backbone, apt: str = "") -> PatchSizesVit:
 
 
 def pictures(count: int, px: int) -> np.ndarray:
-    """Noise of which quarters, and quarters of those, have one colour; UINT8 (count, 3, px, px)."""
+    """Noise with some quarters, and quarters of those, in two colours: UINT8 (count, 3, px, px)."""
     rng = np.random.default_rng(4)
     levels = rng.integers(0, 256, (count, 3, px, px), dtype=np.uint8)
     for number, image in enumerate(levels):
@@ -72,7 +72,7 @@ def pictures(count: int, px: int) -> np.ndarray:
             side = px // parts
             for row, column in np.argwhere(rng.random((parts, parts)) < number / (count - 1)):
                 cell = image[:, row * side : (row + 1) * side, column * side : (column + 1) * side]
-                cell[:] = rng.integers(0, 256, (3, 1, 1))
+                cell[:] = rng.integers(0, 176, (3, 1, 1)) + 80 * rng.integers(0, 2, (side, side))
     return levels
 
 
