@@ -6,6 +6,7 @@ last keeps the others waiting.
 
 LONG = (
     # tests/unit
+    "test_export_patch_sizes",
     "test_export_token_merging",
     "test_export_rungs",
     "test_tasks",
