@@ -83,6 +83,16 @@ def test_any_other_text_is_refused_in_one_line(text):
         ("align,int8=static,px=112", "px=112,int8=static,align", "px112_int8static_align"),
         ("int8,tome=4,depth=9", "depth=9,tome=4,int8", "depth9_tome4_int8"),
         ("fp16,px=0168", "px=168,fp16", "px168_fp16"),
+        ("apt=5.50", "apt=5.5", "apt5p5"),
+        (
+            "int8=static,apt=5.75 / 4,px=112",
+            "px=112,apt=5.75/4,int8=static",
+            "px112_apt5p75-4_int8static",
+        ),
+        ("apt=0", "apt=0", "apt0"),
+        ("halt", "halt", "halt"),
+        ("align,halt=8.0", "halt=8,align", "halt8_align"),
+        ("adapted=0a,halt=5.5", "halt=5.5,adapted=0a", "halt5p5_adapted0a"),
         ("int8,adapted=0a1b2c,px=8", "px=8,adapted=0a1b2c,int8", "px8_adapted0a1b2c_int8"),
     ],
 )
@@ -94,7 +104,7 @@ def test_texts_and_slugs(text, canonical, slug):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "recipe '': '' is unknown; known are px=N, depth=N, tome=N, adapted=DIR"),
+        ("", "recipe '': '' is unknown; known are px=N, depth=N, tome=N, apt=BITS, apt="),
         ("px=112,", "recipe 'px=112,': '' is unknown"),
         ("px=112;tome=4", "'px=112;tome=4' in a recipe must be a whole number, as px=112"),
         ("112", "'112' is unknown"),
@@ -111,12 +121,33 @@ def test_texts_and_slugs(text, canonical, slug):
         ("px=8,adapted=", "'adapted=' is unknown"),
         ("adapted", "'adapted' is unknown"),
         ("adapted=a,b", "'b' is unknown"),
+        ("apt=9.1", "'apt=9.1' in a recipe must be one or two numbers of bits from 0 to 9"),
+        ("apt=-0.1", "must be one or two numbers of bits from 0 to 9, as apt=5.5 or apt=5.75/4"),
+        ("apt=5/4/3", "must be one or two numbers of bits"),
+        ("apt=5/", "must be one or two numbers of bits"),
+        ("apt=nan", "must be one or two numbers of bits"),
+        ("apt", "must be one or two numbers of bits"),
+        ("apt=5,apt=6", "says its apt twice"),
+        ("halt=0", "'halt=0' in a recipe must be blocks, as halt=8"),
+        ("halt=-1", "must be blocks, as halt=8"),
+        ("halt=", "must be blocks, as halt=8"),
+        ("halt=inf", "must be blocks, as halt=8"),
+        ("halt=nan", "must be blocks, as halt=8"),
+        ("halt,halt=8", "says its halt twice"),
     ],
 )
 def test_a_bad_part_is_named_in_one_line(text, message):
     with pytest.raises(RecipeError, match=re.escape(message)) as caught:
         Recipe.parse(text)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "varies"),
+    [("apt=5.5", True), ("px=8,halt", True), ("halt=3", True), ("tome=8", False), ("fp32", False)],
+)
+def test_only_what_chooses_tokens_by_the_image_costs_more_for_some(text, varies):
+    assert Recipe.parse(text).varies == varies
 
 
 def test_a_resolution_is_filled_in_only_where_none_is_said():
