@@ -75,6 +75,7 @@ def distil_command(
     labels: options.Labels = None,
     prompt: options.Prompt = None,
     checkpoint: options.Checkpoint = None,
+    gate: options.Gate = None,
     fidelity: given.FidelityKind = None,
     tolerance: given.Tolerance = None,
     group_by: given.GroupBy = GROUPINGS[0],
@@ -92,6 +93,7 @@ def distil_command(
     """
     fitted = None if head_images is None else "--head-images DIR"
     texts = options.texts_of(model, checkpoint, labels, prompt, fitted)
+    halting = options.gate_of(model, gate)
     request = Request(
         recipe=Recipe.parse(recipe),
         source=given.source(images, limit, seed, SAMPLE_CROPS),
@@ -110,7 +112,7 @@ def distil_command(
 
     bars = Bars(Console(stderr=True))
     backbone, asked, _ = _loaded(
-        model, texts, checkpoint, head_images, px, fidelity, tolerance, bars
+        model, texts, checkpoint, halting, head_images, px, fidelity, tolerance, bars
     )
     try:
         result = distil(backbone, request, asked, bars)
@@ -145,6 +147,7 @@ def study_command(
     labels: options.Labels = None,
     prompt: options.Prompt = None,
     checkpoint: options.Checkpoint = None,
+    gate: options.Gate = None,
     fidelity: given.FidelityKind = None,
     tolerance: given.Tolerance = None,
     group_by: given.GroupBy = GROUPINGS[0],
@@ -159,6 +162,7 @@ def study_command(
     """
     fitted = None if head_images is None else "--head-images DIR"
     texts = options.texts_of(model, checkpoint, labels, prompt, fitted)
+    halting = options.gate_of(model, gate)
     found = [Recipe.parse(text) for text in recipes.split(";")]
     request = Request(
         recipe=found[0],
@@ -178,7 +182,7 @@ def study_command(
 
     bars = Bars(Console(stderr=True))
     backbone, asked, prints = _loaded(
-        model, texts, checkpoint, head_images, px, fidelity, tolerance, bars
+        model, texts, checkpoint, halting, head_images, px, fidelity, tolerance, bars
     )
     subject = Subject(backbone, found, judged, request, asked, prints)
     out.mkdir(parents=True, exist_ok=True)
@@ -209,6 +213,7 @@ def _loaded(
     model: str,
     texts: Texts | None,
     checkpoint: Path | None,
+    gate: tuple[float, float] | None,
     head_images: Path | None,
     px: int | None,
     fidelity: str | None,
@@ -221,7 +226,7 @@ def _loaded(
     from export.probe import fit_probe
 
     bars.say(f"load {model}")
-    backbone = load_backbone(model, texts, checkpoint=checkpoint)
+    backbone = load_backbone(model, texts, checkpoint, gate)
     asked = judged_by(backbone.task if head_images is None else "classes", fidelity, tolerance)
     if head_images is not None:
         probe = fit_probe(backbone, px or backbone.default_px[1], head_images, bars)

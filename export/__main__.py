@@ -54,10 +54,11 @@ def rungs(
             metavar="NAME|PATH|ID",
             help="static-vit, dinov2-small, or a directory that save_pretrained wrote or a hub id: "
             "of ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP, BEiT and their kin (see README); "
-            "timm:NAME with --checkpoint.",
+            "timm:NAME, avit-tiny or avit-small with --checkpoint.",
         ),
     ],
     checkpoint: options.Checkpoint = None,
+    gate: options.Gate = None,
     out: Annotated[Path, typer.Option(help="Directory to write to.")] = Path("build/onnx"),
     low: Annotated[
         str | None,
@@ -108,6 +109,7 @@ def rungs(
         raise UsageError("--head linear and --images DIR go together")
     fitted = None if head is None else "--head linear"
     texts = options.texts_of(model, checkpoint, labels, prompt, fitted)
+    halting = options.gate_of(model, gate)
     recipes = [None if text is None else Recipe.parse(text) for text in (low, high)]
     request = GraphsRequest(
         out=out,
@@ -127,7 +129,7 @@ def rungs(
 
     bars = Bars(Console(stderr=True))
     bars.say(f"load {model}")
-    backbone = load_backbone(model, texts, checkpoint=checkpoint)
+    backbone = load_backbone(model, texts, checkpoint, halting)
     graphs = export_graphs(backbone, request, bars)
     if as_json:
         typer.echo(json.dumps(graphs.to_dict(), indent=2, ensure_ascii=False))

@@ -22,8 +22,11 @@ from bundle.recipe import Recipe
 from export import onnx_graph, parity
 from export.backbones import Backbone
 from export.errors import ExportError, UsageError
+from export.kept_tokens import kept_tokens, nothing_saved
+from export.onnx_graph import COUNTS
 from export.probe import earlier_probe, fit_probe
 from export.recipes.half import to_half
+from export.recipes.halting import public_depth
 from export.recipes.quantise import quantise
 from export.request import GraphsRequest, LearnedImages
 from export.shared_weights import share_weights
@@ -89,6 +92,8 @@ def export_graphs(backbone: Backbone, request: GraphsRequest, bars: Bars) -> Gra
         with bars.stage("export", 2 * len(recipes)) as bar:
             exporter = _Exporter(folder, backbone, px, request, learned, bar)
             graphs, ir_version = exporter.export(recipes, kept)
+        for line in filter(None, map(nothing_saved, graphs)):
+            bars.say(f"note: {line}")
         made = GraphSet(
             backbone=backbone.name,
             image_shape=(3, px, px),
@@ -120,43 +125,6 @@ def export_graphs(backbone: Backbone, request: GraphsRequest, bars: Bars) -> Gra
         return made.place(request.out)
 
 
-def share(graphs: GraphSet, folder: Path) -> GraphSet:
-    """Store once what graphs in a folder share; what each of them answers stays as it is.
-
-    Args:
-        graphs: whose files lie in `folder`, every graph there among them.
-        folder: gets the shared weights, and the record anew.
-
-    Returns:
-        The graphs with the hashes of their new files.
-
-    Raises:
-        OSError: a file cannot be written.
-    """
-    weights = folder / WEIGHTS
-    refers = share_weights([graph.file for graph in graphs.graphs.values()], weights)
-    stored = (manifest.sha256_file(weights), weights.stat().st_size) if weights.exists() else None
-    shared = {
-        name: replace(graph, record=_stored(graph, stored if refers[graph.file] else None))
-        for name, graph in graphs.graphs.items()
-    }
-    found = replace(graphs, graphs=shared)
-    found.save(folder)
-    return found
-
-
-def _stored(graph: Graph, weights: tuple[str, int] | None) -> RungRecord:
-    """The record of a graph's file as it lies there, with the hash and size of shared weights."""
-    sha256, size = weights or (None, None)
-    return replace(
-        graph.record,
-        sha256=manifest.sha256_file(graph.file),
-        size_bytes=graph.file.stat().st_size,
-        weights_sha256=sha256,
-        weights_size_bytes=size,
-    )
-
-
 def _with_task(backbone: Backbone, asked: str | None, bars: Bars) -> Backbone:
     """The backbone with the task that the user gave, or a note where it had to be guessed."""
     if asked is not None:
@@ -179,7 +147,8 @@ def _recipes(
     low_px, high_px = backbone.default_px
     high = (request.high or Recipe()).at(high_px)
     px = high.px or 0
-    asked = [request.low or Recipe(low_px), high, *([Recipe(px)] if high != Recipe(px) else [])]
+    low = Recipe(low_px, halt=None if backbone.gate is None else 0.0)
+    asked = [request.low or low, high, *([Recipe(px)] if high != Recipe(px) else [])]
     recipes: list[Recipe] = []
     for recipe in (*asked, *request.beside):
         backbone, known = backbone.knowing(recipe, px)
@@ -271,7 +240,7 @@ class _Exporter:
         weights = manifest.sha256_file(self._folder / WEIGHTS) if any(refers.values()) else None
         reference = Recipe(self._px)
         there = files.get(reference) or kept[reference.slug(self._px)].file
-        full = _embeddings(there, self._images)
+        full = self._answers(there)[0]
         graphs: list[Graph] = []
         failures: list[parity.Failure] = []
         for recipe, file in files.items():
@@ -281,7 +250,10 @@ class _Exporter:
             except parity.ParityError as error:
                 failures += error.failures
                 continue
-            notes = {"checks": checks, "fidelity": self._fidelity(file, full)}
+            embedding, *counts = self._answers(file, COUNTS if recipe.varies else ())
+            notes = {"checks": checks, "fidelity": self._fidelity(embedding, full)}
+            if counts:
+                notes["tokens"] = self._tokens(recipe, *counts)
             record = self._record(recipe, file, weights if refers[file] else None)
             learned = self._learned if recipe.precision == "int8=static" else None
             prints = "" if learned is None else learned.prints
@@ -342,8 +314,8 @@ class _Exporter:
         failures = parity.structure_failures(file.stem, model, self._px, shapes)
         if failures:
             raise parity.ParityError(failures)
-        truth = _embeddings(self._body(recipe), self._images)
-        mean = float(_cosines(_embeddings(file, self._images), truth).mean())
+        truth = self._answers(self._body(recipe))[0]
+        mean = float(_cosines(self._answers(file)[0], truth).mean())
         if not mean >= LEAST_COSINE[recipe.precision]:
             reason = (
                 f"{recipe.precision} has a mean cosine of {mean:.3f} to FP32, at least "
@@ -372,9 +344,9 @@ class _Exporter:
 
         return truth
 
-    def _fidelity(self, file: Path, full: NDArray[np.float64]) -> dict[str, Any]:
+    def _fidelity(self, embedding: NDArray[Any], full: NDArray[Any]) -> dict[str, Any]:
         """How near a graph's answers are to the full model's: reported, never asserted."""
-        cosines = _cosines(_embeddings(file, self._images), full)
+        cosines = _cosines(embedding, full)
         kind = "synthetic" if self._learned is None else "fit"
         return {
             "images": f"{len(self._images)} {kind}",
@@ -382,18 +354,29 @@ class _Exporter:
             "cosine_min": float(cosines.min()),
         }
 
+    def _tokens(
+        self, recipe: Recipe, tokens: NDArray[np.int32], patches: NDArray[np.int32]
+    ) -> dict[str, float]:
+        """What the images kept; `public_depth` is that of the module in FP32."""
+        found = kept_tokens(recipe, tokens, patches)
+        if recipe.halt is not None:
+            images = torch.from_numpy(self._images)
+            found["blocks_per_patch_public"] = public_depth(self._backbone.rung(recipe), images)
+        return found
 
-def _embeddings(file: Path, images: NDArray[np.float32]) -> NDArray[np.float64]:
-    try:
-        session = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
-        answers = [
-            session.run(["embedding"], {"image": images[i : i + 1]})[0] for i in range(len(images))
-        ]
-    except Exception as error:  # ONNX Runtime's exceptions share no base class
-        raise ExportError(f"ONNX Runtime does not run {file.name}: {error}") from error
-    return np.asarray(np.concatenate(answers), dtype=np.float64)
+    def _answers(self, file: Path, more: tuple[str, ...] = ()) -> list[NDArray[Any]]:
+        """Embeddings, and other outputs, of the images, each asked alone."""
+        try:
+            session = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
+            answers = [
+                session.run(["embedding", *more], {"image": image[None]}) for image in self._images
+            ]
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            raise ExportError(f"ONNX Runtime does not run {file.name}: {error}") from error
+        return [np.concatenate(found) for found in zip(*answers, strict=True)]
 
 
-def _cosines(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray[np.float64]:
+def _cosines(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np.float64]:
+    first, second = first.astype(np.float64), second.astype(np.float64)
     lengths = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
     return np.asarray((first * second).sum(axis=1) / np.maximum(lengths, 1e-30))

@@ -16,12 +16,13 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from bundle import labels as class_labels
 from bundle import manifest
+from export import avit
 from export.backbones import Backbone
 from export.dinov2_small import dinov2_small
 from export.errors import UsageError, first_line
 from export.families import FAMILIES, SUPPORTED, has_head, tower, vision_config
 from export.processors import FILE, Processor
-from export.request import Texts
+from export.request import AVIT_GATES, Texts
 from export.served import served
 from export.static_vit import static_vit
 from export.timm_checkpoint import HINT, is_timm, load
@@ -45,14 +46,18 @@ _ANEW = "save it anew with save_pretrained"
 
 
 def load_backbone(
-    model: str, texts: Texts | None = None, checkpoint: Path | None = None
+    model: str,
+    texts: Texts | None = None,
+    checkpoint: Path | None = None,
+    gate: tuple[float, float] | None = None,
 ) -> Backbone:
     """Find a backbone by name, directory or hub id.
 
     Args:
         model: its name, directory or hub id.
         texts: labels in words, of which a model of images and texts gets its head.
-        checkpoint: the weights of `timm:NAME`.
+        checkpoint: the weights of `timm:NAME` or of an A-ViT.
+        gate: of an A-ViT, scale and centre; None: the checkpoint's name says them.
 
     Raises:
         UsageError: it cannot be loaded, or has no use for texts.
@@ -61,10 +66,12 @@ def load_backbone(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     named = {"static-vit": static_vit, "dinov2-small": dinov2_small}
-    if model not in named and not is_timm(model):
+    if model not in (*named, *AVIT_GATES) and not is_timm(model):
         return pretrained(model, texts)
     if texts is not None:
         raise UsageError(f"--labels needs a text tower, CLIP's or SigLIP's; {model} has none")
+    if model in AVIT_GATES:
+        return avit.load(model, checkpoint, gate)
     return named[model]() if model in named else load(model, checkpoint)
 
 

@@ -6,6 +6,7 @@ Needs no torch, which takes seconds to import.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ DEFAULT_OPSET = 20  # the first with Gelu as one node, which int8 rungs gain a t
 # worst on outputs near 20 (static-vit), 1.5e-5 for DINOv2 ViT-S.
 DEFAULT_RTOL = 1e-4
 DEFAULT_ATOL = 1e-4
+# Scale and centre of the published gates, by --model; of a file, only its name says them.
+AVIT_GATES = {"avit-tiny": (10, 30), "avit-small": (10, 75)}
 MOST = 64  # ranges settle after some tens of images, and each costs a run of the model
 
 
@@ -129,6 +132,15 @@ class Texts:
 def _labels(parts: Iterable[str]) -> tuple[str, ...]:
     """Spaces around and between words count once; what is empty does not count."""
     return tuple(filter(None, (" ".join(part.split()) for part in parts)))
+
+
+def read_gate(*texts: str) -> tuple[float, float] | None:
+    """Scale and centre of a gate by their texts; None: they are not two numbers that make one."""
+    try:
+        scale, centre = map(float, texts)
+    except ValueError:
+        return None
+    return (scale, centre) if 0 < scale < math.inf and math.isfinite(centre) else None
 
 
 def spread(count: int, most: int = MOST) -> NDArray[np.intp]:

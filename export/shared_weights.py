@@ -11,14 +11,17 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
 from onnx import numpy_helper
 from onnx.external_data_helper import set_external_data
 
+from bundle import manifest
+from bundle.graphs import Graph, GraphSet
 from bundle.placing import folder_beside
+from routing import WEIGHTS, RungRecord
 
 # A mapping starts at a page; weights that start at one as well are mapped without a remainder.
 ALIGNMENT = 4096
@@ -124,3 +127,40 @@ def _large_tensors(
         if len(content) >= at_least_bytes:
             kind = f"{tensor.data_type} {list(tensor.dims)}".encode()
             yield tensor, hashlib.sha256(kind + b"\0" + content).digest(), content
+
+
+def share(graphs: GraphSet, folder: Path) -> GraphSet:
+    """Store once what graphs in a folder share; what each of them answers stays as it is.
+
+    Args:
+        graphs: whose files lie in `folder`, every graph there among them.
+        folder: gets the shared weights, and the record anew.
+
+    Returns:
+        The graphs with the hashes of their new files.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    weights = folder / WEIGHTS
+    refers = share_weights([graph.file for graph in graphs.graphs.values()], weights)
+    stored = (manifest.sha256_file(weights), weights.stat().st_size) if weights.exists() else None
+    shared = {
+        name: replace(graph, record=_stored(graph, stored if refers[graph.file] else None))
+        for name, graph in graphs.graphs.items()
+    }
+    found = replace(graphs, graphs=shared)
+    found.save(folder)
+    return found
+
+
+def _stored(graph: Graph, weights: tuple[str, int] | None) -> RungRecord:
+    """The record of a graph's file as it lies there, with the hash and size of shared weights."""
+    sha256, size = weights or (None, None)
+    return replace(
+        graph.record,
+        sha256=manifest.sha256_file(graph.file),
+        size_bytes=graph.file.stat().st_size,
+        weights_sha256=sha256,
+        weights_size_bytes=size,
+    )

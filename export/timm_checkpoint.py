@@ -12,7 +12,7 @@ import argparse
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,16 +136,33 @@ def _weights_in(folder: Path) -> Path:
 
 def _read(file: Path) -> tuple[Tensors, tuple[str, ...]]:
     """The tensors of a checkpoint by timm's names, in FP32, and what to say of them."""
-    notices = tuple[str, ...]()
+    found, prefix, holder = vit_weights(read_file(file), file, _HOLDERS)
+    notices = (f"{file.name} holds averaged weights ({holder}), which are taken",)
+    return {
+        name.removeprefix(prefix): tensor.detach().float()
+        for name, tensor in found.items()
+        if str(name).startswith(prefix) and isinstance(tensor, torch.Tensor)
+    }, notices if holder.endswith("ema") else ()
+
+
+def read_file(file: Path, holder: str = "state_dict") -> Any:
+    """What a .safetensors file holds, or one that torch.save wrote; no code in it is run.
+
+    Args:
+        file: to read.
+        holder: the name under which its weights usually lie, for messages.
+
+    Raises:
+        UsageError: there is no such file, or it holds more than weights and arguments.
+    """
     if not file.is_file():
         raise UsageError(f"--checkpoint {file}: no such file")
     try:
         if file.suffix == ".safetensors":
-            content: Any = safetensors.torch.load_file(file)
-        else:
-            # Training scripts of timm and DeiT keep their arguments beside the weights.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                content = torch.load(file, map_location="cpu", weights_only=True)
+            return safetensors.torch.load_file(file)
+        # Training scripts of timm and DeiT keep their arguments beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # both libraries raise many types on foreign files
         reason = first_line(error)
         how = "give a .safetensors file, or a state dict that torch.save wrote"
@@ -153,16 +170,31 @@ def _read(file: Path) -> tuple[Tensors, tuple[str, ...]]:
             reason = f"it holds a {stranger[1]}, which would be run"
             how += (
                 '; where you trust it: python -c "import torch; torch.save(torch.load('
-                f"'{file}', 'cpu', weights_only=False)['state_dict'], 'weights.pth')\""
+                f"'{file}', 'cpu', weights_only=False)['{holder}'], 'weights.pth')\""
             )
         raise UsageError(f"--checkpoint {file} cannot be read ({reason}); {how}") from None
-    for holder in _HOLDERS:
-        if isinstance(content, Mapping) and isinstance(content.get(holder), Mapping):
-            content = content[holder]
-            if holder.endswith("ema"):
-                notices = (f"{file.name} holds averaged weights ({holder}), which are taken",)
-            break
-    found = content if isinstance(content, Mapping) else {}
+
+
+def vit_weights(
+    content: Any, file: Path, holders: Sequence[str]
+) -> tuple[Mapping[str, Any], str, str]:
+    """Find the weights of a ViT in what a checkpoint holds.
+
+    Args:
+        content: of the file.
+        file: for messages.
+        holders: names under which the weights may lie, the first that is there; else `content`
+            itself holds them.
+
+    Returns:
+        The weights, what all their names begin with, and where they lie, empty for `content`.
+
+    Raises:
+        UsageError: they are not a ViT's under timm's names.
+    """
+    there = content if isinstance(content, Mapping) else {}
+    holder = next((name for name in holders if isinstance(there.get(name), Mapping)), "")
+    found = there[holder] if holder else there
     names = [str(name) for name in found]
     ends = [name for name in names if name.endswith(PATCHES) and MIXED not in name]
     first = next(iter(ends), "")
@@ -172,11 +204,7 @@ def _read(file: Path) -> tuple[Tensors, tuple[str, ...]]:
             f"--checkpoint {file} has no {PATCHES}, as a ViT of timm has; it holds "
             f"{', '.join(names[:3]) or 'no tensors'}"
         )
-    return {
-        name.removeprefix(prefix): tensor.detach().float()
-        for name, tensor in found.items()
-        if name.startswith(prefix) and isinstance(tensor, torch.Tensor)
-    }, notices
+    return found, prefix, holder
 
 
 def _labels(
@@ -190,8 +218,16 @@ def _labels(
 
 
 @dataclass(frozen=True)
-class _Transform:
-    """timm's evaluation transform at any resolution."""
+class Transform:
+    """timm's evaluation transform at any resolution.
+
+    Attributes:
+        mean: per channel, in units of 0..1.
+        std: per channel, in units of 0..1.
+        crop_pct: side of the centre crop, of the resized image's.
+        interpolation: as `Preprocessing.resample`.
+        squashes: whether both edges are resized to that; else the shorter one is.
+    """
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -205,7 +241,7 @@ class _Transform:
         return cropped(px, resized_px, self.squashes, self.interpolation, self.mean, self.std)
 
 
-def _transform(name: str, px: int, config: Mapping[str, Any]) -> tuple[_Transform, tuple[str, ...]]:
+def _transform(name: str, px: int, config: Mapping[str, Any]) -> tuple[Transform, tuple[str, ...]]:
     """How images are made ready: what config.json says, else what timm has for the name."""
     told = config.get("pretrained_cfg", {})
     mean, std, crop_pct, interpolation = next(
@@ -224,7 +260,7 @@ def _transform(name: str, px: int, config: Mapping[str, Any]) -> tuple[_Transfor
     try:
         red, green, blue = (float(value) for value in given["mean"])
         r, g, b = (float(value) for value in given["std"])
-        transform = _Transform(
+        transform = Transform(
             mean=(red, green, blue),
             std=(r, g, b),
             crop_pct=float(given["crop_pct"]),

@@ -108,6 +108,7 @@ def plan_command(
     labels: options.Labels = None,
     prompt: options.Prompt = None,
     checkpoint: options.Checkpoint = None,
+    gate: options.Gate = None,
     latency_budget_ms: Annotated[
         float | None,
         typer.Option(
@@ -154,6 +155,7 @@ def plan_command(
         head_images=head_images,
         texts=texts,
         checkpoint=checkpoint,
+        gate=options.gate_of(model, gate),
         goal=Goal(max_risk, confidence, "ltt"),
         fidelity=lambda task: Fidelity.asked(task, fidelity, tolerance, relative, label_threshold),
         group_by=group_by,
@@ -203,6 +205,7 @@ def study_command(
     labels: options.Labels = None,
     prompt: options.Prompt = None,
     checkpoint: options.Checkpoint = None,
+    gate: options.Gate = None,
     fidelity: given.FidelityKind = None,
     tolerance: given.Tolerance = None,
     relative: given.Relative = False,
@@ -240,6 +243,7 @@ def study_command(
         head_images=head_images,
         texts=texts,
         checkpoint=checkpoint,
+        gate=options.gate_of(model, gate),
         goal=max(goals, key=lambda goal: goal.max_risk),
         fidelity=lambda task: Fidelity.asked(task, fidelity, tolerance, relative, label_threshold),
         group_by=group_by,

@@ -51,7 +51,8 @@ class Request:
         out: folder of the result.
         reference_images: how many images travel with the artifact, see `reference`.
         texts: labels in words, of which the model gets a zero-shot head; None: it has another.
-        checkpoint: the weights of `timm:NAME`; None: the model has its own.
+        checkpoint: the weights of `timm:NAME` or of an A-ViT; None: the model has its own.
+        gate: scale and centre of an A-ViT; None: the checkpoint's name says them.
         adapt_minutes: that training cheap graphs may take, together; None: none is trained.
     """
 
@@ -76,6 +77,7 @@ class Request:
     test_share: float | None = None
     texts: Texts | None = None
     checkpoint: Path | None = None
+    gate: tuple[float, float] | None = None
     adapt_minutes: float | None = None
 
 

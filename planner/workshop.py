@@ -39,7 +39,7 @@ class Workshop:
         """The model, with its head of texts where one is asked for."""
         from export.pretrained import load_backbone
 
-        return load_backbone(request.model, request.texts, request.checkpoint)
+        return load_backbone(request.model, request.texts, request.checkpoint, request.gate)
 
     def export(self, backbone: Backbone, request: GraphsRequest, bars: Bars) -> GraphSet:
         """Graphs of a loaded model, each checked against it."""
@@ -76,7 +76,7 @@ class Workshop:
 
     def share(self, graphs: GraphSet, folder: Path) -> GraphSet:
         """Store once what graphs in a folder share."""
-        from export.graphs import share
+        from export.shared_weights import share
 
         return share(graphs, folder)
 

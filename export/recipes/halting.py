@@ -78,7 +78,8 @@ class HaltingVit(nn.Module):
         gate: of all blocks.
         probe: a linear head on the embedding, in place of the model's own.
         unit_length: whether embeddings are scaled to length 1.
-        removes: whether what has halted is gone; else it is masked, and computed on.
+        removes: whether what has halted is gone; else it is masked and computed on, as in the
+            public code: tokens of an image that is done go on until they halt by themselves.
     """
 
     def __init__(
@@ -151,8 +152,9 @@ class HaltingVit(nn.Module):
             answer = answer.index_copy(0, rows, mixed + rest * cls)
             cls_layers.append(answer)
             running = running.index_copy(0, rows, ~now[:, 0])
-            active = active & ~done & running[images]
+            active = active & ~done
             if self.removes:
+                active = active & running[images]
                 kept = active.nonzero()[:, 0]
                 tokens, images, origin = tokens[:, kept], images[kept], origin[kept]
                 reached, active = reached[kept], active[kept]
@@ -168,6 +170,25 @@ class HaltingVit(nn.Module):
             return embedding, layers, *logits
         seen = torch.stack(alive, dim=1).to(torch.int32)
         return embedding, layers, *logits, seen, patches.to(torch.int32)
+
+
+@torch.inference_mode()
+def public_depth(rung: nn.Module, images: torch.Tensor) -> float:
+    """Blocks that a patch token runs through, on average, as the public code counts them.
+
+    There tokens go on after their image is done, until they halt by themselves.
+
+    Args:
+        rung: a `HaltingVit` or what holds one; it masks from now on.
+        images: FP32 (B, 3, H, W), run one by one.
+    """
+    module = next(part for part in rung.modules() if isinstance(part, HaltingVit))
+    module.removes, module.counts, depths = False, 0, list[float]()
+    for image in images:
+        module(image[None])
+        assert module.seen is not None
+        depths.append(float(module.seen.depth))
+    return sum(depths) / len(depths)
 
 
 def _per_image(active: torch.Tensor, images: torch.Tensor, batch: int) -> torch.Tensor:

@@ -15,10 +15,11 @@ from bundle.head import LinearHead
 from bundle.prints import encode, no_looks
 from bundle.recipe import Recipe
 from export.align import align
-from export.graphs import export_graphs, share
+from export.graphs import export_graphs
 from export.parity import sample_images
 from export.pretrained import pretrained
 from export.request import GraphsRequest, LearnedImages
+from export.shared_weights import share
 from tests.unit.export_tiny import LAYERS, PX, QUIET, WIDTH, save_tiny
 from tests.unit.image_files import write_images
 from tests.unit.quantised_files import ask
