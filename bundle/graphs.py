@@ -47,7 +47,7 @@ class Graph:
         fitted_on: prints of the images that this graph has learned from by its ranges or by its
             alignment, see `bundle.prints`.
         adapted_on: prints of the images that its weights were adapted to, see `bundle.adapted`.
-        notes: what its export measured (`checks`, `fidelity`), for people to read.
+        notes: what its export measured (`checks`, `fidelity`, `tokens`), for people to read.
     """
 
     name: str
@@ -379,7 +379,7 @@ _PLAIN = (
     "fitted_on",
 )
 _ABOUT = ("source", "head", "opset", "ir_version", "parity")
-_NOTES = ("fidelity", "checks")
+_NOTES = ("fidelity", "checks", "tokens")
 
 
 def _graph(name: str, folder: Path, entry: Mapping[str, Any]) -> Graph:

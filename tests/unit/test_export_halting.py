@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from bundle.graphs import Graph
+from bundle.graphs import Graph, GraphSet
 from bundle.recipe import Recipe, RecipeError
 from export import onnx_graph
 from export.align import bake_alignment
@@ -31,7 +30,7 @@ from export.recipes.quantise import quantise
 from export.request import GraphsRequest
 from report.terminal import Bars
 from routing import RungRecord
-from tests.unit.export_tiny import PATCH, PX, save_tiny
+from tests.unit.export_tiny import LAYERS, PATCH, PX, save_tiny
 from tests.unit.halting_equations import masking, removing
 from tests.unit.quantised_files import ask, cosines
 from tests.unit.test_export_align import alignment
@@ -311,45 +310,36 @@ def test_a_depth_that_is_none_is_no_recipe(text):
 # --- what is recorded ----------------------------------------------------------------------------
 
 
-def exporting(backbone: Backbone, out: Path, *recipes: str) -> tuple[dict, str]:
-    """(notes on tokens by graph, what was said)."""
+def exporting(backbone: Backbone, out: Path, low: str | None = None) -> tuple[GraphSet, str]:
+    """The graphs, and what was said."""
     said = io.StringIO()
-    low, *beside = map(Recipe.parse, recipes)
-    request = GraphsRequest(out, low, beside=tuple(beside))
+    request = GraphsRequest(out, None if low is None else Recipe.parse(low))
     export_graphs(backbone, request, Bars(Console(file=said, width=200)))
-    graphs = json.loads((out / "graphs.json").read_text())["graphs"]
-    return {name: graph.get("tokens") for name, graph in graphs.items()}, said.getvalue()
+    return GraphSet.load(out), said.getvalue()
 
 
 def test_the_record_says_what_images_kept(tmp_path):
     backbone = halting(tmp_path)
-    notes, said = exporting(backbone, tmp_path / "out", "halt")
-    assert notes["full"] is None and "nothing is saved" not in said
+    graphs, said = exporting(backbone, tmp_path / "out", "halt")
+    assert "tokens" not in graphs.high.notes and "nothing is saved" not in said
     images = sample_images(16, PX, seed=1)
-    expected = removing(backbone.model, backbone.gate, images)
-    tokens = expected["tokens"].mean(axis=1)
-    assert notes["halt"] == pytest.approx(
-        {
-            "mean": tokens.mean(),
-            "min": tokens.min(),
-            "max": tokens.max(),
-            "all": 1 + PATCHES,
-            "blocks_per_patch": expected["patches"].mean(),
-            "blocks_per_patch_public": masking(backbone.model, backbone.gate, images)[
-                "counted"
-            ].mean(),
-        },
-        rel=1e-5,
-    )
+    removed, masked = (make(backbone.model, backbone.gate, images) for make in (removing, masking))
+    tokens = removed["tokens"].mean(axis=1)
+    expected = {"mean": tokens.mean(), "min": tokens.min(), "max": tokens.max()}
+    expected |= {"all": 1 + PATCHES, "blocks_per_patch": removed["patches"].mean()}
+    expected |= {"blocks_per_patch_public": masked["counted"].mean()}
+    assert graphs.low.notes["tokens"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_gate_that_never_halts_is_told(tmp_path):
-    notes, said = exporting(halting(tmp_path, NEVER), tmp_path / "out", "depth=2,halt")
+def test_a_model_with_a_gate_halts_in_its_cheap_rung_and_a_gate_that_never_does_is_told(tmp_path):
+    saved = pretrained(str(save_tiny(tmp_path / "two blocks", HEAD)))
+    graphs, said = exporting(replace(saved, gate=NEVER), tmp_path / "out")
+    assert (graphs.low.record.recipe, graphs.high.record.recipe) == ("px=8,halt", f"px={PX}")
     assert said.count("note: no token of 16 synthetic images halts before the last block of ") == 1
-    assert "depth2_halt: nothing is saved" in said
-    assert notes["depth2_halt"] == {
-        **dict.fromkeys(("mean", "min", "max", "all"), 1.0 + PATCHES),
-        **dict.fromkeys(("blocks_per_patch", "blocks_per_patch_public"), 2.0),
+    assert "px8_halt: nothing is saved" in said
+    assert graphs.low.notes["tokens"] == {
+        **dict.fromkeys(("mean", "min", "max", "all"), 1 + 4),
+        **dict.fromkeys(("blocks_per_patch", "blocks_per_patch_public"), LAYERS),
     }
 
 
