@@ -17,7 +17,7 @@ from rich.console import Console
 from bundle.graphs import Graph, GraphSet
 from bundle.recipe import Recipe, RecipeError
 from export import onnx_graph
-from export.align import bake_alignment
+from export.align import align, bake_alignment
 from export.backbones import Backbone, RungModule
 from export.errors import UsageError
 from export.graphs import export_graphs
@@ -329,6 +329,12 @@ def test_the_record_says_what_images_kept(tmp_path):
     expected |= {"all": 1 + PATCHES, "blocks_per_patch": removed["patches"].mean()}
     expected |= {"blocks_per_patch_public": masked["counted"].mean()}
     assert graphs.low.notes["tokens"] == pytest.approx(expected, rel=1e-5)
+    # `align` writes the record again, and its graph counts on.
+    aligned = align(graphs, "halt", replace(alignment(), graph=graphs.low.record.fingerprint))
+    before, after = (ask(aligned.graphs[name].file, IMAGES) for name in ("halt", "halt_align"))
+    np.testing.assert_array_equal(after["tokens"], before["tokens"])
+    assert not np.allclose(after["embedding"], before["embedding"])
+    assert GraphSet.load(tmp_path / "out").low.notes["tokens"] == graphs.low.notes["tokens"]
 
 
 def test_a_model_with_a_gate_halts_in_its_cheap_rung_and_a_gate_that_never_does_is_told(tmp_path):
