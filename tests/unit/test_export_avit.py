@@ -234,8 +234,11 @@ class Payload:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"args": Path("x")}, "it pickles pathlib."),
-        ({"saved": Payload()}, "it pickles tests.unit.test_export_avit.Payload, which would run"),
+        ({"args": Path("x")}, "it holds a pathlib."),
+        (
+            {"saved": Payload()},
+            "test_export_avit.Payload, which would be run",
+        ),
     ],
 )
 def test_a_file_that_pickles_more_than_arguments_is_not_run(more, message, tmp_path):
