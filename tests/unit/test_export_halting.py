@@ -363,3 +363,5 @@ def test_tokens_of_cells_are_told_too():
     notes["tokens"] = kept_tokens(recipe, np.array([[65]]), patches[2:])
     told = nothing_saved(replace(graph, notes=notes))
     assert told == "no cell of 3 fit images is flat enough for apt: nothing is saved"
+    noise = {**notes, "fidelity": {"images": "3 synthetic"}}
+    assert nothing_saved(replace(graph, notes=noise)) is None
