@@ -37,7 +37,7 @@ CLS = -6.0
 _STEEPNESS = 4.0  # the gate is open by sigmoid(4) a spread above its centre
 _FIRST_SPREAD = 1.5  # in blocks, of the depths at which patch tokens halt to begin with
 _FOLLOWS = 0.2  # how much of a block too few or too many moves the centre in a step
-_ROWS = 4000  # tokens that a fit sees
+_ROWS = 2500  # tokens that a fit sees
 _RIDGE = 1e-3
 _CLS_WEIGHT = 200.0  # in the fit, of one CLS token
 
@@ -207,7 +207,8 @@ class _Fitted:
         gram = inputs.T @ (inputs * weights)
         ridge = _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
         ridge[-1, -1] = 0.0  # the bias
-        found = torch.linalg.solve(gram + ridge, inputs.T @ (lacking[:, None] * weights))[:, 0]
+        factor = torch.linalg.cholesky(gram + ridge)
+        found = torch.cholesky_solve(inputs.T @ (lacking[:, None] * weights), factor)[:, 0]
         self.linear.weight[0] = found[:-1].to(self.linear.weight)
         self.linear.bias[0] = found[-1].to(self.linear.weight)
 

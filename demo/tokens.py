@@ -40,8 +40,8 @@ from .steps import DemoError, Step, console, prepare
 
 OUT = Path("build/tokens")
 PAGE = OUT / "tokens.html"
-CROPS = 3
-MINUTES = 3.5  # of each training; all else takes some twenty minutes on two cores
+CROPS = 2
+MINUTES = 4  # of each training; all else takes some twenty minutes on two cores
 METHODS = ("apt", "halt", "tome", "px", "depth")
 # About 0.46 of the full model's cost each, but for the blocks, of which there are whole ones.
 RECIPES = ("apt=4", "halt=5.5", "tome=24", "px=154", "depth=6")
@@ -177,7 +177,7 @@ def _training(recipe: str) -> Step:
         f"train {recipe}",
         folder,
         f"adaptation distil {_MODEL} --recipe {recipe} --images {OUT}/divided/learn "
-        f"--group-by folder --views 1 --minutes {MINUTES:g} --head-images {OUT}/pictures/head "
+        f"--group-by folder --views 1 --minutes {MINUTES} --head-images {OUT}/pictures/head "
         f"--cache {OUT}/teacher --out {folder}",
         ("adaptation",),
     )
