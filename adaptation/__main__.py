@@ -108,7 +108,8 @@ def distil_command(
         batch=batch,
         views=views,
     )
-    from .distil import UNFINISHED, distil
+    from .distil import distil
+    from .resuming import UNFINISHED
 
     bars = Bars(Console(stderr=True))
     backbone, asked, _ = _loaded(

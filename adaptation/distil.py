@@ -14,7 +14,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ from calibration.splits import group_keys
 from export.backbones import Backbone
 from export.errors import first_line
 from export.families import blocks
-from export.recipes.adapted import sha256_of
+from export.request import spread
 from report.terminal import Bars
 from routing.provenance import RELEASE
 
@@ -41,6 +40,7 @@ from .objective import Objective
 from .patches import Patches
 from .request import MINUTES, AdaptationError, Request, check_images
 from .result import Result, in_words, written
+from .resuming import UNFINISHED, check_same, identity_of, unfinished_in
 from .teacher import Images, Teacher, View
 from .training import DivergedError, Held, Lesson, Run, Settings, Weights, fitting
 
@@ -50,7 +50,6 @@ LOOKS = 12  # at the held-out images in a training
 # Gentle rates keep what the weights know: at 1e-4 they first forget much of it.
 SETTINGS = (Settings(1e-5), Settings(3e-5), Settings(3e-5, decay=0.8), Settings(3e-5, frozen=0.5))
 TRIAL = 0.03  # of the steps, for each of the settings
-UNFINISHED = ".unfinished.pt"
 
 
 def distil(backbone: Backbone, request: Request, fidelity: FidelityLoss, bars: Bars) -> Result:
@@ -82,8 +81,8 @@ def distil(backbone: Backbone, request: Request, fidelity: FidelityLoss, bars: B
             f"or remove {unfinished}"
         )
     objective = Objective(backbone.task)
-    identity = _identity(backbone, request, objective, fidelity)
-    resumed = _unfinished(unfinished, identity) if request.resume else None
+    identity = identity_of(backbone, request, objective, fidelity)
+    resumed = unfinished_in(unfinished, identity) if request.resume else None
     request.out.mkdir(parents=True, exist_ok=True)
     device = Device.find()
     bars.say(f"train on {device.words}")
@@ -106,57 +105,8 @@ def distil(backbone: Backbone, request: Request, fidelity: FidelityLoss, bars: B
     groups = np.array(group_keys(images.pictures, request.group_by))[learned]
     identity |= {"learned": _sha256(lesson.learned), "held_out": _sha256(lesson.held_out)}
     if resumed is not None:
-        _check(resumed, identity, unfinished)
+        check_same(resumed, identity, unfinished)
     return _Training(backbone, request, lesson, images, groups, identity, bars).run(resumed)
-
-
-def _identity(
-    backbone: Backbone, request: Request, objective: Objective, fidelity: FidelityLoss
-) -> dict[str, Any]:
-    """What decides what a step does, but for the images: a run is only resumed as what it was."""
-    return {
-        "recipe": str(request.recipe),
-        "teacher": backbone.weights_sha256,
-        "image_px": request.px,
-        "seed": request.seed,
-        "objective": asdict(objective),
-        "fidelity": fidelity.to_dict(),
-        "head": None if backbone.linear_head is None else sha256_of(backbone.linear_head),
-        "views": request.views,
-        "batch": request.batch,
-        "minutes": request.minutes,
-        "epochs": request.epochs,
-    }
-
-
-def _unfinished(file: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of a run that was stopped, its tensors on the CPU.
-
-    Raises:
-        AdaptationError: the file is damaged, or of a run with other options.
-        OSError: it cannot be read.
-    """
-    with file.open("rb") as stream:
-        try:
-            state: dict[str, Any] = torch.load(stream, map_location="cpu", weights_only=True)
-            _check(state, identity, file)
-        except AdaptationError:
-            raise
-        except Exception as error:  # whatever a damaged file makes torch raise
-            raise AdaptationError(
-                f"{file} is not readable ({first_line(error)}); remove it and begin again"
-            ) from None
-    return state
-
-
-def _check(state: Mapping[str, Any], identity: Mapping[str, Any], file: Path) -> None:
-    """Refuse to go on with a run that was another."""
-    other = [name for name, value in identity.items() if state["identity"].get(name) != value]
-    if other:
-        raise AdaptationError(
-            f"{file} is of a training with another {', '.join(other)}; give the same command, "
-            "or remove it and begin again"
-        )
 
 
 def divide(images: Images, request: Request) -> tuple[list[int], list[int]]:
@@ -252,7 +202,8 @@ class _Training:
                 torch.nn.init.zeros_(student.alignment.weight)
                 torch.nn.init.zeros_(student.alignment.bias)
         notes = {"plain": asdict(plain), "start": asdict(start), "aligned": start is not plain}
-        self._bars.say(f"begins with {in_words(start)} (as it is: {in_words(plain)})")
+        without = "as it is" if plain.depth is None else "not aligned"
+        self._bars.say(f"begins with {in_words(start)} ({without}: {in_words(plain)})")
         weights = {name: value.clone() for name, value in student.weights().items()}
         settings, steps, trials = self._search(weights)
         notes["trials"] = trials
@@ -265,7 +216,8 @@ class _Training:
         if rung is None or lesson.depth is None or self._backbone.gate is not None:
             return
         self._bars.say("fit the first coordinate of tokens, which says when they halt")
-        some = [View(key, 0) for key in lesson.learned[:IMAGES]]
+        rows = spread(len(lesson.learned), IMAGES)  # of every kind: folders are often sorted by it
+        some = [View(lesson.learned[row], 0) for row in rows]
         begin(rung, lesson.teacher.batch(some).image, lesson.depth, self._request.seed)
 
     def _align(self) -> None:

@@ -40,7 +40,8 @@ class Result:
     def lines(self) -> list[str]:
         """For people to read."""
         held_out = self.about["images"]["held_out"]
-        said = f"on {held_out} held-out images: {in_words(self.plain)} as it is; "
+        plain = "as it is" if self.plain.depth is None else "with its gate as it begins"
+        said = f"on {held_out} held-out images: {in_words(self.plain)} {plain}; "
         said += f"{in_words(self.start)} at the start; {in_words(self.best)} adapted"
         if self.adapted is None:
             late = late_words(self.about)
@@ -63,10 +64,12 @@ def late_words(about: Mapping[str, Any]) -> str | None:
     """Why nothing is written where tokens halt too late; None: that is not why."""
     depths = [look["held_out"]["depth"] for look in about["curve"]]
     asked, layers = about["depth"], about["layers"]
-    if asked is None or not depths or min(depths) <= MOST_DEPTH * asked:
+    if None in depths:
         return None
     if min(depths) > layers - 0.05:
         return "no token halts, the gate never opens: nothing is saved by it, and nothing written"
+    if asked is None or min(depths) <= MOST_DEPTH * asked:
+        return None
     return (
         f"tokens ran through {min(depths):.1f} blocks at the least where {asked:g} were asked for: "
         "nothing is written; give more minutes, or a larger depth"

@@ -69,7 +69,8 @@ class Batch(NamedTuple):
         image: FP32 (B, 3, H, W), normalised.
         embedding: FP32 (B, D).
         cls_layers: FP32 (B, L + 1, W).
-        patches: FP32 (B, S, S, W), normalised, averaged to a grid of S x S.
+        patches: FP32 (B, S, S, W), normalised, averaged to a grid of S x S; S is 0 where the full
+            model halts tokens.
         logits: FP32 (B, C); None: there is no head.
     """
 
@@ -148,6 +149,8 @@ class Teacher:
         self._width, self._px = backbone.layer_dim, px
         self._patches = Patches(self._module.model, px)
         side = -(-self._patches.side // 2)  # cheap graphs see half of the full resolution, or less
+        # A model that halts tokens has none at its end for every patch, and so no grid.
+        side = side if backbone.gate is None else 0
         self._grid = (side, side, backbone.layer_dim)
         self._seed, self._device, self._batch = seed, device, min(batch, BATCH)
         content = {
@@ -306,7 +309,8 @@ class Teacher:
                 image = self._device.put(_normalised(planes, self._preprocessing))
                 answers = self._module(image)
                 grid = self._patches.take(self._grid[0])
-            assert grid is not None  # the full model runs its own blocks
+            if grid is None:
+                grid = torch.zeros(len(new), *self._grid)
             patches = grid.cpu().numpy().astype(np.float16)
         except torch.cuda.OutOfMemoryError:
             raise AdaptationError(
@@ -404,4 +408,6 @@ def _channels(preprocessing: Preprocessing) -> tuple[NDArray[np.float32], NDArra
 
 
 def _stacked(blobs: Sequence[bytes], kind: Any, shape: tuple[int, ...]) -> NDArray[Any]:
+    if not all(shape):  # of no bytes there is no buffer
+        return np.zeros((len(blobs), *shape), kind)
     return np.stack([np.frombuffer(blob, kind).reshape(shape) for blob in blobs])

@@ -107,11 +107,20 @@ class Lesson:
     def helps(self, point: Point, start: Point) -> bool:
         """Whether a student is worth more than it began with, and its tokens halt soon enough.
 
-        Where tokens halt, what it began with is worth something, too: without it there is no gate.
+        Where a depth was asked for, what it began with is worth something, too: without it there is
+        no gate. A start whose tokens halt too late is no rival.
         """
-        depth, most = point.held_out.depth, MOST_DEPTH * (self.depth or math.inf)
-        begins = self.depth is not None and point is start
-        return (depth is None or depth <= most) and (begins or point.held_out.beats(start.held_out))
+        if not self.in_time(point, start):
+            return False
+        rival = point is not start and self.in_time(start, start)
+        if self.depth is not None and not rival:
+            return True
+        return point.held_out.beats(start.held_out)
+
+    def in_time(self, point: Point, start: Point) -> bool:
+        """Whether tokens halt soon enough: as asked, or as they did at the start."""
+        depth, asked = point.held_out.depth, self.depth or start.held_out.depth
+        return depth is None or asked is None or depth <= MOST_DEPTH * asked
 
     def judge(self, student: AdaptedRung) -> Held:
         """What a student is worth on the images that are held out."""
@@ -224,8 +233,12 @@ class Run:
 
     @property
     def is_done(self) -> bool:
-        """Whether all steps are taken, or the last looks were all farther off than one before."""
-        nearest = min(self.curve, key=_distance, default=None)
+        """Whether all steps are taken, or the last looks were all farther off than one before.
+
+        Of looks at which tokens halt too late none counts as near.
+        """
+        in_time = [point for point in self.curve if self.lesson.in_time(point, self.curve[0])]
+        nearest = min(in_time, key=_distance, default=None)
         late = 0 if nearest is None else len(self.curve) - 1 - self.curve.index(nearest)
         return self.step >= self.steps or late >= PATIENCE
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from bundle.adapted import Adapted
 from bundle.fidelity import FidelityLoss
 from bundle.graphs import GraphSet
+from bundle.prints import among, joined
 from bundle.recipe import Recipe
 from calibration.answers import AnswerCache, Wanted
 from calibration.images import FolderImages
@@ -47,6 +48,7 @@ METHODS = ("apt", "halt", "tome", "px", "depth")
 RECIPES = ("apt=4", "halt=5.5", "tome=24", "px=154", "depth=6")
 FULL_PX, PATCH_PX = 224, 14
 TIMED, ROUNDS, BATCH = 96, 3, 8
+ALIKE = 0.1  # costs that differ by less are taken for equal
 DRAWN = 6  # images of each method on the page
 _MODEL = "--model dinov2-small"
 
@@ -96,8 +98,11 @@ def run_tokens(bars: Bars) -> dict[str, Any]:
     graphs = GraphSet.load(OUT / "onnx")
     names = _names(graphs, states)
     test = FolderImages(OUT / "divided/test")
-    agreements = _agreements(graphs, names, test, bars)
-    tensors = _tensors(graphs, test, bars)
+    learned = graphs.fitted_on  # what taught the head
+    for state in states.values():
+        learned = joined(learned, state.image_prints)
+    agreements, judging = _agreements(graphs, names, test, learned, bars)
+    timed, tensors = _tensors(graphs, test, judging)
     costs, lines = _costs(graphs, names, tensors, bars)
     rows = [
         _row(graphs, names, recipe, adapted, agreements, costs)
@@ -107,36 +112,38 @@ def run_tokens(bars: Bars) -> dict[str, Any]:
     summary = {
         "command": "make tokens",
         "environment": {"processor": cpu_name(), "threads": 1},
-        "images": {"learned": counts["learn"] * CROPS, "test": len(test), "timed": TIMED},
+        "images": {"learned": counts["learn"] * CROPS, "test": len(judging), "timed": len(timed)},
         "minutes": MINUTES,
         "rows": [asdict(row) for row in rows],
         "cost_follows_tokens": lines,
         "won": winners(rows),
     }
     OUT.joinpath("summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    write_tokens(PAGE, summary, _maps(graphs, names, test, tensors))
+    write_tokens(PAGE, summary, _maps(graphs, names, [test.names[row] for row in timed], tensors))
     return summary
 
 
 def winners(rows: Sequence[Row]) -> list[str]:
-    """The methods no graph of another method beats: none is as cheap and agrees as often.
+    """The methods of which a graph is not beaten by one of another method.
 
-    Of equals neither beats the other.
+    One beats another that costs as much, or more, and agrees less often; costs within `ALIKE` of
+    each other are as much.
     """
-    there = [row for row in rows if row.cpu_cost_ratio is not None and row.agreement is not None]
-
-    def beaten(one: Row) -> bool:
-        own = (one.cpu_cost_ratio or 0.0, -(one.agreement or 0.0))
-        others = [
-            (row.cpu_cost_ratio or 0.0, -(row.agreement or 0.0))
-            for row in there
-            if row.method != one.method
-        ]
-        return any(
-            cost <= own[0] and loss <= own[1] and (cost, loss) != own for cost, loss in others
+    there = [
+        (row.method, row.cpu_cost_ratio, row.agreement)
+        for row in rows
+        if row.cpu_cost_ratio is not None and row.agreement is not None
+    ]
+    return list(
+        dict.fromkeys(
+            method
+            for method, cost, agreement in there
+            if not any(
+                other != method and theirs <= (1 + ALIKE) * cost and agrees > agreement
+                for other, theirs, agrees in there
+            )
         )
-
-    return list(dict.fromkeys(row.method for row in there if not beaten(row)))
+    )
 
 
 def print_tokens(summary: Mapping[str, Any]) -> None:
@@ -217,30 +224,49 @@ def _names(graphs: GraphSet, states: Mapping[str, Adapted]) -> dict[tuple[str, b
 
 
 def _agreements(
-    graphs: GraphSet, names: Mapping[tuple[str, bool], str], test: FolderImages, bars: Bars
-) -> dict[str, float]:
-    """Share of the test images whose class each graph and the full model have in common."""
+    graphs: GraphSet,
+    names: Mapping[tuple[str, bool], str],
+    test: FolderImages,
+    learned: str,
+    bars: Bars,
+) -> tuple[dict[str, float], list[int]]:
+    """Share of the test images whose class each graph and the full model have in common.
+
+    Images that are like one that something was learned from are left out.
+
+    Returns:
+        The shares by name, and the places of the images that judge.
+    """
     cache = AnswerCache(OUT / "answers", test, graphs)
     wanted = [Wanted(graphs.reference), *(Wanted(graphs.graphs[name]) for name in names.values())]
     with bars.stage("all graphs answer the test images", len(wanted) * len(test)) as bar:
         for one in wanted:
             for line in cache.fill([one], None, bar.advance):
                 bars.say(f"left out: {line}")
-    found = cache.read(wanted).outputs
+    answered = cache.read(wanted)
+    pictures = answered.pictures
+    seen = among(pictures.hashes, pictures.looks, learned)
+    if seen.any():
+        bars.say(f"{seen.sum()} test images are like one that was learned from, and are left out")
+    found = answered.only(np.flatnonzero(~seen))
     fidelity = FidelityLoss.asked(graphs.task, None, None).to_dict()
-    truth = found[graphs.reference.name]
-    return {
-        name: float(1 - fidelity_loss(fidelity, found[name], truth).mean())
+    truth = found.outputs[graphs.reference.name]
+    shares = {
+        name: float(1 - fidelity_loss(fidelity, found.outputs[name], truth).mean())
         for name in names.values()
     }
+    return shares, found.pictures.places.tolist()
 
 
-def _tensors(graphs: GraphSet, test: FolderImages, bars: Bars) -> NDArray[np.float32]:
-    """Test images spread over all kinds, FP32 (TIMED, 3, H, W)."""
+def _tensors(
+    graphs: GraphSet, test: FolderImages, judging: Sequence[int]
+) -> tuple[list[int], NDArray[np.float32]]:
+    """Places of images spread over all kinds, and the images, FP32 (n, 3, H, W)."""
     preprocessing = Preprocessing.from_dict(graphs.preprocessing)
-    rows = np.linspace(0, len(test) - 1, TIMED).round().astype(int)
-    decoded = next(decode_ahead(test, [rows.tolist()], preprocessing))
-    return np.stack([one.tensor for one in decoded if isinstance(one, DecodedImage)])
+    places = np.unique(np.linspace(0, len(judging) - 1, TIMED).round().astype(int))
+    rows = [judging[place] for place in places]
+    decoded = next(decode_ahead(test, [rows], preprocessing))  # all of them were answered
+    return rows, np.stack([one.tensor for one in decoded if isinstance(one, DecodedImage)])
 
 
 def _costs(
@@ -295,7 +321,7 @@ def _row(
     method = recipe.partition("=")[0]
     name = names.get((recipe, adapted))
     if name is None:
-        note = "training did not help" if adapted else "nothing halts before a gate is trained"
+        note = "nothing was written" if adapted else "nothing halts before a gate is trained"
         return Row(method, recipe, adapted, note=note)
     own, full = costs[name], costs[graphs.reference.name]
     tokens = own.tokens
@@ -320,7 +346,7 @@ def fixed_tokens(recipe: Recipe, graphs: GraphSet) -> float:
 def _maps(
     graphs: GraphSet,
     names: Mapping[tuple[str, bool], str],
-    test: FolderImages,
+    titles: Sequence[str],
     tensors: NDArray[np.float32],
 ) -> list[TokenMap]:
     """Where the tokens of some images went, by each method that tells."""
@@ -338,6 +364,6 @@ def _maps(
         for row in rows:
             tokens, patches = session.run(["tokens", "patches"], {"image": tensors[row : row + 1]})
             pixels = ((tensors[row] * std + mean) * 255).round().clip(0, 255).astype(np.uint8)
-            name = test.names[round(row * (len(test) - 1) / (len(tensors) - 1))]
-            found.append(TokenMap(method, pixels.transpose(1, 2, 0), tokens[0], patches[0], name))
+            picture = pixels.transpose(1, 2, 0)
+            found.append(TokenMap(method, picture, tokens[0], patches[0], titles[row]))
     return found

@@ -152,6 +152,10 @@ class Backbone:
         model = tower(self.model) if self.has_own_head else self.model
         return replace(self, model=model, probe=probe.eval(), labels=labels, own_task=None)
 
+    def to_be_probed(self) -> Backbone:
+        """The same backbone as recipes are checked against before a linear head is fitted."""
+        return self.with_probe(nn.Linear(self.embedding_dim, 1), ())
+
     def knowing(self, recipe: Recipe, image_px: int) -> tuple[Backbone, Recipe]:
         """Read the adapted state that a recipe names, if it names one.
 
@@ -247,7 +251,7 @@ class Backbone:
             )
 
     def rung(self, recipe: Recipe) -> nn.Module:
-        """The module to export for a recipe's resolution, depth and merging of tokens.
+        """The module to export for a recipe's resolution, depth and way of having fewer tokens.
 
         Args:
             recipe: one that `check` lets pass, its resolution written out; its precision and

@@ -155,8 +155,9 @@ def _recipes(
         recipes.append(known)
     low, high = recipes[:2]
     recipes = list(dict.fromkeys(recipes)) if request.adds else recipes
+    probed = backbone if request.head_images is None else backbone.to_be_probed()
     for recipe in recipes:
-        backbone.check(recipe, px)
+        probed.check(recipe, px)
     (recipe, count), *_ = Counter(recipes).most_common()
     if count > 1:
         raise UsageError(f"{recipe} is asked for {count} times; each graph needs another recipe")
@@ -303,12 +304,13 @@ class _Exporter:
     def _check(self, recipe: Recipe, file: Path) -> list[parity.Check]:
         """Parity with torch in FP32; in fewer bits, the structure and a cosine."""
         shapes, request = self._backbone.output_shapes(recipe), self._request
+        chooses = recipe.varies or self._backbone.gate is not None
         if recipe.precision == "fp32":
             return parity.check_parity(
                 *(file.stem, file, self._px, shapes, self._truth(recipe)),
                 *(request.rtol, request.atol),
-                may_differ=CHOICES_MAY_DIFFER if recipe.tome or recipe.varies else 0.0,
-                images=self._mixed() if recipe.varies else None,
+                may_differ=CHOICES_MAY_DIFFER if recipe.tome or chooses else 0.0,
+                images=self._mixed() if chooses else None,
             )
         model = onnx.load(file, load_external_data=False)
         failures = parity.structure_failures(file.stem, model, self._px, shapes)

@@ -141,7 +141,7 @@ def plan_command(
 
     Writes plan.json and plan.html and, where something is chosen, onnx/ and calibration.json for
     `python -m export repository`. A RECIPE is a list of px=N, depth=N, tome=N, apt=BITS,
-    halt=DEPTH, adapted=DIR, int8=static, fp16 and align.
+    halt=DEPTH,adapted=DIR, int8=static, fp16 and align.
     """
     fitted = None if head_images is None else "--head-images DIR"
     texts = options.texts_of(model, checkpoint, labels, prompt, fitted)

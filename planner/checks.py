@@ -100,7 +100,7 @@ def check_recipes(request: Request, backbone: Backbone, bars: Bars) -> Asked:
         for recipe in recipes:
             known = recipe.at(px)
             try:
-                backbone.check(replace(recipe, align=recipe.align and not fits_head), px)
+                (backbone.to_be_probed() if fits_head else backbone).check(recipe, px)
                 backbone, known = backbone.knowing(recipe, px)
             except (UsageError, AdaptedError) as error:
                 problems.append(f"{option} {recipe}: {error}")

@@ -65,7 +65,8 @@ class Workshop:
 
         A head that was fitted for the graphs is what the answers are judged by.
         """
-        from adaptation.distil import UNFINISHED, distil
+        from adaptation.distil import distil
+        from adaptation.resuming import UNFINISHED
         from export.probe import earlier_probe
 
         if graphs.fitted_on:

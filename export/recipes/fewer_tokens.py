@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from bundle.recipe import Recipe
@@ -66,7 +67,7 @@ def _check_halting(backbone: Backbone, recipe: Recipe, trains: bool) -> None:
     if trains and not recipe.halt and backbone.gate is None:
         raise UsageError("halt says no depth to train for; give as halt=8")
     if not trains and recipe.adapted is None and (recipe.halt or backbone.gate is None):
-        said = f"halt={recipe.halt:g}" if recipe.halt else "halt=8"
+        said = replace(recipe, halt=recipe.halt or 8.0, precision="fp32", align=False)
         raise UsageError(
             f"{recipe}: no gate was trained for it; train one with python -m adaptation distil "
             f"--recipe {said}, and give {said},adapted=DIR"

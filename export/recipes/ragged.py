@@ -4,10 +4,8 @@ The tokens of all images stand one after another, (1, n, W), without padding: ev
 weights costs what there is. Attention alone is among the tokens of one image; for it the images are
 padded to the longest, and what is padding is masked. An image's answer so depends on its batch
 mates by rounding only. Written with MatMul, Softmax and Gather: fused attention kernels end the
-process, or fail, on a batch without tokens.
-
-Padding everything instead costs on one core 0.98 of the plain graph where eight images of DINOv2
-ViT-S keep 38 % of their tokens, all of three of them and none of the others; this costs 0.46.
+process, or fail, on a batch without tokens. Padding everything instead costs more
+(docs/performance.md).
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import torch
 from adaptation import distil as road
 from adaptation.halting import begin, penalty
 from adaptation.request import AdaptationError
+from adaptation.teacher import View
 from adaptation.training import Held, Run, Settings
 from bundle.recipe import Recipe
 from export.errors import UsageError
@@ -151,9 +152,53 @@ def test_a_gate_that_halts_too_late_is_no_state(backbone, images, tmp_path):
     run.look()
     first = run.curve[0]
     better = replace(first.held_out, distance=0.0, acceptable=1.0, cosine=1.0)
+    start = replace(first, held_out=Held(1.0, 0.0, 0.0, 3.0))
     for depth, helps in ((DEPTH, True), (1.05 * DEPTH, True), (1.1 * DEPTH, False), (None, True)):
         point = replace(first, held_out=replace(better, depth=depth))
-        assert learned.helps(point, replace(first, held_out=Held(1.0, 0.0, 0.0, 3.0))) == helps
+        assert learned.helps(point, start) == helps
+    # The start is a state, too, and one that halts too late no rival, however good it is.
+    assert learned.helps(start, start)
+    late = replace(first, held_out=replace(better, depth=1.1 * DEPTH))
+    worse = replace(first, held_out=Held(2.0, 0.0, 0.0, DEPTH))
+    assert not learned.helps(late, late)
+    assert learned.helps(worse, late) and not learned.helps(worse, start)
+    # Without a depth of its own a gate may not halt later than it did.
+    free = replace(learned, depth=None)
+    assert not free.helps(late, start) and free.helps(
+        replace(late, held_out=replace(better, depth=3.0)), start
+    )
+
+
+@pytest.mark.parametrize("recipe", ["px=8,halt", "halt=3", "px=8"])
+def test_a_model_that_halts_by_itself_teaches(recipe, backbones, images, tmp_path):
+    """Its own tokens are gone at the end, so that no patch token is matched."""
+    gated = begun(backbones["ViTModel"], pictures(24))
+    backbone = replace(
+        backbones["ViTModel"],
+        model=gated.model,
+        gate=(float(gated.own.scale), float(gated.own.centre)),
+    )
+    result = adapt(backbone, request(tmp_path, images, recipe, epochs=2))
+    assert result.best.depth is not None
+    assert np.isfinite(result.best.distance)
+
+
+def test_the_first_coordinate_is_fitted_on_images_of_all_that_there_are(
+    backbone, images, tmp_path, monkeypatch
+):
+    """Folders are often sorted by what is on the pictures."""
+    seen = []
+
+    def watch(rung, tensors, *args):
+        seen.append(tensors)
+        begin(rung, tensors, *args)
+
+    monkeypatch.setattr(road, "begin", watch)
+    asked = request(tmp_path, images, RECIPE, epochs=1)
+    adapt(backbone, asked)
+    learned = lesson(backbone, asked)
+    last = learned.teacher.batch([View(learned.learned[-1], 0)]).image[0]
+    assert any(torch.equal(last, one) for one in seen[0])
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from adaptation import training
 from adaptation.objective import Objective
 from adaptation.request import AdaptationError, judged_by
 from adaptation.result import written
+from adaptation.resuming import UNFINISHED
 from adaptation.training import Held, Run, Settings, fitting, schedule
 from bundle.adapted import Adapted
 from bundle.fidelity import FidelityError, FidelityLoss
@@ -317,7 +318,7 @@ def test_a_gpu_that_is_full_and_one_that_fills_later(models, images, tmp_path, m
         SmallGpu(16, patch, after=4 + 7)  # of the trials, and of the training
         with pytest.raises(AdaptationError) as caught:
             adapt(backbone, asked)
-    file = asked.out / road.UNFINISHED
+    file = asked.out / UNFINISHED
     assert str(caught.value) == (
         "the GPU has no room for steps with 32 views, 16 fit; free memory and add --resume, or "
         f"remove {file} and give --batch 16"

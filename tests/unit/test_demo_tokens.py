@@ -46,7 +46,8 @@ def test_tokens_that_are_the_same_for_every_image(recipe, tokens):
 def test_who_is_not_beaten_in_cost_and_agreement_at_once():
     rows = [row("apt", 0.4, 0.8), row("tome", 0.5, 0.9), row("px", 0.5, 0.7), row("halt", 0.3, 0.5)]
     assert winners(rows) == ["apt", "tome", "halt"]
-    # Of equals neither beats the other; a method is not beaten by itself.
+    # A little cheaper is no better; of equals neither beats the other, nor does a method itself.
+    assert winners([row("apt", 0.46, 0.8), row("tome", 0.5, 0.9)]) == ["tome"]
     assert winners([row("apt", 0.4, 0.8), row("px", 0.4, 0.8)]) == ["apt", "px"]
     assert winners([row("apt", 0.4, 0.8), row("apt", 0.3, 0.9, adapted=True)]) == ["apt"]
     nothing = Row("halt", "halt=5.5", False, note="nothing halts")
