@@ -276,7 +276,8 @@ def test_an_alignment_leaves_the_counts(mixed):
     [
         (HEAD, None, "halt", "halt: no gate was trained for it; train one with python -m adaptat"),
         (HEAD, None, "halt=3", "no gate was trained for it; train one"),
-        (HEAD, GATES[0], "halt=3", "give halt=3,adapted=DIR"),
+        (HEAD, GATES[0], "halt=3", "--recipe px=16,halt=3, and give px=16,halt=3,adapted=DIR"),
+        (HEAD, None, "px=8,halt=3,align", "--recipe px=8,halt=3, and give px=8,halt=3,adapted=DIR"),
         (HEAD, GATES[0], "halt=6,adapted=x", "tokens can halt after 1 to fewer than 6 blocks"),
         (HEAD, GATES[0], "depth=2,halt=2,adapted=x", "can halt after 1 to fewer than 2 blocks"),
         (HEAD, GATES[0], "halt,fp16", "what decides which tokens stay needs FP32; use int8=static"),
@@ -299,6 +300,15 @@ def test_what_cannot_halt_is_refused_in_one_line(class_name, gate, recipe, messa
     with pytest.raises(UsageError) as caught:
         backbone.check(Recipe.parse(recipe), PX)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_head_that_will_be_fitted_reads_the_class_token_alone(tmp_path):
+    """Whatever the model's own head reads, which that head takes the place of."""
+    backbone = halting(tmp_path, None, "Dinov2ForImageClassification")
+    recipe = Recipe.parse("halt=3,adapted=x")
+    backbone.to_be_probed().check(recipe, PX)
+    with pytest.raises(UsageError, match="reads tokens that halt"):
+        backbone.check(recipe, PX)
 
 
 @pytest.mark.parametrize("text", ["halt=0", "halt=-1", "halt=x", "halt=inf", "halt=nan", "halt="])
