@@ -114,6 +114,7 @@ def run_tokens(bars: Bars) -> dict[str, Any]:
         "environment": {"processor": cpu_name(), "threads": 1},
         "images": {"learned": counts["learn"] * CROPS, "test": len(judging), "timed": len(timed)},
         "minutes": MINUTES,
+        "alike": ALIKE,
         "rows": [asdict(row) for row in rows],
         "cost_follows_tokens": lines,
         "won": winners(rows),
@@ -127,7 +128,7 @@ def winners(rows: Sequence[Row]) -> list[str]:
     """The methods of which a graph is not beaten by one of another method.
 
     One beats another that costs as much, or more, and agrees less often; costs within `ALIKE` of
-    each other are as much.
+    each other are as much. Of two that agree as often the cheaper one beats the other.
     """
     there = [
         (row.method, row.cpu_cost_ratio, row.agreement)
@@ -139,7 +140,9 @@ def winners(rows: Sequence[Row]) -> list[str]:
             method
             for method, cost, agreement in there
             if not any(
-                other != method and theirs <= (1 + ALIKE) * cost and agrees > agreement
+                other != method
+                and theirs <= (1 + ALIKE) * cost
+                and (agrees, -theirs) > (agreement, -cost)
                 for other, theirs, agrees in there
             )
         )

@@ -49,6 +49,7 @@ def test_who_is_not_beaten_in_cost_and_agreement_at_once():
     # A little cheaper is no better; of equals neither beats the other, nor does a method itself.
     assert winners([row("apt", 0.46, 0.8), row("tome", 0.5, 0.9)]) == ["tome"]
     assert winners([row("apt", 0.4, 0.8), row("px", 0.4, 0.8)]) == ["apt", "px"]
+    assert winners([row("apt", 0.5, 0.8), row("tome", 0.46, 0.8)]) == ["tome"]
     assert winners([row("apt", 0.4, 0.8), row("apt", 0.3, 0.9, adapted=True)]) == ["apt"]
     nothing = Row("halt", "halt=5.5", False, note="nothing halts")
     assert winners([nothing, row("px", 0.5, 0.5)]) == ["px"]
@@ -60,6 +61,7 @@ def summary(rows):
     return {
         "images": {"learned": 1084, "test": 392, "timed": 96},
         "minutes": 4,
+        "alike": 0.1,
         "rows": [asdict(one) for one in rows],
         "cost_follows_tokens": {
             "apt": {"r": line.r, "slope": line.slope, "by_batch": by_batch},
