@@ -121,55 +121,50 @@ class HaltingVit(nn.Module):
         origin = torch.arange(images.shape[0], device=hidden.device)
         tokens, counts = hidden.flatten(0, 1)[None], torch.full_like(numbers, count)
         reached = torch.zeros_like(tokens[0, :, 0])
+        active = torch.ones_like(reached, dtype=torch.bool)
         lived = torch.zeros_like(origin)
-        # Of each image: its weighted class tokens so far, the weight that is left, the answer.
-        mixture, answer = torch.zeros_like(hidden[:, 0]), hidden[:, 0]
-        left = torch.ones_like(answer[:, :1])
-        active, running = torch.ones_like(reached, dtype=torch.bool), counts > 0
-        cls_layers, alive = [answer], []
-        shares, lacking = [], torch.zeros_like(reached[:1])
+        # Of the images that are not done: which they are, their weighted class tokens so far, and
+        # the weight that is left. Of all images: the answer.
+        rows, answer = numbers, hidden[:, 0]
+        mixture, left = torch.zeros_like(answer), torch.ones_like(answer[:, :1])
+        cls_layers, alive, watch = [answer], [], _Watch(self, count)
         for number, block in enumerate(self.blocks, start=1):
             layout = Layout.of(images, counts)
+            alive.append(counts)
             if not self.removes:
                 held = active.view(batch, count)
                 layout = layout._replace(mask=torch.where(held, 0.0, MASKED)[:, None, None])
-            alive.append(_per_image(active, images, batch))
             lived = lived.index_add(0, origin, active.long())
             tokens = block(tokens, layout)
             share = self.own(tokens[0]) if number < len(self.blocks) else torch.ones_like(reached)
-            before, reached = reached, reached + share * active
+            before, reached = reached, reached + (share if self.removes else share * active)
             done = reached > 1 - EPSILON
-            patch = active & (origin % count >= self.answering.special)
-            shares.append((self.own(tokens[0]) * patch).sum())
-            lacking = lacking + ((1 - before) * (patch & done)).sum()
+            watch.block(tokens[0], origin, active, before, done)
             # The class tokens of the images that are not done.
-            rows = running.nonzero()[:, 0]
             first = layout.starts[rows]
-            cls, now = tokens[0, first], done[first][:, None]
-            weight = torch.where(now, left[rows], share[first][:, None])
-            mixed, rest = mixture[rows] + weight * cls, left[rows] - weight
-            mixture, left = mixture.index_copy(0, rows, mixed), left.index_copy(0, rows, rest)
-            answer = answer.index_copy(0, rows, mixed + rest * cls)
+            cls, now = tokens[0, first], done[first]
+            weight = torch.where(now[:, None], left, share[first][:, None])
+            mixture, left = mixture + weight * cls, left - weight
+            answer = answer.index_copy(0, rows, mixture + left * cls)
             cls_layers.append(answer)
-            running = running.index_copy(0, rows, ~now[:, 0])
-            active = active & ~done
-            if self.removes:
-                active = active & running[images]
-                kept = active.nonzero()[:, 0]
-                tokens, images, origin = tokens[:, kept], images[kept], origin[kept]
-                reached, active = reached[kept], active[kept]
-                counts = _per_image(active, images, batch)
+            ended = torch.zeros_like(counts, dtype=torch.bool).index_copy(0, rows, now)
+            going = (~now).nonzero()[:, 0]
+            rows, mixture, left = rows[going], mixture[going], left[going]
+            if not self.removes:
+                active = active & ~done
+                continue
+            kept = (~(done | ended[images])).nonzero()[:, 0]
+            tokens, images, origin = tokens[:, kept], images[kept], origin[kept]
+            reached, active = reached[kept], active[kept]
+            counts = torch.zeros_like(counts).index_add(0, images, torch.ones_like(images))
         embedding, logits = self.answering(answer[:, None], torch.ones_like(answer[:, :1, None]))
         patches = lived.view(batch, count)[:, self.answering.special :]
         layers = torch.stack(cls_layers, dim=1)
-        if not torch.compiler.is_exporting():
-            depth, size = patches.float().mean(), patches.numel()
-            ponder = depth + lacking[0] / size
-            self.seen = Halting(ponder, torch.stack(shares) / size, depth)
+        self.seen = watch.seen(patches)
         if not self.removes:
             return embedding, layers, *logits
-        seen = torch.stack(alive, dim=1).to(torch.int32)
-        return embedding, layers, *logits, seen, patches.to(torch.int32)
+        ran = torch.stack(alive, dim=1).to(torch.int32)
+        return embedding, layers, *logits, ran, patches.to(torch.int32)
 
 
 @torch.inference_mode()
@@ -191,7 +186,38 @@ def public_depth(rung: nn.Module, images: torch.Tensor) -> float:
     return sum(depths) / len(depths)
 
 
-def _per_image(active: torch.Tensor, images: torch.Tensor, batch: int) -> torch.Tensor:
-    """How many active tokens each image has, INT64 (B,)."""
-    counts = torch.zeros(batch, dtype=torch.int64, device=images.device)
-    return counts.index_add(0, images, active.long())
+class _Watch:
+    """Gathers what a training looks at, while nothing is exported.
+
+    Args:
+        rung: that runs.
+        count: tokens of an image.
+    """
+
+    def __init__(self, rung: HaltingVit, count: int) -> None:
+        self._rung, self._count = rung, count
+        self._on = not torch.compiler.is_exporting()
+        self._shares: list[torch.Tensor] = []
+        self._lacking: list[torch.Tensor] = []
+
+    def block(
+        self,
+        tokens: torch.Tensor,
+        origin: torch.Tensor,
+        active: torch.Tensor,
+        before: torch.Tensor,
+        done: torch.Tensor,
+    ) -> None:
+        """After a block, of tokens (n, W): what their shares are, and lacked where they end."""
+        if self._on:
+            patch = active & (origin % self._count >= self._rung.answering.special)
+            self._shares.append((self._rung.own(tokens) * patch).sum())
+            self._lacking.append(((1 - before) * (patch & done)).sum())
+
+    def seen(self, patches: torch.Tensor) -> Halting | None:
+        """After all blocks, of how many each patch ran through, (B, S * S)."""
+        if not self._on:
+            return None
+        depth, size = patches.float().mean(), patches.numel()
+        ponder = depth + torch.stack(self._lacking).sum() / size
+        return Halting(ponder, torch.stack(self._shares) / size, depth)
