@@ -172,7 +172,7 @@ def test_a_graph_whose_cost_depends_on_the_image_shows_its_spread_and_what_that_
     assert f"3 {words} 7.86 ms {cost} 95.5 % 10.2 ms 50.0 ms cheap candidate" in table
     assert "mean over 32 fit images and, in brackets, their 5th to 95th percentile" in table
     assert "the 95th percentile of their latency, which a latency budget counts" in table
-    assert f"{words} keeps 150 tokens of an image (90 to 257)" in table
+    assert f"{words} keeps 150 tokens of an image, as a mean over its blocks (90 to 257)" in table
     saved = (
         "cheaper, as a mean over images: what the cheap graph costs depends on the image, and the "
         "certificate is about answers, not about cost."
