@@ -26,7 +26,7 @@ from bundle.prints import among, joined
 from bundle.recipe import Recipe
 from calibration.answers import AnswerCache, Wanted
 from calibration.images import FolderImages
-from calibration.running import DecodedImage, decode_ahead, open_session
+from calibration.running import DecodedImage, decode_ahead, open_session, run_counts
 from imaging import Preprocessing
 from perf.environment import cpu_name
 from perf.token_costs import Costs, Follows, by_tokens, follows, measure
@@ -365,7 +365,7 @@ def _maps(
         file = graphs.graphs[some[-1]].file
         session = open_session(file)
         for row in rows:
-            tokens, patches = session.run(["tokens", "patches"], {"image": tensors[row : row + 1]})
+            tokens, patches = run_counts(session, tensors[row : row + 1])
             pixels = ((tensors[row] * std + mean) * 255).round().clip(0, 255).astype(np.uint8)
             picture = pixels.transpose(1, 2, 0)
             found.append(TokenMap(method, picture, tokens[0], patches[0], titles[row]))
