@@ -103,6 +103,8 @@ def test_without_halting_the_answer_is_nearly_the_plain_one(backbone):
     with torch.inference_mode():
         found, plain = rung(images)[0], backbone.rung(Recipe(PX))(images)[0]
     assert torch.cosine_similarity(found, plain).mean() > 0.9
+    # All blocks, and all of a share lacked before the last.
+    assert float(rung.seen.ponder) == pytest.approx(LAYERS + 1)
 
 
 def test_ponder_and_prior_by_hand():
